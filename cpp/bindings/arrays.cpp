@@ -1,0 +1,171 @@
+#include "bindings/arrays.h"
+
+#include <functional>
+
+#include "core/error.h"
+
+namespace ktmoe::bindings {
+namespace {
+
+// What is looked up in every call. NumPy exports ml_dtypes.bfloat16 through no protocol (neither the buffer
+// protocol nor DLPack), but views it as uint16 without a copy.
+struct Names {
+  nb::object dtype = nb::steal(PyUnicode_InternFromString("dtype"));
+  nb::object view = nb::steal(PyUnicode_InternFromString("view"));
+  nb::object uint16 = nb::module_::import_("numpy").attr("dtype")("uint16");
+  nb::object bfloat16 =
+      nb::module_::import_("numpy").attr("dtype")(nb::module_::import_("ml_dtypes").attr("bfloat16"));
+  nb::object ndarray = nb::module_::import_("numpy").attr("ndarray");
+};
+
+Names* names = nullptr;  // lives to the end of the process: it must not be destroyed after the interpreter
+
+bool is_numpy_bf16(nb::handle object) {
+  if (!PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(names->ndarray.ptr()))) return false;
+  const nb::object dtype = nb::steal(PyObject_GetAttr(object.ptr(), names->dtype.ptr()));
+  return dtype.is(names->bfloat16) || dtype.equal(names->bfloat16);
+}
+
+nb::object as_exported(nb::handle object, bool is_bf16) {
+  if (!is_bf16) return nb::borrow(object);
+  nb::object view =
+      nb::steal(PyObject_CallMethodObjArgs(object.ptr(), names->view.ptr(), names->uint16.ptr(), nullptr));
+  if (!view.is_valid()) nb::raise_python_error();
+  return view;
+}
+
+DType dtype_of(const nb::dlpack::dtype& type) {
+  using Code = nb::dlpack::dtype_code;
+  if (type.lanes != 1) return DType::kOther;
+  const auto code = static_cast<Code>(type.code);
+  if (code == Code::Bfloat && type.bits == 16) return DType::kBf16;
+  if (code == Code::Float && type.bits == 32) return DType::kFloat32;
+  if (code == Code::Int && type.bits == 64) return DType::kInt64;
+  if ((code == Code::UInt || code == Code::Bool) && type.bits == 8) return DType::kUint8;
+  return DType::kOther;
+}
+
+const char* label(DType dtype) {
+  switch (dtype) {
+    case DType::kBf16: return "bfloat16";
+    case DType::kFloat32: return "float32";
+    case DType::kInt64: return "int64";
+    case DType::kUint8: return "bool";
+    case DType::kOther: break;
+  }
+  return "another dtype";
+}
+
+template <class Items, class Text>
+std::string bracketed(const Items& items, const Text& text) {
+  std::string list = "[";
+  for (const auto& item : items) list += (list.size() > 1 ? ", " : "") + text(item);
+  return list + "]";
+}
+
+std::string text_of(const Dims& shape) {
+  return bracketed(shape, [](const Dim& d) { return d.letter ? std::string(d.letter) : std::to_string(d.value); });
+}
+
+[[noreturn]] void throw_no_array(nb::handle object, const char* name) {
+  const std::string type = nb::cast<std::string>(nb::handle(object.type()).attr("__name__"));
+  throw nb::type_error(
+      str_cat(name, ": got ", type, ", expected an array on the CPU (NumPy, or with __dlpack__)").c_str());
+}
+
+}  // namespace
+
+void init_arrays() { names = new Names; }
+
+template <class Handle>
+void Array::fill(const Handle& handle, nb::handle object, bool is_bf16) {
+  handle_ = nb::ndarray<nb::ro>(handle);
+  object_ = nb::borrow(object);
+  data_ = const_cast<void*>(static_cast<const void*>(handle.data()));
+  dtype_ = is_bf16 ? DType::kBf16 : dtype_of(handle.dtype());
+  item_bytes_ = handle.dtype().bits / 8u;
+  for (size_t i = 0; i < handle.ndim(); ++i) {
+    shape_.push_back(static_cast<int64_t>(handle.shape(i)));
+    strides_.push_back(handle.stride(i));
+  }
+}
+
+Array Array::read(nb::handle object, const char* name) {
+  const bool is_bf16 = is_numpy_bf16(object);
+  nb::ndarray<nb::ro> handle;
+  if (!nb::try_cast(as_exported(object, is_bf16), handle, false) ||
+      handle.device_type() != nb::device::cpu::value)
+    throw_no_array(object, name);
+  Array array;
+  array.name_ = name;
+  array.fill(handle, object, is_bf16);
+  return array;
+}
+
+Array Array::write(nb::handle object, const char* name) {
+  const bool is_bf16 = is_numpy_bf16(object);
+  nb::ndarray<> handle;
+  if (!nb::try_cast(as_exported(object, is_bf16), handle, false) ||
+      handle.device_type() != nb::device::cpu::value) {
+    const Array readable = read(object, name);  // throws when it is no array at all
+    throw_invalid(name, ": got a read-only array ", readable.describe(), ", expected one that can be written");
+  }
+  Array array;
+  array.name_ = name;
+  array.fill(handle, object, is_bf16);
+  return array;
+}
+
+size_t Array::size() const {
+  size_t size = 1;
+  for (int64_t n : shape_) size *= static_cast<size_t>(n);
+  return size;
+}
+
+std::string Array::dtype_name() const {
+  if (dtype_ != DType::kOther) return label(dtype_);
+  return nb::hasattr(object_, "dtype") ? nb::cast<std::string>(nb::str(object_.attr("dtype"))) : "another dtype";
+}
+
+std::string Array::describe() const {
+  return dtype_name() + " " + bracketed(shape_, [](int64_t n) { return std::to_string(n); });
+}
+
+const Array& Array::expect(std::initializer_list<DType> dtypes, const Dims& shape) const {
+  std::string wanted;
+  bool dtype_fits = false;
+  for (DType d : dtypes) {
+    wanted += (wanted.empty() ? "" : " or ") + std::string(label(d));
+    dtype_fits |= d == dtype_;
+  }
+  wanted += " " + text_of(shape);
+  if (!dtype_fits) throw nb::type_error(str_cat(name_, ": got ", describe(), ", expected ", wanted).c_str());
+
+  bool shape_fits = shape.size() == shape_.size();
+  for (size_t i = 0; shape_fits && i < shape.size(); ++i)
+    shape_fits = shape[i].letter != nullptr || shape[i].value == shape_[i];
+  if (!shape_fits) throw_invalid(name_, ": got ", describe(), ", expected ", wanted);
+  return *this;
+}
+
+const Array& Array::expect_contiguous() const {
+  int64_t step = 1;
+  bool contiguous = true;
+  for (size_t i = shape_.size(); i-- > 0;) {
+    contiguous &= shape_[i] == 1 || strides_[i] == step;
+    step *= shape_[i];
+  }
+  if (!contiguous && size() != 0)
+    throw nb::type_error(str_cat(name_, ": got ", describe(),
+                                 " with gaps or in another order, expected it C-contiguous").c_str());
+  return *this;
+}
+
+void Array::expect_disjoint(const Array& other) const {
+  const std::byte *a = as<std::byte>(), *b = other.as<std::byte>();
+  const std::less<const std::byte*> before;
+  if (before(a, b + other.bytes()) && before(b, a + bytes()))
+    throw_invalid(name_, ": its memory overlaps that of ", other.name_, ", expected memory of its own");
+}
+
+}  // namespace ktmoe::bindings

@@ -1,0 +1,122 @@
+// The engine in Python: WorkerPoolConfig, WorkerPool, CPUInfer, Task.
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+
+#include "bindings/module.h"
+#include "bindings/python_task.h"
+#include "runtime/cpuinfer.h"
+
+namespace ktmoe::bindings {
+namespace {
+
+// Tasks that have run hold Python references; they are let go here, where the GIL is held.
+void release_finished(CPUInfer& engine) { engine.take_finished(); }
+
+// Repeats a wait of limited time, so that Ctrl-C gets through while another thread does the work.
+template <class WaitFor>
+void wait_in_slices(CPUInfer& engine, WaitFor&& wait_for) {
+  constexpr std::chrono::milliseconds kSlice{50};
+  struct Release {
+    CPUInfer& engine;
+    ~Release() { release_finished(engine); }
+  } release{engine};
+  for (bool done = false; !done;) {
+    {
+      nb::gil_scoped_release no_gil;
+      done = wait_for(kSlice);
+    }
+    if (PyErr_CheckSignals() != 0) nb::raise_python_error();
+  }
+}
+
+void wait(CPUInfer& engine, uint64_t ticket) {
+  wait_in_slices(engine, [&](auto slice) { return engine.wait_for(ticket, slice); });
+}
+
+void sync(CPUInfer& engine, uint64_t allow_n_pending) {
+  const uint64_t submitted = engine.num_submitted(), last = submitted - std::min(submitted, allow_n_pending);
+  wait_in_slices(engine, [&](auto slice) { return engine.sync_for(last, slice); });
+}
+
+uint64_t submit(CPUInfer& engine, PythonTask& task) {
+  release_finished(engine);
+  return engine.submit(task.take());
+}
+
+void run(CPUInfer& engine, PythonTask& task) { wait(engine, engine.submit(task.take(), /*wake=*/false)); }
+
+WorkerPoolConfig make_config(int subpool_count, std::vector<int> numa_map, std::vector<int> thread_count) {
+  WorkerPoolConfig config;
+  config.subpool_count = subpool_count;
+  config.subpool_numa_map = std::move(numa_map);
+  config.subpool_thread_count = std::move(thread_count);
+  return config;
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  nb::class_<WorkerPoolConfig>(m, "WorkerPoolConfig", R"(Threads of an engine, in sub-pools that stay on a NUMA node.
+
+Parameters
+----------
+subpool_count : int
+    Number of sub-pools. Several may be on one node.
+subpool_numa_map : list of int
+    The NUMA node of each sub-pool.
+subpool_thread_count : list of int
+    The number of threads of each sub-pool, the calling thread included.)")
+      .def("__init__",
+           [](WorkerPoolConfig* self, int count, std::vector<int> numa_map, std::vector<int> threads) {
+             new (self) WorkerPoolConfig(make_config(count, std::move(numa_map), std::move(threads)));
+           },
+           nb::arg("subpool_count"), nb::arg("subpool_numa_map"), nb::arg("subpool_thread_count"))
+      .def_static("defaults", [] { return WorkerPoolConfig::defaults(Topology::read()); },
+                  "One sub-pool for every node with CPUs that this process may use, a thread for each of them.")
+      .def_rw("subpool_count", &WorkerPoolConfig::subpool_count)
+      .def_rw("subpool_numa_map", &WorkerPoolConfig::subpool_numa_map)
+      .def_rw("subpool_thread_count", &WorkerPoolConfig::subpool_thread_count);
+
+  nb::class_<WorkerPool>(m, "WorkerPool", "The threads of an engine; made by CPUInfer, handed to layers.")
+      .def_prop_ro("num_threads", [](const WorkerPool& pool) { return pool.num_threads(); })
+      .def_prop_ro("num_subpools", &WorkerPool::num_subpools)
+      .def_prop_ro("config", &WorkerPool::config, nb::rv_policy::copy);
+
+  nb::class_<PythonTask>(m, "Task", "Work for an engine, made by a layer; it can be submitted once.");
+
+  nb::class_<CPUInfer>(m, "CPUInfer", R"(The engine: threads, and a queue of tasks that run in the order of submission.
+
+Parameters
+----------
+config : WorkerPoolConfig or int
+    The threads, or just their number.
+
+Raises
+------
+ValueError
+    Threads or sub-pools that cannot be: the message names the field, and the nodes that exist.)")
+      .def(nb::init<WorkerPoolConfig>(), nb::arg("config"))
+      .def(nb::init<int>(), nb::arg("num_threads"))
+      .def_prop_ro("backend_", &CPUInfer::backend, "The threads, as layers take them in their config.")
+      .def("submit", &submit, nb::arg("task"), "Queue a task and return its ticket; does not wait.")
+      .def("sync", &sync, nb::arg("allow_n_pending") = 0,
+           R"(Wait until at most `allow_n_pending` of the submitted tasks are unfinished.
+
+Raises
+------
+Exception
+    The first one that a task waited for has raised. The engine stays usable.)")
+      .def("wait", &wait, nb::arg("ticket"), "Wait for the task with that ticket; raises what it raised.")
+      .def("run", &run, nb::arg("task"), "Submit a task and wait for it, without waking another thread.")
+      .def("shutdown", [](CPUInfer& engine) {
+             { nb::gil_scoped_release release; engine.shutdown(); }
+             release_finished(engine);
+           }, "Finish what is queued and end the threads. May be called again.")
+      .def_prop_ro("num_submitted", &CPUInfer::num_submitted)
+      .def_prop_ro("num_completed", &CPUInfer::num_completed);
+}
+
+}  // namespace ktmoe::bindings

@@ -1,0 +1,90 @@
+// What the machine is: instruction sets and measured limits.
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+
+
+#include "bindings/module.h"
+#include "core/error.h"
+#include "isa/isa.h"
+#include "kernels/table.h"
+#include "moe/limits.h"
+#include "runtime/cpuinfer.h"
+#include "runtime/topology.h"
+
+namespace ktmoe::bindings {
+namespace {
+
+nb::dict isa_info() {
+  nb::list compiled, supported;
+  for (Isa isa : kernels::compiled_isas()) {
+    const std::string name(isa_name(isa));
+    compiled.append(name);
+    if (supports(cpu_features(), isa)) supported.append(name);
+  }
+  nb::dict info;
+  info["active"] = std::string(isa_name(kernels::active_table().isa));
+  info["compiled"] = compiled;
+  info["supported"] = supported;
+  return info;
+}
+
+// With a feature set and a list of compiled instruction sets, any machine can be asked about.
+std::string select(bool avx2, bool avx512, bool avx512_bf16, bool amx, const std::vector<std::string>& compiled,
+                   nb::object override_name) {
+  const CpuFeatures features{avx2, avx512, avx512_bf16, amx};
+  std::vector<Isa> isas;
+  for (const std::string& name : compiled) isas.push_back(isa_from_name(name));
+  std::optional<std::string> wanted;
+  if (!override_name.is_none()) wanted = nb::cast<std::string>(override_name);
+  return std::string(isa_name(select_isa(features, isas, wanted)));
+}
+
+nb::dict topology() {
+  const Topology t = Topology::read();
+  nb::dict nodes;
+  for (const auto& [node, cpus] : t.node_cpus) nodes[nb::int_(node)] = nb::cast(cpus);
+  nb::dict info;
+  info["cpus"] = nb::cast(t.cpus);
+  info["node_cpus"] = nodes;
+  info["cpu_quota"] = t.cpu_quota;
+  return info;
+}
+
+nb::dict limits(CPUInfer& engine, double seconds, nb::object isa) {
+  if (!(seconds > 0) || seconds > 600) throw_invalid("seconds: got ", seconds, ", expected above 0, at most 600");
+  const kernels::KernelTable* table = &kernels::active_table();
+  if (!isa.is_none()) {
+    const Isa wanted = isa_from_name(nb::cast<std::string>(isa));
+    if (!supports(cpu_features(), wanted) || kernels::find_table(wanted) == nullptr)
+      throw_runtime("isa: '", isa_name(wanted), "' cannot run on this machine");
+    table = kernels::find_table(wanted);
+  }
+  MachineLimits measured;
+  {
+    nb::gil_scoped_release release;
+    measured = measure_limits(engine.pool(), *table, seconds);
+  }
+  nb::dict info;
+  info["isa"] = std::string(isa_name(table->isa));
+  info["threads"] = engine.pool().num_threads();
+  info["read_bytes_per_s"] = measured.read_bytes_per_s;
+  info["dot_flop_per_s"] = measured.dot_flop_per_s;
+  info["step_flop_per_s"] = measured.step_flop_per_s;
+  return info;
+}
+
+}  // namespace
+
+void bind_machine(nb::module_& m) {
+  m.def("isa_info", &isa_info, "Instruction sets: the active one, those compiled in, those this machine has.");
+  m.def("select_isa", &select, nb::arg("avx2"), nb::arg("avx512"), nb::arg("avx512_bf16"), nb::arg("amx"),
+        nb::arg("compiled"), nb::arg("override_name").none() = nb::none(),
+        "The instruction set that a machine with these features would use.");
+  m.def("topology", &topology, "CPUs that this process may use, by NUMA node, and its CPU quota.");
+  m.def("measure_limits", &limits, nb::arg("engine"), nb::arg("seconds") = 0.3, nb::arg("isa").none() = nb::none(),
+        "Read bandwidth and product rates of all threads of an engine, `seconds` for each of the three.");
+}
+
+}  // namespace ktmoe::bindings

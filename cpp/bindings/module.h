@@ -1,0 +1,14 @@
+// The parts that the extension module is made of.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace ktmoe::bindings {
+
+namespace nb = nanobind;
+
+void bind_engine(nb::module_& m);
+void bind_machine(nb::module_& m);
+void bind_moe(nb::module_& m);
+
+}  // namespace ktmoe::bindings

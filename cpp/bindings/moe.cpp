@@ -1,0 +1,257 @@
+// The expert layers in Python: configs, and a class a method.
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+
+#include <map>
+#include <optional>
+
+#include "bindings/module.h"
+#include "bindings/python_task.h"
+#include "moe/tp_moe.h"
+
+namespace ktmoe::bindings {
+namespace {
+
+using Layer = std::shared_ptr<MoE_Interface>;
+using Arrays = std::vector<Array>;
+
+// The E matrices [rows, columns] of a projection: from one array [E, rows, columns] or a sequence of E arrays.
+// Only the last axis has to be contiguous.
+std::vector<WeightView> matrices(nb::handle source, const char* name, int64_t num, int64_t rows, int64_t columns,
+                                 Arrays& owners) {
+  std::vector<WeightView> views;
+  const auto add = [&](const Array& a, size_t axis, int64_t e) {
+    if (a.shape(axis + 1) > 1 && a.stride_bytes(axis + 1) != static_cast<int64_t>(sizeof(bf16)))
+      throw nb::type_error(str_cat(name, ": the last axis has gaps, expected it contiguous").c_str());
+    const int64_t offset = axis ? e * a.stride_bytes(0) : 0;
+    views.push_back({a.as<const std::byte>() + offset, static_cast<ptrdiff_t>(a.stride_bytes(axis))});
+  };
+  if (nb::isinstance<nb::list>(source) || nb::isinstance<nb::tuple>(source)) {
+    const size_t got = nb::len(source);
+    if (got != static_cast<size_t>(num)) throw_invalid(name, ": got ", got, " arrays, expected ", num);
+    for (int64_t e = 0; e < num; ++e) {
+      const nb::object item = source[e];
+      add(owners.emplace_back(Array::read(item, name)).expect({DType::kBf16}, {rows, columns}), 0, e);
+    }
+  } else {
+    const Array& all = owners.emplace_back(Array::read(source, name));
+    all.expect({DType::kBf16}, {num, rows, columns});
+    for (int64_t e = 0; e < num; ++e) add(all, 1, e);
+  }
+  return views;
+}
+
+std::vector<float> biases(nb::handle source, const char* name, int64_t num, int64_t width) {
+  if (source.is_none()) return {};
+  const Array a = Array::read(source, name);
+  a.expect({DType::kFloat32, DType::kBf16}, {num, width}).expect_contiguous();
+  std::vector<float> values(a.size());
+  for (size_t i = 0; i < values.size(); ++i)
+    values[i] = a.dtype() == DType::kBf16 ? to_float(a.as<bf16>()[i]) : a.as<float>()[i];
+  return values;
+}
+
+// Physical expert i is given logical expert map[i].
+template <class Item>
+std::vector<Item> permuted(const std::vector<Item>& logical, const std::vector<int64_t>& map, size_t width) {
+  std::vector<Item> physical;
+  physical.reserve(logical.size());
+  for (size_t i = 0; i < map.size() && !logical.empty(); ++i) {
+    const auto* first = logical.data() + static_cast<size_t>(map[i]) * width;
+    physical.insert(physical.end(), first, first + width);
+  }
+  return physical;
+}
+
+void apply_map(nb::handle source, const GeneralMOEConfig& c, ExpertWeights& w) {
+  if (source.is_none()) return;
+  const Array a = Array::read(source, "physical_to_logical_map");
+  a.expect({DType::kInt64}, {c.expert_num}).expect_contiguous();
+  const std::vector<int64_t> map(a.as<int64_t>(), a.as<int64_t>() + a.size());
+  for (size_t i = 0; i < map.size(); ++i) {
+    if (map[i] < 0 || map[i] >= c.expert_num)
+      throw_out_of_range("physical_to_logical_map: got expert ", map[i], " at ", i, ", expected 0 to ",
+                         c.expert_num - 1);
+  }
+  const auto width = static_cast<size_t>(c.intermediate_size), hidden = static_cast<size_t>(c.hidden_size);
+  w.gate = permuted(w.gate, map, 1), w.up = permuted(w.up, map, 1), w.down = permuted(w.down, map, 1);
+  w.gate_bias = permuted(w.gate_bias, map, width), w.up_bias = permuted(w.up_bias, map, width);
+  w.down_bias = permuted(w.down_bias, map, hidden);
+}
+
+PythonTask load_weights_task(Layer layer, nb::object gate, nb::object up, nb::object down, nb::object map,
+                             nb::object gate_bias, nb::object up_bias, nb::object down_bias) {
+  const GeneralMOEConfig& c = layer->config();
+  auto owners = std::make_shared<Arrays>();
+  owners->reserve(3 * static_cast<size_t>(c.expert_num));
+  auto weights = std::make_shared<ExpertWeights>();
+  if (c.activation.gated) {
+    weights->gate = matrices(gate, "gate_proj", c.expert_num, c.intermediate_size, c.hidden_size, *owners);
+    weights->gate_bias = biases(gate_bias, "gate_bias", c.expert_num, c.intermediate_size);
+  } else if (!gate.is_none() || !gate_bias.is_none()) {
+    throw_invalid(gate.is_none() ? "gate_bias" : "gate_proj", ": got one, expected None: the activation has no gate");
+  }
+  weights->up = matrices(up, "up_proj", c.expert_num, c.intermediate_size, c.hidden_size, *owners);
+  weights->down = matrices(down, "down_proj", c.expert_num, c.hidden_size, c.intermediate_size, *owners);
+  weights->up_bias = biases(up_bias, "up_bias", c.expert_num, c.intermediate_size);
+  weights->down_bias = biases(down_bias, "down_bias", c.expert_num, c.hidden_size);
+  apply_map(map, c, *weights);
+  weights->owner = owners;
+  return PythonTask([layer, weights] { layer->load_weights(*weights); });
+}
+
+kernels::FloatType float_type(const Array& a) {
+  return a.dtype() == DType::kBf16 ? kernels::FloatType::kBf16 : kernels::FloatType::kFloat32;
+}
+
+PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_ids, nb::object topk_weights,
+                        nb::object out, bool incremental, nb::object base, nb::object skip_experts) {
+  const GeneralMOEConfig& c = layer->config();
+  Arrays arrays;
+  arrays.reserve(6);
+  const Array& x = arrays.emplace_back(Array::read(hidden_states, "hidden_states"));
+  x.expect({DType::kBf16}, {"T", c.hidden_size}).expect_contiguous();
+  const int64_t tokens = x.shape(0);
+  const Array& ids = arrays.emplace_back(Array::read(topk_ids, "topk_ids"));
+  ids.expect({DType::kInt64}, {tokens, c.num_experts_per_tok}).expect_contiguous();
+  const Array& w = arrays.emplace_back(Array::read(topk_weights, "topk_weights"));
+  w.expect({DType::kFloat32}, {tokens, c.num_experts_per_tok}).expect_contiguous();
+  const Array& y = arrays.emplace_back(Array::write(out, "out"));
+  y.expect({DType::kBf16, DType::kFloat32}, {tokens, c.hidden_size}).expect_contiguous();
+  for (const Array* other : {&x, &ids, &w}) y.expect_disjoint(*other);
+
+  ForwardArgs args;
+  args.num_tokens = static_cast<uint32_t>(tokens);
+  args.hidden_states = x.as<bf16>(), args.topk_ids = ids.as<int64_t>(), args.topk_weights = w.as<float>();
+  args.out = y.as<void>(), args.out_type = float_type(y);
+  if (incremental) args.base = args.out, args.base_type = args.out_type;
+  if (!base.is_none()) {
+    if (incremental) throw_invalid("base: got one with incremental=True, expected one of the two");
+    const Array& b = arrays.emplace_back(Array::read(base, "base"));
+    b.expect({DType::kBf16, DType::kFloat32}, {tokens, c.hidden_size}).expect_contiguous();
+    y.expect_disjoint(b);
+    args.base = b.as<void>(), args.base_type = float_type(b);
+  }
+  if (!skip_experts.is_none()) {
+    const Array& skip = arrays.emplace_back(Array::read(skip_experts, "skip_experts"));
+    skip.expect({DType::kUint8}, {c.expert_num}).expect_contiguous();
+    args.skip_experts = skip.as<uint8_t>();
+  }
+  if (tokens * c.num_experts_per_tok > INT32_MAX)
+    throw_invalid("hidden_states: got ", tokens, " tokens, expected fewer in one call");
+  return PythonTask([layer, args, arrays = std::move(arrays)] { layer->forward(args); });
+}
+
+kernels::Activation make_activation(const std::string& kind, bool gated, float limit, float alpha, float beta1,
+                                    float beta2) {
+  using Kind = kernels::ActivationKind;
+  static const std::map<std::string, Kind> kinds = {
+      {"silu", Kind::kSilu}, {"swigluoai", Kind::kSwigluOai}, {"swiglustep", Kind::kSwigluStep},
+      {"gelu", Kind::kGelu}, {"gelu_tanh", Kind::kGeluTanh},  {"situ", Kind::kSitu},
+      {"relu2", Kind::kRelu2}};
+  const auto found = kinds.find(kind);
+  if (found == kinds.end()) {
+    std::string known;
+    for (const auto& [name, unused] : kinds) known += (known.empty() ? "" : ", ") + name;
+    throw_invalid("activation: got '", kind, "', expected one of ", known);
+  }
+  return {found->second, gated, limit, alpha, beta1, beta2};
+}
+
+void bind_config(nb::module_& m) {
+  nb::class_<GeneralMOEConfig>(m, "MOEConfig", R"(The shape of an expert layer.
+
+Parameters
+----------
+expert_num, num_experts_per_tok, hidden_size, intermediate_size : int
+    E, P, H and I.
+layer_idx : int
+    Which layer of the model this is.
+pool : WorkerPool, optional
+    The threads to run on: the `backend_` of a CPUInfer. Needed before a layer is made.)")
+      .def("__init__",
+           [](GeneralMOEConfig* self, int64_t experts, int64_t per_token, int64_t hidden, int64_t intermediate,
+              int64_t layer_idx, std::shared_ptr<WorkerPool> pool) {
+             new (self) GeneralMOEConfig{experts, per_token, hidden, intermediate, layer_idx, {}, std::move(pool)};
+           },
+           nb::arg("expert_num") = 0, nb::arg("num_experts_per_tok") = 0, nb::arg("hidden_size") = 0,
+           nb::arg("intermediate_size") = 0, nb::arg("layer_idx") = 0, nb::arg("pool").none() = nb::none())
+      .def_rw("expert_num", &GeneralMOEConfig::expert_num)
+      .def_rw("num_experts_per_tok", &GeneralMOEConfig::num_experts_per_tok)
+      .def_rw("hidden_size", &GeneralMOEConfig::hidden_size)
+      .def_rw("intermediate_size", &GeneralMOEConfig::intermediate_size)
+      .def_rw("layer_idx", &GeneralMOEConfig::layer_idx)
+      .def_rw("pool", &GeneralMOEConfig::pool, nb::arg().none())
+      .def("set_activation",
+           [](GeneralMOEConfig& self, const std::string& kind, bool gated, float limit, float alpha, float beta1,
+              float beta2) { self.activation = make_activation(kind, gated, limit, alpha, beta1, beta2); },
+           nb::arg("kind"), nb::arg("gated") = true, nb::arg("limit") = std::numeric_limits<float>::infinity(),
+           nb::arg("alpha") = 1.702f, nb::arg("beta1") = 4.0f, nb::arg("beta2") = 25.0f,
+           "Set the activation function by name; the reference states the formulas.");
+}
+
+void bind_interface(nb::module_& m) {
+  nb::class_<MoE_Interface>(m, "MoE_Interface", "What every layer of experts does.")
+      .def_prop_ro("loaded", &MoE_Interface::loaded)
+      .def("load_weights_task", &load_weights_task, nb::arg("gate_proj").none(), nb::arg("up_proj"),
+           nb::arg("down_proj"), nb::arg("physical_to_logical_map").none() = nb::none(), nb::kw_only(),
+           nb::arg("gate_bias").none() = nb::none(), nb::arg("up_bias").none() = nb::none(),
+           nb::arg("down_bias").none() = nb::none(),
+           R"(Make the task that gives the layer its weights. They are referred to, not copied.
+
+Parameters
+----------
+gate_proj, up_proj : array or sequence of arrays
+    bfloat16 [E, I, H], or E arrays [I, H]. Without a gate, gate_proj is None.
+down_proj : array or sequence of arrays
+    bfloat16 [E, H, I], or E arrays [H, I].
+physical_to_logical_map : array, optional
+    int64 [E]: expert i uses the weights of map[i].
+gate_bias, up_bias, down_bias : array, optional
+    float32 or bfloat16 [E, I], [E, I], [E, H].
+
+Returns
+-------
+Task)")
+      .def("forward_task", &forward_task, nb::arg("hidden_states"), nb::arg("topk_ids"), nb::arg("topk_weights"),
+           nb::arg("out"), nb::arg("incremental") = false, nb::kw_only(), nb::arg("base").none() = nb::none(),
+           nb::arg("skip_experts").none() = nb::none(),
+           R"(Make the task of one forward pass.
+
+Parameters
+----------
+hidden_states : array
+    bfloat16 [T, H].
+topk_ids : array
+    int64 [T, P]; negative ids are skipped.
+topk_weights : array
+    float32 [T, P].
+out : array
+    bfloat16 or float32 [T, H], written.
+incremental : bool
+    Add to what `out` holds.
+base : array, optional
+    bfloat16 or float32 [T, H], added to the result.
+skip_experts : array, optional
+    bool [E]: experts that are left out.
+
+Returns
+-------
+Task)");
+}
+
+template <class Part>
+void bind_layer(nb::module_& m, const char* name, const char* doc) {
+  nb::class_<TP_MOE<Part>, MoE_Interface>(m, name, doc).def(nb::init<GeneralMOEConfig>(), nb::arg("config"));
+}
+
+}  // namespace
+
+void bind_moe(nb::module_& m) {
+  bind_config(m);
+  bind_interface(m);
+  bind_layer<AMX_MOE_TP<GemmKernel224BF>>(m, "AMXBF16_MOE", "Experts with bf16 weights, as they lie in memory.");
+}
+
+}  // namespace ktmoe::bindings

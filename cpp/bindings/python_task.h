@@ -1,0 +1,38 @@
+// A unit of work as Python holds it: made by a layer, handed to an engine once.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <utility>
+
+#include "bindings/arrays.h"
+#include "core/error.h"
+#include "runtime/task_queue.h"
+
+namespace ktmoe::bindings {
+
+// Holds what the work refers to until a thread with the GIL destroys it.
+class FunctionTask final : public Task {
+ public:
+  explicit FunctionTask(std::function<void()> work) : work_(std::move(work)) {}
+  void run() override { work_(); }
+
+ private:
+  std::function<void()> work_;
+};
+
+class PythonTask {
+ public:
+  explicit PythonTask(std::function<void()> work) : task_(std::make_unique<FunctionTask>(std::move(work))) {}
+
+  // ValueError when it was submitted before.
+  std::unique_ptr<Task> take() {
+    if (task_ == nullptr) throw_invalid("task: was submitted before, expected a new one for every submit");
+    return std::move(task_);
+  }
+
+ private:
+  std::unique_ptr<FunctionTask> task_;
+};
+
+}  // namespace ktmoe::bindings

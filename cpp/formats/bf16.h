@@ -1,0 +1,44 @@
+// The format of unquantised checkpoints: a row is its bfloat16 values, one after the other.
+#ifndef KTMOE_FORMATS_BF16_H_
+#define KTMOE_FORMATS_BF16_H_
+
+#include <cstring>
+
+#include "core/types.h"
+#include "formats/format.h"
+
+namespace ktmoe::formats {
+
+struct Bf16 {
+  static constexpr FormatId kId = FormatId::kBf16;
+  static constexpr std::string_view kName = "bf16";
+
+  static size_t row_bytes(size_t k) { return k * sizeof(bf16); }
+
+  static void decode(const std::byte* row, size_t k, float* out) {
+    for (size_t i = 0; i < k; ++i) {
+      bf16 value;
+      std::memcpy(&value, row + i * sizeof value, sizeof value);
+      out[i] = to_float(value);
+    }
+  }
+};
+static_assert(WeightFormat<Bf16>);
+
+}  // namespace ktmoe::formats
+
+#endif  // KTMOE_FORMATS_BF16_H_
+
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+
+// bf16 rows need no unpacking: a segment is loaded as it lies.
+template <>
+struct Unpack<formats::Bf16> {
+  static constexpr bool kAsStored = true;
+  static KT_INLINE Vec::Segment segment(const std::byte* row, size_t k) { return Vec::load(row + k * 2); }
+  static KT_INLINE Vec::Segment tail(const std::byte* row, size_t k, size_t count) {
+    return Vec::load_partial(row + k * 2, count);
+  }
+};
+
+#endif  // KT_TARGET_REGION

@@ -1,0 +1,31 @@
+// The lattice of instruction sets, and which of them serves on a machine.
+#pragma once
+
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "isa/features.h"
+
+namespace ktmoe {
+
+// In rising order of preference; amx_emu stands apart: it runs anywhere, slowly, and is only ever asked for.
+enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmu };
+
+inline constexpr Isa kAllIsas[] = {Isa::kScalar,     Isa::kAvx2, Isa::kAvx512,
+                                   Isa::kAvx512Bf16, Isa::kAmx,  Isa::kAmxEmu};
+
+std::string_view isa_name(Isa isa);
+
+// The instruction set of that name; throws std::invalid_argument listing the names.
+Isa isa_from_name(std::string_view name);
+
+bool supports(const CpuFeatures& features, Isa isa);
+
+// The instruction set to use: the override when given, else the most capable one that is both compiled in
+// and supported. A pure function, so that any machine can be asked about any other.
+// Throws std::invalid_argument for an unknown name, std::runtime_error for one this machine cannot run.
+Isa select_isa(const CpuFeatures& features, const std::vector<Isa>& compiled,
+               std::optional<std::string_view> override_name);
+
+}  // namespace ktmoe

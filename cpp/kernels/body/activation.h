@@ -1,0 +1,92 @@
+// The activation functions of SwiGLU-like experts on vectors: act(gate, up) in fp32, no rounding.
+// Formulas: silu(g) = g sigmoid(g); the reference module states them all side by side.
+// Included inside a target's namespace, after math.h.
+
+KT_INLINE Float silu_f(const Float& g) { return Vec::mul(g, sigmoid(g)); }
+
+// 0.5 g (1 + tanh(sqrt(2/pi) (g + 0.044715 g^3))), as g times a sigmoid: the same function, and exact in the tail.
+KT_INLINE Float gelu_tanh_f(const Float& g) {
+  const Float cubic = Vec::fma(Vec::mul(Vec::mul(g, g), Vec::set(0.044715f)), g, g);
+  return Vec::mul(g, sigmoid(Vec::mul(cubic, Vec::set(1.59576912f))));
+}
+
+// b tanh(x / b)
+KT_INLINE Float soft_limit(const Float& x, float b) {
+  return Vec::mul(Vec::set(b), tanh_f(Vec::div(x, Vec::set(b))));
+}
+
+KT_INLINE Float clip(const Float& x, float limit) {
+  return Vec::clamp_above(Vec::clamp_below(x, Vec::set(-limit)), Vec::set(limit));
+}
+
+template <ActivationKind kKind>
+KT_INLINE Float gated(const Activation& a, Float g, Float u) {
+  if constexpr (kKind == ActivationKind::kSilu) {
+    g = Vec::clamp_above(g, Vec::set(a.limit));
+    u = clip(u, a.limit);
+    return Vec::mul(silu_f(g), u);
+  } else if constexpr (kKind == ActivationKind::kSwigluOai) {
+    g = Vec::clamp_above(g, Vec::set(a.limit));
+    u = clip(u, a.limit);
+    const Float gate = Vec::mul(g, sigmoid(Vec::mul(g, Vec::set(a.alpha))));
+    return Vec::mul(gate, Vec::add(u, Vec::set(1.0f)));
+  } else if constexpr (kKind == ActivationKind::kSwigluStep) {
+    return Vec::mul(Vec::clamp_above(silu_f(g), Vec::set(a.limit)), clip(u, a.limit));
+  } else if constexpr (kKind == ActivationKind::kGelu) {
+    return Vec::mul(Vec::mul(g, normal_cdf(g)), u);
+  } else if constexpr (kKind == ActivationKind::kGeluTanh) {
+    return Vec::mul(gelu_tanh_f(g), u);
+  } else {
+    static_assert(kKind == ActivationKind::kSitu);
+    return Vec::mul(Vec::mul(soft_limit(g, a.beta1), sigmoid(g)), soft_limit(u, a.beta2));
+  }
+}
+
+template <ActivationKind kKind>
+KT_INLINE Float ungated(const Float& g) {
+  if constexpr (kKind == ActivationKind::kSilu) {
+    return silu_f(g);
+  } else if constexpr (kKind == ActivationKind::kGeluTanh) {
+    return gelu_tanh_f(g);
+  } else {
+    static_assert(kKind == ActivationKind::kRelu2);
+    const Float positive = Vec::clamp_below(g, Vec::set(0.0f));
+    return Vec::mul(positive, positive);
+  }
+}
+
+// How one activation maps vectors of gate and up; `u` is ignored when not gated.
+template <ActivationKind kKind, bool kGated>
+struct ActivationMap {
+  static KT_INLINE Float apply(const Activation& a, const Float& g, const Float& u) {
+    if constexpr (kGated) {
+      return gated<kKind>(a, g, u);
+    } else {
+      return ungated<kKind>(g);
+    }
+  }
+};
+
+// Runs Panel<Map>::run(args) for the activation that args names: one branch a panel.
+template <template <class> class Panel>
+void for_activation(const ActivateArgs& args) {
+  using Kind = ActivationKind;
+  if (args.activation.gated) {
+    switch (args.activation.kind) {
+      case Kind::kSilu: return Panel<ActivationMap<Kind::kSilu, true>>::run(args);
+      case Kind::kSwigluOai: return Panel<ActivationMap<Kind::kSwigluOai, true>>::run(args);
+      case Kind::kSwigluStep: return Panel<ActivationMap<Kind::kSwigluStep, true>>::run(args);
+      case Kind::kGelu: return Panel<ActivationMap<Kind::kGelu, true>>::run(args);
+      case Kind::kGeluTanh: return Panel<ActivationMap<Kind::kGeluTanh, true>>::run(args);
+      case Kind::kSitu: return Panel<ActivationMap<Kind::kSitu, true>>::run(args);
+      case Kind::kRelu2: break;
+    }
+  } else {
+    switch (args.activation.kind) {
+      case Kind::kSilu: return Panel<ActivationMap<Kind::kSilu, false>>::run(args);
+      case Kind::kGeluTanh: return Panel<ActivationMap<Kind::kGeluTanh, false>>::run(args);
+      case Kind::kRelu2: return Panel<ActivationMap<Kind::kRelu2, false>>::run(args);
+      default: break;
+    }
+  }
+}

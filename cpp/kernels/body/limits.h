@@ -1,0 +1,47 @@
+// What the machine can do at most with this instruction set: reading memory, and products with and without
+// the loads that feed them. Included inside a target's namespace, after the policy.
+
+inline uint64_t limit_read(const std::byte* data, size_t bytes) {
+  constexpr size_t kStride = 256, kAhead = 2048;
+  Vec::Sum sum[4] = {};
+  for (size_t i = 0; i + kStride <= bytes; i += kStride) {
+    __builtin_prefetch(data + i + kAhead, 0, 3);
+    KT_UNROLL for (int j = 0; j < 4; ++j) Vec::add_to(sum[j], data + i + j * 64);
+  }
+  for (int j = 0; j < 4; ++j) asm volatile("" ::"m"(sum[j]));
+  return bytes;
+}
+
+// Independent chains of dot products, as many as hide their latency.
+inline double limit_dot_rows(uint64_t iterations) {
+  alignas(64) std::byte ones[64];
+  for (int i = 0; i < 32; ++i) std::memcpy(ones + 2 * i, "\x80\x3f", 2);
+  Vec::Segment w = Vec::load(ones), x = Vec::load(ones);
+  Vec::Acc acc[Vec::kPeakChains];
+  for (Vec::Acc& a : acc) a = Vec::zero_acc();
+  for (uint64_t i = 0; i < iterations; ++i)
+    KT_UNROLL for (int j = 0; j < Vec::kPeakChains; ++j) Vec::dot(acc[j], w, x);
+  for (const Vec::Acc& a : acc) asm volatile("" ::"m"(a));
+  return 2.0 * Vec::kStep * Vec::kPeakChains * static_cast<double>(iterations);
+}
+
+// The register tile of nt_rows.h with its loads, over operands that stay in the first-level cache.
+inline double limit_step_rows(uint64_t iterations, std::byte* cached_32k) {
+  constexpr int kRows = Vec::kRowTile, kTokens = Vec::kTokenTile;
+  constexpr size_t kSteps = 16;
+  Vec::Acc acc[kTokens][kRows];
+  for (int t = 0; t < kTokens; ++t)
+    for (int r = 0; r < kRows; ++r) acc[t][r] = Vec::zero_acc();
+  for (uint64_t i = 0; i < iterations; ++i) {
+    const std::byte* at = cached_32k + i % kSteps * (kRows + kTokens) * 64;
+    Vec::Segment xs[kTokens];
+    KT_UNROLL for (int t = 0; t < kTokens; ++t) xs[t] = Vec::load(at + (kRows + t) * 64);
+    KT_UNROLL for (int r = 0; r < kRows; ++r) {
+      const Vec::Segment w = Vec::load(at + r * 64);
+      KT_UNROLL for (int t = 0; t < kTokens; ++t) Vec::dot(acc[t][r], w, xs[t]);
+    }
+  }
+  for (int t = 0; t < kTokens; ++t)
+    for (int r = 0; r < kRows; ++r) asm volatile("" ::"m"(acc[t][r]));
+  return 2.0 * Vec::kStep * kRows * kTokens * static_cast<double>(iterations);
+}

@@ -1,0 +1,67 @@
+// Everything but the product for the rows-dot-rows kernels: operands are plain bf16 rows, C blocks are
+// row-major. Included inside a target's namespace, after nt_rows.h and activation.h.
+
+// Rows of an intermediate start on cache lines.
+KT_INLINE size_t operand_stride(uint32_t k) { return round_up(k * sizeof(bf16), kCacheLine); }
+
+inline size_t operand_bytes_rows(uint32_t m, uint32_t k) { return m * operand_stride(k); }
+
+inline Operand operand_block_rows(std::byte* data, uint32_t, uint32_t k, uint32_t m0, uint32_t m1) {
+  const size_t stride = operand_stride(k);
+  return Operand{data + m0 * stride, stride, nullptr, m1 - m0, k};
+}
+
+// Rows that straddle cache lines are read by every group of weights anew, so they are copied once.
+inline Operand pack_rows(const RowsView& rows, uint32_t m, uint32_t k, std::byte* data) {
+  const std::byte* source = reinterpret_cast<const std::byte*>(rows.data);
+  const size_t source_stride = rows.stride * sizeof(bf16);
+  if (is_aligned(source, source_stride)) return Operand{source, source_stride, rows.index, m, k};
+  const size_t stride = operand_stride(k);
+  for (uint32_t i = 0; i < m; ++i) {
+    const size_t row = rows.index ? rows.index[i] : i;
+    std::memcpy(data + i * stride, source + row * source_stride, k * sizeof(bf16));
+  }
+  return Operand{data, stride, nullptr, m, k};
+}
+
+// `count` floats that may end anywhere, as a full vector; null stands for zeros.
+KT_INLINE Float load_bias(const float* bias, size_t at, size_t count) {
+  if (bias == nullptr) return Vec::set(0.0f);
+  if (at + Vec::kWidth <= count) return Vec::load_f(bias + at);
+  float full[Vec::kWidth] = {};
+  std::memcpy(full, bias + at, (count - at) * sizeof(float));
+  return Vec::load_f(full);
+}
+
+// C rows are padded to 16 floats, so whole vectors may be read; only what exists is stored.
+template <class Map>
+struct ActivateRows {
+  static void run(const ActivateArgs& a) {
+    const size_t n = a.n1 - a.n0, ld = c_stride(a.n1 - a.n0);
+    for (size_t j = 0; j < n; j += Vec::kWidth) {
+      const Float gate_bias = load_bias(a.gate_bias, j, n), up_bias = load_bias(a.up_bias, j, n);
+      for (uint32_t m = 0; m < a.h.rows; ++m) {
+        const Float g = Vec::add(Vec::load_f(a.c_gate + m * ld + j), gate_bias);
+        const Float u = a.c_up ? Vec::add(Vec::load_f(a.c_up + m * ld + j), up_bias) : g;
+        const Float h = Map::apply(a.activation, g, u);
+        auto* to = const_cast<std::byte*>(a.h.data) + m * a.h.stride_bytes + (a.n0 + j) * sizeof(bf16);
+        store_partial_bf16(reinterpret_cast<bf16*>(to), h, n - j);
+      }
+    }
+  }
+};
+
+inline void activate_rows(const ActivateArgs& args) { for_activation<ActivateRows>(args); }
+
+inline void store_rows_rows(const StoreRowsArgs& a) {
+  const size_t ld = c_stride(a.n);
+  for (uint32_t m = 0; m < a.m; ++m) {
+    const float* c = a.c + m * ld;
+    float* y = a.y + m * a.y_stride;
+    if (a.bias == nullptr) {
+      std::memcpy(y, c, a.n * sizeof(float));
+    } else {
+      for (uint32_t n = 0; n < a.n; ++n) y[n] = c[n] + a.bias[n];
+    }
+  }
+}

@@ -1,0 +1,12 @@
+// The bodies of a rows-dot-rows target, in order. Included inside a target's namespace, after its policy.
+
+#define KT_TARGET_REGION
+#include "formats/all.h"
+#include "kernels/body/math.h"
+#include "kernels/body/activation.h"
+#include "kernels/body/combine.h"
+#include "kernels/body/nt_rows.h"
+#include "kernels/body/rows.h"
+#include "kernels/body/limits.h"
+#include "kernels/body/table_rows.h"
+#undef KT_TARGET_REGION

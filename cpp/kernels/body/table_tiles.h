@@ -1,0 +1,22 @@
+// The kernel table of a tile target. Included last inside a target's namespace.
+
+const KernelTable& table() {
+  static const KernelTable table = {
+      .isa = kIsa,
+      .operand_bytes = operand_bytes_tiles,
+      .operand_block = operand_block_tiles,
+      .pack = pack_tiles,
+      .c_floats = c_floats_tiles,
+      .nt_scratch_bytes = nt_scratch_bytes_tiles,
+      .nt = {
+#define KT_FORMAT(id, type) nt_tiles<formats::type>,
+#include "formats/formats.inc"
+#undef KT_FORMAT
+      },
+      .activate = activate_tiles,
+      .store_rows = store_rows_tiles,
+      .combine = combine_rows,
+      .limits = {limit_read, limit_dot_tiles, limit_step_tiles},
+  };
+  return table;
+}

@@ -1,0 +1,13 @@
+// The bodies of a tile target, in order. Included inside a target's namespace, after its policies.
+
+#define KT_TARGET_REGION
+#include "formats/all.h"
+#include "kernels/body/math.h"
+#include "kernels/body/activation.h"
+#include "kernels/body/combine.h"
+#include "kernels/body/nt_tiles.h"
+#include "kernels/body/tiles.h"
+#include "kernels/body/limits.h"
+#include "kernels/body/limits_tiles.h"
+#include "kernels/body/table_tiles.h"
+#undef KT_TARGET_REGION

@@ -1,0 +1,154 @@
+// The contract between the kernels of every instruction set and the layers above: formulas, layouts,
+// preconditions. A kernel works on one panel (some rows of one expert x some outputs), so the indirect call
+// through the table is amortised.
+//
+// Letters: M rows of activations (tokens routed to one expert), N outputs, K summed elements.
+//
+// Invariance. Every product sums along K in an order that depends on K and the instruction set alone: not on
+// M, not on the panel a row falls into, not on the thread. So an output row is the same to the bit whoever
+// else is in the batch.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "core/types.h"
+#include "formats/format.h"
+#include "isa/isa.h"
+
+namespace ktmoe::kernels {
+
+// Outputs are cut into panels at multiples of this, except for a matrix's last rows. Even, so that the
+// K-paired layout of an intermediate never has a pair in two panels.
+inline constexpr uint32_t kOutputBlock = 32;
+// The largest M that one call takes. Bounds the fp32 scratch of a worker.
+inline constexpr uint32_t kMaxPanelRows = 256;
+// The largest N that one call takes.
+inline constexpr uint32_t kMaxPanelOutputs = 64;
+
+// Rows of bf16 in row-major memory, optionally picked by an index: row m is index[m], or m without an index.
+struct RowsView {
+  const bf16* data = nullptr;
+  size_t stride = 0;  // elements from row to row
+  const int32_t* index = nullptr;
+};
+
+// Activations in the layout that the instruction set multiplies from. Made by KernelTable::pack (inputs) or
+// KernelTable::activate (the intermediate); opaque to everyone but the kernels.
+//   row-dot-row kernels: rows of K bf16, in place or gathered by index
+//   tile kernels:        panels of 16 rows, K-paired: [K/32][16 pairs][columns][2], the last panel only as
+//                        wide as its rows, K padded with zeros
+struct Operand {
+  const std::byte* data = nullptr;
+  size_t stride_bytes = 0;         // from row to row, or from panel to panel
+  const int32_t* index = nullptr;  // row-dot-row kernels only
+  uint32_t rows = 0;
+  uint32_t k = 0;
+};
+
+// C[m, n - n0] (+)= sum_k X[m, k] W[n, k] for n in [n0, n1), in fp32. C is a block of c_floats(M, n1 - n0)
+// floats, in a layout that only the kernels of the same table know.
+// Preconditions: n0 a multiple of kOutputBlock / 2, M <= kMaxPanelRows, n1 - n0 <= kMaxPanelOutputs,
+// scratch of nt_scratch_bytes(k), C aligned to 64 bytes.
+struct NtArgs {
+  Operand x;
+  WeightView w;
+  uint32_t n0 = 0, n1 = 0;
+  float* c = nullptr;
+  bool accumulate = false;
+  std::byte* scratch = nullptr;
+};
+
+enum class ActivationKind : uint8_t { kSilu, kSwigluOai, kSwigluStep, kGelu, kGeluTanh, kSitu, kRelu2 };
+
+// The activation function of an expert and its parameters (the reference names the formulas).
+struct Activation {
+  ActivationKind kind = ActivationKind::kSilu;
+  bool gated = true;
+  float limit = std::numeric_limits<float>::infinity();
+  float alpha = 1.702f;
+  float beta1 = 4, beta2 = 25;
+};
+
+// H[m, n] = bf16(act(G[m, n] + gate_bias[n], U[m, n] + up_bias[n])), the one rounding of the intermediate.
+// Not gated: H = act(G), where G is the up projection, and c_up and up_bias are null.
+// `h` is where the operand of all rows starts; this call writes columns [n0, n1) of it, and the zero padding
+// behind them when n1 is the last column. Biases are null or start at column n0.
+struct ActivateArgs {
+  Activation activation;
+  const float* c_gate = nullptr;
+  const float* c_up = nullptr;
+  const float* gate_bias = nullptr;
+  const float* up_bias = nullptr;
+  uint32_t n0 = 0, n1 = 0;
+  Operand h;  // as given by operand_block: the rows of this call
+};
+
+// Y[m, n] = C[m, n] + bias[n], from a C block to row-major fp32.
+struct StoreRowsArgs {
+  const float* c = nullptr;
+  const float* bias = nullptr;  // null or n values
+  uint32_t m = 0, n = 0;
+  float* y = nullptr;
+  size_t y_stride = 0;
+};
+
+enum class FloatType : uint8_t { kBf16, kFloat32 };
+
+// out[t, j] = round(base[t, j] + sum over p in slot order of weights[t, p] * y[row[t, p], j]), j < columns.
+// Slots with row < 0 are skipped. A token with a non-finite hidden state and at least one slot that is not
+// skipped gets NaN. `base` is null for zero; it may be `out` itself.
+struct CombineArgs {
+  const float* y = nullptr;
+  size_t y_stride = 0;
+  const int32_t* row = nullptr;      // [tokens, slots]
+  const float* weights = nullptr;    // [tokens, slots]
+  uint32_t tokens = 0, slots = 0, columns = 0;
+  const bf16* hidden = nullptr;      // [tokens, hidden_size], rows contiguous
+  uint32_t hidden_size = 0;
+  const void* base = nullptr;
+  FloatType base_type = FloatType::kFloat32;
+  void* out = nullptr;
+  FloatType out_type = FloatType::kBf16;
+  size_t out_stride = 0;             // elements, of base and out alike
+};
+
+// What one call of a limit kernel did, to be divided by its time.
+struct LimitKernels {
+  // Bytes read by summing [data, data + bytes); bytes a multiple of 1024.
+  uint64_t (*read)(const std::byte* data, size_t bytes);
+  // Flop of `iterations` rounds of independent bf16 dot products in registers.
+  double (*dot)(uint64_t iterations);
+  // Flop of the same products as a kernel issues them, operands loaded from the first-level cache.
+  double (*step)(uint64_t iterations, std::byte* cached_32k);
+};
+
+// All kernels of one instruction set. No entry is ever null.
+struct KernelTable {
+  Isa isa;
+
+  // Bytes to hold an operand of m rows and k columns.
+  size_t (*operand_bytes)(uint32_t m, uint32_t k);
+  // Rows [m0, m1) of an operand of m rows at `data`; m0 a multiple of kOutputBlock.
+  Operand (*operand_block)(std::byte* data, uint32_t m, uint32_t k, uint32_t m0, uint32_t m1);
+  // The operand of rows given in row-major bf16: refers to them where the kernels read rows in place, else
+  // packs them into `data`, which has operand_bytes(m, k).
+  Operand (*pack)(const RowsView& rows, uint32_t m, uint32_t k, std::byte* data);
+
+  size_t (*c_floats)(uint32_t m, uint32_t n);
+  size_t (*nt_scratch_bytes)(uint32_t k);
+  std::array<void (*)(const NtArgs&), kNumFormats> nt;
+
+  void (*activate)(const ActivateArgs&);
+  void (*store_rows)(const StoreRowsArgs&);
+  void (*combine)(const CombineArgs&);
+
+  LimitKernels limits;
+};
+
+// The table of an instruction set that is compiled in; null for one that is not.
+const KernelTable* find_table(Isa isa);
+
+}  // namespace ktmoe::kernels

@@ -1,0 +1,122 @@
+// The tile unit of AMX in portable code, bit for bit: what the hardware faults on throws, what it leaves
+// undefined is poisoned. Included inside a target's namespace, in place of tile_amx.h.
+//
+// TDPBF16PS, for each output: the even and the odd positions of K are summed separately from zero, each step
+// fused and rounded to nearest even; the two sums are added, and that is added to C. Denormal inputs count
+// as zero and denormal results become zero, whatever the rounding mode says.
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t column_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+inline float flush_denormal(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return (bits & 0x7f800000u) ? x : std::bit_cast<float>(bits & 0x80000000u);
+}
+
+// fma(a, b, sum) with denormals as the tile unit treats them. A product of two bf16 has 16 significant bits,
+// so a plain product is exact, and so is the fused sum, unless it leaves the range of normal numbers.
+inline float fused_step(float a, float b, float sum) {
+  const float product = a * b;
+  const float size = std::fabs(product);
+  const bool in_range = size > 0x1p-100f && size < 0x1p127f;
+  return flush_denormal(in_range || a == 0 || b == 0 ? sum + product : std::fma(a, b, sum));
+}
+
+struct Tile {
+  struct Register {
+    std::byte bytes[16][64];
+  };
+  struct State {
+    bool configured = false;
+    TileConfig config;
+    Register tile[8];
+  };
+  static State& state() {
+    thread_local State s;
+    return s;
+  }
+
+  static void fault(const char* what) { throw std::logic_error(std::string("amx_emu: ") + what); }
+
+  static void configure(const TileConfig& config) {
+    if (config.palette != 1) fault("a palette other than 1");
+    for (int i = 0; i < 16; ++i) {
+      if (i >= 8 && (config.rows[i] || config.column_bytes[i])) fault("a tile beyond the eighth is configured");
+      if (config.rows[i] > 16) fault("a tile has more than 16 rows");
+      if (config.column_bytes[i] > 64) fault("a tile row has more than 64 bytes");
+      if ((config.rows[i] == 0) != (config.column_bytes[i] == 0)) fault("a tile has rows or columns, not both");
+    }
+    State& s = state();
+    s.configured = true;
+    s.config = config;
+    std::memset(s.tile, 0, sizeof s.tile);  // LDTILECFG zeroes all tiles
+  }
+  static void release() {
+    State& s = state();
+    s.configured = false;
+    std::memset(s.tile, 0xff, sizeof s.tile);  // NaN, should anyone look
+  }
+
+  static State& checked(int id) {
+    State& s = state();
+    if (!s.configured) fault("a tile is used without a configuration");
+    if (s.config.rows[id] == 0) fault("a tile is used that is not configured");
+    return s;
+  }
+  template <int kId>
+  static void zero() {
+    std::memset(&checked(kId).tile[kId], 0, sizeof(Register));
+  }
+  template <int kId>
+  static void load(const void* p, ptrdiff_t stride_bytes) {
+    State& s = checked(kId);
+    std::memset(&s.tile[kId], 0, sizeof(Register));
+    for (int r = 0; r < s.config.rows[kId]; ++r)
+      std::memcpy(s.tile[kId].bytes[r], static_cast<const std::byte*>(p) + r * stride_bytes,
+                  s.config.column_bytes[kId]);
+  }
+  template <int kId>
+  static void store(void* p, ptrdiff_t stride_bytes) {
+    State& s = checked(kId);
+    for (int r = 0; r < s.config.rows[kId]; ++r)
+      std::memcpy(static_cast<std::byte*>(p) + r * stride_bytes, s.tile[kId].bytes[r],
+                  s.config.column_bytes[kId]);
+  }
+  template <int kC, int kA, int kB>
+  static void dot_bf16() {
+    State& s = checked(kC);
+    checked(kA), checked(kB);
+    const int rows = s.config.rows[kA], columns = s.config.column_bytes[kB] / 4;
+    const int pairs = s.config.column_bytes[kA] / 4;
+    if (s.config.rows[kC] != rows) fault("TDPBF16PS: rows of C and A differ");
+    if (s.config.column_bytes[kC] != s.config.column_bytes[kB]) fault("TDPBF16PS: columns of C and B differ");
+    if (s.config.rows[kB] != pairs) fault("TDPBF16PS: K of A and B differ");
+    for (int n = 0; n < rows; ++n) {
+      float even[16] = {}, odd[16] = {};
+      for (int k = 0; k < pairs; ++k) {
+        const float a0 = element(s.tile[kA], n, 2 * k), a1 = element(s.tile[kA], n, 2 * k + 1);
+        for (int m = 0; m < columns; ++m) {
+          even[m] = fused_step(a0, element(s.tile[kB], k, 2 * m), even[m]);
+          odd[m] = fused_step(a1, element(s.tile[kB], k, 2 * m + 1), odd[m]);
+        }
+      }
+      float c[16];
+      std::memcpy(c, s.tile[kC].bytes[n], sizeof c);
+      for (int m = 0; m < columns; ++m)
+        c[m] = flush_denormal(flush_denormal(c[m]) + flush_denormal(even[m] + odd[m]));
+      std::memcpy(s.tile[kC].bytes[n], c, sizeof c);
+    }
+  }
+
+ private:
+  static float element(const Register& tile, int row, int column) {
+    bf16 x;
+    std::memcpy(&x, tile.bytes[row] + column * 2, sizeof x);
+    return flush_denormal(to_float(x));
+  }
+};

@@ -1,0 +1,103 @@
+// Vectors of 256 bits with FMA. Included inside a target's namespace. bf16 pairs are split into two fp32
+// vectors: the even elements shifted up, the odd ones masked.
+
+struct Vec {
+  // ---- rows-dot-rows products ----
+  static constexpr size_t kStep = 16;
+  static constexpr int kRowTile = 4;
+  static constexpr int kTokenTile = 2;  // 8 accumulators + 4 activation and 2 weight halves of 16 registers
+  using Acc = __m256;
+  struct Segment {
+    __m256 even, odd;
+  };
+  static KT_INLINE Acc zero_acc() { return _mm256_setzero_ps(); }
+  static KT_INLINE Segment load(const std::byte* p) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+  static KT_INLINE Segment load_partial(const std::byte* p, size_t count) {
+    alignas(32) std::byte full[32] = {};
+    std::memcpy(full, p, count * 2);
+    return load(full);
+  }
+  static KT_INLINE void store(std::byte* p, const Segment& s) {
+    const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(s.even), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(low, _mm256_castps_si256(s.odd)));
+  }
+  static KT_INLINE void dot(Acc& acc, const Segment& w, const Segment& x) {
+    acc = _mm256_fmadd_ps(w.odd, x.odd, acc);
+    acc = _mm256_fmadd_ps(w.even, x.even, acc);
+  }
+
+  // Lane i with i + 4, then i + 2, i + 1: the same tree for one sum as for four.
+  static KT_INLINE __m128 fold4(__m256 x) {
+    return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  }
+  static KT_INLINE void reduce(const Acc (&acc)[1], float* out) {
+    const __m128 b = fold4(acc[0]);
+    const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    out[0] = _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+  }
+  static KT_INLINE void reduce(const Acc (&acc)[4], float* out) {
+    const __m128 a = fold4(acc[0]), b = fold4(acc[1]), c = fold4(acc[2]), d = fold4(acc[3]);
+    const __m128 ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));  // a02 a13 b02 b13
+    const __m128 cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
+    const __m128 even = _mm_shuffle_ps(ab, cd, 0x88), odd = _mm_shuffle_ps(ab, cd, 0xdd);
+    _mm_storeu_ps(out, _mm_add_ps(even, odd));
+  }
+
+  // ---- limits ----
+  static constexpr int kPeakChains = 10;
+  struct Sum { __m256i low, high; };
+  static KT_INLINE void add_to(Sum& sum, const std::byte* p) {
+    const __m256i* v = reinterpret_cast<const __m256i*>(p);
+    sum.low = _mm256_xor_si256(sum.low, _mm256_loadu_si256(v));
+    sum.high = _mm256_xor_si256(sum.high, _mm256_loadu_si256(v + 1));
+  }
+
+  // ---- elementwise fp32 ----
+  static constexpr size_t kWidth = 8;
+  using Float = __m256;
+  using Mask = __m256;
+  static KT_INLINE Float set(float x) { return _mm256_set1_ps(x); }
+  static KT_INLINE Float load_f(const float* p) { return _mm256_loadu_ps(p); }
+  static KT_INLINE Float load_bf16(const bf16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static KT_INLINE void store_f(float* p, Float x) { _mm256_storeu_ps(p, x); }
+  static KT_INLINE void store_bf16(bf16* p, Float x) {
+    const __m256i high = _mm256_srli_epi32(rounded(x), 16);
+    const __m128i bits = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
+  }
+  static KT_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static KT_INLINE Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
+  static KT_INLINE Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static KT_INLINE Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
+  static KT_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  // min and max give their second operand when either is NaN.
+  static KT_INLINE Float clamp_above(Float x, Float limit) { return _mm256_min_ps(limit, x); }
+  static KT_INLINE Float clamp_below(Float x, Float limit) { return _mm256_max_ps(limit, x); }
+  static KT_INLINE Float abs(Float x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+  static KT_INLINE Mask less(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+  static KT_INLINE Float select(Mask m, Float yes, Float no) { return _mm256_blendv_ps(no, yes, m); }
+  static KT_INLINE Float round(Float x) {
+    return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static KT_INLINE Float pow2(Float n) {
+    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+  }
+
+ private:
+  // The bits of x, rounded to nearest even at bit 16; NaN keeps its quiet bit.
+  static KT_INLINE __m256i rounded(Float x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(sum, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
+  }
+};

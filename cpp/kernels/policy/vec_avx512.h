@@ -1,0 +1,128 @@
+// Vectors of 512 bits. Included inside a target's namespace; KT_HAS_AVX512_BF16 says whether the target has
+// the bf16 dot product, else bf16 pairs are split into two fp32 vectors and multiplied by FMA.
+
+struct Vec {
+  // ---- rows-dot-rows products ----
+  static constexpr size_t kStep = 32;
+  static constexpr int kRowTile = 8;
+  using Acc = __m512;
+  static KT_INLINE Acc zero_acc() { return _mm512_setzero_ps(); }
+
+#if KT_HAS_AVX512_BF16
+  static constexpr int kTokenTile = 3;  // 24 accumulators + 3 activations + 1 weight of 32 registers
+  using Segment = __m512bh;
+  static KT_INLINE Segment load(const std::byte* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static KT_INLINE Segment load_partial(const std::byte* p, size_t count) {
+    return (__m512bh)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
+  }
+  static KT_INLINE void store(std::byte* p, Segment s) { _mm512_storeu_si512(p, (__m512i)s); }
+  static KT_INLINE void dot(Acc& acc, Segment w, Segment x) { acc = _mm512_dpbf16_ps(acc, x, w); }
+#else
+  static constexpr int kTokenTile = 2;  // 16 accumulators + 4 activation and 2 weight halves
+  struct Segment {
+    __m512 even, odd;
+  };
+  static KT_INLINE Segment split(__m512i pairs) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+  static KT_INLINE Segment load(const std::byte* p) { return split(_mm512_loadu_si512(p)); }
+  static KT_INLINE Segment load_partial(const std::byte* p, size_t count) {
+    return split(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p));
+  }
+  static KT_INLINE void store(std::byte* p, const Segment& s) {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(s.even), 16);
+    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_castps_si512(s.odd)));
+  }
+  static KT_INLINE void dot(Acc& acc, const Segment& w, const Segment& x) {
+    acc = _mm512_fmadd_ps(w.odd, x.odd, acc);
+    acc = _mm512_fmadd_ps(w.even, x.even, acc);
+  }
+#endif
+
+  // Lane i with i + 8, then i + 4, i + 2, i + 1: the same tree for one sum as for eight.
+  static KT_INLINE void reduce(const Acc (&acc)[1], float* out) {
+    const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(acc[0]), _mm512_extractf32x8_ps(acc[0], 1));
+    const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    out[0] = _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+  }
+  static KT_INLINE void reduce(const Acc (&acc)[8], float* out) {
+    const __m512 ab = fold8(acc[0], acc[1]), cd = fold8(acc[2], acc[3]);
+    const __m512 ef = fold8(acc[4], acc[5]), gh = fold8(acc[6], acc[7]);
+    // [a a b b] + [c c d d] quarters -> [a b c d], each quarter four lanes of one sum
+    const __m512 abcd = fold4(ab, cd), efgh = fold4(ef, gh);
+    const __m512 pairs = _mm512_add_ps(as_ps(_mm512_unpacklo_pd(as_pd(abcd), as_pd(efgh))),
+                                       as_ps(_mm512_unpackhi_pd(as_pd(abcd), as_pd(efgh))));
+    // quarters [a0 a1 e0 e1] [b0 b1 f0 f1] [c .. g ..] [d .. h ..]
+    const __m512 sums = _mm512_add_ps(pairs, _mm512_movehdup_ps(pairs));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, sums)));
+  }
+
+  // ---- limits ----
+  static constexpr int kPeakChains = 24;
+  using Sum = __m512i;
+  static KT_INLINE void add_to(Sum& sum, const std::byte* p) {
+    sum = _mm512_xor_si512(sum, _mm512_loadu_si512(p));
+  }
+
+  // ---- elementwise fp32 ----
+  static constexpr size_t kWidth = 16;
+  using Float = __m512;
+  using Mask = __mmask16;
+  static KT_INLINE Float set(float x) { return _mm512_set1_ps(x); }
+  static KT_INLINE Float load_f(const float* p) { return _mm512_loadu_ps(p); }
+  static KT_INLINE Float load_bf16(const bf16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static KT_INLINE void store_f(float* p, Float x) { _mm512_storeu_ps(p, x); }
+  static KT_INLINE void store_bf16(bf16* p, Float x) {
+    const __m256i bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(x), 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+  }
+  static KT_INLINE void store_bf16_pairs(bf16* p, Float even, Float odd) {
+    const __m512i high = _mm512_and_si512(rounded(odd), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+    _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(rounded(even), 16), high));
+  }
+  static KT_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static KT_INLINE Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+  static KT_INLINE Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  static KT_INLINE Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
+  static KT_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  // min and max give their second operand when either is NaN.
+  static KT_INLINE Float clamp_above(Float x, Float limit) { return _mm512_min_ps(limit, x); }
+  static KT_INLINE Float clamp_below(Float x, Float limit) { return _mm512_max_ps(limit, x); }
+  static KT_INLINE Float abs(Float x) { return _mm512_abs_ps(x); }
+  static KT_INLINE Mask less(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static KT_INLINE Float select(Mask m, Float yes, Float no) { return _mm512_mask_blend_ps(m, no, yes); }
+  static KT_INLINE Float round(Float x) {
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static KT_INLINE Float pow2(Float n) {
+    const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
+  }
+
+ private:
+  static KT_INLINE __m512d as_pd(__m512 x) { return _mm512_castps_pd(x); }
+  static KT_INLINE __m512 as_ps(__m512d x) { return _mm512_castpd_ps(x); }
+
+  // Halves of a and of b added: [a + a', b + b'].
+  static KT_INLINE __m512 fold8(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+  // Quarters of the sums in ab and cd added: [a b c d].
+  static KT_INLINE __m512 fold4(__m512 ab, __m512 cd) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  }
+  // The bits of x, rounded to nearest even at bit 16; NaN keeps its quiet bit.
+  static KT_INLINE __m512i rounded(Float x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(sum, nan, bits, _mm512_set1_epi32(0x400000));
+  }
+};

@@ -1,0 +1,109 @@
+// Vectors without intrinsics: eight lanes in plain arrays, which the compiler maps to whatever the platform's
+// baseline has (SSE2, NEON). Included inside a target's namespace.
+
+struct Vec {
+  // ---- rows-dot-rows products ----
+  static constexpr size_t kStep = 8;        // elements of K a step
+  static constexpr int kRowTile = 4;        // weight rows a register tile
+  static constexpr int kTokenTile = 1;      // activation rows a register tile
+  struct Segment { float lane[8]; };
+  struct Acc { float lane[8]; };
+
+  static KT_INLINE Acc zero_acc() { return Acc{}; }
+  static KT_INLINE Segment load(const std::byte* p) {
+    Segment s;
+    uint16_t bits[8];
+    std::memcpy(bits, p, sizeof bits);
+    for (int i = 0; i < 8; ++i) s.lane[i] = to_float(bf16{bits[i]});
+    return s;
+  }
+  static KT_INLINE Segment load_partial(const std::byte* p, size_t count) {
+    uint16_t bits[8] = {};
+    std::memcpy(bits, p, count * sizeof bits[0]);
+    return load(reinterpret_cast<const std::byte*>(bits));
+  }
+  static KT_INLINE void store(std::byte* p, const Segment& s) {
+    uint16_t bits[8];
+    for (int i = 0; i < 8; ++i) bits[i] = to_bf16(s.lane[i]).bits;
+    std::memcpy(p, bits, sizeof bits);
+  }
+  static KT_INLINE void dot(Acc& acc, const Segment& w, const Segment& x) {
+    for (int i = 0; i < 8; ++i) acc.lane[i] += w.lane[i] * x.lane[i];
+  }
+  // Sums of kRows accumulators, each by the same tree.
+  template <int kRows>
+  static KT_INLINE void reduce(const Acc (&acc)[kRows], float* out) {
+    for (int r = 0; r < kRows; ++r) {
+      const float* v = acc[r].lane;
+      out[r] = ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+    }
+  }
+
+  // ---- limits ----
+  static constexpr int kPeakChains = 4;
+  struct Sum { uint64_t lane[8]; };
+  static KT_INLINE void add_to(Sum& sum, const std::byte* p) {
+    uint64_t v[8];
+    std::memcpy(v, p, sizeof v);
+    for (int i = 0; i < 8; ++i) sum.lane[i] ^= v[i];
+  }
+
+  // ---- elementwise fp32 ----
+  static constexpr size_t kWidth = 8;
+  struct Float { float lane[8]; };
+  struct Mask { bool lane[8]; };
+
+#define KT_MAP(expression)                                       \
+  Float r;                                                       \
+  for (size_t i = 0; i < kWidth; ++i) r.lane[i] = (expression);  \
+  return r
+
+  static KT_INLINE Float set(float x) { KT_MAP(x); }
+  static KT_INLINE Float load_f(const float* p) { KT_MAP(p[i]); }
+  static KT_INLINE Float load_bf16(const bf16* p) { KT_MAP(to_float(p[i])); }
+  static KT_INLINE void store_f(float* p, const Float& x) { std::memcpy(p, x.lane, sizeof x.lane); }
+  static KT_INLINE void store_bf16(bf16* p, const Float& x) {
+    for (size_t i = 0; i < kWidth; ++i) p[i] = to_bf16(x.lane[i]);
+  }
+  // p[2 i] = even[i], p[2 i + 1] = odd[i]
+  static KT_INLINE void store_bf16_pairs(bf16* p, const Float& even, const Float& odd) {
+    for (size_t i = 0; i < kWidth; ++i) {
+      p[2 * i] = to_bf16(even.lane[i]);
+      p[2 * i + 1] = to_bf16(odd.lane[i]);
+    }
+  }
+  static KT_INLINE Float add(const Float& a, const Float& b) { KT_MAP(a.lane[i] + b.lane[i]); }
+  static KT_INLINE Float sub(const Float& a, const Float& b) { KT_MAP(a.lane[i] - b.lane[i]); }
+  static KT_INLINE Float mul(const Float& a, const Float& b) { KT_MAP(a.lane[i] * b.lane[i]); }
+  static KT_INLINE Float div(const Float& a, const Float& b) { KT_MAP(a.lane[i] / b.lane[i]); }
+  // a * b + c, fused where the instruction set fuses
+  static KT_INLINE Float fma(const Float& a, const Float& b, const Float& c) {
+    KT_MAP(a.lane[i] * b.lane[i] + c.lane[i]);
+  }
+  // A NaN in x comes through; limits are never NaN.
+  static KT_INLINE Float clamp_above(const Float& x, const Float& limit) {
+    KT_MAP(x.lane[i] > limit.lane[i] ? limit.lane[i] : x.lane[i]);
+  }
+  static KT_INLINE Float clamp_below(const Float& x, const Float& limit) {
+    KT_MAP(x.lane[i] < limit.lane[i] ? limit.lane[i] : x.lane[i]);
+  }
+  static KT_INLINE Float abs(const Float& x) { KT_MAP(x.lane[i] < 0 ? -x.lane[i] : x.lane[i]); }
+  static KT_INLINE Mask less(const Float& a, const Float& b) {
+    Mask m;
+    for (size_t i = 0; i < kWidth; ++i) m.lane[i] = a.lane[i] < b.lane[i];
+    return m;
+  }
+  static KT_INLINE Float select(const Mask& m, const Float& yes, const Float& no) {
+    KT_MAP(m.lane[i] ? yes.lane[i] : no.lane[i]);
+  }
+  // To the nearest integer, |x| < 2^22; NaN gives NaN.
+  static KT_INLINE Float round(const Float& x) {
+    constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction bits
+    KT_MAP((x.lane[i] + kMagic) - kMagic);
+  }
+  // 2^n for integral n in [-126, 127]; anything for a NaN.
+  static KT_INLINE Float pow2(const Float& n) {
+    KT_MAP(std::bit_cast<float>((n.lane[i] == n.lane[i] ? static_cast<int32_t>(n.lane[i]) + 127 : 127) << 23));
+  }
+#undef KT_MAP
+};

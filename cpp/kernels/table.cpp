@@ -1,0 +1,43 @@
+#include "kernels/table.h"
+
+#include <cstdlib>
+#include <optional>
+
+#include "kernels/targets/targets.h"
+
+namespace ktmoe::kernels {
+
+const KernelTable* find_table(Isa isa) {
+  switch (isa) {
+    case Isa::kScalar: return &scalar::table();
+    case Isa::kAmxEmu: return &amx_emu::table();
+#if defined(__x86_64__)
+    case Isa::kAvx2: return &avx2::table();
+    case Isa::kAvx512: return &avx512::table();
+    case Isa::kAvx512Bf16: return &avx512_bf16::table();
+    case Isa::kAmx: return &amx::table();
+#else
+    default: break;
+#endif
+  }
+  return nullptr;
+}
+
+std::vector<Isa> compiled_isas() {
+  std::vector<Isa> isas;
+  for (Isa isa : kAllIsas)
+    if (find_table(isa)) isas.push_back(isa);
+  return isas;
+}
+
+const KernelTable& active_table() {
+  static const KernelTable& table = [&]() -> const KernelTable& {
+    const char* name = std::getenv("KTMOE_ISA");
+    std::optional<std::string_view> wanted;
+    if (name != nullptr && *name != '\0') wanted = name;
+    return *find_table(select_isa(cpu_features(), compiled_isas(), wanted));
+  }();
+  return table;
+}
+
+}  // namespace ktmoe::kernels

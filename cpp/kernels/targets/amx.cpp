@@ -1,0 +1,29 @@
+// The kernels for AMX: products on the tile unit, the rest on AVX-512.
+#include <immintrin.h>
+
+#include "kernels/targets/includes.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,amx-tile,amx-bf16,amx-int8"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,amx-tile,amx-bf16,amx-int8")
+#endif
+
+namespace ktmoe::kernels::amx {
+
+constexpr Isa kIsa = Isa::kAmx;
+#define KT_HAS_AVX512_BF16 1
+#include "kernels/body/region.h"
+#include "kernels/policy/tile_amx.h"
+#include "kernels/policy/vec_avx512.h"
+#include "kernels/body/transpose_avx512.h"
+#include "kernels/body/tiles_target.h"
+
+}  // namespace ktmoe::kernels::amx
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif

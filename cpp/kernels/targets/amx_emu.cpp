@@ -1,0 +1,13 @@
+// The tile kernels of AMX on an emulator, so that they are tested on any machine.
+#include "kernels/targets/includes.h"
+
+namespace ktmoe::kernels::amx_emu {
+
+constexpr Isa kIsa = Isa::kAmxEmu;
+#include "kernels/body/region.h"
+#include "kernels/policy/tile_emu.h"
+#include "kernels/policy/vec_scalar.h"
+#include "kernels/body/transpose_portable.h"
+#include "kernels/body/tiles_target.h"
+
+}  // namespace ktmoe::kernels::amx_emu

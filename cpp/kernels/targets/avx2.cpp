@@ -1,0 +1,27 @@
+// The kernels for AVX2 with FMA.
+#include <immintrin.h>
+
+#include "kernels/targets/includes.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace ktmoe::kernels::avx2 {
+
+constexpr Isa kIsa = Isa::kAvx2;
+
+#include "kernels/body/region.h"
+#include "kernels/policy/vec_avx2.h"
+#include "kernels/body/rows_target.h"
+
+}  // namespace ktmoe::kernels::avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,27 @@
+// The kernels for AVX-512 with the bf16 dot product.
+#include <immintrin.h>
+
+#include "kernels/targets/includes.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi")
+#endif
+
+namespace ktmoe::kernels::avx512_bf16 {
+
+constexpr Isa kIsa = Isa::kAvx512Bf16;
+#define KT_HAS_AVX512_BF16 1
+#include "kernels/body/region.h"
+#include "kernels/policy/vec_avx512.h"
+#include "kernels/body/rows_target.h"
+
+}  // namespace ktmoe::kernels::avx512_bf16
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,18 @@
+// Everything a target needs from outside its region: headers included inside one would be compiled for its
+// instruction set and, being inline, could replace everyone's copy at link time.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "core/aligned_buffer.h"
+#include "core/types.h"
+#include "formats/all.h"
+#include "kernels/contract.h"
+#include "kernels/targets/targets.h"

@@ -1,0 +1,15 @@
+// The kernel tables of the targets; which of them a build has is KTMOE_X86.
+#pragma once
+
+#include "kernels/contract.h"
+
+namespace ktmoe::kernels {
+
+namespace scalar { const KernelTable& table(); }
+namespace avx2 { const KernelTable& table(); }
+namespace avx512 { const KernelTable& table(); }
+namespace avx512_bf16 { const KernelTable& table(); }
+namespace amx { const KernelTable& table(); }
+namespace amx_emu { const KernelTable& table(); }
+
+}  // namespace ktmoe::kernels

@@ -1,0 +1,52 @@
+// What a layer of experts does, whatever its weight format and however many nodes share it.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "moe/config.h"
+
+namespace ktmoe {
+
+// The weights of a layer, as given: a matrix a physical expert and projection, and biases in fp32.
+// Nothing is copied; `owner` keeps the memory alive.
+struct ExpertWeights {
+  std::vector<WeightView> gate, up, down;                // [E]; gate is empty without a gate
+  std::vector<float> gate_bias, up_bias, down_bias;      // [E, I], [E, I], [E, H], or empty
+  std::shared_ptr<const void> owner;
+};
+
+// One forward pass of the routed experts. All arrays are contiguous and the caller's.
+struct ForwardArgs {
+  uint32_t num_tokens = 0;                // T
+  const bf16* hidden_states = nullptr;    // [T, H]
+  const int64_t* topk_ids = nullptr;      // [T, P]
+  const float* topk_weights = nullptr;    // [T, P]
+  const uint8_t* skip_experts = nullptr;  // [E] or null: experts that someone else computes
+  const void* base = nullptr;             // [T, H] or null: what the result is added to; may be `out`
+  kernels::FloatType base_type = kernels::FloatType::kFloat32;
+  void* out = nullptr;                    // [T, H]
+  kernels::FloatType out_type = kernels::FloatType::kBf16;
+};
+
+class MoE_Interface {
+ public:
+  MoE_Interface() = default;
+  virtual ~MoE_Interface() = default;
+  MoE_Interface(const MoE_Interface&) = delete;
+  MoE_Interface& operator=(const MoE_Interface&) = delete;
+
+  virtual const GeneralMOEConfig& config() const = 0;
+  virtual FormatId format() const = 0;
+  virtual bool loaded() const = 0;
+
+  // Exchanges the layer's weights for `weights`: the old ones come out, for the caller to release.
+  // Throws std::invalid_argument when the numbers of matrices or biases do not fit the config.
+  virtual void load_weights(ExpertWeights& weights) = 0;
+
+  // out = base + sum of the experts' outputs, weighted by slot. Throws std::out_of_range for an expert id
+  // of expert_num or above, std::runtime_error when nothing is loaded; `out` is then as it was.
+  virtual void forward(const ForwardArgs& args) = 0;
+};
+
+}  // namespace ktmoe

@@ -1,0 +1,45 @@
+// What one forward pass of a layer works on: the caller's arrays, the routing, and the borrowed scratch.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "moe/interface.h"
+#include "moe/panel_tasks.h"
+#include "moe/routing_plan.h"
+
+namespace ktmoe {
+
+// The activations a worker has packed last: consecutive panels of an expert share them.
+struct PackedRows {
+  uint32_t active = UINT32_MAX;
+  uint32_t m0 = 0;
+  kernels::Operand operand;
+};
+
+// A worker's own scratch.
+struct WorkerScratch {
+  PackedRows packed;
+  std::byte* operand = nullptr;  // packed activations
+  float* c_gate = nullptr;       // C blocks
+  float* c_up = nullptr;
+  std::byte* nt = nullptr;       // of the product kernel
+};
+
+// The down projection goes over a part's columns in passes, so that its fp32 results stay in cache until
+// they are combined: in pass i, columns [pass.begin, pass.end) are in y, row after row.
+struct ColumnPass {
+  Span columns;
+  float* y = nullptr;
+};
+
+struct LayerCall {
+  const kernels::KernelTable* kernels = nullptr;
+  const GeneralMOEConfig* config = nullptr;
+  const ForwardArgs* args = nullptr;
+  RoutingPlan plan;
+  std::vector<std::byte*> h;  // the intermediate of each active expert, an operand
+  std::vector<WorkerScratch> workers;
+};
+
+}  // namespace ktmoe

@@ -1,0 +1,68 @@
+#include "moe/limits.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <vector>
+
+#include "core/aligned_buffer.h"
+
+namespace ktmoe {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// The sum over all threads of what `work` reports per second. The threads begin together (or, should one be
+// kept from running, after a short wait), each repeats its work until the time is over.
+double total_rate(WorkerPool& pool, double seconds, FunctionRef<double(uint32_t)> work) {
+  const uint32_t threads = static_cast<uint32_t>(pool.num_threads());
+  std::atomic<uint32_t> ready{0};
+  std::vector<double> rate(threads);
+  pool.run(threads, [&](const Worker&, int, uint32_t i) {
+    ready.fetch_add(1);
+    const auto asked = Clock::now();
+    while (ready.load() < threads && seconds_since(asked) < 0.1) {
+    }
+    const auto start = Clock::now();
+    double done = 0;
+    while (seconds_since(start) < seconds) done += work(i);
+    rate[i] = done / seconds_since(start);
+  });
+  double sum = 0;
+  for (double r : rate) sum += r;
+  return sum;
+}
+
+}  // namespace
+
+MachineLimits measure_limits(WorkerPool& pool, const kernels::KernelTable& table, double seconds) {
+  constexpr size_t kTotalBytes = size_t{1} << 30, kLeastBytes = size_t{64} << 20;  // beyond any cache
+  constexpr uint64_t kIterations = 2000;
+  constexpr size_t kCachedBytes = 32 << 10;
+  const uint32_t threads = static_cast<uint32_t>(pool.num_threads());
+  const size_t bytes = std::max(kTotalBytes / threads, kLeastBytes) / 1024 * 1024;
+
+  std::vector<AlignedBuffer> memory(threads), cached(threads);
+  pool.run(threads, [&](const Worker&, int, uint32_t i) {
+    memory[i].reserve(bytes);
+    std::memset(memory[i].data(), 1, bytes);
+    cached[i].reserve(kCachedBytes);
+    std::memset(cached[i].data(), 1, kCachedBytes);
+  });
+
+  MachineLimits limits;
+  limits.read_bytes_per_s = total_rate(pool, seconds, [&](uint32_t i) {
+    return static_cast<double>(table.limits.read(memory[i].data(), bytes));
+  });
+  limits.dot_flop_per_s = total_rate(pool, seconds, [&](uint32_t) { return table.limits.dot(kIterations); });
+  limits.step_flop_per_s =
+      total_rate(pool, seconds, [&](uint32_t i) { return table.limits.step(kIterations, cached[i].data()); });
+  return limits;
+}
+
+}  // namespace ktmoe

@@ -1,0 +1,176 @@
+// A node's share of an expert layer, and the steps of its forward pass:
+//
+//   gate_up   gather and pack X | gate, up products | activation -> H
+//   down      product of H
+//   combine   slots of a token in order, one rounding
+//
+// Inference and training are the same steps: a derived class adds to them through the hooks below, which the
+// base calls by static dispatch (CRTP) and which do nothing unless hidden by the derived class.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "core/aligned_buffer.h"
+#include "moe/layer_call.h"
+
+namespace ktmoe {
+
+// `T` is the kernel family (GemmKernel224BF and its kin), which names the weight format.
+template <class T, class Derived>
+class AMX_MOE_BASE {
+ public:
+  using Kernel = T;
+
+  // The outputs of gate and up, and of down, that this part computes.
+  AMX_MOE_BASE(const GeneralMOEConfig& config, Span intermediate, Span hidden)
+      : config_(config), intermediate_(intermediate), hidden_(hidden) {}
+
+  Span intermediate() const { return intermediate_; }
+  Span hidden() const { return hidden_; }
+  void set_weights(const ExpertWeights* weights) { weights_ = weights; }
+
+  void cut_gate_up(const LayerCall& call, int num_threads) {
+    cut_panels(call.plan, intermediate_, static_cast<uint32_t>(config_.hidden_size), num_threads, gate_up_tasks_);
+  }
+  // Columns of pass `i` of `passes`.
+  void cut_down(const LayerCall& call, int num_threads, uint32_t pass, uint32_t passes) {
+    const Span part = share_of(hidden_.size(), kernels::kOutputBlock, pass, passes);
+    pass_.columns = {hidden_.begin + part.begin, hidden_.begin + part.end};
+    cut_panels(call.plan, pass_.columns, static_cast<uint32_t>(config_.intermediate_size), num_threads, down_tasks_);
+    cut_tokens(call.args->num_tokens, pass_.columns, num_threads, combine_tasks_);
+  }
+  uint32_t num_gate_up() const { return static_cast<uint32_t>(gate_up_tasks_.size()); }
+  uint32_t num_down() const { return static_cast<uint32_t>(down_tasks_.size()); }
+  uint32_t num_combine() const { return static_cast<uint32_t>(combine_tasks_.size()); }
+
+  // Where the results of the down projection go: rows x the widest pass.
+  void set_y(float* y) { pass_.y = y; }
+  uint32_t widest_pass(uint32_t passes) const {
+    uint32_t widest = 0;
+    for (uint32_t i = 0; i < passes; ++i)
+      widest = std::max(widest, share_of(hidden_.size(), kernels::kOutputBlock, i, passes).size());
+    return widest;
+  }
+
+  void gate_up(LayerCall& call, WorkerScratch& scratch, uint32_t task_index) {
+    const PanelTask& task = gate_up_tasks_[task_index];
+    const auto& expert = call.plan.active[task.active];
+    const size_t e = expert.expert, width = static_cast<size_t>(config_.intermediate_size);
+    const kernels::Operand& x = packed_rows(call, scratch, task);
+
+    kernels::ActivateArgs act;
+    act.activation = config_.activation;
+    act.n0 = task.n0, act.n1 = task.n1;
+    act.h = call.kernels->operand_block(call.h[task.active], expert.rows, static_cast<uint32_t>(width), task.m0, task.m1);
+
+    product(call, scratch, x, weights_->up[e], task, scratch.c_up);
+    if (config_.activation.gated) product(call, scratch, x, weights_->gate[e], task, scratch.c_gate);
+    derived().before_activation(call, scratch, task, x);
+
+    const float* up_bias = bias_of(weights_->up_bias, e * width + task.n0);
+    if (config_.activation.gated) {
+      act.c_gate = scratch.c_gate, act.gate_bias = bias_of(weights_->gate_bias, e * width + task.n0);
+      act.c_up = scratch.c_up, act.up_bias = up_bias;
+    } else {
+      act.c_gate = scratch.c_up, act.gate_bias = up_bias;
+    }
+    call.kernels->activate(act);
+    derived().after_activation(call, scratch, task);
+  }
+
+  void down(LayerCall& call, WorkerScratch& scratch, uint32_t task_index) {
+    const PanelTask& task = down_tasks_[task_index];
+    const auto& expert = call.plan.active[task.active];
+    const size_t e = expert.expert;
+    const kernels::Operand h = call.kernels->operand_block(
+        call.h[task.active], expert.rows, static_cast<uint32_t>(config_.intermediate_size), task.m0, task.m1);
+
+    product(call, scratch, h, weights_->down[e], task, scratch.c_gate);
+    derived().after_down(call, scratch, task, h);
+
+    kernels::StoreRowsArgs store;
+    store.c = scratch.c_gate;
+    store.bias = bias_of(weights_->down_bias, e * static_cast<size_t>(config_.hidden_size) + task.n0);
+    store.m = task.m1 - task.m0, store.n = task.n1 - task.n0;
+    store.y_stride = pass_.columns.size();
+    store.y = pass_.y + size_t{expert.begin + task.m0} * store.y_stride + (task.n0 - pass_.columns.begin);
+    call.kernels->store_rows(store);
+  }
+
+  void combine(const LayerCall& call, uint32_t task_index) {
+    const PanelTask& task = combine_tasks_[task_index];
+    const ForwardArgs& args = *call.args;
+    const size_t slots = static_cast<size_t>(config_.num_experts_per_tok), hidden = static_cast<size_t>(config_.hidden_size);
+    const size_t at = task.m0 * hidden + task.n0;
+
+    kernels::CombineArgs c;
+    c.y = pass_.y + (task.n0 - pass_.columns.begin);
+    c.y_stride = pass_.columns.size();
+    c.row = call.plan.row.data() + task.m0 * slots;
+    c.weights = args.topk_weights + task.m0 * slots;
+    c.tokens = task.m1 - task.m0, c.slots = static_cast<uint32_t>(slots), c.columns = task.n1 - task.n0;
+    c.hidden = args.hidden_states + task.m0 * hidden;
+    c.hidden_size = static_cast<uint32_t>(hidden);
+    c.base = element(args.base, args.base_type, at), c.base_type = args.base_type;
+    c.out = element(args.out, args.out_type, at), c.out_type = args.out_type;
+    c.out_stride = hidden;
+    call.kernels->combine(c);
+  }
+
+  // ---- hooks ----
+  // Gate and up are in scratch.c_gate and c_up, before bias and activation.
+  void before_activation(LayerCall&, WorkerScratch&, const PanelTask&, const kernels::Operand&) {}
+  // The panel of the intermediate is written.
+  void after_activation(LayerCall&, WorkerScratch&, const PanelTask&) {}
+  // The product with the down projection is in scratch.c_gate, before bias.
+  void after_down(LayerCall&, WorkerScratch&, const PanelTask&, const kernels::Operand&) {}
+
+ protected:
+  const GeneralMOEConfig& config_;
+
+ private:
+  Derived& derived() { return static_cast<Derived&>(*this); }
+
+  static const float* bias_of(const std::vector<float>& biases, size_t at) {
+    return biases.empty() ? nullptr : biases.data() + at;
+  }
+
+  template <class Pointer>
+  static Pointer element(Pointer base, kernels::FloatType type, size_t at) {
+    if (base == nullptr) return nullptr;
+    const size_t bytes = at * (type == kernels::FloatType::kBf16 ? sizeof(bf16) : sizeof(float));
+    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const std::byte, std::byte>;
+    return static_cast<Byte*>(base) + bytes;
+  }
+
+  // The activations of a task as an operand, packed anew only when the expert or the rows change.
+  const kernels::Operand& packed_rows(const LayerCall& call, WorkerScratch& scratch, const PanelTask& task) {
+    PackedRows& packed = scratch.packed;
+    if (packed.active != task.active || packed.m0 != task.m0) {
+      const int32_t* token = call.plan.token.data() + call.plan.active[task.active].begin + task.m0;
+      const kernels::RowsView rows{call.args->hidden_states, static_cast<size_t>(config_.hidden_size), token};
+      packed.operand = call.kernels->pack(rows, task.m1 - task.m0, static_cast<uint32_t>(config_.hidden_size),
+                                          scratch.operand);
+      packed.active = task.active, packed.m0 = task.m0;
+    }
+    return packed.operand;
+  }
+
+  void product(const LayerCall& call, const WorkerScratch& scratch, const kernels::Operand& x, const WeightView& w,
+               const PanelTask& task, float* c) {
+    kernels::NtArgs nt;
+    nt.x = x, nt.w = w;
+    nt.n0 = task.n0, nt.n1 = task.n1;
+    nt.c = c, nt.scratch = scratch.nt;
+    call.kernels->nt[static_cast<size_t>(T::kFormat)](nt);
+  }
+
+  const Span intermediate_, hidden_;
+  const ExpertWeights* weights_ = nullptr;
+  std::vector<PanelTask> gate_up_tasks_, down_tasks_, combine_tasks_;
+  ColumnPass pass_;
+};
+
+}  // namespace ktmoe

@@ -1,0 +1,67 @@
+#include "moe/panel_tasks.h"
+
+#include <algorithm>
+
+#include "core/aligned_buffer.h"
+#include "kernels/contract.h"
+
+namespace ktmoe {
+namespace {
+
+// Enough tasks a thread that the last ones to finish cost little, few enough that each is worth its call.
+constexpr uint32_t kTasksPerThread = 24;
+
+// Equal blocks of at most `limit` rows, in multiples of a panel.
+uint32_t row_block(uint32_t rows, uint32_t limit) {
+  const size_t blocks = div_up(rows, limit);
+  return static_cast<uint32_t>(round_up(div_up(rows, blocks), kernels::kOutputBlock));
+}
+
+}  // namespace
+
+uint32_t rows_per_block(uint32_t k) {
+  constexpr uint32_t kCacheBytes = 1u << 20;
+  const uint32_t rows = kCacheBytes / (k * static_cast<uint32_t>(sizeof(bf16))) / kernels::kOutputBlock *
+                        kernels::kOutputBlock;
+  return std::clamp(rows, kernels::kOutputBlock, kernels::kMaxPanelRows);
+}
+
+void cut_panels(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threads,
+                std::vector<PanelTask>& tasks) {
+  tasks.clear();
+  const uint32_t limit = rows_per_block(k);
+  size_t row_blocks = 0;
+  for (const auto& expert : plan.active) row_blocks += div_up(expert.rows, row_block(expert.rows, limit));
+
+  uint32_t width = kernels::kMaxPanelOutputs;
+  const size_t wanted = size_t{kTasksPerThread} * static_cast<size_t>(num_threads);
+  while (width > kernels::kOutputBlock / 2 && row_blocks * div_up(outputs.size(), width) < wanted) width /= 2;
+
+  for (uint32_t a = 0; a < plan.active.size(); ++a) {
+    const uint32_t rows = plan.active[a].rows, block = row_block(rows, limit);
+    for (uint32_t m = 0; m < rows; m += block)
+      for (uint32_t n = outputs.begin; n < outputs.end; n += width)
+        tasks.push_back({a, m, std::min(m + block, rows), n, std::min(n + width, outputs.end)});
+  }
+}
+
+void cut_tokens(uint32_t num_tokens, Span columns, int num_threads, std::vector<PanelTask>& tasks) {
+  tasks.clear();
+  constexpr uint32_t kColumns = 512;
+  const size_t wanted = size_t{4} * static_cast<size_t>(num_threads);
+  const uint32_t rows = static_cast<uint32_t>(std::clamp<size_t>(num_tokens / wanted, 1, 64));
+  const uint32_t width = num_tokens < wanted ? kColumns : std::max(columns.size(), 1u);
+  for (uint32_t t = 0; t < num_tokens; t += rows)
+    for (uint32_t c = columns.begin; c < columns.end; c += width)
+      tasks.push_back({0, t, std::min(t + rows, num_tokens), c, std::min(c + width, columns.end)});
+}
+
+Span share_of(uint32_t total, uint32_t multiple, uint32_t part, uint32_t parts) {
+  const auto cut = [&](uint32_t i) {
+    const size_t units = div_up(total, multiple);
+    return static_cast<uint32_t>(std::min<size_t>(units * i / parts * multiple, total));
+  };
+  return {cut(part), cut(part + 1)};
+}
+
+}  // namespace ktmoe

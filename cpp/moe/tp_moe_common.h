@@ -1,0 +1,174 @@
+// A layer shared by the engine's sub-pools: each has a part, the outputs of gate, up and down are cut between
+// them, nothing is reduced across them. Common to inference and training.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "core/error.h"
+#include "kernels/table.h"
+#include "moe/interface.h"
+#include "moe/layer_call.h"
+
+namespace ktmoe {
+
+template <class Part>
+class TP_MOE_Common : public MoE_Interface {
+ public:
+  explicit TP_MOE_Common(GeneralMOEConfig config) : config_(std::move(config)) {
+    config_.validate();
+    const uint32_t parts = static_cast<uint32_t>(config_.pool->num_subpools());
+    for (uint32_t i = 0; i < parts; ++i) {
+      const auto share = [&](int64_t total) {
+        return share_of(static_cast<uint32_t>(total), kernels::kOutputBlock, i, parts);
+      };
+      parts_.push_back(std::make_unique<Part>(config_, share(config_.intermediate_size), share(config_.hidden_size)));
+    }
+  }
+
+  const GeneralMOEConfig& config() const override { return config_; }
+  FormatId format() const override { return Part::Kernel::kFormat; }
+  bool loaded() const override { return loaded_; }
+
+  void load_weights(ExpertWeights& weights) override {
+    check(weights);
+    std::swap(weights, weights_);
+    for (auto& part : parts_) part->set_weights(&weights_);
+    loaded_ = true;
+  }
+
+  void forward(const ForwardArgs& args) override {
+    if (!loaded_) throw_runtime("forward: layer ", config_.layer_idx, " has no weights, load them first");
+    if (args.num_tokens == 0) return;
+    call_.kernels = &kernels::active_table();
+    call_.config = &config_;
+    call_.args = &args;
+    call_.plan.build(args.topk_ids, args.num_tokens, static_cast<uint32_t>(config_.num_experts_per_tok),
+                     static_cast<uint32_t>(config_.expert_num), args.skip_experts);
+    const uint32_t passes = num_passes();
+    const Scratch layout(*this, passes);
+    const ScratchPool::Lease lease = config_.pool->scratch().lease(layout.bytes);
+    layout.place(*this, lease.data());
+
+    for_parts([&](Part& part, int i) { part.cut_gate_up(call_, config_.pool->num_threads(i)); });
+    run_phase(&Part::num_gate_up, [&](const Worker& worker, Part& part, uint32_t task) {
+      part.gate_up(call_, call_.workers[static_cast<size_t>(worker.index)], task);
+    });
+    for (uint32_t pass = 0; pass < passes; ++pass) {
+      for_parts([&](Part& part, int i) { part.cut_down(call_, config_.pool->num_threads(i), pass, passes); });
+      run_phase(&Part::num_down, [&](const Worker& worker, Part& part, uint32_t task) {
+        part.down(call_, call_.workers[static_cast<size_t>(worker.index)], task);
+      });
+      run_phase(&Part::num_combine,
+                [&](const Worker&, Part& part, uint32_t task) { part.combine(call_, task); });
+    }
+  }
+
+ protected:
+  GeneralMOEConfig config_;
+  std::vector<std::unique_ptr<Part>> parts_;
+  ExpertWeights weights_;
+  LayerCall call_;
+
+ private:
+  // Where everything lies in the borrowed scratch.
+  struct Scratch {
+    size_t bytes = 0;
+    std::vector<size_t> h, y;
+    size_t workers = 0, per_worker = 0, operand = 0, c = 0;
+
+    Scratch(const TP_MOE_Common& layer, uint32_t passes) {
+      const auto& k = *layer.call_.kernels;
+      const auto& plan = layer.call_.plan;
+      const auto width = static_cast<uint32_t>(layer.config_.intermediate_size);
+      const auto hidden = static_cast<uint32_t>(layer.config_.hidden_size);
+      for (const auto& expert : plan.active) h.push_back(take(k.operand_bytes(expert.rows, width)));
+      for (const auto& part : layer.parts_)
+        y.push_back(take(size_t{plan.num_rows()} * part->widest_pass(passes) * sizeof(float)));
+
+      uint32_t most_rows = 1;
+      for (const auto& expert : plan.active) most_rows = std::max(most_rows, expert.rows);
+      most_rows = std::min(static_cast<uint32_t>(round_up(most_rows, kernels::kOutputBlock)), kernels::kMaxPanelRows);
+      operand = round_up(k.operand_bytes(std::min(most_rows, rows_per_block(hidden)), hidden), kCacheLine);
+      c = round_up(k.c_floats(most_rows, kernels::kMaxPanelOutputs) * sizeof(float), kCacheLine);
+      per_worker = operand + 2 * c + round_up(k.nt_scratch_bytes(std::max(width, hidden)), kCacheLine);
+      workers = take(per_worker * static_cast<size_t>(layer.config_.pool->num_threads()));
+    }
+
+    void place(TP_MOE_Common& layer, std::byte* base) const {
+      LayerCall& call = layer.call_;
+      call.h.clear();
+      for (size_t at : h) call.h.push_back(base + at);
+      for (size_t i = 0; i < y.size(); ++i) layer.parts_[i]->set_y(reinterpret_cast<float*>(base + y[i]));
+      call.workers.resize(static_cast<size_t>(layer.config_.pool->num_threads()));
+      for (size_t i = 0; i < call.workers.size(); ++i) {
+        std::byte* own = base + workers + i * per_worker;
+        call.workers[i] = {PackedRows{}, own, reinterpret_cast<float*>(own + operand),
+                           reinterpret_cast<float*>(own + operand + c), own + operand + 2 * c};
+      }
+    }
+
+   private:
+    size_t take(size_t size) {
+      const size_t at = bytes;
+      bytes += round_up(size, kCacheLine);
+      return at;
+    }
+  };
+
+  // As many passes over the hidden size as keep the fp32 results of the down projection within a budget that
+  // the last-level cache holds.
+  uint32_t num_passes() const {
+    constexpr size_t kBudgetBytes = size_t{32} << 20;
+    const size_t bytes = size_t{call_.plan.num_rows()} * static_cast<size_t>(config_.hidden_size) * sizeof(float);
+    const size_t most = div_up(static_cast<size_t>(config_.hidden_size), 8 * kernels::kOutputBlock);
+    return static_cast<uint32_t>(std::clamp<size_t>(div_up(bytes, kBudgetBytes), 1, std::max<size_t>(most, 1)));
+  }
+
+  // Under this many bytes of weights and thousands of flop, waking the other workers takes longer than the work.
+  bool is_tiny() const {
+    constexpr size_t kTiny = 256 << 10;
+    const size_t matrix = 3 * static_cast<size_t>(config_.intermediate_size) * static_cast<size_t>(config_.hidden_size);
+    return (call_.plan.active.size() + call_.plan.num_rows() / 8) * matrix * sizeof(bf16) < kTiny;
+  }
+
+  template <class Function>
+  void for_parts(Function&& function) {
+    for (size_t i = 0; i < parts_.size(); ++i) function(*parts_[i], static_cast<int>(i));
+  }
+
+  template <class Function>
+  void run_phase(uint32_t (Part::*count)() const, Function&& task_of_part) {
+    counts_.clear();
+    for (const auto& part : parts_) counts_.push_back(((*part).*count)());
+    const auto run_task = [&](const Worker& worker, int part, uint32_t task) {
+      task_of_part(worker, *parts_[static_cast<size_t>(part)], task);
+    };
+    if (is_tiny()) {
+      config_.pool->run_inline(counts_, run_task);
+    } else {
+      config_.pool->run(counts_, run_task);
+    }
+  }
+
+  void check(const ExpertWeights& w) const {
+    const auto expect = [&](const char* name, size_t got, size_t wanted) {
+      if (got != wanted) throw_invalid(name, ": got ", got, " values, expected ", wanted);
+    };
+    const auto num = static_cast<size_t>(config_.expert_num);
+    const size_t width = num * static_cast<size_t>(config_.intermediate_size);
+    expect("gate_proj", w.gate.size(), config_.activation.gated ? num : 0);
+    expect("up_proj", w.up.size(), num);
+    expect("down_proj", w.down.size(), num);
+    if (!w.gate_bias.empty()) expect("gate_bias", w.gate_bias.size(), width);
+    if (!w.up_bias.empty()) expect("up_bias", w.up_bias.size(), width);
+    if (!w.down_bias.empty()) expect("down_bias", w.down_bias.size(), num * static_cast<size_t>(config_.hidden_size));
+  }
+
+  bool loaded_ = false;
+  std::vector<uint32_t> counts_;
+};
+
+}  // namespace ktmoe

@@ -1,0 +1,42 @@
+// The exceptions of finished tasks, kept until someone who waited for the task asks.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <vector>
+
+namespace ktmoe {
+
+class TaskErrors {
+ public:
+  TaskErrors() { errors_.reserve(kMaxKept); }
+
+  // For the thread that runs the tasks; tickets ascend. Needs no memory, since it must not fail.
+  void add(uint64_t ticket, std::exception_ptr error) noexcept;
+
+  // The exception of this task, or null. It is handed out once.
+  std::exception_ptr take(uint64_t ticket);
+
+  // The exception with the lowest ticket up to `last`, or null. All others up to `last` are forgotten.
+  std::exception_ptr take_first_through(uint64_t last);
+
+ private:
+  struct Entry {
+    uint64_t ticket;
+    std::exception_ptr error;
+  };
+
+  // Nobody may ever ask. The newest thousand are more than anyone will read, and cost next to nothing.
+  static constexpr size_t kMaxKept = 1024;
+
+  std::vector<Entry>::iterator first_from(uint64_t ticket);
+
+  std::atomic<size_t> num_kept_{0};  // spares the usual case the lock
+  std::mutex mutex_;
+  std::vector<Entry> errors_;  // ascending
+};
+
+}  // namespace ktmoe

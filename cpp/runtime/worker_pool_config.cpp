@@ -1,0 +1,85 @@
+// Choosing, checking and placing the workers.
+#include "runtime/worker_pool_config.h"
+
+#include <cstdint>
+#include <map>
+#include <numeric>
+#include <string>
+
+#include "core/error.h"
+
+namespace ktmoe {
+namespace {
+
+std::string node_list(const Topology& topology) {
+  std::string text;
+  for (const auto& [node, cpus] : topology.node_cpus) text += (text.empty() ? "" : ", ") + std::to_string(node);
+  return text;
+}
+
+void check_size(const char* field, const std::vector<int>& values, int subpool_count) {
+  if (values.size() == static_cast<size_t>(subpool_count)) return;
+  throw_invalid(field, " has ", values.size(), " entries, expected one for each sub-pool (subpool_count = ",
+                subpool_count, ")");
+}
+
+}  // namespace
+
+WorkerPoolConfig WorkerPoolConfig::defaults(const Topology& topology) {
+  return with_threads(topology.cpu_quota, topology);
+}
+
+WorkerPoolConfig WorkerPoolConfig::with_threads(int num_threads, const Topology& topology) {
+  if (num_threads < 1) throw_invalid("num_threads is ", num_threads, ", expected at least 1");
+  WorkerPoolConfig config;
+  const int64_t num_cpus = static_cast<int64_t>(topology.cpus.size());
+  int64_t cpus_before = 0;
+  for (const auto& [node, cpus] : topology.node_cpus) {
+    const int64_t cpus_after = cpus_before + static_cast<int64_t>(cpus.size());
+    const int64_t share = num_threads * cpus_after / num_cpus - num_threads * cpus_before / num_cpus;
+    cpus_before = cpus_after;
+    if (share == 0) continue;
+    ++config.subpool_count;
+    config.subpool_numa_map.push_back(node);
+    config.subpool_thread_count.push_back(static_cast<int>(share));
+  }
+  return config;
+}
+
+void WorkerPoolConfig::validate(const Topology& topology) const {
+  if (subpool_count < 1) throw_invalid("subpool_count is ", subpool_count, ", expected at least 1");
+  check_size("subpool_numa_map", subpool_numa_map, subpool_count);
+  check_size("subpool_thread_count", subpool_thread_count, subpool_count);
+  for (size_t i = 0; i < subpool_thread_count.size(); ++i) {
+    if (subpool_thread_count[i] >= 1) continue;
+    throw_invalid("subpool_thread_count[", i, "] is ", subpool_thread_count[i], ", expected at least 1");
+  }
+  for (size_t i = 0; i < subpool_numa_map.size(); ++i) {
+    if (topology.node_cpus.contains(subpool_numa_map[i])) continue;
+    throw_invalid("subpool_numa_map[", i, "] is ", subpool_numa_map[i],
+                  ", expected a NUMA node with CPUs that this process may use: ", node_list(topology));
+  }
+}
+
+int WorkerPoolConfig::num_threads() const {
+  return std::accumulate(subpool_thread_count.begin(), subpool_thread_count.end(), 0);
+}
+
+std::vector<std::vector<std::vector<int>>> WorkerPoolConfig::assign_cpus(const Topology& topology) const {
+  // Under a quota the CPUs are shared with others by time. Fixed ones would be a bad choice there: every
+  // container on the machine would choose the same. So each worker gets its node and the scheduler chooses.
+  const bool shares_cpus = topology.cpu_quota < static_cast<int>(topology.cpus.size());
+  std::map<int, size_t> num_used;  // CPUs of each node; wraps around when there are more workers than CPUs
+  std::vector<std::vector<std::vector<int>>> assigned;
+  for (size_t i = 0; i < subpool_numa_map.size(); ++i) {
+    const std::vector<int>& node = topology.node_cpus.at(subpool_numa_map[i]);
+    size_t& used = num_used[subpool_numa_map[i]];
+    std::vector<std::vector<int>>& workers = assigned.emplace_back();
+    for (int worker = 0; worker < subpool_thread_count[i]; ++worker, ++used) {
+      workers.push_back(shares_cpus ? node : std::vector<int>{node[used % node.size()]});
+    }
+  }
+  return assigned;
+}
+
+}  // namespace ktmoe

@@ -1,0 +1,163 @@
+"""What a Hugging Face config.json calls the sizes and the activation of a mixture-of-experts layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: Size of `MoEConfig` -> its names. All that are present must agree.
+_SAME_SIZE_NAMES = {
+    "num_experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
+    "num_experts_per_tok": (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "experts_per_token",
+        "moe_k",
+        "moe_topk",
+        "moe_top_k",
+        "top_k_experts",
+    ),
+}
+
+#: Size of `MoEConfig` -> its names, the special one first: experts may run at a width of their own
+#: (Kimi-K3, Nemotron-3), and `intermediate_size` is the dense layers' where `moe_intermediate_size` is there.
+_FIRST_SIZE_NAMES = {
+    "hidden_size": ("routed_expert_hidden_size", "moe_latent_size", "hidden_size"),
+    "moe_intermediate_size": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
+}
+
+_ACTIVATION_NAMES = ("mlp_hidden_act", "hidden_activation", "hidden_act", "activation_function")
+
+#: Hugging Face's activation -> ours.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
+    "swigluoai": "swigluoai",
+    "swiglustep": "swiglustep",
+    "situ": "situ",
+}
+
+#: Models whose experts are swigluoai although their config.json may say silu.
+_SWIGLUOAI_MODELS = ("gpt_oss", "minimax_m3_vl", "minimax_m3_vl_text")
+
+#: Where a multimodal model keeps its language model's values.
+_NESTED = ("text_config", "language_config", "llm_config", "thinker_config")
+
+
+def read_hf_layer(config: Mapping[str, Any], layer_idx: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the sizes and the activation of a layer.
+
+    Parameters
+    ----------
+    config : mapping
+        A parsed config.json.
+    layer_idx : int
+        The layer.
+
+    Returns
+    -------
+    sizes : dict
+        ``num_experts``, ``num_experts_per_tok``, ``hidden_size``, ``moe_intermediate_size``.
+    activation : dict
+        What `ktmoe_np.config.parse_activation` reads.
+
+    Raises
+    ------
+    ValueError, TypeError
+        See `ktmoe_np.config.MoEConfig.from_hf_config`.
+    """
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config must be a mapping (a parsed config.json), got {type(config).__name__}")
+    part = _find_moe_part(config)
+    if part is None:
+        names = ", ".join(_SAME_SIZE_NAMES["num_experts"])
+        raise ValueError(
+            f"config (model_type {config.get('model_type')!r}) has no number of experts: expected one of "
+            f"{names}, at its top or under {', '.join(_NESTED)}"
+        )
+    sizes = {size: _agreed(part, size, names, layer_idx) for size, names in _SAME_SIZE_NAMES.items()}
+    sizes |= {size: _first(part, size, names, layer_idx) for size, names in _FIRST_SIZE_NAMES.items()}
+    return sizes, _read_activation(part, layer_idx)
+
+
+def _find_moe_part(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The mapping that counts the experts: `config` or one nested in it."""
+    if any(config.get(name) is not None for name in _SAME_SIZE_NAMES["num_experts"]):
+        return config
+    for name in _NESTED:
+        nested = config.get(name)
+        part = _find_moe_part(nested) if isinstance(nested, Mapping) else None
+        if part is not None:
+            return part
+    return None
+
+
+def _present(part: Mapping[str, Any], size: str, names: tuple[str, ...], layer_idx: int) -> dict[str, Any]:
+    """The values that are there, in the order of `names`, for the layer; at least one."""
+    found = {name: _of_layer(part, name, layer_idx) for name in names if part.get(name) is not None}
+    if not found:
+        raise ValueError(f"config has no {size}: expected one of {', '.join(names)}")
+    return found
+
+
+def _first(part: Mapping[str, Any], size: str, names: tuple[str, ...], layer_idx: int) -> Any:
+    """The value of the first name present."""
+    return next(iter(_present(part, size, names, layer_idx).values()))
+
+
+def _of_layer(part: Mapping[str, Any], name: str, layer_idx: int) -> Any:
+    """The value called `name`; of a list with a value per layer, the layer's."""
+    value = part[name]
+    if not isinstance(value, (list, tuple)):
+        return value
+    num_layers = part.get("num_hidden_layers")
+    if isinstance(num_layers, int) and len(value) < num_layers:
+        raise ValueError(
+            f"config: {name} has {len(value)} values, expected one for each of {num_layers} layers"
+        )
+    if not 0 <= layer_idx < len(value):
+        raise ValueError(
+            f"config: {name} has values for layers 0 to {len(value) - 1}, not for layer {layer_idx}"
+        )
+    return value[layer_idx]
+
+
+def _agreed(part: Mapping[str, Any], size: str, names: tuple[str, ...], layer_idx: int) -> Any:
+    """The one value that all the names present give."""
+    found = _present(part, size, names, layer_idx)
+    if len(set(map(repr, found.values()))) > 1:
+        pairs = ", ".join(f"{name}={value!r}" for name, value in found.items())
+        raise ValueError(f"config contradicts itself about {size}: {pairs}")
+    return next(iter(found.values()))
+
+
+def _read_activation(part: Mapping[str, Any], layer_idx: int) -> dict[str, Any]:
+    """The activation, told by its name, by the clamps beside it and, for a few models, by the model."""
+    given = next((part[name] for name in _ACTIVATION_NAMES if part.get(name) is not None), "silu")
+    if not isinstance(given, str) or given not in _ACTIVATIONS:
+        raise ValueError(f"config: activation {given!r} is not supported; known: {', '.join(_ACTIVATIONS)}")
+    kind = _ACTIVATIONS[given]
+    if kind == "situ":
+        names = {"beta1": "activation_situ_beta", "beta2": "activation_situ_linear_beta"}
+        return {"kind": kind, **{beta: _required(part, name) for beta, name in names.items()}}
+    limit = part.get("swiglu_limit")
+    oai_model = part.get("swiglu_alpha") is not None or part.get("model_type") in _SWIGLUOAI_MODELS
+    if kind == "silu" and oai_model:
+        kind = "swigluoai"
+    elif kind in ("silu", "swiglustep") and part.get("swiglu_limits") is not None:
+        # Step-3.x: a bound per layer, where 0 or null is none, on the activated gate.
+        limit = _of_layer(part, "swiglu_limits", layer_idx) or None
+        kind = "swiglustep" if limit is not None else "silu"
+    options = {"limit": limit, "alpha": part.get("swiglu_alpha")} if kind == "swigluoai" else {"limit": limit}
+    return {"kind": kind, **{name: value for name, value in options.items() if value is not None}}
+
+
+def _required(part: Mapping[str, Any], name: str) -> Any:
+    """A saturation of situ; without it the model means another function."""
+    if part.get(name) is None:
+        raise ValueError(f"config: activation 'situ' needs {name}, which is missing")
+    return part[name]

@@ -1,0 +1,163 @@
+"""Finding the tensors of a layer's experts by name, and what is wrong with them."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ..config import MoEConfig
+from ._namings import NAMINGS, PREFIXES, Naming
+from .safetensors import SafetensorsCheckpoint
+
+__all__ = ["ExpertLayer", "expert_layers", "find_layer"]
+
+AnyArray = NDArray[Any]
+
+#: Position of an expert's number in a name.
+_EXPERT_NUMBER = re.compile(r"(?<=\bexperts\.)[0-9]{1,9}(?=\.)")
+
+#: A name that speaks of routed experts.
+_EXPERTS = re.compile(r"\bexperts\.")
+
+#: The expert number under which tensors of all experts are kept.
+_ALL = -1
+
+BIAS_DTYPES = ("BF16", "F16", "F32")
+
+
+class ExpertLayer:
+    """The names of a layer's tensors, and reading them with their checks."""
+
+    def __init__(self, checkpoint: SafetensorsCheckpoint, prefix: str) -> None:
+        self.checkpoint = checkpoint
+        self.prefix = prefix
+        self.numbers: dict[str, set[int]] = defaultdict(set)  # template -> experts that have it
+
+    def namings(self) -> list[Naming]:
+        """The rows of the table that are there in full; if none is, those that are there in part."""
+        part = [row for row in NAMINGS if any(name in self.numbers for name in row.tensors.values())]
+        full = [row for row in part if all(name in self.numbers for name in row.required)]
+        return full or part
+
+    def sizes(self, naming: Naming, config: MoEConfig | None) -> tuple[int, int, int]:
+        """E, I and H: of `config`, or else as the down projection has them."""
+        if config is not None:
+            return config.num_experts, config.moe_intermediate_size, config.hidden_size
+        template = naming.tensors["down"]
+        name = self.name(template, 0)
+        if name not in self.checkpoint:
+            raise ValueError(f"{self.checkpoint.path}: tensor {name!r} is missing")
+        shape = self.checkpoint.info(name).shape
+        if len(shape) != (2 if naming.per_expert else 3) or not all(shape):
+            letters = "[I, H]" if naming.transposed else "[H, I]"
+            expected = letters if naming.per_expert else f"[E, {letters[1:]}"
+            file = self.checkpoint.file_of(name)
+            raise ValueError(f"{file}: tensor {name!r} has shape {list(shape)}, expected {expected}")
+        numbers = set().union(*(self.numbers.get(template, ()) for template in naming.tensors.values()))
+        num_experts = 1 + max(numbers) if naming.per_expert else shape[0]
+        hidden, inter = shape[-1:-3:-1] if naming.transposed else shape[-2:]
+        return num_experts, inter, hidden
+
+    def name(self, template: str, e: int) -> str:
+        """The full name of a tensor."""
+        return self.prefix + template.format(e=e)
+
+    def problem(self, naming: Naming, sizes: tuple[int, int, int]) -> str | None:
+        """What is wrong with the layer's tensors as `naming` wants them, or None."""
+        num_experts = sizes[0]
+        for template in naming.required:
+            more = max(self.numbers.get(template, ()), default=_ALL)
+            if more >= num_experts:
+                name = self.name(template, more)
+                return f"{self.checkpoint.path}: tensor {name!r} is there, expected {num_experts} experts"
+        for template, shape, dtypes in self.wanted(naming, sizes):
+            for e in range(num_experts if naming.per_expert else 1):
+                name = self.name(template, e)
+                info = self.checkpoint.info(name) if name in self.checkpoint else None
+                if info is None or info.dtype not in dtypes or info.shape != shape:
+                    file = self.checkpoint.path if info is None else self.checkpoint.file_of(name)
+                    got = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
+                    expected = f"{' or '.join(dtypes)} {list(shape)}"
+                    return f"{file}: tensor {name!r} is {got}, expected {expected}"
+        return None
+
+    def wanted(
+        self, naming: Naming, sizes: tuple[int, int, int]
+    ) -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
+        """Template, shape and dtypes of each of the naming's weights, and of its biases if there are some."""
+        num_experts, inter, hidden = sizes
+        rows = {"gate": inter, "up": inter, "gate_up": 2 * inter, "down": hidden}
+        lead = () if naming.per_expert else (num_experts,)
+        for role, template in naming.tensors.items():
+            matrix = (rows[role], inter if role == "down" else hidden)
+            yield template, (*lead, *(matrix[::-1] if naming.transposed else matrix)), (naming.dtype,)
+        if self.has_biases(naming):
+            for role, template in naming.biases.items():
+                yield template, (*lead, rows[role]), BIAS_DTYPES
+
+    def has_biases(self, naming: Naming) -> bool:
+        """Whether any of the naming's biases is there; then all must be."""
+        return any(template in self.numbers for template in naming.biases.values())
+
+    def tensors(self, naming: Naming, template: str, num_experts: int) -> list[AnyArray]:
+        """One array for each expert."""
+        if naming.per_expert:
+            return [_aligned(self.checkpoint.tensor(self.name(template, e))) for e in range(num_experts)]
+        return list(_aligned(self.checkpoint.tensor(self.name(template, 0))))
+
+
+def _aligned(array: AnyArray) -> AnyArray:
+    """`array`, or a copy when its file puts it at an address that its dtype cannot have."""
+    return array if array.flags.aligned else array.copy()
+
+
+def expert_layers(checkpoint: SafetensorsCheckpoint) -> tuple[int, ...]:
+    """List the layers that have experts in a naming that `load_experts` knows, in order."""
+    known = {naming.tensors["down"] for naming in NAMINGS}
+    stems = "|".join(re.escape(prefix).replace(re.escape("{layer}"), "[0-9]{1,9}") for prefix in PREFIXES)
+    pattern = re.compile(f"(?:{stems})")
+    layers = set()
+    for name in checkpoint.names():
+        match = pattern.match(name)
+        if match and _template(name[match.end() :])[0] in known:
+            layers.add(int(match[0].rstrip(".").rpartition(".")[2]))
+    return tuple(sorted(layers))
+
+
+def _template(name: str) -> tuple[str, int]:
+    """`name` with {e} for the expert's number, and the number."""
+    match = _EXPERT_NUMBER.search(name)
+    if match is None:
+        return name, _ALL
+    return f"{name[: match.start()]}{{e}}{name[match.end() :]}", int(match[0])
+
+
+def find_layer(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> ExpertLayer:
+    """The layer's tensors under the first prefix with experts."""
+    layers = {
+        prefix: ExpertLayer(checkpoint, prefix) for prefix in (p.format(layer=layer_idx) for p in PREFIXES)
+    }
+    prefixes = tuple(layers)
+    for name in checkpoint.names():
+        if name.startswith(prefixes):
+            prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
+            template, number = _template(name[len(prefix) :])
+            layers[prefix].numbers[template].add(number)
+    for layer in layers.values():
+        if layer.namings():
+            return layer
+    strangers = [
+        f"{layer.prefix}{template}"
+        for layer in layers.values()
+        for template in layer.numbers
+        if _EXPERTS.search(template)
+    ]
+    if strangers:
+        where = f"{checkpoint.path}: layer {layer_idx}"
+        raise ValueError(f"{where} has experts, but in no naming known here, e.g. {strangers[0]!r}")
+    others = ", ".join(map(str, expert_layers(checkpoint))) or "none"
+    raise ValueError(f"{checkpoint.path}: layer {layer_idx} has no experts; layers with experts: {others}")

@@ -1,0 +1,224 @@
+"""Safetensors files and checkpoints of them, as NumPy views of the mapped files."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._safetensors_header import DTYPES, MAX_HEADER_BYTES, TensorInfo, parse_header, parse_json_object
+
+__all__ = ["SafetensorsCheckpoint", "SafetensorsFile", "TensorInfo", "load_hf_config"]
+
+_INDEX_NAME = "model.safetensors.index.json"
+
+
+class SafetensorsFile:
+    """One safetensors file, mapped read-only.
+
+    Opening reads and checks the header; tensors are views, read from disk as they are touched. The mapping
+    lives as long as the file object or any tensor of it.
+
+    Parameters
+    ----------
+    path : str or path-like
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        Not a safetensors file, cut off, or a header that contradicts itself; names the file and the tensor.
+
+    Examples
+    --------
+    >>> import json, tempfile, pathlib
+    >>> header = json.dumps({"a": {"dtype": "I16", "shape": [2], "data_offsets": [0, 4]}}).encode()
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "x.safetensors")
+    >>> _ = path.write_bytes(len(header).to_bytes(8, "little") + header + bytes([1, 0, 2, 0]))
+    >>> SafetensorsFile(path).tensor("a")
+    array([1, 2], dtype=int16)
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        with open(self.path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise ValueError(f"{self.path}: {size} bytes are too short for a safetensors file")
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        size = len(self._map)
+        length = int.from_bytes(self._map[:8], "little")
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(
+                f"{self.path}: the header's length is given as {length} bytes, but the file has {size - 8} "
+                f"left and the format allows {MAX_HEADER_BYTES}: not a safetensors file, or cut off"
+            )
+        self._start = 8 + length
+        self._tensors, self.metadata = parse_header(self.path, self._map[8 : self._start], size - self._start)
+
+    def names(self) -> tuple[str, ...]:
+        """The tensors, in the order of the header."""
+        return tuple(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor called `name`."""
+        return name in self._tensors
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor; ValueError when there is none of that name."""
+        if name not in self._tensors:
+            raise ValueError(f"{self.path}: no tensor {name!r}")
+        return self._tensors[name]
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """View a tensor.
+
+        Parameters
+        ----------
+        name : str
+
+        Returns
+        -------
+        ndarray, read-only, of the tensor's dtype (`ml_dtypes` for the small floats) and shape
+            Shares the mapped file's memory. Not aligned when the file's layout is not.
+
+        Raises
+        ------
+        ValueError
+            No such tensor, or one of a dtype that NumPy does not have.
+        """
+        info = self.info(name)
+        if info.dtype not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise ValueError(f"{self.path}: tensor {name!r} has dtype {info.dtype!r}; known: {known}")
+        count = math.prod(info.shape)
+        if count:
+            flat = np.frombuffer(self._map, DTYPES[info.dtype], count, self._start + info.begin)
+        else:
+            flat = np.frombuffer(b"", DTYPES[info.dtype])
+        return flat.reshape(info.shape)
+
+
+class SafetensorsCheckpoint:
+    """The tensors of one file or of a directory of files; a file is opened when a tensor of it is asked for.
+
+    A directory holds ``model.safetensors``, or ``model.safetensors.index.json`` and the shards it names, or
+    any ``*.safetensors`` files, looked for in this order. Without an index all headers must be read to know
+    which tensors there are.
+
+    Parameters
+    ----------
+    path : str or path-like
+        A file or a directory.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such path, or a directory without safetensors files.
+    ValueError
+        An index that is not what it should be, or a file that is not (see `SafetensorsFile`).
+
+    Examples
+    --------
+    >>> SafetensorsCheckpoint("/nowhere")
+    Traceback (most recent call last):
+    FileNotFoundError: /nowhere: no such file or directory
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._files: dict[Path, SafetensorsFile] = {}
+        if not self.path.exists():
+            raise FileNotFoundError(f"{self.path}: no such file or directory")
+        index = self.path / _INDEX_NAME
+        single = self.path / "model.safetensors"
+        if not self.path.is_dir():
+            self._file_of = self._read_headers([self.path])
+        elif single.exists() or not index.exists():
+            paths = [single] if single.exists() else sorted(self.path.glob("*.safetensors"))
+            if not paths:
+                raise FileNotFoundError(f"{self.path}: no *.safetensors file and no {_INDEX_NAME}")
+            self._file_of = self._read_headers(paths)
+        else:
+            self._file_of = _read_index(index)
+
+    def _read_headers(self, paths: Iterable[Path]) -> dict[str, Path]:
+        file_of: dict[str, Path] = {}
+        for path in paths:
+            for name in self._open(path).names():
+                if name in file_of:
+                    raise ValueError(f"{path}: tensor {name!r} is in {file_of[name]} too")
+                file_of[name] = path
+        return file_of
+
+    def _open(self, path: Path) -> SafetensorsFile:
+        if path not in self._files:
+            self._files[path] = SafetensorsFile(path)
+        return self._files[path]
+
+    def names(self) -> tuple[str, ...]:
+        """All tensors."""
+        return tuple(self._file_of)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor called `name`."""
+        return name in self._file_of
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds `name`; ValueError when none does."""
+        if name not in self._file_of:
+            raise ValueError(f"{self.path}: no tensor {name!r}")
+        return self._file_of[name]
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor; opens its file."""
+        return self._open(self.file_of(name)).info(name)
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """View a tensor; see `SafetensorsFile.tensor`. FileNotFoundError when its shard is missing."""
+        return self._open(self.file_of(name)).tensor(name)
+
+
+def load_hf_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the config.json of a checkpoint.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The checkpoint's directory, or one of its files.
+
+    Returns
+    -------
+    dict
+        For `ktmoe_np.config.MoEConfig.from_hf_config`.
+
+    Raises
+    ------
+    FileNotFoundError
+        No config.json there.
+    ValueError
+        Not a JSON object.
+    """
+    path = Path(path)
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    return parse_json_object(config.read_bytes(), str(config))
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    """The file of every tensor, from an index; no file is opened."""
+    weight_map = parse_json_object(path.read_bytes(), str(path)).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{path}: weight_map must be an object, got {type(weight_map).__name__}")
+    paths: dict[str, Path] = {}
+    for shard in set(map(str, weight_map.values())):
+        if Path(shard).is_absolute() or ".." in Path(shard).parts or not shard:
+            raise ValueError(f"{path}: shard {shard!r} is not a file name inside the checkpoint")
+        paths[shard] = path.parent / shard
+    return {name: paths[str(shard)] for name, shard in weight_map.items()}

@@ -1,0 +1,245 @@
+"""How far two correct evaluations of the layer may lie apart."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ..config import ActivationSpec
+from .activation import Array, gate_factor, round_bf16, up_factor
+from .inputs import AnyArray, ForwardInputs, Weights, check_inputs, check_out_dtype
+
+__all__ = ["assert_within", "error_bound"]
+
+#: Unit roundoff of float32.
+_EPS = 2.0**-24
+
+#: Smallest normal float32: hardware may take anything below it for zero.
+_TINY = 2.0**-126
+
+
+def error_bound(
+    hidden_states: AnyArray,
+    topk_ids: AnyArray,
+    topk_weights: AnyArray,
+    gate_proj: Weights,
+    up_proj: Weights | None,
+    down_proj: Weights,
+    *,
+    out_dtype: DTypeLike = ml_dtypes.bfloat16,
+    max_chain: int | None = None,
+    sigmas: float | None = None,
+    activation_ulps: float = 8.0,
+    **options: Any,
+) -> Array:
+    """Largest difference of each element between any two evaluations that keep the specification.
+
+    An evaluation keeps it when it rounds where the specification rounds, sums in float32 or better in any
+    order, with or without fused multiply-adds, evaluates the activation to `activation_ulps`, and takes
+    denormal numbers as they are or for zero. So the bound holds between an engine and `moe_forward`, and
+    between two engines.
+
+    Every quantity is given an interval, centre (float64) and radius, that holds every such evaluation; e is
+    2^-24, the unit roundoff of float32::
+
+        g, u      radius  gamma_n * (sum |x| |w| + |bias|)      n = K + 1, gamma_n = n e / (1 - n e)
+        A(g)      radius  max |A(g +- dg) - A(g)| + C dg^2 / 2 + activation_ulps * e * |g|
+        B(u)      likewise; B is monotone                       act = A(g) * B(u), |A''| <= C
+        act       radius  |A| dB + |B| dA + dA dB + e |A B|
+        h         radius  max |bf(act +- radius) - bf(act)|
+        y         radius  sum |Wd| dh + gamma_n * (sum |Wd| (|h| + dh) + |bias|)
+        out       radius  sum_p |w| dy + gamma_{P+2} * (sum_p |w| (|y| + dy) + |base|)
+        bound     round(out + radius) - round(out - radius)
+
+    Rounding is monotone, so the lines of h and of the bound lose nothing: an element of h whose interval
+    holds no rounding boundary has radius 0, one whose interval holds one may be a bf16 ulp off. All sums
+    assume the worst case over signs, so the bound grows with K where the typical difference grows with
+    sqrt(K): sharp up to a K of some hundreds, loose at thousands. `max_chain` and `sigmas` sharpen it.
+
+    Parameters
+    ----------
+    hidden_states, topk_ids, topk_weights, gate_proj, up_proj, down_proj
+        As in `moe_forward`.
+    out_dtype : dtype, optional
+        As in `moe_forward`.
+    max_chain : int, optional
+        Longest chain of float32 additions that a product of an evaluation passes through, where that is known
+        to be shorter than K (lanes and tiles sum side by side): n = min(K, max_chain) + 1. Much tighter for a
+        long K. Compare with ``accumulate_dtype=float64`` then: the float32 order of `moe_forward` is NumPy's.
+    sigmas : float, optional
+        Take rounding errors for independent with mean zero (Higham and Mary, 2019): gamma_n becomes
+        sigmas * sqrt(n) * e, and sum |Wd| dh becomes sigmas * sqrt(sum (|Wd| dh)^2). An element may then fail
+        with a probability of at most 2 exp(-sigmas^2 / 2), in practice far less; 6 suits tests.
+    activation_ulps : float, optional
+        Allowed error of the engine's exp, tanh or erf, in float32 units of the gate.
+    **options
+        The other arguments of `moe_forward`, but for `accumulate_dtype`.
+
+    Returns
+    -------
+    ndarray of float64, [T, H]
+        NaN where the result is NaN in every evaluation; infinite where an overflow makes no promise possible.
+
+    Raises
+    ------
+    ValueError, TypeError, IndexError
+        As in `moe_forward`, and for a `max_chain` below 1 or `sigmas` not above 0.
+
+    Examples
+    --------
+    >>> import ml_dtypes, numpy as np
+    >>> from ktmoe_np.reference import moe_forward
+    >>> draw = np.random.default_rng(0).standard_normal
+    >>> shapes = (3, 64), (2, 48, 64), (2, 48, 64), (2, 64, 48)
+    >>> x, gate, up, down = (draw(shape, np.float32).astype(ml_dtypes.bfloat16) for shape in shapes)
+    >>> layer = x, np.array([[0], [1], [0]]), draw((3, 1), np.float32), gate, up, down
+    >>> result, truth = moe_forward(*layer), moe_forward(*layer, accumulate_dtype=np.float64)
+    >>> assert_within(result, truth, error_bound(*layer))
+    """
+    rounding = _Rounding(max_chain, sigmas, activation_ulps)
+    dtype = check_out_dtype(out_dtype)
+    inputs = check_inputs(hidden_states, topk_ids, topk_weights, gate_proj, up_proj, down_proj, **options)
+    with np.errstate(all="ignore"):
+        total, radius = _combined(inputs, rounding)
+        if dtype == ml_dtypes.bfloat16:
+            bound = round_bf16(total + radius).astype(np.float64) - round_bf16(total - radius) + _TINY
+        else:
+            bound = 2.0 * radius + 2.0 * _EPS * np.abs(total)
+        return np.where(np.isnan(bound) & ~np.isnan(total), np.inf, bound)
+
+
+def assert_within(actual: AnyArray, expected: AnyArray, bound: Array) -> None:
+    """Raise AssertionError unless |actual - expected| <= bound, and NaN is where NaN is expected.
+
+    Parameters
+    ----------
+    actual, expected : ndarray of any float dtype, one shape
+    bound : ndarray of float64, the same shape
+        From `error_bound`.
+
+    Raises
+    ------
+    AssertionError
+        Names the worst element.
+    """
+    got, want = np.asarray(actual).astype(np.float64), np.asarray(expected).astype(np.float64)
+    if got.shape != want.shape or got.shape != bound.shape:
+        raise AssertionError(f"shapes differ: actual {got.shape}, expected {want.shape}, bound {bound.shape}")
+    with np.errstate(invalid="ignore"):
+        excess = np.where(got == want, 0.0, np.abs(got - want) - bound)
+    excess[np.isnan(got) & np.isnan(want)] = 0.0
+    excess[np.isnan(got) != np.isnan(want)] = np.inf
+    bad = ~(excess <= 0) & ~np.isposinf(bound)
+    if bad.any():
+        at = np.unravel_index(np.argmax(np.where(bad, np.nan_to_num(excess, nan=np.inf), -1.0)), got.shape)
+        where = ", ".join(map(str, at))
+        raise AssertionError(
+            f"{bad.sum()} of {got.size} elements are outside the bound; worst at [{where}]: "
+            f"actual {got[at]!r}, expected {want[at]!r}, bound {bound[at]!r}"
+        )
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """What is assumed of the roundings of an evaluation; the parameters are those of `error_bound`."""
+
+    max_chain: int | None
+    sigmas: float | None
+    activation_ulps: float
+
+    def __post_init__(self) -> None:
+        if self.max_chain is not None and self.max_chain < 1:
+            raise ValueError(f"max_chain must be at least 1, got {self.max_chain}")
+        if self.sigmas is not None and not self.sigmas > 0:
+            raise ValueError(f"sigmas must be above 0, got {self.sigmas}")
+
+    def gamma(self, n: int) -> float:
+        """Relative error of n roundings in a row."""
+        if self.sigmas is not None:
+            return self.sigmas * math.sqrt(n) * _EPS
+        return n * _EPS / (1.0 - n * _EPS)
+
+    def carried(self, dx: Array, abs_w: Array) -> Array:
+        """Error of x . W^T from errors dx of x."""
+        worst: Array = dx @ abs_w.T
+        if self.sigmas is None:
+            return worst
+        typical: Array = np.sqrt(np.square(dx) @ np.square(abs_w).T)
+        smaller: Array = np.minimum(worst, self.sigmas * typical)
+        return smaller
+
+    def product(
+        self, x: Array, dx: Array | None, weight: AnyArray, bias: AnyArray | None
+    ) -> tuple[Array, Array]:
+        """Centre and radius of x . W^T + bias for x with radius dx: [M, K] and [N, K] to [M, N]."""
+        w = weight.astype(np.float64)
+        abs_w, num_terms = np.abs(w), min(w.shape[1], self.max_chain or w.shape[1]) + 1
+        centre, magnitude = x @ w.T, np.abs(x) @ abs_w.T
+        carried = np.zeros_like(magnitude) if dx is None else self.carried(dx, abs_w)
+        if bias is not None:
+            centre = centre + bias.astype(np.float64)
+            magnitude = magnitude + np.abs(bias.astype(np.float64))
+        flushed = _TINY * (abs_w.sum(axis=1) + np.abs(x).sum(axis=1, keepdims=True) + w.shape[1])
+        radius = carried + self.gamma(num_terms) * (magnitude + carried) + flushed
+        return centre, np.where(magnitude + radius < np.finfo(np.float32).max, radius, np.inf)
+
+    def gate_factor(self, spec: ActivationSpec, g: Array, dg: Array) -> tuple[Array, Array]:
+        """Centre and radius of the factor of the activation that depends on the gate."""
+        a = gate_factor(spec, g)
+        da = np.maximum(np.abs(gate_factor(spec, g + dg) - a), np.abs(gate_factor(spec, g - dg) - a))
+        # The function may turn between the ends of the interval. |A''| is at most alpha / 2 (silu and its
+        # kin), 0.8 (gelu) or 1 + 1 / beta1 (situ).
+        da += 0.5 * (max(1.0, spec.alpha) + 1.0 / spec.beta1) * dg * dg
+        reach = np.abs(g) + dg
+        scale = np.square(reach) if spec.kind == "relu2" else reach
+        return a, da + self.activation_ulps * _EPS * np.maximum(scale, np.abs(a))
+
+    def up_factor(self, spec: ActivationSpec, u: Array, du: Array) -> tuple[Array, Array]:
+        """Centre and radius of the factor of the activation that depends on up; it is monotone."""
+        b = up_factor(spec, u)
+        db = np.maximum(np.abs(up_factor(spec, u + du) - b), np.abs(up_factor(spec, u - du) - b))
+        return b, db + self.activation_ulps * _EPS * (np.abs(b) + (spec.kind == "swigluoai"))
+
+
+def _combined(inputs: ForwardInputs, rounding: _Rounding) -> tuple[Array, Array]:
+    """Centre and radius of the sum before the last rounding, both [T, H]."""
+    num_slots = inputs.ids.shape[1]
+    base = np.zeros(inputs.x.shape) if inputs.base is None else inputs.base.astype(np.float64)
+    total, radius, magnitude = base.copy(), np.zeros(base.shape), np.abs(base)
+    for e in np.unique(inputs.ids[inputs.ids >= 0]):
+        rows = np.flatnonzero((inputs.ids == e).any(axis=1))
+        y, dy = _expert(inputs, int(e), rows, rounding)
+        for p in range(num_slots):
+            hit = inputs.ids[rows, p] == e
+            weight = inputs.routing[rows[hit], p, None].astype(np.float64)
+            total[rows[hit]] += weight * y[hit]
+            radius[rows[hit]] += np.abs(weight) * dy[hit]
+            magnitude[rows[hit]] += np.abs(weight) * (np.abs(y[hit]) + dy[hit])
+    radius += rounding.gamma(num_slots + 2) * magnitude + num_slots * _TINY
+    finite = np.isfinite(inputs.x.astype(np.float32)).all(axis=1)
+    total[(inputs.ids >= 0).any(axis=1) & ~finite] = np.nan
+    return total, radius
+
+
+def _expert(
+    inputs: ForwardInputs, e: int, rows: NDArray[np.intp], rounding: _Rounding
+) -> tuple[Array, Array]:
+    """Centre and radius of y of expert `e` for the tokens `rows`, both [M, H]."""
+    spec = inputs.activation
+    x = inputs.x[rows].astype(np.float64)
+    gate_bias, up_bias, down_bias = (
+        None if bias is None else bias[e] for bias in (inputs.gate_bias, inputs.up_bias, inputs.down_bias)
+    )
+    act, d_act = rounding.gate_factor(spec, *rounding.product(x, None, inputs.gate[e], gate_bias))
+    if inputs.up is not None:
+        b, db = rounding.up_factor(spec, *rounding.product(x, None, inputs.up[e], up_bias))
+        d_act = np.abs(act) * db + np.abs(b) * d_act + d_act * db + _EPS * np.abs(act * b)
+        act = act * b
+    h = round_bf16(act).astype(np.float64)
+    dh = np.maximum(round_bf16(act + d_act) - h, h - round_bf16(act - d_act)) + _TINY
+    return rounding.product(h, dh, inputs.down[e], down_bias)

@@ -1,0 +1,159 @@
+"""The layer, to the rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike
+
+from ..config import ActivationSpec
+from .activation import Array, activate, round_bf16
+from .inputs import AnyArray, ForwardInputs, Weights, check_inputs, check_out_dtype
+
+__all__ = ["moe_forward"]
+
+
+def moe_forward(
+    hidden_states: AnyArray,
+    topk_ids: AnyArray,
+    topk_weights: AnyArray,
+    gate_proj: Weights,
+    up_proj: Weights | None,
+    down_proj: Weights,
+    *,
+    gate_bias: AnyArray | None = None,
+    up_bias: AnyArray | None = None,
+    down_bias: AnyArray | None = None,
+    activation: str | ActivationSpec | Mapping[str, Any] = "silu",
+    gpu_experts_mask: AnyArray | None = None,
+    physical_to_logical_map: AnyArray | None = None,
+    out_dtype: DTypeLike = ml_dtypes.bfloat16,
+    base: AnyArray | None = None,
+    accumulate_dtype: DTypeLike = np.float32,
+) -> AnyArray:
+    """The experts of one layer on a batch of tokens::
+
+        for token t, slot p, e = topk_ids[t, p]:
+          skip when e < 0 or gpu_experts_mask[e]        (weights are not renormalised)
+          g = X[t] . Wg[e]^T + gate_bias[e]             fp32 [I]
+          u = X[t] . Wu[e]^T + up_bias[e]               fp32 [I]
+          h = bf(act(g, u))                             one rounding
+          y = h . Wd[e]^T + down_bias[e]                fp32 [H]
+        out[t] = bf(base[t] + sum over p in slot order of topk_weights[t, p] * y)
+
+    A token with a NaN or an infinity in its hidden state gets a row of NaN when at least one of its slots is
+    computed; one with a NaN routing weight when that slot is computed. No other row changes.
+
+    Parameters
+    ----------
+    hidden_states : ndarray of bfloat16, [T, H]
+        X.
+    topk_ids : ndarray of any integer dtype, [T, P]
+        Experts of each token; an id may occur twice in a row and then counts twice.
+    topk_weights : ndarray of float32, [T, P]
+        Routing weights.
+    gate_proj : ndarray of bfloat16 [E, I, H], or E arrays [I, H]
+        Wg; of an activation that is not gated, the one projection.
+    up_proj : like `gate_proj`, or None
+        Wu; None exactly when the activation is not gated.
+    down_proj : ndarray of bfloat16 [E, H, I], or E arrays [H, I]
+        Wd.
+    gate_bias, up_bias : ndarray of float32, float16 or bfloat16, [E, I], optional
+    down_bias : ndarray of float32, float16 or bfloat16, [E, H], optional
+    activation : str, ActivationSpec or mapping, optional
+        See `ktmoe_np.config.parse_activation`.
+    gpu_experts_mask : ndarray of bool, [E], optional
+        True for experts that something else computes.
+    physical_to_logical_map : ndarray of int64, [E], optional
+        Expert id i uses the weights and biases of expert map[i].
+    out_dtype : dtype, optional
+        bfloat16, float32 or float64.
+    base : ndarray of bfloat16, float16, float32 or float64, [T, H], optional
+        What the result is added to: the previous content of an incremental output.
+    accumulate_dtype : dtype, optional
+        float32, or float64 for a truth to check float32 evaluations against: the two roundings to bfloat16
+        stay, everything else is in float64.
+
+    Returns
+    -------
+    ndarray of `out_dtype`, [T, H]
+
+    Raises
+    ------
+    ValueError
+        A shape, an activation, a map entry, or a dtype of the result that does not fit.
+    TypeError
+        An argument that is not an array or has another dtype.
+    IndexError
+        An id that is E or more.
+
+    Examples
+    --------
+    >>> import ml_dtypes, numpy as np
+    >>> x = np.ones((1, 2), ml_dtypes.bfloat16)
+    >>> gate = np.ones((3, 4, 2), ml_dtypes.bfloat16)
+    >>> down = np.ones((3, 2, 4), ml_dtypes.bfloat16)
+    >>> ids, weights = np.array([[2, -1]]), np.float32([[0.5, 9.0]])
+    >>> moe_forward(x, ids, weights, gate, None, down, activation="relu2", out_dtype=np.float32)
+    array([[8., 8.]], dtype=float32)
+    """
+    if np.dtype(accumulate_dtype) not in (np.float32, np.float64):
+        raise ValueError(f"accumulate_dtype must be float32 or float64, got {np.dtype(accumulate_dtype)}")
+    result_dtype = check_out_dtype(out_dtype)
+    inputs = check_inputs(
+        hidden_states,
+        topk_ids,
+        topk_weights,
+        gate_proj,
+        up_proj,
+        down_proj,
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        down_bias=down_bias,
+        activation=activation,
+        gpu_experts_mask=gpu_experts_mask,
+        physical_to_logical_map=physical_to_logical_map,
+        base=base,
+    )
+    # Infinities that finite weights sum up to are values, not mistakes: nothing here warns.
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        total = _combine(inputs, _expert_outputs(inputs, np.dtype(accumulate_dtype)))
+        if result_dtype == ml_dtypes.bfloat16:
+            return round_bf16(total).astype(ml_dtypes.bfloat16)
+        return total.astype(result_dtype)
+
+
+def _expert_outputs(inputs: ForwardInputs, dtype: np.dtype[Any]) -> Array:
+    """y of every computed slot, [T, P, H]; 0 for the others."""
+    y = np.zeros((*inputs.ids.shape, inputs.x.shape[1]), dtype)
+    for e in np.unique(inputs.ids[inputs.ids >= 0]):
+        t, p = np.nonzero(inputs.ids == e)
+        x = inputs.x[t].astype(dtype)
+        gate = _product(x, inputs.gate[e], inputs.gate_bias, e)
+        up = None if inputs.up is None else _product(x, inputs.up[e], inputs.up_bias, e)
+        h = round_bf16(activate(inputs.activation, gate, up)).astype(dtype)
+        y[t, p] = _product(h, inputs.down[e], inputs.down_bias, e)
+    return y
+
+
+def _product(x: Array, weight: AnyArray, bias: AnyArray | None, e: int) -> Array:
+    """x . W^T + bias[e]: [M, K] and [N, K] to [M, N]."""
+    product: Array = x @ weight.astype(x.dtype).T
+    return product if bias is None else product + bias[e].astype(x.dtype)
+
+
+def _combine(inputs: ForwardInputs, y: Array) -> Array:
+    """base + the weighted sum over the slots, in their order, [T, H]."""
+    computed = inputs.ids >= 0
+    routing = np.where(computed, inputs.routing, 0).astype(y.dtype)
+    total = np.zeros((y.shape[0], y.shape[2]), y.dtype)
+    for p in range(y.shape[1]):
+        total += routing[:, p, None] * y[:, p]
+    if inputs.base is not None:
+        total = inputs.base.astype(y.dtype) + total
+    finite = np.isfinite(inputs.x.astype(np.float32)).all(axis=1)
+    total[computed.any(axis=1) & ~finite] = np.nan
+    return total

@@ -1,0 +1,173 @@
+"""The arguments of the reference, checked and brought to one form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ..config import ActivationSpec, parse_activation
+
+__all__ = ["ForwardInputs", "check_inputs", "check_out_dtype"]
+
+AnyArray = NDArray[Any]
+#: `[E, N, K]`, or E arrays `[N, K]`.
+Weights = AnyArray | Sequence[AnyArray]
+
+_BIAS_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+_BASE_DTYPES = (*_BIAS_DTYPES, np.dtype(np.float64))
+
+
+@dataclass(frozen=True)
+class ForwardInputs:
+    """Checked arguments of one forward pass. Weights and biases are those of the physical experts."""
+
+    x: AnyArray  # bf16 [T, H]
+    ids: NDArray[np.int64]  # [T, P]; -1 where a slot is skipped
+    routing: NDArray[np.float32]  # [T, P]
+    gate: list[AnyArray]  # E of bf16 [I, H]
+    up: list[AnyArray] | None
+    down: list[AnyArray]  # E of bf16 [H, I]
+    gate_bias: AnyArray | None  # [E, I]
+    up_bias: AnyArray | None
+    down_bias: AnyArray | None  # [E, H]
+    activation: ActivationSpec
+    base: AnyArray | None  # [T, H]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.gate)
+
+
+def check_inputs(
+    hidden_states: AnyArray,
+    topk_ids: AnyArray,
+    topk_weights: AnyArray,
+    gate_proj: Weights,
+    up_proj: Weights | None,
+    down_proj: Weights,
+    *,
+    gate_bias: AnyArray | None = None,
+    up_bias: AnyArray | None = None,
+    down_bias: AnyArray | None = None,
+    activation: str | ActivationSpec | Mapping[str, Any] = "silu",
+    gpu_experts_mask: AnyArray | None = None,
+    physical_to_logical_map: AnyArray | None = None,
+    base: AnyArray | None = None,
+) -> ForwardInputs:
+    """Check the arguments of `moe_forward`; see there for what they are and what is raised."""
+    spec = parse_activation(activation)
+    if spec.gated and up_proj is None:
+        raise ValueError(f"up_proj is None, but activation {spec.name} is gated: expected [E, I, H]")
+    if not spec.gated and (up_proj is not None or up_bias is not None):
+        name = "up_proj" if up_proj is not None else "up_bias"
+        raise ValueError(
+            f"{name} must be None: activation {spec.name} has one projection, given as gate_proj"
+        )
+    x = _array("hidden_states", hidden_states, ("T", "H"), {}, ml_dtypes.bfloat16)
+    sizes = {"T": x.shape[0], "H": x.shape[1]}
+    ids = np.asarray(topk_ids)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"topk_ids must have an integer dtype, got {ids.dtype}")
+    ids = _array("topk_ids", ids, ("T", "P"), sizes, ids.dtype)
+    sizes["P"] = ids.shape[1]
+    routing = _array("topk_weights", topk_weights, ("T", "P"), sizes, np.float32)
+    gate = _experts("gate_proj", gate_proj, ("I", "H"), sizes)
+    up = None if up_proj is None else _experts("up_proj", up_proj, ("I", "H"), sizes)
+    down = _experts("down_proj", down_proj, ("H", "I"), sizes)
+    order = _physical_order(physical_to_logical_map, sizes["E"])
+    return ForwardInputs(
+        x=x,
+        ids=_computed_ids(ids, gpu_experts_mask, sizes["E"]),
+        routing=routing,
+        gate=[gate[e] for e in order],
+        up=None if up is None else [up[e] for e in order],
+        down=[down[e] for e in order],
+        gate_bias=_bias("gate_bias", gate_bias, ("E", "I"), sizes, order),
+        up_bias=_bias("up_bias", up_bias, ("E", "I"), sizes, order),
+        down_bias=_bias("down_bias", down_bias, ("E", "H"), sizes, order),
+        activation=spec,
+        base=None if base is None else _array("base", base, ("T", "H"), sizes, *_BASE_DTYPES),
+    )
+
+
+def check_out_dtype(out_dtype: DTypeLike) -> np.dtype[Any]:
+    """`out_dtype` as a dtype that a result may have."""
+    dtype = np.dtype(out_dtype)
+    if dtype not in (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64)):
+        raise ValueError(f"out_dtype must be bfloat16, float32 or float64, got {dtype}")
+    return dtype
+
+
+def _array(
+    name: str, value: object, letters: tuple[str, ...], sizes: Mapping[str, int], *dtypes: Any
+) -> AnyArray:
+    """`value`, an array of one of `dtypes` and of the letters' `sizes`; a letter without a size is free."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array, got {type(value).__name__}")
+    if value.dtype not in [np.dtype(dtype) for dtype in dtypes]:
+        raise TypeError(f"{name} must be {' or '.join(np.dtype(d).name for d in dtypes)}, got {value.dtype}")
+    expected = [sizes.get(letter) for letter in letters]
+    fits = len(value.shape) == len(letters) and all(
+        want is None or want == got for want, got in zip(expected, value.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(
+            letter if n is None else f"{letter}={n}" for letter, n in zip(letters, expected, strict=True)
+        )
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
+    return value
+
+
+def _experts(name: str, value: Weights, letters: tuple[str, str], sizes: dict[str, int]) -> list[AnyArray]:
+    """E matrices; fills in E and I of `sizes` when they are still unknown."""
+    if isinstance(value, np.ndarray) and value.ndim != 3:
+        raise ValueError(f"{name} must have shape [E, {letters[0]}, {letters[1]}], got {list(value.shape)}")
+    if not isinstance(value, (np.ndarray, Sequence)):
+        raise TypeError(f"{name} must be an array or a sequence of arrays, got {type(value).__name__}")
+    experts = list(value)
+    if len(experts) != sizes.setdefault("E", len(experts)) or not experts:
+        raise ValueError(f"{name} must hold {sizes['E'] or 'some'} experts, got {len(experts)}")
+    for e, expert in enumerate(experts):
+        _array(f"{name}[{e}]", expert, letters, sizes, ml_dtypes.bfloat16)
+        sizes.setdefault("I", expert.shape[0])
+    return experts
+
+
+def _bias(
+    name: str, value: object, letters: tuple[str, str], sizes: Mapping[str, int], order: NDArray[np.int64]
+) -> AnyArray | None:
+    return None if value is None else _array(name, value, letters, sizes, *_BIAS_DTYPES)[order]
+
+
+def _physical_order(mapping: object, num_experts: int) -> NDArray[np.int64]:
+    """The logical expert behind each physical one."""
+    if mapping is None:
+        return np.arange(num_experts)
+    order = _array("physical_to_logical_map", mapping, ("E",), {"E": num_experts}, np.int64)
+    wrong = np.flatnonzero((order < 0) | (order >= num_experts))
+    if wrong.size:
+        at = wrong[0]
+        raise ValueError(f"physical_to_logical_map[{at}] = {order[at]}: expected 0 to {num_experts - 1}")
+    return order
+
+
+def _computed_ids(ids: AnyArray, mask: object, num_experts: int) -> NDArray[np.int64]:
+    """`ids` with -1 for every slot that is skipped."""
+    wrong = np.argwhere(ids >= num_experts)
+    if wrong.size:
+        t, p = wrong[0]
+        raise IndexError(
+            f"topk_ids[{t}, {p}] = {ids[t, p]}: expected an id below the number of experts, {num_experts} "
+            "(a negative id skips the slot)"
+        )
+    computed = np.where(ids < 0, -1, ids).astype(np.int64)
+    if mask is not None:
+        on_gpu = _array("gpu_experts_mask", mask, ("E",), {"E": num_experts}, np.bool_)
+        computed[(computed >= 0) & on_gpu[computed]] = -1
+    return computed

@@ -1,0 +1,418 @@
+// Does every task run exactly once, whoever runs it, however the pool is made, and whatever goes wrong?
+#include <doctest/doctest.h>
+#include <sched.h>
+
+#include <cmath>
+#include <memory>
+#include <mutex>
+#include <numeric>
+
+#include "runtime_helpers.h"
+
+using namespace ktmoe;
+using namespace ktmoe::test;
+
+namespace {
+
+using Counts = std::vector<uint32_t>;
+
+// How often each task of each sub-pool ran.
+class Tally {
+ public:
+  explicit Tally(const Counts& num_tasks) {
+    for (const uint32_t num : num_tasks) runs_.emplace_back(num);
+  }
+  void add(int subpool, uint32_t task) { runs_.at(subpool).at(task).fetch_add(1); }
+  bool all_are(int expected) const {
+    for (const auto& subpool : runs_) {
+      for (const auto& runs : subpool) {
+        if (runs.load() != expected) return false;
+      }
+    }
+    return true;
+  }
+
+ private:
+  std::vector<std::vector<std::atomic<int>>> runs_;
+};
+
+void check_every_task_runs_once(WorkerPool& pool, const Counts& num_tasks) {
+  Tally tally(num_tasks);
+  std::atomic<bool> workers_fit{true};
+  pool.run(num_tasks, [&](const Worker& worker, int subpool, uint32_t task) {
+    tally.add(subpool, task);
+    if (worker.index < 0 || worker.index >= pool.num_threads()) workers_fit = false;
+    if (worker.subpool < 0 || worker.subpool >= pool.num_subpools()) workers_fit = false;
+  });
+  CHECK(tally.all_are(1));
+  CHECK(workers_fit.load());
+}
+
+// Two nodes, whatever the machine has; the second one's CPU is the first's if there is only one.
+Topology two_nodes() {
+  Topology topology = Topology::read();
+  const int first = topology.cpus.front(), last = topology.cpus.back();
+  topology.node_cpus = {{0, {first}}, {1, {last}}};
+  return topology;
+}
+
+void check_pool_works(WorkerPool& pool) {
+  check_every_task_runs_once(pool, Counts(static_cast<size_t>(pool.num_subpools()), 50));
+}
+
+}  // namespace
+
+TEST_CASE("worker pool: every task runs exactly once") {
+  for (const std::vector<int>& threads : std::vector<std::vector<int>>{{1}, {2}, {3}, {4}, {1, 1}, {2, 3}, {2, 1, 2}}) {
+    WorkerPool pool(subpools(threads));
+    for (const uint32_t num : {0u, 1u, 2u, 3u, 7u, 64u, 1000u}) {
+      Counts even(threads.size(), num), one_sided(threads.size(), 0);
+      one_sided.back() = num;
+      for (int repeat = 0; repeat < 20; ++repeat) {
+        check_every_task_runs_once(pool, even);
+        check_every_task_runs_once(pool, one_sided);
+      }
+    }
+  }
+}
+
+TEST_CASE("worker pool: tasks numbered throughout are shared as the threads are") {
+  WorkerPool pool(subpools({1, 3}));
+  for (const uint32_t num : {0u, 1u, 3u, 4u, 10u, 1000u}) {
+    std::vector<std::atomic<int>> runs(num);
+    std::vector<int> subpool_of(num);
+    pool.run(num, [&](const Worker&, int subpool, uint32_t task) {
+      runs.at(task).fetch_add(1);
+      subpool_of.at(task) = subpool;
+    });
+    for (uint32_t task = 0; task < num; ++task) {
+      CHECK(runs[task].load() == 1);
+      CHECK(subpool_of[task] == (task < num / 4 ? 0 : 1));
+    }
+  }
+}
+
+TEST_CASE("worker pool: one task much longer than all others together") {
+  WorkerPool pool(subpools({3}));
+  for (const uint32_t long_task : {0u, 50u, 99u}) {
+    Tally tally({100});
+    pool.run(100, [&](const Worker&, int subpool, uint32_t task) {
+      if (task == long_task) std::this_thread::sleep_for(milliseconds(20));
+      tally.add(subpool, task);
+    });
+    CHECK(tally.all_are(1));
+  }
+}
+
+TEST_CASE("worker pool: the range of a busy worker is stolen") {
+  WorkerPool pool(subpools({2}));
+  std::atomic<uint32_t> num_done{0};
+  std::vector<int> ran_by(20, -1);
+  bool in_time = true;
+  // Of the two ranges the first is the caller's. Its first task ends when all other tasks have.
+  pool.run(20, [&](const Worker& worker, int, uint32_t task) {
+    ran_by[task] = worker.index;
+    if (task == 0) in_time = becomes_true([&] { return num_done == 19; });
+    num_done.fetch_add(1);
+  });
+  CHECK(in_time);
+  CHECK(ran_by[0] == 0);
+  for (uint32_t task = 1; task < 20; ++task) CHECK(ran_by[task] == 1);
+}
+
+TEST_CASE("worker pool: a sub-pool without work helps another on its node") {
+  WorkerPool pool(subpools({1, 1}));
+  std::atomic<uint32_t> num_done{0};
+  std::vector<Worker> ran_by(10);
+  bool in_time = true, subpool_is_the_tasks = true;
+  const Counts num_tasks{10, 0};
+  pool.run(num_tasks, [&](const Worker& worker, int subpool, uint32_t task) {
+    ran_by[task] = worker;
+    if (task == 0) {
+      in_time = becomes_true([&] { return num_done == 9; });
+      subpool_is_the_tasks = subpool == 0;
+    }
+    num_done.fetch_add(1);
+  });
+  CHECK(in_time);
+  CHECK(subpool_is_the_tasks);
+  for (uint32_t task = 1; task < 10; ++task) {
+    CHECK(ran_by[task].index == 1);
+    CHECK(ran_by[task].subpool == 1);
+  }
+}
+
+TEST_CASE("worker pool: no two threads are the same worker at once") {
+  WorkerPool pool(subpools({2, 2}));
+  std::vector<std::atomic<bool>> busy(4);
+  std::atomic<bool> clash{false};
+  for (int repeat = 0; repeat < 200; ++repeat) {
+    pool.run(100, [&](const Worker& worker, int, uint32_t) {
+      if (busy.at(worker.index).exchange(true)) clash = true;
+      busy.at(worker.index) = false;
+    });
+  }
+  CHECK(!clash.load());
+}
+
+TEST_CASE("worker pool: results do not depend on the number of threads") {
+  std::vector<double> expected;
+  for (const int threads : {1, 2, 4}) {
+    WorkerPool pool(subpools({threads}));
+    std::vector<double> result(500);
+    pool.run(500, [&](const Worker&, int, uint32_t task) { result[task] = std::sin(0.1 * task); });
+    if (expected.empty()) expected = result;
+    CHECK(result == expected);
+  }
+}
+
+TEST_CASE("worker pool: two nodes, and workers that never come") {
+  WorkerPool pool({2, {0, 1}, {2, 2}}, two_nodes());
+  CHECK(pool.numa_node(1) == 1);
+  for (const Counts& num_tasks : {Counts{100, 100}, Counts{0, 100}, Counts{100, 0}, Counts{0, 1}}) {
+    for (int repeat = 0; repeat < 50; ++repeat) check_every_task_runs_once(pool, num_tasks);
+  }
+  pool.stop();  // from here on the caller is alone
+  for (const Counts& num_tasks : {Counts{100, 100}, Counts{0, 100}, Counts{100, 0}}) {
+    check_every_task_runs_once(pool, num_tasks);
+  }
+}
+
+TEST_CASE("worker pool: an exception at any task reaches the caller, and the pool goes on") {
+  for (const std::vector<int>& threads : std::vector<std::vector<int>>{{1}, {2}, {4}, {1, 2}}) {
+    WorkerPool pool(subpools(threads));
+    for (uint32_t bad = 0; bad < 30; ++bad) {
+      std::atomic<int> num_begun{0};
+      const auto fn = [&](const Worker&, int, uint32_t task) {
+        num_begun.fetch_add(1);
+        if (task == bad) throw std::out_of_range("task " + std::to_string(task));
+      };
+      CHECK(message_of<std::out_of_range>([&] { pool.run(30, fn); }) == "task " + std::to_string(bad));
+      if (pool.num_threads() == 1) CHECK(num_begun == static_cast<int>(bad) + 1);
+      CHECK(num_begun <= 30);
+    }
+    check_pool_works(pool);
+  }
+}
+
+TEST_CASE("worker pool: an exception of the worker that is not the caller") {
+  WorkerPool pool(subpools({2}));
+  std::atomic<bool> worker_threw{false};
+  const auto fn = [&](const Worker& worker, int, uint32_t) {
+    if (worker.index == 0) {
+      becomes_true([&] { return worker_threw.load(); });
+    } else if (!worker_threw.exchange(true)) {
+      throw std::runtime_error("from the worker");
+    }
+  };
+  CHECK(message_of<std::runtime_error>([&] { pool.run(100, fn); }) == "from the worker");
+  check_pool_works(pool);
+}
+
+TEST_CASE("worker pool: when all tasks throw, one exception arrives") {
+  WorkerPool pool(subpools({4}));
+  for (int repeat = 0; repeat < 100; ++repeat) {
+    CHECK_THROWS_AS(pool.run(40, [](const Worker&, int, uint32_t task) { throw task; }), uint32_t);
+  }
+  check_pool_works(pool);
+}
+
+TEST_CASE("worker pool: run_inline stays in the calling thread") {
+  WorkerPool pool(subpools({2, 1}));
+  Tally tally({5, 7});
+  bool only_here = true;
+  const Counts num_tasks{5, 7};
+  pool.run_inline(num_tasks, [&, here = std::this_thread::get_id()](const Worker& worker, int subpool, uint32_t task) {
+    tally.add(subpool, task);
+    only_here = only_here && worker.index == 0 && std::this_thread::get_id() == here;
+  });
+  CHECK(tally.all_are(1));
+  CHECK(only_here);
+  CHECK_THROWS_AS(pool.run_inline(num_tasks, [](const Worker&, int, uint32_t) { throw 1; }), int);
+  check_pool_works(pool);
+}
+
+TEST_CASE("worker pool: a task that calls run() runs it itself") {
+  WorkerPool pool(subpools({2, 2}));
+  std::atomic<int> num_inner{0};
+  std::atomic<bool> same_worker{true};
+  const Counts two_each{2, 2};
+  CHECK(!pool.is_inside_task());
+  pool.run(20, [&](const Worker& outer, int, uint32_t) {
+    if (!pool.is_inside_task()) same_worker = false;
+    const auto inner_fn = [&](const Worker& inner, int, uint32_t) {
+      if (inner.index != outer.index || inner.subpool != outer.subpool) same_worker = false;
+      num_inner.fetch_add(1);
+    };
+    pool.run(3, inner_fn);
+    pool.run(two_each, inner_fn);
+    pool.run_inline(two_each, inner_fn);
+  });
+  CHECK(num_inner == 20 * (3 + 4 + 4));
+  CHECK(same_worker.load());
+  CHECK(!pool.is_inside_task());
+}
+
+TEST_CASE("worker pool: a task may use another pool, and that one the first again") {
+  WorkerPool first(subpools({1})), second(subpools({1}));
+  int num_runs = 0;
+  first.run(2, [&](const Worker&, int, uint32_t) {
+    second.run(2, [&](const Worker&, int, uint32_t) {
+      first.run(2, [&](const Worker&, int, uint32_t) { ++num_runs; });
+    });
+  });
+  CHECK(num_runs == 8);
+}
+
+TEST_CASE("worker pool: callers in several threads take turns") {
+  WorkerPool pool(subpools({2}));
+  std::atomic<int> num_jobs{0};
+  std::atomic<bool> overlap{false};
+  std::vector<std::thread> callers;
+  std::atomic<int> total{0};
+  for (int caller = 0; caller < 3; ++caller) {
+    callers.emplace_back([&] {
+      for (int repeat = 0; repeat < 200; ++repeat) {
+        const int job = num_jobs.fetch_add(1);
+        std::atomic<int> mine{0};
+        pool.run(10, [&, job](const Worker&, int, uint32_t) {
+          if (job < 0) overlap = true;
+          mine.fetch_add(1);
+        });
+        total += mine;
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  CHECK(total == 3 * 200 * 10);
+  CHECK(!overlap.load());
+}
+
+TEST_CASE("worker pool: an idle pool uses no CPU") {
+  WorkerPool pool(subpools({4}));
+  check_pool_works(pool);
+  std::this_thread::sleep_for(milliseconds(20));
+  CHECK(cpu_seconds_while_idle(milliseconds(200)) < 0.02);
+}
+
+TEST_CASE("worker pool: as many workers as CPUs, or more, and no job waits for the scheduler") {
+  const int num_cpus = Topology::read().cpu_quota;
+  for (const int threads : {num_cpus, 4, 2 * num_cpus + 1}) {
+    WorkerPool pool(subpools({threads}));
+    std::atomic<int> num_runs{0};
+    const auto begin = std::chrono::steady_clock::now();
+    for (int job = 0; job < 10000; ++job) {
+      pool.run(static_cast<uint32_t>(threads), [&](const Worker&, int, uint32_t) { ++num_runs; });
+    }
+    // A cliff of one scheduler tick (4 ms) a job would take 40 s.
+    CHECK(std::chrono::steady_clock::now() - begin < std::chrono::seconds(8));
+    CHECK(num_runs == 10000 * threads);
+  }
+}
+
+TEST_CASE("worker pool: a worker makes way for the caller on its CPU") {
+  const Topology topology = Topology::read();
+  const std::vector<int>& cpus = topology.node_cpus.begin()->second;
+  if (cpus.size() < 2 || topology.cpu_quota < 2) return;
+  cpu_set_t before, other;
+  REQUIRE(sched_getaffinity(0, sizeof(before), &before) == 0);
+  WorkerPool pool(subpools({2}));
+  const auto run_both_at_once = [&] {
+    std::atomic<int> num_here{0};
+    std::vector<int> cpu_of(2, -1);
+    pool.run(2, [&](const Worker& worker, int, uint32_t) {
+      num_here.fetch_add(1);
+      becomes_true([&] { return num_here == 2; });
+      cpu_of[worker.index] = sched_getcpu();
+    });
+    return cpu_of;
+  };
+  for (const int cpu : {cpus[1], cpus[0], cpus[1]}) {
+    CPU_ZERO(&other);
+    CPU_SET(cpu, &other);
+    if (sched_setaffinity(0, sizeof(other), &other) != 0) break;
+    const std::vector<int> cpu_of = run_both_at_once();
+    CHECK(cpu_of[0] == cpu);
+    CHECK(cpu_of[1] != cpu);
+  }
+  sched_setaffinity(0, sizeof(before), &before);
+}
+
+TEST_CASE("worker pool config: defaults") {
+  Topology topology;
+  topology.cpus = {0, 1, 2, 3, 4, 5, 6, 7};
+  topology.node_cpus = {{0, {0, 1, 2, 3, 4, 5}}, {3, {6, 7}}};
+  topology.cpu_quota = 8;
+  const auto check = [](const WorkerPoolConfig& config, const std::vector<int>& nodes, const std::vector<int>& threads) {
+    CHECK(config.subpool_count == static_cast<int>(nodes.size()));
+    CHECK(config.subpool_numa_map == nodes);
+    CHECK(config.subpool_thread_count == threads);
+  };
+  check(WorkerPoolConfig::defaults(topology), {0, 3}, {6, 2});
+  check(WorkerPoolConfig::with_threads(16, topology), {0, 3}, {12, 4});
+  topology.cpu_quota = 4;
+  check(WorkerPoolConfig::defaults(topology), {0, 3}, {3, 1});
+  topology.cpu_quota = 1;
+  check(WorkerPoolConfig::defaults(topology), {3}, {1});
+  CHECK(message_of<std::invalid_argument>([&] { WorkerPoolConfig::with_threads(0, topology); }) ==
+        "num_threads is 0, expected at least 1");
+}
+
+TEST_CASE("worker pool config: sub-pools of one node get CPUs of their own while there are some") {
+  Topology topology;
+  topology.cpus = {0, 1, 2, 3, 4, 5};
+  topology.node_cpus = {{0, {0, 2, 1, 3}}, {1, {4, 5}}};
+  topology.cpu_quota = 6;
+  const WorkerPoolConfig config{3, {0, 1, 0}, {2, 3, 3}};
+  using Cpus = std::vector<std::vector<int>>;
+  CHECK(config.assign_cpus(topology) == std::vector<Cpus>{{{0}, {2}}, {{4}, {5}, {4}}, {{1}, {3}, {0}}});
+  topology.cpu_quota = 3;
+  CHECK(config.assign_cpus(topology)[1] == Cpus{{4, 5}, {4, 5}, {4, 5}});
+}
+
+TEST_CASE("worker pool config: what cannot be is refused by name") {
+  Topology topology;
+  topology.cpus = {0, 1, 2, 3};
+  topology.node_cpus = {{0, {0, 1}}, {2, {2, 3}}};
+  topology.cpu_quota = 4;
+  const auto refusal = [&](const WorkerPoolConfig& config) {
+    return message_of<std::invalid_argument>([&] { WorkerPool pool(config, topology); });
+  };
+  CHECK(refusal({}) == "subpool_count is 0, expected at least 1");
+  CHECK(refusal({-1, {}, {}}) == "subpool_count is -1, expected at least 1");
+  CHECK(refusal({2, {0}, {1, 1}}) ==
+        "subpool_numa_map has 1 entries, expected one for each sub-pool (subpool_count = 2)");
+  CHECK(refusal({1, {0}, {1, 1}}) ==
+        "subpool_thread_count has 2 entries, expected one for each sub-pool (subpool_count = 1)");
+  CHECK(refusal({2, {0, 2}, {1, 0}}) == "subpool_thread_count[1] is 0, expected at least 1");
+  CHECK(refusal({1, {0}, {-3}}) == "subpool_thread_count[0] is -3, expected at least 1");
+  CHECK(refusal({2, {0, 1}, {1, 1}}) ==
+        "subpool_numa_map[1] is 1, expected a NUMA node with CPUs that this process may use: 0, 2");
+}
+
+TEST_CASE("worker pool: num_tasks must fit the pool") {
+  WorkerPool pool(subpools({1, 1}));
+  const auto nothing = [](const Worker&, int, uint32_t) {};
+  CHECK(message_of<std::invalid_argument>([&] { pool.run(Counts{1}, nothing); }) ==
+        "num_tasks has 1 entries, expected one for each of the 2 sub-pools");
+  CHECK(message_of<std::invalid_argument>([&] { pool.run(Counts{0x80000000u, 0x80000000u}, nothing); }) ==
+        "num_tasks sums to 4294967296, expected at most 4294967295");
+}
+
+#ifndef KT_UNDER_TSAN
+TEST_CASE("worker pool: a forked child is told, and can make a pool of its own") {
+  auto pool = std::make_unique<WorkerPool>(subpools({3}));
+  check_pool_works(*pool);
+  const auto nothing = [](const Worker&, int, uint32_t) {};
+  const int result = in_forked_child([&] {
+    if (!contains(message_of<std::runtime_error>([&] { pool->run(3, nothing); }), "forked child")) return 1;
+    pool.reset();  // must neither hang nor terminate
+    WorkerPool own(subpools({2}));
+    std::atomic<int> num_runs{0};
+    own.run(10, [&](const Worker&, int, uint32_t) { ++num_runs; });
+    return num_runs == 10 ? 0 : 2;
+  });
+  CHECK(result == 0);
+  check_pool_works(*pool);
+}
+#endif
