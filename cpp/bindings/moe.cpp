@@ -86,15 +86,15 @@ PythonTask load_weights_task(Layer layer, nb::object gate, nb::object up, nb::ob
   auto owners = std::make_shared<Arrays>();
   owners->reserve(3 * static_cast<size_t>(c.expert_num));
   auto weights = std::make_shared<ExpertWeights>();
+  weights->gate = matrices(gate, "gate_proj", c.expert_num, c.intermediate_size, c.hidden_size, *owners);
+  weights->gate_bias = biases(gate_bias, "gate_bias", c.expert_num, c.intermediate_size);
   if (c.activation.gated) {
-    weights->gate = matrices(gate, "gate_proj", c.expert_num, c.intermediate_size, c.hidden_size, *owners);
-    weights->gate_bias = biases(gate_bias, "gate_bias", c.expert_num, c.intermediate_size);
-  } else if (!gate.is_none() || !gate_bias.is_none()) {
-    throw_invalid(gate.is_none() ? "gate_bias" : "gate_proj", ": got one, expected None: the activation has no gate");
+    weights->up = matrices(up, "up_proj", c.expert_num, c.intermediate_size, c.hidden_size, *owners);
+    weights->up_bias = biases(up_bias, "up_bias", c.expert_num, c.intermediate_size);
+  } else if (!up.is_none() || !up_bias.is_none()) {
+    throw_invalid(up.is_none() ? "up_bias" : "up_proj", ": got one, expected None: the activation is not gated");
   }
-  weights->up = matrices(up, "up_proj", c.expert_num, c.intermediate_size, c.hidden_size, *owners);
   weights->down = matrices(down, "down_proj", c.expert_num, c.hidden_size, c.intermediate_size, *owners);
-  weights->up_bias = biases(up_bias, "up_bias", c.expert_num, c.intermediate_size);
   weights->down_bias = biases(down_bias, "down_bias", c.expert_num, c.hidden_size);
   apply_map(map, c, *weights);
   weights->owner = owners;
@@ -194,7 +194,7 @@ pool : WorkerPool, optional
 void bind_interface(nb::module_& m) {
   nb::class_<MoE_Interface>(m, "MoE_Interface", "What every layer of experts does.")
       .def_prop_ro("loaded", &MoE_Interface::loaded)
-      .def("load_weights_task", &load_weights_task, nb::arg("gate_proj").none(), nb::arg("up_proj"),
+      .def("load_weights_task", &load_weights_task, nb::arg("gate_proj"), nb::arg("up_proj").none(),
            nb::arg("down_proj"), nb::arg("physical_to_logical_map").none() = nb::none(), nb::kw_only(),
            nb::arg("gate_bias").none() = nb::none(), nb::arg("up_bias").none() = nb::none(),
            nb::arg("down_bias").none() = nb::none(),
@@ -203,7 +203,7 @@ void bind_interface(nb::module_& m) {
 Parameters
 ----------
 gate_proj, up_proj : array or sequence of arrays
-    bfloat16 [E, I, H], or E arrays [I, H]. Without a gate, gate_proj is None.
+    bfloat16 [E, I, H], or E arrays [I, H]. up_proj is None when the activation is not gated.
 down_proj : array or sequence of arrays
     bfloat16 [E, H, I], or E arrays [H, I].
 physical_to_logical_map : array, optional

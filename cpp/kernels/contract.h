@@ -73,7 +73,7 @@ struct Activation {
 };
 
 // H[m, n] = bf16(act(G[m, n] + gate_bias[n], U[m, n] + up_bias[n])), the one rounding of the intermediate.
-// Not gated: H = act(G), where G is the up projection, and c_up and up_bias are null.
+// Not gated: H = act(G + gate_bias), and c_up and up_bias are null.
 // `h` is where the operand of all rows starts; this call writes columns [n0, n1) of it, and the zero padding
 // behind them when n1 is the last column. Biases are null or start at column n0.
 struct ActivateArgs {

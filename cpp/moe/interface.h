@@ -11,7 +11,7 @@ namespace ktmoe {
 // The weights of a layer, as given: a matrix a physical expert and projection, and biases in fp32.
 // Nothing is copied; `owner` keeps the memory alive.
 struct ExpertWeights {
-  std::vector<WeightView> gate, up, down;                // [E]; gate is empty without a gate
+  std::vector<WeightView> gate, up, down;                // [E]; a layer without a gate has no up
   std::vector<float> gate_bias, up_bias, down_bias;      // [E, I], [E, I], [E, H], or empty
   std::shared_ptr<const void> owner;
 };

@@ -65,17 +65,15 @@ class AMX_MOE_BASE {
     act.n0 = task.n0, act.n1 = task.n1;
     act.h = call.kernels->operand_block(call.h[task.active], expert.rows, static_cast<uint32_t>(width), task.m0, task.m1);
 
-    product(call, scratch, x, weights_->up[e], task, scratch.c_up);
-    if (config_.activation.gated) product(call, scratch, x, weights_->gate[e], task, scratch.c_gate);
-    derived().before_activation(call, scratch, task, x);
-
-    const float* up_bias = bias_of(weights_->up_bias, e * width + task.n0);
+    product(call, scratch, x, weights_->gate[e], task, scratch.c_gate);
+    act.c_gate = scratch.c_gate;
+    act.gate_bias = bias_of(weights_->gate_bias, e * width + task.n0);
     if (config_.activation.gated) {
-      act.c_gate = scratch.c_gate, act.gate_bias = bias_of(weights_->gate_bias, e * width + task.n0);
-      act.c_up = scratch.c_up, act.up_bias = up_bias;
-    } else {
-      act.c_gate = scratch.c_up, act.gate_bias = up_bias;
+      product(call, scratch, x, weights_->up[e], task, scratch.c_up);
+      act.c_up = scratch.c_up;
+      act.up_bias = bias_of(weights_->up_bias, e * width + task.n0);
     }
+    derived().before_activation(call, scratch, task, x);
     call.kernels->activate(act);
     derived().after_activation(call, scratch, task);
   }

@@ -159,8 +159,8 @@ class TP_MOE_Common : public MoE_Interface {
     };
     const auto num = static_cast<size_t>(config_.expert_num);
     const size_t width = num * static_cast<size_t>(config_.intermediate_size);
-    expect("gate_proj", w.gate.size(), config_.activation.gated ? num : 0);
-    expect("up_proj", w.up.size(), num);
+    expect("gate_proj", w.gate.size(), num);
+    expect("up_proj", w.up.size(), config_.activation.gated ? num : 0);
     expect("down_proj", w.down.size(), num);
     if (!w.gate_bias.empty()) expect("gate_bias", w.gate_bias.size(), width);
     if (!w.up_bias.empty()) expect("up_bias", w.up_bias.size(), width);

@@ -1,11 +1,11 @@
 // Choosing, checking and placing the workers.
 #include "runtime/worker_pool_config.h"
 
-#include <cstdint>
 #include <map>
 #include <numeric>
 #include <string>
 
+#include "core/aligned_buffer.h"
 #include "core/error.h"
 
 namespace ktmoe {
@@ -32,13 +32,13 @@ WorkerPoolConfig WorkerPoolConfig::defaults(const Topology& topology) {
 WorkerPoolConfig WorkerPoolConfig::with_threads(int num_threads, const Topology& topology) {
   if (num_threads < 1) throw_invalid("num_threads is ", num_threads, ", expected at least 1");
   WorkerPoolConfig config;
-  const int64_t num_cpus = static_cast<int64_t>(topology.cpus.size());
-  int64_t cpus_before = 0;
+  const size_t total = static_cast<size_t>(num_threads);
+  size_t num_cpus = 0, num_given = 0;
   for (const auto& [node, cpus] : topology.node_cpus) {
-    const int64_t cpus_after = cpus_before + static_cast<int64_t>(cpus.size());
-    const int64_t share = num_threads * cpus_after / num_cpus - num_threads * cpus_before / num_cpus;
-    cpus_before = cpus_after;
+    num_cpus += cpus.size();
+    const size_t share = div_up(total * num_cpus, topology.cpus.size()) - num_given;
     if (share == 0) continue;
+    num_given += share;
     ++config.subpool_count;
     config.subpool_numa_map.push_back(node);
     config.subpool_thread_count.push_back(static_cast<int>(share));

@@ -85,7 +85,7 @@ def read_hf_layer(config: Mapping[str, Any], layer_idx: int) -> tuple[dict[str, 
 
 
 def _find_moe_part(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The mapping that counts the experts: `config` or one nested in it."""
+    """Find the mapping that counts the experts: `config` or one nested in it."""
     if any(config.get(name) is not None for name in _SAME_SIZE_NAMES["num_experts"]):
         return config
     for name in _NESTED:
@@ -97,7 +97,7 @@ def _find_moe_part(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _present(part: Mapping[str, Any], size: str, names: tuple[str, ...], layer_idx: int) -> dict[str, Any]:
-    """The values that are there, in the order of `names`, for the layer; at least one."""
+    """Collect the layer's values that are there, in the order of `names`; at least one."""
     found = {name: _of_layer(part, name, layer_idx) for name in names if part.get(name) is not None}
     if not found:
         raise ValueError(f"config has no {size}: expected one of {', '.join(names)}")
@@ -105,12 +105,12 @@ def _present(part: Mapping[str, Any], size: str, names: tuple[str, ...], layer_i
 
 
 def _first(part: Mapping[str, Any], size: str, names: tuple[str, ...], layer_idx: int) -> Any:
-    """The value of the first name present."""
+    """Take the value of the first name present."""
     return next(iter(_present(part, size, names, layer_idx).values()))
 
 
 def _of_layer(part: Mapping[str, Any], name: str, layer_idx: int) -> Any:
-    """The value called `name`; of a list with a value per layer, the layer's."""
+    """Look up `name`; of a list with a value per layer, take the layer's."""
     value = part[name]
     if not isinstance(value, (list, tuple)):
         return value
@@ -127,7 +127,7 @@ def _of_layer(part: Mapping[str, Any], name: str, layer_idx: int) -> Any:
 
 
 def _agreed(part: Mapping[str, Any], size: str, names: tuple[str, ...], layer_idx: int) -> Any:
-    """The one value that all the names present give."""
+    """Take the one value that all the names present give."""
     found = _present(part, size, names, layer_idx)
     if len(set(map(repr, found.values()))) > 1:
         pairs = ", ".join(f"{name}={value!r}" for name, value in found.items())
@@ -136,7 +136,7 @@ def _agreed(part: Mapping[str, Any], size: str, names: tuple[str, ...], layer_id
 
 
 def _read_activation(part: Mapping[str, Any], layer_idx: int) -> dict[str, Any]:
-    """The activation, told by its name, by the clamps beside it and, for a few models, by the model."""
+    """Tell the activation by its name, by the clamps beside it and, for a few models, by the model."""
     given = next((part[name] for name in _ACTIVATION_NAMES if part.get(name) is not None), "silu")
     if not isinstance(given, str) or given not in _ACTIVATIONS:
         raise ValueError(f"config: activation {given!r} is not supported; known: {', '.join(_ACTIVATIONS)}")
@@ -157,7 +157,7 @@ def _read_activation(part: Mapping[str, Any], layer_idx: int) -> dict[str, Any]:
 
 
 def _required(part: Mapping[str, Any], name: str) -> Any:
-    """A saturation of situ; without it the model means another function."""
+    """Look up a saturation of situ; without it the model means another function."""
     if part.get(name) is None:
         raise ValueError(f"config: activation 'situ' needs {name}, which is missing")
     return part[name]

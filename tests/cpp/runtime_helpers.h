@@ -17,11 +17,17 @@
 
 #include "runtime/worker_pool.h"
 
+// The sanitizers' own locks do not survive a fork: ThreadSanitizer's never, AddressSanitizer's only if no other
+// thread is allocating at that moment.
 #if defined(__SANITIZE_THREAD__)
 #define KT_UNDER_TSAN 1
+#elif defined(__SANITIZE_ADDRESS__)
+#define KT_UNDER_ASAN 1
 #elif defined(__has_feature)
 #if __has_feature(thread_sanitizer)
 #define KT_UNDER_TSAN 1
+#elif __has_feature(address_sanitizer)
+#define KT_UNDER_ASAN 1
 #endif
 #endif
 
@@ -61,6 +67,9 @@ std::string message_of(Action action) {
 inline bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
+
+// Long enough for the threads of a pool or engine to end what they do and sleep.
+inline void let_threads_fall_asleep() { std::this_thread::sleep_for(milliseconds(20)); }
 
 // The processor time that all threads of the process use while this one sleeps.
 inline double cpu_seconds_while_idle(milliseconds duration) {

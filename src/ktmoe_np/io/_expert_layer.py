@@ -38,7 +38,7 @@ class ExpertLayer:
         self.numbers: dict[str, set[int]] = defaultdict(set)  # template -> experts that have it
 
     def namings(self) -> list[Naming]:
-        """The rows of the table that are there in full; if none is, those that are there in part."""
+        """List the rows of the table that are there in full; if none is, those there in part."""
         part = [row for row in NAMINGS if any(name in self.numbers for name in row.tensors.values())]
         full = [row for row in part if all(name in self.numbers for name in row.required)]
         return full or part
@@ -63,11 +63,11 @@ class ExpertLayer:
         return num_experts, inter, hidden
 
     def name(self, template: str, e: int) -> str:
-        """The full name of a tensor."""
+        """Complete a tensor's name."""
         return self.prefix + template.format(e=e)
 
     def problem(self, naming: Naming, sizes: tuple[int, int, int]) -> str | None:
-        """What is wrong with the layer's tensors as `naming` wants them, or None."""
+        """Say what is wrong with the layer's tensors as `naming` wants them; None if nothing."""
         num_experts = sizes[0]
         for template in naming.required:
             more = max(self.numbers.get(template, ()), default=_ALL)
@@ -137,7 +137,7 @@ def _template(name: str) -> tuple[str, int]:
 
 
 def find_layer(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> ExpertLayer:
-    """The layer's tensors under the first prefix with experts."""
+    """Find the layer's tensors under the first prefix with experts."""
     layers = {
         prefix: ExpertLayer(checkpoint, prefix) for prefix in (p.format(layer=layer_idx) for p in PREFIXES)
     }

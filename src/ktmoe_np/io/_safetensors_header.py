@@ -110,7 +110,7 @@ def _check_metadata(path: Path, metadata: object) -> Mapping[str, str]:
 
 
 def _check_entry(path: Path, name: str, entry: object, num_bytes: int) -> TensorInfo:
-    """A header's entry, made sure of; `num_bytes` follow the header."""
+    """Make sure of a header's entry; `num_bytes` follow the header."""
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
             pass

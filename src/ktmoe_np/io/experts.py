@@ -163,7 +163,7 @@ def _store(
 
 
 def _transposed(matrix: AnyArray) -> AnyArray:
-    """A contiguous copy of the transpose of a matrix of 2-byte values."""
+    """Copy a matrix of 2-byte values to its transpose, contiguous."""
     bits = matrix.view(np.uint16)  # NumPy moves its own types much faster than ml_dtypes
     result = np.empty(bits.shape[::-1], np.uint16)
     for start in range(0, bits.shape[0], _TRANSPOSE_STRIP):

@@ -64,7 +64,7 @@ class SafetensorsFile:
         self._tensors, self.metadata = parse_header(self.path, self._map[8 : self._start], size - self._start)
 
     def names(self) -> tuple[str, ...]:
-        """The tensors, in the order of the header."""
+        """List the tensors, in the order of the header."""
         return tuple(self._tensors)
 
     def __contains__(self, name: object) -> bool:
@@ -72,7 +72,7 @@ class SafetensorsFile:
         return name in self._tensors
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype, shape and place of a tensor; ValueError when there is none of that name."""
+        """Return dtype, shape and place of a tensor; ValueError when there is none of that name."""
         if name not in self._tensors:
             raise ValueError(f"{self.path}: no tensor {name!r}")
         return self._tensors[name]
@@ -164,7 +164,7 @@ class SafetensorsCheckpoint:
         return self._files[path]
 
     def names(self) -> tuple[str, ...]:
-        """All tensors."""
+        """List all tensors."""
         return tuple(self._file_of)
 
     def __contains__(self, name: object) -> bool:
@@ -172,13 +172,13 @@ class SafetensorsCheckpoint:
         return name in self._file_of
 
     def file_of(self, name: str) -> Path:
-        """The file that holds `name`; ValueError when none does."""
+        """Return the file that holds `name`; ValueError when none does."""
         if name not in self._file_of:
             raise ValueError(f"{self.path}: no tensor {name!r}")
         return self._file_of[name]
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype, shape and place of a tensor; opens its file."""
+        """Return dtype, shape and place of a tensor; opens its file."""
         return self._open(self.file_of(name)).info(name)
 
     def tensor(self, name: str) -> NDArray[Any]:
@@ -212,13 +212,18 @@ def load_hf_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _read_index(path: Path) -> dict[str, Path]:
-    """The file of every tensor, from an index; no file is opened."""
+    """Read the file of every tensor from an index; no file is opened."""
     weight_map = parse_json_object(path.read_bytes(), str(path)).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{path}: weight_map must be an object, got {type(weight_map).__name__}")
     paths: dict[str, Path] = {}
-    for shard in set(map(str, weight_map.values())):
-        if Path(shard).is_absolute() or ".." in Path(shard).parts or not shard:
-            raise ValueError(f"{path}: shard {shard!r} is not a file name inside the checkpoint")
-        paths[shard] = path.parent / shard
-    return {name: paths[str(shard)] for name, shard in weight_map.items()}
+    file_of: dict[str, Path] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise ValueError(f"{path}: the shard of tensor {name!r} must be a string, got {shard!r:.80}")
+        if shard not in paths:
+            if not shard or Path(shard).is_absolute() or ".." in Path(shard).parts:
+                raise ValueError(f"{path}: shard {shard!r} is not a file name inside the checkpoint")
+            paths[shard] = path.parent / shard
+        file_of[name] = paths[shard]
+    return file_of

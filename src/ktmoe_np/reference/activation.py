@@ -46,7 +46,9 @@ def round_bf16(x: Array) -> NDArray[np.float32]:
 def activate(
     activation: str | ActivationSpec | Mapping[str, Any], gate: Array, up: Array | None = None
 ) -> NDArray[np.floating[Any]]:
-    """act(g, u), elementwise; with L the limit::
+    """Compute act(g, u) elementwise.
+
+    With L the limit::
 
         silu          min(g, L) * sig(min(g, L)) * clip(u, -L, L)
         swigluoai     min(g, L) * sig(alpha * min(g, L)) * (clip(u, -L, L) + 1)
@@ -107,7 +109,7 @@ def activate(
 
 
 def gate_factor(spec: ActivationSpec, g: Array) -> Array:
-    """The factor of `activate` that depends on the gate; all of it when there is no up."""
+    """Compute the factor of `activate` that depends on the gate; all of it when there is no up."""
     limit, alpha, beta = (g.dtype.type(np.float32(value)) for value in (spec.limit, spec.alpha, spec.beta1))
     match spec.kind:
         case "silu" | "swigluoai":
@@ -130,7 +132,7 @@ def gate_factor(spec: ActivationSpec, g: Array) -> Array:
 
 
 def up_factor(spec: ActivationSpec, u: Array) -> Array:
-    """The factor of `activate` that depends on up."""
+    """Compute the factor of `activate` that depends on up."""
     if spec.kind == "situ":
         beta = u.dtype.type(np.float32(spec.beta2))
         return beta * np.tanh(u / beta)

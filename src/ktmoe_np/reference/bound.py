@@ -83,7 +83,8 @@ def error_bound(
     Returns
     -------
     ndarray of float64, [T, H]
-        NaN where the result is NaN in every evaluation; infinite where an overflow makes no promise possible.
+        NaN in the rows that must be NaN (see `moe_forward`); infinite where an overflow, or a weight that is
+        not finite, makes no promise possible.
 
     Raises
     ------
@@ -110,7 +111,11 @@ def error_bound(
             bound = round_bf16(total + radius).astype(np.float64) - round_bf16(total - radius) + _TINY
         else:
             bound = 2.0 * radius + 2.0 * _EPS * np.abs(total)
-        return np.where(np.isnan(bound) & ~np.isnan(total), np.inf, bound)
+    bound = np.where(np.isnan(bound), np.inf, bound)
+    computed = inputs.ids >= 0
+    finite = np.isfinite(inputs.x.astype(np.float32)).all(axis=1)
+    bound[(computed.any(axis=1) & ~finite) | (computed & np.isnan(inputs.routing)).any(axis=1)] = np.nan
+    return bound
 
 
 def assert_within(actual: AnyArray, expected: AnyArray, bound: Array) -> None:
@@ -221,8 +226,6 @@ def _combined(inputs: ForwardInputs, rounding: _Rounding) -> tuple[Array, Array]
             radius[rows[hit]] += np.abs(weight) * dy[hit]
             magnitude[rows[hit]] += np.abs(weight) * (np.abs(y[hit]) + dy[hit])
     radius += rounding.gamma(num_slots + 2) * magnitude + num_slots * _TINY
-    finite = np.isfinite(inputs.x.astype(np.float32)).all(axis=1)
-    total[(inputs.ids >= 0).any(axis=1) & ~finite] = np.nan
     return total, radius
 
 

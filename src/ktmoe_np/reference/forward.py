@@ -34,7 +34,9 @@ def moe_forward(
     base: AnyArray | None = None,
     accumulate_dtype: DTypeLike = np.float32,
 ) -> AnyArray:
-    """The experts of one layer on a batch of tokens::
+    """Run the experts of one layer on a batch of tokens.
+
+    ::
 
         for token t, slot p, e = topk_ids[t, p]:
           skip when e < 0 or gpu_experts_mask[e]        (weights are not renormalised)
@@ -127,7 +129,7 @@ def moe_forward(
 
 
 def _expert_outputs(inputs: ForwardInputs, dtype: np.dtype[Any]) -> Array:
-    """y of every computed slot, [T, P, H]; 0 for the others."""
+    """Compute y of every computed slot, [T, P, H]; 0 for the others."""
     y = np.zeros((*inputs.ids.shape, inputs.x.shape[1]), dtype)
     for e in np.unique(inputs.ids[inputs.ids >= 0]):
         t, p = np.nonzero(inputs.ids == e)
@@ -140,13 +142,13 @@ def _expert_outputs(inputs: ForwardInputs, dtype: np.dtype[Any]) -> Array:
 
 
 def _product(x: Array, weight: AnyArray, bias: AnyArray | None, e: int) -> Array:
-    """x . W^T + bias[e]: [M, K] and [N, K] to [M, N]."""
+    """Compute x . W^T + bias[e]: [M, K] and [N, K] to [M, N]."""
     product: Array = x @ weight.astype(x.dtype).T
     return product if bias is None else product + bias[e].astype(x.dtype)
 
 
 def _combine(inputs: ForwardInputs, y: Array) -> Array:
-    """base + the weighted sum over the slots, in their order, [T, H]."""
+    """Add the weighted slots, in their order, to the base, [T, H]."""
     computed = inputs.ids >= 0
     routing = np.where(computed, inputs.routing, 0).astype(y.dtype)
     total = np.zeros((y.shape[0], y.shape[2]), y.dtype)

@@ -146,7 +146,7 @@ def _bias(
 
 
 def _physical_order(mapping: object, num_experts: int) -> NDArray[np.int64]:
-    """The logical expert behind each physical one."""
+    """Return the logical expert behind each physical one."""
     if mapping is None:
         return np.arange(num_experts)
     order = _array("physical_to_logical_map", mapping, ("E",), {"E": num_experts}, np.int64)

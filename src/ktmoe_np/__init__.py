@@ -1,0 +1,28 @@
+"""Mixture-of-experts layers on CPUs, from NumPy.
+
+`KTMoEWrapper` makes a layer; `reference` is the specification in NumPy; `isa_info` says what runs here.
+"""
+
+from . import config, reference
+from .buffers import KExpertsCPUBuffer
+from .config import ActivationSpec, MoEConfig, parse_activation
+from .experts import KTMoEWrapper
+from .inference import BaseMoEWrapper, NativeMoEWrapper
+from .kt_kernel_ext import isa_info
+from .masks import generate_gpu_experts_masks
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationSpec",
+    "BaseMoEWrapper",
+    "KExpertsCPUBuffer",
+    "KTMoEWrapper",
+    "MoEConfig",
+    "NativeMoEWrapper",
+    "config",
+    "generate_gpu_experts_masks",
+    "isa_info",
+    "parse_activation",
+    "reference",
+]

@@ -1,0 +1,50 @@
+"""Arrays as the engine takes them. It checks dtypes, shapes and order itself; here are the conversions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Array", "bfloat16", "expert_ids", "num_tokens"]
+
+Array = NDArray[Any]
+
+bfloat16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def expert_ids(ids: Any, name: str = "topk_ids") -> NDArray[np.int64]:
+    """Ids of any integer dtype as int64; not copied when they are.
+
+    Raises
+    ------
+    TypeError
+        Not integers.
+    """
+    if type(ids) is np.ndarray and ids.dtype == np.int64:
+        return ids
+    array = np.asarray(ids)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: got {array.dtype} {list(array.shape)}, expected an integer dtype")
+    return array.astype(np.int64)
+
+
+def num_tokens(hidden_states: Any) -> int:
+    """T, from an array [T, H].
+
+    Raises
+    ------
+    TypeError
+        Not an array.
+    ValueError
+        Not two axes.
+    """
+    shape = getattr(hidden_states, "shape", None)
+    if shape is None:
+        kind = type(hidden_states).__name__
+        raise TypeError(f"hidden_states: got {kind}, expected an array of bfloat16 [T, H]")
+    if len(shape) != 2:
+        raise ValueError(f"hidden_states: got shape {list(shape)}, expected [T, H]")
+    return int(shape[0])

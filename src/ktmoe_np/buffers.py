@@ -1,0 +1,126 @@
+"""Memory that calls reuse: two slots for every shape of a batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._arrays import Array, bfloat16
+
+__all__ = ["BufferSlot", "KExpertsCPUBuffer"]
+
+
+@dataclass
+class BufferSlot:
+    """The arrays of one call, T rows each."""
+
+    input: Array  #: bfloat16 [T, H]
+    immediate_ids: NDArray[np.int64]  #: [T, P], deferred slots -1
+    deferred_ids: NDArray[np.int64]  #: [T, P], immediate slots -1
+    weights: NDArray[np.float32]  #: [T, P]
+    output: Array  #: bfloat16 [T, H]
+    deferred_output: NDArray[np.float32]  #: [T, H], what the next layer starts from
+    busy_until: int = 0  #: ticket of the last task that uses the slot
+
+    @classmethod
+    def allocate(cls, batch_size: int, hidden_size: int, num_experts_per_tok: int) -> BufferSlot:
+        """Fresh arrays; the system gives them memory when they are first written."""
+        rows, routes = (batch_size, hidden_size), (batch_size, num_experts_per_tok)
+        return cls(
+            input=np.empty(rows, bfloat16),
+            immediate_ids=np.empty(routes, np.int64),
+            deferred_ids=np.empty(routes, np.int64),
+            weights=np.empty(routes, np.float32),
+            output=np.empty(rows, bfloat16),
+            deferred_output=np.empty(rows, np.float32),
+        )
+
+
+class KExpertsCPUBuffer:
+    """Slots of all layers: layer L uses slot L % 2, so that two neighbours never share one.
+
+    Buffers are kept for the capture batch sizes and for the last other size; the rest are let go.
+
+    Examples
+    --------
+    >>> slots = KExpertsCPUBuffer.get_buffer(batch_size=4, hidden_size=8, num_experts_per_tok=2)
+    >>> len(slots), slots[0].input.shape
+    (2, (4, 8))
+    >>> KExpertsCPUBuffer.set_capture_batch_sizes([1, 2])
+    >>> KExpertsCPUBuffer.get_capture_batch_sizes()
+    [1, 2]
+    >>> KExpertsCPUBuffer.clear_buffer_cache()
+    >>> KExpertsCPUBuffer.set_capture_batch_sizes([])
+    """
+
+    buffer_depth: ClassVar[int] = 2
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _capture_batch_sizes: ClassVar[list[int]] = []
+    _kept: ClassVar[dict[tuple[int, int, int], tuple[BufferSlot, ...]]] = {}
+    _last: ClassVar[tuple[tuple[int, int, int], tuple[BufferSlot, ...]] | None] = None
+
+    @classmethod
+    def get_buffer(
+        cls, batch_size: int, hidden_size: int, num_experts_per_tok: int
+    ) -> tuple[BufferSlot, ...]:
+        """The slots for batches of that size.
+
+        Parameters
+        ----------
+        batch_size : int
+            T.
+        hidden_size : int
+            H.
+        num_experts_per_tok : int
+            P.
+
+        Returns
+        -------
+        tuple of BufferSlot
+            `buffer_depth` of them; the same ones at the next call with the same sizes, unless another size
+            came between and this one is not a capture batch size.
+        """
+        key = (batch_size, hidden_size, num_experts_per_tok)
+        with cls._lock:
+            if key in cls._kept:
+                return cls._kept[key]
+            if cls._last is not None and cls._last[0] == key:
+                return cls._last[1]
+            slots = tuple(BufferSlot.allocate(*key) for _ in range(cls.buffer_depth))
+            if batch_size in cls._capture_batch_sizes:
+                cls._kept[key] = slots
+            else:
+                cls._last = (key, slots)
+            return slots
+
+    @classmethod
+    def set_capture_batch_sizes(cls, capture_batch_sizes: Sequence[int]) -> None:
+        """Batch sizes whose buffers stay allocated, at the same addresses, until the cache is cleared.
+
+        Raises
+        ------
+        ValueError
+            A size below 1.
+        """
+        sizes = sorted({int(size) for size in capture_batch_sizes})
+        if sizes and sizes[0] < 1:
+            raise ValueError(f"capture_batch_sizes: got {sizes[0]}, expected sizes of 1 or more")
+        with cls._lock:
+            cls._capture_batch_sizes = sizes
+
+    @classmethod
+    def get_capture_batch_sizes(cls) -> list[int]:
+        """The sizes set last, ascending."""
+        return list(cls._capture_batch_sizes)
+
+    @classmethod
+    def clear_buffer_cache(cls) -> None:
+        """Let all buffers go. Calls that are under way keep theirs."""
+        with cls._lock:
+            cls._kept = {}
+            cls._last = None

@@ -1,0 +1,52 @@
+"""Which experts go to the GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["generate_gpu_experts_masks"]
+
+
+def generate_gpu_experts_masks(activation_freq: Any, num_gpu_experts: int) -> NDArray[np.bool_]:
+    """The most frequent experts of a model, over all its layers.
+
+    Parameters
+    ----------
+    activation_freq : array of numbers [L, E]
+        How often each expert of each layer is routed to.
+    num_gpu_experts : int
+        How many experts to choose, over all layers together.
+
+    Returns
+    -------
+    ndarray of bool [L, E]
+        True for the chosen ones; ties go to the lower layer, then to the lower expert.
+
+    Raises
+    ------
+    TypeError
+        Frequencies that are not real numbers.
+    ValueError
+        Not two axes, a NaN, or more experts than there are.
+
+    Examples
+    --------
+    >>> generate_gpu_experts_masks([[5, 1, 3], [4, 9, 0]], 3).tolist()
+    [[True, False, False], [True, True, False]]
+    """
+    freq = np.asarray(activation_freq)
+    if freq.dtype.kind not in "iuf":
+        raise TypeError(f"activation_freq: got {freq.dtype}, expected real numbers [L, E]")
+    if freq.ndim != 2:
+        raise ValueError(f"activation_freq: got shape {list(freq.shape)}, expected [L, E]")
+    if np.isnan(freq).any():
+        raise ValueError("activation_freq: got a NaN, expected numbers")
+    if not 0 <= num_gpu_experts <= freq.size:
+        raise ValueError(f"num_gpu_experts: got {num_gpu_experts}, expected 0 to {freq.size}")
+    masks = np.zeros(freq.shape, np.bool_)
+    chosen = np.argsort(-freq.astype(np.float64), axis=None, kind="stable")[:num_gpu_experts]
+    masks.reshape(-1)[chosen] = True
+    return masks
