@@ -75,9 +75,10 @@ void apply_map(nb::handle source, const GeneralMOEConfig& c, ExpertWeights& w) {
                          c.expert_num - 1);
   }
   const auto width = static_cast<size_t>(c.intermediate_size), hidden = static_cast<size_t>(c.hidden_size);
-  w.gate = permuted(w.gate, map, 1), w.up = permuted(w.up, map, 1), w.down = permuted(w.down, map, 1);
-  w.gate_bias = permuted(w.gate_bias, map, width), w.up_bias = permuted(w.up_bias, map, width);
-  w.down_bias = permuted(w.down_bias, map, hidden);
+  ExpertMatrices& m = w.matrices;
+  m.gate = permuted(m.gate, map, 1), m.up = permuted(m.up, map, 1), m.down = permuted(m.down, map, 1);
+  ExpertBiases& b = w.biases;
+  b.gate = permuted(b.gate, map, width), b.up = permuted(b.up, map, width), b.down = permuted(b.down, map, hidden);
 }
 
 PythonTask load_weights_task(Layer layer, nb::object gate, nb::object up, nb::object down, nb::object map,
@@ -86,16 +87,16 @@ PythonTask load_weights_task(Layer layer, nb::object gate, nb::object up, nb::ob
   auto owners = std::make_shared<Arrays>();
   owners->reserve(3 * static_cast<size_t>(c.expert_num));
   auto weights = std::make_shared<ExpertWeights>();
-  weights->gate = matrices(gate, "gate_proj", c.expert_num, c.intermediate_size, c.hidden_size, *owners);
-  weights->gate_bias = biases(gate_bias, "gate_bias", c.expert_num, c.intermediate_size);
+  weights->matrices.gate = matrices(gate, "gate_proj", c.expert_num, c.intermediate_size, c.hidden_size, *owners);
+  weights->biases.gate = biases(gate_bias, "gate_bias", c.expert_num, c.intermediate_size);
   if (c.activation.gated) {
-    weights->up = matrices(up, "up_proj", c.expert_num, c.intermediate_size, c.hidden_size, *owners);
-    weights->up_bias = biases(up_bias, "up_bias", c.expert_num, c.intermediate_size);
+    weights->matrices.up = matrices(up, "up_proj", c.expert_num, c.intermediate_size, c.hidden_size, *owners);
+    weights->biases.up = biases(up_bias, "up_bias", c.expert_num, c.intermediate_size);
   } else if (!up.is_none() || !up_bias.is_none()) {
     throw_invalid(up.is_none() ? "up_bias" : "up_proj", ": got one, expected None: the activation is not gated");
   }
-  weights->down = matrices(down, "down_proj", c.expert_num, c.hidden_size, c.intermediate_size, *owners);
-  weights->down_bias = biases(down_bias, "down_bias", c.expert_num, c.hidden_size);
+  weights->matrices.down = matrices(down, "down_proj", c.expert_num, c.hidden_size, c.intermediate_size, *owners);
+  weights->biases.down = biases(down_bias, "down_bias", c.expert_num, c.hidden_size);
   apply_map(map, c, *weights);
   weights->owner = owners;
   return PythonTask([layer, weights] { layer->load_weights(*weights); });

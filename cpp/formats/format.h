@@ -17,8 +17,10 @@ struct WeightView {
 
   const std::byte* row(size_t n) const { return data + static_cast<ptrdiff_t>(n) * row_stride_bytes; }
 
-  // The same matrix from row n on.
-  WeightView from_row(size_t n) const { return {row(n), row_stride_bytes}; }
+  // The same rows, the first of them called n.
+  WeightView numbered_from(size_t n) const {
+    return {data - static_cast<ptrdiff_t>(n) * row_stride_bytes, row_stride_bytes};
+  }
 };
 
 enum class FormatId : uint8_t {

@@ -5,14 +5,18 @@
 #include <vector>
 
 #include "moe/config.h"
+#include "moe/expert_matrices.h"
 
 namespace ktmoe {
 
-// The weights of a layer, as given: a matrix a physical expert and projection, and biases in fp32.
-// Nothing is copied; `owner` keeps the memory alive.
+struct ExpertBiases {
+  std::vector<float> gate, up, down;  // [E, I], [E, I], [E, H], or empty
+};
+
+// The weights of a layer as they are given, a matrix a physical expert; `owner` keeps their memory alive.
 struct ExpertWeights {
-  std::vector<WeightView> gate, up, down;                // [E]; a layer without a gate has no up
-  std::vector<float> gate_bias, up_bias, down_bias;      // [E, I], [E, I], [E, H], or empty
+  ExpertMatrices matrices;
+  ExpertBiases biases;
   std::shared_ptr<const void> owner;
 };
 
@@ -40,7 +44,7 @@ class MoE_Interface {
   virtual FormatId format() const = 0;
   virtual bool loaded() const = 0;
 
-  // Exchanges the layer's weights for `weights`: the old ones come out, for the caller to release.
+  // Takes the weights and leaves in `weights` what the layer no longer holds, for the caller to release.
   // Throws std::invalid_argument when the numbers of matrices or biases do not fit the config.
   virtual void load_weights(ExpertWeights& weights) = 0;
 

@@ -24,12 +24,15 @@ class AMX_MOE_BASE {
   using Kernel = T;
 
   // The outputs of gate and up, and of down, that this part computes.
-  AMX_MOE_BASE(const GeneralMOEConfig& config, Span intermediate, Span hidden)
-      : config_(config), intermediate_(intermediate), hidden_(hidden) {}
+  AMX_MOE_BASE(const GeneralMOEConfig& config, const OutputShare& share)
+      : config_(config), intermediate_(share.intermediate), hidden_(share.hidden) {}
 
-  Span intermediate() const { return intermediate_; }
-  Span hidden() const { return hidden_; }
-  void set_weights(const ExpertWeights* weights) { weights_ = weights; }
+  OutputShare share() const { return {intermediate_, hidden_}; }
+  // Matrices that hold at least the rows of the share; biases are the whole layer's.
+  void set_weights(const ExpertMatrices* matrices, const ExpertBiases* biases) {
+    matrices_ = matrices;
+    biases_ = biases;
+  }
 
   void cut_gate_up(const LayerCall& call, int num_threads) {
     cut_panels(call.plan, intermediate_, static_cast<uint32_t>(config_.hidden_size), num_threads, gate_up_tasks_);
@@ -65,13 +68,13 @@ class AMX_MOE_BASE {
     act.n0 = task.n0, act.n1 = task.n1;
     act.h = call.kernels->operand_block(call.h[task.active], expert.rows, static_cast<uint32_t>(width), task.m0, task.m1);
 
-    product(call, scratch, x, weights_->gate[e], task, scratch.c_gate);
+    product(call, scratch, x, matrices_->gate[e], task, scratch.c_gate);
     act.c_gate = scratch.c_gate;
-    act.gate_bias = bias_of(weights_->gate_bias, e * width + task.n0);
+    act.gate_bias = bias_of(biases_->gate, e * width + task.n0);
     if (config_.activation.gated) {
-      product(call, scratch, x, weights_->up[e], task, scratch.c_up);
+      product(call, scratch, x, matrices_->up[e], task, scratch.c_up);
       act.c_up = scratch.c_up;
-      act.up_bias = bias_of(weights_->up_bias, e * width + task.n0);
+      act.up_bias = bias_of(biases_->up, e * width + task.n0);
     }
     derived().before_activation(call, scratch, task, x);
     call.kernels->activate(act);
@@ -85,12 +88,12 @@ class AMX_MOE_BASE {
     const kernels::Operand h = call.kernels->operand_block(
         call.h[task.active], expert.rows, static_cast<uint32_t>(config_.intermediate_size), task.m0, task.m1);
 
-    product(call, scratch, h, weights_->down[e], task, scratch.c_gate);
+    product(call, scratch, h, matrices_->down[e], task, scratch.c_gate);
     derived().after_down(call, scratch, task, h);
 
     kernels::StoreRowsArgs store;
     store.c = scratch.c_gate;
-    store.bias = bias_of(weights_->down_bias, e * static_cast<size_t>(config_.hidden_size) + task.n0);
+    store.bias = bias_of(biases_->down, e * static_cast<size_t>(config_.hidden_size) + task.n0);
     store.m = task.m1 - task.m0, store.n = task.n1 - task.n0;
     store.y_stride = pass_.columns.size();
     store.y = pass_.y + size_t{expert.begin + task.m0} * store.y_stride + (task.n0 - pass_.columns.begin);
@@ -166,7 +169,8 @@ class AMX_MOE_BASE {
   }
 
   const Span intermediate_, hidden_;
-  const ExpertWeights* weights_ = nullptr;
+  const ExpertMatrices* matrices_ = nullptr;
+  const ExpertBiases* biases_ = nullptr;
   std::vector<PanelTask> gate_up_tasks_, down_tasks_, combine_tasks_;
   ColumnPass pass_;
 };

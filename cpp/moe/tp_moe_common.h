@@ -24,7 +24,8 @@ class TP_MOE_Common : public MoE_Interface {
       const auto share = [&](int64_t total) {
         return share_of(static_cast<uint32_t>(total), kernels::kOutputBlock, i, parts);
       };
-      parts_.push_back(std::make_unique<Part>(config_, share(config_.intermediate_size), share(config_.hidden_size)));
+      const OutputShare outputs{share(config_.intermediate_size), share(config_.hidden_size)};
+      parts_.push_back(std::make_unique<Part>(config_, outputs));
     }
   }
 
@@ -34,8 +35,14 @@ class TP_MOE_Common : public MoE_Interface {
 
   void load_weights(ExpertWeights& weights) override {
     check(weights);
-    std::swap(weights, weights_);
-    for (auto& part : parts_) part->set_weights(&weights_);
+    if (spans_nodes()) {
+      nodes_ = copy_to_nodes(weights.matrices);
+      std::swap(weights.biases, weights_.biases);
+    } else {
+      std::swap(weights, weights_);
+    }
+    for (size_t i = 0; i < parts_.size(); ++i)
+      parts_[i]->set_weights(nodes_.empty() ? &weights_.matrices : &nodes_[i].matrices, &weights_.biases);
     loaded_ = true;
   }
 
@@ -153,20 +160,39 @@ class TP_MOE_Common : public MoE_Interface {
     }
   }
 
+  // On one node the parts read the caller's memory. On several each gets its own rows, once, and the
+  // caller's memory is let go: every byte is still held once.
+  bool spans_nodes() const {
+    const auto& nodes = config_.pool->config().subpool_numa_map;
+    return std::any_of(nodes.begin(), nodes.end(), [&](int node) { return node != nodes.front(); });
+  }
+
+  std::vector<NodeMatrices> copy_to_nodes(const ExpertMatrices& matrices) const {
+    using Format = typename Part::Kernel::Format;
+    std::vector<NodeMatrices> nodes;
+    for (size_t i = 0; i < parts_.size(); ++i)
+      nodes.push_back(copy_to_node(matrices, parts_[i]->share(),
+                                   Format::row_bytes(static_cast<size_t>(config_.hidden_size)),
+                                   Format::row_bytes(static_cast<size_t>(config_.intermediate_size)),
+                                   static_cast<int>(i), *config_.pool));
+    return nodes;
+  }
+
   void check(const ExpertWeights& w) const {
     const auto expect = [&](const char* name, size_t got, size_t wanted) {
       if (got != wanted) throw_invalid(name, ": got ", got, " values, expected ", wanted);
     };
     const auto num = static_cast<size_t>(config_.expert_num);
     const size_t width = num * static_cast<size_t>(config_.intermediate_size);
-    expect("gate_proj", w.gate.size(), num);
-    expect("up_proj", w.up.size(), config_.activation.gated ? num : 0);
-    expect("down_proj", w.down.size(), num);
-    if (!w.gate_bias.empty()) expect("gate_bias", w.gate_bias.size(), width);
-    if (!w.up_bias.empty()) expect("up_bias", w.up_bias.size(), width);
-    if (!w.down_bias.empty()) expect("down_bias", w.down_bias.size(), num * static_cast<size_t>(config_.hidden_size));
+    expect("gate_proj", w.matrices.gate.size(), num);
+    expect("up_proj", w.matrices.up.size(), config_.activation.gated ? num : 0);
+    expect("down_proj", w.matrices.down.size(), num);
+    if (!w.biases.gate.empty()) expect("gate_bias", w.biases.gate.size(), width);
+    if (!w.biases.up.empty()) expect("up_bias", w.biases.up.size(), width);
+    if (!w.biases.down.empty()) expect("down_bias", w.biases.down.size(), num * static_cast<size_t>(config_.hidden_size));
   }
 
+  std::vector<NodeMatrices> nodes_;  // of each part, when there are several nodes
   bool loaded_ = false;
   std::vector<uint32_t> counts_;
 };

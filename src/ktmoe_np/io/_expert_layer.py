@@ -40,8 +40,8 @@ class ExpertLayer:
     def namings(self) -> list[Naming]:
         """List the rows of the table that are there in full; if none is, those there in part."""
         part = [row for row in NAMINGS if any(name in self.numbers for name in row.tensors.values())]
-        full = [row for row in part if all(name in self.numbers for name in row.required)]
-        return full or part
+        full = [row for row in part if all(name in self.numbers for name in row.tensors.values())]
+        return [row for row in full or part if not row.needs_biases or self.has_biases(row)]
 
     def sizes(self, naming: Naming, config: MoEConfig | None) -> tuple[int, int, int]:
         """E, I and H: of `config`, or else as the down projection has them."""
@@ -69,7 +69,7 @@ class ExpertLayer:
     def problem(self, naming: Naming, sizes: tuple[int, int, int]) -> str | None:
         """Say what is wrong with the layer's tensors as `naming` wants them; None if nothing."""
         num_experts = sizes[0]
-        for template in naming.required:
+        for template in naming.tensors.values():
             more = max(self.numbers.get(template, ()), default=_ALL)
             if more >= num_experts:
                 name = self.name(template, more)

@@ -32,7 +32,7 @@ class Naming:
     biases : mapping of str to str
         The like for biases, which may be absent.
     needs_biases : bool
-        Whether the row counts only with its biases there.
+        Whether the row counts only when biases are there.
     dtype : str
         The safetensors dtype of the weights.
     interleaved : bool
@@ -47,11 +47,6 @@ class Naming:
     interleaved: bool = False
     transposed: bool = False
     needs_biases: bool = False
-
-    @property
-    def required(self) -> list[str]:
-        """The names that must be there."""
-        return [*self.tensors.values(), *(self.biases.values() if self.needs_biases else ())]
 
     @property
     def per_expert(self) -> bool:
@@ -94,8 +89,8 @@ _LLAMA_FUSED = _fused("feed_forward.experts.gate_up_proj", "feed_forward.experts
 NAMINGS = (
     *_SEPARATE,
     _separate("mixer.experts", gate="up_proj", down="down_proj"),  # Nemotron-H: not gated
-    _MLP_FUSED,  # Qwen3.5
     replace(_MLP_FUSED, transposed=True, interleaved=True, needs_biases=True),  # gpt-oss in bfloat16
+    _MLP_FUSED,  # Qwen3.5
     replace(_MLP_FUSED, transposed=True),  # Qwen3-VL-MoE
     _fused("experts.gate_up_proj", "experts.down_proj"),  # Gemma-4
     replace(_LLAMA_FUSED, transposed=True),  # Llama-4

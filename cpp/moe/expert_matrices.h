@@ -1,0 +1,34 @@
+// The weight matrices of a layer, and how a node comes by those rows of them that it computes with.
+#pragma once
+
+#include <vector>
+
+#include "formats/format.h"
+#include "moe/node_memory.h"
+#include "moe/panel_tasks.h"
+#include "runtime/worker_pool.h"
+
+namespace ktmoe {
+
+// A matrix an expert and projection, each with all its rows as far as anyone reads them.
+struct ExpertMatrices {
+  std::vector<WeightView> gate, up, down;  // [E]; a layer without a gate has no up
+};
+
+// What a part of a layer computes: outputs of gate and up, and of down.
+struct OutputShare {
+  Span intermediate;
+  Span hidden;
+};
+
+struct NodeMatrices {
+  ExpertMatrices matrices;  // valid for the rows of the share, at their own numbers
+  NodeMemory memory;
+};
+
+// Copies a share's rows to its node: `first_row_bytes` is the size of a row of gate and up, `down_row_bytes`
+// of down. The pool's threads do it, since the pages lie where they are first written.
+NodeMatrices copy_to_node(const ExpertMatrices& source, const OutputShare& share, size_t first_row_bytes,
+                          size_t down_row_bytes, int subpool, WorkerPool& pool);
+
+}  // namespace ktmoe

@@ -1,0 +1,128 @@
+// Which instruction set serves on which machine? Asked about machines that are not this one.
+#include <doctest/doctest.h>
+
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "isa/isa.h"
+#include "kernels/table.h"
+#include "runtime_helpers.h"
+
+using namespace ktmoe;
+using ktmoe::test::message_of;
+
+namespace {
+
+const std::vector<Isa> kAll(std::begin(kAllIsas), std::end(kAllIsas));
+constexpr CpuFeatures kSkylake{.avx2 = true, .avx512 = true, .avx512_bf16 = false, .amx = false};
+constexpr CpuFeatures kHaswell{.avx2 = true, .avx512 = false, .avx512_bf16 = false, .amx = false};
+constexpr CpuFeatures kEverything{.avx2 = true, .avx512 = true, .avx512_bf16 = true, .amx = true};
+
+std::string selected(const CpuFeatures& features, const std::vector<Isa>& compiled,
+                     std::optional<std::string_view> name = {}) {
+  return std::string(isa_name(select_isa(features, compiled, name)));
+}
+
+CpuFeatures features_of(unsigned bits) {
+  return {.avx2 = (bits & 1) != 0, .avx512 = (bits & 2) != 0, .avx512_bf16 = (bits & 4) != 0, .amx = (bits & 8) != 0};
+}
+
+// Every choice of instruction sets that a build may hold; scalar always is in it.
+std::vector<std::vector<Isa>> builds() {
+  std::vector<std::vector<Isa>> all;
+  for (unsigned bits = 0; bits < 32; ++bits) {
+    std::vector<Isa> compiled{Isa::kScalar};
+    for (unsigned i = 0; i < 5; ++i)
+      if (bits >> i & 1) compiled.push_back(kAll[i + 1]);
+    all.push_back(compiled);
+  }
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("isa: names and values stand for each other") {
+  for (Isa isa : kAllIsas) CHECK(isa_from_name(isa_name(isa)) == isa);
+  CHECK(isa_name(Isa::kAvx512Bf16) == "avx512_bf16");
+}
+
+TEST_CASE("isa: machines get the best that they have") {
+  CHECK(selected({}, kAll) == "scalar");
+  CHECK(selected(kHaswell, kAll) == "avx2");
+  CHECK(selected(kSkylake, kAll) == "avx512");
+  CHECK(selected({.avx2 = true, .avx512 = true, .avx512_bf16 = true, .amx = false}, kAll) == "avx512_bf16");
+  CHECK(selected(kEverything, kAll) == "amx");
+  CHECK(selected(kEverything, {Isa::kScalar, Isa::kAvx2, Isa::kAmxEmu}) == "avx2");
+  CHECK(selected(kEverything, {Isa::kScalar, Isa::kAmxEmu}) == "scalar");
+}
+
+TEST_CASE("isa: the choice is the highest that is both compiled and supported, in every combination") {
+  for (unsigned bits = 0; bits < 16; ++bits) {
+    const CpuFeatures features = features_of(bits);
+    const bool supported[] = {true, features.avx2, features.avx512, features.avx512_bf16, features.amx, true};
+    for (const auto& compiled : builds()) {
+      Isa best = Isa::kScalar;
+      for (Isa isa : compiled)
+        if (isa != Isa::kAmxEmu && supported[static_cast<int>(isa)] && isa > best) best = isa;
+      CHECK(select_isa(features, compiled, {}) == best);
+    }
+  }
+}
+
+TEST_CASE("isa: an override is obeyed where it can be, in every combination") {
+  for (unsigned bits = 0; bits < 16; ++bits) {
+    const CpuFeatures features = features_of(bits);
+    for (const auto& compiled : builds()) {
+      for (Isa isa : kAllIsas) {
+        const bool usable = std::find(compiled.begin(), compiled.end(), isa) != compiled.end() && supports(features, isa);
+        if (usable) {
+          CHECK(select_isa(features, compiled, isa_name(isa)) == isa);
+        } else {
+          CHECK_THROWS_AS(select_isa(features, compiled, isa_name(isa)), std::runtime_error);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("isa: an unknown name is an error that lists the names") {
+  const std::string expected =
+      "isa: unknown instruction set 'avx1024', expected one of scalar, avx2, avx512, avx512_bf16, amx, amx_emu";
+  CHECK(message_of<std::invalid_argument>([] { select_isa(kEverything, kAll, "avx1024"); }) == expected);
+  CHECK(message_of<std::invalid_argument>([] { isa_from_name("avx1024"); }) == expected);
+  for (const char* name : {"", "AVX2", "avx2 ", "avx"}) CHECK_THROWS_AS(isa_from_name(name), std::invalid_argument);
+}
+
+TEST_CASE("isa: a name that the machine or the build lacks is an error that says what there is") {
+  CHECK(message_of<std::runtime_error>([] { select_isa(kSkylake, kAll, "amx"); }) ==
+        "isa: 'amx' cannot run on this machine, which has scalar, avx2, avx512, amx_emu");
+  CHECK(message_of<std::runtime_error>([] { select_isa(kEverything, {Isa::kScalar}, "amx_emu"); }) ==
+        "isa: 'amx_emu' cannot run on this machine, which has scalar");
+}
+
+TEST_CASE("isa: this machine's features form a chain, and its tables are what they say") {
+  const CpuFeatures& f = cpu_features();
+  CHECK((f.avx2 || !f.avx512));
+  CHECK((f.avx512 || !f.avx512_bf16));
+  CHECK((f.avx512_bf16 || !f.amx));
+  for (Isa isa : kernels::compiled_isas()) CHECK(kernels::find_table(isa)->isa == isa);
+}
+
+TEST_CASE("isa: every entry of every table is there") {
+  for (Isa isa : kernels::compiled_isas()) {
+    const kernels::KernelTable& t = *kernels::find_table(isa);
+    CAPTURE(isa_name(isa).data());
+    for (const auto& nt : t.nt) CHECK((nt != nullptr));
+    CHECK((t.operand_bytes && t.operand_block && t.pack && t.c_floats && t.nt_scratch_bytes));
+    CHECK((t.activate && t.store_rows && t.combine));
+    CHECK((t.limits.read && t.limits.dot && t.limits.step));
+  }
+}
+
+TEST_CASE("isa: the process uses the set that KTMOE_ISA names, else the best") {
+  const char* name = std::getenv("KTMOE_ISA");
+  const bool forced = name != nullptr && *name != '\0';
+  const std::string expected = forced ? name : selected(cpu_features(), kernels::compiled_isas());
+  CHECK(isa_name(kernels::active_table().isa) == expected);
+}

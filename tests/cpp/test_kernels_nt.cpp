@@ -1,0 +1,318 @@
+// Are products right, wherever operands lie, and the same to the bit whoever else is in the batch?
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "kernel_helpers.h"
+
+using namespace ktmoe;
+using namespace ktmoe::test;
+
+namespace {
+
+constexpr Layout kWeightLayouts[] = {Layout::kAligned, Layout::kTight, Layout::kApart, Layout::kOdd};
+constexpr Layout kActivationLayouts[] = {Layout::kAligned, Layout::kTight, Layout::kApart};
+// Around every width that a kernel steps by or blocks at: segments of 8, 16, 32, blocks of 512 and 2048.
+constexpr uint32_t kInputs[] = {1,  2,  7,  8,  9,   15,  16,  17,  31,  32,   33,   47,   48,   63,   64,
+                                65, 96, 97, 255, 511, 512, 513, 704, 1055, 2047, 2048, 2049, 4097, 4160, 6145};
+constexpr uint32_t kBatches[] = {71, 96, 127, 128, 129, 144, 200, 255, 256};
+
+struct Shape {
+  uint32_t m, n0, n1, k;
+  Layout x_layout, w_layout;
+  bool indexed;
+};
+
+std::string text(Isa isa, const Shape& s) {
+  return std::string(isa_name(isa)) + ": M " + std::to_string(s.m) + ", outputs " + std::to_string(s.n0) + " to " +
+         std::to_string(s.n1) + ", K " + std::to_string(s.k) + ", layouts " + std::to_string(static_cast<int>(s.x_layout)) +
+         " " + std::to_string(static_cast<int>(s.w_layout)) + (s.indexed ? ", indexed" : "");
+}
+
+Shape random_shape(Random& random, uint32_t m, uint32_t k) {
+  Shape s;
+  s.m = m, s.k = k;
+  s.n0 = random.below(4) * 16;
+  s.n1 = s.n0 + 1 + random.below(kernels::kMaxPanelOutputs);
+  s.x_layout = kActivationLayouts[random.below(3)];
+  s.w_layout = kWeightLayouts[random.below(4)];
+  s.indexed = random.below(2) != 0;
+  return s;
+}
+
+// Rows to gather: with gaps, repeated, in no order.
+std::vector<int32_t> random_index(Random& random, uint32_t m, uint32_t rows) {
+  std::vector<int32_t> index(m);
+  for (int32_t& i : index) i = static_cast<int32_t>(random.below(rows));
+  return index;
+}
+
+// One product in double: the sum, and the sum of the sizes of its terms.
+struct Truth {
+  double sum = 0, size = 0;
+};
+
+Truth dot(const std::vector<float>& x, const std::vector<float>& w) {
+  Truth t;
+  for (size_t k = 0; k < x.size(); ++k) {
+    const double term = double{x[k]} * double{w[k]};
+    t.sum += term, t.size += std::fabs(term);
+  }
+  return t;
+}
+
+// A sum of K products in fp32, in whatever order, rounds at most K + 1 times on the way of each term; denormal
+// terms may count as zero.
+double bound(const Truth& t, uint32_t k) { return (k + 4) * (0x1p-24 * t.size + 0x1p-126); }
+
+struct Operands {
+  Matrix x, w;
+  std::vector<int32_t> index;
+
+  template <class Next>
+  Operands(const Shape& s, Random& random, Next next)
+      : x(s.indexed ? s.m / 2 + 2 : s.m, s.k, s.x_layout, next), w(s.n1, s.k, s.w_layout, next) {
+    if (s.indexed) index = random_index(random, s.m, x.rows());
+  }
+  RowsView rows() const { return x.activations(index.empty() ? nullptr : index.data()); }
+  uint32_t row(uint32_t m) const { return index.empty() ? m : static_cast<uint32_t>(index[m]); }
+
+  // The largest share of its bound that an output of `got` is off by.
+  double worst(const Shape& s, const std::vector<float>& got, double slack) const {
+    double worst = 0;
+    std::vector<std::vector<float>> weights;
+    for (uint32_t n = s.n0; n < s.n1; ++n) weights.push_back(w.row(n));
+    for (uint32_t m = 0; m < s.m; ++m) {
+      const std::vector<float> activations = x.row(row(m));
+      for (size_t n = 0; n < weights.size(); ++n) {
+        const Truth t = dot(activations, weights[n]);
+        const double off = std::fabs(got[m * weights.size() + n] - t.sum) / (slack * bound(t, s.k));
+        worst = off <= worst ? worst : off;  // a NaN gets through
+      }
+    }
+    return worst;
+  }
+};
+
+// Whole numbers: every sum is exact, so one term that is lost, doubled or paired wrongly shows.
+void check_exact(const KernelTable& table, const Shape& s, uint32_t seed) {
+  INFO(text(table.isa, s));
+  Random random(seed);
+  const Operands o(s, random, [&] { return random.whole(); });
+  const Packed packed(table, o.rows(), s.m, s.k);
+  Block block(table, s.m, s.n0, s.n1);
+  block.multiply(packed.operand, o.w.weights());
+  CHECK(o.worst(s, block.rows(), 1e-9) <= 1);
+
+  const Matrix other(s.n1, s.k, s.w_layout, [&] { return random.whole(); });
+  std::vector<float> sum = block.rows();
+  const std::vector<float> addend = product(table, packed.operand, other.weights(), s.n0, s.n1);
+  for (size_t i = 0; i < sum.size(); ++i) sum[i] += addend[i];
+  block.multiply(packed.operand, other.weights(), true);
+  CHECK(first_difference(block.rows(), sum) == -1);
+}
+
+void check_close(const KernelTable& table, const Shape& s, uint32_t seed) {
+  INFO(text(table.isa, s));
+  Random random(seed);
+  const Operands o(s, random, [&] { return random.wide(); });
+  const Packed packed(table, o.rows(), s.m, s.k);
+  CHECK(o.worst(s, product(table, packed.operand, o.w.weights(), s.n0, s.n1), 1) <= 1);
+}
+
+}  // namespace
+
+TEST_CASE("nt: every number of rows up to 70, and some up to the limit") {
+  for (const KernelTable* table : usable_tables()) {
+    Random random(10);
+    for (uint32_t m = 1; m <= 70; ++m) check_exact(*table, random_shape(random, m, 32 + random.below(100)), m);
+    for (uint32_t m : kBatches) check_exact(*table, random_shape(random, m, 32 + random.below(100)), m);
+  }
+}
+
+TEST_CASE("nt: every number of outputs") {
+  for (const KernelTable* table : usable_tables()) {
+    Random random(11);
+    for (uint32_t n = 1; n <= kernels::kMaxPanelOutputs; ++n) {
+      Shape s = random_shape(random, 1 + random.below(40), 32 + random.below(100));
+      s.n1 = s.n0 + n;
+      check_exact(*table, s, n);
+    }
+  }
+}
+
+TEST_CASE("nt: row lengths around every step and block, in every layout") {
+  for (const KernelTable* table : usable_tables()) {
+    Random random(12);
+    for (uint32_t k : kInputs) {
+      for (Layout layout : kWeightLayouts) {
+        Shape s = random_shape(random, 1 + random.below(40), k);
+        s.w_layout = layout;
+        check_exact(*table, s, k);
+      }
+    }
+    for (uint32_t k : {64u, 513u, 2081u}) check_exact(*table, random_shape(random, 160 + random.below(97), k), k);
+  }
+}
+
+TEST_CASE("nt: real numbers stay within the bound of their rounding") {
+  for (const KernelTable* table : usable_tables()) {
+    Random random(13);
+    for (uint32_t k : kInputs) check_close(*table, random_shape(random, 1 + random.below(40), k), k);
+    for (uint32_t m : kBatches) check_close(*table, random_shape(random, m, 1 + random.below(200)), m);
+  }
+}
+
+TEST_CASE("nt: a NaN or infinity in a row of activations stays in its row") {
+  for (const KernelTable* table : usable_tables()) {
+    Random random(14);
+    for (uint32_t m : {3u, 16u, 35u}) {
+      for (float bad : {NAN, INFINITY}) {
+        INFO(isa_name(table->isa).data());
+        const uint32_t k = 77, n = 40, row = random.below(m), column = random.below(k);
+        const Matrix w(n, k, Layout::kTight, [&] { return random.whole() + 0.5f; });
+        uint32_t at = 0;
+        const Matrix x(m, k, Layout::kTight, [&] { return at++ == row * k + column ? bad : random.whole(); });
+        const Packed packed(*table, x.activations(), m, k);
+        const std::vector<float> y = product(*table, packed.operand, w.weights(), 0, n);
+        int wrong = 0;
+        for (uint32_t i = 0; i < m * n; ++i) wrong += std::isfinite(y[i]) != (i / n != row);
+        CHECK(wrong == 0);
+      }
+    }
+  }
+}
+
+// ---- laws: equal to the bit ----
+
+namespace {
+
+// A batch of the largest size and its product, taken in one go per panel of outputs.
+struct Whole {
+  static constexpr uint32_t kRows = kernels::kMaxPanelRows;
+  const KernelTable& table;
+  uint32_t n, k;
+  Matrix x, w;
+  std::vector<std::vector<float>> rows;  // [M][N]
+
+  Whole(const KernelTable& t, uint32_t n_, uint32_t k_, Random& random)
+      : table(t),
+        n(n_),
+        k(k_),
+        x(kRows, k, Layout::kAligned, [&] { return random.wide(); }),
+        w(n, k, Layout::kAligned, [&] { return random.wide(); }),
+        rows(kRows, std::vector<float>(n)) {
+    const Packed packed(table, x.activations(), kRows, k);
+    for (uint32_t n0 = 0; n0 < n; n0 += kernels::kMaxPanelOutputs) {
+      const uint32_t n1 = std::min(n, n0 + kernels::kMaxPanelOutputs);
+      const std::vector<float> panel = product(table, packed.operand, w.weights(), n0, n1);
+      for (uint32_t m = 0; m < kRows; ++m)
+        std::copy_n(panel.begin() + m * (n1 - n0), n1 - n0, rows[m].begin() + n0);
+    }
+  }
+
+  // Whether the product of some rows and outputs [n0, n1) has the bits that it has in the whole.
+  bool contains(const Matrix& x_copy, const Matrix& w_copy, const std::vector<int32_t>& index, uint32_t n0,
+                uint32_t n1) const {
+    const uint32_t m = static_cast<uint32_t>(index.size());
+    const Packed packed(table, x_copy.activations(index.data()), m, k);
+    const std::vector<float> part = product(table, packed.operand, w_copy.weights(), n0, n1);
+    for (uint32_t i = 0; i < m; ++i)
+      for (uint32_t j = n0; j < n1; ++j)
+        if (!same_bits(part[i * (n1 - n0) + j - n0], rows[index[i]][j])) return false;
+    return true;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("nt: a row has the same bits alone, in any batch, in any panel, wherever its operands lie") {
+  for (const KernelTable* table : usable_tables()) {
+    Random random(15);
+    for (uint32_t k : {33u, 704u, 2080u, 4133u}) {
+      const Whole whole(*table, 99, k, random);
+      for (uint32_t m : {1u, 1u, 2u, 3u, 4u, 5u, 13u, 14u, 15u, 16u, 17u, 33u, 64u, 128u, 129u}) {
+        const Matrix x = whole.x.copy(kActivationLayouts[random.below(3)]);
+        const Matrix w = whole.w.copy(kWeightLayouts[random.below(4)]);
+        const std::vector<int32_t> index = random_index(random, m, Whole::kRows);
+        const uint32_t n0 = random.below(7) * 16;
+        const uint32_t widths[] = {1, 16, 32, 48, 64};
+        const uint32_t n1 = std::min(whole.n, n0 + widths[random.below(5)]);
+        INFO(text(table->isa, {m, n0, n1, k, {}, {}, true}));
+        CHECK(whole.contains(x, w, index, n0, n1));
+      }
+    }
+  }
+}
+
+TEST_CASE("nt: adding to a block gives a row the same bits alone and in a batch") {
+  for (const KernelTable* table : usable_tables()) {
+    Random random(16);
+    for (uint32_t k : {50u, 704u, 2100u}) {
+      INFO(isa_name(table->isa).data(), ", K ", k);
+      const uint32_t m = 40, n = 48;
+      const Matrix x(m, k, Layout::kTight, [&] { return random.wide(); });
+      const Matrix w(n, k, Layout::kTight, [&] { return random.wide(); });
+      const Matrix v(n, k, Layout::kApart, [&] { return random.wide(); });
+      const Packed packed(*table, x.activations(), m, k);
+      Block batch(*table, m, 0, n);
+      batch.multiply(packed.operand, w.weights());
+      batch.multiply(packed.operand, v.weights(), true);
+      const std::vector<float> rows = batch.rows();
+      for (int32_t row : {0, 7, 17, 39}) {
+        const Packed one(*table, x.activations(&row), 1, k);
+        Block alone(*table, 1, 16, n);
+        alone.multiply(one.operand, w.weights());
+        alone.multiply(one.operand, v.weights(), true);
+        const auto begin = rows.begin() + row * static_cast<int32_t>(n);
+        CHECK(first_difference(alone.rows(), {begin + 16, begin + n}) == -1);
+      }
+    }
+  }
+}
+
+TEST_CASE("store_rows: bias and stride, nothing written beside the block") {
+  for (const KernelTable* table : usable_tables()) {
+    Random random(17);
+    for (uint32_t m : {1u, 5u, 16u, 33u}) {
+      for (uint32_t n : {1u, 15u, 16u, 17u, 48u, 63u}) {
+        INFO(text(table->isa, {m, 0, n, 40, {}, {}, false}));
+        const Matrix x(m, 40, Layout::kTight, [&] { return random.whole(); });
+        const Matrix w(n, 40, Layout::kTight, [&] { return random.whole(); });
+        const Packed packed(*table, x.activations(), m, 40);
+        Block block(*table, m, 0, n);
+        block.multiply(packed.operand, w.weights());
+        const std::vector<float> plain = block.rows();
+
+        const Guarded<float> bias(n);
+        for (float& b : bias) b = random.wide();
+        const uint32_t stride = n + 3;
+        const Guarded<float> y((m - 1) * stride + n);
+        kernels::StoreRowsArgs args;
+        args.c = block.c(), args.bias = bias.data(), args.m = m, args.n = n, args.y = y.data(), args.y_stride = stride;
+        table->store_rows(args);
+        int wrong = 0;
+        for (uint32_t i = 0; i < y.size(); ++i) {
+          const uint32_t row = i / stride, column = i % stride;
+          wrong += column < n ? y[i] != plain[row * n + column] + bias[column] : !std::isnan(y[i]);
+        }
+        CHECK(wrong == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE("limits: the kernels that measure them count what they do") {
+  const auto memory = Guarded<std::byte>::on_cache_line(64 << 10);
+  std::memset(memory.data(), 1, memory.size());
+  for (const KernelTable* table : usable_tables()) {
+    INFO(isa_name(table->isa).data());
+    CHECK(table->limits.read(memory.data(), memory.size()) == memory.size());
+    CHECK(table->limits.dot(2) == 2 * table->limits.dot(1));
+    CHECK(table->limits.dot(1) > 0);
+    CHECK(table->limits.step(2, memory.data()) == 2 * table->limits.step(1, memory.data()));
+    CHECK(table->limits.step(1, memory.data()) > 0);
+  }
+}

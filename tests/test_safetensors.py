@@ -1,0 +1,371 @@
+"""The safetensors reader: what it reads, that it copies nothing, and that no file can fool it."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import header_bytes, write_checkpoint, write_safetensors
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import ktmoe_np.io.safetensors
+from ktmoe_np.io import SafetensorsCheckpoint, SafetensorsFile, load_hf_config
+
+AnyArray = NDArray[Any]
+fuzz = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+    "C64": np.complex64,
+}
+
+
+def test_doctests() -> None:
+    assert doctest.testmod(ktmoe_np.io.safetensors, optionflags=doctest.IGNORE_EXCEPTION_DETAIL).failed == 0
+
+
+def same_bytes(a: AnyArray, b: AnyArray) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (2, 3, 4)])
+def test_every_dtype_and_shape(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    dtype = np.dtype(DTYPES[name])
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 2 if name == "BOOL" else 256, int(np.prod(shape)) * dtype.itemsize, np.uint8)
+    entry = {"dtype": name, "shape": list(shape), "data_offsets": [0, raw.size]}
+    (tmp_path / "x.safetensors").write_bytes(header_bytes({"a": entry}) + raw.tobytes())
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    assert same_bytes(file.tensor("a"), raw.view(dtype).reshape(shape))
+    assert not file.tensor("a").flags.writeable
+    assert file.info("a") == (name, shape, 0, raw.size)
+
+
+def test_files_of_the_safetensors_package(tmp_path: Path) -> None:
+    package = pytest.importorskip("safetensors.numpy")
+    rng = np.random.default_rng(0)
+    tensors = {f"t{i}": rng.standard_normal((i, 3)).astype(np.float32) for i in range(5)}
+    tensors |= {"b": rng.standard_normal((2, 5)).astype(ml_dtypes.bfloat16), "i": np.arange(3)}
+    package.save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "np"})
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    assert set(file.names()) == set(tensors)
+    assert file.metadata == {"format": "np"}
+    assert all(same_bytes(file.tensor(name), array) for name, array in tensors.items())
+
+
+def test_files_written_here_are_read_by_the_safetensors_package(tmp_path: Path) -> None:
+    package = pytest.importorskip("safetensors")
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 3, 5)
+    with package.safe_open(tmp_path / "model.safetensors", "np") as theirs:
+        ours = SafetensorsFile(tmp_path / "model.safetensors")
+        assert set(theirs.keys()) == set(ours.names())
+        name = "model.layers.0.router.weight"
+        assert same_bytes(theirs.get_tensor(name), ours.tensor(name))
+
+
+def test_tensors_are_views_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": np.arange(6, dtype=np.int16).reshape(2, 3), "b": np.ones(4, np.float32)})
+    file = SafetensorsFile(path)
+    tensor = file.tensor("a")
+    assert not tensor.flags.owndata
+    assert np.shares_memory(tensor, file.tensor("a"))
+    assert not np.shares_memory(tensor, file.tensor("b"))
+    with path.open("r+b") as raw:
+        raw.seek(path.stat().st_size - 16 - 12)
+        raw.write(np.int16(77).tobytes())
+    assert tensor[0, 0] == 77
+
+
+def test_tensors_outlive_the_file_object(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": np.arange(100_000)})
+    tensor = SafetensorsFile(path).tensor("a")
+    path.unlink()
+    assert tensor.sum() == 99_999 * 50_000
+
+
+def test_a_tensor_may_be_misaligned(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": np.zeros(1, np.uint8), "b": np.arange(5, dtype=np.int32)})
+    tensor = SafetensorsFile(path).tensor("b")
+    assert not tensor.flags.aligned
+    assert tensor.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_no_such_file_and_no_such_tensor(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"x\.safetensors"):
+        SafetensorsFile(tmp_path / "x.safetensors")
+    write_safetensors(tmp_path / "x.safetensors", {"a": np.zeros(1)})
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    assert "a" in file
+    assert "b" not in file
+    for read in (file.tensor, file.info):
+        with pytest.raises(ValueError, match=r"x\.safetensors: no tensor 'b'"):
+            read("b")
+
+
+def test_a_dtype_that_numpy_has_not_is_an_error_of_its_tensor_alone(tmp_path: Path) -> None:
+    entries = {
+        "a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]},
+        "b": {"dtype": "U8", "shape": [2], "data_offsets": [2, 4]},
+    }
+    (tmp_path / "x.safetensors").write_bytes(header_bytes(entries) + bytes([1, 2, 3, 4]))
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    assert file.tensor("b").tolist() == [3, 4]
+    with pytest.raises(ValueError, match=r"x\.safetensors: tensor 'a' has dtype 'F4'; known: F64, F32"):
+        file.tensor("a")
+
+
+def entry(**change: Any) -> dict[str, Any]:
+    return {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24], **change}}
+
+
+def without(key: str) -> dict[str, Any]:
+    return {"a": {name: value for name, value in entry()["a"].items() if name != key}}
+
+
+OTHER = {"dtype": "U8", "shape": [4], "data_offsets": [20, 24]}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ([], "the header must be a JSON object, got list"),
+        ("a", "the header must be a JSON object, got str"),
+        ({"a": 3}, "tensor 'a' must have dtype, shape and two data_offsets, got 3"),
+        (without("dtype"), "tensor 'a' must have dtype, shape and two data_offsets"),
+        (without("shape"), "tensor 'a' must have dtype, shape and two data_offsets"),
+        (without("data_offsets"), "tensor 'a' must have dtype, shape and two data_offsets"),
+        (entry(data_offsets=[0, 12, 24]), "tensor 'a' must have dtype, shape and two data_offsets"),
+        (entry(dtype=7), "tensor 'a' must have dtype, shape and two data_offsets"),
+        (entry(shape="23"), "tensor 'a' must have dtype, shape and two data_offsets"),
+        (entry(shape=[-2, -3]), r"tensor 'a' must have a shape of numbers >= 0, got \[-2, -3\]"),
+        (entry(shape=[2, 3.0]), r"tensor 'a' must have a shape of numbers >= 0, got \[2, 3.0\]"),
+        (entry(shape=[2, 3, True]), "tensor 'a' must have a shape of numbers >= 0"),
+        (entry(shape=[1] * 65), "tensor 'a' has 65 dimensions, more than 64"),
+        (entry(shape=[0, 2**63], data_offsets=[0, 0]), "tensor 'a' has a shape no array can have"),
+        (entry(shape=[2**40] * 3), "tensor 'a' has a shape no array can have"),
+        (entry(data_offsets=[24, 0]), r"tensor 'a' has data_offsets \[24, 0\]: not a range"),
+        (entry(data_offsets=[-4, 20]), r"tensor 'a' has data_offsets \[-4, 20\]: not a range"),
+        (entry(data_offsets=[0.0, 24.0]), "tensor 'a' has data_offsets .*: not a range"),
+        (entry(data_offsets=[1, 25]), "tensor 'a' lies at bytes 1 to 25, but only 24 follow the header"),
+        (entry(data_offsets=[2**70, 2**70 + 24]), "tensor 'a' lies at bytes .* only 24 follow the header"),
+        (entry(data_offsets=[0, 20]), r"tensor 'a' is F32 of shape \[2, 3\], 24 bytes, but .* span 20"),
+        (entry(dtype="BF16"), r"tensor 'a' is BF16 of shape \[2, 3\], 12 bytes, but .* span 24"),
+        ({**entry(), "b": OTHER}, "tensors 'a' and 'b' overlap"),
+        ({**entry(), "__metadata__": {"a": 1}}, "__metadata__ must map strings to strings"),
+        ({**entry(), "__metadata__": [1]}, "__metadata__ must map strings to strings"),
+    ],
+)
+def test_lying_headers(tmp_path: Path, header: Any, message: str) -> None:
+    (tmp_path / "x.safetensors").write_bytes(header_bytes(header) + bytes(24))
+    with pytest.raises(ValueError, match=r"x\.safetensors: " + message):
+        SafetensorsFile(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "0 bytes are too short for a safetensors file"),
+        (bytes(7), "7 bytes are too short for a safetensors file"),
+        (bytes(8), "the header is not JSON"),
+        (b"\x01" + bytes(7), "the header's length is given as 1 bytes, but the file has 0 left"),
+        (b"\xff" * 8 + b"{}", "the header's length is given as 18446744073709551615 bytes"),
+        (header_bytes({}).replace(b"{}", b"{]"), "the header is not JSON"),
+        (header_bytes({}).replace(b"{}", b"\xff}"), "the header is not JSON"),
+        ((400_000).to_bytes(8, "little") + b"[" * 400_000, "the header is not JSON"),
+        ((9).to_bytes(8, "little") + b'{"a" :NaN', "the header is not JSON"),
+        ((15).to_bytes(8, "little") + b'{"a": 1,"a": 2}', "the header is not JSON: a key occurs twice"),
+    ],
+)
+def test_files_that_are_none(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "x.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=r"x\.safetensors: " + message):
+        SafetensorsFile(tmp_path / "x.safetensors")
+
+
+def read_all(path: Path) -> None:
+    """Read a file of unknown content to its last byte; ValueError is the one exception allowed."""
+    try:
+        file = SafetensorsFile(path)
+        arrays = [file.tensor(name) for name in file.names()]
+    except ValueError as error:
+        assert str(path) in str(error)
+        return
+    assert all(len(array.tobytes()) == array.nbytes for array in arrays)
+
+
+number = st.integers(-5, 40) | st.sampled_from([2**31, 2**62, 2**63, 2**64, 10**30, 2.5, True, None, "4"])
+json_value = st.recursive(
+    number | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner),
+)
+fuzzed_entry = json_value | st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from([*DTYPES, "F4", "X", "", 3]),
+        "shape": st.lists(number, max_size=5) | json_value,
+        "data_offsets": st.lists(number, min_size=2, max_size=2) | json_value,
+    }
+)
+
+
+@given(st.dictionaries(st.sampled_from(["a", "b", "c", "__metadata__"]), fuzzed_entry), st.integers(0, 40))
+@fuzz
+def test_fuzzed_headers(tmp_path: Path, header: Any, num_bytes: int) -> None:
+    (tmp_path / "x.safetensors").write_bytes(header_bytes(header) + bytes(num_bytes))
+    read_all(tmp_path / "x.safetensors")
+
+
+@given(st.data())
+@fuzz
+def test_damaged_files(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": np.arange(5, dtype=np.int32), "b": np.ones((2, 3), np.float16)})
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    read_all(path)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_checkpoints(tmp_path: Path, num_shards: int) -> None:
+    layers = write_checkpoint(tmp_path, "qwen3_moe", [0, 1, 2], 2, 3, 5, num_shards=num_shards)
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert len(checkpoint.names()) == 1 + 3 * (2 * 3 + 2)
+    assert "embed_tokens.weight" in checkpoint
+    assert "nothing" not in checkpoint
+    gate = layers[2]["gate_proj"]
+    assert gate is not None
+    name = "model.layers.2.mlp.experts.1.gate_proj.weight"
+    assert same_bytes(checkpoint.tensor(name), gate[1])
+    assert checkpoint.info(name)[:2] == ("BF16", (3, 5))
+    assert checkpoint.file_of(name).parent == tmp_path
+    for read in (checkpoint.tensor, checkpoint.info, checkpoint.file_of):
+        with pytest.raises(ValueError, match="no tensor 'nothing'"):
+            read("nothing")  # type: ignore[operator]
+
+
+def opened_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect the names of the files that are opened from here on."""
+    opened: list[str] = []
+    original = SafetensorsFile.__init__
+
+    def spy(self: SafetensorsFile, path: Path) -> None:
+        opened.append(Path(path).name)
+        original(self, path)
+
+    monkeypatch.setattr(SafetensorsFile, "__init__", spy)
+    return opened
+
+
+def test_with_an_index_only_the_shards_asked_for_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0, 1, 2], 2, 3, 5, num_shards=5)
+    opened = opened_files(monkeypatch)
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert "embed_tokens.weight" in checkpoint
+    assert opened == []
+    for _ in range(2):
+        checkpoint.tensor("embed_tokens.weight")
+    assert opened == ["model-00001-of-00005.safetensors"]
+
+
+def test_a_file_or_loose_files_are_checkpoints(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "one.safetensors", {"a": np.zeros(2)})
+    write_safetensors(tmp_path / "two.safetensors", {"b": np.ones(2)})
+    assert SafetensorsCheckpoint(tmp_path / "one.safetensors").names() == ("a",)
+    both = SafetensorsCheckpoint(tmp_path)
+    assert set(both.names()) == {"a", "b"}
+    assert both.file_of("b").name == "two.safetensors"
+    write_safetensors(tmp_path / "three.safetensors", {"b": np.ones(2)})
+    with pytest.raises(ValueError, match=r"two\.safetensors: tensor 'b' is in .*three\.safetensors too"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_model_safetensors_comes_before_an_index(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 3, 5, num_shards=2)
+    write_safetensors(tmp_path / "model.safetensors", {"a": np.zeros(2)})
+    assert SafetensorsCheckpoint(tmp_path).names() == ("a",)
+
+
+def test_missing_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or directory"):
+        SafetensorsCheckpoint(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors file and no model\.safetensors\.index"):
+        SafetensorsCheckpoint(tmp_path)
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 3, 5, num_shards=2)
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00001-of-00002\.safetensors"):
+        checkpoint.tensor("embed_tokens.weight")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([], "must be a JSON object, got list"),
+        ({}, "weight_map must be an object, got NoneType"),
+        ({"weight_map": {"a": 3}}, "the shard of tensor 'a' must be a string, got 3"),
+        ({"weight_map": {"a": "../x.safetensors"}}, r"shard '\.\./x\.safetensors' is not a file name inside"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "shard '/etc/passwd' is not a file name inside"),
+        ({"weight_map": {"a": ""}}, "shard '' is not a file name inside"),
+    ],
+)
+def test_wrong_indices(tmp_path: Path, index: Any, message: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json:? " + message):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_an_index_may_lie_about_a_tensor(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 3, 5, num_shards=2)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    changed = copy.deepcopy(index)
+    changed["weight_map"]["embed_tokens.weight"] = "model-00002-of-00002.safetensors"
+    path.write_text(json.dumps(changed))
+    with pytest.raises(
+        ValueError, match=r"model-00002-of-00002\.safetensors: no tensor 'embed_tokens.weight'"
+    ):
+        SafetensorsCheckpoint(tmp_path).tensor("embed_tokens.weight")
+
+
+def test_config_json(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_hf_config(tmp_path)
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 3, 5)
+    assert load_hf_config(tmp_path)["hidden_size"] == 5
+    assert load_hf_config(tmp_path / "model.safetensors")["num_experts"] == 2
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config\.json must be a JSON object, got list"):
+        load_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        load_hf_config(tmp_path)
