@@ -24,7 +24,7 @@ namespace ktmoe::kernels {
 // K-paired layout of an intermediate never has a pair in two panels.
 inline constexpr uint32_t kOutputBlock = 32;
 // The largest M that one call takes. Bounds the fp32 scratch of a worker.
-inline constexpr uint32_t kMaxPanelRows = 256;
+inline constexpr uint32_t kMaxPanelRows = 384;
 // The largest N that one call takes.
 inline constexpr uint32_t kMaxPanelOutputs = 64;
 

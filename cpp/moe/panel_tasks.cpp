@@ -11,34 +11,39 @@ namespace {
 // Enough tasks a thread that the last ones to finish cost little, few enough that each is worth its call.
 constexpr uint32_t kTasksPerThread = 24;
 
-// Equal blocks of at most `limit` rows, in multiples of a panel.
-uint32_t row_block(uint32_t rows, uint32_t limit) {
-  const size_t blocks = div_up(rows, limit);
+// Equal blocks of about `target` rows, in multiples of a panel. Up to one and a half times as many stay
+// together: reading the weights once more costs more than activations that do not quite fit the cache.
+uint32_t row_block(uint32_t rows, uint32_t target) {
+  const size_t blocks = rows <= target / 2 * 3 ? 1 : div_up(rows - target / 2, target);
   return static_cast<uint32_t>(round_up(div_up(rows, blocks), kernels::kOutputBlock));
 }
 
 }  // namespace
 
+uint32_t most_rows_per_block(uint32_t k) {
+  return static_cast<uint32_t>(round_up(rows_per_block(k) / 2 * 3, kernels::kOutputBlock));
+}
+
 uint32_t rows_per_block(uint32_t k) {
   constexpr uint32_t kCacheBytes = 1u << 20;
   const uint32_t rows = kCacheBytes / (k * static_cast<uint32_t>(sizeof(bf16))) / kernels::kOutputBlock *
                         kernels::kOutputBlock;
-  return std::clamp(rows, kernels::kOutputBlock, kernels::kMaxPanelRows);
+  return std::clamp(rows, kernels::kOutputBlock, kernels::kMaxPanelRows / 3 * 2);
 }
 
 void cut_panels(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threads,
                 std::vector<PanelTask>& tasks) {
   tasks.clear();
-  const uint32_t limit = rows_per_block(k);
+  const uint32_t target = rows_per_block(k);
   size_t row_blocks = 0;
-  for (const auto& expert : plan.active) row_blocks += div_up(expert.rows, row_block(expert.rows, limit));
+  for (const auto& expert : plan.active) row_blocks += div_up(expert.rows, row_block(expert.rows, target));
 
   uint32_t width = kernels::kMaxPanelOutputs;
   const size_t wanted = size_t{kTasksPerThread} * static_cast<size_t>(num_threads);
   while (width > kernels::kOutputBlock / 2 && row_blocks * div_up(outputs.size(), width) < wanted) width /= 2;
 
   for (uint32_t a = 0; a < plan.active.size(); ++a) {
-    const uint32_t rows = plan.active[a].rows, block = row_block(rows, limit);
+    const uint32_t rows = plan.active[a].rows, block = row_block(rows, target);
     for (uint32_t m = 0; m < rows; m += block)
       for (uint32_t n = outputs.begin; n < outputs.end; n += width)
         tasks.push_back({a, m, std::min(m + block, rows), n, std::min(n + width, outputs.end)});

@@ -26,6 +26,9 @@ struct PanelTask {
 // beside the weights.
 uint32_t rows_per_block(uint32_t k);
 
+// The most rows that cut_panels puts into one block.
+uint32_t most_rows_per_block(uint32_t k);
+
 // Panels of all active experts x outputs, an expert's panels one after the other, so that a worker meets the
 // same activations again. Blocks of outputs are as wide as leaves every thread enough of them to balance.
 void cut_panels(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threads, std::vector<PanelTask>& tasks);

@@ -98,7 +98,7 @@ class TP_MOE_Common : public MoE_Interface {
       uint32_t most_rows = 1;
       for (const auto& expert : plan.active) most_rows = std::max(most_rows, expert.rows);
       most_rows = std::min(static_cast<uint32_t>(round_up(most_rows, kernels::kOutputBlock)), kernels::kMaxPanelRows);
-      operand = round_up(k.operand_bytes(std::min(most_rows, rows_per_block(hidden)), hidden), kCacheLine);
+      operand = round_up(k.operand_bytes(std::min(most_rows, most_rows_per_block(hidden)), hidden), kCacheLine);
       c = round_up(k.c_floats(most_rows, kernels::kMaxPanelOutputs) * sizeof(float), kCacheLine);
       per_worker = operand + 2 * c + round_up(k.nt_scratch_bytes(std::max(width, hidden)), kCacheLine);
       workers = take(per_worker * static_cast<size_t>(layer.config_.pool->num_threads()));

@@ -35,8 +35,8 @@ Limit read_limit_v1(const std::string& directory) {
   return limit;
 }
 
-// "/a/b" -> "/a/b", "/a", "". Every group on the way up limits its descendants. In a container the path may be
-// the host's while only the container's own group is mounted, at the root: the other steps are not there then.
+// "/a/b" -> "/a/b", "/a", "". Every group on the way up limits its descendants. In a container the path may
+// be the host's while only the container's own group is mounted, at the root: the other steps are missing.
 std::vector<std::string> path_to_root(std::string path) {
   std::vector<std::string> steps;
   while (!path.empty()) {

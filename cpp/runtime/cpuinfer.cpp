@@ -10,8 +10,8 @@
 namespace ktmoe {
 namespace {
 
-// A waiter that another thread serves takes a CPU from the workers while it spins, so it does that for less time
-// than they do: long enough for the end of a task, not for a whole one.
+// A waiter that another thread serves takes a CPU from the workers while it spins, so it does that for less
+// time than they do: long enough for the end of a task, not for a whole one.
 constexpr std::chrono::microseconds kWaiterSpin{20};
 
 void raise_to(std::atomic<uint64_t>& value, uint64_t at_least) {
@@ -32,7 +32,9 @@ Deadline deadline_in(std::chrono::milliseconds timeout) {
   return std::chrono::steady_clock::now() + timeout;
 }
 
-bool has_passed(const Deadline& deadline) { return deadline && std::chrono::steady_clock::now() >= *deadline; }
+bool has_passed(const Deadline& deadline) {
+  return deadline && std::chrono::steady_clock::now() >= *deadline;
+}
 
 }  // namespace
 
@@ -40,7 +42,8 @@ CPUInfer::CPUInfer(WorkerPoolConfig config) : pool_(std::make_shared<WorkerPool>
   background_ = std::make_unique<Thread>("ktmoe-queue", pool_->caller_cpus(), [this] { background_main(); });
 }
 
-CPUInfer::CPUInfer(int num_threads) : CPUInfer(WorkerPoolConfig::with_threads(num_threads, Topology::read())) {}
+CPUInfer::CPUInfer(int num_threads)
+    : CPUInfer(WorkerPoolConfig::with_threads(num_threads, Topology::read())) {}
 
 CPUInfer::~CPUInfer() {
   if (fork_guard_.in_child()) {
@@ -170,8 +173,8 @@ void CPUInfer::execute(std::unique_ptr<Task> task) {
   if (lowest_awaited_.load() <= ticket) wake_waiters();
 }
 
-// Whoever lets go of the role passes on what is left to do: to a thread that sleeps until the role is free, and
-// to the background thread if tasks were given to it.
+// Whoever lets go of the role passes on what is left to do: to a thread that sleeps until the role is free,
+// and to the background thread if tasks were given to it.
 void CPUInfer::release_role() {
   queue_.release_role();
   if (lowest_awaited_.load() != kNobody) wake_waiters();

@@ -32,8 +32,8 @@ class CPUInfer {
   WorkerPool& pool() { return *pool_; }
   std::shared_ptr<WorkerPool> backend() const { return pool_; }
 
-  // Queues a task and returns its ticket. With wake = false nobody is told: it runs when a thread waits for it,
-  // or on the way to a later task.
+  // Queues a task and returns its ticket. With wake = false nobody is told: it runs when a thread waits for
+  // it, or on the way to a later task.
   uint64_t submit(std::unique_ptr<Task> task, bool wake = true);
 
   // Waits until at most `allow_n_pending` of the tasks submitted up to now are unfinished. Rethrows the first
@@ -46,8 +46,8 @@ class CPUInfer {
   // Waits for one task, and so for all before it. Rethrows this task's exception only.
   void wait(uint64_t ticket);
 
-  // The same for a limited time: true when done, false when not. While this thread runs tasks itself it looks at
-  // the clock between them, so it may take longer, and gets at least one done.
+  // The same for a limited time: true when done, false when not. While this thread runs tasks itself it looks
+  // at the clock between them, so it may take longer, and gets at least one done.
   bool wait_for(uint64_t ticket, std::chrono::milliseconds timeout);
 
   uint64_t num_submitted() const { return queue_.num_pushed(); }
@@ -84,7 +84,7 @@ class CPUInfer {
   Futex progress_;
 
   std::atomic<uint64_t> background_until_{0};  // ticket up to which the background thread shall run the queue
-  Futex bell_;                                // on which it sleeps
+  Futex bell_;                                 // on which it sleeps
   std::atomic<bool> stopping_{false};
   std::mutex shutdown_mutex_;
   std::unique_ptr<Thread> background_;  // null after shutdown

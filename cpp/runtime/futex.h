@@ -1,4 +1,4 @@
-// A 32-bit word on which threads can sleep until it changes; changing it costs a system call only if one does.
+// A 32-bit word on which threads can sleep until it changes; no system call unless one does.
 #pragma once
 
 #include <atomic>
@@ -10,9 +10,10 @@ namespace ktmoe {
 
 using Deadline = std::optional<std::chrono::steady_clock::time_point>;  // empty: none
 
-// Why a wake-up is never lost: a sleeper first counts itself, then the kernel compares the word; a waker first
-// changes the word, then looks at the count. All four are sequentially consistent, so one sees the other.
-// There is no condition variable here because destroying one in a forked child waits for its lost waiters.
+// Why a wake-up is never lost: a sleeper first counts itself, then the kernel compares the word; a waker
+// first changes the word, then looks at the count. All four are sequentially consistent, so one sees the
+// other. There is no condition variable here because destroying one in a forked child waits for its lost
+// waiters.
 class Futex {
  public:
   uint32_t load() const { return word_.load(); }

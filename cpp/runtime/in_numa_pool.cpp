@@ -21,8 +21,7 @@ InNumaPool::InNumaPool(Crew crew) : crew_(std::move(crew)), slots_(new Slot[crew
   neighbours_ = {this};
   try {
     for (int position = crew_.caller_is_first ? 1 : 0; position < num_workers(); ++position) {
-      threads_.emplace_back(str_cat("ktmoe-", crew_.first_worker + position),
-                            crew_.cpus[position],
+      threads_.emplace_back(str_cat("ktmoe-", crew_.first_worker + position), crew_.cpus[position],
                             [this, position] { worker_main(position); });
     }
   } catch (...) {
@@ -83,7 +82,8 @@ bool InNumaPool::run_for_absent(Job& job, const Worker& helper) {
 }
 
 bool InNumaPool::is_drained() const {
-  return std::all_of(&slots_[0], &slots_[0] + num_workers(), [](const Slot& slot) { return slot.range.size() == 0; });
+  return std::all_of(&slots_[0], &slots_[0] + num_workers(),
+                     [](const Slot& slot) { return slot.range.size() == 0; });
 }
 
 void InNumaPool::close() { epoch_.store(epoch_.load() + 1); }
@@ -155,8 +155,8 @@ bool InNumaPool::steal_into(int position) {
   return false;
 }
 
-// The slot with the most tasks, null when none has any. Among equals the first from `start` on, so that thieves
-// who look at the same moment go to different victims.
+// The slot with the most tasks, null when none has any. Among equals the first from `start` on, so that
+// thieves who look at the same moment go to different victims.
 InNumaPool::Slot* InNumaPool::largest(int start) {
   Slot* best = nullptr;
   uint32_t best_size = 0;

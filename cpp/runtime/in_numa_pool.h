@@ -1,10 +1,11 @@
-// The workers of one sub-pool: threads pinned to the CPUs of one NUMA node, which share out tasks by stealing.
+// The workers of one sub-pool: threads pinned to CPUs of one NUMA node, which share work by stealing.
 #pragma once
 
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "runtime/futex.h"
@@ -17,22 +18,23 @@ namespace ktmoe {
 
 // How a job runs, and why it never waits for a thread that has not come:
 //
-// The thread that calls WorkerPool::run (the caller) deals every worker a range of tasks, then opens the job by
-// making epoch_ odd. Workers that see this enter; each eats its own range, then steals. Ranges of workers that
-// are still asleep are stolen like any other. When the caller sees that nothing is left to take it closes the
-// job by making epoch_ even and waits for the workers that are inside. Entering and closing cross safely: a
-// worker first says that it is inside, then looks whether the job is still open; the caller first closes, then
-// looks who is inside; with sequential consistency at least one of the two sees the other. A worker that comes
-// too late leaves without having touched anything. A worker leaves only when its own range is empty, so when all
-// have left, all tasks have run. The path of a job has no counter that all workers write.
+// The thread that calls WorkerPool::run (the caller) deals every worker a range of tasks, then opens the job
+// by making epoch_ odd. Workers that see this enter; each eats its own range, then steals. Ranges of workers
+// that are still asleep are stolen like any other. When the caller sees that nothing is left to take it
+// closes the job by making epoch_ even and waits for the workers that are inside. Entering and closing cross
+// safely: a worker first says that it is inside, then looks whether the job is still open; the caller first
+// closes, then looks who is inside; with sequential consistency at least one of the two sees the other. A
+// worker that comes too late leaves without having touched anything. A worker leaves only when its own range
+// is empty, so when all have left, all tasks have run. No counter on this path is
+// written by all workers.
 class InNumaPool {
  public:
   struct Crew {
     const void* pool = nullptr;  // the identity under which tasks are known to be inside (InsideTask)
     int subpool = 0;
-    int first_worker = 0;                      // index of its first worker in the whole pool
-    std::vector<std::vector<int>> cpus;        // for each worker, where it may run
-    bool caller_is_first = false;              // the first worker is the caller: no thread is made for it
+    int first_worker = 0;                // index of its first worker in the whole pool
+    std::vector<std::vector<int>> cpus;  // for each worker, where it may run
+    bool caller_is_first = false;        // the first worker is the caller: no thread is made for it
     std::chrono::nanoseconds spin_between_jobs{0};
   };
 
@@ -95,7 +97,7 @@ class InNumaPool {
   uint64_t num_dealt_ = 0;  // tasks of that job
   std::vector<Thread> threads_;
   std::atomic<bool> stopping_{false};
-  alignas(128) Futex epoch_;               // odd while a job is open; spun on and slept on
+  alignas(128) Futex epoch_;                 // odd while a job is open; spun on and slept on
   alignas(128) std::atomic<int> wanted_{0};  // sleepers that the job still has tasks for
 };
 

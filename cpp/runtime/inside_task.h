@@ -8,7 +8,8 @@ struct Worker {
   int subpool = 0;  // to which the worker belongs
 };
 
-// While it lives, the calling thread runs tasks of `owner` as `worker`. Scopes nest: a task may use another engine.
+// While it lives, the calling thread runs tasks of `owner` as `worker`. They nest: a task may use another
+// engine.
 class InsideTask {
  public:
   explicit InsideTask(const void* owner, const Worker& worker = {})

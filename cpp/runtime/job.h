@@ -15,8 +15,8 @@ namespace ktmoe {
 // Called as fn(worker, sub-pool of the task, number of the task).
 using TaskFn = FunctionRef<void(const Worker&, int subpool, uint32_t task)>;
 
-// Tasks are numbered through over all sub-pools while they are dealt out and stolen; sub-pool s owns the numbers
-// from first_task[s] up to first_task[s + 1].
+// Tasks are numbered through over all sub-pools while they are dealt out and stolen; sub-pool s owns the
+// numbers from first_task[s] up to first_task[s + 1].
 class Job {
  public:
   enum class Numbering { kThroughout, kPerSubpool };  // of the tasks, as `fn` sees it

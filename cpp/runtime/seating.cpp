@@ -3,8 +3,6 @@
 
 #include <sched.h>
 
-#include <utility>
-
 namespace ktmoe {
 
 void Seating::make_way_for_this_thread() {

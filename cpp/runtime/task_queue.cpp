@@ -54,7 +54,9 @@ uint64_t TaskQueue::push(std::unique_ptr<Task> task) {
 uint64_t TaskQueue::close() { return tickets_.fetch_or(kClosed) & ~kClosed; }
 
 std::unique_ptr<Task> TaskQueue::pop() {
-  const auto is_here = [this] { return ready_.front() != nullptr && ready_.front()->ticket_ == next_ticket_; };
+  const auto is_here = [this] {
+    return ready_.front() != nullptr && ready_.front()->ticket_ == next_ticket_;
+  };
   if (!is_here()) {
     // The inbox comes with the last first, so nearly every task goes to the very front.
     TaskList fresh = inbox_.take_all();

@@ -1,7 +1,8 @@
-// The tasks submitted to an engine: any thread may add one without a lock, one thread at a time runs them in order.
+// The tasks submitted to an engine: any thread adds them, without a lock; one at a time runs them, in order.
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -48,8 +49,8 @@ class TaskList {
   Task* first_ = nullptr;
 };
 
-// Tasks that many threads put down and one picks up, all at once. Nobody looks into a task that another thread
-// might have taken away, so a reused address does no harm.
+// Tasks that many threads put down and one picks up, all at once. Nobody looks into a task that another
+// thread might have taken away, so a reused address does no harm.
 class TaskStack {
  public:
   TaskStack() = default;
@@ -64,8 +65,8 @@ class TaskStack {
   std::atomic<Task*> top_{nullptr};
 };
 
-// A producer draws a ticket, then puts its task on a stack; the consumer takes the whole stack and sorts it by
-// ticket. (A linked queue would be in order by itself, but could not tell a producer its place in it.)
+// A producer draws a ticket, then puts its task on a stack; the consumer takes the whole stack and sorts it
+// by ticket. (A linked queue would be in order by itself, but could not tell a producer its place in it.)
 class TaskQueue {
  public:
   // Returns the task's ticket: 1, 2, 3 ... in the order of execution. After close() it throws runtime_error.
@@ -81,8 +82,8 @@ class TaskQueue {
   void release_role() { role_taken_.store(false); }
   bool is_role_free() const { return !role_taken_.load(); }
 
-  // For the thread that has the role: the next task, or null. Null may also mean that a producer is just between
-  // its ticket and the stack; then the task appears in a moment.
+  // For the thread that has the role: the next task, or null. Null may also mean that a producer is just
+  // between its ticket and the stack; then the task appears in a moment.
   std::unique_ptr<Task> pop();
 
   // In a forked child, where a consumer may have been lost in the middle of pop(): leaks what is queued.

@@ -6,9 +6,9 @@
 
 namespace ktmoe {
 
-// Both ends are one 64-bit word, so every change is one compare-and-swap. The word says all there is to know: if
-// it comes back to an earlier value, so does its meaning. It guards no data but itself, hence the relaxed order:
-// what tasks read and write is ordered by the begin and the end of their job.
+// Both ends are one 64-bit word, so every change is one compare-and-swap. The word says all there is to know:
+// if it comes back to an earlier value, so does its meaning. It guards no data but itself, hence the relaxed
+// order: what tasks read and write is ordered by the begin and the end of their job.
 class TaskRange {
  public:
   void reset(uint32_t begin, uint32_t end) { word_.store(pack(begin, end), std::memory_order_relaxed); }

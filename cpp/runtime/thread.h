@@ -10,8 +10,8 @@ namespace ktmoe {
 
 class Thread {
  public:
-  // Runs `body` on a new thread pinned to `cpus`. Throws runtime_error when there is no thread to be had; CPUs
-  // that cannot be used are no error, since where a thread runs is a matter of speed alone.
+  // Runs `body` on a new thread pinned to `cpus`. Throws runtime_error when there is no thread to be had;
+  // CPUs that cannot be used are no error, since where a thread runs is a matter of speed alone.
   Thread(const std::string& name, const std::vector<int>& cpus, std::function<void()> body);
   Thread(Thread&&) = default;
   Thread& operator=(Thread&&) = default;

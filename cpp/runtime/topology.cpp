@@ -79,7 +79,8 @@ std::map<int, std::vector<int>> read_nodes(const std::string& sysfs_root, const 
 std::vector<int> one_per_core_first(const std::vector<int>& cpus, const std::string& sysfs_root) {
   std::vector<std::pair<ptrdiff_t, int>> ranked;  // (place among the CPUs of its core, CPU)
   for (const int cpu : cpus) {
-    const std::string path = str_cat(sysfs_root, "/devices/system/cpu/cpu", cpu, "/topology/thread_siblings_list");
+    const std::string path =
+        str_cat(sysfs_root, "/devices/system/cpu/cpu", cpu, "/topology/thread_siblings_list");
     const std::vector<int> core = intersection(cpus, read_cpu_list(path));
     ranked.emplace_back(std::lower_bound(core.begin(), core.end(), cpu) - core.begin(), cpu);
   }
@@ -119,7 +120,8 @@ Topology Topology::read(const std::string& sysfs_root, const std::string& proc_r
   for (auto& [node, cpus] : topology.node_cpus) cpus = one_per_core_first(cpus, sysfs_root);
 
   const int num_cpus = static_cast<int>(topology.cpus.size());
-  topology.cpu_quota = std::max(1, std::min(num_cpus, cgroup_cpu_quota(sysfs_root, proc_root).value_or(num_cpus)));
+  topology.cpu_quota =
+      std::max(1, std::min(num_cpus, cgroup_cpu_quota(sysfs_root, proc_root).value_or(num_cpus)));
   return topology;
 }
 
@@ -135,8 +137,8 @@ bool bind_memory(void* data, size_t bytes, int node) {
   const uintptr_t begin = round_up(address, page);
   const uintptr_t end = (address + bytes) / page * page;
   if (begin >= end) return true;
-  // Preferred rather than bound: a full node should cost speed, not the process. The kernel reads one bit fewer
-  // than it is told of.
+  // Preferred rather than bound: a full node should cost speed, not the process. The kernel reads one bit
+  // fewer than it is told of.
   return syscall(SYS_mbind, begin, end - begin, MPOL_PREFERRED, nodes, kMaxNodes + 1, MPOL_MF_MOVE) == 0;
 }
 

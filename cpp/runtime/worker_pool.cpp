@@ -12,8 +12,8 @@
 namespace ktmoe {
 namespace {
 
-// A layer call is a few jobs with microseconds between them, and waking a sleeper takes 5 to 50 us. Spinning for
-// about as long as a wake-up costs is never more than twice as dear as knowing the future.
+// A layer call is a few jobs with microseconds between them, and waking a sleeper takes 5 to 50 us. Spinning
+// for about as long as a wake-up costs is never more than twice as dear as knowing the future.
 constexpr std::chrono::microseconds kSpinBetweenJobs{50};
 
 // A spinning worker that shares its CPU keeps another from working.
@@ -121,8 +121,8 @@ void WorkerPool::run_inline(std::span<const uint32_t> num_tasks, TaskFn fn) {
 
 void WorkerPool::check_span(std::span<const uint32_t> num_tasks) const {
   if (num_tasks.size() != subpools_.size()) {
-    throw_invalid("num_tasks has ", num_tasks.size(), " entries, expected one for each of the ", subpools_.size(),
-                  " sub-pools");
+    throw_invalid("num_tasks has ", num_tasks.size(), " entries, expected one for each of the ",
+                  subpools_.size(), " sub-pools");
   }
   uint64_t total = 0;
   for (const uint32_t num : num_tasks) total += num;
@@ -159,7 +159,8 @@ void WorkerPool::run_parallel(Job& job) {
 }
 
 bool WorkerPool::is_drained() const {
-  return std::all_of(subpools_.begin(), subpools_.end(), [](const auto& subpool) { return subpool->is_drained(); });
+  return std::all_of(subpools_.begin(), subpools_.end(),
+                     [](const auto& subpool) { return subpool->is_drained(); });
 }
 
 bool WorkerPool::run_for_absent(Job& job) {

@@ -17,9 +17,9 @@
 
 namespace ktmoe {
 
-// The thread that calls run() works too, as worker 0 of sub-pool 0: a pool of n threads starts n - 1. It is not
-// pinned; the CPU that would be its own is left free for it. Between jobs the other workers spin for a moment,
-// then sleep: an idle pool uses no CPU.
+// The thread that calls run() works too, as worker 0 of sub-pool 0: a pool of n threads starts n - 1. It is
+// not pinned; the CPU that would be its own is left free for it. Between jobs the other workers spin for a
+// moment, then sleep: an idle pool uses no CPU.
 class WorkerPool {
  public:
   explicit WorkerPool(WorkerPoolConfig config, const Topology& topology = Topology::read());
@@ -40,8 +40,9 @@ class WorkerPool {
   const std::vector<int>& caller_cpus() const { return caller_cpus_; }
 
   // Runs num_tasks[s] tasks in every sub-pool s, numbered from 0 in each, and returns when all have run. When
-  // one throws, those not yet begun are skipped and the first exception is rethrown here; the pool stays usable.
-  // Callers in several threads take turns. A task may call run(): that runs in the worker's own thread.
+  // one throws, those not yet begun are skipped and the first exception is rethrown here; the pool stays
+  // usable. Callers in several threads take turns. A task may call run(): that runs in the worker's own
+  // thread.
   void run(std::span<const uint32_t> num_tasks, TaskFn fn);
 
   // The same for `num_tasks` tasks, numbered throughout and shared by the sub-pools as their threads are.
@@ -74,7 +75,7 @@ class WorkerPool {
   std::vector<uint64_t> threads_before_;  // in the sub-pools before each; one entry more, for the end
   std::mutex mutex_;                      // held by the caller of the current job
   Seating seating_;
-  std::vector<uint32_t> first_task_;      // of the current job, see Job
+  std::vector<uint32_t> first_task_;  // of the current job, see Job
 };
 
 }  // namespace ktmoe

@@ -13,14 +13,15 @@ namespace {
 
 std::string node_list(const Topology& topology) {
   std::string text;
-  for (const auto& [node, cpus] : topology.node_cpus) text += (text.empty() ? "" : ", ") + std::to_string(node);
+  for (const auto& [node, cpus] : topology.node_cpus)
+    text += (text.empty() ? "" : ", ") + std::to_string(node);
   return text;
 }
 
 void check_size(const char* field, const std::vector<int>& values, int subpool_count) {
   if (values.size() == static_cast<size_t>(subpool_count)) return;
-  throw_invalid(field, " has ", values.size(), " entries, expected one for each sub-pool (subpool_count = ",
-                subpool_count, ")");
+  throw_invalid(field, " has ", values.size(),
+                " entries, expected one for each sub-pool (subpool_count = ", subpool_count, ")");
 }
 
 }  // namespace

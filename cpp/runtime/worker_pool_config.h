@@ -9,10 +9,11 @@ namespace ktmoe {
 
 struct WorkerPoolConfig {
   int subpool_count = 0;
-  std::vector<int> subpool_numa_map;       // the node of each sub-pool; several may share one
-  std::vector<int> subpool_thread_count;   // the workers of each sub-pool
+  std::vector<int> subpool_numa_map;      // the node of each sub-pool; several may share one
+  std::vector<int> subpool_thread_count;  // the workers of each sub-pool
 
-  // One sub-pool for each node with CPUs that may be used, a worker for each of those, in all at most cpu_quota.
+  // One sub-pool for each node with CPUs that may be used, a worker for each of those, in all at most
+  // cpu_quota.
   static WorkerPoolConfig defaults(const Topology& topology);
 
   // Like defaults() with `num_threads` workers in all, spread in proportion to the nodes' CPUs.

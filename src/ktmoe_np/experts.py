@@ -156,7 +156,7 @@ class KTMoEWrapper:
         }
         overrides = {**sizes, "weight_path": path, **overrides}
         physical_to_logical_map = overrides.pop("physical_to_logical_map", None)
-        moe: BaseMoEWrapper = cls(layer_idx=layer_idx, method=method or "BF16", mode=mode, **overrides)  # type: ignore[assignment]
+        moe: BaseMoEWrapper = cls(layer_idx=layer_idx, method=method or "BF16", mode=mode, **overrides)
         moe.load_weights(physical_to_logical_map)
         return moe
 

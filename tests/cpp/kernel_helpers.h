@@ -93,10 +93,14 @@ class Matrix {
   static size_t stride_of(uint32_t columns, Layout layout) {
     const size_t row = columns * sizeof(bf16);
     switch (layout) {
-      case Layout::kAligned: return round_up(row, kCacheLine);
-      case Layout::kTight: return row;
-      case Layout::kApart: return 2 * row + 6;
-      case Layout::kOdd: return row + 1;
+      case Layout::kAligned:
+        return round_up(row, kCacheLine);
+      case Layout::kTight:
+        return row;
+      case Layout::kApart:
+        return 2 * row + 6;
+      case Layout::kOdd:
+        return row + 1;
     }
     return row;
   }
@@ -123,7 +127,11 @@ struct Packed {
 class Block {
  public:
   Block(const KernelTable& table, uint32_t m, uint32_t n0, uint32_t n1)
-      : table_(table), m_(m), n0_(n0), n1_(n1), c_(Guarded<float>::on_cache_line(table.c_floats(m, n1 - n0))) {}
+      : table_(table),
+        m_(m),
+        n0_(n0),
+        n1_(n1),
+        c_(Guarded<float>::on_cache_line(table.c_floats(m, n1 - n0))) {}
 
   void multiply(const Operand& x, const WeightView& w, bool accumulate = false) {
     const auto scratch = Guarded<std::byte>::on_cache_line(table_.nt_scratch_bytes(x.k));
@@ -154,8 +162,8 @@ class Block {
 };
 
 // X W^T for the outputs [n0, n1), row-major.
-inline std::vector<float> product(const KernelTable& table, const Operand& x, const WeightView& w, uint32_t n0,
-                                  uint32_t n1) {
+inline std::vector<float> product(const KernelTable& table, const Operand& x, const WeightView& w,
+                                  uint32_t n0, uint32_t n1) {
   Block block(table, x.rows, n0, n1);
   block.multiply(x, w);
   return block.rows();
@@ -171,8 +179,11 @@ inline ptrdiff_t first_difference(const std::vector<float>& a, const std::vector
   return -1;
 }
 
-// bf16 values in order, as integers one apart: the difference of two is their distance in units in the last place.
-inline int32_t bf16_rank(bf16 x) { return (x.bits & 0x8000) ? -static_cast<int32_t>(x.bits & 0x7fff) : x.bits; }
+// bf16 values in order, as integers one apart: the difference of two is their distance in units in the last
+// place.
+inline int32_t bf16_rank(bf16 x) {
+  return (x.bits & 0x8000) ? -static_cast<int32_t>(x.bits & 0x7fff) : x.bits;
+}
 
 }  // namespace ktmoe::test
 

@@ -17,8 +17,8 @@
 
 #include "runtime/worker_pool.h"
 
-// The sanitizers' own locks do not survive a fork: ThreadSanitizer's never, AddressSanitizer's only if no other
-// thread is allocating at that moment.
+// The sanitizers' own locks do not survive a fork: ThreadSanitizer's never, AddressSanitizer's only if no
+// other thread is allocating at that moment.
 #if defined(__SANITIZE_THREAD__)
 #define KT_UNDER_TSAN 1
 #elif defined(__SANITIZE_ADDRESS__)
@@ -38,7 +38,8 @@ using std::chrono::milliseconds;
 // Sub-pools with these numbers of threads, all on the first node that this process may use.
 inline WorkerPoolConfig subpools(const std::vector<int>& thread_counts) {
   const int node = Topology::read().node_cpus.begin()->first;
-  return {static_cast<int>(thread_counts.size()), std::vector<int>(thread_counts.size(), node), thread_counts};
+  return {static_cast<int>(thread_counts.size()), std::vector<int>(thread_counts.size(), node),
+          thread_counts};
 }
 
 // False when `condition` did not come true in time: the test fails rather than hangs.

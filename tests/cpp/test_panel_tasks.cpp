@@ -58,7 +58,7 @@ void check_preconditions(const std::vector<PanelTask>& tasks, const RoutingPlan&
   for (const PanelTask& t : tasks) {
     wrong += t.m0 >= t.m1 || t.n0 >= t.n1;
     wrong += t.m0 % kOutputBlock != 0 || t.n0 % (kOutputBlock / 2) != 0;
-    wrong += t.m1 - t.m0 > std::min(kMaxPanelRows, rows_per_block(k)) || t.n1 - t.n0 > kMaxPanelOutputs;
+    wrong += t.m1 - t.m0 > std::min(kMaxPanelRows, most_rows_per_block(k)) || t.n1 - t.n0 > kMaxPanelOutputs;
     // A pair of outputs, or a tile of rows, is in two panels only if it does not exist.
     wrong += t.n1 != outputs_end && t.n1 % (kOutputBlock / 2) != 0;
     wrong += t.m1 != plan.active[t.active].rows && t.m1 % kOutputBlock != 0;

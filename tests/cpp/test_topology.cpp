@@ -164,9 +164,8 @@ TEST_CASE("bind_memory: keeps contents, refuses nodes that cannot exist") {
   for (size_t i = 0; i < bytes; ++i) data[i] = static_cast<unsigned char>(i % 251);
   // A sandbox may forbid the call, so its success is not asked for; that it does no harm is.
   ktmoe::bind_memory(data + 10, bytes - 20, Topology::read().node_cpus.begin()->first);
-  CHECK(std::all_of(data, data + bytes, [&](unsigned char& c) {
-    return c == static_cast<unsigned char>((&c - data) % 251);
-  }));
+  CHECK(std::all_of(data, data + bytes,
+                    [&](unsigned char& c) { return c == static_cast<unsigned char>((&c - data) % 251); }));
   CHECK(ktmoe::bind_memory(data, 0, 0));
   CHECK(ktmoe::bind_memory(data + 1, page, 0));  // no whole page in it
   CHECK(!ktmoe::bind_memory(data, bytes, -1));

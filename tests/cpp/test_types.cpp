@@ -86,7 +86,7 @@ TEST_CASE("bf16: examples that can be read") {
   CHECK(to_bf16(0x1.ffp127f).bits == 0x7f80);    // from half a unit above it on: infinity
   CHECK(to_bf16(0x1p-133f).bits == 0x0001);      // the smallest denormal
   CHECK(to_bf16(0x1p-134f).bits == 0x0000);
-  CHECK(to_bf16(0x1.000002p-134f).bits == 0x0001);
+  CHECK(to_bf16(0x1.0002p-134f).bits == 0x0001);
   CHECK(to_bf16(from_bits(0x7f800001)).bits == 0x7fc0);  // a signalling NaN does not turn into infinity
   CHECK(to_bf16(from_bits(0xffc12345)).bits == 0xffc1);
 }

@@ -1,11 +1,7 @@
 // Does every task run exactly once, whoever runs it, however the pool is made, and whatever goes wrong?
 #include <doctest/doctest.h>
-#include <sched.h>
 
 #include <cmath>
-#include <memory>
-#include <mutex>
-#include <numeric>
 
 #include "runtime_helpers.h"
 
@@ -63,7 +59,8 @@ void check_pool_works(WorkerPool& pool) {
 }  // namespace
 
 TEST_CASE("worker pool: every task runs exactly once") {
-  for (const std::vector<int>& threads : std::vector<std::vector<int>>{{1}, {2}, {3}, {4}, {1, 1}, {2, 3}, {2, 1, 2}}) {
+  for (const std::vector<int>& threads :
+       std::vector<std::vector<int>>{{1}, {2}, {3}, {4}, {1, 1}, {2, 3}, {2, 1, 2}}) {
     WorkerPool pool(subpools(threads));
     for (const uint32_t num : {0u, 1u, 2u, 3u, 7u, 64u, 1000u}) {
       Counts even(threads.size(), num), one_sided(threads.size(), 0);
@@ -222,10 +219,11 @@ TEST_CASE("worker pool: run_inline stays in the calling thread") {
   Tally tally({5, 7});
   bool only_here = true;
   const Counts num_tasks{5, 7};
-  pool.run_inline(num_tasks, [&, here = std::this_thread::get_id()](const Worker& worker, int subpool, uint32_t task) {
-    tally.add(subpool, task);
-    only_here = only_here && worker.index == 0 && std::this_thread::get_id() == here;
-  });
+  pool.run_inline(num_tasks,
+                  [&, here = std::this_thread::get_id()](const Worker& worker, int subpool, uint32_t task) {
+                    tally.add(subpool, task);
+                    only_here = only_here && worker.index == 0 && std::this_thread::get_id() == here;
+                  });
   CHECK(tally.all_are(1));
   CHECK(only_here);
   CHECK_THROWS_AS(pool.run_inline(num_tasks, [](const Worker&, int, uint32_t) { throw 1; }), int);
@@ -285,132 +283,12 @@ TEST_CASE("worker pool: callers in several threads take turns") {
   CHECK(!overlap.load());
 }
 
-TEST_CASE("worker pool: an idle pool uses no CPU") {
-  WorkerPool pool(subpools({4}));
-  check_pool_works(pool);
-  let_threads_fall_asleep();
-  CHECK(cpu_seconds_while_idle(milliseconds(200)) < 0.02);
-}
-
-TEST_CASE("worker pool: as many workers as CPUs, or more, and no job waits for the scheduler") {
-  const int num_cpus = Topology::read().cpu_quota;
-  for (const int threads : {num_cpus, 4, 2 * num_cpus + 1}) {
-    WorkerPool pool(subpools({threads}));
-    std::atomic<int> num_runs{0};
-    const auto begin = std::chrono::steady_clock::now();
-    for (int job = 0; job < 10000; ++job) {
-      pool.run(static_cast<uint32_t>(threads), [&](const Worker&, int, uint32_t) { ++num_runs; });
-    }
-    // A cliff of one scheduler tick (4 ms) a job would take 40 s.
-    CHECK(std::chrono::steady_clock::now() - begin < std::chrono::seconds(8));
-    CHECK(num_runs == 10000 * threads);
-  }
-}
-
-TEST_CASE("worker pool: a worker makes way for the caller on its CPU") {
-  const Topology topology = Topology::read();
-  const std::vector<int>& cpus = topology.node_cpus.begin()->second;
-  if (cpus.size() < 2 || topology.cpu_quota < 2) return;
-  cpu_set_t before, other;
-  REQUIRE(sched_getaffinity(0, sizeof(before), &before) == 0);
-  WorkerPool pool(subpools({2}));
-  const auto run_both_at_once = [&] {
-    std::atomic<int> num_here{0};
-    std::vector<int> cpu_of(2, -1);
-    pool.run(2, [&](const Worker& worker, int, uint32_t) {
-      num_here.fetch_add(1);
-      becomes_true([&] { return num_here == 2; });
-      cpu_of[worker.index] = sched_getcpu();
-    });
-    return cpu_of;
-  };
-  for (const int cpu : {cpus[1], cpus[0], cpus[1]}) {
-    CPU_ZERO(&other);
-    CPU_SET(cpu, &other);
-    if (sched_setaffinity(0, sizeof(other), &other) != 0) break;
-    const std::vector<int> cpu_of = run_both_at_once();
-    CHECK(cpu_of[0] == cpu);
-    CHECK(cpu_of[1] != cpu);
-  }
-  sched_setaffinity(0, sizeof(before), &before);
-}
-
-TEST_CASE("worker pool config: defaults") {
-  Topology topology;
-  topology.cpus = {0, 1, 2, 3, 4, 5, 6, 7};
-  topology.node_cpus = {{0, {0, 1, 2, 3, 4, 5}}, {3, {6, 7}}};
-  topology.cpu_quota = 8;
-  const auto check = [](const WorkerPoolConfig& config, const std::vector<int>& nodes, const std::vector<int>& threads) {
-    CHECK(config.subpool_count == static_cast<int>(nodes.size()));
-    CHECK(config.subpool_numa_map == nodes);
-    CHECK(config.subpool_thread_count == threads);
-  };
-  check(WorkerPoolConfig::defaults(topology), {0, 3}, {6, 2});
-  check(WorkerPoolConfig::with_threads(16, topology), {0, 3}, {12, 4});
-  topology.cpu_quota = 4;
-  check(WorkerPoolConfig::defaults(topology), {0, 3}, {3, 1});
-  topology.cpu_quota = 1;
-  check(WorkerPoolConfig::defaults(topology), {0}, {1});
-  CHECK(message_of<std::invalid_argument>([&] { WorkerPoolConfig::with_threads(0, topology); }) ==
-        "num_threads is 0, expected at least 1");
-}
-
-TEST_CASE("worker pool config: sub-pools of one node get CPUs of their own while there are some") {
-  Topology topology;
-  topology.cpus = {0, 1, 2, 3, 4, 5};
-  topology.node_cpus = {{0, {0, 2, 1, 3}}, {1, {4, 5}}};
-  topology.cpu_quota = 6;
-  const WorkerPoolConfig config{3, {0, 1, 0}, {2, 3, 3}};
-  using Cpus = std::vector<std::vector<int>>;
-  CHECK(config.assign_cpus(topology) == std::vector<Cpus>{{{0}, {2}}, {{4}, {5}, {4}}, {{1}, {3}, {0}}});
-  topology.cpu_quota = 3;
-  CHECK(config.assign_cpus(topology)[1] == Cpus{{4, 5}, {4, 5}, {4, 5}});
-}
-
-TEST_CASE("worker pool config: what cannot be is refused by name") {
-  Topology topology;
-  topology.cpus = {0, 1, 2, 3};
-  topology.node_cpus = {{0, {0, 1}}, {2, {2, 3}}};
-  topology.cpu_quota = 4;
-  const auto refusal = [&](const WorkerPoolConfig& config) {
-    return message_of<std::invalid_argument>([&] { WorkerPool pool(config, topology); });
-  };
-  CHECK(refusal({}) == "subpool_count is 0, expected at least 1");
-  CHECK(refusal({-1, {}, {}}) == "subpool_count is -1, expected at least 1");
-  CHECK(refusal({2, {0}, {1, 1}}) ==
-        "subpool_numa_map has 1 entries, expected one for each sub-pool (subpool_count = 2)");
-  CHECK(refusal({1, {0}, {1, 1}}) ==
-        "subpool_thread_count has 2 entries, expected one for each sub-pool (subpool_count = 1)");
-  CHECK(refusal({2, {0, 2}, {1, 0}}) == "subpool_thread_count[1] is 0, expected at least 1");
-  CHECK(refusal({1, {0}, {-3}}) == "subpool_thread_count[0] is -3, expected at least 1");
-  CHECK(refusal({2, {0, 1}, {1, 1}}) ==
-        "subpool_numa_map[1] is 1, expected a NUMA node with CPUs that this process may use: 0, 2");
-}
-
 TEST_CASE("worker pool: num_tasks must fit the pool") {
   WorkerPool pool(subpools({1, 1}));
   const auto nothing = [](const Worker&, int, uint32_t) {};
   CHECK(message_of<std::invalid_argument>([&] { pool.run(Counts{1}, nothing); }) ==
         "num_tasks has 1 entries, expected one for each of the 2 sub-pools");
-  CHECK(message_of<std::invalid_argument>([&] { pool.run(Counts{0x80000000u, 0x80000000u}, nothing); }) ==
-        "num_tasks sums to 4294967296, expected at most 4294967295");
+  CHECK(message_of<std::invalid_argument>([&] {
+          pool.run(Counts{0x80000000u, 0x80000000u}, nothing);
+        }) == "num_tasks sums to 4294967296, expected at most 4294967295");
 }
-
-#if !defined(KT_UNDER_TSAN)
-TEST_CASE("worker pool: a forked child is told, and can make a pool of its own") {
-  auto pool = std::make_unique<WorkerPool>(subpools({3}));
-  check_pool_works(*pool);
-  const auto nothing = [](const Worker&, int, uint32_t) {};
-  let_threads_fall_asleep();
-  const int result = in_forked_child([&] {
-    if (!contains(message_of<std::runtime_error>([&] { pool->run(3, nothing); }), "forked child")) return 1;
-    pool.reset();  // must neither hang nor terminate
-    WorkerPool own(subpools({2}));
-    std::atomic<int> num_runs{0};
-    own.run(10, [&](const Worker&, int, uint32_t) { ++num_runs; });
-    return num_runs == 10 ? 0 : 2;
-  });
-  CHECK(result == 0);
-  check_pool_works(*pool);
-}
-#endif

@@ -76,7 +76,7 @@ struct GroupBlock {
   std::byte* lanes;     // accumulators between blocks of K
 };
 
-template <int kRows, int kTokens, class Weights>
+template <int kRows, int kTokens, int kAsks, class Weights>
 KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& w, uint32_t m,
                         const std::byte* ahead) {
   const std::byte* x[kTokens];
@@ -93,8 +93,8 @@ KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& 
 
   size_t k = b.k0;
   for (; k + Vec::kStep <= b.k1; k += Vec::kStep) {
-    __builtin_prefetch(ahead, 0, 2);
-    ahead += kCacheLine;
+    KT_UNROLL for (int i = 0; i < kAsks; ++i) __builtin_prefetch(ahead + i * kCacheLine, 0, 2);
+    ahead += kAsks * kCacheLine;
     typename Vec::Segment xs[kTokens];
     KT_UNROLL for (int t = 0; t < kTokens; ++t) xs[t] = Vec::load(x[t] + k * sizeof(bf16));
     KT_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -133,24 +133,39 @@ KT_INLINE uint32_t next_token_tile(uint32_t left) {
   return left == kTile + 1 && kTile > 2 ? 2 : kTile;
 }
 
-// All activation rows pass a block of a group of weight rows. While they do, `ask_bytes` from `ahead` on are
-// asked for, a cache line a step, so that the next weights are on their way from memory.
-template <int kRows, class Weights>
-void dot_block(const NtArgs& args, const GroupBlock& b, const Weights& w, const std::byte* ahead,
-               size_t ask_bytes) {
-  const size_t tile_asks = (b.k1 - b.k0) / Vec::kStep * kCacheLine;
+// What is asked for while a group is multiplied: the weights behind it.
+struct Ahead {
+  const std::byte* data;
+  size_t bytes;
+};
+
+// All activation rows pass a block of a group of weight rows. While they do, the weights behind are asked for,
+// kAsks cache lines a step, so that the next group finds them on their way from memory.
+template <int kRows, int kAsks, class Weights>
+void dot_block(const NtArgs& args, const GroupBlock& b, const Weights& w, Ahead ahead) {
+  const size_t tile_asks = (b.k1 - b.k0) / Vec::kStep * kAsks * kCacheLine;
   for (uint32_t m = 0; m < args.x.rows;) {
     const uint32_t tokens = next_token_tile(args.x.rows - m);
-    const std::byte* lines = ask_bytes >= tile_asks ? ahead : nullptr;
+    const std::byte* lines = ahead.bytes >= tile_asks ? ahead.data : nullptr;
     if (tokens == 1)
-      dot_tile<kRows, 1>(args, b, w, m, lines);
+      dot_tile<kRows, 1, kAsks>(args, b, w, m, lines);
     else if (tokens == 2)
-      dot_tile<kRows, Vec::kTokenTile < 2 ? 1 : 2>(args, b, w, m, lines);
+      dot_tile<kRows, Vec::kTokenTile < 2 ? 1 : 2, kAsks>(args, b, w, m, lines);
     else
-      dot_tile<kRows, Vec::kTokenTile>(args, b, w, m, lines);
+      dot_tile<kRows, Vec::kTokenTile, kAsks>(args, b, w, m, lines);
     m += tokens;
-    if (lines) ahead += tile_asks, ask_bytes -= tile_asks;
+    if (lines) ahead.data += tile_asks, ahead.bytes -= tile_asks;
   }
+}
+
+// Few tiles have to ask for more lines a step, or the next group is not asked for in full.
+template <int kRows, class Weights>
+void dot_block(const NtArgs& args, const GroupBlock& b, const Weights& w, Ahead ahead) {
+  const size_t tiles = div_up(args.x.rows, Vec::kTokenTile);
+  if (tiles == 1) return dot_block<kRows, 8>(args, b, w, ahead);
+  if (tiles == 2) return dot_block<kRows, 4>(args, b, w, ahead);
+  if (tiles <= 4) return dot_block<kRows, 2>(args, b, w, ahead);
+  return dot_block<kRows, 1>(args, b, w, ahead);
 }
 
 template <class Format, int kRows>
@@ -158,21 +173,19 @@ void dot_group(const NtArgs& args, uint32_t n, bool use_panel) {
   const uint32_t k = args.x.k;
   const size_t row_bytes = Format::row_bytes(k);
   const bool rows_adjoin = args.w.row_stride_bytes == static_cast<ptrdiff_t>(row_bytes);
-  const uint32_t behind = args.n1 - n - kRows;
-  const size_t ask_bytes = rows_adjoin ? (behind < kRows ? behind : kRows) * row_bytes : 0;
-  const std::byte* ahead = args.w.row(n + kRows);
   const size_t num_blocks = k == 0 ? 1 : div_up(k, kBlockK);
   const size_t block = round_up(div_up(k, num_blocks), Vec::kStep);
+  const size_t ask = rows_adjoin ? kRows * row_bytes / num_blocks : 0;
 
   for (size_t i = 0; i < num_blocks; ++i) {
     const size_t k0 = i * block, k1 = k0 + block < k ? k0 + block : k;
     const GroupBlock b{n, k0, k1, args.scratch + kPanelBytes};
-    const size_t ask_begin = ask_bytes / num_blocks * i, ask = ask_bytes / num_blocks;
+    const Ahead ahead{args.w.row(n + kRows) + i * ask, ask};
     if (use_panel) {
       fill_panel<Format, kRows>(args.w, n, k0, k1, args.scratch);
-      dot_block<kRows>(args, b, Panel<kRows>{args.scratch, k0}, ahead + ask_begin, ask);
+      dot_block<kRows>(args, b, Panel<kRows>{args.scratch, k0}, ahead);
     } else {
-      dot_block<kRows>(args, b, InPlace<Format, kRows>(args.w, n), ahead + ask_begin, ask);
+      dot_block<kRows>(args, b, InPlace<Format, kRows>(args.w, n), ahead);
     }
   }
 }

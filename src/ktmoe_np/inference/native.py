@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..io import load_experts
+from ..io import SafetensorsCheckpoint, load_experts
 from .base import BaseMoEWrapper
 
 __all__ = ["NativeMoEWrapper"]
@@ -16,7 +16,8 @@ class NativeMoEWrapper(BaseMoEWrapper):
 
     def _load_from_path(self, physical_to_logical_map: object) -> None:
         assert self.weight_path is not None
-        experts = load_experts(self.weight_path, self.layer_idx, self.config)
+        self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
+        experts = load_experts(self._checkpoint, self.layer_idx, self.config)
         self.load_weights_from_tensors(
             experts.gate,
             experts.up,

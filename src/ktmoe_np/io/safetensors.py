@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import threading
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,10 @@ from numpy.typing import NDArray
 from ._safetensors_header import DTYPES, MAX_HEADER_BYTES, TensorInfo, parse_header, parse_json_object
 
 __all__ = ["SafetensorsCheckpoint", "SafetensorsFile", "TensorInfo", "load_hf_config"]
+
+#: Checkpoints that someone holds, by path and time of change.
+_shared: weakref.WeakValueDictionary[tuple[str, int], SafetensorsCheckpoint] = weakref.WeakValueDictionary()
+_shared_lock = threading.Lock()
 
 _INDEX_NAME = "model.safetensors.index.json"
 
@@ -148,6 +154,22 @@ class SafetensorsCheckpoint:
             self._file_of = self._read_headers(paths)
         else:
             self._file_of = _read_index(index)
+
+    @classmethod
+    def shared(cls, path: str | os.PathLike[str]) -> SafetensorsCheckpoint:
+        """The checkpoint at `path`, the same one for all who hold it: index and headers are read once.
+
+        A changed index or file is read anew. Errors are those of the class.
+        """
+        where = Path(path)
+        index = where / _INDEX_NAME
+        stamp = index if index.exists() else where
+        key = (str(where.resolve()), stamp.stat().st_mtime_ns if stamp.exists() else 0)
+        with _shared_lock:
+            checkpoint = _shared.get(key)
+            if checkpoint is None:
+                checkpoint = _shared[key] = cls(path)
+            return checkpoint
 
     def _read_headers(self, paths: Iterable[Path]) -> dict[str, Path]:
         file_of: dict[str, Path] = {}

@@ -38,11 +38,6 @@ class ForwardInputs:
     activation: ActivationSpec
     base: AnyArray | None  # [T, H]
 
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return len(self.gate)
-
 
 def check_inputs(
     hidden_states: AnyArray,

@@ -1,0 +1,30 @@
+"""The weight formats that are benched: a further one is a row here, and a name in the peers that have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .layer import Layer
+
+__all__ = ["METHODS", "Method"]
+
+
+def _as_they_are(layer: Layer) -> dict[str, Any]:
+    biases = ("gate_bias", "up_bias", "down_bias")
+    weights = {"gate_proj": layer.gate, "up_proj": layer.up, "down_proj": layer.down}
+    return weights | {name: getattr(layer, name) for name in biases}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a bench must know of a method."""
+
+    name: str
+    bytes_per_weight: float  #: in the checkpoint's encoding, scales counted in
+    tolerance: float  #: relative error from which on an answer is wrong
+    encode: Callable[[Layer], dict[str, Any]] = _as_they_are  #: to the arguments of load_weights_from_tensors
+
+
+METHODS = {method.name: method for method in (Method("BF16", 2.0, 0.02),)}

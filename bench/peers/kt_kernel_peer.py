@@ -1,0 +1,122 @@
+"""kt-kernel, its extension module driven directly: its Python layer needs CUDA, the extension does not.
+
+The module is given by ``--kt-ext`` or by KTMOE_BENCH_KT_EXT: the file, or a directory that holds the unpacked
+wheel (README.md says how to get it). It is built for one Python version: ``--kt-python`` or
+KTMOE_BENCH_KT_PYTHON names another interpreter than the one that runs the bench, with NumPy and ml_dtypes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..cases import Case
+from ..layer import Array, Layer, bfloat16, to_float32
+from ..spec import Spec
+
+__all__ = ["Contender", "contenders"]
+
+#: Method -> classes of the extension, the first that it has.
+_CLASSES = {"BF16": ("AMXBF16_MOE", "AVX2BF16_MOE")}
+
+#: Builds of the wheel, the most capable first, and the CPU flag that they need.
+_BUILDS = (("amx", "amx_bf16"), ("avx512_bf16", "avx512_bf16"), ("avx512_base", "avx512f"), ("avx2", "avx2"))
+
+
+def contenders(base: Spec, options: Any) -> list[Spec]:
+    """Take all threads, and one and two fewer: its threads wait spinning, which a full machine punishes."""
+    if not options.kt_ext:
+        raise ValueError("kt-kernel: expected its extension, by --kt-ext or KTMOE_BENCH_KT_EXT")
+    counts = [base.threads - less for less in (0, 1, 2) if base.threads - less >= 1]
+    spec = base.but(peer="kt-kernel", family="kt-kernel", python=options.kt_python or "", gives_limits=False)
+    spec = spec.but(options={"ext": options.kt_ext}, copies=1.0, best_of_family=True)
+    return [spec.but(threads=count) for count in (counts if base.threads > 2 else counts[:2])]
+
+
+class Contender:
+    """A layer of kt-kernel; it packs a copy of the weights for itself."""
+
+    def __init__(self, spec: Spec, layer: Layer) -> None:
+        if spec.shape.biased or spec.shape.activation != "silu":
+            raise NotImplementedError("kt-kernel has neither biases nor activations but silu")
+        self._path = _find_extension(Path(spec.options["ext"]))
+        self._ext = ext = _import(self._path)
+        classes = [name for name in _CLASSES.get(spec.method, ()) if hasattr(ext.moe, name)]
+        if not classes:
+            raise NotImplementedError(f"kt-kernel: no class for {spec.method} in {self._path.name}")
+        self._engine = ext.CPUInfer(spec.threads)
+        shape = spec.shape
+        config = ext.moe.MOEConfig(shape.experts, shape.per_token, shape.hidden, shape.inter, 0)
+        config.max_len = spec.max_tokens
+        config.pool = self._engine.backend_
+        self._map = np.arange(shape.experts, dtype=np.int64)
+        config.gate_proj, config.up_proj, config.down_proj = map(_address, (layer.gate, layer.up, layer.down))
+        config.physical_to_logical_map = _address(self._map)
+        self._moe = getattr(ext.moe, classes[0])(config)
+        self._engine.submit(self._moe.load_weights_task(_address(self._map)))
+        self._engine.sync()
+        self._per_token = shape.per_token
+
+    def prepare(self, cases: list[Case]) -> None:
+        """See `bench.peers.Contender`."""
+        self._cases = cases
+        self._out = np.empty(cases[0].x.shape, bfloat16)
+        self._batch = np.array([len(cases[0].x)], np.int32)
+        addresses = [tuple(map(_address, (case.ids, case.weights, case.x))) for case in cases]
+        self._calls = [
+            (_address(self._batch), self._per_token, *a, _address(self._out), False) for a in addresses
+        ]
+
+    def run(self, i: int) -> None:
+        """See `bench.peers.Contender`."""
+        self._engine.submit(self._moe.forward_task(*self._calls[i]))
+        self._engine.sync()
+
+    def output(self) -> Array:
+        """See `bench.peers.Contender`."""
+        return to_float32(self._out)
+
+    def about(self) -> dict[str, Any]:
+        """See `bench.peers.Contender`."""
+        isa = self._path.name.removeprefix("_kt_kernel_ext_").split(".")[0]
+        return {"version": _version(self._path), "isa": isa}
+
+
+def _address(array: Array) -> int:
+    return int(array.ctypes.data)
+
+
+def _find_extension(path: Path) -> Path:
+    """Take the file itself; of a directory, the best build for this machine and this interpreter."""
+    if path.is_file():
+        return path
+    tag = f"cpython-{sys.version_info[0]}{sys.version_info[1]}-"
+    flags = set(re.findall(r"\S+", Path("/proc/cpuinfo").read_text()))
+    for build, flag in _BUILDS:
+        found = sorted(path.rglob(f"_kt_kernel_ext_{build}.{tag}*.so"))
+        if found and flag in flags:
+            return found[0]
+    raise FileNotFoundError(f"kt-kernel: no build in {path} for {tag[:-1]} and this CPU")
+
+
+def _import(path: Path) -> Any:
+    """Import the extension, under the one name that its init function has."""
+    spec = importlib.util.spec_from_file_location("kt_kernel_ext", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path}: not an extension module")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kt_kernel_ext"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _version(path: Path) -> str:
+    """From the wheel's metadata, when they lie beside it."""
+    for metadata in path.parent.parent.glob("kt_kernel-*.dist-info"):
+        return metadata.name.removeprefix("kt_kernel-").removesuffix(".dist-info")
+    return "unknown"

@@ -1,0 +1,99 @@
+"""ktmoe_np itself. Options: ``call`` is out, forward or submit; ``checkpoint`` a directory to load from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..cases import Case
+from ..layer import Array, Layer, bfloat16, to_float32
+from ..methods import METHODS
+from ..spec import Spec
+
+__all__ = ["Contender", "contenders"]
+
+
+def contenders(base: Spec, options: Any) -> list[Spec]:
+    """One for each instruction set asked for; the first also measures the machine."""
+    return [
+        base.but(peer="ktmoe", family=f"ktmoe {isa}", isa=isa, gives_limits=base.gives_limits)
+        for isa in options.isa
+    ]
+
+
+class Contender:
+    """A layer of ktmoe_np that uses the shared weights in place."""
+
+    def __init__(self, spec: Spec, layer: Layer) -> None:
+        self._spec, self._layer = spec, layer
+        self._moe = self._load()
+        self._cases: list[Case] = []
+        call = spec.options.get("call", "out")
+        self.run: Callable[[int], None] = {
+            "out": self._out,
+            "forward": self._forward,
+            "submit": self._submit,
+        }[call]
+
+    def _load(self) -> Any:
+        from ktmoe_np import KTMoEWrapper
+
+        spec, shape = self._spec, self._spec.shape
+        if "checkpoint" in spec.options:
+            path = spec.options["checkpoint"]
+            return KTMoEWrapper.from_pretrained(path, method=spec.method, cpuinfer_threads=spec.threads)
+        moe = KTMoEWrapper(
+            layer_idx=0,
+            num_experts=shape.experts,
+            num_experts_per_tok=shape.per_token,
+            hidden_size=shape.hidden,
+            moe_intermediate_size=shape.inter,
+            cpuinfer_threads=spec.threads,
+            activation=shape.activation,
+            method=spec.method,
+        )
+        moe.load_weights_from_tensors(**METHODS[spec.method].encode(self._layer))
+        return moe
+
+    def load_again(self) -> float:
+        """Seconds of another load, when modules, engine and files are warm."""
+        start = time.perf_counter()
+        self._load()
+        return time.perf_counter() - start
+
+    def prepare(self, cases: list[Case]) -> None:
+        """See `bench.peers.Contender`."""
+        self._cases = cases
+        self._result = np.empty(cases[0].x.shape, bfloat16)
+
+    def _out(self, i: int) -> None:
+        case = self._cases[i]
+        self._moe.forward(case.x, case.ids, case.weights, out=self._result)
+
+    def _forward(self, i: int) -> None:
+        case = self._cases[i]
+        self._result = self._moe.forward(case.x, case.ids, case.weights)
+
+    def _submit(self, i: int) -> None:
+        case = self._cases[i]
+        self._moe.submit_forward(case.x, case.ids, case.weights, out=self._result)
+        self._moe.sync_forward()
+
+    def output(self) -> Array:
+        """See `bench.peers.Contender`."""
+        return to_float32(self._result)
+
+    def about(self) -> dict[str, Any]:
+        """See `bench.peers.Contender`."""
+        import ktmoe_np
+
+        return {"version": ktmoe_np.__version__, "isa": ktmoe_np.isa_info()["active"]}
+
+    def limits(self, seconds: float) -> dict[str, Any]:
+        """Measure what the machine can do with this contender's instruction set and threads."""
+        from ktmoe_np import kt_kernel_ext as ext
+
+        return dict(ext.measure_limits(self._moe.cpu_infer, seconds))

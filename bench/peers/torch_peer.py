@@ -1,0 +1,103 @@
+"""PyTorch on the CPU, bf16: a loop over the experts in use, and grouped_mm where torch has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..cases import Case
+from ..layer import Array, Layer
+from ..spec import Spec
+
+__all__ = ["Contender", "contenders"]
+
+
+def contenders(base: Spec, options: Any) -> list[Spec]:
+    """Two ways of writing it."""
+    if base.method != "BF16":
+        return []
+    spec = base.but(peer="torch", gives_limits=False)
+    return [
+        spec.but(family="torch loop", options={"way": "loop"}),
+        spec.but(family="torch grouped_mm", options={"way": "grouped"}),
+    ]
+
+
+class Contender:
+    """The shared weights as torch tensors, not copied."""
+
+    def __init__(self, spec: Spec, layer: Layer) -> None:
+        import torch
+
+        torch.set_num_threads(spec.threads)
+        torch.set_grad_enabled(False)
+        self._torch, self._shape = torch, spec.shape
+        self._gate, self._up, self._down = map(self._tensor, (layer.gate, layer.up, layer.down))
+        biases = (layer.gate_bias, layer.up_bias, layer.down_bias)
+        self._biases = [None if b is None else torch.from_numpy(b).bfloat16() for b in biases]
+        self._experts = self._loop if spec.options["way"] == "loop" else self._grouped
+        if self._experts == self._grouped and not hasattr(torch, "_grouped_mm"):
+            raise RuntimeError(f"torch {torch.__version__} has no grouped_mm")
+
+    def _tensor(self, array: Array) -> Any:
+        return self._torch.from_numpy(array.view(np.int16)).view(self._torch.bfloat16)
+
+    def prepare(self, cases: list[Case]) -> None:
+        """See `bench.peers.Contender`."""
+        from_numpy = self._torch.from_numpy
+        self._cases = [(self._tensor(x), from_numpy(ids), from_numpy(weights)) for x, ids, weights in cases]
+
+    def run(self, i: int) -> None:
+        """See `bench.peers.Contender`."""
+        x, ids, weights = self._cases[i]
+        order = ids.flatten().argsort(stable=True)
+        rows = order // ids.shape[1]
+        ends = self._torch.bincount(ids.flatten(), minlength=self._shape.experts).cumsum(0)
+        y = self._experts(x[rows], ids.flatten()[order], ends)
+        out = self._torch.zeros(x.shape, dtype=self._torch.float32)
+        out.index_add_(0, rows, y.float() * weights.flatten()[order, None])
+        self._out = out.bfloat16()
+
+    def _loop(self, x: Any, experts: Any, ends: Any) -> Any:
+        y = self._torch.empty_like(x)
+        linear = self._torch.nn.functional.linear
+        begin = 0
+        for e, end in enumerate(ends.tolist()):
+            if end > begin:
+                gate_bias, up_bias, down_bias = (None if b is None else b[e] for b in self._biases)
+                rows = x[begin:end]
+                hidden = self._activate(
+                    linear(rows, self._gate[e], gate_bias), linear(rows, self._up[e], up_bias)
+                )
+                y[begin:end] = linear(hidden, self._down[e], down_bias)
+            begin = end
+        return y
+
+    def _grouped(self, x: Any, experts: Any, ends: Any) -> Any:
+        ends = ends.to(self._torch.int32)
+
+        def linear(rows: Any, weight: Any, bias: Any) -> Any:
+            product = self._torch._grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+            return product if bias is None else product + bias[experts]
+
+        gate_bias, up_bias, down_bias = self._biases
+        hidden = self._activate(linear(x, self._gate, gate_bias), linear(x, self._up, up_bias))
+        return linear(hidden, self._down, down_bias)
+
+    def _activate(self, gate: Any, up: Any) -> Any:
+        if self._shape.activation == "silu":
+            return self._torch.nn.functional.silu(gate) * up
+        if self._shape.activation == "swigluoai":
+            gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+            return gate * self._torch.sigmoid(1.702 * gate) * (up + 1)
+        raise ValueError(f"activation {self._shape.activation!r}: not written for torch")
+
+    def output(self) -> Array:
+        """See `bench.peers.Contender`."""
+        out: Array = self._out.float().numpy()
+        return out
+
+    def about(self) -> dict[str, Any]:
+        """See `bench.peers.Contender`."""
+        return {"version": self._torch.__version__, "isa": self._torch.backends.cpu.get_cpu_capability()}

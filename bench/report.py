@@ -1,0 +1,129 @@
+"""Records as a table for the eye, and as a plot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["plot", "table"]
+
+Record = dict[str, Any]
+
+
+def table(records: Sequence[Record], against: str = "ktmoe") -> str:
+    """Contenders by batch sizes: time and, behind it, the fraction of the machine's limit.
+
+    The last row of a shape says how many times longer the fastest other takes than the fastest of `against`.
+    """
+    parts = []
+    timed = [record for record in records if "tokens" in record]
+    for key in dict.fromkeys((r["kind"], r["shape"], r["method"]) for r in timed):
+        group = [r for r in timed if (r["kind"], r["shape"], r["method"]) == key]
+        parts.append(_table_of(group, against))
+    absent = [f"{r['contender']} on {r['shape']}: {r['reason']}" for r in records if r["kind"] == "absent"]
+    return "\n\n".join([*parts, "\n".join(absent)] if absent else parts)
+
+
+def _table_of(group: Sequence[Record], against: str) -> str:
+    tokens = sorted({r["tokens"] for r in group})
+    rows = [["tokens", *map(str, tokens)]]
+    lines = _lines(group)
+    rows += [[name, *(_cell(by_tokens.get(t)) for t in tokens)] for name, by_tokens in lines.items()]
+    ratios = [_ratio(lines, t, against) for t in tokens]
+    if any(ratios):
+        rows.append(["fastest other / " + against, *ratios])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(tokens) + 1)]
+    text = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([_title(group), *text])
+
+
+def _title(group: Sequence[Record]) -> str:
+    first = group[0]
+    hidden, inter, experts, per_token = first["sizes"]
+    if experts != first["experts_of_model"]:
+        experts = f"{experts} of {first['experts_of_model']}"
+    sizes = f"H {hidden}, I {inter}, E {experts}, P {per_token}"
+    title = f"{first['kind']}: {first['shape']} ({sizes}), {first['method']}"
+    limits = [r["limits"] for r in group if "limits" in r]
+    seen = {one["isa"]: one for one in reversed(limits)}
+    said = [
+        f"{isa} x{one['threads']} {one['read_gb_s']:.1f} GB/s {one['tflop_s']:.3g} TFLOP/s"
+        for isa, one in seen.items()
+    ]
+    drift = f", drift up to {max(one['drift'] for one in limits):.0%}" if limits else ""
+    machine = f"{first['cpus']} CPUs, {first['machine']}"
+    return f"{title} on {machine}\nlimits: {'; '.join(said) or 'not measured'}{drift}"
+
+
+def _lines(group: Sequence[Record]) -> dict[str, dict[int, Record]]:
+    """Name of a row -> tokens -> record; of a family of which only the best counts, its fastest."""
+    lines: dict[str, dict[int, Record]] = {}
+    for record in group:
+        name = record["family"] + " (best)" if record["best_of_family"] else record["contender"]
+        line = lines.setdefault(name, {})
+        other = line.get(record["tokens"])
+        if other is None or record.get("ms", float("inf")) < other.get("ms", float("inf")):
+            line[record["tokens"]] = record
+    return lines
+
+
+def _cell(record: Record | None) -> str:
+    if record is None:
+        return "-"
+    if record["status"] != "ok":
+        return str(record["status"]).upper()
+    of_limit = f" {record['of_limit']:4.0%}" if "of_limit" in record else ""
+    return f"{_time(record['ms'])}{of_limit}"
+
+
+def _time(ms: float) -> str:
+    if ms < 0.1:
+        return f"{ms * 1e3:.1f} us"
+    return f"{ms:.3f} ms" if ms < 1 else f"{ms:.2f} ms" if ms < 100 else f"{ms:.0f} ms"
+
+
+def _ratio(lines: dict[str, dict[int, Record]], tokens: int, against: str) -> str:
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for name, line in lines.items():
+        if tokens in line and "ms" in line[tokens]:
+            times[name.startswith(against)].append(line[tokens]["ms"])
+    if not times[True] or not times[False]:
+        return ""
+    return f"{min(times[False]) / min(times[True]):.2f}"
+
+
+def plot(records: Sequence[Record], path: str | os.PathLike[str]) -> bool:
+    """Draw time and fraction of the limit over the tokens, a column a shape; False without matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return False
+    timed = [r for r in records if r.get("status") == "ok"]
+    keys = list(dict.fromkeys((r["kind"], r["shape"], r["method"]) for r in timed))
+    if not keys:
+        return False
+    figure, axes = plt.subplots(2, len(keys), figsize=(5 * len(keys), 8), squeeze=False, sharex="col")
+    for column, key in enumerate(keys):
+        group = [r for r in timed if (r["kind"], r["shape"], r["method"]) == key]
+        for name, line in _lines(group).items():
+            points = sorted(line.items())
+            tokens = [t for t, _ in points]
+            axes[0, column].plot(tokens, [r["ms"] for _, r in points], "o-", label=name)
+            axes[1, column].plot(tokens, [r.get("of_limit", 0) for _, r in points], "o-")
+        axes[0, column].set(title=" ".join(key), ylabel="ms", xscale="log", yscale="log")
+        axes[1, column].set(xlabel="tokens", ylabel="fraction of the machine's limit", ylim=(0, 1.1))
+        axes[0, column].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True

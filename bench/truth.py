@@ -1,0 +1,62 @@
+"""What the answer is: the layer in float32, without any rounding between, for as many rows as is cheap."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .cases import Case
+from .layer import Array, Layer, to_float32
+
+__all__ = ["activate", "expert_output", "relative_error", "sample_rows", "truth"]
+
+#: What a truth may cost: weights to widen, and operations.
+_MOST_WEIGHTS, _MOST_FLOP = 1.5e9, 4e11
+
+
+def activate(name: str, gate: Array, up: Array) -> Array:
+    """Apply an activation, named as in the library, none of whose code a truth may share."""
+    if name == "silu":
+        return gate / (1 + np.exp(-gate)) * up
+    if name == "swigluoai":
+        gate, up = np.minimum(gate, np.float32(7)), np.clip(up, np.float32(-7), np.float32(7))
+        return gate / (1 + np.exp(np.float32(-1.702) * gate)) * (up + 1)
+    raise ValueError(f"activation {name!r}: no truth of it here")
+
+
+def expert_output(layer: Layer, e: int, x: Array, weights: tuple[Array, Array, Array]) -> Array:
+    """One expert on rows `x`, with its matrices in float32."""
+    gate, up = x @ weights[0].T, x @ weights[1].T
+    if layer.gate_bias is not None and layer.up_bias is not None and layer.down_bias is not None:
+        hidden = activate(layer.shape.activation, gate + layer.gate_bias[e], up + layer.up_bias[e])
+        return hidden @ weights[2].T + layer.down_bias[e]
+    return activate(layer.shape.activation, gate, up) @ weights[2].T
+
+
+def sample_rows(layer: Layer, case: Case) -> Array:
+    """Rows to check: all of them, or as many as a truth may cost, spread evenly."""
+    shape, tokens = layer.shape, len(case.ids)
+    most = max(1, min(tokens, int(_MOST_FLOP / shape.flop(1))))
+    while True:
+        rows = np.unique(np.linspace(0, tokens - 1, most).astype(int))
+        touched = len(np.unique(case.ids[rows]))
+        if most == 1 or touched * shape.weights_per_expert <= _MOST_WEIGHTS:
+            return rows
+        most = max(1, most * 3 // 4)
+
+
+def truth(layer: Layer, case: Case, rows: Array) -> Array:
+    """Compute the layer's output for those rows, float32 [len(rows), H]."""
+    x, ids, routing = to_float32(case.x[rows]), case.ids[rows], case.weights[rows]
+    out = np.zeros_like(x)
+    for e in np.unique(ids):
+        t, p = np.nonzero(ids == e)
+        matrices = (to_float32(layer.gate[e]), to_float32(layer.up[e]), to_float32(layer.down[e]))
+        out[t] += expert_output(layer, int(e), x[t], matrices) * routing[t, p, None]
+    return out
+
+
+def relative_error(got: Array, expected: Array) -> float:
+    """||got - expected|| / ||expected||; infinite when an element is not finite."""
+    if got.shape != expected.shape or not np.isfinite(got).all():
+        return float("inf")
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))

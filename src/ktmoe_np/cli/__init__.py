@@ -1,0 +1,184 @@
+"""The command `ktmoe`: what this machine is, whether the library is right on it, and how fast."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from .. import __version__
+from . import demo, info, measure, verify
+
+__all__ = ["main"]
+
+_DESCRIPTION = "Mixture-of-experts layers on CPUs: what this machine can do, and what is reached on it."
+_EPILOG = "Start with: ktmoe demo"
+_INFO = "Add the output of 'ktmoe info --json' to every bug report."
+_DEMO = (
+    "Writes a small Qwen3-MoE checkpoint (100 MB) to a temporary folder, maps it, runs decode and prefill "
+    "batches and compares the results with the NumPy reference. Takes 10 to 20 seconds; the exit status is "
+    "1 when a result lies outside its computed bound."
+)
+_VERIFY = (
+    "Maps the layer's experts, runs random tokens through them and compares some of the results with the "
+    "NumPy reference. The exit status is 1 when one lies outside its computed bound."
+)
+
+#: Exit statuses: 0 and 1 are a command's own answer (is every result within its bound?).
+_FAILED, _INTERRUPTED, _PIPE_CLOSED = 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments; None takes the process's.
+
+    Returns
+    -------
+    int
+        0: done, and every result that was checked is within its bound; 1: one is not; 2: it could not be
+        done, and one line on stderr says why; 130: interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        hidden = argv[:1] == ["_measure"]
+        arguments = _child_parser().parse_args(argv[1:]) if hidden else _parser().parse_args(argv)
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()  # a pipe that is closed shall show here
+    except KeyboardInterrupt:
+        _complain("ktmoe: interrupted")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+        _complain(f"ktmoe {arguments.command}: {_message(error)}")
+        return _FAILED
+    return status
+
+
+def _complain(message: str) -> None:
+    sys.stderr.write(f"{message}\n")
+
+
+def _message(error: Exception) -> str:
+    """Say in one line what went wrong."""
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{os.fspath(error.filename)}: "
+        return f"{where}{error.strerror.lower()}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with status 2."""
+        self.exit(_FAILED, f"{self.prog}: {message}; see '{self.prog} --help'\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="ktmoe", description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"ktmoe_np {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], help: str, more: str) -> _Parser:
+        command: _Parser = commands.add_parser(
+            name, help=help, description=f"{help[0].upper()}{help[1:]}. {more}"
+        )
+        command.set_defaults(run=run)
+        return command
+
+    command = add("info", info.run, "the machine: cores, instruction sets, measured limits", _INFO)
+    _add_common(command, seconds=1.5, meaning="time for measuring the limits")
+
+    command = add("demo", demo.run, "a small model on every instruction set, checked and timed", _DEMO)
+    _add_common(command, seconds=0.25, meaning="time for each batch")
+    command.add_argument("--keep", metavar="DIR", help="write the checkpoint here and leave it")
+    command.add_argument(
+        "--plot", metavar="FILE.png", help="draw the fractions of the limits (needs matplotlib)"
+    )
+
+    command = add("verify", verify.run, "a layer of your own checkpoint, checked and timed", _VERIFY)
+    command.add_argument("path", help="directory of the checkpoint, with config.json and *.safetensors")
+    command.add_argument(
+        "--layer", type=_count(0), metavar="N", help="the layer; default the first with experts"
+    )
+    command.add_argument("--method", help="how to compute; default what the checkpoint is encoded in")
+    command.add_argument(
+        "--tokens", type=_counts, default=[1, 16, 256], metavar="T,...", help="batch sizes (default 1,16,256)"
+    )
+    command.add_argument(
+        "--check-seconds",
+        type=_seconds,
+        default=4.0,
+        metavar="S",
+        help="time for the reference, which is slow: decides how many experts are checked (default 4)",
+    )
+    _add_common(command, seconds=0.5, meaning="time for each batch")
+    return parser
+
+
+def _child_parser() -> _Parser:
+    """Make the parser of ``_measure``, which `demo` runs in child processes and no user sees."""
+    command = _Parser(prog="ktmoe _measure")
+    command.set_defaults(run=measure.run_child, command="_measure")
+    command.add_argument("path")
+    command.add_argument("--layers", type=_counts_from_0, required=True)
+    command.add_argument("--tokens", type=_counts, required=True)
+    command.add_argument("--experts", type=_count(1), required=True)
+    command.add_argument("--seconds", type=float, required=True)
+    command.add_argument("--threads", type=_count(1))
+    return command
+
+
+def _add_common(command: argparse.ArgumentParser, seconds: float, meaning: str) -> None:
+    """Add the options that all commands have."""
+    command.add_argument(
+        "--seconds", type=_seconds, default=seconds, metavar="S", help=f"{meaning} (default {seconds:g})"
+    )
+    command.add_argument(
+        "--threads", type=_count(1), metavar="N", help="threads; default the CPUs that this process may use"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+class _count:
+    """Argument type: an integer of at least `least`."""
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def __call__(self, text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < self.least:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of {self.least} or more")
+        return int(text)
+
+
+def _counts(text: str, least: int = 1) -> list[int]:
+    """Argument type: integers with commas between them."""
+    return [_count(least)(part) for part in text.split(",")]
+
+
+def _counts_from_0(text: str) -> list[int]:
+    return _counts(text, 0)
+
+
+def _seconds(text: str) -> float:
+    """Argument type: a time."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= 600:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0, at most 600")
+    return seconds

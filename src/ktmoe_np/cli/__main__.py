@@ -1,0 +1,7 @@
+"""``python -m ktmoe_np.cli``: the command `ktmoe` where it is not installed."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

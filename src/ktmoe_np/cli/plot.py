@@ -1,0 +1,78 @@
+"""The picture of `ktmoe demo`: which fraction of the machine's limits each batch reaches."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .progress import EXTRA_HINT
+from .table import Row, counted
+
+__all__ = ["check_plot", "draw_plot"]
+
+_LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: str) -> None:
+    """Make sure, before anything takes time, that `draw_plot` will be able to.
+
+    Raises
+    ------
+    ValueError
+        A kind of file that is not drawn.
+    FileNotFoundError
+        The directory is not there.
+    RuntimeError
+        Matplotlib is not installed; says how to get it.
+    """
+    if Path(path).suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"--plot: got {path!r}, expected a file ending in {', '.join(_SUFFIXES)}")
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--plot: the directory of {path!r} does not exist")
+    _figure_module()
+
+
+def _figure_module() -> Any:
+    try:
+        return importlib.import_module("matplotlib.figure")
+    except ImportError:
+        raise RuntimeError(f"--plot: needs matplotlib: {EXTRA_HINT}") from None
+
+
+def draw_plot(path: str, rows: Sequence[Row], cpu: str) -> None:
+    """Draw a group of bars for each instruction set, a bar for each batch size.
+
+    Parameters
+    ----------
+    path : str
+        The file; its ending says of which kind.
+    rows : sequence of Row
+        Those without a time are left out.
+    cpu : str
+        The CPU's name, for the title.
+    """
+    timed = [row for row in rows if row.of_limit is not None]
+    isas = list(dict.fromkeys(row.isa for row in timed))
+    sizes = sorted({row.tokens for row in timed})
+    figure = _figure_module().Figure(figsize=(1.8 + 1.9 * len(isas), 4.2), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(sizes)
+    colors = ("#9ecae1", "#4292c6", "#08519c")
+    for i, size in enumerate(sizes):
+        found = {row.isa: row for row in timed if row.tokens == size}
+        at = [isas.index(isa) + (i - (len(sizes) - 1) / 2) * width for isa in found]
+        values = [100.0 * (row.of_limit or 0.0) for row in found.values()]
+        label = counted(size, "token")
+        bars = axes.bar(at, values, width * 0.92, label=label, color=colors[i % len(colors)])
+        axes.bar_label(bars, [f"{value:.0f}" for value in values], padding=2, fontsize=8, bbox=_LABEL_BOX)
+    axes.axhline(100.0, color="0.3", linewidth=1.0, linestyle="--", zorder=0)
+    axes.set_xticks(range(len(isas)), isas)
+    axes.set_ylabel("% of the limit")
+    axes.set_ylim(0, max(115.0, *(115.0 * (row.of_limit or 0.0) for row in timed)))
+    axes.set_title(f"How close to the limit of memory or arithmetic: {cpu}", fontsize=11)
+    axes.legend(frameon=False, ncols=len(sizes), loc="upper left", bbox_to_anchor=(0, -0.08))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,84 @@
+"""`ktmoe verify`: a layer of the user's own checkpoint, against the reference."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .._methods import find_method
+from ..config import MoEConfig
+from ..experts import KTMoEWrapper
+from ..io import ExpertTensors, SafetensorsCheckpoint, expert_layers, load_experts, load_hf_config
+from .machine import busy_note
+from .measure import measure
+from .progress import Progress
+from .sample import Expected, draw_sample, experts_in_time
+from .table import Row, as_json, counted, machine_limits, make_rows, summary, wrap
+
+__all__ = ["run"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check a layer; 0 when every result is within its bound, else 1."""
+    busy = busy_note()
+    if arguments.method is not None:
+        find_method(arguments.method, "inference")  # said before the reference takes its time
+    path = Path(arguments.path)
+    checkpoint = SafetensorsCheckpoint(path)
+    layer = _first_layer(checkpoint) if arguments.layer is None else arguments.layer
+    config = MoEConfig.from_hf_config(load_hf_config(path), layer)
+    with Progress(3 + len(arguments.tokens)) as progress:
+        progress.step("asking the reference")
+        experts = load_experts(checkpoint, layer, config)
+        about = _describe(experts, config, path)
+        num_experts = experts_in_time(config, experts, arguments.check_seconds)
+        sample = draw_sample(config, num_experts)
+        expected = Expected(sample, config, experts)
+        del experts  # where a layout had to be copied, one copy is enough
+        options = {"method": arguments.method, "cpuinfer_threads": arguments.threads}
+        moe = KTMoEWrapper.from_pretrained(path, layer, **options)
+        run = measure([moe], sample, arguments.tokens, arguments.seconds, progress.step)
+    about |= {"method": moe.method, "threads": run.threads, "checked_experts": expected.num_experts}
+    limits = machine_limits([run])
+    rows = make_rows([run], expected, limits)
+    right = all(row.within_bound for row in rows)
+    if arguments.json:
+        print(json.dumps({"within_bound": right, **about, "rows": as_json(rows), "limits": limits}, indent=2))
+    else:
+        print(_text(about, rows, limits, busy))
+    return 0 if right else 1
+
+
+def _first_layer(checkpoint: SafetensorsCheckpoint) -> int:
+    layers = expert_layers(checkpoint)
+    if not layers:
+        raise ValueError(f"{checkpoint.path}: no layer has experts in a naming known here")
+    return layers[0]
+
+
+def _describe(experts: ExpertTensors, config: MoEConfig, path: Path) -> dict[str, Any]:
+    matrices = [*experts.gate, *(experts.up or ()), *experts.down]
+    return {
+        "path": str(path),
+        "layer": config.layer_idx,
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "hidden_size": config.hidden_size,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "activation": config.activation.name,
+        "weight_bytes": sum(matrix.nbytes for matrix in matrices),
+    }
+
+
+def _text(about: dict[str, Any], rows: Sequence[Row], limits: dict[str, Any], busy: str | None) -> str:
+    sizes = (
+        f"{about['num_experts']} experts, {about['num_experts_per_tok']} per token, hidden size "
+        f"{about['hidden_size']}, intermediate size {about['moe_intermediate_size']}, {about['activation']}; "
+        f"{about['weight_bytes'] / 1e6:.3g} MB. Method {about['method']}, {counted(about['threads'], 'thread')}; "
+        f"results of {about['checked_experts']} experts compared with the NumPy reference."
+    )
+    title = f"Layer {about['layer']} of {about['path']}"
+    return "\n".join([title, wrap(sizes), "", summary(rows, limits, rows[0].isa, {}, busy)])

@@ -1,0 +1,60 @@
+// Are the workers chosen and placed sensibly, and is what cannot be refused by name?
+#include <doctest/doctest.h>
+
+#include "runtime_helpers.h"
+
+using namespace ktmoe;
+using namespace ktmoe::test;
+
+TEST_CASE("worker pool config: defaults") {
+  Topology topology;
+  topology.cpus = {0, 1, 2, 3, 4, 5, 6, 7};
+  topology.node_cpus = {{0, {0, 1, 2, 3, 4, 5}}, {3, {6, 7}}};
+  topology.cpu_quota = 8;
+  const auto check = [](const WorkerPoolConfig& config, const std::vector<int>& nodes,
+                        const std::vector<int>& threads) {
+    CHECK(config.subpool_count == static_cast<int>(nodes.size()));
+    CHECK(config.subpool_numa_map == nodes);
+    CHECK(config.subpool_thread_count == threads);
+  };
+  check(WorkerPoolConfig::defaults(topology), {0, 3}, {6, 2});
+  check(WorkerPoolConfig::with_threads(16, topology), {0, 3}, {12, 4});
+  topology.cpu_quota = 4;
+  check(WorkerPoolConfig::defaults(topology), {0, 3}, {3, 1});
+  topology.cpu_quota = 1;
+  check(WorkerPoolConfig::defaults(topology), {0}, {1});
+  CHECK(message_of<std::invalid_argument>([&] { WorkerPoolConfig::with_threads(0, topology); }) ==
+        "num_threads is 0, expected at least 1");
+}
+
+TEST_CASE("worker pool config: sub-pools of one node get CPUs of their own while there are some") {
+  Topology topology;
+  topology.cpus = {0, 1, 2, 3, 4, 5};
+  topology.node_cpus = {{0, {0, 2, 1, 3}}, {1, {4, 5}}};
+  topology.cpu_quota = 6;
+  const WorkerPoolConfig config{3, {0, 1, 0}, {2, 3, 3}};
+  using Cpus = std::vector<std::vector<int>>;
+  CHECK(config.assign_cpus(topology) == std::vector<Cpus>{{{0}, {2}}, {{4}, {5}, {4}}, {{1}, {3}, {0}}});
+  topology.cpu_quota = 3;
+  CHECK(config.assign_cpus(topology)[1] == Cpus{{4, 5}, {4, 5}, {4, 5}});
+}
+
+TEST_CASE("worker pool config: what cannot be is refused by name") {
+  Topology topology;
+  topology.cpus = {0, 1, 2, 3};
+  topology.node_cpus = {{0, {0, 1}}, {2, {2, 3}}};
+  topology.cpu_quota = 4;
+  const auto refusal = [&](const WorkerPoolConfig& config) {
+    return message_of<std::invalid_argument>([&] { WorkerPool pool(config, topology); });
+  };
+  CHECK(refusal({}) == "subpool_count is 0, expected at least 1");
+  CHECK(refusal({-1, {}, {}}) == "subpool_count is -1, expected at least 1");
+  CHECK(refusal({2, {0}, {1, 1}}) ==
+        "subpool_numa_map has 1 entries, expected one for each sub-pool (subpool_count = 2)");
+  CHECK(refusal({1, {0}, {1, 1}}) ==
+        "subpool_thread_count has 2 entries, expected one for each sub-pool (subpool_count = 1)");
+  CHECK(refusal({2, {0, 2}, {1, 0}}) == "subpool_thread_count[1] is 0, expected at least 1");
+  CHECK(refusal({1, {0}, {-3}}) == "subpool_thread_count[0] is -3, expected at least 1");
+  CHECK(refusal({2, {0, 1}, {1, 1}}) ==
+        "subpool_numa_map[1] is 1, expected a NUMA node with CPUs that this process may use: 0, 2");
+}

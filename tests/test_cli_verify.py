@@ -1,0 +1,98 @@
+"""`ktmoe verify`: checkpoints of others, sampled checks, and its errors."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+from cli_runs import CONTROL, QUICK, only_error, run_ktmoe
+
+from ktmoe_np.cli import main
+from ktmoe_np.cli.checkpoint import write_demo_checkpoint
+from ktmoe_np.cpuinfer import _MoEBase
+from ktmoe_np.inference import BaseMoEWrapper
+from ktmoe_np.io.writer import write_safetensors
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leave_no_engine() -> Iterator[None]:
+    yield
+    gc.collect()
+    if not _MoEBase._loaded:
+        _MoEBase.reset_cpu_infer()
+
+
+@pytest.mark.parametrize("naming", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_verify_checkpoints_of_others(
+    naming: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path, naming, [2, 5], E=6, I=32, H=64, num_shards=2)
+    arguments = ["verify", str(tmp_path), "--tokens", "1,3,40", "--check-seconds", "1", *QUICK]
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["within_bound"]
+    assert (report["layer"], report["num_experts"], report["hidden_size"]) == (2, 6, 64)
+    assert report["weight_bytes"] == 2 * 6 * 32 * 64 * (2 if naming == "nemotron_h" else 3)
+    assert [row["tokens"] for row in report["rows"]] == [1, 3, 40]
+    assert all(row["of_limit"] > 0 for row in report["rows"])
+
+
+def test_verify_text(tmp_path: Path) -> None:
+    write_demo_checkpoint(tmp_path)
+    done = run_ktmoe("verify", tmp_path, "--layer=1", "--tokens=2", "--threads=1", *QUICK, KTMOE_ISA="scalar")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert CONTROL.search(done.stdout) is None
+    assert done.stdout.startswith(f"Layer 1 of {tmp_path}\n16 experts, 4 per token, hidden size 1024,")
+    assert re.search(r"^scalar +2 .* yes ", done.stdout, re.MULTILINE)
+    said = " ".join(done.stdout.split())
+    assert "Method BF16, 1 thread; results of" in said
+    assert "Every result is within its bound; scalar runs 2 tokens at" in said
+
+
+def test_verify_checks_fewer_experts_in_less_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0], E=6, I=32, H=64, num_experts_per_tok=4)
+    checked = []
+    for seconds in ("1e-9", "60"):
+        assert (
+            main(["verify", str(tmp_path), "--json", "--tokens=9", f"--check-seconds={seconds}", *QUICK]) == 0
+        )
+        checked.append(json.loads(capsys.readouterr().out)["checked_experts"])
+    assert checked == [1, 6]
+
+
+def test_verify_finds_wrong_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0], E=4, I=32, H=64)
+    right = BaseMoEWrapper.forward
+    monkeypatch.setattr(
+        BaseMoEWrapper, "forward", lambda self, x, ids, w: right(self, x, ids, w * np.float32(1.1))
+    )
+    assert main(["verify", str(tmp_path), "--tokens=2", *QUICK]) == 1
+    assert "WRONG on" in capsys.readouterr().out
+
+
+def test_verify_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    write_checkpoint(model, "qwen3_moe", [1], E=4, I=32, H=64)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    write_safetensors(bare / "model.safetensors", {"norm": np.ones(4, np.float32)})
+    for arguments, message in [
+        ([str(tmp_path / "nowhere")], "no such file or directory"),
+        ([str(tmp_path)], "no *.safetensors file"),
+        ([str(bare)], "no layer has experts"),
+        ([str(bare), "--layer=0"], "config.json: no such file or directory"),
+        ([str(model), "--layer=7"], "layer 7 has no experts; layers with experts: 1"),
+        ([str(model), "--method=FP5"], "method: got 'FP5'"),
+    ]:
+        assert main(["verify", *arguments]) == 2
+        line = only_error(capsys)
+        assert line.startswith("ktmoe verify: ")
+        assert message in line

@@ -1,0 +1,529 @@
+"""The engine from Python: order, waiting, threads, exceptions, and who keeps what alive."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+import time
+import tracemalloc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from layers import (
+    IS_SLOW,
+    Batch,
+    Layer,
+    assert_same_bits,
+    batch_taking,
+    bf16,
+    draw_batch,
+    draw_layer,
+    engine_of,
+    low_level_moe,
+)
+
+from ktmoe_np import kt_kernel_ext as ext
+
+AnyArray = Any
+
+E, I, H, P, T = 4, 24, 40, 2, 6  # noqa: E741
+
+
+@pytest.fixture(scope="module")
+def layer() -> Layer:
+    return draw_layer(np.random.default_rng(0), E, I, H)
+
+
+@pytest.fixture(scope="module")
+def batch(layer: Layer) -> Batch:
+    return draw_batch(np.random.default_rng(1), layer, T, P)
+
+
+@pytest.fixture(scope="module")
+def expected(layer: Layer, batch: Batch) -> AnyArray:
+    return layer.forward(batch)
+
+
+@pytest.fixture
+def engine() -> Iterator[Any]:
+    made = engine_of(2)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def moe(engine: Any, layer: Layer) -> Any:
+    return low_level_moe(engine, layer, P)
+
+
+def fresh_out() -> AnyArray:
+    return np.full((T, H), np.nan, bf16)
+
+
+def bad(batch: Batch, expert: int = E) -> Batch:
+    ids = batch.ids.copy()
+    ids[0, 0] = expert
+    return batch._replace(ids=ids)
+
+
+# ---- order and waiting ----
+
+
+def test_tasks_run_in_the_order_of_submission(engine: Any, moe: Any, batch: Batch) -> None:
+    layers = [draw_layer(np.random.default_rng(seed), E, I, H) for seed in range(20)]
+    outs = [fresh_out() for _ in layers]
+    for layer, out in zip(layers, outs, strict=True):
+        engine.submit(moe.load_weights_task(*layer.matrices))
+        engine.submit(moe.forward_task(*batch, out))
+    engine.sync()
+    for layer, out in zip(layers, outs, strict=True):
+        assert_same_bits(out, layer.forward(batch))
+
+
+def test_tickets_count_up(engine: Any, moe: Any, batch: Batch) -> None:
+    before = engine.num_submitted
+    outs = [fresh_out() for _ in range(5)]
+    tickets = [engine.submit(moe.forward_task(*batch, out)) for out in outs]
+    assert tickets == [before + i for i in range(1, 6)]
+    assert engine.num_submitted == tickets[-1]
+    engine.wait(tickets[-1])
+    assert engine.num_completed == tickets[-1]
+    engine.wait(tickets[0])  # done long ago
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 3, 10, 2**63])
+def test_sync_leaves_so_many_pending(
+    engine: Any, moe: Any, batch: Batch, expected: AnyArray, allowed: int
+) -> None:
+    outs = [fresh_out() for _ in range(10)]
+    for out in outs:
+        engine.submit(moe.forward_task(*batch, out))
+    engine.sync(allow_n_pending=allowed)
+    assert engine.num_completed >= engine.num_submitted - min(allowed, 10)
+    for out in outs[: max(0, 10 - allowed)]:
+        assert_same_bits(out, expected)
+    engine.sync()
+    assert engine.num_completed == engine.num_submitted
+
+
+def test_sync_with_nothing_submitted() -> None:
+    engine = engine_of(1)
+    engine.sync()
+    engine.sync(5)
+    engine.shutdown()
+
+
+def test_run_is_submit_and_wait(engine: Any, moe: Any, batch: Batch, expected: AnyArray) -> None:
+    first, second = fresh_out(), fresh_out()
+    engine.submit(moe.forward_task(*batch, first))
+    engine.run(moe.forward_task(*batch, second))
+    assert_same_bits(first, expected)
+    assert_same_bits(second, expected)
+
+
+def test_waiting_lets_other_threads_run_python() -> None:
+    layer = draw_layer(np.random.default_rng(2), E, 128, 256)
+    batch = batch_taking(0.1, layer, P)
+    moe = layer.wrapper(P)
+    thread = threading.Thread(target=moe.forward, args=batch)
+    thread.start()
+    turns = 0
+    while thread.is_alive():
+        turns += 1
+    thread.join()
+    assert turns > 100
+
+
+# ---- exceptions ----
+
+
+def test_an_exception_comes_out_of_wait(engine: Any, moe: Any, batch: Batch, expected: AnyArray) -> None:
+    outs = [fresh_out() for _ in range(3)]
+    good, wrong, after = (
+        engine.submit(moe.forward_task(*which, out))
+        for which, out in zip((batch, bad(batch), batch), outs, strict=True)
+    )
+    engine.wait(good)
+    engine.wait(after)  # only the task's own exception comes out
+    with pytest.raises(IndexError, match=f"topk_ids: got expert {E} at"):
+        engine.wait(wrong)
+    engine.wait(wrong)  # and it comes once
+    engine.sync()
+    assert_same_bits(outs[0], expected)
+    assert_same_bits(outs[1], fresh_out())
+    assert_same_bits(outs[2], expected)
+
+
+def test_the_first_exception_comes_out_of_sync(engine: Any, moe: Any, batch: Batch) -> None:
+    for expert in (E + 1, E + 2):
+        engine.submit(moe.forward_task(*bad(batch, expert), fresh_out()))
+    with pytest.raises(IndexError, match=f"got expert {E + 1} at"):
+        engine.sync()
+    engine.sync()
+    engine.submit(moe.forward_task(*bad(batch), fresh_out()))
+    engine.sync(1)  # does not wait for it, so does not raise it
+    with pytest.raises(IndexError, match=f"got expert {E} at"):
+        engine.sync()
+
+
+def test_exceptions_that_nobody_asks_for(engine: Any, moe: Any, batch: Batch, expected: AnyArray) -> None:
+    for _ in range(3000):  # more than are kept
+        engine.submit(moe.forward_task(*bad(batch), fresh_out()))
+    out = fresh_out()
+    engine.run(moe.forward_task(*batch, out))
+    assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("ticket", [0, 10**9])
+def test_a_ticket_that_nobody_got(engine: Any, moe: Any, ticket: int) -> None:
+    last = engine.num_submitted
+    message = f"ticket is {ticket}, expected one that submit\\(\\) returned, so far 1 to {last}"
+    with pytest.raises(IndexError, match=message):
+        engine.wait(ticket)
+
+
+@pytest.mark.parametrize("how", ["run", "submit"])
+def test_a_task_is_submitted_once(engine: Any, moe: Any, batch: Batch, expected: AnyArray, how: str) -> None:
+    out = fresh_out()
+    task = moe.forward_task(*batch, out)
+    getattr(engine, how)(task)
+    with pytest.raises(ValueError, match="task: was submitted before, expected a new one for every submit"):
+        getattr(engine, how)(task)
+    engine.sync()
+    assert_same_bits(out, expected)
+
+
+def test_after_a_shutdown(moe: Any, engine: Any, batch: Batch, expected: AnyArray) -> None:
+    outs = [fresh_out() for _ in range(20)]
+    tickets = [engine.submit(moe.forward_task(*batch, out)) for out in outs]
+    engine.shutdown()  # finishes what is queued
+    engine.shutdown()
+    for ticket, out in zip(tickets, outs, strict=True):
+        engine.wait(ticket)
+        assert_same_bits(out, expected)
+    for call in (engine.run, engine.submit):
+        with pytest.raises(RuntimeError, match="the engine has been shut down and takes no more tasks"):
+            call(moe.forward_task(*batch, fresh_out()))
+    engine.sync()
+
+
+# ---- many threads ----
+
+
+def in_threads(work: Callable[[int], None], num: int = 8) -> None:
+    """Run `work(i)` in `num` threads that begin together; the first exception comes out."""
+    barrier, errors = threading.Barrier(num), []
+
+    def run(i: int) -> None:
+        barrier.wait()
+        try:
+            work(i)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(num)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_many_threads_call_one_layer(layer: Layer) -> None:
+    moe = layer.wrapper(P)
+    batches = [draw_batch(np.random.default_rng(i), layer, 1 + 5 * i, P) for i in range(8)]
+    expected = [moe.forward(*batch) for batch in batches]
+
+    def work(i: int) -> None:
+        for _ in range(20):
+            assert_same_bits(moe.forward(*batches[i]), expected[i])
+
+    in_threads(work)
+
+
+def test_many_threads_with_layers_of_their_own() -> None:
+    layers = [draw_layer(np.random.default_rng(i), E, 16 + 9 * i, 20 + 7 * i) for i in range(8)]
+    batches = [draw_batch(np.random.default_rng(i), layer, 9, P) for i, layer in enumerate(layers)]
+    expected = [layer.forward(batch) for layer, batch in zip(layers, batches, strict=True)]
+
+    def work(i: int) -> None:
+        moe = layers[i].wrapper(P, layer_idx=i)
+        for _ in range(10):
+            assert_same_bits(moe.forward(*batches[i]), expected[i])
+            moe.submit_forward(*batches[i])
+            assert_same_bits(moe.sync_forward(), expected[i])
+
+    in_threads(work)
+
+
+def test_many_threads_submit_to_one_engine(engine: Any, moe: Any, batch: Batch, expected: AnyArray) -> None:
+    """Each gets its own exceptions and nobody else's."""
+
+    def work(i: int) -> None:
+        for turn in range(30):
+            outs = [fresh_out() for _ in range(3)]
+            experts = [None, E + 1 + i, None] if turn % 2 else [None] * 3
+            tickets = [
+                engine.submit(moe.forward_task(*(batch if expert is None else bad(batch, expert)), out))
+                for expert, out in zip(experts, outs, strict=True)
+            ]
+            assert tickets == sorted(tickets)
+            for ticket, expert, out in zip(tickets, experts, outs, strict=True):
+                if expert is None:
+                    engine.wait(ticket)
+                    assert_same_bits(out, expected)
+                else:
+                    with pytest.raises(IndexError, match=f"got expert {expert} at"):
+                        engine.wait(ticket)
+
+    in_threads(work)
+
+
+def test_two_engines_at_once(layer: Layer, batch: Batch, expected: AnyArray) -> None:
+    engines = [engine_of(2), engine_of(1, 1)]
+    layers = [low_level_moe(engine, layer, P) for engine in engines]
+
+    def work(i: int) -> None:
+        for _ in range(50):
+            out = fresh_out()
+            engines[i].run(layers[i].forward_task(*batch, out))
+            assert_same_bits(out, expected)
+
+    in_threads(work, 2)
+    for engine in engines:
+        engine.shutdown()
+
+
+def test_a_layer_outlives_its_engine(layer: Layer, batch: Batch, expected: AnyArray) -> None:
+    first, second = engine_of(3), engine_of(1)
+    moe = low_level_moe(first, layer, P)
+    del first
+    gc.collect()
+    out = fresh_out()
+    try:
+        second.run(moe.forward_task(*batch, out))
+    except (ValueError, RuntimeError):
+        pass
+    else:
+        assert_same_bits(out, expected)
+    second.shutdown()
+
+
+# ---- who keeps what alive ----
+
+
+def test_a_submitted_task_holds_its_arrays(engine: Any, moe: Any, batch: Batch, expected: AnyArray) -> None:
+    outs, inputs = [], []
+    for _ in range(50):
+        copies = Batch(*(array.copy() for array in batch))
+        out = fresh_out()
+        engine.submit(moe.forward_task(*copies, out))
+        outs.append(out)
+        inputs += [weakref.ref(array) for array in copies]
+        del copies
+        np.full((T, H), np.nan, bf16)  # takes the place of what was freed too early
+    assert all(ref() is not None for ref in inputs[-3:])  # nobody has asked the engine since
+    engine.sync()
+    gc.collect()
+    assert all(ref() is None for ref in inputs)
+    for out in outs:
+        assert_same_bits(out, expected)
+
+
+def test_an_output_is_held_too(engine: Any, moe: Any, batch: Batch) -> None:
+    out = fresh_out()
+    ref = weakref.ref(out)
+    ticket = engine.submit(moe.forward_task(*batch, out))
+    del out
+    assert ref() is not None
+    engine.wait(ticket)
+    assert ref() is None
+
+
+def test_a_failed_task_lets_go(engine: Any, moe: Any, batch: Batch) -> None:
+    out = fresh_out()
+    ref = weakref.ref(out)
+    with pytest.raises(IndexError):
+        engine.run(moe.forward_task(*bad(batch), out))
+    del out
+    gc.collect()
+    assert ref() is None
+
+
+def test_a_task_that_is_never_submitted_lets_go(moe: Any, batch: Batch) -> None:
+    out = fresh_out()
+    ref = weakref.ref(out)
+    task = moe.forward_task(*batch, out)
+    del out
+    assert ref() is not None
+    del task
+    assert ref() is None
+
+
+def test_a_submitted_pass_of_a_wrapper_holds_its_arrays(
+    layer: Layer, batch: Batch, expected: AnyArray
+) -> None:
+    moe = layer.wrapper(P)
+    copies = Batch(*(array.copy() for array in batch))
+    refs = [weakref.ref(array) for array in copies]
+    moe.submit_forward(*copies)
+    del copies
+    assert all(ref() is not None for ref in refs)
+    assert_same_bits(moe.sync_forward(), expected)
+    assert all(ref() is None for ref in refs)
+
+
+def test_weights_live_as_long_as_the_layer(
+    engine: Any, batch: Batch, expected: AnyArray, layer: Layer
+) -> None:
+    own = layer.with_matrices(np.copy)
+    refs = [weakref.ref(array) for array in own.matrices]
+    moe = low_level_moe(engine, own, P)
+    del own
+    gc.collect()
+    out = fresh_out()
+    engine.run(moe.forward_task(*batch, out))
+    assert_same_bits(out, expected)
+    engine.submit(moe.forward_task(*batch, out))
+    del moe  # the task holds the layer
+    assert all(ref() is not None for ref in refs)
+    engine.sync()
+    gc.collect()
+    assert all(ref() is None for ref in refs)
+
+
+def test_replaced_weights_are_let_go(engine: Any, moe: Any, layer: Layer) -> None:
+    own = layer.with_matrices(np.copy)
+    refs = [weakref.ref(array) for array in own.matrices]
+    engine.run(moe.load_weights_task(*own.matrices))
+    del own
+    assert all(ref() is not None for ref in refs)
+    engine.run(moe.load_weights_task(*layer.matrices))
+    gc.collect()
+    assert all(ref() is None for ref in refs)
+
+
+def test_an_engine_that_is_dropped_finishes_first(layer: Layer, batch: Batch, expected: AnyArray) -> None:
+    engine = engine_of(2)
+    moe, outs = low_level_moe(engine, layer, P), [fresh_out() for _ in range(50)]
+    for out in outs:
+        engine.submit(moe.forward_task(*batch, out))
+    del engine
+    gc.collect()
+    for out in outs:
+        assert_same_bits(out, expected)
+
+
+def num_os_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_threads_end_with_the_engine() -> None:
+    before = num_os_threads()
+    for threads in ((1,), (4,), (2, 3)):
+        engine = engine_of(*threads)
+        assert num_os_threads() == before + sum(threads)  # one less works, one runs the queue
+        engine.shutdown()
+        assert num_os_threads() == before
+        engine = engine_of(*threads)
+        del engine
+        assert num_os_threads() == before
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_thousands_of_calls_leave_nothing(layer: Layer, batch: Batch) -> None:
+    moe = layer.wrapper(P)
+    small, wrong = batch.rows(slice(2)), bad(batch)
+    held = (*small, *wrong, *layer.matrices, moe)
+
+    def calls(num: int) -> None:
+        for _ in range(num):
+            moe.forward(*small)
+            moe.submit_forward(*small)
+            moe.sync_forward()
+            with pytest.raises(IndexError):
+                moe.forward(*wrong)
+            moe.submit_forward(*wrong)
+            with pytest.raises(IndexError):
+                moe.sync_forward()
+            with pytest.raises(ValueError, match="topk_weights"):
+                moe.forward(small.x, small.ids, small.weights[:1])
+
+    calls(300)
+    gc.collect()
+    counts, resident = [sys.getrefcount(thing) for thing in held], resident_bytes()
+    calls(200 if IS_SLOW else 1000)
+    gc.collect()
+    assert [sys.getrefcount(thing) for thing in held] == counts
+    assert resident_bytes() - resident < 2 << 20
+
+    tracemalloc.start()
+    try:
+        calls(10)
+        before = tracemalloc.get_traced_memory()[0]
+        calls(100)
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] - before < 20_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_loading_again_and_again_leaves_nothing() -> None:
+    rng = np.random.default_rng(3)
+    layer = draw_layer(rng, E, 64, 128, with_biases=True)  # 200 kB
+    moe = layer.wrapper(P)
+    for num in (20, 200):
+        resident = resident_bytes()
+        for _ in range(num):
+            layer.with_matrices(np.copy).load_into(moe)
+    assert resident_bytes() - resident < 4 << 20
+
+
+def test_engines_leave_nothing() -> None:
+    for num in (5, 50):
+        resident = resident_bytes()
+        for _ in range(num):
+            engine_of(2, 1).shutdown()
+    assert resident_bytes() - resident < 2 << 20
+
+
+def test_an_idle_engine_takes_no_cpu(layer: Layer, batch: Batch) -> None:
+    moe = layer.wrapper(P)
+    moe.forward(*batch)
+    moe.submit_forward(*batch)
+    moe.sync_forward()
+    for _ in range(5):  # other threads of this process may still be busy with what came before
+        begin, used = time.perf_counter(), time.process_time()
+        time.sleep(0.2)
+        if time.process_time() - used < 0.02 * (time.perf_counter() - begin):
+            return
+    pytest.fail("the engine keeps a CPU busy with nothing to do")
+
+
+# ---- what describes an engine ----
+
+
+def test_what_an_engine_says_of_itself() -> None:
+    engine = engine_of(1, 2)
+    pool = engine.backend_
+    assert (pool.num_threads, pool.num_subpools) == (3, 2)
+    assert list(pool.config.subpool_thread_count) == [1, 2]
+    pool.config.subpool_thread_count = [9, 9]  # a copy
+    assert list(pool.config.subpool_thread_count) == [1, 2]
+    engine.shutdown()
+    by_number = ext.CPUInfer(3)
+    assert by_number.backend_.num_threads == 3
+    by_number.shutdown()
+    every = ext.WorkerPoolConfig.defaults()
+    assert sum(every.subpool_thread_count) == ext.topology()["cpu_quota"]
+    assert list(every.subpool_numa_map) == sorted(ext.topology()["node_cpus"])

@@ -1,0 +1,157 @@
+"""Checkpoints of one or many safetensors files, and the config.json beside them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint, write_safetensors
+from numpy.typing import NDArray
+
+from ktmoe_np.io import SafetensorsCheckpoint, SafetensorsFile, load_hf_config
+
+AnyArray = NDArray[Any]
+
+
+def same_bytes(a: AnyArray, b: AnyArray) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_checkpoints(tmp_path: Path, num_shards: int) -> None:
+    layers = write_checkpoint(tmp_path, "qwen3_moe", [0, 1, 2], 2, 3, 5, num_shards=num_shards)
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert len(checkpoint.names()) == 1 + 3 * (2 * 3 + 2)
+    assert "embed_tokens.weight" in checkpoint
+    assert "nothing" not in checkpoint
+    gate = layers[2]["gate_proj"]
+    assert gate is not None
+    name = "model.layers.2.mlp.experts.1.gate_proj.weight"
+    assert same_bytes(checkpoint.tensor(name), gate[1])
+    assert checkpoint.info(name)[:2] == ("BF16", (3, 5))
+    assert checkpoint.file_of(name).parent == tmp_path
+    for read in (checkpoint.tensor, checkpoint.info, checkpoint.file_of):
+        with pytest.raises(ValueError, match="no tensor 'nothing'"):
+            read("nothing")
+
+
+def opened_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect the names of the files that are opened from here on."""
+    opened: list[str] = []
+    original = SafetensorsFile.__init__
+
+    def spy(self: SafetensorsFile, path: Path) -> None:
+        opened.append(Path(path).name)
+        original(self, path)
+
+    monkeypatch.setattr(SafetensorsFile, "__init__", spy)
+    return opened
+
+
+def test_with_an_index_only_the_shards_asked_for_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0, 1, 2], 2, 3, 5, num_shards=5)
+    opened = opened_files(monkeypatch)
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert "embed_tokens.weight" in checkpoint
+    assert opened == []
+    for _ in range(2):
+        checkpoint.tensor("embed_tokens.weight")
+    assert opened == ["model-00001-of-00005.safetensors"]
+
+
+def test_a_file_or_loose_files_are_checkpoints(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "one.safetensors", {"a": np.zeros(2)})
+    write_safetensors(tmp_path / "two.safetensors", {"b": np.ones(2)})
+    assert SafetensorsCheckpoint(tmp_path / "one.safetensors").names() == ("a",)
+    both = SafetensorsCheckpoint(tmp_path)
+    assert set(both.names()) == {"a", "b"}
+    assert both.file_of("b").name == "two.safetensors"
+    write_safetensors(tmp_path / "three.safetensors", {"b": np.ones(2)})
+    with pytest.raises(ValueError, match=r"two\.safetensors: tensor 'b' is in .*three\.safetensors too"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_model_safetensors_comes_before_an_index(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 3, 5, num_shards=2)
+    write_safetensors(tmp_path / "model.safetensors", {"a": np.zeros(2)})
+    assert SafetensorsCheckpoint(tmp_path).names() == ("a",)
+
+
+def test_missing_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or directory"):
+        SafetensorsCheckpoint(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors file and no model\.safetensors\.index"):
+        SafetensorsCheckpoint(tmp_path)
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 3, 5, num_shards=2)
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00001-of-00002\.safetensors"):
+        checkpoint.tensor("embed_tokens.weight")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([], "must be a JSON object, got list"),
+        ({}, "weight_map must be an object, got NoneType"),
+        ({"weight_map": {"a": 3}}, "the shard of tensor 'a' must be a string, got 3"),
+        ({"weight_map": {"a": "../x.safetensors"}}, r"shard '\.\./x\.safetensors' is not a file name inside"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "shard '/etc/passwd' is not a file name inside"),
+        ({"weight_map": {"a": ""}}, "shard '' is not a file name inside"),
+    ],
+)
+def test_wrong_indices(tmp_path: Path, index: Any, message: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json:? " + message):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_an_index_may_lie_about_a_tensor(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 3, 5, num_shards=2)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    changed = copy.deepcopy(index)
+    changed["weight_map"]["embed_tokens.weight"] = "model-00002-of-00002.safetensors"
+    path.write_text(json.dumps(changed))
+    with pytest.raises(
+        ValueError, match=r"model-00002-of-00002\.safetensors: no tensor 'embed_tokens.weight'"
+    ):
+        SafetensorsCheckpoint(tmp_path).tensor("embed_tokens.weight")
+
+
+def test_config_json(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_hf_config(tmp_path)
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 3, 5)
+    assert load_hf_config(tmp_path)["hidden_size"] == 5
+    assert load_hf_config(tmp_path / "model.safetensors")["num_experts"] == 2
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config\.json must be a JSON object, got list"):
+        load_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        load_hf_config(tmp_path)
+
+
+def test_a_shared_checkpoint_is_read_once_and_anew_when_it_changes(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 4, 8)
+    first = SafetensorsCheckpoint.shared(tmp_path)
+    assert SafetensorsCheckpoint.shared(str(tmp_path)) is first
+    os.utime(tmp_path, ns=(1, 1))
+    assert SafetensorsCheckpoint.shared(tmp_path) is not first
+
+
+def test_a_shared_checkpoint_is_let_go_with_its_last_holder(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 4, 8)
+    holder = weakref.ref(SafetensorsCheckpoint.shared(tmp_path))
+    gc.collect()
+    assert holder() is None
