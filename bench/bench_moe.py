@@ -15,7 +15,7 @@ from .methods import METHODS
 from .peers import PEERS, find_peer
 from .records import DEFAULT_PATH, Results
 from .report import plot, table
-from .shapes import SHAPES, Shape
+from .shapes import SHAPES, Shape, cut
 from .spec import Spec
 
 __all__ = ["main"]
@@ -33,6 +33,7 @@ def _parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(prog="python -m bench.bench_moe", description=__doc__)
     p.add_argument("--shape", type=_names, default=["qwen3"], help=f"some of {', '.join(SHAPES)}")
     p.add_argument("--tokens", type=_numbers, default=[1, 4, 16, 64, 256, 1024, 4096])
+    p.add_argument("--most-experts", type=int, help="cut the shapes to that many experts")
     p.add_argument("--threads", type=int, help="default: the CPUs that this process may use")
     p.add_argument(
         "--isa", type=_names, help="instruction sets, or all; default: the one that is chosen by itself"
@@ -131,7 +132,7 @@ def _run(options: argparse.Namespace, results: Results) -> None:
         run_contest(SHAPES["tiny"], _tiny_specs(options), plan("tiny", [1]), results)
         return
     for name in options.shape:
-        shape = SHAPES[name]
+        shape = cut(SHAPES[name], options.most_experts or SHAPES[name].experts)
         try:
             if options.load:
                 run_loading(shape, _specs(shape, options), options, results)

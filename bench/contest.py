@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from .cases import make_cases, num_touched
 from .contestant import LOAD_TIMEOUT, Contestant, ContestantError
 from .harness import Limits, Spread, compete, measure_limits
-from .layer import Layer
+from .layer import Array, Layer
 from .methods import METHODS
+from .operations import OPERATIONS
 from .records import Results
 from .shapes import Shape, available_memory, fit
 from .spec import Spec
-from .truth import relative_error, sample_rows, truth
+from .truth import relative_error, sample_rows
 
 __all__ = ["Plan", "fit_all", "note", "run_contest"]
 
@@ -55,7 +58,7 @@ def run_contest(shape: Shape, specs: Sequence[Spec], plan: Plan, results: Result
     try:
         running = [contestant for contestant in contestants if _load(contestant, layer, results)]
         before = measure_limits(running, plan.limit_seconds)
-        for tokens in plan.tokens:
+        for tokens in plan.tokens if running else ():
             note(f"{shape.name}, {tokens} tokens ...")
             before = _run_tokens(running, layer, tokens, plan, before, results)
     finally:
@@ -87,6 +90,7 @@ def _what(contestant: Contestant) -> dict[str, Any]:
         "shape": shape.name,
         "sizes": [shape.hidden, shape.inter, shape.experts, shape.per_token],
         "experts_of_model": shape.model_experts or shape.experts,
+        "operation": spec.operation,
         "method": spec.method,
         "contender": spec.label,
         "family": spec.family,
@@ -108,25 +112,27 @@ def _run_tokens(
     cases = make_cases(layer.shape, tokens)
     touched = num_touched(cases)
     rows = sample_rows(layer, cases[0])
-    expected = truth(layer, cases[0], rows)
+    expected = OPERATIONS[contestants[0].spec.operation].truth(layer, cases[0], rows)
     del cases
-    errors = {}
+    answers: dict[str, Array] = {}
     for contestant in contestants:
         contestant.facts.pop("failed", None)
         try:
             contestant.ask("prepare", tokens)
-            errors[contestant.spec.label] = relative_error(contestant.ask("check", rows), expected)
+            answers[contestant.spec.label] = contestant.ask("check", rows)
         except ContestantError as error:
             contestant.facts["failed"] = str(error)
+    errors = {label: relative_error(answer, expected) for label, answer in answers.items()}
     right = [c for c in contestants if errors.get(c.spec.label, 2) <= METHODS[c.spec.method].tolerance]
     samples = compete(right, plan.seconds)
     after = measure_limits(contestants, plan.limit_seconds)
-    measured = {label: Limits.mean([one, after[label]]) for label, one in before.items()}
+    measured = {label: Limits.mean([before[label], one]) for label, one in after.items()}
     for contestant in contestants:
         label = contestant.spec.label
         record = {"tokens": tokens, "experts_touched": round(touched, 1), "rows_checked": len(rows)}
         if label in errors:
             record["rel_err"] = float(f"{errors[label]:.3g}")
+            record["bits_of_first"] = np.array_equal(answers[label], next(iter(answers.values())))
         if label in samples:
             spread = Spread.of(samples[label])
             record |= {
@@ -145,9 +151,10 @@ def _rates(
     contestant: Contestant, tokens: int, touched: float, spread: Spread, measured: dict[str, Limits]
 ) -> dict[str, Any]:
     """Traffic and arithmetic a second, alone and as fractions of the limits."""
-    spec = contestant.spec
-    num_bytes = touched * spec.shape.weights_per_expert * METHODS[spec.method].bytes_per_weight
-    flop, seconds = spec.shape.flop(tokens), spread.ms / 1e3
+    spec, operation = contestant.spec, OPERATIONS[contestant.spec.operation]
+    num_weights = touched * spec.shape.weights_per_expert * operation.weight_reads
+    num_bytes = num_weights * METHODS[spec.method].bytes_per_weight
+    flop, seconds = operation.flop(spec.shape, tokens), spread.ms / 1e3
     rates = {
         "weight_gb_s": round(num_bytes / seconds / 1e9, 3),
         "tflop_s": round(flop / seconds / 1e12, 5),

@@ -85,5 +85,11 @@ class Limits:
 
 def measure_limits(contestants: Sequence[Contestant], seconds: float) -> dict[str, dict[str, Any]]:
     """Ask those that can, one after the other; answers by label."""
-    able = [contestant for contestant in contestants if contestant.spec.gives_limits]
-    return {contestant.spec.label: contestant.ask("limits", seconds) for contestant in able}
+    measured = {}
+    for contestant in contestants:
+        if contestant.spec.gives_limits and "failed" not in contestant.facts:
+            try:
+                measured[contestant.spec.label] = contestant.ask("limits", seconds)
+            except ContestantError as error:
+                contestant.facts["failed"] = str(error)
+    return measured

@@ -30,6 +30,7 @@ def _table_of(group: Sequence[Record], against: str) -> str:
     rows = [["tokens", *map(str, tokens)]]
     lines = _lines(group)
     rows += [[name, *(_cell(by_tokens.get(t)) for t in tokens)] for name, by_tokens in lines.items()]
+    bits = _bits(group)
     ratios = [_ratio(lines, t, against) for t in tokens]
     if any(ratios):
         rows.append(["fastest other / " + against, *ratios])
@@ -41,7 +42,17 @@ def _table_of(group: Sequence[Record], against: str) -> str:
         )
         for row in rows
     ]
-    return "\n".join([_title(group), *text])
+    return "\n".join([_title(group), *text, *([bits] if bits else [])])
+
+
+def _bits(group: Sequence[Record]) -> str:
+    """Of several contenders of the library: whether they answer with the same bits."""
+    ours = [r for r in group if r["contender"].startswith("ktmoe") and "bits_of_first" in r]
+    names = dict.fromkeys(r["contender"] for r in ours)
+    if len(names) < 2:
+        return ""
+    other = dict.fromkeys(r["contender"] for r in ours if not r["bits_of_first"])
+    return f"same bits as {next(iter(names))}: {'all but ' + ', '.join(other) if other else 'all'}"
 
 
 def _title(group: Sequence[Record]) -> str:

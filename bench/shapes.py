@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["SHAPES", "Shape", "available_memory", "fit"]
+__all__ = ["SHAPES", "Shape", "available_memory", "cut", "fit"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,13 @@ def available_memory() -> int:
     return min(limits)
 
 
+def cut(shape: Shape, experts: int) -> Shape:
+    """`shape` with that many experts, if it has more, and the model's number kept beside."""
+    if experts >= shape.experts:
+        return shape
+    return replace(shape, experts=experts, model_experts=shape.model_experts or shape.experts)
+
+
 def fit(shape: Shape, bytes_per_weight: float, memory: int) -> Shape:
     """`shape` with as many experts as `memory` holds when a weight takes `bytes_per_weight` of it, all told.
 
@@ -72,10 +79,10 @@ def fit(shape: Shape, bytes_per_weight: float, memory: int) -> Shape:
     MemoryError
         Not even the experts of one token fit.
     """
-    experts = min(shape.experts, int(memory / (shape.weights_per_expert * bytes_per_weight)))
+    experts = int(memory / (shape.weights_per_expert * bytes_per_weight))
     if experts < shape.per_token:
         need = shape.per_token * shape.weights_per_expert * bytes_per_weight / 1e9
         raise MemoryError(
             f"{shape.name}: needs {need:.1f} GB for {shape.per_token} experts, has {memory / 1e9:.1f}"
         )
-    return shape if experts == shape.experts else replace(shape, experts=experts, model_experts=shape.experts)
+    return cut(shape, experts)

@@ -59,7 +59,7 @@ def test_demo_times_are_consistent(demo_run: tuple[dict[str, Any], Path]) -> Non
         seconds = row["ms"] / 1e3
         assert row["tflop_per_s"] * 1e12 * seconds == pytest.approx(row["tokens"] * flop_per_token)
         weights = row["gb_per_s"] * 1e9 * seconds
-        assert 0 < weights <= report["checkpoint"]["weight_bytes"] / 2
+        assert 0 < weights <= report["checkpoint"]["weight_bytes"] / 2 * (1 + 1e-9)
         memory = row["gb_per_s"] / report["limits"]["read_gb_per_s"]
         arithmetic = row["tflop_per_s"] / report["limits"]["tflop_per_s"][row["isa"]]
         assert row["of_limit"] == pytest.approx(max(memory, arithmetic))

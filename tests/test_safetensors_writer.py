@@ -20,7 +20,7 @@ def test_writer_aligns(tmp_path: Path) -> None:
     tensors: dict[str, NDArray[Any]] = {
         "odd": np.arange(3, dtype=np.int8),
         "float": np.ones((5, 3), np.float32),
-        "scalar": np.float64(3.5).reshape(()),
+        "scalar": np.array(3.5),
         "matrix": np.arange(64, dtype=np.float32).astype(ml_dtypes.bfloat16).reshape(4, 16).T,
         "empty": np.empty((0, 4), np.float16),
     }

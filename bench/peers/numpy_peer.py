@@ -16,7 +16,7 @@ __all__ = ["Contender", "contenders"]
 
 def contenders(base: Spec, options: Any) -> list[Spec]:
     """One."""
-    if base.method != "BF16":
+    if (base.operation, base.method) != ("forward", "BF16"):
         return []
     return [base.but(peer="numpy", family="numpy float32", copies=2.0, gives_limits=False)]
 

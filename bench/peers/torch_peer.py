@@ -15,7 +15,7 @@ __all__ = ["Contender", "contenders"]
 
 def contenders(base: Spec, options: Any) -> list[Spec]:
     """Two ways of writing it."""
-    if base.method != "BF16":
+    if (base.operation, base.method) != ("forward", "BF16"):
         return []
     spec = base.but(peer="torch", gives_limits=False)
     return [

@@ -86,13 +86,13 @@ class DeferralChain:
                 return None
             if layer_idx <= carry.layer_idx:
                 raise RuntimeError(
-                    f"layer {layer_idx}: the deferred experts of layer {carry.layer_idx} are left over from the "
-                    "pass before; call drain_deferred() after the last layer of a pass"
+                    f"layer {layer_idx}: the deferred experts of layer {carry.layer_idx} are left over from "
+                    "the pass before; call drain_deferred() after the last layer of a pass"
                 )
             if carry.output.shape[0] != batch_size:
                 raise ValueError(
-                    f"hidden_states: got {batch_size} tokens, but layer {carry.layer_idx} deferred experts of "
-                    f"{carry.output.shape[0]} tokens"
+                    f"hidden_states: got {batch_size} tokens, but layer {carry.layer_idx} deferred experts "
+                    f"of {carry.output.shape[0]} tokens"
                 )
             return carry
 

@@ -108,8 +108,8 @@ def _text(
         f"A small Qwen3-MoE checkpoint, memory-mapped: {NUM_LAYERS} layers of {CONFIG['num_experts']} "
         f"experts, {CONFIG['num_experts_per_tok']} per token, hidden size {CONFIG['hidden_size']}, "
         f"intermediate size {CONFIG['moe_intermediate_size']}, {weight_bytes / 1e6:.0f} MB of bf16 weights. "
-        f"{counted(runs[0].threads, 'thread')}; results of {expected.num_experts} experts compared with the NumPy "
-        "reference."
+        f"{counted(runs[0].threads, 'thread')}; results of {expected.num_experts} experts compared with the "
+        "NumPy reference."
     )
     timed = [row.isa for row in rows if row.of_limit is not None]
     active = ext.isa_info()["active"]

@@ -115,17 +115,21 @@ def _touch(layer: BaseMoEWrapper) -> None:
 def _time(layers: Sequence[BaseMoEWrapper], batch: Batch, seconds: float) -> Timing:
     config = layers[0].config
     routings = draw_routings(config, len(batch.ids))
+    num_used = [len(np.unique(ids)) for ids, _ in routings]
+    used: list[int] = []
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < _LEAST_CALLS or time.perf_counter() < end:
         layer = layers[len(times) % len(layers)]
-        ids, weights = routings[len(times) // len(layers) % len(routings)]
+        turn = len(times) // len(layers) % len(routings)
+        ids, weights = routings[turn]
         start = time.perf_counter()
         layer.forward(batch.hidden_states, ids, weights)
         times.append(time.perf_counter() - start)
+        used.append(num_used[turn])
     values = config.hidden_size * config.moe_intermediate_size * (3 if config.activation.gated else 2)
-    used = np.mean([len(np.unique(ids)) for ids, _ in routings[: len(times)]])
-    return Timing(float(np.mean(times)), float(2 * values * used), float(2 * values * batch.ids.size))
+    weight_bytes = 2 * values * float(np.mean(used))
+    return Timing(float(np.mean(times)), weight_bytes, 2.0 * values * batch.ids.size)
 
 
 # ---- in a child process, since an instruction set is chosen once, at import ----

@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import kt_kernel_ext as ext
-from .._arrays import Array, bfloat16, expert_ids, num_tokens
+from .._arrays import Array, bfloat16, expert_ids
 from .._methods import Method
-from ..buffers import BufferSlot, KExpertsCPUBuffer
 from ..config import ActivationSpec, MoEConfig, parse_activation
 from ..cpuinfer import _MoEBase
-from ..deferral import Carry, split_slots
+from .runner import Batch, LayerRunner
 
 __all__ = ["BaseMoEWrapper"]
 
@@ -73,6 +72,13 @@ class BaseMoEWrapper(_MoEBase):
         self.set_gpu_experts_mask(gpu_experts_mask)
         self.cpu_infer = self._get_cpu_infer(cpuinfer_threads, threadpool_count, numa_nodes)
         self._layer = getattr(ext.moe, method.layer)(self._layer_config())
+        self._runner = LayerRunner(
+            self._layer,
+            self.cpu_infer,
+            self.config,
+            self.chunked_prefill_size,
+            self.max_deferred_experts_per_token,
+        )
         self._pending: _Pending | None = None
 
     @property
@@ -118,7 +124,7 @@ class BaseMoEWrapper(_MoEBase):
         if self.loaded:
             return
         if self.weight_path is None:
-            raise RuntimeError("weight_path: got None, expected a checkpoint; or use load_weights_from_tensors")
+            raise RuntimeError("weight_path: got None, expected a checkpoint to load from")
         self._load_from_path(physical_to_logical_map)
 
     @abstractmethod
@@ -258,13 +264,12 @@ class BaseMoEWrapper(_MoEBase):
         [[16.0, 16.0, 16.0, 16.0]]
         """
         self._check_stream(cuda_stream)
-        if self.max_deferred_experts_per_token or self._chain.is_waiting:
+        if self._runner.defers(self._chain):
             self.submit_forward(hidden_states, topk_ids, topk_weights, out=out, incremental=incremental)
             return self.sync_forward()
-        ids, out = self._prepare(hidden_states, topk_ids, out, incremental)
-        for rows in self._chunks(len(ids)):
-            self.cpu_infer.run(self._task(rows, hidden_states, ids, topk_weights, out, incremental))
-        return out
+        batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental)
+        self._runner.run(batch, self.gpu_experts_mask)
+        return batch.out
 
     def submit_forward(
         self,
@@ -288,17 +293,15 @@ class BaseMoEWrapper(_MoEBase):
         """
         self._check_stream(cuda_stream)
         if self._pending is not None:
-            raise RuntimeError(f"submit_forward: a pass of layer {self.layer_idx} is pending, sync_forward first")
-        ids, out = self._prepare(hidden_states, topk_ids, out, incremental)
-        if self.max_deferred_experts_per_token or self._chain.is_waiting:
-            tickets = self._submit_deferring(hidden_states, ids, topk_weights, out, incremental)
+            raise RuntimeError(
+                f"submit_forward: a pass of layer {self.layer_idx} is pending, call sync_forward first"
+            )
+        batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental)
+        if self._runner.defers(self._chain):
+            tickets = self._runner.submit_deferring(batch, self.gpu_experts_mask, self._chain)
         else:
-            tasks = [
-                self._task(rows, hidden_states, ids, topk_weights, out, incremental)
-                for rows in self._chunks(len(ids))
-            ]
-            tickets = [self.cpu_infer.submit(task) for task in tasks]
-        self._pending = _Pending(out, tickets)
+            tickets = self._runner.submit(batch, self.gpu_experts_mask)
+        self._pending = _Pending(batch.out, tickets)
 
     def sync_forward(self, hidden_states: Any = None, cuda_stream: Any = None) -> Array:
         """Wait for the pass that was submitted and give its result.
@@ -313,7 +316,9 @@ class BaseMoEWrapper(_MoEBase):
         self._check_stream(cuda_stream)
         pending = self._pending
         if pending is None:
-            raise RuntimeError(f"sync_forward: no pass of layer {self.layer_idx} is pending, submit_forward first")
+            raise RuntimeError(
+                f"sync_forward: no pass of layer {self.layer_idx} is pending, call submit_forward first"
+            )
         self._pending = None
         errors = []
         for ticket in pending.tickets:
@@ -338,88 +343,6 @@ class BaseMoEWrapper(_MoEBase):
             return None
         cls._get_cpu_infer().wait(carry.ticket)
         return carry.output.astype(bfloat16)
-
-    def _prepare(
-        self, hidden_states: Any, topk_ids: Any, out: Array | None, incremental: bool
-    ) -> tuple[NDArray[np.int64], Array]:
-        """Ids as int64 and a place for the result."""
-        tokens = num_tokens(hidden_states)
-        ids = expert_ids(topk_ids)
-        expected = (tokens, self.config.num_experts_per_tok)
-        if ids.shape != expected:
-            raise ValueError(f"topk_ids: got shape {list(ids.shape)}, expected {list(expected)}, [T, P]")
-        if out is None:
-            if incremental:
-                raise ValueError("out: got None with incremental=True, expected the array to add to")
-            out = np.empty((tokens, self.config.hidden_size), bfloat16)
-        return ids, out
-
-    def _chunks(self, num_tokens: int) -> list[slice]:
-        """Rows of each chunk; one empty chunk for an empty batch, so that arguments are always checked."""
-        size = self.chunked_prefill_size
-        return [slice(t, t + size) for t in range(0, max(num_tokens, 1), size)]
-
-    def _task(
-        self,
-        rows: slice,
-        hidden_states: Any,
-        ids: NDArray[np.int64],
-        weights: Any,
-        out: Array,
-        incremental: bool,
-        base: Array | None = None,
-    ) -> ext.Task:
-        """The forward pass of some rows."""
-        if rows.start == 0 and rows.stop >= len(ids):
-            args = (hidden_states, ids, weights, out)
-        else:
-            args = (hidden_states[rows], ids[rows], weights[rows], out[rows])
-            base = None if base is None else base[rows]
-        return self._layer.forward_task(*args, incremental, base=base, skip_experts=self.gpu_experts_mask)
-
-    def _submit_deferring(
-        self, hidden_states: Any, ids: NDArray[np.int64], weights: Any, out: Array, incremental: bool
-    ) -> list[int]:
-        """Submit a pass that begins with what the layer before has deferred and defers some itself.
-
-        Returns the tickets of what is not deferred.
-        """
-        weights = np.asarray(weights)
-        carry = self._chain.receive(self.layer_idx, len(ids))
-        base = None if carry is None else carry.output
-        if base is not None and incremental:
-            raise ValueError("incremental: got True, but the output begins with the deferred experts")
-        slot = self._free_slot(len(ids))
-        immediate_ids = ids
-        if self.max_deferred_experts_per_token:
-            split_slots(ids, weights, self.max_deferred_experts_per_token, self.config.num_experts, slot)
-            immediate_ids = slot.immediate_ids
-        chunks = self._chunks(len(ids))
-        now = [
-            self._task(rows, hidden_states, immediate_ids, weights, out, incremental, base) for rows in chunks
-        ]
-        later = []
-        if self.max_deferred_experts_per_token:
-            deferred = (slot.deferred_ids, weights, slot.deferred_output)
-            later = [self._task(rows, hidden_states, *deferred, False) for rows in chunks]
-
-        tickets = [self.cpu_infer.submit(task) for task in now]
-        slot.busy_until = tickets[-1]
-        left = None
-        for task in later:
-            slot.busy_until = self.cpu_infer.submit(task)
-            left = Carry(self.layer_idx, slot.deferred_output, slot.busy_until)
-        self._chain.leave(left)
-        return tickets
-
-    def _free_slot(self, batch_size: int) -> BufferSlot:
-        """This layer's slot, when no task uses it any more."""
-        config = self.config
-        slots = KExpertsCPUBuffer.get_buffer(batch_size, config.hidden_size, config.num_experts_per_tok)
-        slot = slots[self.layer_idx % len(slots)]
-        if slot.busy_until > self.cpu_infer.num_completed:
-            self.cpu_infer.wait(slot.busy_until)
-        return slot
 
     @staticmethod
     def _check_stream(cuda_stream: Any) -> None:

@@ -1,0 +1,163 @@
+"""How a forward pass becomes tasks: chunks of tokens, and what is deferred to the next layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import kt_kernel_ext as ext
+from .._arrays import Array, bfloat16, expert_ids, num_tokens
+from ..buffers import BufferSlot, KExpertsCPUBuffer
+from ..config import MoEConfig
+from ..deferral import Carry, DeferralChain, split_slots
+
+__all__ = ["Batch", "LayerRunner"]
+
+
+class Batch:
+    """The arrays of one forward pass.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Hidden states or ids that are not what they should be, or no `out` to add to. The engine checks the
+        rest.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        out: Array | None,
+        incremental: bool,
+    ) -> None:
+        self.num_tokens = num_tokens(hidden_states)
+        self.hidden_states = hidden_states
+        self.ids = expert_ids(topk_ids)
+        self.weights = topk_weights
+        expected = (self.num_tokens, config.num_experts_per_tok)
+        if self.ids.shape != expected:
+            raise ValueError(f"topk_ids: got shape {list(self.ids.shape)}, expected {list(expected)}, [T, P]")
+        if out is None and incremental:
+            raise ValueError("out: got None with incremental=True, expected the array to add to")
+        self.out = np.empty((self.num_tokens, config.hidden_size), bfloat16) if out is None else out
+        self.incremental = incremental
+
+
+class LayerRunner:
+    """Runs batches on a layer of the engine.
+
+    Parameters
+    ----------
+    layer : ext.moe.MoE_Interface
+        The layer.
+    engine : ext.CPUInfer
+        The engine it was made on.
+    config : MoEConfig
+        Its sizes.
+    chunk_size : int
+        Tokens that a task takes at most.
+    num_deferred : int
+        Experts of each token that are deferred to the next layer.
+    """
+
+    def __init__(
+        self,
+        layer: ext.moe.MoE_Interface,
+        engine: ext.CPUInfer,
+        config: MoEConfig,
+        chunk_size: int,
+        num_deferred: int,
+    ) -> None:
+        self._layer = layer
+        self._engine = engine
+        self._config = config
+        self._chunk_size = chunk_size
+        self._num_deferred = num_deferred
+
+    def defers(self, chain: DeferralChain) -> bool:
+        """Whether a pass now takes part in the chain of deferred experts."""
+        return self._num_deferred > 0 or chain.is_waiting
+
+    def run(self, batch: Batch, skip_experts: Array | None) -> None:
+        """Compute a batch in the calling thread and the workers; Ctrl-C gets through between chunks."""
+        for rows in self._chunks(batch):
+            self._engine.run(self._task(batch, rows, skip_experts))
+
+    def submit(self, batch: Batch, skip_experts: Array | None) -> list[int]:
+        """Queue a batch; the tickets to wait for. Nothing is queued when an argument is refused."""
+        tasks = [self._task(batch, rows, skip_experts) for rows in self._chunks(batch)]
+        return [self._engine.submit(task) for task in tasks]
+
+    def submit_deferring(self, batch: Batch, skip_experts: Array | None, chain: DeferralChain) -> list[int]:
+        """Queue a batch that begins with what the layer before has deferred and defers some itself.
+
+        Returns
+        -------
+        list of int
+            The tickets of what is not deferred.
+        """
+        batch.weights = np.asarray(batch.weights)
+        carry = chain.receive(self._config.layer_idx, batch.num_tokens)
+        base = None if carry is None else carry.output
+        if base is not None and batch.incremental:
+            raise ValueError("incremental: got True, but the output begins with the deferred experts")
+        slot = self._free_slot(batch.num_tokens)
+        ids, deferred = batch.ids, self._num_deferred > 0
+        if deferred:
+            split_slots(ids, batch.weights, self._num_deferred, self._config.num_experts, slot)
+            ids = slot.immediate_ids
+        chunks = self._chunks(batch)
+        now = [self._task(batch, rows, skip_experts, ids=ids, base=base) for rows in chunks]
+        later = []
+        if deferred:
+            rest = {"ids": slot.deferred_ids, "out": slot.deferred_output, "incremental": False}
+            later = [self._task(batch, rows, skip_experts, **rest) for rows in chunks]
+
+        tickets = [self._engine.submit(task) for task in now]
+        slot.busy_until = tickets[-1]
+        left = None
+        for task in later:
+            slot.busy_until = self._engine.submit(task)
+            left = Carry(self._config.layer_idx, slot.deferred_output, slot.busy_until)
+        chain.leave(left)
+        return tickets
+
+    def _chunks(self, batch: Batch) -> list[slice]:
+        """Rows of each chunk; one empty chunk for an empty batch, so that arguments are always checked."""
+        size = self._chunk_size
+        return [slice(t, t + size) for t in range(0, max(batch.num_tokens, 1), size)]
+
+    def _task(
+        self,
+        batch: Batch,
+        rows: slice,
+        skip_experts: Array | None,
+        *,
+        ids: NDArray[np.int64] | None = None,
+        out: Array | None = None,
+        incremental: bool | None = None,
+        base: Array | None = None,
+    ) -> ext.Task:
+        """The pass of some rows, with other arrays than the batch's own where they are given."""
+        ids = batch.ids if ids is None else ids
+        out = batch.out if out is None else out
+        incremental = batch.incremental if incremental is None else incremental
+        args = (batch.hidden_states, ids, batch.weights, out)
+        if rows.start > 0 or rows.stop < batch.num_tokens:
+            args = tuple(array[rows] for array in args)
+            base = None if base is None else base[rows]
+        return self._layer.forward_task(*args, incremental, base=base, skip_experts=skip_experts)
+
+    def _free_slot(self, batch_size: int) -> BufferSlot:
+        """The layer's slot, when no task uses it any more."""
+        config = self._config
+        slots = KExpertsCPUBuffer.get_buffer(batch_size, config.hidden_size, config.num_experts_per_tok)
+        slot = slots[config.layer_idx % len(slots)]
+        if slot.busy_until > self._engine.num_completed:
+            self._engine.wait(slot.busy_until)
+        return slot

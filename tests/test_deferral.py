@@ -1,0 +1,386 @@
+"""Deferred experts: what a layer leaves for the next one, against a composition of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import (
+    IS_SLOW,
+    Batch,
+    Layer,
+    assert_close,
+    assert_same_bits,
+    bf16,
+    draw,
+    draw_batch,
+    draw_layer,
+)
+
+from ktmoe_np import KExpertsCPUBuffer, KTMoEWrapper
+from ktmoe_np.reference import assert_within, error_bound, moe_forward
+
+AnyArray = Any
+
+E, I, H, P, T = 5, 24, 40, 4, 7  # noqa: E741
+
+
+@pytest.fixture(autouse=True)
+def _no_leftovers() -> Iterator[None]:
+    KTMoEWrapper.drain_deferred()
+    yield
+    KTMoEWrapper.drain_deferred()
+
+
+def immediate_slots(weights: AnyArray, num_deferred: int) -> AnyArray:
+    """Of each token the slots with the largest weights, ties by slot; said otherwise than in the package."""
+    chosen = np.zeros(weights.shape, np.bool_)
+    for t, row in enumerate(weights.tolist()):
+        by_weight = sorted(range(len(row)), key=lambda p: (-row[p], p))
+        chosen[t, by_weight[: len(row) - num_deferred]] = True
+    return chosen
+
+
+def parts(batch: Batch, num_deferred: int) -> tuple[Batch, Batch]:
+    """What a layer computes at once, and what it defers."""
+    now = immediate_slots(batch.weights, num_deferred)
+    return batch._replace(ids=np.where(now, batch.ids, -1)), batch._replace(ids=np.where(now, -1, batch.ids))
+
+
+def carried(layer: Layer, batch: Batch, num_deferred: int) -> AnyArray:
+    """The engine's own sum of what is deferred, float32."""
+    return layer.forward(parts(batch, num_deferred)[1], out=np.empty(batch.x.shape, np.float32))
+
+
+def drawn(
+    seed: int, num_layers: int, num_tokens: int = T, num_slots: int = P
+) -> tuple[list[Layer], list[Batch]]:
+    rng = np.random.default_rng(seed)
+    layers = [draw_layer(rng, E, I, H, with_biases=True) for _ in range(num_layers)]
+    return layers, [draw_batch(rng, layer, num_tokens, num_slots) for layer in layers]
+
+
+def wrappers(layers: Sequence[Layer], num_deferred: Sequence[int], **options: Any) -> list[Any]:
+    return [
+        layer.wrapper(P, layer_idx=i, max_deferred_experts_per_token=d, **options)
+        for i, (layer, d) in enumerate(zip(layers, num_deferred, strict=True))
+    ]
+
+
+def run_pass(moes: Sequence[Any], batches: Sequence[Batch], how: str = "forward") -> list[AnyArray]:
+    """The float32 outputs of the layers one after the other, and what the last one left."""
+    results = []
+    for moe, batch in zip(moes, batches, strict=True):
+        out = np.full(batch.x.shape, np.nan, np.float32)
+        if how == "forward":
+            moe.forward(*batch, out=out)
+        else:
+            moe.submit_forward(*batch, out=out)
+            moe.sync_forward()
+        results.append(out)
+    return results
+
+
+@settings(deadline=None, max_examples=10 if IS_SLOW else 40)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    deferred=st.lists(st.integers(0, P), min_size=1, max_size=5),
+    num_tokens=st.sampled_from([0, 1, 7, 20]),
+    chunk=st.sampled_from([4096, 3]),
+    how=st.sampled_from(["forward", "submit"]),
+)
+def test_a_pass_is_what_the_reference_composes(
+    seed: int, deferred: list[int], num_tokens: int, chunk: int, how: str
+) -> None:
+    KTMoEWrapper.drain_deferred()
+    layers, batches = drawn(seed, len(deferred), num_tokens)
+    outputs = run_pass(wrappers(layers, deferred, chunked_prefill_size=chunk), batches, how)
+    left = KTMoEWrapper.drain_deferred()
+
+    base, base_error = np.zeros((num_tokens, H)), np.zeros((num_tokens, H))
+    for layer, batch, num, output in zip(layers, batches, deferred, outputs, strict=True):
+        now, later = parts(batch, num)
+        exact = {"accumulate_dtype": np.float64, "out_dtype": np.float64, **layer.biases}
+        bounded = {"out_dtype": np.float32, "sigmas": 6.0, **layer.biases}
+        truth = moe_forward(*now, *layer.matrices, base=base, **exact)
+        bound = error_bound(*now, *layer.matrices, base=base, **bounded) + base_error
+        assert_within(output, truth, bound)
+        base = moe_forward(*later, *layer.matrices, **exact)
+        base_error = error_bound(*later, *layer.matrices, **bounded)
+    if deferred[-1] == 0:
+        assert left is None
+    else:
+        assert left is not None
+        assert left.dtype == bf16
+        assert_close(left, layers[-1], parts(batches[-1], deferred[-1])[1])
+    assert KTMoEWrapper.drain_deferred() is None
+
+
+@pytest.mark.parametrize("how", ["forward", "submit"])
+def test_the_bits_of_a_pass(how: str) -> None:
+    """The next output starts from the unrounded float32 sum, whatever dtype it has itself."""
+    layers, batches = drawn(1, 3)
+    moes = wrappers(layers, [2, 1, 3])
+    outs = [
+        np.empty(batch.x.shape, dtype) for batch, dtype in zip(batches, (bf16, np.float32, bf16), strict=True)
+    ]
+    for moe, batch, out in zip(moes, batches, outs, strict=True):
+        if how == "forward":
+            assert moe.forward(*batch, out=out) is out
+        else:
+            moe.submit_forward(*batch, out=out)
+            assert moe.sync_forward() is out
+    left = KTMoEWrapper.drain_deferred()
+
+    base = None
+    for layer, batch, num, out in zip(layers, batches, (2, 1, 3), outs, strict=True):
+        moe, expected = layer.wrapper(P), np.empty_like(out)
+        moe.cpu_infer.run(moe._layer.forward_task(*parts(batch, num)[0], expected, base=base))
+        assert_same_bits(out, expected)
+        base = carried(layer, batch, num)
+    assert base is not None
+    assert_same_bits(left, base.astype(bf16))
+
+
+def test_ties_go_to_the_lower_slot() -> None:
+    (layer,), (batch,) = drawn(2, 1)
+    batch = batch._replace(weights=np.full((T, P), 0.25, np.float32))
+    (moe,) = wrappers([layer], [1])
+    ids = batch.ids.copy()
+    ids[:, -1] = -1
+    assert_same_bits(moe.forward(*batch), layer.forward(batch._replace(ids=ids)))
+    assert_same_bits(KTMoEWrapper.drain_deferred(), carried(layer, batch, 1).astype(bf16))
+
+
+def test_weights_are_compared_as_they_are() -> None:
+    """Negative ones are small, a skipped slot has its place, infinities count, NaN is the last."""
+    (layer,), (batch,) = drawn(3, 1, 2)
+    weights = np.float32([[-3.0, 2.0, -1.0, 0.5], [np.inf, 1.0, -np.inf, 2.0]])
+    batch = batch._replace(weights=weights)
+    batch.ids[0, 1] = -1
+    (moe,) = wrappers([layer], [2])
+    expected = layer.forward(parts(batch, 2)[0])
+    np.testing.assert_array_equal(moe.forward(*batch).astype(np.float32), expected.astype(np.float32))
+    assert immediate_slots(weights, 2).tolist() == [[False, True, False, True], [True, False, False, True]]
+
+
+def test_all_experts_deferred() -> None:
+    layers, batches = drawn(4, 2)
+    first, second = wrappers(layers, [P, 0])
+    assert not first.forward(*batches[0]).astype(np.float32).any()
+    out = second.forward(*batches[1], out=np.empty((T, H), np.float32))
+    expected = carried(layers[0], batches[0], P)
+    layers[1].forward(batches[1], out=expected, incremental=True)
+    assert_same_bits(out, expected)
+
+
+def test_a_layer_that_defers_nothing_ends_the_chain() -> None:
+    layers, batches = drawn(5, 3)
+    moes = wrappers(layers, [1, 0, 0])
+    outputs = run_pass(moes, batches)
+    assert KTMoEWrapper.drain_deferred() is None
+    alone = layers[2].forward(batches[2], out=np.empty((T, H), np.float32))
+    assert_same_bits(outputs[2], alone)
+
+
+@pytest.mark.parametrize("numbers", [(0, 2), (1, 3, 5), (0, 7, 8)])
+def test_layers_with_gaps_between_them(numbers: tuple[int, ...]) -> None:
+    """Dense layers lie between; then two neighbours may use the same slot of the buffer."""
+    layers, batches = drawn(6, len(numbers))
+    moes = [
+        layer.wrapper(P, layer_idx=number, max_deferred_experts_per_token=2)
+        for layer, number in zip(layers, numbers, strict=True)
+    ]
+    outputs = run_pass(moes, batches)
+    left = KTMoEWrapper.drain_deferred()
+    expected = run_pass(wrappers(layers, [2] * len(numbers)), batches)
+    for output, want in zip(outputs, expected, strict=True):
+        assert_same_bits(output, want)
+    assert_same_bits(left, KTMoEWrapper.drain_deferred())
+
+
+def test_passes_of_many_sizes_in_turn() -> None:
+    sizes = (7, 1, 7, 300 if not IS_SLOW else 30, 1, 7)
+    layers, _ = drawn(7, 3)
+    rng = np.random.default_rng(8)
+    every = {size: [draw_batch(rng, layer, size, P) for layer in layers] for size in set(sizes)}
+    moes = wrappers(layers, [2, 2, 2])
+    expected: dict[int, Any] = {}
+    for size in sizes:
+        outputs = [*run_pass(moes, every[size]), KTMoEWrapper.drain_deferred()]
+        for output, want in zip(outputs, expected.setdefault(size, outputs), strict=True):
+            assert_same_bits(output, want)
+
+
+def test_passes_that_are_submitted_without_a_pause() -> None:
+    """Nobody waits for what is deferred but who needs it: the slots must not be overwritten before."""
+    layers, batches = drawn(9, 4, 40)
+    moes = wrappers(layers, [3] * 4)
+    expected = None
+    for _ in range(3 if IS_SLOW else 20):
+        for moe, batch in zip(moes, batches, strict=True):
+            moe.submit_forward(*batch)
+        outputs = [*(moe.sync_forward() for moe in moes), KTMoEWrapper.drain_deferred()]
+        expected = expected or outputs
+        for output, want in zip(outputs, expected, strict=True):
+            assert_same_bits(output, want)
+
+
+def test_the_callers_arrays_are_free_after_the_sync() -> None:
+    """The deferred part may still be running then; it must not see what the caller writes."""
+    rng = np.random.default_rng(10)
+    layer = draw_layer(rng, 16, 96, 160)
+    batch = draw_batch(rng, layer, 20 if IS_SLOW else 1000, P)
+    expected = carried(layer, batch, P).astype(bf16)
+    (moe,) = wrappers([layer], [P])
+    for _ in range(5):
+        copies = Batch(*(array.copy() for array in batch))
+        moe.submit_forward(*copies)
+        moe.sync_forward()
+        copies.x[...] = np.nan
+        copies.weights[...] = np.nan
+        copies.ids[...] = 0
+        assert_same_bits(KTMoEWrapper.drain_deferred(), expected)
+
+
+def test_the_capture_sizes_do_not_show() -> None:
+    layers, batches = drawn(11, 3)
+    expected = run_pass(wrappers(layers, [1, 2, 1]), batches)
+    KTMoEWrapper.drain_deferred()
+    KTMoEWrapper.set_capture_batch_sizes([1, T])
+    try:
+        for _ in range(2):
+            outputs = run_pass(wrappers(layers, [1, 2, 1]), batches)
+            KTMoEWrapper.drain_deferred()
+            for output, want in zip(outputs, expected, strict=True):
+                assert_same_bits(output, want)
+            KTMoEWrapper.clear_buffer_cache()
+    finally:
+        KTMoEWrapper.set_capture_batch_sizes([])
+        KExpertsCPUBuffer.clear_buffer_cache()
+
+
+def test_clearing_the_buffers_in_the_middle_of_a_pass() -> None:
+    layers, batches = drawn(12, 2)
+    moes = wrappers(layers, [2, 2])
+    expected = [*run_pass(moes, batches), KTMoEWrapper.drain_deferred()]
+    first = np.empty((T, H), np.float32)
+    moes[0].submit_forward(*batches[0], out=first)
+    KTMoEWrapper.clear_buffer_cache()
+    moes[0].sync_forward()
+    KTMoEWrapper.clear_buffer_cache()
+    second = moes[1].forward(*batches[1], out=np.empty((T, H), np.float32))
+    KTMoEWrapper.clear_buffer_cache()
+    for output, want in zip((first, second, KTMoEWrapper.drain_deferred()), expected, strict=True):
+        assert_same_bits(output, want)
+
+
+# ---- what is refused ----
+
+
+def left_over(num_tokens: int = T) -> tuple[list[Any], list[Batch], AnyArray]:
+    """Two layers of which the first has deferred something, and what that is."""
+    layers, batches = drawn(13, 2, num_tokens)
+    moes = wrappers(layers, [2, 2])
+    moes[0].forward(*batches[0])
+    return moes, batches, carried(layers[0], batches[0], 2).astype(bf16)
+
+
+@pytest.mark.parametrize("how", ["forward", "submit_forward"])
+def test_a_pass_that_was_not_drained(how: str) -> None:
+    moes, batches, left = left_over()
+    message = r"layer 0: the deferred experts of layer 0 are left over from the pass before; call drain_deferred\(\)"
+    with pytest.raises(RuntimeError, match=message):
+        getattr(moes[0], how)(*batches[0])
+    assert_same_bits(KTMoEWrapper.drain_deferred(), left)
+    moes[0].forward(*batches[0])
+    assert_same_bits(KTMoEWrapper.drain_deferred(), left)
+
+
+@pytest.mark.parametrize("how", ["forward", "submit_forward"])
+@pytest.mark.parametrize("num_tokens", [0, T - 1, T + 1])
+def test_another_number_of_tokens(how: str, num_tokens: int) -> None:
+    moes, batches, left = left_over()
+    other = draw_batch(np.random.default_rng(0), drawn(13, 2)[0][1], num_tokens, P)
+    message = f"hidden_states: got {num_tokens} tokens, but layer 0 deferred experts of {T} tokens"
+    with pytest.raises(ValueError, match=message):
+        getattr(moes[1], how)(*other)
+    moes[1].forward(*batches[1])  # what is left over still waits for it
+    assert KTMoEWrapper.drain_deferred() is not None
+
+
+def test_incremental_onto_a_carry() -> None:
+    moes, batches, left = left_over()
+    out = np.full((T, H), 3.0, np.float32)
+    with pytest.raises(
+        ValueError, match="incremental: got True, but the output begins with the deferred experts"
+    ):
+        moes[1].forward(*batches[1], out=out, incremental=True)
+    assert (out == 3.0).all()
+    assert_same_bits(KTMoEWrapper.drain_deferred(), left)
+
+
+def test_incremental_in_the_first_layer() -> None:
+    layers, batches = drawn(14, 1)
+    (moe,) = wrappers(layers, [2])
+    base = draw(np.random.default_rng(0), T, H).astype(np.float32)
+    out = moe.forward(*batches[0], out=base.copy(), incremental=True)
+    expected = layers[0].forward(parts(batches[0], 2)[0], out=base, incremental=True)
+    assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("how", ["forward", "submit_forward"])
+def test_wrong_arguments_leave_what_is_left_over(how: str) -> None:
+    moes, batches, left = left_over()
+    x, ids, weights = batches[1]
+    too_large = ids.copy()
+    too_large[3, 1] = E
+    out = np.full((T, H), 3.0, np.float32)
+    for arguments, error, message in (
+        ((x, too_large, weights), IndexError, rf"topk_ids: got expert {E}.*, expected ids below {E}"),
+        (
+            (x, ids, weights[:-1]),
+            ValueError,
+            rf"topk_weights: got .*\[{T - 1}, {P}\], expected .*\[{T}, {P}\]",
+        ),
+        ((x, ids[:-1], weights), ValueError, rf"topk_ids: got .*\[{T - 1}, {P}\], expected .*\[{T}, {P}\]"),
+        ((x, ids, weights.astype(np.float64)), TypeError, r"topk_weights: got float64"),
+        ((x.astype(np.float32), ids, weights), TypeError, r"hidden_states: got float32"),
+    ):
+        with pytest.raises(error, match=message):
+            getattr(moes[1], how)(*arguments, out=out)
+    assert (out == 3.0).all()
+    assert_same_bits(KTMoEWrapper.drain_deferred(), left)
+
+
+def test_a_wrong_id_in_a_layer_that_defers_nothing() -> None:
+    """The sum that it should have begun with is not lost."""
+    moes, batches, left = left_over()
+    last = drawn(13, 2)[0][1].wrapper(P, layer_idx=1)
+    ids = batches[1].ids.copy()
+    ids[0, 0] = E
+    with pytest.raises(IndexError, match=f"topk_ids: got expert {E}"):
+        last.forward(batches[1].x, ids, batches[1].weights)
+    assert_same_bits(KTMoEWrapper.drain_deferred(), left)
+
+
+def test_sync_before_submit_and_submit_twice() -> None:
+    layers, batches = drawn(15, 1)
+    (moe,) = wrappers(layers, [1])
+    with pytest.raises(RuntimeError, match="sync_forward: no pass of layer 0 is pending"):
+        moe.sync_forward()
+    moe.submit_forward(*batches[0])
+    with pytest.raises(RuntimeError, match="submit_forward: a pass of layer 0 is pending"):
+        moe.submit_forward(*batches[0])
+    moe.sync_forward()
+
+
+def test_nothing_to_drain() -> None:
+    assert KTMoEWrapper.drain_deferred() is None
+    layers, batches = drawn(16, 1)
+    layers[0].forward(batches[0])
+    assert KTMoEWrapper.drain_deferred() is None
