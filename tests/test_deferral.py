@@ -19,6 +19,7 @@ from layers import (
     draw,
     draw_batch,
     draw_layer,
+    run_python,
 )
 
 from ktmoe_np import KExpertsCPUBuffer, KTMoEWrapper
@@ -51,9 +52,16 @@ def parts(batch: Batch, num_deferred: int) -> tuple[Batch, Batch]:
     return batch._replace(ids=np.where(now, batch.ids, -1)), batch._replace(ids=np.where(now, -1, batch.ids))
 
 
+def alone(layer: Layer, batch: Batch, dtype: Any = np.float32, base: AnyArray | None = None) -> AnyArray:
+    """The layer outside of any chain."""
+    moe, out = layer.wrapper(batch.ids.shape[1]), np.full(batch.x.shape, np.nan, dtype)
+    moe.cpu_infer.run(moe._layer.forward_task(*batch, out, base=base))
+    return out
+
+
 def carried(layer: Layer, batch: Batch, num_deferred: int) -> AnyArray:
     """The engine's own sum of what is deferred, float32."""
-    return layer.forward(parts(batch, num_deferred)[1], out=np.empty(batch.x.shape, np.float32))
+    return alone(layer, parts(batch, num_deferred)[1])
 
 
 def drawn(
@@ -138,9 +146,7 @@ def test_the_bits_of_a_pass(how: str) -> None:
 
     base = None
     for layer, batch, num, out in zip(layers, batches, (2, 1, 3), outs, strict=True):
-        moe, expected = layer.wrapper(P), np.empty_like(out)
-        moe.cpu_infer.run(moe._layer.forward_task(*parts(batch, num)[0], expected, base=base))
-        assert_same_bits(out, expected)
+        assert_same_bits(out, alone(layer, parts(batch, num)[0], out.dtype, base))
         base = carried(layer, batch, num)
     assert base is not None
     assert_same_bits(left, base.astype(bf16))
@@ -152,7 +158,7 @@ def test_ties_go_to_the_lower_slot() -> None:
     (moe,) = wrappers([layer], [1])
     ids = batch.ids.copy()
     ids[:, -1] = -1
-    assert_same_bits(moe.forward(*batch), layer.forward(batch._replace(ids=ids)))
+    assert_same_bits(moe.forward(*batch), alone(layer, batch._replace(ids=ids), bf16))
     assert_same_bits(KTMoEWrapper.drain_deferred(), carried(layer, batch, 1).astype(bf16))
 
 
@@ -163,7 +169,7 @@ def test_weights_are_compared_as_they_are() -> None:
     batch = batch._replace(weights=weights)
     batch.ids[0, 1] = -1
     (moe,) = wrappers([layer], [2])
-    expected = layer.forward(parts(batch, 2)[0])
+    expected = alone(layer, parts(batch, 2)[0], bf16)
     np.testing.assert_array_equal(moe.forward(*batch).astype(np.float32), expected.astype(np.float32))
     assert immediate_slots(weights, 2).tolist() == [[False, True, False, True], [True, False, False, True]]
 
@@ -173,9 +179,7 @@ def test_all_experts_deferred() -> None:
     first, second = wrappers(layers, [P, 0])
     assert not first.forward(*batches[0]).astype(np.float32).any()
     out = second.forward(*batches[1], out=np.empty((T, H), np.float32))
-    expected = carried(layers[0], batches[0], P)
-    layers[1].forward(batches[1], out=expected, incremental=True)
-    assert_same_bits(out, expected)
+    assert_same_bits(out, alone(layers[1], batches[1], base=carried(layers[0], batches[0], P)))
 
 
 def test_a_layer_that_defers_nothing_ends_the_chain() -> None:
@@ -183,8 +187,7 @@ def test_a_layer_that_defers_nothing_ends_the_chain() -> None:
     moes = wrappers(layers, [1, 0, 0])
     outputs = run_pass(moes, batches)
     assert KTMoEWrapper.drain_deferred() is None
-    alone = layers[2].forward(batches[2], out=np.empty((T, H), np.float32))
-    assert_same_bits(outputs[2], alone)
+    assert_same_bits(outputs[2], alone(layers[2], batches[2]))
 
 
 @pytest.mark.parametrize("numbers", [(0, 2), (1, 3, 5), (0, 7, 8)])
@@ -279,6 +282,31 @@ def test_clearing_the_buffers_in_the_middle_of_a_pass() -> None:
         assert_same_bits(output, want)
 
 
+def test_another_engine() -> None:
+    """What the buffers remember of the engine before must not matter."""
+    script = """
+        import numpy as np
+        from layers import assert_same_bits, draw_batch, draw_layer
+        from ktmoe_np import KTMoEWrapper
+        from ktmoe_np.cpuinfer import _MoEBase
+
+        layer = draw_layer(np.random.default_rng(0), 3, 16, 24)
+        batch = draw_batch(np.random.default_rng(1), layer, 5, 2)
+        results = []
+        for num_threads in (1, 2):
+            moe = layer.wrapper(2, max_deferred_experts_per_token=1, cpuinfer_threads=num_threads)
+            for _ in range(3 if num_threads == 1 else 1):
+                results.append((moe.forward(*batch), KTMoEWrapper.drain_deferred()))
+            del moe
+            _MoEBase.reset_cpu_infer()
+        for output, left in results:
+            assert_same_bits(output, results[0][0])
+            assert_same_bits(left, results[0][1])
+    """
+    done = run_python(script)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 # ---- what is refused ----
 
 
@@ -293,7 +321,7 @@ def left_over(num_tokens: int = T) -> tuple[list[Any], list[Batch], AnyArray]:
 @pytest.mark.parametrize("how", ["forward", "submit_forward"])
 def test_a_pass_that_was_not_drained(how: str) -> None:
     moes, batches, left = left_over()
-    message = r"layer 0: the deferred experts of layer 0 are left over from the pass before; call drain_deferred\(\)"
+    message = r"layer 0: the deferred experts of layer 0 are left over from the pass before; call drain_def"
     with pytest.raises(RuntimeError, match=message):
         getattr(moes[0], how)(*batches[0])
     assert_same_bits(KTMoEWrapper.drain_deferred(), left)
@@ -304,7 +332,7 @@ def test_a_pass_that_was_not_drained(how: str) -> None:
 @pytest.mark.parametrize("how", ["forward", "submit_forward"])
 @pytest.mark.parametrize("num_tokens", [0, T - 1, T + 1])
 def test_another_number_of_tokens(how: str, num_tokens: int) -> None:
-    moes, batches, left = left_over()
+    moes, batches, _ = left_over()
     other = draw_batch(np.random.default_rng(0), drawn(13, 2)[0][1], num_tokens, P)
     message = f"hidden_states: got {num_tokens} tokens, but layer 0 deferred experts of {T} tokens"
     with pytest.raises(ValueError, match=message):
@@ -329,8 +357,7 @@ def test_incremental_in_the_first_layer() -> None:
     (moe,) = wrappers(layers, [2])
     base = draw(np.random.default_rng(0), T, H).astype(np.float32)
     out = moe.forward(*batches[0], out=base.copy(), incremental=True)
-    expected = layers[0].forward(parts(batches[0], 2)[0], out=base, incremental=True)
-    assert_same_bits(out, expected)
+    assert_same_bits(out, alone(layers[0], parts(batches[0], 2)[0], base=base))
 
 
 @pytest.mark.parametrize("how", ["forward", "submit_forward"])
@@ -359,7 +386,7 @@ def test_wrong_arguments_leave_what_is_left_over(how: str) -> None:
 
 def test_a_wrong_id_in_a_layer_that_defers_nothing() -> None:
     """The sum that it should have begun with is not lost."""
-    moes, batches, left = left_over()
+    _, batches, left = left_over()
     last = drawn(13, 2)[0][1].wrapper(P, layer_idx=1)
     ids = batches[1].ids.copy()
     ids[0, 0] = E

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -231,20 +232,36 @@ def test_nothing_is_touched_outside_an_array() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
+LAYOUTS: dict[str, Callable[[AnyArray], AnyArray]] = {
+    "plain": np.copy,
+    "strided": lambda array: np.repeat(array, 3, axis=1)[:, ::3],
+    "columns of more": lambda array: np.concatenate([array, array], axis=1)[:, : array.shape[1]],
+    "transposed": np.asfortranarray,
+    "backwards": lambda array: array[::-1].copy()[::-1],
+}
+
+
 @pytest.mark.parametrize("dtype", ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", ">i4", ">i8"])
-@pytest.mark.parametrize("layout", ["plain", "strided", "transposed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_ids_of_any_integer_dtype(dtype: str, layout: str) -> None:
     rng = np.random.default_rng(9)
     layer = draw_layer(rng, 5, 16, 24)
     batch = draw_batch(rng, layer, 6, 2)
-    if dtype == "i8" and layout != "plain":
-        pytest.skip("int64 ids are used in place and so have to be contiguous")
-    ids = batch.ids.astype(dtype)
-    if layout == "strided":
-        ids = np.repeat(ids, 3, axis=1)[:, ::3]
-    elif layout == "transposed":
-        ids = np.asfortranarray(ids)
-    assert_same_bits(layer.forward(batch._replace(ids=ids)), layer.forward(batch))
+    ids = LAYOUTS[layout](batch.ids.astype(dtype))
+    expected = layer.forward(batch)
+    assert_same_bits(layer.forward(batch._replace(ids=ids)), expected)
+    assert_same_bits(layer.forward(batch._replace(ids=ids), chunked_prefill_size=4), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_routing_weights_in_any_order(layout: str) -> None:
+    rng = np.random.default_rng(9)
+    layer = draw_layer(rng, 5, 16, 24)
+    batch = draw_batch(rng, layer, 6, 2)
+    weights = LAYOUTS[layout](batch.weights)
+    expected = layer.forward(batch)
+    assert_same_bits(layer.forward(batch._replace(weights=weights)), expected)
+    assert_same_bits(layer.forward(batch._replace(weights=weights), chunked_prefill_size=4), expected)
 
 
 def test_inputs_are_never_written() -> None:

@@ -1,6 +1,5 @@
 #include "moe/limits.h"
 
-#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -41,23 +40,22 @@ double total_rate(WorkerPool& pool, double seconds, FunctionRef<double(uint32_t)
 }  // namespace
 
 MachineLimits measure_limits(WorkerPool& pool, const kernels::KernelTable& table, double seconds) {
-  constexpr size_t kTotalBytes = size_t{1} << 30, kLeastBytes = size_t{64} << 20;  // beyond any cache
+  constexpr size_t kBytes = size_t{128} << 20;  // of each thread, beyond any cache
   constexpr uint64_t kIterations = 2000;
   constexpr size_t kCachedBytes = 32 << 10;
   const uint32_t threads = static_cast<uint32_t>(pool.num_threads());
-  const size_t bytes = std::max(kTotalBytes / threads, kLeastBytes) / 1024 * 1024;
 
   std::vector<AlignedBuffer> memory(threads), cached(threads);
   pool.run(threads, [&](const Worker&, int, uint32_t i) {
-    memory[i].reserve(bytes);
-    std::memset(memory[i].data(), 1, bytes);
+    memory[i].reserve(kBytes);
+    std::memset(memory[i].data(), 1, kBytes);
     cached[i].reserve(kCachedBytes);
     std::memset(cached[i].data(), 1, kCachedBytes);
   });
 
   MachineLimits limits;
   limits.read_bytes_per_s = total_rate(pool, seconds, [&](uint32_t i) {
-    return static_cast<double>(table.limits.read(memory[i].data(), bytes));
+    return static_cast<double>(table.limits.read(memory[i].data(), kBytes));
   });
   limits.dot_flop_per_s = total_rate(pool, seconds, [&](uint32_t) { return table.limits.dot(kIterations); });
   limits.step_flop_per_s =

@@ -97,6 +97,7 @@ void InNumaPool::wait_until_left(Backoff& backoff) const {
 // ---- the workers ----
 
 void InNumaPool::worker_main(int position) {
+  const InsideTask inside(crew_.pool, worker(position));
   Slot& slot = slots_[position];
   uint32_t seen = 0;
   while (true) {
@@ -134,7 +135,6 @@ void InNumaPool::wake_some() {
 
 void InNumaPool::work(Job& job, int position) {
   const Worker me = worker(position);
-  const InsideTask inside(crew_.pool, me);
   TaskRange& range = slots_[position].range;
   uint32_t task = 0;
   while (!job.failed()) {

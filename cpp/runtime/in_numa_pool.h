@@ -25,8 +25,8 @@ namespace ktmoe {
 // safely: a worker first says that it is inside, then looks whether the job is still open; the caller first
 // closes, then looks who is inside; with sequential consistency at least one of the two sees the other. A
 // worker that comes too late leaves without having touched anything. A worker leaves only when its own range
-// is empty, so when all have left, all tasks have run. No counter on this path is
-// written by all workers.
+// is empty, so when all have left, all tasks have run. No
+// counter on the way is written by all workers.
 class InNumaPool {
  public:
   struct Crew {

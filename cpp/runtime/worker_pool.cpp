@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <chrono>
 #include <limits>
-#include <set>
 #include <utility>
 
 #include "core/error.h"
@@ -15,11 +14,6 @@ namespace {
 // A layer call is a few jobs with microseconds between them, and waking a sleeper takes 5 to 50 us. Spinning
 // for about as long as a wake-up costs is never more than twice as dear as knowing the future.
 constexpr std::chrono::microseconds kSpinBetweenJobs{50};
-
-// A spinning worker that shares its CPU keeps another from working.
-std::chrono::nanoseconds spin_between_jobs(int num_threads, const Topology& topology) {
-  return num_threads > topology.cpu_quota ? std::chrono::nanoseconds::zero() : kSpinBetweenJobs;
-}
 
 WorkerPoolConfig validated(WorkerPoolConfig config, const Topology& topology) {
   config.validate(topology);
@@ -33,7 +27,8 @@ WorkerPool::WorkerPool(WorkerPoolConfig config, const Topology& topology)
       num_threads_(config_.num_threads()),
       threads_before_{0},
       first_task_(config_.subpool_count + 1, 0) {
-  const auto cpus = config_.assign_cpus(topology);
+  const std::vector<std::vector<CpuSet>> cpus = config_.assign_cpus(topology);
+  const bool is_crowded = config_.is_crowded(topology);
   caller_cpus_ = cpus.front().front();
   for (int s = 0; s < num_subpools(); ++s) {
     InNumaPool::Crew crew;
@@ -42,7 +37,8 @@ WorkerPool::WorkerPool(WorkerPoolConfig config, const Topology& topology)
     crew.first_worker = static_cast<int>(threads_before_.back());
     crew.cpus = cpus[s];
     crew.caller_is_first = s == 0;
-    crew.spin_between_jobs = spin_between_jobs(num_threads_, topology);
+    // A spinning worker that shares its CPU would keep another from working.
+    if (!is_crowded) crew.spin_between_jobs = kSpinBetweenJobs;
     threads_before_.push_back(threads_before_.back() + crew.cpus.size());
     subpools_.push_back(std::make_unique<InNumaPool>(std::move(crew)));
   }
@@ -53,17 +49,16 @@ WorkerPool::WorkerPool(WorkerPoolConfig config, const Topology& topology)
     }
     subpools_[s]->set_neighbours(std::move(neighbours));
   }
-  seating_ = seat_workers(cpus);
+  if (!is_crowded) seating_ = seat_workers(cpus);
 }
 
 // There are seats to keep when every worker has a CPU of its own, the caller included.
-Seating WorkerPool::seat_workers(const std::vector<std::vector<std::vector<int>>>& cpus) const {
+Seating WorkerPool::seat_workers(const std::vector<std::vector<CpuSet>>& cpus) const {
   std::vector<Thread*> worker_on_cpu;
-  std::set<int> taken;
   for (int s = 0; s < num_subpools(); ++s) {
     for (int i = 0; i < num_threads(s); ++i) {
+      if (cpus[s][i].size() > 1) return {};
       const int cpu = cpus[s][i].front();
-      if (cpus[s][i].size() > 1 || !taken.insert(cpu).second) return {};
       if (cpu >= static_cast<int>(worker_on_cpu.size())) worker_on_cpu.resize(cpu + 1);
       worker_on_cpu[cpu] = subpools_[s]->thread(i);
     }
@@ -143,6 +138,7 @@ void WorkerPool::run_dealt(TaskFn fn, Job::Numbering numbering) {
 }
 
 void WorkerPool::run_parallel(Job& job) {
+  const InsideTask inside(this, Worker{});
   seating_.make_way_for_this_thread();
   for (size_t s = 0; s < subpools_.size(); ++s) subpools_[s]->deal(job, first_task_[s], first_task_[s + 1]);
   for (auto& subpool : subpools_) subpool->open();

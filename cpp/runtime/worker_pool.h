@@ -58,7 +58,7 @@ class WorkerPool {
   void stop();
 
  private:
-  Seating seat_workers(const std::vector<std::vector<std::vector<int>>>& cpus) const;
+  Seating seat_workers(const std::vector<std::vector<CpuSet>>& cpus) const;
   void check_span(std::span<const uint32_t> num_tasks) const;
   uint32_t share_begin(uint32_t num_tasks, int subpool) const;
   void run_dealt(TaskFn fn, Job::Numbering numbering);

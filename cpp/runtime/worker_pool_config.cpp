@@ -1,6 +1,7 @@
 // Choosing, checking and placing the workers.
 #include "runtime/worker_pool_config.h"
 
+#include <algorithm>
 #include <map>
 #include <numeric>
 #include <string>
@@ -66,18 +67,29 @@ int WorkerPoolConfig::num_threads() const {
   return std::accumulate(subpool_thread_count.begin(), subpool_thread_count.end(), 0);
 }
 
-std::vector<std::vector<std::vector<int>>> WorkerPoolConfig::assign_cpus(const Topology& topology) const {
+bool WorkerPoolConfig::is_crowded(const Topology& topology) const {
+  if (num_threads() > topology.cpu_quota) return true;
+  std::map<int, int> num_workers;  // of each node
+  for (size_t i = 0; i < subpool_numa_map.size(); ++i)
+    num_workers[subpool_numa_map[i]] += subpool_thread_count[i];
+  return std::any_of(num_workers.begin(), num_workers.end(), [&topology](const auto& entry) {
+    const auto& [node, num] = entry;
+    return num > static_cast<int>(topology.node_cpus.at(node).size());
+  });
+}
+
+std::vector<std::vector<CpuSet>> WorkerPoolConfig::assign_cpus(const Topology& topology) const {
   // Under a quota the CPUs are shared with others by time. Fixed ones would be a bad choice there: every
   // container on the machine would choose the same. So each worker gets its node and the scheduler chooses.
   const bool shares_cpus = topology.cpu_quota < static_cast<int>(topology.cpus.size());
   std::map<int, size_t> num_used;  // CPUs of each node; wraps around when there are more workers than CPUs
-  std::vector<std::vector<std::vector<int>>> assigned;
+  std::vector<std::vector<CpuSet>> assigned;
   for (size_t i = 0; i < subpool_numa_map.size(); ++i) {
-    const std::vector<int>& node = topology.node_cpus.at(subpool_numa_map[i]);
+    const CpuSet& node = topology.node_cpus.at(subpool_numa_map[i]);
     size_t& used = num_used[subpool_numa_map[i]];
-    std::vector<std::vector<int>>& workers = assigned.emplace_back();
+    std::vector<CpuSet>& workers = assigned.emplace_back();
     for (int worker = 0; worker < subpool_thread_count[i]; ++worker, ++used) {
-      workers.push_back(shares_cpus ? node : std::vector<int>{node[used % node.size()]});
+      workers.push_back(shares_cpus ? node : CpuSet{node[used % node.size()]});
     }
   }
   return assigned;

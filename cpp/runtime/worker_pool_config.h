@@ -7,6 +7,8 @@
 
 namespace ktmoe {
 
+using CpuSet = std::vector<int>;
+
 struct WorkerPoolConfig {
   int subpool_count = 0;
   std::vector<int> subpool_numa_map;      // the node of each sub-pool; several may share one
@@ -25,8 +27,12 @@ struct WorkerPoolConfig {
 
   int num_threads() const;
 
+  // True when some workers have to share a CPU: a node has more than it has CPUs, or all have more than the
+  // quota.
+  bool is_crowded(const Topology& topology) const;
+
   // For each worker of each sub-pool the CPUs it may run on.
-  std::vector<std::vector<std::vector<int>>> assign_cpus(const Topology& topology) const;
+  std::vector<std::vector<CpuSet>> assign_cpus(const Topology& topology) const;
 };
 
 }  // namespace ktmoe

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "bfloat16", "expert_ids", "num_tokens"]
+__all__ = ["Array", "bfloat16", "expert_ids", "num_tokens", "routing_weights"]
 
 Array = NDArray[Any]
 
@@ -16,19 +16,26 @@ bfloat16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def expert_ids(ids: Any, name: str = "topk_ids") -> NDArray[np.int64]:
-    """Ids of any integer dtype as int64; not copied when they are.
+    """Ids of any integer dtype and order as contiguous int64; not copied when they are.
 
     Raises
     ------
     TypeError
         Not integers.
     """
-    if type(ids) is np.ndarray and ids.dtype == np.int64:
+    if type(ids) is np.ndarray and ids.dtype == np.int64 and ids.flags.c_contiguous:
         return ids
     array = np.asarray(ids)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name}: got {array.dtype} {list(array.shape)}, expected an integer dtype")
-    return array.astype(np.int64)
+    return np.ascontiguousarray(array, np.int64)
+
+
+def routing_weights(weights: Any) -> Any:
+    """Weights that are contiguous, so that slices of a router's output will do; else as they are."""
+    if type(weights) is np.ndarray and not weights.flags.c_contiguous:
+        return np.ascontiguousarray(weights)
+    return weights
 
 
 def num_tokens(hidden_states: Any) -> int:

@@ -173,6 +173,11 @@ TEST_CASE("worker pool: two nodes, and workers that never come") {
   for (const Counts& num_tasks : {Counts{100, 100}, Counts{0, 100}, Counts{100, 0}}) {
     check_every_task_runs_once(pool, num_tasks);
   }
+  int num_inner = 0;
+  pool.run(10, [&](const Worker&, int, uint32_t) {
+    pool.run(3, [&](const Worker&, int, uint32_t) { ++num_inner; });
+  });
+  CHECK(num_inner == 30);
 }
 
 TEST_CASE("worker pool: an exception at any task reaches the caller, and the pool goes on") {

@@ -35,7 +35,11 @@ TEST_CASE("worker pool config: sub-pools of one node get CPUs of their own while
   const WorkerPoolConfig config{3, {0, 1, 0}, {2, 3, 3}};
   using Cpus = std::vector<std::vector<int>>;
   CHECK(config.assign_cpus(topology) == std::vector<Cpus>{{{0}, {2}}, {{4}, {5}, {4}}, {{1}, {3}, {0}}});
+  CHECK(config.is_crowded(topology));
+  CHECK(WorkerPoolConfig{3, {0, 1, 0}, {2, 3, 1}}.is_crowded(topology));  // node 1 is
+  CHECK(!WorkerPoolConfig{3, {0, 1, 0}, {2, 2, 2}}.is_crowded(topology));
   topology.cpu_quota = 3;
+  CHECK(WorkerPoolConfig{2, {0, 1}, {2, 2}}.is_crowded(topology));
   CHECK(config.assign_cpus(topology)[1] == Cpus{{4, 5}, {4, 5}, {4, 5}});
 }
 

@@ -18,10 +18,12 @@ inline double limit_dot_rows(uint64_t iterations) {
   for (int i = 0; i < 32; ++i) std::memcpy(ones + 2 * i, "\x80\x3f", 2);
   Vec::Segment w = Vec::load(ones), x = Vec::load(ones);
   Vec::Acc acc[Vec::kPeakChains];
-  for (Vec::Acc& a : acc) a = Vec::zero_acc();
+  KT_UNROLL for (int j = 0; j < Vec::kPeakChains; ++j) acc[j] = Vec::zero_acc();
   for (uint64_t i = 0; i < iterations; ++i)
     KT_UNROLL for (int j = 0; j < Vec::kPeakChains; ++j) Vec::dot(acc[j], w, x);
-  for (const Vec::Acc& a : acc) asm volatile("" ::"m"(a));
+  Vec::Acc sum = Vec::zero_acc();
+  KT_UNROLL for (int j = 0; j < Vec::kPeakChains; ++j) sum = Vec::add_acc(sum, acc[j]);
+  asm volatile("" ::"m"(sum));
   return 2.0 * Vec::kStep * Vec::kPeakChains * static_cast<double>(iterations);
 }
 
@@ -30,8 +32,9 @@ inline double limit_step_rows(uint64_t iterations, std::byte* cached_32k) {
   constexpr int kRows = Vec::kRowTile, kTokens = Vec::kTokenTile;
   constexpr size_t kSteps = 16;
   Vec::Acc acc[kTokens][kRows];
-  for (int t = 0; t < kTokens; ++t)
-    for (int r = 0; r < kRows; ++r) acc[t][r] = Vec::zero_acc();
+  KT_UNROLL for (int t = 0; t < kTokens; ++t) {
+    KT_UNROLL for (int r = 0; r < kRows; ++r) acc[t][r] = Vec::zero_acc();
+  }
   for (uint64_t i = 0; i < iterations; ++i) {
     const std::byte* at = cached_32k + i % kSteps * (kRows + kTokens) * 64;
     Vec::Segment xs[kTokens];
@@ -41,7 +44,10 @@ inline double limit_step_rows(uint64_t iterations, std::byte* cached_32k) {
       KT_UNROLL for (int t = 0; t < kTokens; ++t) Vec::dot(acc[t][r], w, xs[t]);
     }
   }
-  for (int t = 0; t < kTokens; ++t)
-    for (int r = 0; r < kRows; ++r) asm volatile("" ::"m"(acc[t][r]));
+  Vec::Acc sum = Vec::zero_acc();
+  KT_UNROLL for (int t = 0; t < kTokens; ++t) {
+    KT_UNROLL for (int r = 0; r < kRows; ++r) sum = Vec::add_acc(sum, acc[t][r]);
+  }
+  asm volatile("" ::"m"(sum));
   return 2.0 * Vec::kStep * kRows * kTokens * static_cast<double>(iterations);
 }

@@ -7,7 +7,7 @@
 #if defined(__clang__)
 #define KT_UNROLL _Pragma("unroll")
 #else
-#define KT_UNROLL _Pragma("GCC unroll 16")
+#define KT_UNROLL _Pragma("GCC unroll 32")
 #endif
 
 template <class Format>

@@ -14,7 +14,7 @@ import numpy as np
 from .. import __version__
 from .. import kt_kernel_ext as ext
 from ..cpuinfer import _MoEBase
-from .machine import cpu_ranges, describe_machine
+from .machine import busy_note, cpu_ranges, describe_machine
 from .progress import Progress
 from .table import counted, wrap
 
@@ -28,6 +28,7 @@ _LIMITS = ("read_bytes_per_s", "dot_flop_per_s", "step_flop_per_s")
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what the machine is; always 0."""
+    busy = busy_note()
     report = {
         "ktmoe_np": __version__,
         "python": platform.python_version(),
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         **describe_machine(),
         "limits": _measure(arguments.seconds, arguments.threads),
     }
-    print(json.dumps(report, indent=2) if arguments.json else _text(report))
+    print(json.dumps(report, indent=2) if arguments.json else _text(report, busy))
     return 0
 
 
@@ -52,7 +53,7 @@ def _measure(seconds: float, threads: int | None) -> dict[str, Any]:
     return {"isa": rounds[0]["isa"], "threads": rounds[0]["threads"], **best}
 
 
-def _text(report: dict[str, Any]) -> str:
+def _text(report: dict[str, Any], busy: str | None) -> str:
     limits = report["limits"]
     read, alone, step = (limits[name] for name in _LIMITS)
     versions = f"Python {report['python']}, NumPy {report['numpy']}, ml_dtypes {report['ml_dtypes']}"
@@ -60,7 +61,7 @@ def _text(report: dict[str, Any]) -> str:
     lines += [f"{name:<20}{value}" for name, value in _facts(report)]
     lines += ["", f"Limits with {limits['isa']} on {counted(limits['threads'], 'thread')}, measured now:"]
     lines += [
-        f"{name:<30}{value:>9.4g} {unit}"
+        f"{name:<30}{value:>7.3g} {unit}"
         for name, value, unit in (
             ("  reading memory", read / 1e9, "GB/s"),
             ("  products alone", alone / 1e12, "TFLOP/s"),
@@ -73,7 +74,7 @@ def _text(report: dict[str, Any]) -> str:
         f"of weights takes {1e12 / read:.3g} ms to read); beyond that, arithmetic does "
         f"({1e12 / step:.3g} s for a TFLOP)."
     )
-    return "\n".join([*lines, "", wrap(meaning)])
+    return "\n".join([*lines, *([busy] if busy else []), "", wrap(meaning)])
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:

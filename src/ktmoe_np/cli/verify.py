@@ -78,7 +78,8 @@ def _text(about: dict[str, Any], rows: Sequence[Row], limits: dict[str, Any], bu
         f"{about['num_experts']} experts, {about['num_experts_per_tok']} per token, hidden size "
         f"{about['hidden_size']}, intermediate size {about['moe_intermediate_size']}, {about['activation']}; "
         f"{about['weight_bytes'] / 1e6:.3g} MB. Method {about['method']}, "
-        f"{counted(about['threads'], 'thread')}; results of {about['checked_experts']} experts compared with the NumPy reference."
+        f"{counted(about['threads'], 'thread')}; results of {about['checked_experts']} experts compared with "
+        "the NumPy reference."
     )
     title = f"Layer {about['layer']} of {about['path']}"
     return "\n".join([title, wrap(sizes), "", summary(rows, limits, rows[0].isa, {}, busy)])

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import kt_kernel_ext as ext
-from .._arrays import Array, bfloat16, expert_ids, num_tokens
+from .._arrays import Array, bfloat16, expert_ids, num_tokens, routing_weights
 from ..buffers import BufferSlot, KExpertsCPUBuffer
 from ..config import MoEConfig
 from ..deferral import Carry, DeferralChain, split_slots
@@ -38,7 +38,7 @@ class Batch:
         self.num_tokens = num_tokens(hidden_states)
         self.hidden_states = hidden_states
         self.ids = expert_ids(topk_ids)
-        self.weights = topk_weights
+        self.weights = routing_weights(topk_weights)
         expected = (self.num_tokens, config.num_experts_per_tok)
         if self.ids.shape != expected:
             raise ValueError(f"topk_ids: got shape {list(self.ids.shape)}, expected {list(expected)}, [T, P]")

@@ -1,0 +1,147 @@
+"""Which instruction set serves on which machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from layers import ISA, assert_close, draw_batch, draw_layer, run_python
+
+import ktmoe_np
+from ktmoe_np import kt_kernel_ext as ext
+
+X86 = ["scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emu"]
+ARM = ["scalar", "amx_emu"]
+
+#: machine -> avx2, avx512, avx512_bf16, amx, what is compiled in, and what serves.
+MACHINES: dict[str, tuple[bool, bool, bool, bool, list[str], str]] = {
+    "Nehalem": (False, False, False, False, X86, "scalar"),
+    "Haswell, Zen 3, Alder Lake": (True, False, False, False, X86, "avx2"),
+    "Cascade Lake, Ice Lake": (True, True, False, False, X86, "avx512"),
+    "Zen 4, Zen 5, Cooper Lake with VBMI": (True, True, True, False, X86, "avx512_bf16"),
+    "Sapphire Rapids": (True, True, True, True, X86, "amx"),
+    "Sapphire Rapids whose kernel grants no tiles": (True, True, True, False, X86, "avx512_bf16"),
+    "Graviton": (False, False, False, False, ARM, "scalar"),
+    "a build without tiles": (True, True, True, True, X86[:4], "avx512_bf16"),
+    "a build without AVX-512": (True, True, True, True, ["scalar", "avx2"], "avx2"),
+    "a build in another order": (True, True, True, True, X86[::-1], "amx"),
+    "a build of nothing else": (True, True, True, True, ["scalar"], "scalar"),
+}
+
+FEATURES = {"avx2": 0, "avx512": 1, "avx512_bf16": 2, "amx": 3}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_best_that_is_there(machine: str) -> None:
+    *features, compiled, serves = MACHINES[machine]
+    assert ext.select_isa(*features, compiled) == serves
+    assert ext.select_isa(*features, compiled, None) == serves
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("wanted", X86)
+def test_what_is_asked_for(machine: str, wanted: str) -> None:
+    *features, compiled, _ = MACHINES[machine]
+    usable = [name for name in compiled if name not in FEATURES or features[FEATURES[name]]]
+    if wanted in usable:
+        assert ext.select_isa(*features, compiled, wanted) == wanted
+    else:
+        message = f"isa: '{wanted}' cannot run on this machine, which has {', '.join(usable)}$"
+        with pytest.raises(RuntimeError, match=message):
+            ext.select_isa(*features, compiled, wanted)
+
+
+def test_the_emulator_is_never_chosen_unasked() -> None:
+    assert ext.select_isa(False, False, False, False, ["amx_emu", "scalar"]) == "scalar"
+
+
+@pytest.mark.parametrize("name", ["avx", "AVX2", "avx2 ", "avx10", "emu"])
+def test_a_name_that_is_none(name: str) -> None:
+    message = f"isa: unknown instruction set '{name}', expected one of {', '.join(X86)}"
+    with pytest.raises(ValueError, match=message):
+        ext.select_isa(True, True, True, True, X86, name)
+    with pytest.raises(ValueError, match=message):
+        ext.select_isa(True, True, True, True, [*X86, name])
+
+
+@pytest.mark.parametrize("wrong", [2, 2.0, ["scalar"]])
+def test_a_name_that_is_no_word(wrong: Any) -> None:
+    with pytest.raises(TypeError):
+        ext.select_isa(True, True, True, True, X86, wrong)
+
+
+def test_this_machine() -> None:
+    info = ktmoe_np.isa_info()
+    assert sorted(info) == ["active", "compiled", "supported"]
+    assert {"scalar", "amx_emu"} <= set(info["supported"]) <= set(info["compiled"]) <= set(X86)
+    assert info["active"] in info["supported"]
+
+
+def imported(name: str) -> Any:
+    script = "from ktmoe_np import isa_info\nprint(isa_info()['active'])"
+    return run_python(script, env={"KTMOE_ISA": name})
+
+
+@pytest.mark.parametrize("name", X86)
+def test_the_environment_chooses(name: str) -> None:
+    done = imported(name)
+    if name in ktmoe_np.isa_info()["supported"]:
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{name}\n", "")
+    else:
+        assert done.returncode == 1
+        assert f"isa: '{name}' cannot run on this machine, which has scalar" in done.stderr
+
+
+def test_an_empty_environment_chooses_the_best() -> None:
+    best = [name for name in ktmoe_np.isa_info()["supported"] if name != "amx_emu"][-1]
+    done = imported("")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{best}\n", "")
+
+
+def test_the_environment_names_what_is_unknown() -> None:
+    done = imported("avx1024")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ")
+    assert f"unknown instruction set 'avx1024', expected one of {', '.join(X86)}" in last
+    assert "KTMOE_ISA" in last  # else nobody knows where the name came from
+
+
+def test_the_limits_of_this_machine() -> None:
+    engine = ext.CPUInfer(1)
+    limits = ext.measure_limits(engine, seconds=0.01, isa=ISA)
+    assert limits["isa"] == ISA
+    assert limits["threads"] == 1
+    for name in ("read_bytes_per_s", "dot_flop_per_s", "step_flop_per_s"):
+        assert limits[name] > 0
+    for seconds in (0.0, -1.0, 601.0, float("nan")):
+        with pytest.raises(ValueError, match=r"seconds: got .*, expected above 0, at most 600"):
+            ext.measure_limits(engine, seconds)
+    with pytest.raises(ValueError, match="isa: unknown instruction set 'sse', expected one of scalar"):
+        ext.measure_limits(engine, 0.01, "sse")
+    for name in set(X86) - set(ktmoe_np.isa_info()["supported"]):
+        with pytest.raises(RuntimeError, match=f"isa: '{name}' cannot run on this machine"):
+            ext.measure_limits(engine, 0.01, name)
+    engine.shutdown()
+
+
+def test_all_instruction_sets_agree_within_the_roundings() -> None:
+    """Each is within the bound of the reference here, in one place, whatever the others run under."""
+    rng = np.random.default_rng(0)
+    layer = draw_layer(rng, 3, 45, 70, with_biases=True)
+    batch = draw_batch(rng, layer, 20, 2)
+    script = """
+        import sys
+        import numpy as np
+        from layers import draw_batch, draw_layer
+        rng = np.random.default_rng(0)
+        layer = draw_layer(rng, 3, 45, 70, with_biases=True)
+        batch = draw_batch(rng, layer, 20, 2)
+        sys.stdout.write(layer.forward(batch, out=np.empty((20, 70), np.float32)).tobytes().hex())
+    """
+    for name in ktmoe_np.isa_info()["supported"]:
+        done = run_python(script, env={"KTMOE_ISA": name})
+        assert (done.returncode, done.stderr) == (0, "")
+        result = np.frombuffer(bytes.fromhex(done.stdout), np.float32).reshape(20, 70)
+        assert_close(result, layer, batch)
