@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.." || exit 1
 OUT=${OUT:-bench/results}
 PYTHON=$(command -v "${PYTHON:-python3}")
 TOTAL_S=${TOTAL_S:-530}
-MACHINE=${MACHINE:-$(nproc) CPUs with AMX}
+MACHINE=${MACHINE:-}  # the name in the records; empty: the CPU's model
 BUILD=$PWD/build/device
 SITE=$BUILD/site
 RECORDS=$OUT/device.jsonl
@@ -26,7 +26,6 @@ if grep -qw amx_bf16 /proc/cpuinfo; then
   export KTMOE_ISA=amx
 else
   echo "no AMX on this machine: the instruction set is the library's choice" >&2
-  MACHINE=${MACHINE/with/without}
 fi
 PEERS=torch,numpy
 if ls .carry/kt/kt_kernel/*.so > /dev/null 2>&1; then
@@ -44,7 +43,7 @@ section() {
   fi
   ((limit > left)) && limit=$left
   echo "== $name" | tee -a "$log" >&2
-  timeout -k 5 "$limit" "$@" >> "$TABLES" 2>> "$log"
+  timeout -k 15 "$limit" "$@" >> "$TABLES" 2>> "$log"
   code=$?
   ((code == 124)) && code="stopped after $limit s"
   SUMMARY+="$name: ${code/#0/ok}, $((SECONDS - began)) s"$'\n'
@@ -120,7 +119,7 @@ for name in ${*:-build ctest pytest limits qwen3 scan tiny load more}; do
       fi
       ;;
     ctest) section ctest 60 tests.log bash -c run_ctest ;;
-    pytest) section pytest 120 tests.log bash -c run_pytest ;;
+    pytest) section pytest 150 tests.log bash -c run_pytest ;;
     limits) section limits 45 bench.log bash -c limits ;;
     qwen3)
       section qwen3 130 bench.log bash -c \

@@ -1,9 +1,12 @@
-"""Records as a table for the eye, and as a plot."""
+"""Records as a table for the eye, and as a plot: `python -m bench.report RECORDS [IMAGE]` for saved ones."""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 __all__ = ["plot", "table"]
@@ -17,12 +20,19 @@ def table(records: Sequence[Record], against: str = "ktmoe") -> str:
     The last row of a shape says how many times longer the fastest other takes than the fastest of `against`.
     """
     parts = []
-    timed = [record for record in records if "tokens" in record]
-    for key in dict.fromkeys((r["kind"], r["shape"], r["method"]) for r in timed):
-        group = [r for r in timed if (r["kind"], r["shape"], r["method"]) == key]
+    for group in _groups([record for record in records if "tokens" in record]):
         parts.append(_table_of(group, against))
     absent = [f"{r['contender']} on {r['shape']}: {r['reason']}" for r in records if r["kind"] == "absent"]
     return "\n\n".join([*parts, "\n".join(absent)] if absent else parts)
+
+
+def _groups(records: Sequence[Record]) -> list[list[Record]]:
+    """Sort records into one group for each run, shape, operation and method."""
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        key = tuple(record[name] for name in ("date", "kind", "shape", "operation", "method"))
+        groups.setdefault(key, []).append(record)
+    return list(groups.values())
 
 
 def _table_of(group: Sequence[Record], against: str) -> str:
@@ -119,22 +129,34 @@ def plot(records: Sequence[Record], path: str | os.PathLike[str]) -> bool:
         import matplotlib.pyplot as plt
     except ImportError:
         return False
-    timed = [r for r in records if r.get("status") == "ok"]
-    keys = list(dict.fromkeys((r["kind"], r["shape"], r["method"]) for r in timed))
-    if not keys:
+    groups = _groups([record for record in records if "tokens" in record and record["status"] == "ok"])
+    if not groups:
         return False
-    figure, axes = plt.subplots(2, len(keys), figsize=(5 * len(keys), 8), squeeze=False, sharex="col")
-    for column, key in enumerate(keys):
-        group = [r for r in timed if (r["kind"], r["shape"], r["method"]) == key]
+    figure, axes = plt.subplots(2, len(groups), figsize=(5 * len(groups), 8), squeeze=False, sharex="col")
+    for column, group in enumerate(groups):
         for name, line in _lines(group).items():
             points = sorted(line.items())
             tokens = [t for t, _ in points]
             axes[0, column].plot(tokens, [r["ms"] for _, r in points], "o-", label=name)
             axes[1, column].plot(tokens, [r.get("of_limit", 0) for _, r in points], "o-")
-        axes[0, column].set(title=" ".join(key), ylabel="ms", xscale="log", yscale="log")
+        title = f"{group[0]['kind']}: {group[0]['shape']} {group[0]['method']}"
+        axes[0, column].set(title=title, ylabel="ms", xscale="log", yscale="log")
         axes[1, column].set(xlabel="tokens", ylabel="fraction of the machine's limit", ylim=(0, 1.1))
         axes[0, column].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
+
+
+def main() -> None:
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python -m bench.report RECORDS [IMAGE]")
+    records = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    print(table(records))
+    if len(sys.argv) == 3 and not plot(records, sys.argv[2]):
+        sys.exit("no plot: no matplotlib, or nothing to draw")
+
+
+if __name__ == "__main__":
+    main()

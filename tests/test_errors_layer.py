@@ -212,7 +212,7 @@ def test_nothing_loaded(layer: Layer, batch: Batch) -> None:
         with pytest.raises(RuntimeError, match=message):
             moe.sync_forward()
     with pytest.raises(
-        RuntimeError, match="weight_path: got None, expected a checkpoint; or use load_weights_from"
+        RuntimeError, match="weight_path: got None, expected a checkpoint to load from"
     ):
         moe.load_weights()
     layer.load_into(moe)

@@ -76,8 +76,9 @@ void CPUInfer::sync(uint64_t allow_n_pending) {
 
 bool CPUInfer::sync_for(uint64_t last_ticket, std::chrono::milliseconds timeout) {
   fork_guard_.check();
-  if (!run_until(std::min(last_ticket, num_submitted()), deadline_in(timeout))) return false;
-  if (const std::exception_ptr error = errors_.take_first_through(last_ticket)) std::rethrow_exception(error);
+  const uint64_t last = std::min(last_ticket, num_submitted());
+  if (!run_until(last, deadline_in(timeout))) return false;
+  if (const std::exception_ptr error = errors_.take_first_through(last)) std::rethrow_exception(error);
   return true;
 }
 

@@ -1,10 +1,16 @@
 // What the engine does when tasks fail, when it is shut down, misused or forked.
 #include <doctest/doctest.h>
 
+#include <limits>
+
 #include "engine_helpers.h"
 
 using namespace ktmoe;
 using namespace ktmoe::test;
+
+namespace {
+constexpr uint64_t kEverything = std::numeric_limits<uint64_t>::max();
+}
 
 TEST_CASE("engine: sync rethrows the first exception and forgets the others it waited for") {
   Engine engine;
@@ -20,6 +26,24 @@ TEST_CASE("engine: sync rethrows the first exception and forgets the others it w
     engine.submit(task([] {}), wake);
     CHECK(sync_error(engine) == kNoError);
   }
+}
+
+TEST_CASE("engine: sync_for gives up in time and rethrows as sync does") {
+  Gate gate;
+  Engine engine;
+  engine.submit(failing("first"));
+  const uint64_t gated = engine.submit(gate.task());
+  engine.submit(failing("last"));
+  const auto error_through = [&](uint64_t ticket) {
+    return message_of<std::runtime_error>([&] { CHECK(engine.sync_for(ticket, milliseconds::max())); });
+  };
+  REQUIRE(gate.wait_until_begun());
+  CHECK(!engine.sync_for(gated, milliseconds(5)));
+  CHECK(engine.sync_for(0, milliseconds(5)));
+  gate.open();
+  CHECK(error_through(gated) == "first");
+  CHECK(error_through(kEverything) == "last");
+  CHECK(error_through(kEverything) == kNoError);
 }
 
 TEST_CASE("engine: wait rethrows only its own task's exception, and sync the rest") {

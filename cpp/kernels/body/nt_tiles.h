@@ -56,25 +56,38 @@ struct TileBlock {
   size_t step0, steps;  // in units of kTileK
 };
 
+// The weights behind a block, which are asked for while it is multiplied: some of their rows with every pair
+// of panels, a cache line of each of those rows a step.
+struct TileAhead {
+  const std::byte* data = nullptr;
+  ptrdiff_t row_stride = 0;
+  uint32_t rows = 0;
+};
+
 KT_INLINE uint32_t panel_width(const Operand& x, uint32_t panel) {
   const uint32_t left = x.rows - panel * kPanelColumns;
   return left < kPanelColumns ? left : kPanelColumns;
 }
 
-// One block against panels p and, when kPanels is 2, p + 1.
-template <int kPanels>
-KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, uint32_t n, bool zero_first) {
+// One block, of one or two tiles of weight rows, against panels p and, when kPanels is 2, p + 1.
+template <int kWeights, int kPanels>
+KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, const TileAhead& ahead, uint32_t p, uint32_t n,
+                          bool zero_first) {
   const uint32_t n_padded = tile_n_padded(args.n1 - args.n0);
   float* c0 = args.c + (size_t{p} * n_padded + n - args.n0) * kPanelColumns;
   float* c1 = c0 + size_t{n_padded} * kPanelColumns;
   constexpr ptrdiff_t kCStride = kPanelColumns * sizeof(float);
   constexpr size_t kCTile = kTileRows * kPanelColumns;
   if (zero_first) {
-    Tile::zero<0>(), Tile::zero<2>();
-    if constexpr (kPanels == 2) Tile::zero<1>(), Tile::zero<3>();
+    Tile::zero<0>();
+    if constexpr (kPanels == 2) Tile::zero<1>();
+    if constexpr (kWeights == 2) Tile::zero<2>();
+    if constexpr (kWeights == 2 && kPanels == 2) Tile::zero<3>();
   } else {
-    Tile::load<0>(c0, kCStride), Tile::load<2>(c0 + kCTile, kCStride);
-    if constexpr (kPanels == 2) Tile::load<1>(c1, kCStride), Tile::load<3>(c1 + kCTile, kCStride);
+    Tile::load<0>(c0, kCStride);
+    if constexpr (kPanels == 2) Tile::load<1>(c1, kCStride);
+    if constexpr (kWeights == 2) Tile::load<2>(c0 + kCTile, kCStride);
+    if constexpr (kWeights == 2 && kPanels == 2) Tile::load<3>(c1 + kCTile, kCStride);
   }
 
   const ptrdiff_t stride0 = panel_width(args.x, p) * 4;
@@ -91,13 +104,17 @@ KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, ui
       Tile::load<7>(b1, stride1);
       Tile::dot_bf16<1, 4, 7>();
     }
-    Tile::load<5>(a1, w.row_stride);
-    Tile::dot_bf16<2, 5, 6>();
-    if constexpr (kPanels == 2) Tile::dot_bf16<3, 5, 7>();
+    if constexpr (kWeights == 2) {
+      Tile::load<5>(a1, w.row_stride);
+      Tile::dot_bf16<2, 5, 6>();
+    }
+    if constexpr (kWeights == 2 && kPanels == 2) Tile::dot_bf16<3, 5, 7>();
     a0 += kTileK * sizeof(bf16);
     a1 += kTileK * sizeof(bf16);
     b0 += kTileRows * stride0;
     b1 += kTileRows * stride1;
+    for (uint32_t r = 0; r < ahead.rows; ++r)
+      __builtin_prefetch(ahead.data + r * ahead.row_stride + static_cast<ptrdiff_t>(s * kCacheLine), 0, 2);
     if constexpr (kPanels == 2) {  // the panels' next tiles, a step ahead of their loads
       for (int line = 0; line < 16; ++line) {
         __builtin_prefetch(b0 + kTileRows * stride0 + line * kCacheLine, 0, 3);
@@ -106,29 +123,40 @@ KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, ui
     }
   }
 
-  Tile::store<0>(c0, kCStride), Tile::store<2>(c0 + kCTile, kCStride);
-  if constexpr (kPanels == 2) Tile::store<1>(c1, kCStride), Tile::store<3>(c1 + kCTile, kCStride);
+  Tile::store<0>(c0, kCStride);
+  if constexpr (kPanels == 2) Tile::store<1>(c1, kCStride);
+  if constexpr (kWeights == 2) Tile::store<2>(c0 + kCTile, kCStride);
+  if constexpr (kWeights == 2 && kPanels == 2) Tile::store<3>(c1 + kCTile, kCStride);
 }
 
 // A block of K against all panels.
-inline void tile_panels(const NtArgs& args, TileScope& scope, const TileBlock& w, uint32_t n, bool zero_first) {
+template <int kWeights>
+void tile_panels(const NtArgs& args, TileScope& scope, const TileBlock& w, const TileAhead& ahead, uint32_t n,
+                        bool zero_first) {
   const uint32_t panels = static_cast<uint32_t>(div_up(args.x.rows, kPanelColumns));
-  uint32_t p = 0;
-  for (; p + 2 <= panels; p += 2) {
-    scope.use(kPanelColumns, panel_width(args.x, p + 1));
-    tile_block<2>(args, w, p, n, zero_first);
-  }
-  if (p < panels) {
-    scope.use(panel_width(args.x, p), 0);
-    tile_block<1>(args, w, p, n, zero_first);
+  const uint32_t rows_a_pair = static_cast<uint32_t>(div_up(ahead.rows, div_up(panels, 2)));
+  TileAhead some = ahead;
+  uint32_t left = ahead.rows;
+  for (uint32_t p = 0; p < panels; p += 2) {
+    some.rows = left < rows_a_pair ? left : rows_a_pair;
+    if (p + 1 < panels) {
+      scope.use(kPanelColumns, panel_width(args.x, p + 1));
+      tile_block<kWeights, 2>(args, w, some, p, n, zero_first);
+    } else {
+      scope.use(panel_width(args.x, p), 0);
+      tile_block<kWeights, 1>(args, w, some, p, n, zero_first);
+    }
+    left -= some.rows;
+    some.data += static_cast<ptrdiff_t>(some.rows) * some.row_stride;
   }
 }
 
-// Decodes elements [k0, k1) of `rows` weight rows to bf16 tiles in scratch, zeros around them.
+// Decodes elements [k0, k1) of `rows` weight rows to `padded` rows of bf16 tiles in scratch, zeros around them.
 template <class Format>
-void fill_tile_block(const WeightView& w, uint32_t n, uint32_t rows, size_t k0, size_t k1, std::byte* to) {
+void fill_tile_block(const WeightView& w, uint32_t n, uint32_t rows, uint32_t padded, size_t k0, size_t k1,
+                     std::byte* to) {
   const size_t stride = round_up(k1 - k0, kTileK) * sizeof(bf16);
-  for (uint32_t r = 0; r < kGroupRows; ++r, to += stride) {
+  for (uint32_t r = 0; r < padded; ++r, to += stride) {
     if (r >= rows) {
       std::memset(to, 0, stride);
       continue;
@@ -143,25 +171,37 @@ void fill_tile_block(const WeightView& w, uint32_t n, uint32_t rows, size_t k0, 
   }
 }
 
+// What follows the block [k0, k1) of group n: the group's next block, or the next group's first.
 template <class Format>
-void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n) {
-  const uint32_t rows = args.n1 - n < kGroupRows ? args.n1 - n : kGroupRows;
+KT_INLINE TileAhead behind_block(const NtArgs& args, uint32_t n, size_t k1) {
+  const bool same_group = k1 < args.x.k;
+  const uint32_t row = same_group ? n : n + kGroupRows;
+  if (row >= args.n1) return {};
+  const uint32_t rows = args.n1 - row < kGroupRows ? args.n1 - row : kGroupRows;
+  return {args.w.row(row) + (same_group ? Format::row_bytes(k1) : 0), args.w.row_stride_bytes, rows};
+}
+
+// Weight rows [n, n + rows), at most kWeights tiles of them.
+template <class Format, int kWeights>
+void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t rows) {
+  constexpr uint32_t kPadded = kWeights * kTileRows;
   const uint32_t k = args.x.k;
-  const bool in_place = Unpack<Format>::kAsStored && rows == kGroupRows && args.x.rows <= kInPlaceRows;
+  const bool in_place = Unpack<Format>::kAsStored && rows == kPadded && args.x.rows <= kInPlaceRows;
   bool zero_first = !args.accumulate;
   size_t k0 = 0;
   if (in_place && k >= kTileK) {
     const TileBlock whole{args.w.row(n), args.w.row_stride_bytes, 0, k / kTileK};
-    tile_panels(args, scope, whole, n, zero_first);
+    tile_panels<kWeights>(args, scope, whole, {}, n, zero_first);
     zero_first = false;
     k0 = k / kTileK * kTileK;
   }
   for (; k0 < k; k0 += kTileBlockK) {
     const size_t k1 = k0 + kTileBlockK < k ? k0 + kTileBlockK : k;
-    fill_tile_block<Format>(args.w, n, rows, k0, k1, args.scratch);
+    fill_tile_block<Format>(args.w, n, rows, kPadded, k0, k1, args.scratch);
     const size_t steps = div_up(k1 - k0, kTileK);
-    const TileBlock block{args.scratch, static_cast<ptrdiff_t>(steps * kTileK * sizeof(bf16)), k0 / kTileK, steps};
-    tile_panels(args, scope, block, n, zero_first);
+    const ptrdiff_t stride = static_cast<ptrdiff_t>(steps * kTileK * sizeof(bf16));
+    const TileBlock block{args.scratch, stride, k0 / kTileK, steps};
+    tile_panels<kWeights>(args, scope, block, behind_block<Format>(args, n, k1), n, zero_first);
     zero_first = false;
   }
 }
@@ -169,5 +209,12 @@ void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n) {
 template <class Format>
 void nt_tiles(const NtArgs& args) {
   TileScope scope;
-  for (uint32_t n = args.n0; n < args.n1; n += kGroupRows) nt_tile_group<Format>(args, scope, n);
+  for (uint32_t n = args.n0; n < args.n1; n += kGroupRows) {
+    const uint32_t rows = args.n1 - n < kGroupRows ? args.n1 - n : kGroupRows;
+    if (rows > kTileRows) {
+      nt_tile_group<Format, 2>(args, scope, n, rows);
+    } else {
+      nt_tile_group<Format, 1>(args, scope, n, rows);
+    }
+  }
 }

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from ..config import ActivationSpec, parse_activation
 
-__all__ = ["activate", "gate_factor", "round_bf16", "up_factor"]
+__all__ = ["activate", "check_operands", "erfc", "gate_factor", "round_bf16", "sigmoid", "up_factor"]
 
 #: An array in the precision of the computation: float32, or float64 for the high-precision truth.
 Array = NDArray[np.floating[Any]]
 
-_erfc = np.frompyfunc(math.erfc, 1, 1)
+erfc = np.frompyfunc(math.erfc, 1, 1)
 
 
 def round_bf16(x: Array) -> NDArray[np.float32]:
@@ -88,6 +88,16 @@ def activate(
     >>> activate({"kind": "silu", "swiglu_limit": 1.0}, np.float64([0, 50]), np.float64([5, -5])).round(4)
     array([ 0.    , -0.7311])
     """
+    spec, gate, up = check_operands(activation, gate, up)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        factor = gate_factor(spec, gate)
+        return factor if up is None else factor * up_factor(spec, up)
+
+
+def check_operands(
+    activation: str | ActivationSpec | Mapping[str, Any], gate: Array, up: Array | None
+) -> tuple[ActivationSpec, Array, Array | None]:
+    """Check the arguments of `activate`; see there for what is raised."""
     spec = parse_activation(activation)
     gate = np.asarray(gate)
     if gate.dtype not in (np.float32, np.float64):
@@ -96,16 +106,13 @@ def activate(
         raise ValueError(
             f"activation {spec.name} {'needs' if spec.gated else 'has no'} up, got up={up!r:.40}"
         )
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        result = gate_factor(spec, gate)
-        if up is not None:
-            up = np.asarray(up)
-            if up.dtype != gate.dtype:
-                raise TypeError(f"up must be {gate.dtype} like gate, got {up.dtype}")
-            if up.shape != gate.shape:
-                raise ValueError(f"up must have the shape {gate.shape} of gate, got {up.shape}")
-            result = result * up_factor(spec, up)
-    return result
+    if up is not None:
+        up = np.asarray(up)
+        if up.dtype != gate.dtype:
+            raise TypeError(f"up must be {gate.dtype} like gate, got {up.dtype}")
+        if up.shape != gate.shape:
+            raise ValueError(f"up must have the shape {gate.shape} of gate, got {up.shape}")
+    return spec, gate, up
 
 
 def gate_factor(spec: ActivationSpec, g: Array) -> Array:
@@ -114,18 +121,18 @@ def gate_factor(spec: ActivationSpec, g: Array) -> Array:
     match spec.kind:
         case "silu" | "swigluoai":
             clamped = np.minimum(g, limit)
-            return clamped * _sigmoid(alpha * clamped)
+            return clamped * sigmoid(alpha * clamped)
         case "swiglustep":
-            return np.minimum(g * _sigmoid(g), limit)
+            return np.minimum(g * sigmoid(g), limit)
         case "gelu":
             # 1 + erf(x) as erfc(-x): the sum would cancel for negative g.
             wide = g.astype(np.float64)
-            return (0.5 * wide * np.asarray(_erfc(-wide / math.sqrt(2.0)), np.float64)).astype(g.dtype)
+            return (0.5 * wide * np.asarray(erfc(-wide / math.sqrt(2.0)), np.float64)).astype(g.dtype)
         case "gelu_tanh":
             # (1 + tanh(z)) / 2 is sig(2 z), which does not cancel for negative g.
-            return g * _sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (g + 0.044715 * g * g * g))
+            return g * sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (g + 0.044715 * g * g * g))
         case "situ":
-            return beta * np.tanh(g / beta) * _sigmoid(g)
+            return beta * np.tanh(g / beta) * sigmoid(g)
         case _:  # relu2
             return np.square(np.maximum(g, 0.0))
 
@@ -140,7 +147,7 @@ def up_factor(spec: ActivationSpec, u: Array) -> Array:
     return clipped + u.dtype.type(1.0) if spec.kind == "swigluoai" else clipped
 
 
-def _sigmoid(x: Array) -> Array:
+def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)) without an overflow on either side."""
     small = np.exp(-np.abs(x))
     result: Array = np.where(x >= 0, x.dtype.type(1.0), small) / (1 + small)

@@ -1,0 +1,259 @@
+"""Who keeps what alive, and what is left when nobody does: arrays, threads, memory, processor time."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+import tracemalloc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from layers import (
+    IS_SLOW,
+    Batch,
+    Layer,
+    assert_same_bits,
+    bf16,
+    draw_batch,
+    draw_layer,
+    engine_of,
+    low_level_moe,
+)
+
+AnyArray = Any
+
+E, I, H, P, T = 4, 24, 40, 2, 6  # noqa: E741
+
+
+@pytest.fixture(scope="module")
+def layer() -> Layer:
+    return draw_layer(np.random.default_rng(0), E, I, H)
+
+
+@pytest.fixture(scope="module")
+def batch(layer: Layer) -> Batch:
+    return draw_batch(np.random.default_rng(1), layer, T, P)
+
+
+@pytest.fixture(scope="module")
+def expected(layer: Layer, batch: Batch) -> AnyArray:
+    return layer.forward(batch)
+
+
+@pytest.fixture
+def engine() -> Iterator[Any]:
+    made = engine_of(2)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def moe(engine: Any, layer: Layer) -> Any:
+    return low_level_moe(engine, layer, P)
+
+
+def fresh_out() -> AnyArray:
+    return np.full((T, H), np.nan, bf16)
+
+
+def bad(batch: Batch, expert: int = E) -> Batch:
+    ids = batch.ids.copy()
+    ids[0, 0] = expert
+    return batch._replace(ids=ids)
+
+
+def test_a_submitted_task_holds_its_arrays(engine: Any, moe: Any, batch: Batch, expected: AnyArray) -> None:
+    outs, inputs = [], []
+    for _ in range(50):
+        copies = Batch(*(array.copy() for array in batch))
+        out = fresh_out()
+        engine.submit(moe.forward_task(*copies, out))
+        outs.append(out)
+        inputs += [weakref.ref(array) for array in copies]
+        del copies
+        np.full((T, H), np.nan, bf16)  # takes the place of what was freed too early
+    assert all(ref() is not None for ref in inputs[-3:])  # nobody has asked the engine since
+    engine.sync()
+    gc.collect()
+    assert all(ref() is None for ref in inputs)
+    for out in outs:
+        assert_same_bits(out, expected)
+
+
+def test_an_output_is_held_too(engine: Any, moe: Any, batch: Batch) -> None:
+    out = fresh_out()
+    ref = weakref.ref(out)
+    ticket = engine.submit(moe.forward_task(*batch, out))
+    del out
+    assert ref() is not None
+    engine.wait(ticket)
+    assert ref() is None
+
+
+def test_a_failed_task_lets_go(engine: Any, moe: Any, batch: Batch) -> None:
+    out = fresh_out()
+    ref = weakref.ref(out)
+    with pytest.raises(IndexError):
+        engine.run(moe.forward_task(*bad(batch), out))
+    del out
+    gc.collect()
+    assert ref() is None
+
+
+def test_a_task_that_is_never_submitted_lets_go(moe: Any, batch: Batch) -> None:
+    out = fresh_out()
+    ref = weakref.ref(out)
+    task = moe.forward_task(*batch, out)
+    del out
+    assert ref() is not None
+    del task
+    assert ref() is None
+
+
+def test_a_submitted_pass_of_a_wrapper_holds_its_arrays(
+    layer: Layer, batch: Batch, expected: AnyArray
+) -> None:
+    moe = layer.wrapper(P)
+    copies = Batch(*(array.copy() for array in batch))
+    refs = [weakref.ref(array) for array in copies]
+    moe.submit_forward(*copies)
+    del copies
+    assert all(ref() is not None for ref in refs)
+    assert_same_bits(moe.sync_forward(), expected)
+    assert all(ref() is None for ref in refs)
+
+
+def test_weights_live_as_long_as_the_layer(
+    engine: Any, batch: Batch, expected: AnyArray, layer: Layer
+) -> None:
+    own = layer.with_matrices(np.copy)
+    refs = [weakref.ref(array) for array in own.matrices]
+    moe = low_level_moe(engine, own, P)
+    del own
+    gc.collect()
+    out = fresh_out()
+    engine.run(moe.forward_task(*batch, out))
+    assert_same_bits(out, expected)
+    engine.submit(moe.forward_task(*batch, out))
+    del moe  # the task holds the layer
+    assert all(ref() is not None for ref in refs)
+    engine.sync()
+    gc.collect()
+    assert all(ref() is None for ref in refs)
+
+
+def test_replaced_weights_are_let_go(engine: Any, moe: Any, layer: Layer) -> None:
+    own = layer.with_matrices(np.copy)
+    refs = [weakref.ref(array) for array in own.matrices]
+    engine.run(moe.load_weights_task(*own.matrices))
+    del own
+    assert all(ref() is not None for ref in refs)
+    engine.run(moe.load_weights_task(*layer.matrices))
+    gc.collect()
+    assert all(ref() is None for ref in refs)
+
+
+def test_an_engine_that_is_dropped_finishes_first(layer: Layer, batch: Batch, expected: AnyArray) -> None:
+    engine = engine_of(2)
+    moe, outs = low_level_moe(engine, layer, P), [fresh_out() for _ in range(50)]
+    for out in outs:
+        engine.submit(moe.forward_task(*batch, out))
+    del engine
+    gc.collect()
+    for out in outs:
+        assert_same_bits(out, expected)
+
+
+def num_os_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_threads_end_with_the_engine() -> None:
+    before = num_os_threads()
+    for threads in ((1,), (4,), (2, 3)):
+        engine = engine_of(*threads)
+        assert num_os_threads() == before + sum(threads)  # one less works, one runs the queue
+        engine.shutdown()
+        assert num_os_threads() == before
+        engine = engine_of(*threads)
+        del engine
+        assert num_os_threads() == before
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_thousands_of_calls_leave_nothing(layer: Layer, batch: Batch) -> None:
+    moe = layer.wrapper(P)
+    small, wrong = batch.rows(slice(2)), bad(batch)
+    held = (*small, *wrong, *layer.matrices, moe)
+
+    def calls(num: int) -> None:
+        for _ in range(num):
+            moe.forward(*small)
+            moe.submit_forward(*small)
+            moe.sync_forward()
+            with pytest.raises(IndexError):
+                moe.forward(*wrong)
+            moe.submit_forward(*wrong)
+            with pytest.raises(IndexError):
+                moe.sync_forward()
+            with pytest.raises(ValueError, match="topk_weights"):
+                moe.forward(small.x, small.ids, small.weights[:1])
+
+    calls(300)
+    gc.collect()
+    counts, resident = [sys.getrefcount(thing) for thing in held], resident_bytes()
+    calls(200 if IS_SLOW else 1000)
+    gc.collect()
+    assert [sys.getrefcount(thing) for thing in held] == counts
+    assert resident_bytes() - resident < 2 << 20
+
+    tracemalloc.start()
+    try:
+        calls(10)
+        before = tracemalloc.get_traced_memory()[0]
+        calls(100)
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] - before < 20_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_loading_again_and_again_leaves_nothing() -> None:
+    rng = np.random.default_rng(3)
+    layer = draw_layer(rng, E, 64, 128, with_biases=True)  # 200 kB
+    moe = layer.wrapper(P)
+    for num in (20, 200):
+        resident = resident_bytes()
+        for _ in range(num):
+            layer.with_matrices(np.copy).load_into(moe)
+    assert resident_bytes() - resident < 4 << 20
+
+
+def test_engines_leave_nothing() -> None:
+    for num in (5, 50):
+        resident = resident_bytes()
+        for _ in range(num):
+            engine_of(2, 1).shutdown()
+    assert resident_bytes() - resident < 2 << 20
+
+
+def test_an_idle_engine_takes_no_cpu(layer: Layer, batch: Batch) -> None:
+    moe = layer.wrapper(P)
+    moe.forward(*batch)
+    moe.submit_forward(*batch)
+    moe.sync_forward()
+    for _ in range(5):  # other threads of this process may still be busy with what came before
+        begin, used = time.perf_counter(), time.process_time()
+        time.sleep(0.2)
+        if time.process_time() - used < 0.02 * (time.perf_counter() - begin):
+            return
+    pytest.fail("the engine keeps a CPU busy with nothing to do")
