@@ -129,10 +129,15 @@ def _run_tokens(
     measured = {label: Limits.mean([before[label], one]) for label, one in after.items()}
     for contestant in contestants:
         label = contestant.spec.label
-        record = {"tokens": tokens, "experts_touched": round(touched, 1), "rows_checked": len(rows)}
+        record: dict[str, Any] = {
+            "tokens": tokens,
+            "experts_touched": round(touched, 1),
+            "rows_checked": len(rows),
+        }
         if label in errors:
             record["rel_err"] = float(f"{errors[label]:.3g}")
-            record["bits_of_first"] = np.array_equal(answers[label], next(iter(answers.values())))
+            if contestant.spec.peer == "ktmoe":
+                record["bits_of_first"] = np.array_equal(answers[label], next(iter(answers.values())))
         if label in samples:
             spread = Spread.of(samples[label])
             record |= {

@@ -13,7 +13,7 @@ from .contestant import Contestant, ContestantError
 __all__ = ["Limits", "Spread", "compete", "measure_limits"]
 
 #: Instruction sets whose product limit is the step with its loads: their dot alone cannot be fed.
-_STEP_LIMITED = ("amx", "amx_emu")
+_STEP_LIMITED = ("amx",)
 
 
 #: Turns after which a contender that has had its time, and more, gets no further one.

@@ -73,7 +73,7 @@ class Layer:
 def _parts(shape: Shape) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
     """Shape and dtype of the arrays, one behind the other; all sizes keep the next one aligned."""
     num, inter, hidden = shape.experts, shape.inter, shape.hidden
-    parts = [
+    parts: list[tuple[tuple[int, ...], np.dtype[Any]]] = [
         ((num, inter, hidden), bfloat16),
         ((num, inter, hidden), bfloat16),
         ((num, hidden, inter), bfloat16),

@@ -71,7 +71,7 @@ def cut(shape: Shape, experts: int) -> Shape:
     return replace(shape, experts=experts, model_experts=shape.model_experts or shape.experts)
 
 
-def fit(shape: Shape, bytes_per_weight: float, memory: int) -> Shape:
+def fit(shape: Shape, bytes_per_weight: float, memory: float) -> Shape:
     """`shape` with as many experts as `memory` holds when a weight takes `bytes_per_weight` of it, all told.
 
     Raises

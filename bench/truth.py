@@ -16,10 +16,12 @@ _MOST_WEIGHTS, _MOST_FLOP = 1.5e9, 4e11
 def activate(name: str, gate: Array, up: Array) -> Array:
     """Apply an activation, named as in the library, none of whose code a truth may share."""
     if name == "silu":
-        return gate / (1 + np.exp(-gate)) * up
+        silu: Array = gate / (1 + np.exp(-gate)) * up
+        return silu
     if name == "swigluoai":
         gate, up = np.minimum(gate, np.float32(7)), np.clip(up, np.float32(-7), np.float32(7))
-        return gate / (1 + np.exp(np.float32(-1.702) * gate)) * (up + 1)
+        swigluoai: Array = gate / (1 + np.exp(np.float32(-1.702) * gate)) * (up + 1)
+        return swigluoai
     raise ValueError(f"activation {name!r}: no truth of it here")
 
 
@@ -28,8 +30,10 @@ def expert_output(layer: Layer, e: int, x: Array, weights: tuple[Array, Array, A
     gate, up = x @ weights[0].T, x @ weights[1].T
     if layer.gate_bias is not None and layer.up_bias is not None and layer.down_bias is not None:
         hidden = activate(layer.shape.activation, gate + layer.gate_bias[e], up + layer.up_bias[e])
-        return hidden @ weights[2].T + layer.down_bias[e]
-    return activate(layer.shape.activation, gate, up) @ weights[2].T
+        y: Array = hidden @ weights[2].T + layer.down_bias[e]
+    else:
+        y = activate(layer.shape.activation, gate, up) @ weights[2].T
+    return y
 
 
 def sample_rows(layer: Layer, case: Case) -> Array:

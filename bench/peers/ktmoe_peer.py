@@ -17,9 +17,10 @@ __all__ = ["Contender", "contenders"]
 
 
 def contenders(base: Spec, options: Any) -> list[Spec]:
-    """One for each instruction set asked for; the first also measures the machine."""
+    """One for each instruction set asked for, which also measures the machine with it."""
+    spec = base.but(peer="ktmoe")
     return [
-        base.but(peer="ktmoe", family=f"ktmoe {isa}", isa=isa, gives_limits=base.gives_limits)
+        spec.but(family=f"ktmoe {isa}", isa=isa, gives_limits=base.gives_limits and isa != "amx_emu")
         for isa in options.isa
     ]
 

@@ -50,5 +50,5 @@ class Contender:
 
     def about(self) -> dict[str, Any]:
         """See `bench.peers.Contender`."""
-        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[index]
+        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
         return {"version": np.__version__, "isa": f"{blas.get('name')} {blas.get('version')}"}
