@@ -28,12 +28,14 @@ from layers import (
 )
 
 from ktmoe_np.config import parse_activation
+from ktmoe_np.reference import moe_forward
 
 AnyArray = Any
 
 #: One element, a tile and its neighbours, pairs and steps of every instruction set, and odd ones.
 SIZES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 45, 64, 70, 95, 100, 128, 129, 160)
 TOKENS = (0, 1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65)
+BAD_NUMBERS = (np.nan, np.inf, -np.inf)
 ROUTINGS = ("random", "distinct", "one expert", "one id twice", "some skipped", "all skipped", "two tokens")
 
 
@@ -68,6 +70,8 @@ def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     batch = draw_batch(rng, layer, data.draw(st.sampled_from(TOKENS), "T"), num_slots)
     batch = routed(batch, data.draw(st.sampled_from(ROUTINGS), "routing"), num_experts, rng)
 
+    if len(batch.x) and data.draw(st.booleans(), "one bad number"):
+        batch.x[rng.integers(len(batch.x)), rng.integers(hidden)] = data.draw(st.sampled_from(BAD_NUMBERS))
     mask = rng.random(num_experts) < 0.5 if data.draw(st.booleans(), "masked") else None
     mapped = rng.integers(0, num_experts, num_experts) if data.draw(st.booleans(), "mapped") else None
     out_dtype = data.draw(st.sampled_from([bf16, np.dtype(np.float32)]), "out")
@@ -81,6 +85,35 @@ def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     moe = as_stored.wrapper(num_slots, mapped, gpu_experts_mask=mask, chunked_prefill_size=chunk)
     assert moe.forward(*batch, out=out, incremental=incremental) is out
     assert_close(out, layer, batch, gpu_experts_mask=mask, physical_to_logical_map=mapped, base=base)
+
+
+@settings(deadline=None, max_examples=30 if IS_SLOW else 100)
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1))
+def test_integers_are_right_to_the_last_bit(data: st.DataObject, seed: int) -> None:
+    """Their sums are exact in any order: what remains are the two named roundings, with many ties."""
+    rng = np.random.default_rng(seed)
+    num_experts, num_slots = data.draw(st.integers(1, 4), "E"), data.draw(st.integers(1, 4), "P")
+    inter = data.draw(st.sampled_from([*SIZES, 2051]), "I")
+    hidden = data.draw(st.sampled_from(SIZES if inter > 2000 else [*SIZES, 2100]), "H")
+
+    def integers(*shape: int) -> AnyArray:
+        return rng.integers(-1, 2, shape).astype(bf16)
+
+    gate, down = integers(num_experts, inter, hidden), integers(num_experts, hidden, inter)
+    biases = {"gate_bias": rng.integers(-9, 30, (num_experts, inter)).astype(np.float32)}
+    layer = Layer(gate, None, down, **biases, activation="relu2")
+    routes = (data.draw(st.sampled_from(TOKENS), "T"), num_slots)
+    batch = Batch(
+        integers(routes[0], hidden),
+        rng.integers(-1, num_experts, routes),
+        rng.integers(-4, 5, routes).astype(np.float32),
+    )
+    out = np.empty(batch.x.shape, data.draw(st.sampled_from([bf16, np.dtype(np.float32)]), "out"))
+    expected = moe_forward(*batch, *layer.matrices, **biases, activation="relu2", out_dtype=out.dtype)
+    # Zero may have either sign.
+    np.testing.assert_array_equal(
+        layer.forward(batch, out=out).astype(np.float32), expected.astype(np.float32)
+    )
 
 
 #: name -> (E, I, H, P, T)

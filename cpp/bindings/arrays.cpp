@@ -1,5 +1,7 @@
 #include "bindings/arrays.h"
 
+#include <nanobind/stl/string.h>
+
 #include <functional>
 
 #include "core/error.h"
@@ -64,7 +66,8 @@ std::string bracketed(const Items& items, const Text& text) {
 }
 
 std::string text_of(const Dims& shape) {
-  return bracketed(shape, [](const Dim& d) { return d.letter ? std::string(d.letter) : std::to_string(d.value); });
+  return bracketed(shape,
+                   [](const Dim& d) { return d.letter ? std::string(d.letter) : std::to_string(d.value); });
 }
 
 [[noreturn]] void throw_no_array(nb::handle object, const char* name) {
@@ -108,7 +111,8 @@ Array Array::write(nb::handle object, const char* name) {
   if (!nb::try_cast(as_exported(object, is_bf16), handle, false) ||
       handle.device_type() != nb::device::cpu::value) {
     const Array readable = read(object, name);  // throws when it is no array at all
-    throw_invalid(name, ": got a read-only array ", readable.describe(), ", expected one that can be written");
+    throw_invalid(name, ": got a read-only array ", readable.describe(),
+                  ", expected one that can be written");
   }
   Array array;
   array.name_ = name;
@@ -124,7 +128,8 @@ size_t Array::size() const {
 
 std::string Array::dtype_name() const {
   if (dtype_ != DType::kOther) return label(dtype_);
-  return nb::hasattr(object_, "dtype") ? nb::cast<std::string>(nb::str(object_.attr("dtype"))) : "another dtype";
+  return nb::hasattr(object_, "dtype") ? nb::cast<std::string>(nb::str(object_.attr("dtype")))
+                                       : "another dtype";
 }
 
 std::string Array::describe() const {
@@ -156,8 +161,9 @@ const Array& Array::expect_contiguous() const {
     step *= shape_[i];
   }
   if (!contiguous && size() != 0)
-    throw nb::type_error(str_cat(name_, ": got ", describe(),
-                                 " with gaps or in another order, expected it C-contiguous").c_str());
+    throw nb::type_error(
+        str_cat(name_, ": got ", describe(), " with gaps or in another order, expected it C-contiguous")
+            .c_str());
   return *this;
 }
 

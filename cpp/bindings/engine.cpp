@@ -59,7 +59,8 @@ WorkerPoolConfig make_config(int subpool_count, std::vector<int> numa_map, std::
 }  // namespace
 
 void bind_engine(nb::module_& m) {
-  nb::class_<WorkerPoolConfig>(m, "WorkerPoolConfig", R"(Threads of an engine, in sub-pools that stay on a NUMA node.
+  nb::class_<WorkerPoolConfig>(m, "WorkerPoolConfig",
+                               R"(Threads of an engine, in sub-pools that stay on a NUMA node.
 
 Parameters
 ----------
@@ -69,13 +70,15 @@ subpool_numa_map : list of int
     The NUMA node of each sub-pool.
 subpool_thread_count : list of int
     The number of threads of each sub-pool, the calling thread included.)")
-      .def("__init__",
-           [](WorkerPoolConfig* self, int count, std::vector<int> numa_map, std::vector<int> threads) {
-             new (self) WorkerPoolConfig(make_config(count, std::move(numa_map), std::move(threads)));
-           },
-           nb::arg("subpool_count"), nb::arg("subpool_numa_map"), nb::arg("subpool_thread_count"))
-      .def_static("defaults", [] { return WorkerPoolConfig::defaults(Topology::read()); },
-                  "One sub-pool for every node with CPUs that this process may use, a thread for each of them.")
+      .def(
+          "__init__",
+          [](WorkerPoolConfig* self, int count, std::vector<int> numa_map, std::vector<int> threads) {
+            new (self) WorkerPoolConfig(make_config(count, std::move(numa_map), std::move(threads)));
+          },
+          nb::arg("subpool_count"), nb::arg("subpool_numa_map"), nb::arg("subpool_thread_count"))
+      .def_static(
+          "defaults", [] { return WorkerPoolConfig::defaults(Topology::read()); },
+          "One sub-pool for every node with CPUs that this process may use, a thread for each of them.")
       .def_rw("subpool_count", &WorkerPoolConfig::subpool_count)
       .def_rw("subpool_numa_map", &WorkerPoolConfig::subpool_numa_map)
       .def_rw("subpool_thread_count", &WorkerPoolConfig::subpool_thread_count);
@@ -87,7 +90,8 @@ subpool_thread_count : list of int
 
   nb::class_<PythonTask>(m, "Task", "Work for an engine, made by a layer; it can be submitted once.");
 
-  nb::class_<CPUInfer>(m, "CPUInfer", R"(The engine: threads, and a queue of tasks that run in the order of submission.
+  nb::class_<CPUInfer>(m, "CPUInfer",
+                       R"(The engine: threads, and a queue of tasks that run in the order of submission.
 
 Parameters
 ----------
@@ -111,10 +115,16 @@ Exception
     The first one that a task waited for has raised. The engine stays usable.)")
       .def("wait", &wait, nb::arg("ticket"), "Wait for the task with that ticket; raises what it raised.")
       .def("run", &run, nb::arg("task"), "Submit a task and wait for it, without waking another thread.")
-      .def("shutdown", [](CPUInfer& engine) {
-             { nb::gil_scoped_release release; engine.shutdown(); }
-             release_finished(engine);
-           }, "Finish what is queued and end the threads. May be called again.")
+      .def(
+          "shutdown",
+          [](CPUInfer& engine) {
+            {
+              nb::gil_scoped_release release;
+              engine.shutdown();
+            }
+            release_finished(engine);
+          },
+          "Finish what is queued and end the threads. May be called again.")
       .def_prop_ro("num_submitted", &CPUInfer::num_submitted)
       .def_prop_ro("num_completed", &CPUInfer::num_completed);
 }

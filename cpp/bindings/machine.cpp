@@ -4,7 +4,6 @@
 
 #include <optional>
 
-
 #include "bindings/module.h"
 #include "core/error.h"
 #include "isa/isa.h"
@@ -31,8 +30,8 @@ nb::dict isa_info() {
 }
 
 // With a feature set and a list of compiled instruction sets, any machine can be asked about.
-std::string select(bool avx2, bool avx512, bool avx512_bf16, bool amx, const std::vector<std::string>& compiled,
-                   nb::object override_name) {
+std::string select(bool avx2, bool avx512, bool avx512_bf16, bool amx,
+                   const std::vector<std::string>& compiled, nb::object override_name) {
   const CpuFeatures features{avx2, avx512, avx512_bf16, amx};
   std::vector<Isa> isas;
   for (const std::string& name : compiled) isas.push_back(isa_from_name(name));
@@ -53,7 +52,8 @@ nb::dict topology() {
 }
 
 nb::dict limits(CPUInfer& engine, double seconds, nb::object isa) {
-  if (!(seconds > 0) || seconds > 600) throw_invalid("seconds: got ", seconds, ", expected above 0, at most 600");
+  if (!(seconds > 0) || seconds > 600)
+    throw_invalid("seconds: got ", seconds, ", expected above 0, at most 600");
   const kernels::KernelTable* table = &kernels::active_table();
   if (!isa.is_none()) {
     const Isa wanted = isa_from_name(nb::cast<std::string>(isa));
@@ -78,12 +78,14 @@ nb::dict limits(CPUInfer& engine, double seconds, nb::object isa) {
 }  // namespace
 
 void bind_machine(nb::module_& m) {
-  m.def("isa_info", &isa_info, "Instruction sets: the active one, those compiled in, those this machine has.");
+  m.def("isa_info", &isa_info,
+        "Instruction sets: the active one, those compiled in, those this machine has.");
   m.def("select_isa", &select, nb::arg("avx2"), nb::arg("avx512"), nb::arg("avx512_bf16"), nb::arg("amx"),
         nb::arg("compiled"), nb::arg("override_name").none() = nb::none(),
         "The instruction set that a machine with these features would use.");
   m.def("topology", &topology, "CPUs that this process may use, by NUMA node, and its CPU quota.");
-  m.def("measure_limits", &limits, nb::arg("engine"), nb::arg("seconds") = 0.3, nb::arg("isa").none() = nb::none(),
+  m.def("measure_limits", &limits, nb::arg("engine"), nb::arg("seconds") = 0.3,
+        nb::arg("isa").none() = nb::none(),
         "Read bandwidth and product rates of all threads of an engine, `seconds` for each of the three.");
 }
 

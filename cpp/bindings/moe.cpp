@@ -16,10 +16,10 @@ namespace {
 using Layer = std::shared_ptr<MoE_Interface>;
 using Arrays = std::vector<Array>;
 
-// The E matrices [rows, columns] of a projection: from one array [E, rows, columns] or a sequence of E arrays.
-// Only the last axis has to be contiguous.
-std::vector<WeightView> matrices(nb::handle source, const char* name, int64_t num, int64_t rows, int64_t columns,
-                                 Arrays& owners) {
+// The E matrices [rows, columns] of a projection: from one array [E, rows, columns] or a sequence of E
+// arrays. Only the last axis has to be contiguous.
+std::vector<WeightView> matrices(nb::handle source, const char* name, int64_t num, int64_t rows,
+                                 int64_t columns, Arrays& owners) {
   std::vector<WeightView> views;
   const auto add = [&](const Array& a, size_t axis, int64_t e) {
     if (a.shape(axis + 1) > 1 && a.stride_bytes(axis + 1) != static_cast<int64_t>(sizeof(bf16)))
@@ -78,7 +78,8 @@ void apply_map(nb::handle source, const GeneralMOEConfig& c, ExpertWeights& w) {
   ExpertMatrices& m = w.matrices;
   m.gate = permuted(m.gate, map, 1), m.up = permuted(m.up, map, 1), m.down = permuted(m.down, map, 1);
   ExpertBiases& b = w.biases;
-  b.gate = permuted(b.gate, map, width), b.up = permuted(b.up, map, width), b.down = permuted(b.down, map, hidden);
+  b.gate = permuted(b.gate, map, width), b.up = permuted(b.up, map, width),
+  b.down = permuted(b.down, map, hidden);
 }
 
 PythonTask load_weights_task(Layer layer, nb::object gate, nb::object up, nb::object down, nb::object map,
@@ -87,15 +88,18 @@ PythonTask load_weights_task(Layer layer, nb::object gate, nb::object up, nb::ob
   auto owners = std::make_shared<Arrays>();
   owners->reserve(3 * static_cast<size_t>(c.expert_num));
   auto weights = std::make_shared<ExpertWeights>();
-  weights->matrices.gate = matrices(gate, "gate_proj", c.expert_num, c.intermediate_size, c.hidden_size, *owners);
+  weights->matrices.gate =
+      matrices(gate, "gate_proj", c.expert_num, c.intermediate_size, c.hidden_size, *owners);
   weights->biases.gate = biases(gate_bias, "gate_bias", c.expert_num, c.intermediate_size);
   if (c.activation.gated) {
     weights->matrices.up = matrices(up, "up_proj", c.expert_num, c.intermediate_size, c.hidden_size, *owners);
     weights->biases.up = biases(up_bias, "up_bias", c.expert_num, c.intermediate_size);
   } else if (!up.is_none() || !up_bias.is_none()) {
-    throw_invalid(up.is_none() ? "up_bias" : "up_proj", ": got one, expected None: the activation is not gated");
+    throw_invalid(up.is_none() ? "up_bias" : "up_proj",
+                  ": got one, expected None: the activation is not gated");
   }
-  weights->matrices.down = matrices(down, "down_proj", c.expert_num, c.hidden_size, c.intermediate_size, *owners);
+  weights->matrices.down =
+      matrices(down, "down_proj", c.expert_num, c.hidden_size, c.intermediate_size, *owners);
   weights->biases.down = biases(down_bias, "down_bias", c.expert_num, c.hidden_size);
   apply_map(map, c, *weights);
   weights->owner = owners;
@@ -144,12 +148,12 @@ PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_i
   return PythonTask([layer, args, arrays = std::move(arrays)] { layer->forward(args); });
 }
 
-kernels::Activation make_activation(const std::string& kind, bool gated, float limit, float alpha, float beta1,
-                                    float beta2) {
+kernels::Activation make_activation(const std::string& kind, bool gated, float limit, float alpha,
+                                    float beta1, float beta2) {
   using Kind = kernels::ActivationKind;
   static const std::map<std::string, Kind> kinds = {
-      {"silu", Kind::kSilu}, {"swigluoai", Kind::kSwigluOai}, {"swiglustep", Kind::kSwigluStep},
-      {"gelu", Kind::kGelu}, {"gelu_tanh", Kind::kGeluTanh},  {"situ", Kind::kSitu},
+      {"silu", Kind::kSilu},  {"swigluoai", Kind::kSwigluOai}, {"swiglustep", Kind::kSwigluStep},
+      {"gelu", Kind::kGelu},  {"gelu_tanh", Kind::kGeluTanh},  {"situ", Kind::kSitu},
       {"relu2", Kind::kRelu2}};
   const auto found = kinds.find(kind);
   if (found == kinds.end()) {
@@ -171,25 +175,29 @@ layer_idx : int
     Which layer of the model this is.
 pool : WorkerPool, optional
     The threads to run on: the `backend_` of a CPUInfer. Needed before a layer is made.)")
-      .def("__init__",
-           [](GeneralMOEConfig* self, int64_t experts, int64_t per_token, int64_t hidden, int64_t intermediate,
-              int64_t layer_idx, std::shared_ptr<WorkerPool> pool) {
-             new (self) GeneralMOEConfig{experts, per_token, hidden, intermediate, layer_idx, {}, std::move(pool)};
-           },
-           nb::arg("expert_num") = 0, nb::arg("num_experts_per_tok") = 0, nb::arg("hidden_size") = 0,
-           nb::arg("intermediate_size") = 0, nb::arg("layer_idx") = 0, nb::arg("pool").none() = nb::none())
+      .def(
+          "__init__",
+          [](GeneralMOEConfig* self, int64_t experts, int64_t per_token, int64_t hidden, int64_t intermediate,
+             int64_t layer_idx, std::shared_ptr<WorkerPool> pool) {
+            new (self)
+                GeneralMOEConfig{experts, per_token, hidden, intermediate, layer_idx, {}, std::move(pool)};
+          },
+          nb::arg("expert_num") = 0, nb::arg("num_experts_per_tok") = 0, nb::arg("hidden_size") = 0,
+          nb::arg("intermediate_size") = 0, nb::arg("layer_idx") = 0, nb::arg("pool").none() = nb::none())
       .def_rw("expert_num", &GeneralMOEConfig::expert_num)
       .def_rw("num_experts_per_tok", &GeneralMOEConfig::num_experts_per_tok)
       .def_rw("hidden_size", &GeneralMOEConfig::hidden_size)
       .def_rw("intermediate_size", &GeneralMOEConfig::intermediate_size)
       .def_rw("layer_idx", &GeneralMOEConfig::layer_idx)
       .def_rw("pool", &GeneralMOEConfig::pool, nb::arg().none())
-      .def("set_activation",
-           [](GeneralMOEConfig& self, const std::string& kind, bool gated, float limit, float alpha, float beta1,
-              float beta2) { self.activation = make_activation(kind, gated, limit, alpha, beta1, beta2); },
-           nb::arg("kind"), nb::arg("gated") = true, nb::arg("limit") = std::numeric_limits<float>::infinity(),
-           nb::arg("alpha") = 1.702f, nb::arg("beta1") = 4.0f, nb::arg("beta2") = 25.0f,
-           "Set the activation function by name; the reference states the formulas.");
+      .def(
+          "set_activation",
+          [](GeneralMOEConfig& self, const std::string& kind, bool gated, float limit, float alpha,
+             float beta1,
+             float beta2) { self.activation = make_activation(kind, gated, limit, alpha, beta1, beta2); },
+          nb::arg("kind"), nb::arg("gated") = true, nb::arg("limit") = std::numeric_limits<float>::infinity(),
+          nb::arg("alpha") = 1.702f, nb::arg("beta1") = 4.0f, nb::arg("beta2") = 25.0f,
+          "Set the activation function by name; the reference states the formulas.");
 }
 
 void bind_interface(nb::module_& m) {
@@ -215,9 +223,9 @@ gate_bias, up_bias, down_bias : array, optional
 Returns
 -------
 Task)")
-      .def("forward_task", &forward_task, nb::arg("hidden_states"), nb::arg("topk_ids"), nb::arg("topk_weights"),
-           nb::arg("out"), nb::arg("incremental") = false, nb::kw_only(), nb::arg("base").none() = nb::none(),
-           nb::arg("skip_experts").none() = nb::none(),
+      .def("forward_task", &forward_task, nb::arg("hidden_states"), nb::arg("topk_ids"),
+           nb::arg("topk_weights"), nb::arg("out"), nb::arg("incremental") = false, nb::kw_only(),
+           nb::arg("base").none() = nb::none(), nb::arg("skip_experts").none() = nb::none(),
            R"(Make the task of one forward pass.
 
 Parameters
@@ -252,7 +260,8 @@ void bind_layer(nb::module_& m, const char* name, const char* doc) {
 void bind_moe(nb::module_& m) {
   bind_config(m);
   bind_interface(m);
-  bind_layer<AMX_MOE_TP<GemmKernel224BF>>(m, "AMXBF16_MOE", "Experts with bf16 weights, as they lie in memory.");
+  bind_layer<AMX_MOE_TP<GemmKernel224BF>>(m, "AMXBF16_MOE",
+                                          "Experts with bf16 weights, as they lie in memory.");
 }
 
 }  // namespace ktmoe::bindings

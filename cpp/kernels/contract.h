@@ -103,16 +103,16 @@ enum class FloatType : uint8_t { kBf16, kFloat32 };
 struct CombineArgs {
   const float* y = nullptr;
   size_t y_stride = 0;
-  const int32_t* row = nullptr;      // [tokens, slots]
-  const float* weights = nullptr;    // [tokens, slots]
+  const int32_t* row = nullptr;    // [tokens, slots]
+  const float* weights = nullptr;  // [tokens, slots]
   uint32_t tokens = 0, slots = 0, columns = 0;
-  const bf16* hidden = nullptr;      // [tokens, hidden_size], rows contiguous
+  const bf16* hidden = nullptr;  // [tokens, hidden_size], rows contiguous
   uint32_t hidden_size = 0;
   const void* base = nullptr;
   FloatType base_type = FloatType::kFloat32;
   void* out = nullptr;
   FloatType out_type = FloatType::kBf16;
-  size_t out_stride = 0;             // elements, of base and out alike
+  size_t out_stride = 0;  // elements, of base and out alike
 };
 
 // What one call of a limit kernel did, to be divided by its time.

@@ -22,7 +22,8 @@ void copy_expert(const Block& block, size_t e) {
   std::byte* to = block.to + e * block.expert_bytes();
   for (uint32_t n = block.rows.begin; n < block.rows.end; ++n)
     std::memcpy(to + (n - block.rows.begin) * block.row_bytes, (*block.source)[e].row(n), block.row_bytes);
-  (*block.target)[e] = WeightView{to, static_cast<ptrdiff_t>(block.row_bytes)}.numbered_from(block.rows.begin);
+  (*block.target)[e] =
+      WeightView{to, static_cast<ptrdiff_t>(block.row_bytes)}.numbered_from(block.rows.begin);
 }
 
 }  // namespace

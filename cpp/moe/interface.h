@@ -29,7 +29,7 @@ struct ForwardArgs {
   const uint8_t* skip_experts = nullptr;  // [E] or null: experts that someone else computes
   const void* base = nullptr;             // [T, H] or null: what the result is added to; may be `out`
   kernels::FloatType base_type = kernels::FloatType::kFloat32;
-  void* out = nullptr;                    // [T, H]
+  void* out = nullptr;  // [T, H]
   kernels::FloatType out_type = kernels::FloatType::kBf16;
 };
 

@@ -23,7 +23,7 @@ struct WorkerScratch {
   std::byte* operand = nullptr;  // packed activations
   float* c_gate = nullptr;       // C blocks
   float* c_up = nullptr;
-  std::byte* nt = nullptr;       // of the product kernel
+  std::byte* nt = nullptr;  // of the product kernel
 };
 
 // The down projection goes over a part's columns in passes, so that its fp32 results stay in cache until

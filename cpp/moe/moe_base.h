@@ -35,13 +35,15 @@ class AMX_MOE_BASE {
   }
 
   void cut_gate_up(const LayerCall& call, int num_threads) {
-    cut_panels(call.plan, intermediate_, static_cast<uint32_t>(config_.hidden_size), num_threads, gate_up_tasks_);
+    cut_panels(call.plan, intermediate_, static_cast<uint32_t>(config_.hidden_size), num_threads,
+               gate_up_tasks_);
   }
   // Columns of pass `i` of `passes`.
   void cut_down(const LayerCall& call, int num_threads, uint32_t pass, uint32_t passes) {
     const Span part = share_of(hidden_.size(), kernels::kOutputBlock, pass, passes);
     pass_.columns = {hidden_.begin + part.begin, hidden_.begin + part.end};
-    cut_panels(call.plan, pass_.columns, static_cast<uint32_t>(config_.intermediate_size), num_threads, down_tasks_);
+    cut_panels(call.plan, pass_.columns, static_cast<uint32_t>(config_.intermediate_size), num_threads,
+               down_tasks_);
     cut_tokens(call.args->num_tokens, pass_.columns, num_threads, combine_tasks_);
   }
   uint32_t num_gate_up() const { return static_cast<uint32_t>(gate_up_tasks_.size()); }
@@ -66,7 +68,8 @@ class AMX_MOE_BASE {
     kernels::ActivateArgs act;
     act.activation = config_.activation;
     act.n0 = task.n0, act.n1 = task.n1;
-    act.h = call.kernels->operand_block(call.h[task.active], expert.rows, static_cast<uint32_t>(width), task.m0, task.m1);
+    act.h = call.kernels->operand_block(call.h[task.active], expert.rows, static_cast<uint32_t>(width),
+                                        task.m0, task.m1);
 
     product(call, scratch, x, matrices_->gate[e], task, scratch.c_gate);
     act.c_gate = scratch.c_gate;
@@ -103,7 +106,8 @@ class AMX_MOE_BASE {
   void combine(const LayerCall& call, uint32_t task_index) {
     const PanelTask& task = combine_tasks_[task_index];
     const ForwardArgs& args = *call.args;
-    const size_t slots = static_cast<size_t>(config_.num_experts_per_tok), hidden = static_cast<size_t>(config_.hidden_size);
+    const size_t slots = static_cast<size_t>(config_.num_experts_per_tok),
+                 hidden = static_cast<size_t>(config_.hidden_size);
     const size_t at = task.m0 * hidden + task.n0;
 
     kernels::CombineArgs c;
@@ -142,7 +146,8 @@ class AMX_MOE_BASE {
   static Pointer element(Pointer base, kernels::FloatType type, size_t at) {
     if (base == nullptr) return nullptr;
     const size_t bytes = at * (type == kernels::FloatType::kBf16 ? sizeof(bf16) : sizeof(float));
-    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const std::byte, std::byte>;
+    using Byte =
+        std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const std::byte, std::byte>;
     return static_cast<Byte*>(base) + bytes;
   }
 
@@ -159,8 +164,8 @@ class AMX_MOE_BASE {
     return packed.operand;
   }
 
-  void product(const LayerCall& call, const WorkerScratch& scratch, const kernels::Operand& x, const WeightView& w,
-               const PanelTask& task, float* c) {
+  void product(const LayerCall& call, const WorkerScratch& scratch, const kernels::Operand& x,
+               const WeightView& w, const PanelTask& task, float* c) {
     kernels::NtArgs nt;
     nt.x = x, nt.w = w;
     nt.n0 = task.n0, nt.n1 = task.n1;

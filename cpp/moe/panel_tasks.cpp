@@ -26,8 +26,8 @@ uint32_t most_rows_per_block(uint32_t k) {
 
 uint32_t rows_per_block(uint32_t k) {
   constexpr uint32_t kCacheBytes = 1u << 20;
-  const uint32_t rows = kCacheBytes / (k * static_cast<uint32_t>(sizeof(bf16))) / kernels::kOutputBlock *
-                        kernels::kOutputBlock;
+  const uint32_t rows =
+      kCacheBytes / (k * static_cast<uint32_t>(sizeof(bf16))) / kernels::kOutputBlock * kernels::kOutputBlock;
   return std::clamp(rows, kernels::kOutputBlock, kernels::kMaxPanelRows / 3 * 2);
 }
 

@@ -22,8 +22,8 @@ struct PanelTask {
   uint32_t n0, n1;
 };
 
-// Rows of one expert that are taken at a time when a row has k inputs: as many as the second-level cache holds
-// beside the weights.
+// Rows of one expert that are taken at a time when a row has k inputs: as many as the second-level cache
+// holds beside the weights.
 uint32_t rows_per_block(uint32_t k);
 
 // The most rows that cut_panels puts into one block.
@@ -31,7 +31,8 @@ uint32_t most_rows_per_block(uint32_t k);
 
 // Panels of all active experts x outputs, an expert's panels one after the other, so that a worker meets the
 // same activations again. Blocks of outputs are as wide as leaves every thread enough of them to balance.
-void cut_panels(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threads, std::vector<PanelTask>& tasks);
+void cut_panels(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threads,
+                std::vector<PanelTask>& tasks);
 
 // Blocks of tokens, of columns too when there are few tokens.
 void cut_tokens(uint32_t num_tokens, Span columns, int num_threads, std::vector<PanelTask>& tasks);

@@ -20,7 +20,8 @@ struct RoutingPlan {
 
   uint32_t num_rows() const { return static_cast<uint32_t>(token.size()); }
 
-  // Skips negative ids and experts set in `skip` (null: none). Throws std::out_of_range for ids >= num_experts.
+  // Skips negative ids and experts set in `skip` (null: none). Throws std::out_of_range for ids >=
+  // num_experts.
   void build(const int64_t* ids, uint32_t num_tokens, uint32_t num_slots, uint32_t num_experts,
              const uint8_t* skip);
 

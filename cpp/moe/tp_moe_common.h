@@ -97,8 +97,10 @@ class TP_MOE_Common : public MoE_Interface {
 
       uint32_t most_rows = 1;
       for (const auto& expert : plan.active) most_rows = std::max(most_rows, expert.rows);
-      most_rows = std::min(static_cast<uint32_t>(round_up(most_rows, kernels::kOutputBlock)), kernels::kMaxPanelRows);
-      operand = round_up(k.operand_bytes(std::min(most_rows, most_rows_per_block(hidden)), hidden), kCacheLine);
+      most_rows =
+          std::min(static_cast<uint32_t>(round_up(most_rows, kernels::kOutputBlock)), kernels::kMaxPanelRows);
+      operand =
+          round_up(k.operand_bytes(std::min(most_rows, most_rows_per_block(hidden)), hidden), kCacheLine);
       c = round_up(k.c_floats(most_rows, kernels::kMaxPanelOutputs) * sizeof(float), kCacheLine);
       per_worker = operand + 2 * c + round_up(k.nt_scratch_bytes(std::max(width, hidden)), kCacheLine);
       workers = take(per_worker * static_cast<size_t>(layer.config_.pool->num_threads()));
@@ -129,15 +131,19 @@ class TP_MOE_Common : public MoE_Interface {
   // the last-level cache holds.
   uint32_t num_passes() const {
     constexpr size_t kBudgetBytes = size_t{32} << 20;
-    const size_t bytes = size_t{call_.plan.num_rows()} * static_cast<size_t>(config_.hidden_size) * sizeof(float);
+    const size_t bytes =
+        size_t{call_.plan.num_rows()} * static_cast<size_t>(config_.hidden_size) * sizeof(float);
     const size_t most = div_up(static_cast<size_t>(config_.hidden_size), 8 * kernels::kOutputBlock);
-    return static_cast<uint32_t>(std::clamp<size_t>(div_up(bytes, kBudgetBytes), 1, std::max<size_t>(most, 1)));
+    return static_cast<uint32_t>(
+        std::clamp<size_t>(div_up(bytes, kBudgetBytes), 1, std::max<size_t>(most, 1)));
   }
 
-  // Under this many bytes of weights and thousands of flop, waking the other workers takes longer than the work.
+  // Under this many bytes of weights and thousands of flop, waking the other workers takes longer than the
+  // work.
   bool is_tiny() const {
     constexpr size_t kTiny = 256 << 10;
-    const size_t matrix = 3 * static_cast<size_t>(config_.intermediate_size) * static_cast<size_t>(config_.hidden_size);
+    const size_t matrix =
+        3 * static_cast<size_t>(config_.intermediate_size) * static_cast<size_t>(config_.hidden_size);
     return (call_.plan.active.size() + call_.plan.num_rows() / 8) * matrix * sizeof(bf16) < kTiny;
   }
 
@@ -189,7 +195,8 @@ class TP_MOE_Common : public MoE_Interface {
     expect("down_proj", w.matrices.down.size(), num);
     if (!w.biases.gate.empty()) expect("gate_bias", w.biases.gate.size(), width);
     if (!w.biases.up.empty()) expect("up_bias", w.biases.up.size(), width);
-    if (!w.biases.down.empty()) expect("down_bias", w.biases.down.size(), num * static_cast<size_t>(config_.hidden_size));
+    if (!w.biases.down.empty())
+      expect("down_bias", w.biases.down.size(), num * static_cast<size_t>(config_.hidden_size));
   }
 
   std::vector<NodeMatrices> nodes_;  // of each part, when there are several nodes

@@ -37,7 +37,9 @@ class ScratchPool {
   AlignedBuffer take_largest() {
     std::lock_guard lock(mutex_);
     if (free_.empty()) return {};
-    const auto by_size = [](const AlignedBuffer& a, const AlignedBuffer& b) { return a.capacity() < b.capacity(); };
+    const auto by_size = [](const AlignedBuffer& a, const AlignedBuffer& b) {
+      return a.capacity() < b.capacity();
+    };
     const auto largest = std::max_element(free_.begin(), free_.end(), by_size);
     AlignedBuffer buffer = std::move(*largest);
     free_.erase(largest);

@@ -14,8 +14,9 @@
 
 namespace ktmoe::test {
 
-// `count` values of a trivial type in front of a page that may not be touched. Every byte starts as 0xff, which
-// is NaN in every float type: what a kernel forgets to write, or reads without right, shows in its result.
+// `count` values of a trivial type in front of a page that may not be touched. Every byte starts as 0xff,
+// which is NaN in every float type: what a kernel forgets to write, or reads without right, shows in its
+// result.
 template <class T>
 class Guarded {
  public:
@@ -29,7 +30,10 @@ class Guarded {
   }
 
   Guarded(Guarded&& other) noexcept
-      : mapping_(std::exchange(other.mapping_, nullptr)), mapped_(other.mapped_), data_(other.data_), count_(other.count_) {}
+      : mapping_(std::exchange(other.mapping_, nullptr)),
+        mapped_(other.mapped_),
+        data_(other.data_),
+        count_(other.count_) {}
   Guarded& operator=(Guarded&&) = delete;
   ~Guarded() {
     if (mapping_ != nullptr) munmap(mapping_, mapped_);

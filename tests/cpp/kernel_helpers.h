@@ -93,14 +93,10 @@ class Matrix {
   static size_t stride_of(uint32_t columns, Layout layout) {
     const size_t row = columns * sizeof(bf16);
     switch (layout) {
-      case Layout::kAligned:
-        return round_up(row, kCacheLine);
-      case Layout::kTight:
-        return row;
-      case Layout::kApart:
-        return 2 * row + 6;
-      case Layout::kOdd:
-        return row + 1;
+      case Layout::kAligned: return round_up(row, kCacheLine);
+      case Layout::kTight: return row;
+      case Layout::kApart: return 2 * row + 6;
+      case Layout::kOdd: return row + 1;
     }
     return row;
   }

@@ -25,7 +25,10 @@ std::string selected(const CpuFeatures& features, const std::vector<Isa>& compil
 }
 
 CpuFeatures features_of(unsigned bits) {
-  return {.avx2 = (bits & 1) != 0, .avx512 = (bits & 2) != 0, .avx512_bf16 = (bits & 4) != 0, .amx = (bits & 8) != 0};
+  return {.avx2 = (bits & 1) != 0,
+          .avx512 = (bits & 2) != 0,
+          .avx512_bf16 = (bits & 4) != 0,
+          .amx = (bits & 8) != 0};
 }
 
 // Every choice of instruction sets that a build may hold; scalar always is in it.
@@ -75,7 +78,8 @@ TEST_CASE("isa: an override is obeyed where it can be, in every combination") {
     const CpuFeatures features = features_of(bits);
     for (const auto& compiled : builds()) {
       for (Isa isa : kAllIsas) {
-        const bool usable = std::find(compiled.begin(), compiled.end(), isa) != compiled.end() && supports(features, isa);
+        const bool usable =
+            std::find(compiled.begin(), compiled.end(), isa) != compiled.end() && supports(features, isa);
         if (usable) {
           CHECK(select_isa(features, compiled, isa_name(isa)) == isa);
         } else {
@@ -88,10 +92,12 @@ TEST_CASE("isa: an override is obeyed where it can be, in every combination") {
 
 TEST_CASE("isa: an unknown name is an error that lists the names") {
   const std::string expected =
-      "isa: unknown instruction set 'avx1024', expected one of scalar, avx2, avx512, avx512_bf16, amx, amx_emu";
+      "isa: unknown instruction set 'avx1024', expected one of scalar, avx2, avx512, avx512_bf16, amx, "
+      "amx_emu";
   CHECK(message_of<std::invalid_argument>([] { select_isa(kEverything, kAll, "avx1024"); }) == expected);
   CHECK(message_of<std::invalid_argument>([] { isa_from_name("avx1024"); }) == expected);
-  for (const char* name : {"", "AVX2", "avx2 ", "avx"}) CHECK_THROWS_AS(isa_from_name(name), std::invalid_argument);
+  for (const char* name : {"", "AVX2", "avx2 ", "avx"})
+    CHECK_THROWS_AS(isa_from_name(name), std::invalid_argument);
 }
 
 TEST_CASE("isa: a name that the machine or the build lacks is an error that says what there is") {

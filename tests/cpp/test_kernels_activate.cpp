@@ -60,11 +60,12 @@ double truth(const Activation& a, double g, double u) {
   return NAN;
 }
 
-// A bf16 next to the rounded truth is right: fp32 may lie on the other side of a tie. So is an error that comes
-// from a sigmoid too small for a normal number, which counts as zero.
+// A bf16 next to the rounded truth is right: fp32 may lie on the other side of a tie. So is an error that
+// comes from a sigmoid too small for a normal number, which counts as zero.
 bool is_close(float h, double truth, double g, double u) {
   const int32_t distance = bf16_rank(to_bf16(h)) - bf16_rank(to_bf16(static_cast<float>(truth)));
-  return std::abs(distance) <= 1 || std::fabs(h - truth) <= 4 * (1 + std::fabs(g)) * (2 + std::fabs(u)) * 0x1p-126;
+  return std::abs(distance) <= 1 ||
+         std::fabs(h - truth) <= 4 * (1 + std::fabs(g)) * (2 + std::fabs(u)) * 0x1p-126;
 }
 
 // ---- driving the kernels ----
@@ -76,9 +77,14 @@ struct Intermediate {
   Guarded<std::byte> memory;
 
   Intermediate(const KernelTable& t, uint32_t m_, uint32_t width_)
-      : table(t), m(m_), width(width_), memory(Guarded<std::byte>::on_cache_line(t.operand_bytes(m_, width_))) {}
+      : table(t),
+        m(m_),
+        width(width_),
+        memory(Guarded<std::byte>::on_cache_line(t.operand_bytes(m_, width_))) {}
 
-  Operand rows(uint32_t m0, uint32_t m1) const { return table.operand_block(memory.data(), m, width, m0, m1); }
+  Operand rows(uint32_t m0, uint32_t m1) const {
+    return table.operand_block(memory.data(), m, width, m0, m1);
+  }
 
   // Row-major values: the product with the identity, which is exact.
   std::vector<float> values() const {
@@ -119,7 +125,8 @@ struct Expert {
   }
 
   // Writes outputs [n0, n1) of rows [m0, m1) as a layer does.
-  void run_panel(const RowsView& x, const Intermediate& h, uint32_t m0, uint32_t m1, uint32_t n0, uint32_t n1) const {
+  void run_panel(const RowsView& x, const Intermediate& h, uint32_t m0, uint32_t m1, uint32_t n0,
+                 uint32_t n1) const {
     RowsView rows = x;
     if (rows.index != nullptr)
       rows.index += m0;
@@ -165,8 +172,8 @@ struct Expert {
 };
 
 // The activation of values given as biases on a C of zeros, `gates.size()` at a time.
-std::vector<float> activate_values(const KernelTable& table, const Activation& a, const std::vector<float>& gates,
-                                   const std::vector<float>& ups) {
+std::vector<float> activate_values(const KernelTable& table, const Activation& a,
+                                   const std::vector<float>& gates, const std::vector<float>& ups) {
   const uint32_t n = static_cast<uint32_t>(gates.size());
   const Intermediate h(table, 1, n);
   const auto zeros = Guarded<float>::on_cache_line(table.c_floats(1, n));
@@ -187,13 +194,15 @@ std::string text(const KernelTable& table, const Named& named) {
   return std::string(isa_name(table.isa)) + ", " + named.name;
 }
 
-// Every magnitude, the neighbourhood of zero and of the limits, and values far outside; none that overflows, as
-// an infinity would show in every column when the intermediate is read by a product.
+// Every magnitude, the neighbourhood of zero and of the limits, and values far outside; none that overflows,
+// as an infinity would show in every column when the intermediate is read by a product.
 std::vector<float> sweep(Random& random) {
-  std::vector<float> values = {0.0f, -0.0f, 7, -7, 10, -10, 0.625f, -0.625f, 2.5f, -2.5f, 1e-30f, -1e-30f,
-                               1e4f, -1e4f, 1e15f, -1e30f, 88, -88, 103, -103, 0x1p-126f, -0x1.fffffep127f};
+  std::vector<float> values = {
+      0.0f,    -0.0f, 7,     -7,    10,     -10, 0.625f, -0.625f, 2.5f, -2.5f,     1e-30f,
+      -1e-30f, 1e4f,  -1e4f, 1e15f, -1e30f, 88,  -88,    103,     -103, 0x1p-126f, -0x1.fffffep127f};
   while (values.size() < 1024) values.push_back(random.unit() * 12);
-  while (values.size() < 2048) values.push_back(std::ldexp(random.unit(), static_cast<int>(random.below(40)) - 30));
+  while (values.size() < 2048)
+    values.push_back(std::ldexp(random.unit(), static_cast<int>(random.below(40)) - 30));
   while (values.size() < 2560) values.push_back(random.unit() * 110);
   return values;
 }
@@ -230,7 +239,8 @@ TEST_CASE("activate: large gates and ups overflow to infinity, not to something 
       INFO(text(*table, named));
       const double expected = truth(named.activation, 1e30, 1e30);
       const float h = activate_values(*table, named.activation, {1e30f}, {1e30f})[0];
-      CHECK((std::isinf(static_cast<float>(expected)) ? std::isinf(h) && h > 0 : is_close(h, expected, 7, 7)));
+      CHECK(
+          (std::isinf(static_cast<float>(expected)) ? std::isinf(h) && h > 0 : is_close(h, expected, 7, 7)));
     }
   }
 }
@@ -241,9 +251,11 @@ TEST_CASE("activate: rows, outputs and biases meet as they should, in every shap
     Random random(31);
     for (size_t i = 0; i < 60; ++i) {
       const Named& named = activations()[i % activations().size()];
-      const uint32_t m = 1 + random.below(80), width = widths[random.below(std::size(widths))], k = 1 + random.below(80);
+      const uint32_t m = 1 + random.below(80), width = widths[random.below(std::size(widths))],
+                     k = 1 + random.below(80);
       const uint32_t row_block = 32 * (1 + random.below(3)), output_block = 16u << random.below(3);
-      INFO(text(*table, named), ": M ", m, ", I ", width, ", K ", k, ", blocks ", row_block, " ", output_block);
+      INFO(text(*table, named), ": M ", m, ", I ", width, ", K ", k, ", blocks ", row_block, " ",
+           output_block);
       const Expert expert(named.activation, width, k, random);
       const Matrix x(m, k, Layout::kTight, [&] { return random.whole() / 4; });
       const std::vector<float> h = expert.intermediate(*table, x.activations(), m, row_block, output_block);

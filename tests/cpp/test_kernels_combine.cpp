@@ -17,7 +17,8 @@ namespace {
 
 enum class Base { kNone, kApart, kInPlace };
 
-// A call of combine with all that it refers to. Outputs are rows of `stride`, of which `columns` are asked for.
+// A call of combine with all that it refers to. Outputs are rows of `stride`, of which `columns` are asked
+// for.
 struct Call {
   uint32_t tokens, slots, columns, hidden_size, stride, rows;
   Guarded<float> y;
@@ -41,7 +42,9 @@ struct Call {
     for (int32_t& r : row) r = random.below(4) ? static_cast<int32_t>(random.below(rows)) : -1;
     // Powers of two: products are exact, so the sum is the same whether or not a step is fused.
     for (size_t i = 0; i < weights.size(); ++i)
-      weights[i] = row[i] < 0 ? NAN : std::ldexp(random.below(2) ? 1.0f : -1.0f, static_cast<int>(random.below(7)) - 3);
+      weights[i] = row[i] < 0
+                       ? NAN
+                       : std::ldexp(random.below(2) ? 1.0f : -1.0f, static_cast<int>(random.below(7)) - 3);
     for (bf16& h : hidden) h = to_bf16(random.unit());
     args.y = y.data(), args.y_stride = columns + 3;
     args.row = row.data(), args.weights = weights.data();
@@ -119,7 +122,8 @@ TEST_CASE("combine: slots in order on top of the base, rounded once, to the bit"
     for (int i = 0; i < 120; ++i) {
       Call call(random, 1 + random.below(6), 1 + random.below(9), 1 + random.below(i % 4 ? 50 : 600));
       const Base base = static_cast<Base>(i % 3);
-      INFO(isa_name(table->isa).data(), ": T ", call.tokens, ", P ", call.slots, ", columns ", call.columns, ", base ", i % 3);
+      INFO(isa_name(table->isa).data(), ": T ", call.tokens, ", P ", call.slots, ", columns ", call.columns,
+           ", base ", i % 3);
       CHECK(wrong_outputs<bf16, bf16>(*table, call, base, random) == 0);
       CHECK(wrong_outputs<bf16, float>(*table, call, base, random) == 0);
       CHECK(wrong_outputs<float, bf16>(*table, call, base, random) == 0);
@@ -144,7 +148,8 @@ TEST_CASE("combine: any weights, within the bound of the rounding") {
         for (uint32_t p = 0; p < call.slots; ++p) {
           const int32_t r = call.row[t * call.slots + p];
           if (r < 0) continue;
-          const double term = double{call.weights[t * call.slots + p]} * call.y[static_cast<uint32_t>(r) * 103 + j];
+          const double term =
+              double{call.weights[t * call.slots + p]} * call.y[static_cast<uint32_t>(r) * 103 + j];
           sum += term, size += std::fabs(term);
         }
         // A term is rounded once as a product and at most once in every sum from its own on.

@@ -15,8 +15,9 @@ namespace {
 constexpr Layout kWeightLayouts[] = {Layout::kAligned, Layout::kTight, Layout::kApart, Layout::kOdd};
 constexpr Layout kActivationLayouts[] = {Layout::kAligned, Layout::kTight, Layout::kApart};
 // Around every width that a kernel steps by or blocks at: segments of 8, 16, 32, blocks of 512 and 2048.
-constexpr uint32_t kInputs[] = {1,  2,  7,  8,  9,   15,  16,  17,  31,  32,   33,   47,   48,   63,   64,
-                                65, 96, 97, 255, 511, 512, 513, 704, 1055, 2047, 2048, 2049, 4097, 4160, 6145};
+constexpr uint32_t kInputs[] = {1,   2,   7,   8,    9,    15,   16,   17,   31,   32,
+                                33,  47,  48,  63,   64,   65,   96,   97,   255,  511,
+                                512, 513, 704, 1055, 2047, 2048, 2049, 4097, 4160, 6145};
 constexpr uint32_t kBatches[] = {71, 96, 127, 128, 129, 144, 200, 255, 256};
 
 struct Shape {
@@ -26,9 +27,10 @@ struct Shape {
 };
 
 std::string text(Isa isa, const Shape& s) {
-  return std::string(isa_name(isa)) + ": M " + std::to_string(s.m) + ", outputs " + std::to_string(s.n0) + " to " +
-         std::to_string(s.n1) + ", K " + std::to_string(s.k) + ", layouts " + std::to_string(static_cast<int>(s.x_layout)) +
-         " " + std::to_string(static_cast<int>(s.w_layout)) + (s.indexed ? ", indexed" : "");
+  return std::string(isa_name(isa)) + ": M " + std::to_string(s.m) + ", outputs " + std::to_string(s.n0) +
+         " to " + std::to_string(s.n1) + ", K " + std::to_string(s.k) + ", layouts " +
+         std::to_string(static_cast<int>(s.x_layout)) + " " + std::to_string(static_cast<int>(s.w_layout)) +
+         (s.indexed ? ", indexed" : "");
 }
 
 Shape random_shape(Random& random, uint32_t m, uint32_t k) {
@@ -106,8 +108,8 @@ void check_exact(const KernelTable& table, const Shape& s, uint32_t seed) {
   CHECK(first_difference(block.rows(), sum) == -1);
 }
 
-// How many outputs are further from the double-precision sum than fp32 may be. A sum of K products, in whatever
-// order, rounds at most K + 1 times on the way of each term; denormal terms may count as zero.
+// How many outputs are further from the double-precision sum than fp32 may be. A sum of K products, in
+// whatever order, rounds at most K + 1 times on the way of each term; denormal terms may count as zero.
 int beyond_bound(const Shape& s, const Operands& o, const std::vector<float>& got) {
   const auto x_rows = rows_as<double>(o.x), w_rows = rows_as<double>(o.w);
   int count = 0;
@@ -139,7 +141,8 @@ void check_close(const KernelTable& table, const Shape& s, uint32_t seed) {
 TEST_CASE("nt: every number of rows up to 70, and some up to the limit") {
   for (const KernelTable* table : usable_tables()) {
     Random random(10);
-    for (uint32_t m = 1; m <= 70; ++m) check_exact(*table, random_shape(random, m, 32 + random.below(100)), m);
+    for (uint32_t m = 1; m <= 70; ++m)
+      check_exact(*table, random_shape(random, m, 32 + random.below(100)), m);
     for (uint32_t m : kBatches) check_exact(*table, random_shape(random, m, 32 + random.below(100)), m);
   }
 }
@@ -165,7 +168,8 @@ TEST_CASE("nt: row lengths around every step and block, in every layout") {
         check_exact(*table, s, k);
       }
     }
-    for (uint32_t k : {64u, 513u, 2081u}) check_exact(*table, random_shape(random, 160 + random.below(97), k), k);
+    for (uint32_t k : {64u, 513u, 2081u})
+      check_exact(*table, random_shape(random, 160 + random.below(97), k), k);
   }
 }
 
@@ -201,15 +205,18 @@ TEST_CASE("nt: a NaN or infinity in a row of activations stays in its row") {
 
 namespace {
 
-// A batch and its product, taken in one go per panel of outputs, and the same operands as they may lie elsewhere.
+// A batch and its product, taken in one go per panel of outputs, and the same operands as they may lie
+// elsewhere.
 struct Whole {
-  static constexpr uint32_t kRows = 150, kOutputs = 99;  // beyond every number of rows at which a kernel changes its way
+  static constexpr uint32_t kRows = 150,
+                            kOutputs = 99;  // beyond every number of rows at which a kernel changes its way
   const KernelTable& table;
   uint32_t k;
   std::vector<Matrix> x, w;              // a copy a layout
   std::vector<std::vector<float>> rows;  // [M][N]
 
-  Whole(const KernelTable& t, uint32_t k_, Random& random) : table(t), k(k_), rows(kRows, std::vector<float>(kOutputs)) {
+  Whole(const KernelTable& t, uint32_t k_, Random& random)
+      : table(t), k(k_), rows(kRows, std::vector<float>(kOutputs)) {
     x.emplace_back(kRows, k, Layout::kAligned, [&] { return random.wide(); });
     w.emplace_back(kOutputs, k, Layout::kAligned, [&] { return random.wide(); });
     for (Layout layout : {Layout::kTight, Layout::kApart}) x.push_back(x[0].copy(layout));
@@ -298,7 +305,8 @@ TEST_CASE("store_rows: bias and stride, nothing written beside the block") {
         const uint32_t stride = n + 3;
         const Guarded<float> y((m - 1) * stride + n);
         kernels::StoreRowsArgs args;
-        args.c = block.c(), args.bias = bias.data(), args.m = m, args.n = n, args.y = y.data(), args.y_stride = stride;
+        args.c = block.c(), args.bias = bias.data(), args.m = m, args.n = n, args.y = y.data(),
+        args.y_stride = stride;
         table->store_rows(args);
         int wrong = 0;
         for (uint32_t i = 0; i < y.size(); ++i) {

@@ -100,13 +100,15 @@ TEST_CASE("panels: every row and output once, preconditions kept, whatever the s
   }
 }
 
-TEST_CASE("panels: an expert's panels follow each other, rows first, so that packed activations are met again") {
+TEST_CASE(
+    "panels: an expert's panels follow each other, rows first, so that packed activations are met again") {
   const RoutingPlan plan = plan_of({300, 0, 20});
   std::vector<PanelTask> tasks;
   cut_panels(plan, {0, 160}, 2048, 2, tasks);
   for (size_t i = 1; i < tasks.size(); ++i) {
     const PanelTask &a = tasks[i - 1], &b = tasks[i];
-    const bool in_order = a.active < b.active || (a.active == b.active && (a.m0 < b.m0 || (a.m0 == b.m0 && a.n0 < b.n0)));
+    const bool in_order =
+        a.active < b.active || (a.active == b.active && (a.m0 < b.m0 || (a.m0 == b.m0 && a.n0 < b.n0)));
     CHECK(in_order);
   }
 }

@@ -17,7 +17,8 @@ using Rows = std::vector<int32_t>;
 namespace {
 
 // What the plan must be, stated by its definition: rows are sorted by expert, then by slot of the batch.
-void check_plan(const RoutingPlan& plan, const Ids& ids, uint32_t slots, uint32_t experts, const uint8_t* skip) {
+void check_plan(const RoutingPlan& plan, const Ids& ids, uint32_t slots, uint32_t experts,
+                const uint8_t* skip) {
   Rows token, row(ids.size(), -1);
   std::vector<RoutingPlan::ExpertRows> active;
   for (uint32_t e = 0; e < experts; ++e) {
@@ -82,7 +83,8 @@ TEST_CASE("routing plan: an empty batch and a batch of which all is skipped have
   check_plan(plan, ids, 2, 16, nullptr);
 }
 
-TEST_CASE("routing plan: an id beyond the experts is an error that says where, and a skip mask does not hide it") {
+TEST_CASE(
+    "routing plan: an id beyond the experts is an error that says where, and a skip mask does not hide it") {
   const Ids ids{0, 1, 2, -1, 5, 0};
   const std::vector<uint8_t> skip(5, 1);
   RoutingPlan plan;

@@ -1,5 +1,5 @@
-// Is the emulated tile unit the tile unit? Against a model written from the definition, its faults, and, where
-// there is AMX, the hardware.
+// Is the emulated tile unit the tile unit? Against a model written from the definition, its faults, and,
+// where there is AMX, the hardware.
 #include <doctest/doctest.h>
 
 #include "kernel_helpers.h"
@@ -88,7 +88,7 @@ enum class Kind { kWide, kBits, kTiny, kHuge, kBorder };
 float next(Kind kind, Random& random) {
   switch (kind) {
     case Kind::kWide: return random.wide();
-    case Kind::kBits: return std::bit_cast<float>(random.bits());           // NaN, infinities and denormals among them
+    case Kind::kBits: return std::bit_cast<float>(random.bits());  // NaN, infinities and denormals among them
     case Kind::kTiny: return std::ldexp(random.unit(), -60 - static_cast<int>(random.below(20)));
     case Kind::kHuge: return std::ldexp(random.unit(), 60 + static_cast<int>(random.below(8)));
     case Kind::kBorder: return std::ldexp(random.unit(), -62 - static_cast<int>(random.below(3)));
@@ -162,10 +162,10 @@ TEST_CASE("tile emulator: examples that can be read") {
   // Even and odd positions are summed apart: 2^30 swallows the 1 beside it only within its own sum.
   CHECK(dot({0x1p30f, 1, -0x1p30f, 0}, {1, 1, 1, 1}, 0) == 1);
   CHECK(dot({0x1p30f, 0, 1, 0, -0x1p30f, 0}, {1, 1, 1, 1, 1, 1}, 0) == 0);
-  CHECK(dot({0x1p-130f}, {0x1p100f}, 0) == 0);           // a denormal input is zero
-  CHECK(dot({0x1p-70f}, {0x1p-70f}, 0) == 0);            // so is a denormal result
-  CHECK(dot({0}, {1}, 0x1p-130f) == 0);                  // and a denormal C
-  CHECK(dot({0x1p-63f}, {0x1p-63f}, 0) == 0x1p-126f);    // the smallest that is not
+  CHECK(dot({0x1p-130f}, {0x1p100f}, 0) == 0);         // a denormal input is zero
+  CHECK(dot({0x1p-70f}, {0x1p-70f}, 0) == 0);          // so is a denormal result
+  CHECK(dot({0}, {1}, 0x1p-130f) == 0);                // and a denormal C
+  CHECK(dot({0x1p-63f}, {0x1p-63f}, 0) == 0x1p-126f);  // the smallest that is not
   CHECK(dot({0x1p100f}, {0x1p100f}, 0) == INFINITY);
   CHECK(std::isnan(dot({0x1p100f, 0x1p100f}, {0x1p100f, -0x1p100f}, 0)));
   CHECK(std::isnan(dot({INFINITY}, {0}, 0)));
@@ -216,7 +216,8 @@ TEST_CASE("tile emulator: faults of a configuration") {
   CHECK(fault([](TileConfig& c) { c.rows[3] = 17; }) == "amx_emu: a tile has more than 16 rows");
   CHECK(fault([](TileConfig& c) { c.column_bytes[4] = 65; }) == "amx_emu: a tile row has more than 64 bytes");
   CHECK(fault([](TileConfig& c) { c.rows[5] = 4; }) == "amx_emu: a tile has rows or columns, not both");
-  CHECK(fault([](TileConfig& c) { c.column_bytes[5] = 4; }) == "amx_emu: a tile has rows or columns, not both");
+  CHECK(fault([](TileConfig& c) { c.column_bytes[5] = 4; }) ==
+        "amx_emu: a tile has rows or columns, not both");
   CHECK(fault([](TileConfig& c) { c.rows[8] = 1, c.column_bytes[8] = 4; }) ==
         "amx_emu: a tile beyond the eighth is configured");
   CHECK(fault([](TileConfig& c) { c.reserved[2] = 1; }) != "(no exception)");
@@ -254,7 +255,8 @@ TEST_CASE("tile emulator: faults of a product whose tiles do not fit") {
     });
   };
   CHECK(fault([](TileConfig& c) { c.rows[0] = 7; }) == "amx_emu: TDPBF16PS: rows of C and A differ");
-  CHECK(fault([](TileConfig& c) { c.column_bytes[0] = 28; }) == "amx_emu: TDPBF16PS: columns of C and B differ");
+  CHECK(fault([](TileConfig& c) { c.column_bytes[0] = 28; }) ==
+        "amx_emu: TDPBF16PS: columns of C and B differ");
   CHECK(fault([](TileConfig& c) { c.rows[6] = 7; }) == "amx_emu: TDPBF16PS: K of A and B differ");
   CHECK(fault([](TileConfig& c) { c.column_bytes[4] = 30; }) != "(no exception)");
   CHECK(fault([](TileConfig& c) { c.column_bytes[0] = c.column_bytes[6] = 30; }) != "(no exception)");

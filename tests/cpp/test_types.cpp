@@ -17,8 +17,8 @@ namespace {
 
 float from_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
 
-// The value of finite bf16 bits, computed from sign, exponent and fraction. The bits of infinity stand for the
-// value that would follow the largest one: it is there that rounding overflows.
+// The value of finite bf16 bits, computed from sign, exponent and fraction. The bits of infinity stand for
+// the value that would follow the largest one: it is there that rounding overflows.
 double value_of(uint32_t bits) {
   const int exponent = (bits >> 7) & 0xff;
   const double fraction = bits & 0x7f;
@@ -65,7 +65,8 @@ TEST_CASE("bf16: to_float gives the value of the bits, and to_bf16 gives the bit
 TEST_CASE("bf16: to_bf16 rounds to nearest even around every value, ties included") {
   int wrong = 0;
   for (uint32_t high = 0; high < 65536; ++high)
-    for (uint32_t low : {0x0000u, 0x0001u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) wrong += !converts(high << 16 | low);
+    for (uint32_t low : {0x0000u, 0x0001u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu})
+      wrong += !converts(high << 16 | low);
   CHECK(wrong == 0);
 }
 
@@ -79,12 +80,12 @@ TEST_CASE("bf16: to_bf16 of random bits") {
 TEST_CASE("bf16: examples that can be read") {
   CHECK(to_bf16(1.0f).bits == 0x3f80);
   CHECK(to_bf16(-0.0f).bits == 0x8000);
-  CHECK(to_bf16(0x1.01p0f).bits == 0x3f80);      // half way between 1 and its successor: to the even one, down
-  CHECK(to_bf16(0x1.03p0f).bits == 0x3f82);      // half way again: to the even one, up
-  CHECK(to_bf16(0x1.fep127f).bits == 0x7f7f);    // the largest
+  CHECK(to_bf16(0x1.01p0f).bits == 0x3f80);    // half way between 1 and its successor: to the even one, down
+  CHECK(to_bf16(0x1.03p0f).bits == 0x3f82);    // half way again: to the even one, up
+  CHECK(to_bf16(0x1.fep127f).bits == 0x7f7f);  // the largest
   CHECK(to_bf16(0x1.fefffep127f).bits == 0x7f7f);
-  CHECK(to_bf16(0x1.ffp127f).bits == 0x7f80);    // from half a unit above it on: infinity
-  CHECK(to_bf16(0x1p-133f).bits == 0x0001);      // the smallest denormal
+  CHECK(to_bf16(0x1.ffp127f).bits == 0x7f80);  // from half a unit above it on: infinity
+  CHECK(to_bf16(0x1p-133f).bits == 0x0001);    // the smallest denormal
   CHECK(to_bf16(0x1p-134f).bits == 0x0000);
   CHECK(to_bf16(0x1.0002p-134f).bits == 0x0001);
   CHECK(to_bf16(from_bits(0x7f800001)).bits == 0x7fc0);  // a signalling NaN does not turn into infinity

@@ -10,7 +10,9 @@ _COMMENT_OR_TEXT = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 # What opens a brace that holds declarations rather than statements.
-_SCOPE = re.compile(r"^(?:template\s*<.*>\s*)?(?:inline\s+)?(?:namespace|class|struct|union|enum|extern)\b", re.DOTALL)
+_SCOPE = re.compile(
+    r"^(?:template\s*<.*>\s*)?(?:inline\s+)?(?:namespace|class|struct|union|enum|extern)\b", re.DOTALL
+)
 
 
 def without_comments_and_texts(source: str) -> str:
@@ -39,7 +41,12 @@ class Function:
 
 def functions(source: str) -> list[Function]:
     """Blocks of statements that stand in a namespace or class: functions, constructors, test cases."""
-    code = re.sub(r"^[ \t]*#(?:\\\n|[^\n])*", lambda m: "\n" * m.group().count("\n"), without_comments_and_texts(source), flags=re.MULTILINE)
+    code = re.sub(
+        r"^[ \t]*#(?:\\\n|[^\n])*",
+        lambda m: "\n" * m.group().count("\n"),
+        without_comments_and_texts(source),
+        flags=re.MULTILINE,
+    )
     found: list[Function] = []
     open_braces: list[tuple[bool, str, int]] = []  # is a scope, head, line
     head_begin = 0

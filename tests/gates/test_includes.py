@@ -83,7 +83,10 @@ def _package_of(module: str, path: Path) -> str:
 
 
 def _imports() -> dict[str, set[str]]:
-    return {module: imported_modules(path.read_text(), _package_of(module, path)) for module, path in _python_modules()}
+    return {
+        module: imported_modules(path.read_text(), _package_of(module, path))
+        for module, path in _python_modules()
+    }
 
 
 def test_includes_follow_the_layers() -> None:
@@ -145,7 +148,12 @@ def test_the_gate_sees_a_wrong_include(name: str, source: str, fault: str) -> No
 
 def test_the_gate_sees_imports_wherever_they_stand() -> None:
     source = "import torch.nn\ndef f():\n    from ..other import g\n    from . import h\n"
-    assert imported_modules(source, "ktmoe_np.io") == {"torch.nn", "ktmoe_np.other", "ktmoe_np.io", "ktmoe_np.io.h"}
+    assert imported_modules(source, "ktmoe_np.io") == {
+        "torch.nn",
+        "ktmoe_np.other",
+        "ktmoe_np.io",
+        "ktmoe_np.io.h",
+    }
     assert not is_pure("torch.nn", set())
     assert not is_pure("ktmoe_np.kt_kernel_ext", {"ktmoe_np.config"})
     assert is_pure("numpy.typing", set())

@@ -16,7 +16,19 @@ _FORBIDDEN_CALLS = re.compile(
 )
 # Written in pieces, or this file would be the first to be found.
 _FORBIDDEN_PATHS = re.compile("/" + "work/|/" + r"tmp/|/" + r"root/|/" + r"home/\w")
-_TEXT_SUFFIXES = CPP_SUFFIXES | {".py", ".pyi", ".md", ".toml", ".txt", ".json", ".yaml", ".yml", ".cmake", ".jsonl", ""}
+_TEXT_SUFFIXES = CPP_SUFFIXES | {
+    ".py",
+    ".pyi",
+    ".md",
+    ".toml",
+    ".txt",
+    ".json",
+    ".yaml",
+    ".yml",
+    ".cmake",
+    ".jsonl",
+    "",
+}
 
 
 def forbidden_calls(source: str) -> list[str]:
@@ -66,7 +78,15 @@ def test_no_text_names_a_path_of_a_workplace() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ['printf("x");', "std::cout << x;", "std :: cerr << x;", "std::abort();", "exit (1);", "std::terminate();", "assert(x);"],
+    [
+        'printf("x");',
+        "std::cout << x;",
+        "std :: cerr << x;",
+        "std::abort();",
+        "exit (1);",
+        "std::terminate();",
+        "assert(x);",
+    ],
 )
 def test_the_gate_sees_a_forbidden_call(line: str) -> None:
     assert forbidden_calls(line)
@@ -74,7 +94,9 @@ def test_the_gate_sees_a_forbidden_call(line: str) -> None:
     assert not forbidden_calls("/* " + line + " */")
 
 
-@pytest.mark.parametrize("line", ["snprintf(b, n, x);", "std::atexit(f);", "static_assert(x);", "on_exit_(1);"])
+@pytest.mark.parametrize(
+    "line", ["snprintf(b, n, x);", "std::atexit(f);", "static_assert(x);", "on_exit_(1);"]
+)
 def test_the_gate_leaves_others_alone(line: str) -> None:
     assert not forbidden_calls(line)
 

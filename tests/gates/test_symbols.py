@@ -26,7 +26,9 @@ _NAMESAKE = {"avx2": "%ymm", "avx512": "%zmm", "avx512_bf16": "vdpbf16ps", "amx"
 _OWNER = re.compile(r"^_ZZ*N[KV]*5ktmoe7kernels(?:" + "|".join(f"({len(isa)}{isa})" for isa in _ISAS) + ")")
 _SYMBOL = re.compile(r"^[0-9a-f]+ <(.+)>:$")
 _INSTRUCTION = re.compile(r"^\s*[0-9a-f]+:\t(.+)$")
-_PREFIXES = re.compile(r"^(?:(?:lock|rep|repz|repnz|notrack|bnd|data16|addr32|cs|ds|es|fs|gs|ss|rex\S*|\{\w+\}) +)*")
+_PREFIXES = re.compile(
+    r"^(?:(?:lock|rep|repz|repnz|notrack|bnd|data16|addr32|cs|ds|es|fs|gs|ss|rex\S*|\{\w+\}) +)*"
+)
 
 _TILE = re.compile(r"%tmm|^(?:ldtilecfg|sttilecfg|tilerelease|tile\w+|tdp\w+)\b")
 _BF16_OR_VBMI = re.compile(r"^v(?:dpbf16ps|cvtne2?ps2bf16|permb|permi2b|permt2b|pmultishiftqb)\b")
@@ -88,7 +90,11 @@ def _libraries() -> list[Path]:
     if named := os.environ.get("KTMOE_GATE_LIB"):
         return [Path(name) for name in named.split(":")]
     # The core as an archive, which keeps its symbols, and the objects of the bindings.
-    built = [path.parent for path in ROOT.glob("build/*/kt_kernel_ext*.so") if (path.parent / "libktmoe.a").is_file()]
+    built = [
+        path.parent
+        for path in ROOT.glob("build/*/kt_kernel_ext*.so")
+        if (path.parent / "libktmoe.a").is_file()
+    ]
     if not built:
         return []
     newest = max(built, key=lambda folder: (folder / "libktmoe.a").stat().st_mtime)
@@ -109,7 +115,9 @@ def test_instructions_stand_where_they_may() -> None:
 
     seen = {(owner(symbol), text) for listing in listings for symbol, text in instructions(listing)}
     for isa, namesake in _NAMESAKE.items():
-        assert any(isa == of and namesake in text for of, text in seen), f"{libraries[0]}: no {namesake} in the {isa} kernels"
+        assert any(isa == of and namesake in text for of, text in seen), (
+            f"{libraries[0]}: no {namesake} in the {isa} kernels"
+        )
 
 
 _IN_STD = "_ZNSt6vectorIN5ktmoe7kernels6avx5123VecESaIS3_EE9push_backERKS3_"

@@ -4,7 +4,8 @@
 
 KT_INLINE Float silu_f(const Float& g) { return Vec::mul(g, sigmoid(g)); }
 
-// 0.5 g (1 + tanh(sqrt(2/pi) (g + 0.044715 g^3))), as g times a sigmoid: the same function, and exact in the tail.
+// 0.5 g (1 + tanh(sqrt(2/pi) (g + 0.044715 g^3))), as g times a sigmoid: the same function, and exact in the
+// tail.
 KT_INLINE Float gelu_tanh_f(const Float& g) {
   const Float cubic = Vec::fma(Vec::mul(Vec::mul(g, g), Vec::set(0.044715f)), g, g);
   return Vec::mul(g, sigmoid(Vec::mul(cubic, Vec::set(1.59576912f))));

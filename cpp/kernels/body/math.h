@@ -37,8 +37,7 @@ KT_INLINE Float tanh_f(const Float& x) {
   p = Vec::fma(p, z, Vec::set(0.13333300f));
   p = Vec::fma(p, z, Vec::set(-0.33333334f));
   const Float near = Vec::fma(Vec::mul(x, z), p, x);
-  const Float far =
-      Vec::sub(one, Vec::div(Vec::set(2.0f), Vec::add(exp_f(Vec::add(size, size)), one)));
+  const Float far = Vec::sub(one, Vec::div(Vec::set(2.0f), Vec::add(exp_f(Vec::add(size, size)), one)));
   const Float signed_far = Vec::select(Vec::less(x, Vec::set(0.0f)), Vec::sub(Vec::set(0.0f), far), far);
   return Vec::select(Vec::less(size, Vec::set(0.625f)), near, signed_far);
 }

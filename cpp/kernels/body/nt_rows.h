@@ -71,9 +71,9 @@ void fill_panel(const WeightView& w, uint32_t n, size_t k0, size_t k1, std::byte
 
 // What the tiles of one group and one block of K share.
 struct GroupBlock {
-  uint32_t n;           // first weight row
-  size_t k0, k1;        // the block
-  std::byte* lanes;     // accumulators between blocks of K
+  uint32_t n;        // first weight row
+  size_t k0, k1;     // the block
+  std::byte* lanes;  // accumulators between blocks of K
 };
 
 template <int kRows, int kTokens, int kAsks, class Weights>
@@ -104,8 +104,7 @@ KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& 
   }
   if (k < b.k1) {
     typename Vec::Segment xs[kTokens];
-    KT_UNROLL for (int t = 0; t < kTokens; ++t)
-      xs[t] = Vec::load_partial(x[t] + k * sizeof(bf16), b.k1 - k);
+    KT_UNROLL for (int t = 0; t < kTokens; ++t) xs[t] = Vec::load_partial(x[t] + k * sizeof(bf16), b.k1 - k);
     KT_UNROLL for (int r = 0; r < kRows; ++r) {
       const typename Vec::Segment ws = w.tail(r, k, b.k1 - k);
       KT_UNROLL for (int t = 0; t < kTokens; ++t) Vec::dot(acc[t][r], ws, xs[t]);
@@ -139,10 +138,11 @@ struct Ahead {
   size_t bytes;
 };
 
-// All activation rows pass a block of a group of weight rows. While they do, the weights behind are asked for,
-// kAsks cache lines a step, so that the next group finds them on their way from memory.
+// All activation rows pass a block of a group of weight rows. While they do, the weights behind are asked
+// for, kAsks cache lines a step, so that the next group finds them on their way from memory.
 template <int kRows, int kAsks, class Weights>
 void dot_block(const NtArgs& args, const GroupBlock& b, const Weights& w, Ahead ahead) {
+  constexpr int kTwo = Vec::kTokenTile > 1 ? 2 : 1;  // of a tile for one token, 2 is never met
   const size_t tile_asks = (b.k1 - b.k0) / Vec::kStep * kAsks * kCacheLine;
   for (uint32_t m = 0; m < args.x.rows;) {
     const uint32_t tokens = next_token_tile(args.x.rows - m);
@@ -150,7 +150,7 @@ void dot_block(const NtArgs& args, const GroupBlock& b, const Weights& w, Ahead 
     if (tokens == 1)
       dot_tile<kRows, 1, kAsks>(args, b, w, m, lines);
     else if (tokens == 2)
-      dot_tile<kRows, Vec::kTokenTile < 2 ? 1 : 2, kAsks>(args, b, w, m, lines);
+      dot_tile<kRows, kTwo, kAsks>(args, b, w, m, lines);
     else
       dot_tile<kRows, Vec::kTokenTile, kAsks>(args, b, w, m, lines);
     m += tokens;

@@ -19,9 +19,7 @@ inline constexpr uint32_t kInPlaceRows = 128;
 
 KT_INLINE uint32_t tile_n_padded(uint32_t n) { return static_cast<uint32_t>(round_up(n, kGroupRows)); }
 
-inline size_t c_floats_tiles(uint32_t m, uint32_t n) {
-  return round_up(m, kPanelColumns) * tile_n_padded(n);
-}
+inline size_t c_floats_tiles(uint32_t m, uint32_t n) { return round_up(m, kPanelColumns) * tile_n_padded(n); }
 
 inline size_t nt_scratch_bytes_tiles(uint32_t) { return size_t{kGroupRows} * kTileBlockK * sizeof(bf16); }
 
@@ -35,7 +33,8 @@ class TileScope {
   void use(uint32_t columns0, uint32_t columns1) {
     if (columns_[0] == columns0 && columns_[1] == columns1) return;
     TileConfig config;
-    const uint32_t columns[8] = {columns0, columns1, columns0, columns1, kTileK / 2, kTileK / 2, columns0, columns1};
+    const uint32_t columns[8] = {columns0,   columns1,   columns0, columns1,
+                                 kTileK / 2, kTileK / 2, columns0, columns1};
     for (int tile = 0; tile < 8; ++tile) {
       config.column_bytes[tile] = static_cast<uint16_t>(columns[tile] * 4);
       config.rows[tile] = columns[tile] ? kTileRows : 0;
@@ -71,8 +70,8 @@ KT_INLINE uint32_t panel_width(const Operand& x, uint32_t panel) {
 
 // One block, of one or two tiles of weight rows, against panels p and, when kPanels is 2, p + 1.
 template <int kWeights, int kPanels>
-KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, const TileAhead& ahead, uint32_t p, uint32_t n,
-                          bool zero_first) {
+KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, const TileAhead& ahead, uint32_t p,
+                          uint32_t n, bool zero_first) {
   const uint32_t n_padded = tile_n_padded(args.n1 - args.n0);
   float* c0 = args.c + (size_t{p} * n_padded + n - args.n0) * kPanelColumns;
   float* c1 = c0 + size_t{n_padded} * kPanelColumns;
@@ -132,7 +131,7 @@ KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, const TileAhea
 // A block of K against all panels.
 template <int kWeights>
 void tile_panels(const NtArgs& args, TileScope& scope, const TileBlock& w, const TileAhead& ahead, uint32_t n,
-                        bool zero_first) {
+                 bool zero_first) {
   const uint32_t panels = static_cast<uint32_t>(div_up(args.x.rows, kPanelColumns));
   const uint32_t rows_a_pair = static_cast<uint32_t>(div_up(ahead.rows, div_up(panels, 2)));
   TileAhead some = ahead;
@@ -151,7 +150,8 @@ void tile_panels(const NtArgs& args, TileScope& scope, const TileBlock& w, const
   }
 }
 
-// Decodes elements [k0, k1) of `rows` weight rows to `padded` rows of bf16 tiles in scratch, zeros around them.
+// Decodes elements [k0, k1) of `rows` weight rows to `padded` rows of bf16 tiles in scratch, zeros around
+// them.
 template <class Format>
 void fill_tile_block(const WeightView& w, uint32_t n, uint32_t rows, uint32_t padded, size_t k0, size_t k1,
                      std::byte* to) {

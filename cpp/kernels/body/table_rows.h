@@ -8,11 +8,12 @@ const KernelTable& table() {
       .pack = pack_rows,
       .c_floats = c_floats_rows,
       .nt_scratch_bytes = nt_scratch_bytes_rows,
-      .nt = {
+      .nt =
+          {
 #define KT_FORMAT(id, type) nt_rows<formats::type>,
 #include "formats/formats.inc"
 #undef KT_FORMAT
-      },
+          },
       .activate = activate_rows,
       .store_rows = store_rows_rows,
       .combine = combine_rows,

@@ -8,11 +8,12 @@ const KernelTable& table() {
       .pack = pack_tiles,
       .c_floats = c_floats_tiles,
       .nt_scratch_bytes = nt_scratch_bytes_tiles,
-      .nt = {
+      .nt =
+          {
 #define KT_FORMAT(id, type) nt_tiles<formats::type>,
 #include "formats/formats.inc"
 #undef KT_FORMAT
-      },
+          },
       .activate = activate_tiles,
       .store_rows = store_rows_tiles,
       .combine = combine_rows,

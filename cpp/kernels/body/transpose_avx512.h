@@ -16,7 +16,8 @@ inline void transpose_dwords(const std::byte* const* row, size_t at, uint32_t* t
   }
   // a[4 g + c] holds, in quarter q, column 4 q + c of rows 4 g .. 4 g + 3.
   KT_UNROLL for (int c = 0; c < 4; ++c) {
-    const __m512i low01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44), high01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
+    const __m512i low01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44),
+                  high01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
     const __m512i low23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44),
                   high23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
     _mm512_storeu_si512(to + 16 * c, _mm512_shuffle_i32x4(low01, low23, 0x88));

@@ -13,9 +13,7 @@ struct alignas(64) TileConfig {
 };
 
 struct Tile {
-  static KT_INLINE void configure(const TileConfig& config) {
-    asm volatile("ldtilecfg %0" ::"m"(config));
-  }
+  static KT_INLINE void configure(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
   static KT_INLINE void release() { asm volatile("tilerelease"); }
 
   template <int kId>

@@ -46,10 +46,12 @@ struct Tile {
   static void configure(const TileConfig& config) {
     if (config.palette != 1) fault("a palette other than 1");
     for (int i = 0; i < 16; ++i) {
-      if (i >= 8 && (config.rows[i] || config.column_bytes[i])) fault("a tile beyond the eighth is configured");
+      if (i >= 8 && (config.rows[i] || config.column_bytes[i]))
+        fault("a tile beyond the eighth is configured");
       if (config.rows[i] > 16) fault("a tile has more than 16 rows");
       if (config.column_bytes[i] > 64) fault("a tile row has more than 64 bytes");
-      if ((config.rows[i] == 0) != (config.column_bytes[i] == 0)) fault("a tile has rows or columns, not both");
+      if ((config.rows[i] == 0) != (config.column_bytes[i] == 0))
+        fault("a tile has rows or columns, not both");
     }
     State& s = state();
     s.configured = true;

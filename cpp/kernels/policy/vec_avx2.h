@@ -49,7 +49,9 @@ struct Vec {
 
   // ---- limits ----
   static constexpr int kPeakChains = 10;
-  struct Sum { __m256i low, high; };
+  struct Sum {
+    __m256i low, high;
+  };
   static KT_INLINE Acc add_acc(Acc a, Acc b) { return _mm256_add_ps(a, b); }
   static KT_INLINE void add_to(Sum& sum, const std::byte* p) {
     const __m256i* v = reinterpret_cast<const __m256i*>(p);

@@ -3,11 +3,15 @@
 
 struct Vec {
   // ---- rows-dot-rows products ----
-  static constexpr size_t kStep = 8;        // elements of K a step
-  static constexpr int kRowTile = 4;        // weight rows a register tile
-  static constexpr int kTokenTile = 1;      // activation rows a register tile
-  struct Segment { float lane[8]; };
-  struct Acc { float lane[8]; };
+  static constexpr size_t kStep = 8;    // elements of K a step
+  static constexpr int kRowTile = 4;    // weight rows a register tile
+  static constexpr int kTokenTile = 1;  // activation rows a register tile
+  struct Segment {
+    float lane[8];
+  };
+  struct Acc {
+    float lane[8];
+  };
 
   static KT_INLINE Acc zero_acc() { return Acc{}; }
   static KT_INLINE Segment load(const std::byte* p) {
@@ -41,7 +45,9 @@ struct Vec {
 
   // ---- limits ----
   static constexpr int kPeakChains = 4;
-  struct Sum { uint64_t lane[8]; };
+  struct Sum {
+    uint64_t lane[8];
+  };
   static KT_INLINE Acc add_acc(Acc a, const Acc& b) {
     for (int i = 0; i < 8; ++i) a.lane[i] += b.lane[i];
     return a;
@@ -54,12 +60,16 @@ struct Vec {
 
   // ---- elementwise fp32 ----
   static constexpr size_t kWidth = 8;
-  struct Float { float lane[8]; };
-  struct Mask { bool lane[8]; };
+  struct Float {
+    float lane[8];
+  };
+  struct Mask {
+    bool lane[8];
+  };
 
-#define KT_MAP(expression)                                       \
-  Float r;                                                       \
-  for (size_t i = 0; i < kWidth; ++i) r.lane[i] = (expression);  \
+#define KT_MAP(expression)                                      \
+  Float r;                                                      \
+  for (size_t i = 0; i < kWidth; ++i) r.lane[i] = (expression); \
   return r
 
   static KT_INLINE Float set(float x) { KT_MAP(x); }
@@ -107,7 +117,8 @@ struct Vec {
   }
   // 2^n for integral n in [-126, 127]; anything for a NaN.
   static KT_INLINE Float pow2(const Float& n) {
-    KT_MAP(std::bit_cast<float>((n.lane[i] == n.lane[i] ? static_cast<int32_t>(n.lane[i]) + 127 : 127) << 23));
+    KT_MAP(
+        std::bit_cast<float>((n.lane[i] == n.lane[i] ? static_cast<int32_t>(n.lane[i]) + 127 : 127) << 23));
   }
 #undef KT_MAP
 };

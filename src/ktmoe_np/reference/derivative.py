@@ -60,8 +60,8 @@ def activate_gradients(
     >>> import numpy as np
     >>> activate_gradients("relu2", np.float32([-2, 3]))
     (array([0., 6.], dtype=float32), None)
-    >>> d_gate, d_up = activate_gradients({"kind": "silu", "limit": 1.0}, np.float64([0, 2]), np.float64([1, 5]))
-    >>> d_gate, d_up    # the second token is clamped twice
+    >>> limited = {"kind": "silu", "limit": 1.0}
+    >>> activate_gradients(limited, np.float64([0, 2]), np.float64([1, 5]))    # the second is clamped twice
     (array([0.5, 0. ]), array([0., 0.]))
     """
     spec, gate, up = check_operands(activation, gate, up)
@@ -83,8 +83,9 @@ def gate_slope(spec: ActivationSpec, g: Array) -> Array:
         case "gelu":
             # exp(-x**2 / 2) is 0 in float64 from 39 on, and the bound keeps infinity times 0 away.
             wide = np.clip(g.astype(np.float64), -40.0, 40.0)
+            below = 0.5 * np.asarray(erfc(-wide / math.sqrt(2.0)), np.float64)
             density = np.exp(-0.5 * wide * wide) / math.sqrt(2.0 * math.pi)
-            return (0.5 * np.asarray(erfc(-wide / math.sqrt(2.0)), np.float64) + wide * density).astype(g.dtype)
+            return (below + wide * density).astype(g.dtype)
         case "gelu_tanh":
             # Beyond 30 the exponential in the sigmoid is 0 in float64, and g**3 may overflow.
             x = np.clip(g, -30.0, 30.0)

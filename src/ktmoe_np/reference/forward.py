@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from ..config import ActivationSpec
 from .activation import Array, activate, round_bf16
 from .inputs import AnyArray, ForwardInputs, Weights, check_inputs, check_out_dtype
 
-__all__ = ["moe_forward"]
+__all__ = [
+    "Precision",
+    "Rows",
+    "combine",
+    "finite_rows",
+    "moe_forward",
+    "product",
+    "rounded",
+    "rows_by_expert",
+]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The numbers of a computation: their dtype, and whether it rounds to bfloat16 at all."""
+
+    dtype: np.dtype[Any]
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (np.float32, np.float64):
+            raise ValueError(f"accumulate_dtype must be float32 or float64, got {self.dtype}")
+
+    def bf(self, x: Array) -> Array:
+        """bf(x) in the dtype of the computation, or x itself when that is exact."""
+        return x if self.exact else round_bf16(x).astype(self.dtype)
 
 
 def moe_forward(
@@ -102,8 +128,7 @@ def moe_forward(
     >>> moe_forward(x, ids, weights, gate, None, down, activation="relu2", out_dtype=np.float32)
     array([[8., 8.]], dtype=float32)
     """
-    if np.dtype(accumulate_dtype) not in (np.float32, np.float64):
-        raise ValueError(f"accumulate_dtype must be float32 or float64, got {np.dtype(accumulate_dtype)}")
+    precision = Precision(np.dtype(accumulate_dtype))
     result_dtype = check_out_dtype(out_dtype)
     inputs = check_inputs(
         hidden_states,
@@ -122,32 +147,42 @@ def moe_forward(
     )
     # Infinities that finite weights sum up to are values, not mistakes: nothing here warns.
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        total = _combine(inputs, _expert_outputs(inputs, np.dtype(accumulate_dtype)))
-        if result_dtype == ml_dtypes.bfloat16:
-            return round_bf16(total).astype(ml_dtypes.bfloat16)
-        return total.astype(result_dtype)
+        return rounded(combine(inputs, _expert_outputs(inputs, precision)), result_dtype)
 
 
-def _expert_outputs(inputs: ForwardInputs, dtype: np.dtype[Any]) -> Array:
+class Rows(NamedTuple):
+    """The slots of one expert, in the order of the tokens: their tokens and their positions in the token."""
+
+    expert: int
+    token: NDArray[np.intp]  # [M]
+    slot: NDArray[np.intp]  # [M]
+
+
+def rows_by_expert(ids: NDArray[np.int64]) -> Iterator[Rows]:
+    """Yield the computed slots of each expert that has some, from `ids` [T, P]."""
+    for e in np.unique(ids[ids >= 0]):
+        yield Rows(int(e), *np.nonzero(ids == e))
+
+
+def _expert_outputs(inputs: ForwardInputs, precision: Precision) -> Array:
     """Compute y of every computed slot, [T, P, H]; 0 for the others."""
-    y = np.zeros((*inputs.ids.shape, inputs.x.shape[1]), dtype)
-    for e in np.unique(inputs.ids[inputs.ids >= 0]):
-        t, p = np.nonzero(inputs.ids == e)
-        x = inputs.x[t].astype(dtype)
-        gate = _product(x, inputs.gate[e], inputs.gate_bias, e)
-        up = None if inputs.up is None else _product(x, inputs.up[e], inputs.up_bias, e)
-        h = round_bf16(activate(inputs.activation, gate, up)).astype(dtype)
-        y[t, p] = _product(h, inputs.down[e], inputs.down_bias, e)
+    y = np.zeros((*inputs.ids.shape, inputs.x.shape[1]), precision.dtype)
+    for e, t, p in rows_by_expert(inputs.ids):
+        x = inputs.x[t].astype(precision.dtype)
+        gate = product(x, inputs.gate[e], inputs.gate_bias, e)
+        up = None if inputs.up is None else product(x, inputs.up[e], inputs.up_bias, e)
+        h = precision.bf(activate(inputs.activation, gate, up))
+        y[t, p] = product(h, inputs.down[e], inputs.down_bias, e)
     return y
 
 
-def _product(x: Array, weight: AnyArray, bias: AnyArray | None, e: int) -> Array:
+def product(x: Array, weight: AnyArray, bias: AnyArray | None, e: int) -> Array:
     """Compute x . W^T + bias[e]: [M, K] and [N, K] to [M, N]."""
-    product: Array = x @ weight.astype(x.dtype).T
-    return product if bias is None else product + bias[e].astype(x.dtype)
+    result: Array = x @ weight.astype(x.dtype).T
+    return result if bias is None else result + bias[e].astype(x.dtype)
 
 
-def _combine(inputs: ForwardInputs, y: Array) -> Array:
+def combine(inputs: ForwardInputs, y: Array) -> Array:
     """Add the weighted slots, in their order, to the base, [T, H]."""
     computed = inputs.ids >= 0
     routing = np.where(computed, inputs.routing, 0).astype(y.dtype)
@@ -156,6 +191,17 @@ def _combine(inputs: ForwardInputs, y: Array) -> Array:
         total += routing[:, p, None] * y[:, p]
     if inputs.base is not None:
         total = inputs.base.astype(y.dtype) + total
-    finite = np.isfinite(inputs.x.astype(np.float32)).all(axis=1)
-    total[computed.any(axis=1) & ~finite] = np.nan
+    total[computed.any(axis=1) & ~finite_rows(inputs.x)] = np.nan
     return total
+
+
+def finite_rows(x: AnyArray) -> NDArray[np.bool_]:
+    """Whether each row of x holds finite numbers only."""
+    return np.asarray(np.isfinite(x.astype(np.float64)).all(axis=1))
+
+
+def rounded(total: Array, dtype: np.dtype[Any]) -> AnyArray:
+    """Round sums to the dtype of a result."""
+    if dtype == ml_dtypes.bfloat16:
+        return round_bf16(total).astype(ml_dtypes.bfloat16)
+    return total.astype(dtype)

@@ -12,14 +12,15 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..config import ActivationSpec, parse_activation
 
-__all__ = ["ForwardInputs", "check_inputs", "check_out_dtype"]
+__all__ = ["FLOATS", "ForwardInputs", "check_array", "check_inputs", "check_out_dtype"]
 
 AnyArray = NDArray[Any]
 #: `[E, N, K]`, or E arrays `[N, K]`.
 Weights = AnyArray | Sequence[AnyArray]
 
 _BIAS_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
-_BASE_DTYPES = (*_BIAS_DTYPES, np.dtype(np.float64))
+#: What an exact computation takes for every array of numbers, and any for its base.
+FLOATS = (*_BIAS_DTYPES, np.dtype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ForwardInputs:
     down_bias: AnyArray | None  # [E, H]
     activation: ActivationSpec
     base: AnyArray | None  # [T, H]
+    order: NDArray[np.int64]  # [E], the logical expert behind each physical one
 
 
 def check_inputs(
@@ -54,8 +56,13 @@ def check_inputs(
     gpu_experts_mask: AnyArray | None = None,
     physical_to_logical_map: AnyArray | None = None,
     base: AnyArray | None = None,
+    exact: bool = False,
 ) -> ForwardInputs:
-    """Check the arguments of `moe_forward`; see there for what they are and what is raised."""
+    """Check the arguments of `moe_forward`; see there for what they are and what is raised.
+
+    With `exact`, an array of numbers may have any float dtype.
+    """
+    bf16, float32, biases = (FLOATS,) * 3 if exact else ((ml_dtypes.bfloat16,), (np.float32,), _BIAS_DTYPES)
     spec = parse_activation(activation)
     if spec.gated and up_proj is None:
         raise ValueError(f"up_proj is None, but activation {spec.name} is gated: expected [E, I, H]")
@@ -64,17 +71,17 @@ def check_inputs(
         raise ValueError(
             f"{name} must be None: activation {spec.name} has one projection, given as gate_proj"
         )
-    x = _array("hidden_states", hidden_states, ("T", "H"), {}, ml_dtypes.bfloat16)
+    x = check_array("hidden_states", hidden_states, ("T", "H"), {}, *bf16)
     sizes = {"T": x.shape[0], "H": x.shape[1]}
     ids = np.asarray(topk_ids)
     if not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"topk_ids must have an integer dtype, got {ids.dtype}")
-    ids = _array("topk_ids", ids, ("T", "P"), sizes, ids.dtype)
+    ids = check_array("topk_ids", ids, ("T", "P"), sizes, ids.dtype)
     sizes["P"] = ids.shape[1]
-    routing = _array("topk_weights", topk_weights, ("T", "P"), sizes, np.float32)
-    gate = _experts("gate_proj", gate_proj, ("I", "H"), sizes)
-    up = None if up_proj is None else _experts("up_proj", up_proj, ("I", "H"), sizes)
-    down = _experts("down_proj", down_proj, ("H", "I"), sizes)
+    routing = check_array("topk_weights", topk_weights, ("T", "P"), sizes, *float32)
+    gate = _experts("gate_proj", gate_proj, ("I", "H"), sizes, *bf16)
+    up = None if up_proj is None else _experts("up_proj", up_proj, ("I", "H"), sizes, *bf16)
+    down = _experts("down_proj", down_proj, ("H", "I"), sizes, *bf16)
     order = _physical_order(physical_to_logical_map, sizes["E"])
     return ForwardInputs(
         x=x,
@@ -83,11 +90,12 @@ def check_inputs(
         gate=[gate[e] for e in order],
         up=None if up is None else [up[e] for e in order],
         down=[down[e] for e in order],
-        gate_bias=_bias("gate_bias", gate_bias, ("E", "I"), sizes, order),
-        up_bias=_bias("up_bias", up_bias, ("E", "I"), sizes, order),
-        down_bias=_bias("down_bias", down_bias, ("E", "H"), sizes, order),
+        gate_bias=_bias("gate_bias", gate_bias, ("E", "I"), sizes, order, *biases),
+        up_bias=_bias("up_bias", up_bias, ("E", "I"), sizes, order, *biases),
+        down_bias=_bias("down_bias", down_bias, ("E", "H"), sizes, order, *biases),
         activation=spec,
-        base=None if base is None else _array("base", base, ("T", "H"), sizes, *_BASE_DTYPES),
+        base=None if base is None else check_array("base", base, ("T", "H"), sizes, *FLOATS),
+        order=order,
     )
 
 
@@ -99,7 +107,7 @@ def check_out_dtype(out_dtype: DTypeLike) -> np.dtype[Any]:
     return dtype
 
 
-def _array(
+def check_array(
     name: str, value: object, letters: tuple[str, ...], sizes: Mapping[str, int], *dtypes: Any
 ) -> AnyArray:
     """`value`, an array of one of `dtypes` and of the letters' `sizes`; a letter without a size is free."""
@@ -119,7 +127,9 @@ def _array(
     return value
 
 
-def _experts(name: str, value: Weights, letters: tuple[str, str], sizes: dict[str, int]) -> list[AnyArray]:
+def _experts(
+    name: str, value: Weights, letters: tuple[str, str], sizes: dict[str, int], *dtypes: Any
+) -> list[AnyArray]:
     """E matrices; fills in E and I of `sizes` when they are still unknown."""
     if isinstance(value, np.ndarray) and value.ndim != 3:
         raise ValueError(f"{name} must have shape [E, {letters[0]}, {letters[1]}], got {list(value.shape)}")
@@ -129,22 +139,27 @@ def _experts(name: str, value: Weights, letters: tuple[str, str], sizes: dict[st
     if len(experts) != sizes.setdefault("E", len(experts)) or not experts:
         raise ValueError(f"{name} must hold {sizes['E'] or 'some'} experts, got {len(experts)}")
     for e, expert in enumerate(experts):
-        _array(f"{name}[{e}]", expert, letters, sizes, ml_dtypes.bfloat16)
+        check_array(f"{name}[{e}]", expert, letters, sizes, *dtypes)
         sizes.setdefault("I", expert.shape[0])
     return experts
 
 
 def _bias(
-    name: str, value: object, letters: tuple[str, str], sizes: Mapping[str, int], order: NDArray[np.int64]
+    name: str,
+    value: object,
+    letters: tuple[str, str],
+    sizes: Mapping[str, int],
+    order: NDArray[np.int64],
+    *dtypes: Any,
 ) -> AnyArray | None:
-    return None if value is None else _array(name, value, letters, sizes, *_BIAS_DTYPES)[order]
+    return None if value is None else check_array(name, value, letters, sizes, *dtypes)[order]
 
 
 def _physical_order(mapping: object, num_experts: int) -> NDArray[np.int64]:
     """Return the logical expert behind each physical one."""
     if mapping is None:
         return np.arange(num_experts)
-    order = _array("physical_to_logical_map", mapping, ("E",), {"E": num_experts}, np.int64)
+    order = check_array("physical_to_logical_map", mapping, ("E",), {"E": num_experts}, np.int64)
     wrong = np.flatnonzero((order < 0) | (order >= num_experts))
     if wrong.size:
         at = wrong[0]
@@ -163,6 +178,6 @@ def _computed_ids(ids: AnyArray, mask: object, num_experts: int) -> NDArray[np.i
         )
     computed = np.where(ids < 0, -1, ids).astype(np.int64)
     if mask is not None:
-        on_gpu = _array("gpu_experts_mask", mask, ("E",), {"E": num_experts}, np.bool_)
+        on_gpu = check_array("gpu_experts_mask", mask, ("E",), {"E": num_experts}, np.bool_)
         computed[(computed >= 0) & on_gpu[computed]] = -1
     return computed

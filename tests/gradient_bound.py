@@ -1,0 +1,209 @@
+"""How far two correct evaluations of a training step may lie apart: its formulas on intervals.
+
+Every quantity is a `Ball`: a centre in float64 and a radius that holds every evaluation which sums in float32
+in any order and takes the activation to some ulps. A rounding to bfloat16 moves the centre when `rounded`: then
+the bound is between two evaluations of the specification, and an element may differ only if a rounding boundary
+lies in its interval. Else it widens the radius: the bound is to the function itself, as float64 computes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from reference_cases import AnyArray, Layer
+
+from ktmoe_np.config import ActivationSpec, parse_activation
+from ktmoe_np.reference import Dropout, LoraWeights, round_bf16
+from ktmoe_np.reference.activation import gate_factor, up_factor
+from ktmoe_np.reference.derivative import gate_slope, up_slope
+
+#: Unit roundoff of float32, and its smallest normal number: hardware may take anything below for 0.
+EPS, TINY = 2.0**-24, 2.0**-126
+
+#: Allowed error of an engine's exp, tanh or erf, in float32 units of the operand.
+ACTIVATION_ULPS = 8.0
+
+
+@dataclass(frozen=True)
+class Ball:
+    """Every number within `radius` of `centre`, elementwise."""
+
+    centre: AnyArray
+    radius: AnyArray
+
+    @property
+    def reach(self) -> AnyArray:
+        """The largest magnitude in it."""
+        return np.abs(self.centre) + self.radius
+
+    @property
+    def T(self) -> Ball:
+        return Ball(self.centre.T, self.radius.T)
+
+    def computed(self, magnitude: AnyArray, num_roundings: int = 1) -> Ball:
+        """This after `num_roundings` float32 roundings of sums of terms that add up to `magnitude`."""
+        gamma = num_roundings * EPS / (1 - num_roundings * EPS)
+        return Ball(self.centre, self.radius + gamma * magnitude + num_roundings * TINY)
+
+    def where(self, kept: AnyArray) -> Ball:
+        """This with 0 where `kept` is False."""
+        return Ball(np.where(kept, self.centre, 0.0), np.where(kept, self.radius, 0.0))
+
+    def __add__(self, other: Ball) -> Ball:
+        total = Ball(self.centre + other.centre, self.radius + other.radius)
+        return total.computed(total.reach)
+
+    def __mul__(self, other: Ball) -> Ball:
+        return (_product(self, other, np.multiply)).computed(self.reach * other.reach)
+
+    def __matmul__(self, other: Ball) -> Ball:
+        num_terms = self.centre.shape[-1]
+        return _product(self, other, np.matmul).computed(self.reach @ other.reach, num_terms + 1)
+
+    def bf(self, rounded: bool) -> Ball:
+        low, high = round_bf16(self.centre - self.radius), round_bf16(self.centre + self.radius)
+        centre = round_bf16(self.centre).astype(np.float64) if rounded else self.centre
+        return Ball(centre, np.maximum(high - centre, centre - low) + TINY)
+
+    def mapped(self, function: Any, curvature: float, ulps: float) -> Ball:
+        """A function with a second derivative of at most `curvature` between its jumps and corners."""
+        centre = function(self.centre)
+        ends = [np.abs(function(self.centre + sign * self.radius) - centre) for sign in (-1, 1)]
+        spread = np.maximum(*ends) + curvature * np.square(self.radius)
+        return Ball(centre, spread + ulps * EPS * np.maximum(self.reach, 1.0))
+
+
+def _product(a: Ball, b: Ball, multiply: Any) -> Ball:
+    spread = multiply(np.abs(a.centre), b.radius) + multiply(a.radius, np.abs(b.centre))
+    return Ball(multiply(a.centre, b.centre), spread + multiply(a.radius, b.radius))
+
+
+def ball(values: AnyArray) -> Ball:
+    """Numbers that are known."""
+    centre = np.asarray(values).astype(np.float64)
+    return Ball(centre, np.zeros(centre.shape))
+
+
+def curvatures(spec: ActivationSpec) -> tuple[float, float]:
+    """Bounds of the second and third derivatives of both factors of an activation."""
+    second = max(2.0, spec.alpha) + 1.0 / spec.beta1
+    return second, 2.0 * second + spec.alpha**2
+
+
+def activation_balls(spec: ActivationSpec, g: Ball, u: Ball | None) -> tuple[Ball, list[Ball]]:
+    """act(g, u) and its partial derivatives."""
+    second, third = curvatures(spec)
+    a = g.mapped(lambda x: gate_factor(spec, x), second, ACTIVATION_ULPS * (1 + np.max(g.reach, initial=0)))
+    a_slope = g.mapped(lambda x: gate_slope(spec, x), third, ACTIVATION_ULPS)
+    if u is None:
+        return a, [a_slope]
+    b = u.mapped(lambda x: up_factor(spec, x), second, ACTIVATION_ULPS)
+    b_slope = u.mapped(lambda x: up_slope(spec, x), third, ACTIVATION_ULPS)
+    return a * b, [a_slope * b, a * b_slope]
+
+
+def gradient_balls(layer: Layer, grad_output: AnyArray, *, rounded: bool) -> dict[str, Ball]:
+    """The gradients of `moe_backward` by name, and the output as "out", after their last rounding.
+
+    For layers with LoRA, without a map and a mask.
+    """
+    lora: LoraWeights = layer["lora"]
+    names = ("gate", "up", "down") if layer["up_proj"] is not None else ("gate", "down")
+    weight = {name: ball(layer[f"{name}_proj"]) for name in names}
+    a, b = ({n: ball(round_bf16(getattr(lora, f"{n}_lora_{m}"))) for n in names} for m in "ab")
+    x, q, ids = ball(layer["hidden_states"]), ball(grad_output), layer["topk_ids"]
+    num_experts, hidden, inter = layer["down_proj"].shape
+    dropout = layer.get("dropout") or Dropout(0.0)
+    kept_x, kept_h = (dropout.mask(len(ids), *sizes) for sizes in ((hidden, "x"), (inter, "h")))
+    result: dict[str, list[Ball]] = {
+        f"{name}_{m}": [] for name in names for m in ("lora_a", "lora_b", "proj")
+    }
+    slots = {name: _zeros(*ids.shape, hidden) for name in ("out", "grad_input")}
+    slots["grad_weights"] = _zeros(*ids.shape, 1)
+    for e in range(num_experts):
+        t, p = np.nonzero(ids == e)
+        bias = {n: ball(layer[f"{n}_bias"][e]) for n in names if layer.get(f"{n}_bias") is not None}
+        step = _expert_balls(
+            parse_activation(layer["activation"]),
+            _take(x, t),
+            _take(q, t),
+            ball(layer["topk_weights"][t, p, None]),
+            ball(lora.scale(dropout.rate)),
+            {n: _take(weight[n], e) for n in names},
+            {n: _take(a[n], e) for n in names},
+            {n: _take(b[n], e) for n in names},
+            bias,
+            {n: (kept_h if n == "down" else kept_x)[t] for n in names},
+            rounded,
+        )
+        for name, value in step.items():
+            if name in slots:
+                slots[name].centre[t, p], slots[name].radius[t, p] = value.centre, value.radius
+            else:
+                result[name].append(value)
+    total = {
+        name: Ball(np.stack([value.centre for value in values]), np.stack([value.radius for value in values]))
+        for name, values in result.items()
+    }
+    for name in ("out", "grad_input"):
+        added = Ball(slots[name].centre.sum(axis=1), slots[name].radius.sum(axis=1))
+        total[name] = added.computed(slots[name].reach.sum(axis=1), ids.shape[1] + 1).bf(rounded)
+    total["grad_weights"] = _take(slots["grad_weights"], (..., 0))
+    return total
+
+
+def _expert_balls(
+    spec: ActivationSpec,
+    x: Ball,
+    q: Ball,
+    w: Ball,
+    s: Ball,
+    weight: dict[str, Ball],
+    a: dict[str, Ball],
+    b: dict[str, Ball],
+    bias: dict[str, Ball],
+    kept: dict[str, AnyArray],
+    rounded: bool,
+) -> dict[str, Ball]:
+    """The formulas for the slots of one expert."""
+
+    def project(name: str, operand: Ball) -> tuple[Ball, Ball]:
+        inner = (operand.where(kept[name]) @ a[name].T).bf(rounded)
+        result = operand @ weight[name].T + s * (inner @ b[name].T)
+        return inner, result + bias[name] if name in bias else result
+
+    first = {name: project(name, x) for name in weight if name != "down"}
+    g, u = first["gate"][1], first["up"][1] if "up" in first else None
+    h = activation_balls(spec, g, u)[0].bf(rounded)
+    ud, y = project("down", h)
+    r = (q @ b["down"]).bf(rounded)
+    z = q @ weight["down"] + s * (r @ a["down"]).where(kept["down"])
+    zh = z * h
+    grad_w = Ball(zh.centre.sum(1, keepdims=True), zh.radius.sum(1, keepdims=True))
+    grad_w = grad_w.computed(zh.reach.sum(1, keepdims=True), h.centre.shape[1])
+    if "down" in bias:
+        grad_w = grad_w + q @ Ball(bias["down"].centre[:, None], bias["down"].radius[:, None])
+    result = {"out": w * y, "grad_weights": grad_w}
+    result["down_lora_b"] = s * (q.T @ (w * ud).bf(rounded))
+    result["down_lora_a"] = (s * w * r).bf(rounded).T @ h.where(kept["down"])
+    result["down_proj"] = q.T @ (w * h).bf(rounded)
+    slopes = activation_balls(spec, g.bf(rounded), None if u is None else u.bf(rounded))[1]
+    for name, slope in zip(first, slopes, strict=True):
+        d = (w * z * slope).bf(rounded)
+        d_inner = (s * (d @ b[name])).bf(rounded)
+        part = d @ weight[name] + (d_inner @ a[name]).where(kept[name])
+        result["grad_input"] = result["grad_input"] + part if "grad_input" in result else part
+        result[f"{name}_lora_b"] = s * (d.T @ first[name][0])
+        result[f"{name}_lora_a"] = d_inner.T @ x.where(kept[name])
+        result[f"{name}_proj"] = d.T @ x
+    return result
+
+
+def _zeros(*shape: int) -> Ball:
+    return Ball(np.zeros(shape), np.zeros(shape))
+
+
+def _take(value: Ball, at: Any) -> Ball:
+    return Ball(value.centre[at], value.radius[at])
