@@ -1,9 +1,10 @@
 """How far two correct evaluations of a training step may lie apart: its formulas on intervals.
 
 Every quantity is a `Ball`: a centre in float64 and a radius that holds every evaluation which sums in float32
-in any order and takes the activation to some ulps. A rounding to bfloat16 moves the centre when `rounded`: then
-the bound is between two evaluations of the specification, and an element may differ only if a rounding boundary
-lies in its interval. Else it widens the radius: the bound is to the function itself, as float64 computes it.
+in any order and takes the activation to some ulps. When `rounded`, a rounding to bfloat16 moves the centre:
+the bound is between two evaluations of the specification, and an element may differ only if a rounding
+boundary is in its interval. Else the rounding widens the radius: the bound is to the function itself, as
+float64 computes it.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _product(a: Ball, b: Ball, multiply: Any) -> Ball:
     return Ball(multiply(a.centre, b.centre), spread + multiply(a.radius, b.radius))
 
 
-def ball(values: AnyArray) -> Ball:
+def ball(values: Any) -> Ball:
     """Numbers that are known."""
     centre = np.asarray(values).astype(np.float64)
     return Ball(centre, np.zeros(centre.shape))

@@ -26,8 +26,8 @@ def call(function: Any, activation: Any, g: AnyArray, u: AnyArray) -> Any:
 
 
 def grid(dtype: type, *values: float) -> tuple[AnyArray, AnyArray]:
-    g, u = (axis.ravel() for axis in np.meshgrid(np.array(values, dtype), np.array(values, dtype)))
-    return g, u
+    axis: AnyArray = np.array(values, dtype)
+    return np.repeat(axis, axis.size), np.tile(axis, axis.size)
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -86,7 +86,7 @@ def test_the_boundary_of_a_clamp_is_inside(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_large_numbers_overflow_nothing(name: str, dtype: type) -> None:
     spec = parse_activation(name)
-    large = float(np.finfo(dtype).max) / 4
+    large = float(np.finfo(dtype).max) / (4 if name == "relu2" else 1)  # 2 g may overflow
     g, u = grid(dtype, 0, -0.0, 1, -1, 30, -30, 90, -90, 800, -800, 1e18, -1e18, large, -large)
     with np.errstate(all="raise"):
         d_gate, d_up = call(activate_gradients, name, g, u)
@@ -96,7 +96,7 @@ def test_large_numbers_overflow_nothing(name: str, dtype: type) -> None:
     with np.errstate(all="ignore"):
         assert np.isfinite(gate_slope(spec, g)).all()
         assert np.isfinite(up_slope(spec, u)).all()
-    slope = gate_slope(spec, np.array([large, -large], dtype))
+        slope = gate_slope(spec, np.array([large, -large], dtype))
     asymptotes = {"swigluoai": 0.0, "swiglustep": 0.0, "situ": 0.0, "relu2": 2 * large}
     assert slope[0] == dtype(asymptotes.get(spec.kind, 1.0))
     assert slope[1] == 0
@@ -159,6 +159,6 @@ def test_activate_gradients_refuses(arguments: Any, error: type[Exception], mess
 
 
 def test_gelu_is_precise_far_below_zero() -> None:
-    x = -6.0
-    expected = math.erfc(6.0 / math.sqrt(2)) / 2 + x * math.exp(-18.0) / math.sqrt(2 * math.pi)
-    assert abs(activate_gradients("gelu", np.float64([x]), np.float64([1.0]))[0][0] / expected - 1) < 1e-12
+    expected = math.erfc(6.0 / math.sqrt(2)) / 2 - 6 * math.exp(-18.0) / math.sqrt(2 * math.pi)
+    slope = activate_gradients("gelu", np.array([-6.0]), np.array([1.0]))[0]
+    assert abs(slope[0] / expected - 1) < 1e-12

@@ -87,6 +87,12 @@ def test_the_rate_is_the_share_that_is_dropped(rate: float) -> None:
     assert np.abs(mask.mean(axis=1) - (1 - rate)).max() <= tolerance * math.sqrt(300)
 
 
+def test_the_comparison_is_to_the_last_bit() -> None:
+    word = philox_word(seed=1, step=2, layer=3, token=4, feature=7, which=0)
+    for threshold, kept in ((word - 1, True), (word, True), (word + 0.999, True), (word + 1, False)):
+        assert dropout_mask(**{**CASE, "rate": threshold / 2**32})[4, 7] == kept
+
+
 def test_a_larger_mask_begins_with_the_smaller() -> None:
     large = dropout_mask(**{**CASE, "tokens": 20, "features": 31})
     assert np.array_equal(large[:5, :9], dropout_mask(**CASE))

@@ -364,6 +364,26 @@ TASK: dict[str, tuple[Change, Error, str]] = {
     ),
     "base, order": (lambda a: {"base": fortran(a["out"])}, TypeError, r"base: .* expected it C-contiguous"),
     "base overlaps": (lambda a: {"base": a["out"]}, ValueError, r"out: its memory overlaps that of base"),
+    "first_token, negative": (
+        lambda a: {"first_token": -1},
+        ValueError,
+        rf"first_token: got -1, expected 0 to {T}",
+    ),
+    "first_token, behind the last": (
+        lambda a: {"first_token": T + 1},
+        ValueError,
+        rf"first_token: got {T + 1}, expected 0 to {T}",
+    ),
+    "num_tokens, negative": (
+        lambda a: {"num_tokens": -1},
+        ValueError,
+        rf"num_tokens: got -1, expected 0 to {T}",
+    ),
+    "num_tokens, more than are left": (
+        lambda a: {"first_token": 2, "num_tokens": T - 1},
+        ValueError,
+        rf"num_tokens: got {T - 1}, expected 0 to {T - 2}",
+    ),
     "skip_experts, dtype": (
         lambda a: {"skip_experts": np.zeros(E, np.int32)},
         TypeError,
@@ -401,7 +421,7 @@ def test_more_slots_than_an_index_can_count(tmp_path: Path) -> None:
     ids = np.memmap(tmp_path / "ids", np.int64, "w+", shape=(tokens, slots))
     weights = np.memmap(tmp_path / "weights", np.float32, "w+", shape=(tokens, slots))
     x, out = np.zeros((tokens, 1), bf16), np.zeros((tokens, 1), bf16)
-    with pytest.raises(ValueError, match=f"hidden_states: got {tokens} tokens, expected fewer in one call"):
+    with pytest.raises(ValueError, match=f"hidden_states: got {tokens} tokens, expected fewer in one"):
         ext.moe.AMXBF16_MOE(config).forward_task(x, ids, weights, out)
 
 

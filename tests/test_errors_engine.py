@@ -33,7 +33,7 @@ def moe(layer: Layer) -> Any:
 
 
 def test_sync_without_submit(moe: Any, batch: Batch) -> None:
-    message = "sync_forward: no pass of layer 0 is pending, .*submit_forward first"
+    message = r"sync_forward: no pass of layer 0 is pending, .*submit_forward first"
     with pytest.raises(RuntimeError, match=message):
         moe.sync_forward()
     moe.submit_forward(*batch)
@@ -46,7 +46,7 @@ def test_submit_twice(moe: Any, batch: Batch) -> None:
     expected = moe.forward(*batch)
     moe.submit_forward(*batch)
     with pytest.raises(
-        RuntimeError, match="submit_forward: a pass of layer 0 is pending, .*sync_forward first"
+        RuntimeError, match=r"submit_forward: a pass of layer 0 is pending, .*sync_forward first"
     ):
         moe.submit_forward(*batch)
     assert_same_bits(moe.sync_forward(), expected)

@@ -211,9 +211,7 @@ def test_nothing_loaded(layer: Layer, batch: Batch) -> None:
         moe.submit_forward(*batch.rows(rows))
         with pytest.raises(RuntimeError, match=message):
             moe.sync_forward()
-    with pytest.raises(
-        RuntimeError, match="weight_path: got None, expected a checkpoint to load from"
-    ):
+    with pytest.raises(RuntimeError, match="weight_path: got None, expected a checkpoint to load from"):
         moe.load_weights()
     layer.load_into(moe)
     moe.load_weights()  # loaded already

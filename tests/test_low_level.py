@@ -109,6 +109,19 @@ def test_base_and_out_have_dtypes_of_their_own(
     assert_same_bits(base, kept)
 
 
+@pytest.mark.parametrize(("first", "num"), [(0, None), (2, None), (0, 3), (2, 3), (T, 0), (0, 0), (T - 1, 1)])
+def test_a_part_of_a_batch(engine: Any, layer: Layer, batch: Batch, first: int, num: int | None) -> None:
+    moe, out = low_level_moe(engine, layer, P), np.full((T, H), 7.0, np.float32)
+    base = np.random.default_rng(3).standard_normal((T, H), np.float32)
+    engine.run(moe.forward_task(*batch, out, base=base, first_token=first, num_tokens=num))
+    whole = np.empty((T, H), np.float32)
+    engine.run(moe.forward_task(*batch, whole, base=base))
+    rows = slice(first, T if num is None else first + num)
+    others = np.delete(np.arange(T), np.arange(T)[rows])
+    assert_same_bits(out[rows], whole[rows])
+    assert (out[others] == 7.0).all()
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_activations_with_their_parameters(engine: Any, activation: Any) -> None:
     layer = draw_layer(np.random.default_rng(4), E, I, H, activation, scale=3.0)

@@ -28,13 +28,13 @@ def draw_training(
     """Random arguments of `moe_forward_sft`, and of `moe_backward`; the sizes are those of `draw_layer`."""
     layer = draw_layer(seed, **sizes)
     rng = np.random.default_rng(seed + 1)
-    num_experts, hidden, inter = (*layer["down_proj"].shape,)
+    num_experts, hidden, inter = layer["down_proj"].shape
 
     def draw(*shape: int) -> AnyArray:
         scaled = rng.standard_normal(shape) / math.sqrt(shape[-1] or 1)
         return scaled.astype(np.float32).astype(bf16).astype(dtype)
 
-    matrices = {
+    matrices: dict[str, Any] = {
         "gate_lora_a": draw(num_experts, R, hidden),
         "gate_lora_b": draw(num_experts, inter, R),
         "up_lora_a": draw(num_experts, R, hidden),

@@ -128,8 +128,9 @@ size_t Array::size() const {
 
 std::string Array::dtype_name() const {
   if (dtype_ != DType::kOther) return label(dtype_);
-  return nb::hasattr(object_, "dtype") ? nb::cast<std::string>(nb::str(object_.attr("dtype")))
-                                       : "another dtype";
+  if (!nb::hasattr(object_, "dtype")) return "another dtype";
+  const nb::object dtype = object_.attr("dtype");
+  return nb::cast<std::string>(nb::str(nb::handle(dtype)));
 }
 
 std::string Array::describe() const {

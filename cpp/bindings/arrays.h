@@ -46,6 +46,7 @@ class Array {
   int64_t shape(size_t i) const { return shape_[i]; }
   int64_t stride_bytes(size_t i) const { return strides_[i] * static_cast<int64_t>(item_bytes_); }
   size_t size() const;
+  size_t item_bytes() const { return item_bytes_; }
   size_t bytes() const { return size() * item_bytes_; }
 
   template <class T>

@@ -110,42 +110,61 @@ kernels::FloatType float_type(const Array& a) {
   return a.dtype() == DType::kBf16 ? kernels::FloatType::kBf16 : kernels::FloatType::kFloat32;
 }
 
+// The elements of row `first` on.
+void* from_row(const Array& a, int64_t first) {
+  return a.as<std::byte>() + static_cast<size_t>(first) * static_cast<size_t>(a.shape(1)) * a.item_bytes();
+}
+
 PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_ids, nb::object topk_weights,
-                        nb::object out, bool incremental, nb::object base, nb::object skip_experts) {
+                        nb::object out, bool incremental, nb::object base, nb::object skip_experts,
+                        int64_t first_token, std::optional<int64_t> num_tokens) {
   const GeneralMOEConfig& c = layer->config();
   Arrays arrays;
   arrays.reserve(6);
   const Array& x = arrays.emplace_back(Array::read(hidden_states, "hidden_states"));
   x.expect({DType::kBf16}, {"T", c.hidden_size}).expect_contiguous();
-  const int64_t tokens = x.shape(0);
+  const int64_t batch = x.shape(0);
   const Array& ids = arrays.emplace_back(Array::read(topk_ids, "topk_ids"));
-  ids.expect({DType::kInt64}, {tokens, c.num_experts_per_tok}).expect_contiguous();
+  ids.expect({DType::kInt64}, {batch, c.num_experts_per_tok}).expect_contiguous();
   const Array& w = arrays.emplace_back(Array::read(topk_weights, "topk_weights"));
-  w.expect({DType::kFloat32}, {tokens, c.num_experts_per_tok}).expect_contiguous();
+  w.expect({DType::kFloat32}, {batch, c.num_experts_per_tok}).expect_contiguous();
   const Array& y = arrays.emplace_back(Array::write(out, "out"));
-  y.expect({DType::kBf16, DType::kFloat32}, {tokens, c.hidden_size}).expect_contiguous();
+  y.expect({DType::kBf16, DType::kFloat32}, {batch, c.hidden_size}).expect_contiguous();
   for (const Array* other : {&x, &ids, &w}) y.expect_disjoint(*other);
+  if (first_token < 0 || first_token > batch)
+    throw_invalid("first_token: got ", first_token, ", expected 0 to ", batch);
+  const int64_t tokens = num_tokens.value_or(batch - first_token);
+  if (tokens < 0 || tokens > batch - first_token)
+    throw_invalid("num_tokens: got ", tokens, ", expected 0 to ", batch - first_token);
+  if (batch * c.num_experts_per_tok > INT32_MAX)
+    throw_invalid("hidden_states: got ", batch, " tokens, expected fewer in one batch");
 
   ForwardArgs args;
   args.num_tokens = static_cast<uint32_t>(tokens);
-  args.hidden_states = x.as<bf16>(), args.topk_ids = ids.as<int64_t>(), args.topk_weights = w.as<float>();
-  args.out = y.as<void>(), args.out_type = float_type(y);
+  args.hidden_states = static_cast<bf16*>(from_row(x, first_token));
+  args.topk_ids = static_cast<int64_t*>(from_row(ids, first_token));
+  args.topk_weights = static_cast<float*>(from_row(w, first_token));
+  args.out = from_row(y, first_token), args.out_type = float_type(y);
   if (incremental) args.base = args.out, args.base_type = args.out_type;
   if (!base.is_none()) {
     if (incremental) throw_invalid("base: got one with incremental=True, expected one of the two");
     const Array& b = arrays.emplace_back(Array::read(base, "base"));
-    b.expect({DType::kBf16, DType::kFloat32}, {tokens, c.hidden_size}).expect_contiguous();
+    b.expect({DType::kBf16, DType::kFloat32}, {batch, c.hidden_size}).expect_contiguous();
     y.expect_disjoint(b);
-    args.base = b.as<void>(), args.base_type = float_type(b);
+    args.base = from_row(b, first_token), args.base_type = float_type(b);
   }
   if (!skip_experts.is_none()) {
     const Array& skip = arrays.emplace_back(Array::read(skip_experts, "skip_experts"));
     skip.expect({DType::kUint8}, {c.expert_num}).expect_contiguous();
     args.skip_experts = skip.as<uint8_t>();
   }
-  if (tokens * c.num_experts_per_tok > INT32_MAX)
-    throw_invalid("hidden_states: got ", tokens, " tokens, expected fewer in one call");
-  return PythonTask([layer, args, arrays = std::move(arrays)] { layer->forward(args); });
+  return PythonTask([layer, args, arrays = std::move(arrays)] {
+    // All of the batch, so that no part of it is computed when another part is refused.
+    const GeneralMOEConfig& c = layer->config();
+    check_expert_ids(arrays[1].as<int64_t>(), static_cast<uint32_t>(arrays[1].shape(0)),
+                     static_cast<uint32_t>(c.num_experts_per_tok), static_cast<uint32_t>(c.expert_num));
+    layer->forward(args);
+  });
 }
 
 kernels::Activation make_activation(const std::string& kind, bool gated, float limit, float alpha,
@@ -203,8 +222,8 @@ pool : WorkerPool, optional
 void bind_interface(nb::module_& m) {
   nb::class_<MoE_Interface>(m, "MoE_Interface", "What every layer of experts does.")
       .def_prop_ro("loaded", &MoE_Interface::loaded)
-      .def("load_weights_task", &load_weights_task, nb::arg("gate_proj"), nb::arg("up_proj").none(),
-           nb::arg("down_proj"), nb::arg("physical_to_logical_map").none() = nb::none(), nb::kw_only(),
+      .def("load_weights_task", &load_weights_task, nb::arg("gate_proj").none(), nb::arg("up_proj").none(),
+           nb::arg("down_proj").none(), nb::arg("physical_to_logical_map").none() = nb::none(), nb::kw_only(),
            nb::arg("gate_bias").none() = nb::none(), nb::arg("up_bias").none() = nb::none(),
            nb::arg("down_bias").none() = nb::none(),
            R"(Make the task that gives the layer its weights. They are referred to, not copied.
@@ -223,9 +242,10 @@ gate_bias, up_bias, down_bias : array, optional
 Returns
 -------
 Task)")
-      .def("forward_task", &forward_task, nb::arg("hidden_states"), nb::arg("topk_ids"),
-           nb::arg("topk_weights"), nb::arg("out"), nb::arg("incremental") = false, nb::kw_only(),
-           nb::arg("base").none() = nb::none(), nb::arg("skip_experts").none() = nb::none(),
+      .def("forward_task", &forward_task, nb::arg("hidden_states").none(), nb::arg("topk_ids").none(),
+           nb::arg("topk_weights").none(), nb::arg("out").none(), nb::arg("incremental") = false,
+           nb::kw_only(), nb::arg("base").none() = nb::none(), nb::arg("skip_experts").none() = nb::none(),
+           nb::arg("first_token") = 0, nb::arg("num_tokens").none() = nb::none(),
            R"(Make the task of one forward pass.
 
 Parameters
@@ -244,6 +264,8 @@ base : array, optional
     bfloat16 or float32 [T, H], added to the result.
 skip_experts : array, optional
     bool [E]: experts that are left out.
+first_token, num_tokens : int, optional
+    The tokens of the batch to compute; all from the first on by default.
 
 Returns
 -------

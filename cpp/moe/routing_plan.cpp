@@ -6,6 +6,7 @@ namespace ktmoe {
 
 void RoutingPlan::build(const int64_t* ids, uint32_t num_tokens, uint32_t num_slots, uint32_t num_experts,
                         const uint8_t* skip) {
+  check_expert_ids(ids, num_tokens, num_slots, num_experts);
   const size_t num_ids = size_t{num_tokens} * num_slots;
   row.resize(num_ids);
   next_row_.assign(num_experts, 0);
@@ -13,10 +14,6 @@ void RoutingPlan::build(const int64_t* ids, uint32_t num_tokens, uint32_t num_sl
   uint32_t num_rows = 0;
   for (size_t i = 0; i < num_ids; ++i) {
     const int64_t id = ids[i];
-    if (id >= num_experts) {
-      throw_out_of_range("topk_ids: got expert ", id, " at [", i / num_slots, ", ", i % num_slots,
-                         "], expected ids below ", num_experts, " (negative ids are skipped)");
-    }
     const bool skipped = id < 0 || (skip != nullptr && skip[id] != 0);
     row[i] = skipped ? -1 : 0;
     if (skipped) continue;
@@ -39,6 +36,15 @@ void RoutingPlan::build(const int64_t* ids, uint32_t num_tokens, uint32_t num_sl
     const uint32_t r = next_row_[static_cast<size_t>(ids[i])]++;
     row[i] = static_cast<int32_t>(r);
     token[r] = static_cast<int32_t>(i / num_slots);
+  }
+}
+
+void check_expert_ids(const int64_t* ids, uint32_t num_tokens, uint32_t num_slots, uint32_t num_experts) {
+  const size_t num_ids = size_t{num_tokens} * num_slots;
+  for (size_t i = 0; i < num_ids; ++i) {
+    if (ids[i] < num_experts) continue;
+    throw_out_of_range("topk_ids: got expert ", ids[i], " at [", i / num_slots, ", ", i % num_slots,
+                       "], expected ids below ", num_experts, " (negative ids are skipped)");
   }
 }
 

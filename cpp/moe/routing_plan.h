@@ -29,4 +29,7 @@ struct RoutingPlan {
   std::vector<uint32_t> next_row_;  // scratch, [E]
 };
 
+// Throws std::out_of_range, naming the first id of num_experts or above.
+void check_expert_ids(const int64_t* ids, uint32_t num_tokens, uint32_t num_slots, uint32_t num_experts);
+
 }  // namespace ktmoe

@@ -6,7 +6,10 @@ import re
 from dataclasses import dataclass
 
 _COMMENT_OR_TEXT = re.compile(
-    r"""//[^\n]* | /\*.*?\*/ | R"(?P<mark>\w*)\(.*?\)(?P=mark)" | "(?:\\.|[^"\\\n])*" | (?<![0-9a-fA-F])'(?:\\.|[^'\\\n])*'""",
+    r"""//[^\n]* | /\*.*?\*/
+      | R"(?P<mark>\w*)\(.*?\)(?P=mark)" | "(?:\\.|[^"\\\n])*"
+      | (?<![0-9a-fA-F])'(?:\\.|[^'\\\n])*'  # not the separator of digits
+    """,
     re.DOTALL | re.VERBOSE,
 )
 # What opens a brace that holds declarations rather than statements.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ._tree import CPP_SUFFIXES, ROOT, files_under, name_of
+from ._tree import CPP_SUFFIXES, ROOT, files_under
 
 # A folder of cpp/ and the folders it may include from.
 _LAYERS = {

@@ -57,7 +57,8 @@ def test_no_cpp_function_is_long() -> None:
 
 def test_the_gate_measures_functions() -> None:
     body = "  call({1, 2}, '}', \"}\");  // }\n" * 80
-    source = f"namespace a {{\nstruct S {{\n  int x = 0;\n  void f() const {{\n{body}  }}\n}};\nint g(S s) {{\n  return 0;\n}}\n}}\n"
+    method = f"struct S {{\n  int x = 0;\n  void f() const {{\n{body}  }}\n}};\n"
+    source = f"namespace a {{\n{method}int g(S s) {{\n  return 0;\n}}\n}}\n"
     assert [(f.head, f.num_lines) for f in functions(source)] == [("void f() const", 82), ("int g(S s)", 3)]
     assert python_functions('def f():\n    """One.\n\n    Two.\n    """\n    return 1\n') == [("f", 2)]
     assert python_functions("def f(\n    a,\n):\n    def g():\n        pass\n") == [("f", 5), ("g", 2)]

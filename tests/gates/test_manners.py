@@ -1,4 +1,4 @@
-"""The core neither prints nor ends the process, the package prints in its command alone, texts name no workplace."""
+"""The core does not print or end the process, the package prints in its command, no text names a workshop."""
 
 from __future__ import annotations
 

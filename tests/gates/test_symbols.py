@@ -1,7 +1,7 @@
-"""Instructions beyond the platform's baseline stand in the kernels of the instruction set that has them, only.
+"""Instructions beyond the platform's baseline stand in the kernels of an instruction set that has them, only.
 
-One such instruction in a function that everyone calls, a std template compiled for AVX-512 say, and the module
-dies on older machines. Looks at the library that the environment variable KTMOE_GATE_LIB names (several, with
+One such instruction in a function that everyone calls, a std template compiled for AVX-512 say, and the
+module dies on older machines. Looks at the libraries that the environment variable KTMOE_GATE_LIB names (with
 colons between), else at what a build of the extension left in build/.
 """
 
@@ -34,7 +34,7 @@ _TILE = re.compile(r"%tmm|^(?:ldtilecfg|sttilecfg|tilerelease|tile\w+|tdp\w+)\b"
 _BF16_OR_VBMI = re.compile(r"^v(?:dpbf16ps|cvtne2?ps2bf16|permb|permi2b|permt2b|pmultishiftqb)\b")
 _EVEX = re.compile(r"%zmm|%k[0-7]|%[xy]mm(?:1[6-9]|2\d|3[01])")
 _VEX = re.compile(r"%ymm|^v(?!err\b|erw\b|mcall\b|mmcall\b)")
-# SSE3 to SSE4.2, popcnt and BMI, as far as a compiler emits them by itself. (tzcnt runs as bsf where it is unknown.)
+# SSE3 to SSE4.2, popcnt and BMI, as far as compilers emit them unasked (tzcnt runs as bsf where unknown).
 _LATER_SSE = re.compile(
     r"^(?:mov(?:shd|sld|d)up|h(?:add|sub)p[sd]|addsubp[sd]|lddqu|pshufb|palignr|pabs[bwd]|ph(?:add|sub)\w+|pmaddubsw"
     r"|pmulhrsw|psign[bwd]|p?blend\w+|dpp[sd]|extractps|insertps|pinsr[bdq]|pextr[bdq]|pmulld|pmuldq|pm(?:ax|in)(?:sb|sd|uw|ud)"

@@ -130,7 +130,8 @@ class LayerRunner:
     def _chunks(self, batch: Batch) -> list[slice]:
         """Rows of each chunk; one empty chunk for an empty batch, so that arguments are always checked."""
         size = self._chunk_size
-        return [slice(t, t + size) for t in range(0, max(batch.num_tokens, 1), size)]
+        num = batch.num_tokens
+        return [slice(t, min(t + size, num)) for t in range(0, max(num, 1), size)]
 
     def _task(
         self,
@@ -144,14 +145,17 @@ class LayerRunner:
         base: Array | None = None,
     ) -> ext.Task:
         """The pass of some rows, with other arrays than the batch's own where they are given."""
-        ids = batch.ids if ids is None else ids
-        out = batch.out if out is None else out
-        incremental = batch.incremental if incremental is None else incremental
-        args = (batch.hidden_states, ids, batch.weights, out)
-        if rows.start > 0 or rows.stop < batch.num_tokens:
-            args = tuple(array[rows] for array in args)
-            base = None if base is None else base[rows]
-        return self._layer.forward_task(*args, incremental, base=base, skip_experts=skip_experts)
+        return self._layer.forward_task(
+            batch.hidden_states,
+            batch.ids if ids is None else ids,
+            batch.weights,
+            batch.out if out is None else out,
+            batch.incremental if incremental is None else incremental,
+            base=base,
+            skip_experts=skip_experts,
+            first_token=rows.start,
+            num_tokens=rows.stop - rows.start,
+        )
 
     def _free_slot(self, batch_size: int) -> BufferSlot:
         """The layer's slot, when no task uses it any more."""

@@ -46,7 +46,7 @@ def activate_gradients(
     -------
     d_gate : ndarray of the dtype and shape of `gate`
     d_up : ndarray of the dtype and shape of `gate`, or None when the activation is not gated
-        NaN in g or u gives NaN in both. A finite g, however large, gives a finite A'. Nothing warns.
+        NaN in g or u gives NaN in both. Nothing finite, however large, makes A' or B' NaN. Nothing warns.
 
     Raises
     ------
