@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "bindings/gil.h"
 #include "bindings/module.h"
 #include "bindings/python_task.h"
 #include "runtime/cpuinfer.h"
@@ -25,7 +26,7 @@ void wait_in_slices(CPUInfer& engine, WaitFor&& wait_for) {
   } release{engine};
   for (bool done = false; !done;) {
     {
-      nb::gil_scoped_release no_gil;
+      const GilRelease no_gil;
       done = wait_for(kSlice);
     }
     if (PyErr_CheckSignals() != 0) nb::raise_python_error();
@@ -119,7 +120,7 @@ Exception
           "shutdown",
           [](CPUInfer& engine) {
             {
-              nb::gil_scoped_release release;
+              const GilRelease release;
               engine.shutdown();
             }
             release_finished(engine);

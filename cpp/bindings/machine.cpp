@@ -1,9 +1,11 @@
 // What the machine is: instruction sets and measured limits.
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <optional>
 
+#include "bindings/gil.h"
 #include "bindings/module.h"
 #include "core/error.h"
 #include "isa/isa.h"
@@ -31,13 +33,12 @@ nb::dict isa_info() {
 
 // With a feature set and a list of compiled instruction sets, any machine can be asked about.
 std::string select(bool avx2, bool avx512, bool avx512_bf16, bool amx,
-                   const std::vector<std::string>& compiled, nb::object override_name) {
+                   const std::vector<std::string>& compiled,
+                   const std::optional<std::string>& override_name) {
   const CpuFeatures features{avx2, avx512, avx512_bf16, amx};
   std::vector<Isa> isas;
   for (const std::string& name : compiled) isas.push_back(isa_from_name(name));
-  std::optional<std::string> wanted;
-  if (!override_name.is_none()) wanted = nb::cast<std::string>(override_name);
-  return std::string(isa_name(select_isa(features, isas, wanted)));
+  return std::string(isa_name(select_isa(features, isas, override_name)));
 }
 
 nb::dict topology() {
@@ -51,19 +52,19 @@ nb::dict topology() {
   return info;
 }
 
-nb::dict limits(CPUInfer& engine, double seconds, nb::object isa) {
+nb::dict limits(CPUInfer& engine, double seconds, const std::optional<std::string>& isa) {
   if (!(seconds > 0) || seconds > 600)
     throw_invalid("seconds: got ", seconds, ", expected above 0, at most 600");
   const kernels::KernelTable* table = &kernels::active_table();
-  if (!isa.is_none()) {
-    const Isa wanted = isa_from_name(nb::cast<std::string>(isa));
+  if (isa) {
+    const Isa wanted = isa_from_name(*isa);
     if (!supports(cpu_features(), wanted) || kernels::find_table(wanted) == nullptr)
       throw_runtime("isa: '", isa_name(wanted), "' cannot run on this machine");
     table = kernels::find_table(wanted);
   }
   MachineLimits measured;
   {
-    nb::gil_scoped_release release;
+    const GilRelease release;
     measured = measure_limits(engine.pool(), *table, seconds);
   }
   nb::dict info;

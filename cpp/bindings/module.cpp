@@ -2,13 +2,17 @@
 #include "bindings/module.h"
 
 #include "bindings/arrays.h"
+#include "bindings/gil.h"
 #include "kernels/table.h"
 
 NB_MODULE(kt_kernel_ext, m) {
   using namespace ktmoe::bindings;
   m.doc() = "The C++ core of ktmoe_np: engine and expert layers on arrays, without a copy.";
+  nanobind::set_leak_warnings(
+      false);                      // the library prints nothing, not even in a forked child that just ends
   ktmoe::kernels::active_table();  // an unknown or unsupported KTMOE_ISA fails here, at import
   init_arrays();
+  init_gil();
   bind_engine(m);
   bind_machine(m);
   nanobind::module_ moe = m.def_submodule("moe", "Expert layers, a class a method.");

@@ -137,7 +137,7 @@ PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_i
   if (tokens < 0 || tokens > batch - first_token)
     throw_invalid("num_tokens: got ", tokens, ", expected 0 to ", batch - first_token);
   if (batch * c.num_experts_per_tok > INT32_MAX)
-    throw_invalid("hidden_states: got ", batch, " tokens, expected fewer in one batch");
+    throw_invalid("hidden_states: got ", batch, " tokens, expected fewer in one call");
 
   ForwardArgs args;
   args.num_tokens = static_cast<uint32_t>(tokens);
@@ -167,20 +167,27 @@ PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_i
   });
 }
 
-kernels::Activation make_activation(const std::string& kind, bool gated, float limit, float alpha,
-                                    float beta1, float beta2) {
+// Parameters that are not given are those of the models that introduced the activation.
+kernels::Activation make_activation(const std::string& name, bool gated, std::optional<float> limit,
+                                    std::optional<float> alpha, std::optional<float> beta1,
+                                    std::optional<float> beta2) {
   using Kind = kernels::ActivationKind;
   static const std::map<std::string, Kind> kinds = {
       {"silu", Kind::kSilu},  {"swigluoai", Kind::kSwigluOai}, {"swiglustep", Kind::kSwigluStep},
       {"gelu", Kind::kGelu},  {"gelu_tanh", Kind::kGeluTanh},  {"situ", Kind::kSitu},
       {"relu2", Kind::kRelu2}};
-  const auto found = kinds.find(kind);
+  const auto found = kinds.find(name);
   if (found == kinds.end()) {
     std::string known;
-    for (const auto& [name, unused] : kinds) known += (known.empty() ? "" : ", ") + name;
-    throw_invalid("activation: got '", kind, "', expected one of ", known);
+    for (const auto& [other, unused] : kinds) known += (known.empty() ? "" : ", ") + other;
+    throw_invalid("activation: got '", name, "', expected one of ", known);
   }
-  return {found->second, gated, limit, alpha, beta1, beta2};
+  kernels::Activation a;
+  a.kind = found->second, a.gated = gated;
+  if (a.kind == Kind::kSwigluOai || a.kind == Kind::kSwigluStep) a.limit = 7.0f;
+  a.limit = limit.value_or(a.limit), a.alpha = alpha.value_or(a.alpha);
+  a.beta1 = beta1.value_or(a.beta1), a.beta2 = beta2.value_or(a.beta2);
+  return a;
 }
 
 void bind_config(nb::module_& m) {
@@ -211,11 +218,13 @@ pool : WorkerPool, optional
       .def_rw("pool", &GeneralMOEConfig::pool, nb::arg().none())
       .def(
           "set_activation",
-          [](GeneralMOEConfig& self, const std::string& kind, bool gated, float limit, float alpha,
-             float beta1,
-             float beta2) { self.activation = make_activation(kind, gated, limit, alpha, beta1, beta2); },
-          nb::arg("kind"), nb::arg("gated") = true, nb::arg("limit") = std::numeric_limits<float>::infinity(),
-          nb::arg("alpha") = 1.702f, nb::arg("beta1") = 4.0f, nb::arg("beta2") = 25.0f,
+          [](GeneralMOEConfig& self, const std::string& kind, bool gated, std::optional<float> limit,
+             std::optional<float> alpha, std::optional<float> beta1, std::optional<float> beta2) {
+            self.activation = make_activation(kind, gated, limit, alpha, beta1, beta2);
+          },
+          nb::arg("kind"), nb::arg("gated") = true, nb::arg("limit").none() = nb::none(),
+          nb::arg("alpha").none() = nb::none(), nb::arg("beta1").none() = nb::none(),
+          nb::arg("beta2").none() = nb::none(),
           "Set the activation function by name; the reference states the formulas.");
 }
 

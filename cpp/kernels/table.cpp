@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <optional>
 
+#include "core/error.h"
 #include "kernels/targets/targets.h"
 
 namespace ktmoe::kernels {
@@ -33,9 +34,13 @@ std::vector<Isa> compiled_isas() {
 const KernelTable& active_table() {
   static const KernelTable& table = [&]() -> const KernelTable& {
     const char* name = std::getenv("KTMOE_ISA");
-    std::optional<std::string_view> wanted;
-    if (name != nullptr && *name != '\0') wanted = name;
-    return *find_table(select_isa(cpu_features(), compiled_isas(), wanted));
+    if (name == nullptr || *name == '\0')
+      return *find_table(select_isa(cpu_features(), compiled_isas(), std::nullopt));
+    try {
+      return *find_table(select_isa(cpu_features(), compiled_isas(), name));
+    } catch (const std::exception& error) {
+      throw_runtime("KTMOE_ISA=", name, ": ", error.what());
+    }
   }();
   return table;
 }

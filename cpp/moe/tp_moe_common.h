@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -35,6 +36,7 @@ class TP_MOE_Common : public MoE_Interface {
 
   void load_weights(ExpertWeights& weights) override {
     check(weights);
+    const std::lock_guard lock(mutex_);
     if (spans_nodes()) {
       nodes_ = copy_to_nodes(weights.matrices);
       std::swap(weights.biases, weights_.biases);
@@ -47,6 +49,7 @@ class TP_MOE_Common : public MoE_Interface {
   }
 
   void forward(const ForwardArgs& args) override {
+    const std::lock_guard lock(mutex_);
     if (!loaded_) throw_runtime("forward: layer ", config_.layer_idx, " has no weights, load them first");
     if (args.num_tokens == 0) return;
     call_.kernels = &kernels::active_table();
@@ -201,6 +204,7 @@ class TP_MOE_Common : public MoE_Interface {
 
   std::vector<NodeMatrices> nodes_;  // of each part, when there are several nodes
   bool loaded_ = false;
+  std::mutex mutex_;  // a layer works on one call at a time, should two engines be given tasks of it
   std::vector<uint32_t> counts_;
 };
 

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "bfloat16", "expert_ids", "num_tokens", "routing_weights"]
+__all__ = ["Array", "at_least", "bfloat16", "expert_ids", "num_tokens", "routing_weights"]
 
 Array = NDArray[Any]
 
@@ -22,12 +22,19 @@ def expert_ids(ids: Any, name: str = "topk_ids") -> NDArray[np.int64]:
     ------
     TypeError
         Not integers.
+    IndexError
+        Beyond int64.
     """
     if type(ids) is np.ndarray and ids.dtype == np.int64 and ids.flags.c_contiguous:
         return ids
     array = np.asarray(ids)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name}: got {array.dtype} {list(array.shape)}, expected an integer dtype")
+    if array.dtype == np.uint64:  # ids beyond int64 must not come out negative, which would skip them
+        largest = np.iinfo(np.int64).max
+        if array.size and array.max() > largest:
+            where = np.argwhere(array > largest)[0].tolist()
+            raise IndexError(f"{name}: got expert {array.max()} at {where}, expected at most {largest}")
     return np.ascontiguousarray(array, np.int64)
 
 
@@ -55,3 +62,21 @@ def num_tokens(hidden_states: Any) -> int:
     if len(shape) != 2:
         raise ValueError(f"hidden_states: got shape {list(shape)}, expected [T, H]")
     return int(shape[0])
+
+
+def at_least(name: str, value: Any, least: int) -> int:
+    """`value` as an int of at least `least`.
+
+    Raises
+    ------
+    TypeError
+        Not an integer.
+    ValueError
+        Below `least`.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: got {value!r}, expected an integer")
+    number = int(value)
+    if number < least:
+        raise ValueError(f"{name}: got {number}, expected {least} or more")
+    return number

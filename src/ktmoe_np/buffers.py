@@ -87,14 +87,14 @@ class KExpertsCPUBuffer:
         """
         key = (batch_size, hidden_size, num_experts_per_tok)
         with cls._lock:
-            if key in cls._kept:
-                return cls._kept[key]
-            if cls._last is not None and cls._last[0] == key:
-                return cls._last[1]
-            slots = tuple(BufferSlot.allocate(*key) for _ in range(cls.buffer_depth))
+            slots = cls._kept.get(key)
+            if slots is None and cls._last is not None and cls._last[0] == key:
+                slots = cls._last[1]
+            if slots is None:
+                slots = tuple(BufferSlot.allocate(*key) for _ in range(cls.buffer_depth))
             if batch_size in cls._capture_batch_sizes:
                 cls._kept[key] = slots
-            else:
+            elif key not in cls._kept:
                 cls._last = (key, slots)
             return slots
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from . import kt_kernel_ext as ext
+from ._arrays import at_least
+from .buffers import KExpertsCPUBuffer
 from .deferral import DeferralChain
 
 __all__ = ["_MoEBase"]
@@ -22,11 +24,10 @@ def _engine_config(
     machine = ext.topology()
     nodes = sorted(machine["node_cpus"])
     threads = machine["cpu_quota"] if cpuinfer_threads is None else cpuinfer_threads
-    if threads < 1:
-        raise ValueError(f"cpuinfer_threads: got {threads}, expected 1 or more")
+    threads = at_least("cpuinfer_threads", threads, 1)
     if threadpool_count is None:
         threadpool_count = min(len(numa_nodes or nodes), threads)
-    if not 1 <= threadpool_count <= threads:
+    if not 1 <= at_least("threadpool_count", threadpool_count, 0) <= threads:
         raise ValueError(
             f"threadpool_count: got {threadpool_count}, expected 1 to {threads}, the number of threads"
         )
@@ -112,6 +113,7 @@ class _MoEBase:
             _MoEBase._engine = None
             _MoEBase._loaded = weakref.WeakSet()
             _MoEBase._chain = DeferralChain()
+            KExpertsCPUBuffer.clear_buffer_cache()  # slots remember tickets of the engine
 
 
 def _check_same(

@@ -19,11 +19,7 @@ __all__ = ["Carry", "DeferralChain", "split_slots"]
 
 
 def split_slots(
-    ids: NDArray[np.int64],
-    weights: NDArray[np.float32],
-    num_deferred: int,
-    num_experts: int,
-    slot: BufferSlot,
+    ids: NDArray[np.int64], weights: NDArray[np.float32], num_deferred: int, slot: BufferSlot
 ) -> None:
     """Write `ids` to the slot's immediate and deferred ids, -1 where a slot of the token is not in its part.
 
@@ -31,15 +27,11 @@ def split_slots(
 
     Raises
     ------
-    IndexError
-        An id of `num_experts` or above. Checked here, since nobody waits for the deferred part by itself.
     ValueError
         Weights of another shape.
     """
     if weights.shape != ids.shape:
         raise ValueError(f"topk_weights: got shape {list(weights.shape)}, expected {list(ids.shape)}")
-    if ids.size and ids.max() >= num_experts:
-        raise IndexError(f"topk_ids: got expert {ids.max()}, expected ids below {num_experts}")
     num_immediate = ids.shape[1] - num_deferred
     order = np.argsort(-weights, axis=1, kind="stable")
     is_immediate = np.zeros(ids.shape, bool)

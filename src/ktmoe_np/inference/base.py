@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import kt_kernel_ext as ext
-from .._arrays import Array, bfloat16, expert_ids
+from .._arrays import Array, at_least, bfloat16, expert_ids
 from .._methods import Method
 from ..config import ActivationSpec, MoEConfig, parse_activation
 from ..cpuinfer import _MoEBase
@@ -60,8 +60,8 @@ class BaseMoEWrapper(_MoEBase):
             layer_idx=layer_idx,
         )
         self.weight_path = weight_path
-        self.chunked_prefill_size = _at_least("chunked_prefill_size", chunked_prefill_size, 1)
-        self.max_deferred_experts_per_token = _at_least(
+        self.chunked_prefill_size = at_least("chunked_prefill_size", chunked_prefill_size, 1)
+        self.max_deferred_experts_per_token = at_least(
             "max_deferred_experts_per_token", max_deferred_experts_per_token, 0
         )
         if max_deferred_experts_per_token > num_experts_per_tok:
@@ -348,13 +348,3 @@ class BaseMoEWrapper(_MoEBase):
     def _check_stream(cuda_stream: Any) -> None:
         if cuda_stream is not None:
             raise RuntimeError(f"cuda_stream: got {cuda_stream!r}, expected None: arrays are on the CPU")
-
-
-def _at_least(name: str, value: Any, least: int) -> int:
-    """`value` as an int of at least `least`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: got {value!r}, expected an integer")
-    number = int(value)
-    if number < least:
-        raise ValueError(f"{name}: got {number}, expected {least} or more")
-    return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -101,22 +102,17 @@ class LayerRunner:
         list of int
             The tickets of what is not deferred.
         """
-        batch.weights = np.asarray(batch.weights)
         carry = chain.receive(self._config.layer_idx, batch.num_tokens)
         base = None if carry is None else carry.output
         if base is not None and batch.incremental:
             raise ValueError("incremental: got True, but the output begins with the deferred experts")
-        slot = self._free_slot(batch.num_tokens)
-        ids, deferred = batch.ids, self._num_deferred > 0
-        if deferred:
-            split_slots(ids, batch.weights, self._num_deferred, self._config.num_experts, slot)
-            ids = slot.immediate_ids
+        _check_ids(batch.ids, self._config.num_experts)
         chunks = self._chunks(batch)
-        now = [self._task(batch, rows, skip_experts, ids=ids, base=base) for rows in chunks]
+        slot = self._free_slot(batch.num_tokens)
+        now = [self._task(batch, rows, skip_experts, base=base) for rows in chunks]
         later = []
-        if deferred:
-            rest = {"ids": slot.deferred_ids, "out": slot.deferred_output, "incremental": False}
-            later = [self._task(batch, rows, skip_experts, **rest) for rows in chunks]
+        if self._num_deferred:
+            now, later = self._split(batch, chunks, skip_experts, base, slot)
 
         tickets = [self._engine.submit(task) for task in now]
         slot.busy_until = tickets[-1]
@@ -127,6 +123,29 @@ class LayerRunner:
         chain.leave(left)
         return tickets
 
+    def _split(
+        self,
+        batch: Batch,
+        chunks: list[slice],
+        skip_experts: Array | None,
+        base: Array | None,
+        slot: BufferSlot,
+    ) -> tuple[list[ext.Task], list[ext.Task]]:
+        """The tasks of what is computed at once, and of what is deferred.
+
+        The deferred part reads copies: after the sync the caller's arrays are the caller's again.
+        """
+        weights = np.asarray(batch.weights)
+        split_slots(batch.ids, weights, self._num_deferred, slot)
+        batch.ids = slot.immediate_ids
+        now = [self._task(batch, rows, skip_experts, base=base) for rows in chunks]
+        slot.input[...] = np.asarray(batch.hidden_states)
+        slot.weights[...] = weights
+        rest = copy(batch)
+        rest.hidden_states, rest.ids, rest.weights = slot.input, slot.deferred_ids, slot.weights
+        rest.out, rest.incremental = slot.deferred_output, False
+        return now, [self._task(rest, rows, skip_experts) for rows in chunks]
+
     def _chunks(self, batch: Batch) -> list[slice]:
         """Rows of each chunk; one empty chunk for an empty batch, so that arguments are always checked."""
         size = self._chunk_size
@@ -134,23 +153,15 @@ class LayerRunner:
         return [slice(t, min(t + size, num)) for t in range(0, max(num, 1), size)]
 
     def _task(
-        self,
-        batch: Batch,
-        rows: slice,
-        skip_experts: Array | None,
-        *,
-        ids: NDArray[np.int64] | None = None,
-        out: Array | None = None,
-        incremental: bool | None = None,
-        base: Array | None = None,
+        self, batch: Batch, rows: slice, skip_experts: Array | None, base: Array | None = None
     ) -> ext.Task:
-        """The pass of some rows, with other arrays than the batch's own where they are given."""
+        """The pass of some rows. The engine checks the whole batch, whichever rows it computes."""
         return self._layer.forward_task(
             batch.hidden_states,
-            batch.ids if ids is None else ids,
+            batch.ids,
             batch.weights,
-            batch.out if out is None else out,
-            batch.incremental if incremental is None else incremental,
+            batch.out,
+            batch.incremental,
             base=base,
             skip_experts=skip_experts,
             first_token=rows.start,
@@ -165,3 +176,17 @@ class LayerRunner:
         if slot.busy_until > self._engine.num_completed:
             self._engine.wait(slot.busy_until)
         return slot
+
+
+def _check_ids(ids: NDArray[np.int64], num_experts: int) -> None:
+    """Raise IndexError for an id of `num_experts` or above.
+
+    Checked before anything is queued: nobody waits for the deferred part by itself, and what the layer before
+    has deferred must not be lost with a pass that fails.
+    """
+    if ids.size and ids.max() >= num_experts:
+        t, p = np.argwhere(ids >= num_experts)[0]
+        raise IndexError(
+            f"topk_ids: got expert {ids[t, p]} at [{t}, {p}], expected ids below {num_experts} "
+            "(negative ids are skipped)"
+        )

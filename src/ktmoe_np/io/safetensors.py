@@ -229,6 +229,8 @@ def load_hf_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         Not a JSON object.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory")
     config = (path if path.is_dir() else path.parent) / "config.json"
     return parse_json_object(config.read_bytes(), str(config))
 
