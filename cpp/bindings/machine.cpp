@@ -17,7 +17,9 @@
 namespace ktmoe::bindings {
 namespace {
 
-nb::dict isa_info() {
+using Info = nb::typed<nb::dict, nb::str, nb::object>;
+
+Info isa_info() {
   nb::list compiled, supported;
   for (Isa isa : kernels::compiled_isas()) {
     const std::string name(isa_name(isa));
@@ -41,7 +43,7 @@ std::string select(bool avx2, bool avx512, bool avx512_bf16, bool amx,
   return std::string(isa_name(select_isa(features, isas, override_name)));
 }
 
-nb::dict topology() {
+Info topology() {
   const Topology t = Topology::read();
   nb::dict nodes;
   for (const auto& [node, cpus] : t.node_cpus) nodes[nb::int_(node)] = nb::cast(cpus);
@@ -52,7 +54,7 @@ nb::dict topology() {
   return info;
 }
 
-nb::dict limits(CPUInfer& engine, double seconds, const std::optional<std::string>& isa) {
+Info limits(CPUInfer& engine, double seconds, const std::optional<std::string>& isa) {
   if (!(seconds > 0) || seconds > 600)
     throw_invalid("seconds: got ", seconds, ", expected above 0, at most 600");
   const kernels::KernelTable* table = &kernels::active_table();

@@ -208,20 +208,11 @@ TEST_CASE("engine: no wake-up is lost in a random mixture of submitting and wait
                                               }),
                                               random() % 2 == 0);
         switch (random() % 5) {
-          case 0:
-            engine.wait(ticket);
-            break;
-          case 1:
-            engine.sync(random() % 3);
-            break;
-          case 2:
-            engine.wait_for(ticket, milliseconds(random() % 2));
-            break;
-          case 3:
-            engine.take_finished();
-            break;
-          default:
-            break;
+          case 0: engine.wait(ticket); break;
+          case 1: engine.sync(random() % 3); break;
+          case 2: engine.wait_for(ticket, milliseconds(random() % 2)); break;
+          case 3: engine.take_finished(); break;
+          default: break;
         }
       }
     });

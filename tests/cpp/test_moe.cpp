@@ -112,7 +112,8 @@ TEST_CASE("on several nodes the source is given back at once, on one when it is 
   const Model model;
   const auto owner = std::make_shared<int>(7);
   for (const bool several : {false, true}) {
-    const WorkerPoolConfig threads = several ? WorkerPoolConfig{2, {0, 1}, {1, 1}} : WorkerPoolConfig{1, {0}, {1}};
+    const WorkerPoolConfig threads =
+        several ? WorkerPoolConfig{2, {0, 1}, {1, 1}} : WorkerPoolConfig{1, {0}, {1}};
     Layer layer(make_config(std::make_shared<WorkerPool>(threads, several ? two_nodes() : Topology::read())));
     ExpertWeights weights = model.expert_weights();
     weights.owner = owner;
@@ -127,19 +128,23 @@ TEST_CASE("on several nodes the source is given back at once, on one when it is 
 TEST_CASE("a layer without weights, and weights that do not fit, are refused") {
   const Model model;
   Layer layer(make_config(std::make_shared<WorkerPool>(WorkerPoolConfig{1, {0}, {1}})));
-  CHECK_THROWS_WITH_AS(layer.forward({}), "forward: layer 0 has no weights, load them first", std::runtime_error);
+  CHECK_THROWS_WITH_AS(layer.forward({}), "forward: layer 0 has no weights, load them first",
+                       std::runtime_error);
   ExpertWeights weights = model.expert_weights();
   weights.matrices.up.pop_back();
-  CHECK_THROWS_WITH_AS(layer.load_weights(weights), "up_proj: got 4 values, expected 5", std::invalid_argument);
+  CHECK_THROWS_WITH_AS(layer.load_weights(weights), "up_proj: got 4 values, expected 5",
+                       std::invalid_argument);
   CHECK_FALSE(layer.loaded());
 }
 
 TEST_CASE("a config names the first field that cannot be used") {
   GeneralMOEConfig config = make_config(std::make_shared<WorkerPool>(WorkerPoolConfig{1, {0}, {1}}));
   config.hidden_size = 0;
-  CHECK_THROWS_WITH_AS(config.validate(), "hidden_size: got 0, expected 1 to 16777216", std::invalid_argument);
+  CHECK_THROWS_WITH_AS(config.validate(), "hidden_size: got 0, expected 1 to 16777216",
+                       std::invalid_argument);
   config = make_config(nullptr);
-  CHECK_THROWS_WITH_AS(config.validate(), "pool: got none, expected the backend_ of a CPUInfer", std::invalid_argument);
+  CHECK_THROWS_WITH_AS(config.validate(), "pool: got none, expected the backend_ of a CPUInfer",
+                       std::invalid_argument);
   config = make_config(std::make_shared<WorkerPool>(WorkerPoolConfig{1, {0}, {1}}));
   config.activation.kind = kernels::ActivationKind::kRelu2;
   CHECK_THROWS_WITH_AS(config.validate(), "activation: relu2 has no gated form", std::invalid_argument);

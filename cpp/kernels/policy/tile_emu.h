@@ -45,6 +45,8 @@ struct Tile {
 
   static void configure(const TileConfig& config) {
     if (config.palette != 1) fault("a palette other than 1");
+    for (uint8_t reserved : config.reserved)
+      if (reserved != 0) fault("a reserved byte is set");
     for (int i = 0; i < 16; ++i) {
       if (i >= 8 && (config.rows[i] || config.column_bytes[i]))
         fault("a tile beyond the eighth is configured");
@@ -91,8 +93,11 @@ struct Tile {
   }
   template <int kC, int kA, int kB>
   static void dot_bf16() {
+    if (kC == kA || kC == kB || kA == kB) fault("TDPBF16PS: a tile is used twice");
     State& s = checked(kC);
     checked(kA), checked(kB);
+    for (int id : {kC, kA, kB})
+      if (s.config.column_bytes[id] % 4 != 0) fault("TDPBF16PS: a row is not whole dwords");
     const int rows = s.config.rows[kA], columns = s.config.column_bytes[kB] / 4;
     const int pairs = s.config.column_bytes[kA] / 4;
     if (s.config.rows[kC] != rows) fault("TDPBF16PS: rows of C and A differ");

@@ -319,13 +319,13 @@ class BaseMoEWrapper(_MoEBase):
             raise RuntimeError(
                 f"sync_forward: no pass of layer {self.layer_idx} is pending, call submit_forward first"
             )
-        self._pending = None
         errors = []
         for ticket in pending.tickets:
             try:
                 self.cpu_infer.wait(ticket)
             except (IndexError, RuntimeError, MemoryError) as error:
                 errors.append(error)
+        self._pending = None  # not before: after Ctrl-C the pass can still be waited for
         if errors:
             raise errors[0]
         return pending.output

@@ -110,7 +110,7 @@ class LayerRunner:
         chunks = self._chunks(batch)
         slot = self._free_slot(batch.num_tokens)
         now = [self._task(batch, rows, skip_experts, base=base) for rows in chunks]
-        later = []
+        later: list[ext.Task] = []
         if self._num_deferred:
             now, later = self._split(batch, chunks, skip_experts, base, slot)
 
