@@ -17,7 +17,7 @@
 namespace ktmoe::bindings {
 namespace {
 
-using Info = nb::typed<nb::dict, nb::str, nb::object>;
+using Info = nb::typed<nb::dict, nb::str, nb::any>;
 
 Info isa_info() {
   nb::list compiled, supported;
