@@ -57,6 +57,7 @@ struct NtArgs {
   WeightView w;
   uint32_t n0 = 0, n1 = 0;
   float* c = nullptr;
+  size_t c_stride = 0;  // only of tables whose c_is_rows: floats from row to row, 0 for those of a C block
   bool accumulate = false;
   std::byte* scratch = nullptr;
 };
@@ -138,6 +139,8 @@ struct KernelTable {
   Operand (*pack)(const RowsView& rows, uint32_t m, uint32_t k, std::byte* data);
 
   size_t (*c_floats)(uint32_t m, uint32_t n);
+  // C blocks are plain rows, so a product may be written where it is wanted (NtArgs::c_stride).
+  bool c_is_rows;
   size_t (*nt_scratch_bytes)(uint32_t k);
   std::array<void (*)(const NtArgs&), kNumFormats> nt;
 

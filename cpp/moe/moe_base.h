@@ -91,15 +91,17 @@ class AMX_MOE_BASE {
     const kernels::Operand h = call.kernels->operand_block(
         call.h[task.active], expert.rows, static_cast<uint32_t>(config_.intermediate_size), task.m0, task.m1);
 
-    product(call, scratch, h, matrices_->down[e], task, scratch.c_gate);
-    derived().after_down(call, scratch, task, h);
-
     kernels::StoreRowsArgs store;
-    store.c = scratch.c_gate;
     store.bias = bias_of(biases_->down, e * static_cast<size_t>(config_.hidden_size) + task.n0);
     store.m = task.m1 - task.m0, store.n = task.n1 - task.n0;
     store.y_stride = pass_.columns.size();
     store.y = pass_.y + size_t{expert.begin + task.m0} * store.y_stride + (task.n0 - pass_.columns.begin);
+    if (call.kernels->c_is_rows && store.bias == nullptr && !Derived::kAddsToDown)
+      return product(call, scratch, h, matrices_->down[e], task, store.y, store.y_stride);
+
+    product(call, scratch, h, matrices_->down[e], task, scratch.c_gate);
+    derived().after_down(call, scratch, task, h);
+    store.c = scratch.c_gate;
     call.kernels->store_rows(store);
   }
 
@@ -129,7 +131,8 @@ class AMX_MOE_BASE {
   void before_activation(LayerCall&, WorkerScratch&, const PanelTask&, const kernels::Operand&) {}
   // The panel of the intermediate is written.
   void after_activation(LayerCall&, WorkerScratch&, const PanelTask&) {}
-  // The product with the down projection is in scratch.c_gate, before bias.
+  // The product with the down projection is in scratch.c_gate, before bias; only if kAddsToDown says so.
+  static constexpr bool kAddsToDown = false;
   void after_down(LayerCall&, WorkerScratch&, const PanelTask&, const kernels::Operand&) {}
 
  protected:
@@ -165,11 +168,11 @@ class AMX_MOE_BASE {
   }
 
   void product(const LayerCall& call, const WorkerScratch& scratch, const kernels::Operand& x,
-               const WeightView& w, const PanelTask& task, float* c) {
+               const WeightView& w, const PanelTask& task, float* c, size_t c_stride = 0) {
     kernels::NtArgs nt;
     nt.x = x, nt.w = w;
     nt.n0 = task.n0, nt.n1 = task.n1;
-    nt.c = c, nt.scratch = scratch.nt;
+    nt.c = c, nt.c_stride = c_stride, nt.scratch = scratch.nt;
     call.kernels->nt[static_cast<size_t>(T::kFormat)](nt);
   }
 

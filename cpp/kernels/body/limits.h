@@ -12,15 +12,22 @@ inline uint64_t limit_read(const std::byte* data, size_t bytes) {
   return bytes;
 }
 
-// Independent chains of dot products, as many as hide their latency.
+// Independent chains of dot products, as many as hide their latency. Each begins with another value that the
+// compiler cannot know, or it would see that all chains are the same.
 inline double limit_dot_rows(uint64_t iterations) {
-  alignas(64) std::byte ones[64];
-  for (int i = 0; i < 32; ++i) std::memcpy(ones + 2 * i, "\x80\x3f", 2);
-  Vec::Segment w = Vec::load(ones), x = Vec::load(ones);
+  alignas(64) std::byte numbers[(Vec::kPeakChains + 2) * 64];
+  std::memset(numbers, 0x3c, sizeof numbers);
+  const std::byte* unknown = numbers;
+  asm volatile("" : "+r"(unknown) : : "memory");
+  const Vec::Segment w = Vec::load(unknown), x = Vec::load(unknown + 64);
   Vec::Acc acc[Vec::kPeakChains];
-  KT_UNROLL for (int j = 0; j < Vec::kPeakChains; ++j) acc[j] = Vec::zero_acc();
-  for (uint64_t i = 0; i < iterations; ++i)
+  KT_UNROLL for (int j = 0; j < Vec::kPeakChains; ++j) {
+    acc[j] = Vec::zero_acc();
+    Vec::dot(acc[j], Vec::load(unknown + (j + 2) * 64), x);
+  }
+  for (uint64_t i = 0; i < iterations; ++i) {
     KT_UNROLL for (int j = 0; j < Vec::kPeakChains; ++j) Vec::dot(acc[j], w, x);
+  }
   Vec::Acc sum = Vec::zero_acc();
   KT_UNROLL for (int j = 0; j < Vec::kPeakChains; ++j) sum = Vec::add_acc(sum, acc[j]);
   asm volatile("" ::"m"(sum));

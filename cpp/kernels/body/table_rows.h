@@ -7,6 +7,7 @@ const KernelTable& table() {
       .operand_block = operand_block_rows,
       .pack = pack_rows,
       .c_floats = c_floats_rows,
+      .c_is_rows = true,
       .nt_scratch_bytes = nt_scratch_bytes_rows,
       .nt =
           {

@@ -7,6 +7,7 @@ const KernelTable& table() {
       .operand_block = operand_block_tiles,
       .pack = pack_tiles,
       .c_floats = c_floats_tiles,
+      .c_is_rows = false,
       .nt_scratch_bytes = nt_scratch_bytes_tiles,
       .nt =
           {
