@@ -18,7 +18,7 @@ constexpr Layout kActivationLayouts[] = {Layout::kAligned, Layout::kTight, Layou
 constexpr uint32_t kInputs[] = {1,   2,   7,   8,    9,    15,   16,   17,   31,   32,
                                 33,  47,  48,  63,   64,   65,   96,   97,   255,  511,
                                 512, 513, 704, 1055, 2047, 2048, 2049, 4097, 4160, 6145};
-constexpr uint32_t kBatches[] = {71, 96, 127, 128, 129, 144, 200, 255, 256};
+constexpr uint32_t kBatches[] = {71, 96, 127, 128, 129, 144, 200, 255, 256, 300, kernels::kMaxPanelRows};
 
 struct Shape {
   uint32_t m, n0, n1, k;
@@ -282,6 +282,36 @@ TEST_CASE("nt: adding to a block gives a row the same bits alone and in a batch"
         alone.multiply(one.operand, v.weights(), true);
         const auto begin = rows.begin() + row * static_cast<int32_t>(n);
         CHECK(first_difference(alone.rows(), {begin + 16, begin + n}) == -1);
+      }
+    }
+  }
+}
+
+TEST_CASE("nt: where C is rows, a product may be written to where it is wanted, and nowhere beside") {
+  for (const KernelTable* table : usable_tables()) {
+    if (!table->c_is_rows) continue;
+    Random random(18);
+    for (uint32_t m : {1u, 3u, 20u}) {
+      for (uint32_t n1 : {17u, 33u, 64u}) {
+        const uint32_t n0 = 16, n = n1 - n0, k = 2100, stride = n + random.below(9);
+        INFO(text(table->isa, {m, n0, n1, k, {}, {}, false}));
+        const Matrix x(m, k, Layout::kTight, [&] { return random.wide(); });
+        const Matrix w(n1, k, Layout::kTight, [&] { return random.wide(); });
+        const Packed packed(*table, x.activations(), m, k);
+        const std::vector<float> expected = product(*table, packed.operand, w.weights(), n0, n1);
+
+        const Guarded<float> y((m - 1) * stride + n);
+        const auto scratch = Guarded<std::byte>::on_cache_line(table->nt_scratch_bytes(k));
+        kernels::NtArgs args;
+        args.x = packed.operand, args.w = w.weights(), args.n0 = n0, args.n1 = n1;
+        args.c = y.data(), args.c_stride = stride, args.scratch = scratch.data();
+        table->nt[static_cast<size_t>(FormatId::kBf16)](args);
+        int wrong = 0;
+        for (uint32_t i = 0; i < y.size(); ++i) {
+          const uint32_t row = i / stride, column = i % stride;
+          wrong += column < n ? !same_bits(y[i], expected[row * n + column]) : !std::isnan(y[i]);
+        }
+        CHECK(wrong == 0);
       }
     }
   }
