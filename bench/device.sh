@@ -69,7 +69,7 @@ install_from() {
   cp -r src/ktmoe_np "$SITE/"
   rm -f "$SITE"/ktmoe_np/*.so
   cp "$1"/kt_kernel_ext*.so "$SITE/ktmoe_np/" || return
-  "$PYTHON" -c "import ktmoe_np; print(ktmoe_np.isa_info())"
+  "$PYTHON" -c "import ktmoe_np; print(ktmoe_np.isa_info(), ktmoe_np.kt_kernel_ext.topology())"
 }
 
 run_ctest() {

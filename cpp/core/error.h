@@ -1,18 +1,35 @@
 // Exceptions with composed messages: every error names the argument, what came and what was expected.
 #pragma once
 
-#include <sstream>
+#include <concepts>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace ktmoe {
 
-// Joins its arguments, streamed one after the other, into one string.
+// Text, characters and numbers as they read in messages. No streams here nor elsewhere in the library: what
+// they print depends on the locale of the process that embeds it.
+inline void append_text(std::string& to, std::string_view text) { to += text; }
+inline void append_text(std::string& to, char c) { to += c; }
+template <std::integral T>
+void append_text(std::string& to, T number) {
+  to += std::to_string(number);
+}
+template <std::floating_point T>
+void append_text(std::string& to, T number) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", static_cast<double>(number));
+  to += text;
+}
+
+// Joins its arguments, one after the other, into one string.
 template <class... Parts>
 std::string str_cat(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
+  std::string joined;
+  (append_text(joined, parts), ...);
+  return joined;
 }
 
 // A value, shape or name that cannot be used (ValueError in Python).

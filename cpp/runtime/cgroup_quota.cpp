@@ -2,10 +2,11 @@
 #include "runtime/cgroup_quota.h"
 
 #include <algorithm>
-#include <fstream>
 #include <limits>
-#include <sstream>
+#include <string_view>
 #include <vector>
+
+#include "runtime/system_file.h"
 
 namespace ktmoe {
 namespace {
@@ -23,16 +24,17 @@ struct Limit {
 
 // A missing file or a word in place of a number ("max") leaves the limit without effect, as does v1's -1.
 Limit read_limit_v2(const std::string& directory) {
-  Limit limit;
-  std::ifstream(directory + "/cpu.max") >> limit.quota >> limit.period;
-  return limit;
+  const std::string text = read_system_file(directory + "/cpu.max");
+  std::string_view rest = text;
+  const auto quota = leading_number<long>(take_until(rest, ' '));
+  return {quota.value_or(0), leading_number<long>(rest).value_or(0)};
 }
 
 Limit read_limit_v1(const std::string& directory) {
-  Limit limit;
-  std::ifstream(directory + "/cpu.cfs_quota_us") >> limit.quota;
-  std::ifstream(directory + "/cpu.cfs_period_us") >> limit.period;
-  return limit;
+  const auto number = [&](const char* name) {
+    return leading_number<long>(read_system_file(directory + name)).value_or(0);
+  };
+  return {number("/cpu.cfs_quota_us"), number("/cpu.cfs_period_us")};
 }
 
 // "/a/b" -> "/a/b", "/a", "". Every group on the way up limits its descendants. In a container the path may
@@ -48,26 +50,20 @@ std::vector<std::string> path_to_root(std::string path) {
 }
 
 struct Membership {
-  std::vector<std::string> controllers;  // empty: the v2 hierarchy
+  bool is_v2 = false;  // the one hierarchy of all controllers
+  bool limits_cpu = false;
   std::string path;
-
-  bool is_v2() const { return controllers.empty(); }
-  bool limits_cpu() const {
-    return is_v2() || std::find(controllers.begin(), controllers.end(), "cpu") != controllers.end();
-  }
 };
 
-// A line of /proc/self/cgroup: "number:controller,controller:/path".
-Membership parse_membership(const std::string& line) {
-  std::istringstream fields(line);
-  std::string number, names, name;
-  Membership result;
-  std::getline(fields, number, ':');
-  std::getline(fields, names, ':');
-  std::getline(fields, result.path);
-  std::istringstream list(names);
-  while (std::getline(list, name, ',')) result.controllers.push_back(name);
-  return result;
+// A line of /proc/self/cgroup: "number:controller,controller:/path", without controllers for v2.
+Membership parse_membership(std::string_view line) {
+  take_until(line, ':');
+  std::string_view controllers = take_until(line, ':');
+  Membership group;
+  group.is_v2 = group.limits_cpu = controllers.empty();
+  while (!controllers.empty()) group.limits_cpu |= take_until(controllers, ',') == "cpu";
+  group.path = line;
+  return group;
 }
 
 }  // namespace
@@ -79,12 +75,12 @@ std::optional<int> cgroup_cpu_quota(const std::string& sysfs_root, const std::st
   };
 
   const std::string mounts = sysfs_root + "/fs/cgroup";
-  std::ifstream memberships(proc_root + "/self/cgroup");
-  for (std::string line; std::getline(memberships, line);) {
-    const Membership group = parse_membership(line);
-    if (!group.limits_cpu()) continue;
+  const std::string memberships = read_system_file(proc_root + "/self/cgroup");
+  for (std::string_view lines = memberships; !lines.empty();) {
+    const Membership group = parse_membership(take_until(lines, '\n'));
+    if (!group.limits_cpu) continue;
     for (const std::string& step : path_to_root(group.path)) {
-      if (group.is_v2()) {
+      if (group.is_v2) {
         apply(read_limit_v2(mounts + step));
         apply(read_limit_v2(mounts + "/unified" + step));
       } else {

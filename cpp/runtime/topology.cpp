@@ -9,35 +9,32 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>
-#include <filesystem>
-#include <fstream>
 #include <iterator>
 #include <limits>
-#include <sstream>
+#include <optional>
+#include <string_view>
 
 #include "core/aligned_buffer.h"
 #include "core/error.h"
 #include "runtime/cgroup_quota.h"
+#include "runtime/system_file.h"
 
 namespace ktmoe {
 namespace {
 
-namespace fs = std::filesystem;
-
 // The kernel's notation for sets: "0-3,8,10-11". A file that is not there is an empty set.
-std::vector<int> read_cpu_list(const std::string& path) {
-  std::vector<int> cpus;
-  std::ifstream file(path);
-  for (std::string part; std::getline(file, part, ',');) {
-    std::istringstream range(part);
-    int first = 0, last = 0;
-    char dash = 0;
-    if (!(range >> first)) continue;
-    if (!(range >> dash >> last)) last = first;
-    for (int cpu = first; cpu <= last; ++cpu) cpus.push_back(cpu);
+std::vector<int> read_set(const std::string& path) {
+  std::vector<int> members;
+  const std::string text = read_system_file(path);
+  for (std::string_view rest = text; !rest.empty();) {
+    std::string_view range = take_until(rest, ',');
+    const std::optional<int> first = leading_number<int>(take_until(range, '-'));
+    if (!first) continue;
+    const int last = leading_number<int>(range).value_or(*first);
+    for (int member = *first; member <= last; ++member) members.push_back(member);
   }
-  std::sort(cpus.begin(), cpus.end());
-  return cpus;
+  std::sort(members.begin(), members.end());
+  return members;
 }
 
 std::vector<int> intersection(const std::vector<int>& a, const std::vector<int>& b) {
@@ -46,23 +43,12 @@ std::vector<int> intersection(const std::vector<int>& a, const std::vector<int>&
   return result;
 }
 
-// The n in "node<n>", or -1.
-int node_number(const std::string& name) {
-  const std::string prefix = "node";
-  if (name.size() <= prefix.size() || name.compare(0, prefix.size(), prefix) != 0) return -1;
-  const auto is_digit = [](char c) { return c >= '0' && c <= '9'; };
-  if (!std::all_of(name.begin() + static_cast<ptrdiff_t>(prefix.size()), name.end(), is_digit)) return -1;
-  return std::stoi(name.substr(prefix.size()));
-}
-
 std::map<int, std::vector<int>> read_nodes(const std::string& sysfs_root, const std::vector<int>& cpus) {
   std::map<int, std::vector<int>> nodes;
   std::vector<int> unplaced = cpus;
-  std::error_code missing;  // of the directory: then the loop runs over nothing
-  for (const auto& entry : fs::directory_iterator(sysfs_root + "/devices/system/node", missing)) {
-    const int node = node_number(entry.path().filename().string());
-    if (node < 0) continue;
-    std::vector<int> here = intersection(unplaced, read_cpu_list(entry.path().string() + "/cpulist"));
+  const std::string directory = sysfs_root + "/devices/system/node";
+  for (const int node : read_set(directory + "/online")) {
+    std::vector<int> here = intersection(unplaced, read_set(str_cat(directory, "/node", node, "/cpulist")));
     if (here.empty()) continue;
     std::erase_if(unplaced, [&here](int cpu) { return std::binary_search(here.begin(), here.end(), cpu); });
     nodes[node] = std::move(here);
@@ -81,7 +67,7 @@ std::vector<int> one_per_core_first(const std::vector<int>& cpus, const std::str
   for (const int cpu : cpus) {
     const std::string path =
         str_cat(sysfs_root, "/devices/system/cpu/cpu", cpu, "/topology/thread_siblings_list");
-    const std::vector<int> core = intersection(cpus, read_cpu_list(path));
+    const std::vector<int> core = intersection(cpus, read_set(path));
     ranked.emplace_back(std::lower_bound(core.begin(), core.end(), cpu) - core.begin(), cpu);
   }
   std::sort(ranked.begin(), ranked.end());
@@ -114,7 +100,7 @@ std::vector<int> affinity_cpus() {
 Topology Topology::read(const std::string& sysfs_root, const std::string& proc_root,
                         const std::vector<int>& affinity) {
   Topology topology;
-  topology.cpus = intersection(affinity, read_cpu_list(sysfs_root + "/devices/system/cpu/online"));
+  topology.cpus = intersection(affinity, read_set(sysfs_root + "/devices/system/cpu/online"));
   if (topology.cpus.empty()) topology.cpus = affinity;  // no sysfs, as in some sandboxes
   topology.node_cpus = read_nodes(sysfs_root, topology.cpus);
   for (auto& [node, cpus] : topology.node_cpus) cpus = one_per_core_first(cpus, sysfs_root);

@@ -54,6 +54,7 @@ TEST_CASE("topology: CPUs are those in the affinity mask and online") {
   FakeMachine machine;
   machine.write("sys/devices/system/cpu/online", "0-3,6,8-9");
   machine.write("sys/devices/system/node/node0/cpulist", "0-9");
+  machine.write("sys/devices/system/node/online", "0");
   const Topology topology = machine.read({1, 2, 3, 4, 8, 20});
   CHECK(topology.cpus == Cpus{1, 2, 3, 8});
   CHECK(topology.node_cpus == Nodes{{0, {1, 2, 3, 8}}});
@@ -67,7 +68,8 @@ TEST_CASE("topology: several nodes, one without CPUs, one without allowed CPUs")
   machine.write("sys/devices/system/node/node1/cpulist", "2-3");
   machine.write("sys/devices/system/node/node2/cpulist", "");
   machine.write("sys/devices/system/node/node10/cpulist", "6-7");
-  machine.write("sys/devices/system/node/possible", "0-10");
+  machine.write("sys/devices/system/node/online", "0-2,10\n");
+  machine.write("sys/devices/system/node/possible", "0-11");
   CHECK(machine.read({0, 1, 4, 5, 6, 7}).node_cpus == Nodes{{0, {0, 1, 4, 5}}, {10, {6, 7}}});
 }
 
@@ -82,6 +84,7 @@ TEST_CASE("topology: a CPU that no node lists is not lost") {
   machine.write("sys/devices/system/cpu/online", "0-3");
   machine.write("sys/devices/system/node/node1/cpulist", "0-1");
   machine.write("sys/devices/system/node/node2/cpulist", "3");
+  machine.write("sys/devices/system/node/online", "1-2");
   CHECK(machine.read(range(0, 3)).node_cpus == Nodes{{1, {0, 1, 2}}, {2, {3}}});
 }
 
