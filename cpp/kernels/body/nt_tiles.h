@@ -4,24 +4,28 @@
 // the K-paired B operand. A step is two weight tiles by two activation panels. The product comes out
 // transposed, which after the activation function is the K-paired form that the down projection wants.
 //
-// Weights are multiplied in place while few activations pass (then memory is the limit). With many, or where
-// rows have to be decoded or end inside a tile, groups of 32 rows are brought block by block of K into
-// contiguous scratch; sums wait in C between blocks, so the order along K stays.
+// C stays in the tiles for up to kTileBlockK elements of K. With few activations the weights are multiplied in
+// place (then memory is the limit). With many, the first pair of panels multiplies them in place and leaves
+// them in scratch, tile by tile, where the other panels find them. Rows that have to be decoded or end inside a
+// tile are brought to scratch first. Between blocks of K sums wait in C, so the order along K stays.
 //
 // C is [panel][n][16]: c[(panel * n_padded + n - n0) * 16 + m % 16], n_padded = (n1 - n0) up to 32.
 
 inline constexpr uint32_t kTileRows = 16, kGroupRows = 32, kTileK = 32, kPanelColumns = 16;
-// Elements of K in a block copied to scratch: 32 rows of it take 32 KiB.
-inline constexpr uint32_t kTileBlockK = 512;
-// Up to this many activation rows weights are multiplied in place (measured on Emerald Rapids: at 64 rows 4.2
-// against 3.0 TFLOP/s, equal from 256 on, and with blocks and prefetch ahead from there).
+inline constexpr size_t kTileBytes = size_t{kTileRows} * kTileK * sizeof(bf16);
+// Elements of K in a block: long, since waiting in C costs as much as two steps, but 32 rows of it (128 KiB) and
+// the activations must stay in the second-level cache.
+inline constexpr uint32_t kTileBlockK = 2048;
+// Up to this many activation rows weights are multiplied in place.
 inline constexpr uint32_t kInPlaceRows = 128;
 
 KT_INLINE uint32_t tile_n_padded(uint32_t n) { return static_cast<uint32_t>(round_up(n, kGroupRows)); }
 
 inline size_t c_floats_tiles(uint32_t m, uint32_t n) { return round_up(m, kPanelColumns) * tile_n_padded(n); }
 
-inline size_t nt_scratch_bytes_tiles(uint32_t) { return size_t{kGroupRows} * kTileBlockK * sizeof(bf16); }
+inline size_t nt_scratch_bytes_tiles(uint32_t k) {
+  return div_up(k < kTileBlockK ? k : kTileBlockK, kTileK) * 2 * kTileBytes;
+}
 
 // The tile configuration of one or two panels, given back when it goes out of scope: idle tiles would make
 // every context switch save them.
@@ -48,30 +52,43 @@ class TileScope {
   uint32_t columns_[2] = {0, 0};
 };
 
-// A block of K of a group of 32 weight rows: where its tiles lie, and which steps of K they are.
+// A block of K of a group of 32 weight rows, as they are stored or as tiles in scratch.
 struct TileBlock {
   const std::byte* data;
   ptrdiff_t row_stride;
   size_t step0, steps;  // in units of kTileK
+  ptrdiff_t step_bytes, second_tile;
+
+  static KT_INLINE TileBlock in_place(const std::byte* rows, ptrdiff_t row_stride, size_t step0, size_t steps) {
+    return {rows, row_stride, step0, steps, kTileK * sizeof(bf16), kTileRows * row_stride};
+  }
+  template <int kWeights>
+  static KT_INLINE TileBlock in_scratch(const std::byte* tiles, size_t step0, size_t steps) {
+    return {tiles, kTileK * sizeof(bf16), step0, steps, kWeights * kTileBytes, kTileBytes};
+  }
 };
 
-// The weights behind a block, which are asked for while it is multiplied: some of their rows with every pair
-// of panels, a cache line of each of those rows a step.
-struct TileAhead {
-  const std::byte* data = nullptr;
-  ptrdiff_t row_stride = 0;
-  uint32_t rows = 0;
-};
+// Whose tiles a block's weights are read from, and whether they are left in scratch on the way.
+enum class Weights { kPassing, kLeftInScratch, kFromScratch };
 
 KT_INLINE uint32_t panel_width(const Operand& x, uint32_t panel) {
   const uint32_t left = x.rows - panel * kPanelColumns;
   return left < kPanelColumns ? left : kPanelColumns;
 }
 
-// One block, of one or two tiles of weight rows, against panels p and, when kPanels is 2, p + 1.
-template <int kWeights, int kPanels>
-KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, const TileAhead& ahead, uint32_t p,
-                          uint32_t n, bool zero_first) {
+template <Weights kFrom, int kTile>
+KT_INLINE void load_weights(const std::byte* tile, ptrdiff_t row_stride) {
+  if constexpr (kFrom == Weights::kFromScratch) {
+    Tile::load_past_l1<kTile>(tile, row_stride);
+  } else {
+    Tile::load<kTile>(tile, row_stride);
+  }
+}
+
+// One block, of one or two tiles of weight rows, against panels p and, when kPanels is 2, p + 1. What comes from
+// the second-level cache, activations and scratch, is loaded past the first.
+template <int kWeights, int kPanels, Weights kFrom>
+KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, uint32_t n, bool zero_first) {
   const uint32_t n_padded = tile_n_padded(args.n1 - args.n0);
   float* c0 = args.c + (size_t{p} * n_padded + n - args.n0) * kPanelColumns;
   float* c1 = c0 + size_t{n_padded} * kPanelColumns;
@@ -93,33 +110,29 @@ KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, const TileAhea
   const ptrdiff_t stride1 = kPanels == 2 ? panel_width(args.x, p + 1) * 4 : 0;
   const std::byte* b0 = args.x.data + p * args.x.stride_bytes + w.step0 * kTileRows * stride0;
   const std::byte* b1 = args.x.data + (p + 1) * args.x.stride_bytes + w.step0 * kTileRows * stride1;
-  const std::byte* a0 = w.data;
-  const std::byte* a1 = w.data + kTileRows * w.row_stride;
+  const std::byte* a = w.data;
+  [[maybe_unused]] std::byte* left = args.scratch;
   for (size_t s = 0; s < w.steps; ++s) {
-    Tile::load<6>(b0, stride0);
-    Tile::load<4>(a0, w.row_stride);
+    Tile::load_past_l1<6>(b0, stride0);
+    load_weights<kFrom, 4>(a, w.row_stride);
     Tile::dot_bf16<0, 4, 6>();
     if constexpr (kPanels == 2) {
-      Tile::load<7>(b1, stride1);
+      Tile::load_past_l1<7>(b1, stride1);
       Tile::dot_bf16<1, 4, 7>();
     }
     if constexpr (kWeights == 2) {
-      Tile::load<5>(a1, w.row_stride);
+      load_weights<kFrom, 5>(a + w.second_tile, w.row_stride);
       Tile::dot_bf16<2, 5, 6>();
     }
     if constexpr (kWeights == 2 && kPanels == 2) Tile::dot_bf16<3, 5, 7>();
-    a0 += kTileK * sizeof(bf16);
-    a1 += kTileK * sizeof(bf16);
+    if constexpr (kFrom == Weights::kLeftInScratch) {
+      Tile::store<4>(left, kTileK * sizeof(bf16));
+      if constexpr (kWeights == 2) Tile::store<5>(left + kTileBytes, kTileK * sizeof(bf16));
+      left += kWeights * kTileBytes;
+    }
+    a += w.step_bytes;
     b0 += kTileRows * stride0;
     b1 += kTileRows * stride1;
-    for (uint32_t r = 0; r < ahead.rows; ++r)
-      __builtin_prefetch(ahead.data + r * ahead.row_stride + static_cast<ptrdiff_t>(s * kCacheLine), 0, 2);
-    if constexpr (kPanels == 2) {  // the panels' next tiles, a step ahead of their loads
-      for (int line = 0; line < 16; ++line) {
-        __builtin_prefetch(b0 + kTileRows * stride0 + line * kCacheLine, 0, 3);
-        __builtin_prefetch(b1 + kTileRows * stride1 + line * kCacheLine, 0, 3);
-      }
-    }
   }
 
   Tile::store<0>(c0, kCStride);
@@ -128,81 +141,75 @@ KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, const TileAhea
   if constexpr (kWeights == 2 && kPanels == 2) Tile::store<3>(c1 + kCTile, kCStride);
 }
 
-// A block of K against all panels.
-template <int kWeights>
-void tile_panels(const NtArgs& args, TileScope& scope, const TileBlock& w, const TileAhead& ahead, uint32_t n,
-                 bool zero_first) {
-  const uint32_t panels = static_cast<uint32_t>(div_up(args.x.rows, kPanelColumns));
-  const uint32_t rows_a_pair = static_cast<uint32_t>(div_up(ahead.rows, div_up(panels, 2)));
-  TileAhead some = ahead;
-  uint32_t left = ahead.rows;
-  for (uint32_t p = 0; p < panels; p += 2) {
-    some.rows = left < rows_a_pair ? left : rows_a_pair;
-    if (p + 1 < panels) {
+// A block of K against panels [begin, end).
+template <int kWeights, Weights kFrom>
+void tile_panels(const NtArgs& args, TileScope& scope, const TileBlock& w, uint32_t begin, uint32_t end,
+                 uint32_t n, bool zero_first) {
+  for (uint32_t p = begin; p < end; p += 2) {
+    if (p + 1 < end) {
       scope.use(kPanelColumns, panel_width(args.x, p + 1));
-      tile_block<kWeights, 2>(args, w, some, p, n, zero_first);
+      tile_block<kWeights, 2, kFrom>(args, w, p, n, zero_first);
     } else {
       scope.use(panel_width(args.x, p), 0);
-      tile_block<kWeights, 1>(args, w, some, p, n, zero_first);
+      tile_block<kWeights, 1, kFrom>(args, w, p, n, zero_first);
     }
-    left -= some.rows;
-    some.data += static_cast<ptrdiff_t>(some.rows) * some.row_stride;
   }
 }
 
-// Decodes elements [k0, k1) of `rows` weight rows to `padded` rows of bf16 tiles in scratch, zeros around
-// them.
-template <class Format>
-void fill_tile_block(const WeightView& w, uint32_t n, uint32_t rows, uint32_t padded, size_t k0, size_t k1,
-                     std::byte* to) {
-  const size_t stride = round_up(k1 - k0, kTileK) * sizeof(bf16);
-  for (uint32_t r = 0; r < padded; ++r, to += stride) {
-    if (r >= rows) {
-      std::memset(to, 0, stride);
-      continue;
+// Decodes elements [k0, k1) of `rows` weight rows to tiles in scratch, zeros around them.
+template <class Format, int kWeights>
+void fill_tile_block(const WeightView& w, uint32_t n, uint32_t rows, size_t k0, size_t k1, std::byte* tiles) {
+  constexpr size_t kRowBytes = kTileK * sizeof(bf16), kStep = kWeights * kTileBytes;
+  for (uint32_t r = 0; r < kWeights * kTileRows; ++r) {
+    std::byte* to = tiles + r * kRowBytes;
+    const std::byte* row = w.row(n + (r < rows ? r : 0));
+    for (size_t k = k0; k < k1; k += kTileK, to += kStep) {
+      for (uint32_t i = 0; i < kTileK; i += Vec::kStep) {
+        const size_t at = k + i, left = at < k1 ? k1 - at : 0;
+        if (r >= rows || left == 0) {
+          std::memset(to + i * sizeof(bf16), 0, Vec::kStep * sizeof(bf16));
+        } else if (left < Vec::kStep) {
+          Vec::store(to + i * sizeof(bf16), Unpack<Format>::tail(row, at, left));
+        } else {
+          Vec::store(to + i * sizeof(bf16), Unpack<Format>::segment(row, at));
+        }
+      }
     }
-    const std::byte* row = w.row(n + r);
-    std::byte* at = to;
-    size_t k = k0;
-    for (; k + Vec::kStep <= k1; k += Vec::kStep, at += Vec::kStep * sizeof(bf16))
-      Vec::store(at, Unpack<Format>::segment(row, k));
-    if (k < k1) Vec::store(at, Unpack<Format>::tail(row, k, k1 - k)), at += Vec::kStep * sizeof(bf16);
-    if (at < to + stride) std::memset(at, 0, static_cast<size_t>(to + stride - at));
   }
-}
-
-// What follows the block [k0, k1) of group n: the group's next block, or the next group's first.
-template <class Format>
-KT_INLINE TileAhead behind_block(const NtArgs& args, uint32_t n, size_t k1) {
-  const bool same_group = k1 < args.x.k;
-  const uint32_t row = same_group ? n : n + kGroupRows;
-  if (row >= args.n1) return {};
-  const uint32_t rows = args.n1 - row < kGroupRows ? args.n1 - row : kGroupRows;
-  return {args.w.row(row) + (same_group ? Format::row_bytes(k1) : 0), args.w.row_stride_bytes, rows};
 }
 
 // Weight rows [n, n + rows), at most kWeights tiles of them.
 template <class Format, int kWeights>
 void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t rows) {
-  constexpr uint32_t kPadded = kWeights * kTileRows;
-  const uint32_t k = args.x.k;
-  const bool in_place = Unpack<Format>::kAsStored && rows == kPadded && args.x.rows <= kInPlaceRows;
+  const uint32_t k = args.x.k, panels = static_cast<uint32_t>(div_up(args.x.rows, kPanelColumns));
+  const bool whole_tiles = Unpack<Format>::kAsStored && rows == kWeights * kTileRows;
+  const auto in_place = [&](size_t k0, size_t k1) {
+    return TileBlock::in_place(args.w.row(n) + Format::row_bytes(k0), args.w.row_stride_bytes, k0 / kTileK,
+                               (k1 - k0) / kTileK);
+  };
+  const auto in_scratch = [&](size_t k0, size_t k1) {
+    return TileBlock::in_scratch<kWeights>(args.scratch, k0 / kTileK, div_up(k1 - k0, kTileK));
+  };
   bool zero_first = !args.accumulate;
   size_t k0 = 0;
-  if (in_place && k >= kTileK) {
-    const TileBlock whole{args.w.row(n), args.w.row_stride_bytes, 0, k / kTileK};
-    tile_panels<kWeights>(args, scope, whole, {}, n, zero_first);
-    zero_first = false;
+  if (whole_tiles && k >= kTileK && args.x.rows <= kInPlaceRows) {
     k0 = k / kTileK * kTileK;
-  }
-  for (; k0 < k; k0 += kTileBlockK) {
-    const size_t k1 = k0 + kTileBlockK < k ? k0 + kTileBlockK : k;
-    fill_tile_block<Format>(args.w, n, rows, kPadded, k0, k1, args.scratch);
-    const size_t steps = div_up(k1 - k0, kTileK);
-    const ptrdiff_t stride = static_cast<ptrdiff_t>(steps * kTileK * sizeof(bf16));
-    const TileBlock block{args.scratch, stride, k0 / kTileK, steps};
-    tile_panels<kWeights>(args, scope, block, behind_block<Format>(args, n, k1), n, zero_first);
+    tile_panels<kWeights, Weights::kPassing>(args, scope, in_place(0, k0), 0, panels, n, zero_first);
     zero_first = false;
+  }
+  while (k0 < k) {
+    size_t k1 = k0 + kTileBlockK < k ? k0 + kTileBlockK : k;
+    uint32_t begin = 0;  // the first panel that reads scratch
+    if (whole_tiles && k1 - k0 >= kTileK) {
+      k1 = k0 + (k1 - k0) / kTileK * kTileK;
+      begin = panels < 2 ? panels : 2;
+      tile_panels<kWeights, Weights::kLeftInScratch>(args, scope, in_place(k0, k1), 0, begin, n, zero_first);
+    } else {
+      fill_tile_block<Format, kWeights>(args.w, n, rows, k0, k1, args.scratch);
+    }
+    tile_panels<kWeights, Weights::kFromScratch>(args, scope, in_scratch(k0, k1), begin, panels, n, zero_first);
+    zero_first = false;
+    k0 = k1;
   }
 }
 

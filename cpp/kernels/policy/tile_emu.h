@@ -85,6 +85,10 @@ struct Tile {
                   s.config.column_bytes[kId]);
   }
   template <int kId>
+  static void load_past_l1(const void* p, ptrdiff_t stride_bytes) {
+    load<kId>(p, stride_bytes);
+  }
+  template <int kId>
   static void store(void* p, ptrdiff_t stride_bytes) {
     State& s = checked(kId);
     for (int r = 0; r < s.config.rows[kId]; ++r)
