@@ -31,18 +31,24 @@ std::vector<Isa> compiled_isas() {
   return isas;
 }
 
+namespace {
+
+const KernelTable* choose_table() {
+  const char* name = std::getenv("KTMOE_ISA");
+  if (name == nullptr || *name == '\0')
+    return find_table(select_isa(cpu_features(), compiled_isas(), std::nullopt));
+  try {
+    return find_table(select_isa(cpu_features(), compiled_isas(), name));
+  } catch (const std::exception& error) {
+    throw_runtime("KTMOE_ISA=", name, ": ", error.what());
+  }
+}
+
+}  // namespace
+
 const KernelTable& active_table() {
-  static const KernelTable& table = [&]() -> const KernelTable& {
-    const char* name = std::getenv("KTMOE_ISA");
-    if (name == nullptr || *name == '\0')
-      return *find_table(select_isa(cpu_features(), compiled_isas(), std::nullopt));
-    try {
-      return *find_table(select_isa(cpu_features(), compiled_isas(), name));
-    } catch (const std::exception& error) {
-      throw_runtime("KTMOE_ISA=", name, ": ", error.what());
-    }
-  }();
-  return table;
+  static const KernelTable* const table = choose_table();
+  return *table;
 }
 
 }  // namespace ktmoe::kernels

@@ -4,17 +4,18 @@
 // the K-paired B operand. A step is two weight tiles by two activation panels. The product comes out
 // transposed, which after the activation function is the K-paired form that the down projection wants.
 //
-// C stays in the tiles for up to kTileBlockK elements of K. With few activations the weights are multiplied in
-// place (then memory is the limit). With many, the first pair of panels multiplies them in place and leaves
-// them in scratch, tile by tile, where the other panels find them. Rows that have to be decoded or end inside a
-// tile are brought to scratch first. Between blocks of K sums wait in C, so the order along K stays.
+// C stays in the tiles for up to kTileBlockK elements of K. With few activations the weights are multiplied
+// in place (then memory is the limit). With many, the first pair of panels multiplies them in place and
+// leaves them in scratch, tile by tile, where the other panels find them. Rows that have to be decoded or end
+// inside a tile are brought to scratch first. Between blocks of K sums wait in C, so the order along K stays.
 //
-// C is [panel][n][16]: c[(panel * n_padded + n - n0) * 16 + m % 16], n_padded = (n1 - n0) up to 32.
+// C is [panel][n][columns]: c[panel * n_padded * 16 + (n - n0) * columns + m % 16], n_padded = (n1 - n0) up
+// to 32; the last panel has only as many columns as rows of X.
 
 inline constexpr uint32_t kTileRows = 16, kGroupRows = 32, kTileK = 32, kPanelColumns = 16;
 inline constexpr size_t kTileBytes = size_t{kTileRows} * kTileK * sizeof(bf16);
-// Elements of K in a block: long, since waiting in C costs as much as two steps, but 32 rows of it (128 KiB) and
-// the activations must stay in the second-level cache.
+// Elements of K in a block: long, since waiting in C costs as much as two steps, but 32 rows of it (128 KiB)
+// and the activations must stay in the second-level cache.
 inline constexpr uint32_t kTileBlockK = 2048;
 // Up to this many activation rows weights are multiplied in place.
 inline constexpr uint32_t kInPlaceRows = 128;
@@ -59,7 +60,8 @@ struct TileBlock {
   size_t step0, steps;  // in units of kTileK
   ptrdiff_t step_bytes, second_tile;
 
-  static KT_INLINE TileBlock in_place(const std::byte* rows, ptrdiff_t row_stride, size_t step0, size_t steps) {
+  static KT_INLINE TileBlock in_place(const std::byte* rows, ptrdiff_t row_stride, size_t step0,
+                                      size_t steps) {
     return {rows, row_stride, step0, steps, kTileK * sizeof(bf16), kTileRows * row_stride};
   }
   template <int kWeights>
@@ -85,29 +87,29 @@ KT_INLINE void load_weights(const std::byte* tile, ptrdiff_t row_stride) {
   }
 }
 
-// One block, of one or two tiles of weight rows, against panels p and, when kPanels is 2, p + 1. What comes from
-// the second-level cache, activations and scratch, is loaded past the first.
+// One block, of one or two tiles of weight rows, against panels p and, when kPanels is 2, p + 1. What comes
+// from the second-level cache, activations and scratch, is loaded past the first.
 template <int kWeights, int kPanels, Weights kFrom>
 KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, uint32_t n, bool zero_first) {
-  const uint32_t n_padded = tile_n_padded(args.n1 - args.n0);
-  float* c0 = args.c + (size_t{p} * n_padded + n - args.n0) * kPanelColumns;
-  float* c1 = c0 + size_t{n_padded} * kPanelColumns;
-  constexpr ptrdiff_t kCStride = kPanelColumns * sizeof(float);
-  constexpr size_t kCTile = kTileRows * kPanelColumns;
+  // A column is 4 bytes in both: a float of C, a pair of bf16 of X.
+  const ptrdiff_t stride0 = panel_width(args.x, p) * 4;
+  const ptrdiff_t stride1 = kPanels == 2 ? panel_width(args.x, p + 1) * 4 : 0;
+  const ptrdiff_t panel_bytes = ptrdiff_t{tile_n_padded(args.n1 - args.n0)} * kPanelColumns * 4;
+  std::byte* c = reinterpret_cast<std::byte*>(args.c);
+  std::byte* c0 = c + p * panel_bytes + (n - args.n0) * stride0;
+  std::byte* c1 = c + (p + 1) * panel_bytes + (n - args.n0) * stride1;
   if (zero_first) {
     Tile::zero<0>();
     if constexpr (kPanels == 2) Tile::zero<1>();
     if constexpr (kWeights == 2) Tile::zero<2>();
     if constexpr (kWeights == 2 && kPanels == 2) Tile::zero<3>();
   } else {
-    Tile::load<0>(c0, kCStride);
-    if constexpr (kPanels == 2) Tile::load<1>(c1, kCStride);
-    if constexpr (kWeights == 2) Tile::load<2>(c0 + kCTile, kCStride);
-    if constexpr (kWeights == 2 && kPanels == 2) Tile::load<3>(c1 + kCTile, kCStride);
+    Tile::load<0>(c0, stride0);
+    if constexpr (kPanels == 2) Tile::load<1>(c1, stride1);
+    if constexpr (kWeights == 2) Tile::load<2>(c0 + kTileRows * stride0, stride0);
+    if constexpr (kWeights == 2 && kPanels == 2) Tile::load<3>(c1 + kTileRows * stride1, stride1);
   }
 
-  const ptrdiff_t stride0 = panel_width(args.x, p) * 4;
-  const ptrdiff_t stride1 = kPanels == 2 ? panel_width(args.x, p + 1) * 4 : 0;
   const std::byte* b0 = args.x.data + p * args.x.stride_bytes + w.step0 * kTileRows * stride0;
   const std::byte* b1 = args.x.data + (p + 1) * args.x.stride_bytes + w.step0 * kTileRows * stride1;
   const std::byte* a = w.data;
@@ -135,10 +137,10 @@ KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, ui
     b1 += kTileRows * stride1;
   }
 
-  Tile::store<0>(c0, kCStride);
-  if constexpr (kPanels == 2) Tile::store<1>(c1, kCStride);
-  if constexpr (kWeights == 2) Tile::store<2>(c0 + kCTile, kCStride);
-  if constexpr (kWeights == 2 && kPanels == 2) Tile::store<3>(c1 + kCTile, kCStride);
+  Tile::store<0>(c0, stride0);
+  if constexpr (kPanels == 2) Tile::store<1>(c1, stride1);
+  if constexpr (kWeights == 2) Tile::store<2>(c0 + kTileRows * stride0, stride0);
+  if constexpr (kWeights == 2 && kPanels == 2) Tile::store<3>(c1 + kTileRows * stride1, stride1);
 }
 
 // A block of K against panels [begin, end).
@@ -207,7 +209,8 @@ void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t ro
     } else {
       fill_tile_block<Format, kWeights>(args.w, n, rows, k0, k1, args.scratch);
     }
-    tile_panels<kWeights, Weights::kFromScratch>(args, scope, in_scratch(k0, k1), begin, panels, n, zero_first);
+    tile_panels<kWeights, Weights::kFromScratch>(args, scope, in_scratch(k0, k1), begin, panels, n,
+                                                 zero_first);
     zero_first = false;
     k0 = k1;
   }

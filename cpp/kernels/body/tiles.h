@@ -18,7 +18,9 @@ inline Operand operand_block_tiles(std::byte* data, uint32_t, uint32_t k, uint32
 // Sixteen (or fewer) rows of dwords become columns: to[pair * width + m] = row[m][pair], for 16 pairs.
 KT_INLINE void pack_step(const std::byte* const* row, size_t at, size_t bytes, uint32_t width, uint32_t* to) {
   uint32_t block[kPanelColumns][kTileK / 2] = {};
-  for (uint32_t m = 0; m < kPanelColumns && m < width; ++m) std::memcpy(block[m], row[m] + at, bytes);
+  for (uint32_t m = 0; m < kPanelColumns; ++m) {
+    if (m < width) std::memcpy(block[m], row[m] + at, bytes);
+  }
   for (uint32_t pair = 0; pair < kTileK / 2; ++pair)
     for (uint32_t m = 0; m < width; ++m) to[pair * width + m] = block[m][pair];
 }
@@ -60,42 +62,81 @@ inline Operand pack_tiles(const RowsView& rows, uint32_t m, uint32_t k, std::byt
 // Two rows of C, outputs n and n + 1 of a panel's tokens, are one row of pairs of the operand.
 template <class Map>
 struct ActivateTiles {
-  static KT_INLINE Float value(const ActivateArgs& a, size_t at, uint32_t n) {
-    const Float g = Vec::add(Vec::load_f(a.c_gate + at), Vec::set(a.gate_bias ? a.gate_bias[n] : 0.0f));
+  static KT_INLINE Float value(const ActivateArgs& a, size_t at, Float gate_bias, Float up_bias) {
+    const Float g = Vec::add(Vec::load_f(a.c_gate + at), gate_bias);
     if (a.c_up == nullptr) return Map::apply(a.activation, g, g);
-    const Float u = Vec::add(Vec::load_f(a.c_up + at), Vec::set(a.up_bias ? a.up_bias[n] : 0.0f));
-    return Map::apply(a.activation, g, u);
+    return Map::apply(a.activation, g, Vec::add(Vec::load_f(a.c_up + at), up_bias));
+  }
+  static KT_INLINE Float bias(const float* values, uint32_t n) { return Vec::set(values ? values[n] : 0.0f); }
+
+  static void full_panel(const ActivateArgs& a, size_t c, bf16* to) {
+    for (uint32_t n = 0; n < a.n1 - a.n0; n += 2, c += 2 * kPanelColumns, to += 2 * kPanelColumns) {
+      const bool has_odd = n + 1 < a.n1 - a.n0;
+      const Float gate0 = bias(a.gate_bias, n), up0 = bias(a.up_bias, n);
+      const Float gate1 = has_odd ? bias(a.gate_bias, n + 1) : gate0;
+      const Float up1 = has_odd ? bias(a.up_bias, n + 1) : up0;
+      for (uint32_t m = 0; m < kPanelColumns; m += Vec::kWidth) {
+        const Float even = value(a, c + m, gate0, up0);
+        const Float odd = has_odd ? value(a, c + kPanelColumns + m, gate1, up1) : Vec::set(0.0f);
+        Vec::store_bf16_pairs(to + 2 * m, even, odd);
+      }
+    }
   }
 
-  // Tokens [m, m + kWidth) of pair n, n + 1; the odd one is zero behind the last output.
-  static KT_INLINE void pair(const ActivateArgs& a, size_t c_row, uint32_t n, uint32_t m, uint32_t width,
-                             bf16* to) {
-    const size_t at = (c_row + n) * kPanelColumns + m;
-    const bool has_odd = n + 1 < a.n1 - a.n0;
-    const Float even = value(a, at, n);
-    const Float odd = has_odd ? value(a, at + kPanelColumns, n + 1) : Vec::set(0.0f);
-    const uint32_t count = width - m < Vec::kWidth ? width - m : static_cast<uint32_t>(Vec::kWidth);
-    if (count == Vec::kWidth) return Vec::store_bf16_pairs(to + 2 * m, even, odd);
-    bf16 full[2 * Vec::kWidth];
-    Vec::store_bf16_pairs(full, even, odd);
-    std::memcpy(to + 2 * m, full, count * 2 * sizeof(bf16));
+  // C of a narrow panel has no gaps, so vectors go across its rows: one token costs what a sixteenth of a
+  // full panel does.
+  static void narrow_panel(const ActivateArgs& a, size_t c, uint32_t width, bf16* to) {
+    constexpr uint32_t kRows = 16;  // outputs at a time: even, and whole vectors for any width
+    static_assert(kRows % Vec::kWidth == 0);
+    alignas(64) float gate_bias[kRows * kPanelColumns], up_bias[kRows * kPanelColumns];
+    alignas(64) float h[(kRows + 1) * kPanelColumns + Vec::kWidth];
+    const uint32_t outputs = a.n1 - a.n0;
+    bf16* const end = to + round_up(outputs, 2) * width;
+    for (uint32_t n = 0; n < outputs; n += kRows, c += kRows * width) {
+      const uint32_t rows = outputs - n < kRows ? outputs - n : kRows;
+      if (a.gate_bias) spread(a.gate_bias + n, rows, width, gate_bias);
+      if (a.up_bias) spread(a.up_bias + n, rows, width, up_bias);
+      for (uint32_t i = 0; i < rows * width; i += Vec::kWidth)
+        Vec::store_f(h + i, value(a, c + i, a.gate_bias ? Vec::load_f(gate_bias + i) : Vec::set(0.0f),
+                                  a.up_bias ? Vec::load_f(up_bias + i) : Vec::set(0.0f)));
+      std::memset(h + rows * width, 0, width * sizeof(float));
+      for (uint32_t r = 0; r < rows; r += 2) {
+        const float *even = h + r * width, *odd = even + width;
+        for (uint32_t m = 0; m < width; m += Vec::kWidth)
+          store_pairs(even + m, odd + m, to + (n + r) * width + 2 * m, end);
+      }
+    }
+  }
+
+  static void spread(const float* bias, uint32_t rows, uint32_t width, float* to) {
+    for (uint32_t r = 0; r < rows; ++r)
+      for (uint32_t m = 0; m < width; ++m) *to++ = bias[r];
+  }
+
+  // A vector of pairs, which may reach into the pairs behind (they are written after it) but not beyond
+  // `end`.
+  static KT_INLINE void store_pairs(const float* even, const float* odd, bf16* to, bf16* end) {
+    if (end - to >= ptrdiff_t{2 * Vec::kWidth})
+      return Vec::store_bf16_pairs(to, Vec::load_f(even), Vec::load_f(odd));
+    bf16 pairs[2 * Vec::kWidth];
+    Vec::store_bf16_pairs(pairs, Vec::load_f(even), Vec::load_f(odd));
+    std::memcpy(to, pairs, static_cast<size_t>(end - to) * sizeof(bf16));
   }
 
   static void run(const ActivateArgs& a) {
     const uint32_t n_padded = tile_n_padded(a.n1 - a.n0);
-    const uint32_t last_pair = a.n1 == a.h.k ? static_cast<uint32_t>(round_up(a.n1, kTileK)) : a.n1;
+    const uint32_t end = static_cast<uint32_t>(round_up(a.n1, 2));
+    const uint32_t padded = a.n1 == a.h.k ? static_cast<uint32_t>(round_up(a.n1, kTileK)) : end;
     for (uint32_t p = 0; p * kPanelColumns < a.h.rows; ++p) {
       const uint32_t width = panel_width(a.h, p);
       bf16* panel = reinterpret_cast<bf16*>(const_cast<std::byte*>(a.h.data) + p * a.h.stride_bytes);
-      for (uint32_t n = a.n0; n < last_pair; n += 2) {
-        bf16* to = panel + size_t{n} * width;
-        if (n >= a.n1) {
-          std::memset(to, 0, width * 2 * sizeof(bf16));
-          continue;
-        }
-        for (uint32_t m = 0; m < width; m += Vec::kWidth)
-          pair(a, size_t{p} * n_padded, n - a.n0, m, width, to);
+      const size_t c = size_t{p} * n_padded * kPanelColumns;
+      if (width == kPanelColumns) {
+        full_panel(a, c, panel + size_t{a.n0} * width);
+      } else {
+        narrow_panel(a, c, width, panel + size_t{a.n0} * width);
       }
+      std::memset(panel + size_t{end} * width, 0, (padded - end) * width * sizeof(bf16));
     }
   }
 };
@@ -121,8 +162,9 @@ inline void store_rows_tiles(const StoreRowsArgs& a) {
         }
       }
     }
-    for (; n < a.n; ++n)
-      for (uint32_t i = 0; i < width; ++i)
-        a.y[(m + i) * a.y_stride + n] = c[n * kPanelColumns + i] + (a.bias ? a.bias[n] : 0.0f);
+    for (uint32_t i = 0; i < width; ++i) {
+      float* y = a.y + (m + i) * a.y_stride;
+      for (uint32_t j = n; j < a.n; ++j) y[j] = c[j * width + i] + (a.bias ? a.bias[j] : 0.0f);
+    }
   }
 }
