@@ -42,8 +42,10 @@ KT_INLINE Float load_base(const CombineArgs& a, size_t at, size_t count) {
   return load_partial_f(static_cast<const float*>(a.base) + at, count);
 }
 
+// The rows of the token behind are asked for meanwhile: other cores wrote them, in no order.
 inline void combine_token(const CombineArgs& a, uint32_t t) {
   const int32_t* row = a.row + size_t{t} * a.slots;
+  const int32_t* next = t + 1 < a.tokens ? row + a.slots : row;
   const float* weight = a.weights + size_t{t} * a.slots;
   bool computed = false;
   for (uint32_t p = 0; p < a.slots; ++p) computed |= row[p] >= 0;
@@ -53,6 +55,7 @@ inline void combine_token(const CombineArgs& a, uint32_t t) {
     const size_t count = a.columns - j, at = t * a.out_stride + j;
     Float sum = load_base(a, at, count);
     for (uint32_t p = 0; p < a.slots; ++p) {
+      if (next[p] >= 0) __builtin_prefetch(a.y + static_cast<size_t>(next[p]) * a.y_stride + j, 0, 3);
       if (row[p] < 0) continue;
       const Float y = load_partial_f(a.y + static_cast<size_t>(row[p]) * a.y_stride + j, count);
       sum = Vec::fma(Vec::set(weight[p]), y, sum);

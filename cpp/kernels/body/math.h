@@ -17,9 +17,7 @@ KT_INLINE Float exp_f(Float x) {
   p = Vec::fma(p, r, Vec::set(0.49999991f));
   p = Vec::fma(p, r, Vec::set(1.0f));
   p = Vec::fma(p, r, Vec::set(1.0f));
-  // 2^n in two factors, since n itself may lie beyond the exponents of normal numbers.
-  const Float half = Vec::round(Vec::mul(n, Vec::set(0.5f)));
-  return Vec::mul(Vec::mul(p, Vec::pow2(half)), Vec::pow2(Vec::sub(n, half)));
+  return Vec::scale(p, n);
 }
 
 KT_INLINE Float sigmoid(const Float& x) {

@@ -87,6 +87,15 @@ KT_INLINE void load_weights(const std::byte* tile, ptrdiff_t row_stride) {
   }
 }
 
+// Decoding waits for memory alone: rows are asked for some steps ahead, at their end those behind them.
+KT_INLINE void prefetch_rows(const TileBlock& w, size_t step) {
+  constexpr size_t kAhead = 8;
+  const size_t at = step + kAhead;
+  const std::byte* row =
+      at < w.steps ? w.data + at * kCacheLine : w.data + w.second_tile + (at - w.steps) * kCacheLine;
+  for (uint32_t r = 0; r < kTileRows; ++r, row += w.row_stride) __builtin_prefetch(row, 0, 3);
+}
+
 // One block, of one or two tiles of weight rows, against panels p and, when kPanels is 2, p + 1. What comes
 // from the second-level cache, activations and scratch, is loaded past the first.
 template <int kWeights, int kPanels, Weights kFrom>
@@ -115,6 +124,7 @@ KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, ui
   const std::byte* a = w.data;
   [[maybe_unused]] std::byte* left = args.scratch;
   for (size_t s = 0; s < w.steps; ++s) {
+    if constexpr (kWeights == 1 && kPanels == 1 && kFrom == Weights::kPassing) prefetch_rows(w, s);
     Tile::load_past_l1<6>(b0, stride0);
     load_weights<kFrom, 4>(a, w.row_stride);
     Tile::dot_bf16<0, 4, 6>();
@@ -219,8 +229,10 @@ void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t ro
 template <class Format>
 void nt_tiles(const NtArgs& args) {
   TileScope scope;
-  for (uint32_t n = args.n0; n < args.n1; n += kGroupRows) {
-    const uint32_t rows = args.n1 - n < kGroupRows ? args.n1 - n : kGroupRows;
+  // A single panel takes its weights 16 rows at a time: memory serves 16 streams better than 32.
+  const uint32_t group = args.x.rows <= kPanelColumns ? kTileRows : kGroupRows;
+  for (uint32_t n = args.n0; n < args.n1; n += group) {
+    const uint32_t rows = args.n1 - n < group ? args.n1 - n : group;
     if (rows > kTileRows) {
       nt_tile_group<Format, 2>(args, scope, n, rows);
     } else {

@@ -151,15 +151,14 @@ inline void store_rows_tiles(const StoreRowsArgs& a) {
     uint32_t n = 0;
     if (width == kPanelColumns) {
       const std::byte* row[kPanelColumns];
-      alignas(64) float block[kPanelColumns][kPanelColumns];
       for (; n + kPanelColumns <= a.n; n += kPanelColumns) {
         for (uint32_t i = 0; i < kPanelColumns; ++i)
           row[i] = reinterpret_cast<const std::byte*>(c + (n + i) * kPanelColumns);
-        transpose_dwords(row, 0, reinterpret_cast<uint32_t*>(block));
-        for (uint32_t i = 0; i < kPanelColumns; ++i) {
-          float* y = a.y + (m + i) * a.y_stride + n;
-          for (uint32_t j = 0; j < kPanelColumns; ++j) y[j] = block[i][j] + (a.bias ? a.bias[n + j] : 0.0f);
-        }
+        float* y = a.y + m * a.y_stride + n;
+        transpose_dwords(row, 0, reinterpret_cast<uint32_t*>(y), a.y_stride);
+        if (a.bias == nullptr) continue;
+        for (uint32_t i = 0; i < kPanelColumns; ++i, y += a.y_stride)
+          for (uint32_t j = 0; j < kPanelColumns; ++j) y[j] += a.bias[n + j];
       }
     }
     for (uint32_t i = 0; i < width; ++i) {

@@ -1,7 +1,7 @@
-// to[16 j + i] = dword j at row[i] + at, for 16 rows of 16 dwords, in registers: dwords, then pairs, then
+// to[stride j + i] = dword j at row[i] + at, for 16 rows of 16 dwords, in registers: dwords, then pairs, then
 // quarters change places. Included inside a target's namespace.
 
-inline void transpose_dwords(const std::byte* const* row, size_t at, uint32_t* to) {
+inline void transpose_dwords(const std::byte* const* row, size_t at, uint32_t* to, size_t stride = 16) {
   __m512i a[16], b[16];
   KT_UNROLL for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(row[i] + at);
   KT_UNROLL for (int i = 0; i < 16; i += 2) {
@@ -20,9 +20,10 @@ inline void transpose_dwords(const std::byte* const* row, size_t at, uint32_t* t
                   high01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
     const __m512i low23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44),
                   high23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
-    _mm512_storeu_si512(to + 16 * c, _mm512_shuffle_i32x4(low01, low23, 0x88));
-    _mm512_storeu_si512(to + 16 * (4 + c), _mm512_shuffle_i32x4(low01, low23, 0xdd));
-    _mm512_storeu_si512(to + 16 * (8 + c), _mm512_shuffle_i32x4(high01, high23, 0x88));
-    _mm512_storeu_si512(to + 16 * (12 + c), _mm512_shuffle_i32x4(high01, high23, 0xdd));
+    _mm512_storeu_si512(to + stride * static_cast<size_t>(c), _mm512_shuffle_i32x4(low01, low23, 0x88));
+    _mm512_storeu_si512(to + stride * static_cast<size_t>(4 + c), _mm512_shuffle_i32x4(low01, low23, 0xdd));
+    _mm512_storeu_si512(to + stride * static_cast<size_t>(8 + c), _mm512_shuffle_i32x4(high01, high23, 0x88));
+    _mm512_storeu_si512(to + stride * static_cast<size_t>(12 + c),
+                        _mm512_shuffle_i32x4(high01, high23, 0xdd));
   }
 }

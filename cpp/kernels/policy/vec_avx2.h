@@ -89,6 +89,12 @@ struct Vec {
   static KT_INLINE Float round(Float x) {
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
+  // x 2^n for a whole n, rounded once: in two factors, since n itself may lie beyond the exponents of normal
+  // numbers.
+  static KT_INLINE Float scale(Float x, Float n) {
+    const Float half = round(mul(n, set(0.5f)));
+    return mul(mul(x, pow2(half)), pow2(sub(n, half)));
+  }
   static KT_INLINE Float pow2(Float n) {
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));

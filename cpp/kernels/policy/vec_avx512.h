@@ -101,10 +101,8 @@ struct Vec {
   static KT_INLINE Float round(Float x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  static KT_INLINE Float pow2(Float n) {
-    const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
-  }
+  // x 2^n for a whole n, rounded once.
+  static KT_INLINE Float scale(Float x, Float n) { return _mm512_scalef_ps(x, n); }
 
  private:
   static KT_INLINE __m512d as_pd(__m512 x) { return _mm512_castps_pd(x); }
