@@ -180,7 +180,7 @@ def of_torch(array: AnyArray) -> Any:
 def of_jax(array: AnyArray) -> Any:
     jax = pytest.importorskip("jax")
     jax.config.update("jax_enable_x64", True)
-    return jax.numpy.asarray(array)
+    return jax.device_put(array, jax.devices("cpu")[0])
 
 
 class Exporter:

@@ -98,6 +98,8 @@ def run_experts(experts: Any, x: Any, ids: Any, weights: Any) -> Any:
 
     experts = experts.float()
     if type(experts).__name__ != "Llama4TextExperts":
+        if len(inspect.signature(experts.forward).parameters) != 3:
+            pytest.skip("the experts of this transformers take other arguments")
         return experts(x, ids, weights)
     # Llama-4's takes the rows of every expert in turn and leaves the weights to its caller.
     every = experts(x.repeat(E, 1)).view(E, T, H)

@@ -6,16 +6,16 @@
 // cache while the activations of the panel pass, so weights are read from memory once.
 //
 // Long rows are taken in blocks of K, the lanes kept in scratch from block to block: the order of the sum
-// does not change. Weights are multiplied in place, or, where many activations pass and the rows are not
-// aligned to cache lines or have to be decoded, from a panel of bf16 in scratch.
+// does not change. With few activations weights are multiplied in place, with many from a panel of bf16 in
+// scratch: rows that lie a power of two apart would fight for the same sets of the cache, and those that straddle
+// cache lines or have to be decoded would pay for it with every token.
 //
 // C is row-major: c[m * ld + (n - n0)], ld = c_stride(n1 - n0).
 
-// Elements of K in a block: kRowTile rows of it take 32 KiB, which leaves a first-level cache room for the
-// activations that pass.
-inline constexpr uint32_t kBlockK = 2048;
-// From this many activation rows on, copying weights that straddle cache lines costs less than reading them
-// so (measured on Zen 5: even at 16 rows, 19 % faster at 64).
+// Elements of K in a block, in place and of a panel. A panel is half of a first-level cache of 32 KiB, the rest
+// is for the activations that pass.
+inline constexpr uint32_t kBlockK = 2048, kPanelBlockK = 1024;
+// From this many activation rows on, a panel costs less than it saves.
 inline constexpr uint32_t kPanelRows = 14;
 inline constexpr size_t kSegmentBytes = Vec::kStep * sizeof(bf16);
 
@@ -26,10 +26,10 @@ KT_INLINE bool is_aligned(const std::byte* data, ptrdiff_t stride) {
 
 inline size_t c_floats_rows(uint32_t m, uint32_t n) { return m * c_stride(n); }
 
-inline constexpr size_t kPanelBytes = size_t{Vec::kRowTile} * kBlockK * sizeof(bf16);
+inline constexpr size_t kPanelBytes = size_t{Vec::kRowTile} * kPanelBlockK * sizeof(bf16);
 
 inline size_t nt_scratch_bytes_rows(uint32_t k) {
-  const size_t lanes = k > kBlockK ? size_t{kMaxPanelRows} * Vec::kRowTile * sizeof(Vec::Acc) : 0;
+  const size_t lanes = k > kPanelBlockK ? size_t{kMaxPanelRows} * Vec::kRowTile * sizeof(Vec::Acc) : 0;
   return kPanelBytes + lanes;
 }
 
@@ -175,7 +175,7 @@ void dot_group(const NtArgs& args, uint32_t n, bool use_panel) {
   const uint32_t k = args.x.k;
   const size_t row_bytes = Format::row_bytes(k);
   const bool rows_adjoin = args.w.row_stride_bytes == static_cast<ptrdiff_t>(row_bytes);
-  const size_t num_blocks = k == 0 ? 1 : div_up(k, kBlockK);
+  const size_t num_blocks = k == 0 ? 1 : div_up(k, use_panel ? kPanelBlockK : kBlockK);
   const size_t block = round_up(div_up(k, num_blocks), Vec::kStep);
   const size_t ask = rows_adjoin ? kRows * row_bytes / num_blocks : 0;
 
@@ -194,8 +194,7 @@ void dot_group(const NtArgs& args, uint32_t n, bool use_panel) {
 
 template <class Format>
 void nt_rows(const NtArgs& args) {
-  const bool as_stored = Unpack<Format>::kAsStored && is_aligned(args.w.data, args.w.row_stride_bytes);
-  const bool use_panel = !as_stored && args.x.rows >= kPanelRows;
+  const bool use_panel = args.x.rows >= kPanelRows;
   uint32_t n = args.n0;
   for (; n + Vec::kRowTile <= args.n1; n += Vec::kRowTile)
     dot_group<Format, Vec::kRowTile>(args, n, use_panel);
