@@ -2,10 +2,10 @@
 // the loads that feed them. Included inside a target's namespace, after the policy.
 
 inline uint64_t limit_read(const std::byte* data, size_t bytes) {
-  constexpr size_t kStride = 256, kAhead = 2048;
+  constexpr size_t kStride = 256, kAhead = 4096;
   Vec::Sum sum[4] = {};
   for (size_t i = 0; i + kStride <= bytes; i += kStride) {
-    __builtin_prefetch(data + i + kAhead, 0, 3);
+    __builtin_prefetch(data + i + kAhead, 0, 2);
     KT_UNROLL for (int j = 0; j < 4; ++j) Vec::add_to(sum[j], data + i + j * 64);
   }
   for (int j = 0; j < 4; ++j) asm volatile("" ::"m"(sum[j]));
