@@ -7,13 +7,13 @@
 //
 // Long rows are taken in blocks of K, the lanes kept in scratch from block to block: the order of the sum
 // does not change. With few activations weights are multiplied in place, with many from a panel of bf16 in
-// scratch: rows that lie a power of two apart would fight for the same sets of the cache, and those that straddle
-// cache lines or have to be decoded would pay for it with every token.
+// scratch: rows that lie a power of two apart would fight for the same sets of the cache, and those that
+// straddle cache lines or have to be decoded would pay for it with every token.
 //
 // C is row-major: c[m * ld + (n - n0)], ld = c_stride(n1 - n0).
 
-// Elements of K in a block, in place and of a panel. A panel is half of a first-level cache of 32 KiB, the rest
-// is for the activations that pass.
+// Elements of K in a block, in place and of a panel. A panel is half of a first-level cache of 32 KiB, the
+// rest is for the activations that pass.
 inline constexpr uint32_t kBlockK = 2048, kPanelBlockK = 1024;
 // From this many activation rows on, a panel costs less than it saves.
 inline constexpr uint32_t kPanelRows = 14;
@@ -85,8 +85,8 @@ KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& 
     x[t] = args.x.data + row * args.x.stride_bytes;
   }
   if (ahead == nullptr) ahead = x[0];  // asks for what is there
-  // What comes faster than a line in two steps would drive what is in use out of the first-level cache: it waits
-  // in the second (on Zen 4 a single token is 50 % faster so).
+  // What comes faster than a line in two steps would drive what is in use out of the first-level cache: it
+  // waits in the second (on Zen 4 a single token is 50 % faster so).
   constexpr int kHint = kAheadStep >= kCacheLine ? 2 : 3;
 
   typename Vec::Acc acc[kTokens][kRows];
@@ -161,8 +161,8 @@ void dot_block(const NtArgs& args, const GroupBlock& b, const Weights& w, Ahead 
   }
 }
 
-// As slowly as still asks for all of the next group, kRows cache lines a step and token tile: requests in a burst
-// wait for each other.
+// As slowly as still asks for all of the next group, kRows cache lines a step and token tile: requests in a
+// burst wait for each other.
 template <int kRows, class Weights>
 void dot_block(const NtArgs& args, const GroupBlock& b, const Weights& w, Ahead ahead) {
   const size_t tiles = div_up(args.x.rows, Vec::kTokenTile);
