@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import os
 import signal
 import sys
@@ -38,6 +39,8 @@ class Server:
         self._spec = spec
         layer = Layer.attach(spec.shape, fd)
         peer = find_peer(spec.peer)
+        for library in peer.LIBRARIES:
+            importlib.import_module(library)
         before, start = _resident(), time.perf_counter()
         self._contender = peer.Contender(spec, layer)
         seconds, after = time.perf_counter() - start, _resident()

@@ -93,6 +93,12 @@ limits() {
   env -u KTMOE_ISA "${limits[@]}" --isa avx2,avx512,avx512_bf16 --seconds 0.7
 }
 
+# The tile unit slows down under sustained load: where it is the limit, the limit is measured for seconds.
+qwen3() {
+  bench --seconds 0.6 --limit-seconds 0.6 --peers "$PEERS" --tokens 1,4,16,64,256,1024
+  bench --seconds 0.6 --limit-seconds 3 --peers "$PEERS" --tokens 4096
+}
+
 tiny() {
   bench --tiny --seconds 0.5 --peers "$PEERS"
   # The tile unit beside its emulator: both are checked, and whether their bits agree is said below the table.
@@ -108,7 +114,7 @@ more() {
 }
 
 # Functions run under `timeout` in a shell of their own.
-export -f build install_from run_ctest run_pytest bench limits tiny more
+export -f build install_from run_ctest run_pytest bench limits qwen3 tiny more
 export OUT PYTHON MACHINE BUILD SITE RECORDS PEERS
 
 for name in ${*:-build ctest pytest limits qwen3 scan tiny load more}; do
@@ -121,10 +127,7 @@ for name in ${*:-build ctest pytest limits qwen3 scan tiny load more}; do
     ctest) section ctest 60 tests.log bash -c run_ctest ;;
     pytest) section pytest 150 tests.log bash -c run_pytest ;;
     limits) section limits 45 bench.log bash -c limits ;;
-    qwen3)
-      section qwen3 130 bench.log bash -c \
-        'bench --seconds 0.6 --limit-seconds 0.6 --peers "$PEERS" --plot "$OUT/qwen3.png"'
-      ;;
+    qwen3) section qwen3 150 bench.log bash -c qwen3 ;;
     scan)
       section scan 60 bench.log bash -c \
         'bench --thread-scan --tokens 1,64,1024 --seconds 0.25 --limit-seconds 0.6'

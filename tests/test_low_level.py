@@ -355,8 +355,8 @@ def test_an_activation_that_is_unknown() -> None:
             (1, [0], [1, 1]),
             r"subpool_thread_count has 2 entries, expected one for each sub-pool \(subpool_count",
         ),
-        ((1, [0], [0]), r"subpool_thread_count\[0\] is 0, expected at least 1"),
-        ((2, [0, 0], [1, -3]), r"subpool_thread_count\[1\] is -3, expected at least 1"),
+        ((1, [0], [0]), r"subpool_thread_count\[0\] is 0, expected 1 to 4096"),
+        ((2, [0, 0], [1, -3]), r"subpool_thread_count\[1\] is -3, expected 1 to 4095"),
         (
             (1, [999], [1]),
             r"subpool_numa_map\[0\] is 999, expected a NUMA node with CPUs that this process may u",
@@ -370,9 +370,9 @@ def test_threads_are_refused(arguments: Any, message: str) -> None:
         ext.CPUInfer(ext.WorkerPoolConfig(*arguments))
 
 
-@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize("number", [0, -1, 4097])
 def test_no_threads_at_all(number: int) -> None:
-    with pytest.raises(ValueError, match=f"num_threads is {number}, expected at least 1"):
+    with pytest.raises(ValueError, match=f"num_threads is {number}, expected 1 to 4096"):
         ext.CPUInfer(number)
 
 

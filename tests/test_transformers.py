@@ -6,6 +6,7 @@ run by transformers in float32 and by the reference. The one difference is the r
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 

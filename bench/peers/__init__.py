@@ -1,7 +1,8 @@
-"""The contenders: one module each, with a function `contenders` and a class `Contender`.
+"""The contenders: one module each, with a function `contenders`, a class `Contender` and names, `LIBRARIES`.
 
 `contenders(base, options)` runs in the parent and gives the specs of what takes part; it must import nothing
-heavy. `Contender(spec, layer)` runs in a process of its own, and loads the layer when it is made.
+heavy. `Contender(spec, layer)` runs in a process of its own, and loads the layer when it is made;
+`LIBRARIES` are imported there before, so that loading is timed alone.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ from ..cases import Case
 from ..layer import Array, Layer, bfloat16, to_float32
 from ..spec import Spec
 
-__all__ = ["Contender", "contenders"]
+__all__ = ["LIBRARIES", "Contender", "contenders"]
+
+#: Imported before the load is timed.
+LIBRARIES: tuple[str, ...] = ()
 
 #: Method -> classes of the extension, the first that it has.
 _CLASSES = {"BF16": ("AMXBF16_MOE", "AVX2BF16_MOE")}

@@ -13,7 +13,10 @@ from ..layer import Array, Layer, bfloat16, to_float32
 from ..methods import METHODS
 from ..spec import Spec
 
-__all__ = ["Contender", "contenders"]
+__all__ = ["LIBRARIES", "Contender", "contenders"]
+
+#: Imported before the load is timed.
+LIBRARIES: tuple[str, ...] = ("ktmoe_np",)
 
 
 def contenders(base: Spec, options: Any) -> list[Spec]:

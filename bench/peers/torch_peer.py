@@ -10,7 +10,10 @@ from ..cases import Case
 from ..layer import Array, Layer
 from ..spec import Spec
 
-__all__ = ["Contender", "contenders"]
+__all__ = ["LIBRARIES", "Contender", "contenders"]
+
+#: Imported before the load is timed.
+LIBRARIES: tuple[str, ...] = ("torch",)
 
 
 def contenders(base: Spec, options: Any) -> list[Spec]:

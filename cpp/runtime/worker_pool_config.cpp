@@ -12,6 +12,9 @@
 namespace ktmoe {
 namespace {
 
+// More than any machine has CPUs: a slip of the pen should not start them.
+constexpr int kMaxThreads = 4096;
+
 std::string node_list(const Topology& topology) {
   std::string text;
   for (const auto& [node, cpus] : topology.node_cpus)
@@ -32,7 +35,8 @@ WorkerPoolConfig WorkerPoolConfig::defaults(const Topology& topology) {
 }
 
 WorkerPoolConfig WorkerPoolConfig::with_threads(int num_threads, const Topology& topology) {
-  if (num_threads < 1) throw_invalid("num_threads is ", num_threads, ", expected at least 1");
+  if (num_threads < 1 || num_threads > kMaxThreads)
+    throw_invalid("num_threads is ", num_threads, ", expected 1 to ", kMaxThreads);
   WorkerPoolConfig config;
   const size_t total = static_cast<size_t>(num_threads);
   size_t num_cpus = 0, num_given = 0;
@@ -52,9 +56,11 @@ void WorkerPoolConfig::validate(const Topology& topology) const {
   if (subpool_count < 1) throw_invalid("subpool_count is ", subpool_count, ", expected at least 1");
   check_size("subpool_numa_map", subpool_numa_map, subpool_count);
   check_size("subpool_thread_count", subpool_thread_count, subpool_count);
+  int left = kMaxThreads;
   for (size_t i = 0; i < subpool_thread_count.size(); ++i) {
-    if (subpool_thread_count[i] >= 1) continue;
-    throw_invalid("subpool_thread_count[", i, "] is ", subpool_thread_count[i], ", expected at least 1");
+    if (subpool_thread_count[i] < 1 || subpool_thread_count[i] > left)
+      throw_invalid("subpool_thread_count[", i, "] is ", subpool_thread_count[i], ", expected 1 to ", left);
+    left -= subpool_thread_count[i];
   }
   for (size_t i = 0; i < subpool_numa_map.size(); ++i) {
     if (topology.node_cpus.contains(subpool_numa_map[i])) continue;
