@@ -62,6 +62,10 @@ struct NtArgs {
   std::byte* scratch = nullptr;
 };
 
+struct NnArgs;
+struct TnArgs;
+struct ActivateBackwardArgs;
+
 enum class ActivationKind : uint8_t { kSilu, kSwigluOai, kSwigluStep, kGelu, kGeluTanh, kSitu, kRelu2 };
 
 // The activation function of an expert and its parameters (the reference names the formulas).
@@ -73,30 +77,48 @@ struct Activation {
   float beta1 = 4, beta2 = 25;
 };
 
-// H[m, n] = bf16(act(G[m, n] + gate_bias[n], U[m, n] + up_bias[n])), the one rounding of the intermediate.
-// Not gated: H = act(G + gate_bias), and c_up and up_bias are null.
+enum class FloatType : uint8_t { kBf16, kFloat32 };
+
+// What training keeps of the rows of an expert, row-major: gate and up as the activation gets them, rounded to
+// `type`, and H. Null pointers: nothing is kept.
+struct KeptRows {
+  void* gate = nullptr;
+  void* up = nullptr;  // null too when the activation is not gated
+  FloatType type = FloatType::kBf16;
+  bf16* h = nullptr;
+  size_t stride = 0;  // elements from row to row, of all three
+};
+
+// With g = C_gate + lora_scale L_gate + gate_bias, u likewise: H[m, n] = bf16(act(g, u)), the one rounding of
+// the intermediate. Not gated: H = bf16(act(g)), and what belongs to up is null.
 // `h` is where the operand of all rows starts; this call writes columns [n0, n1) of it, and the zero padding
-// behind them when n1 is the last column. Biases are null or start at column n0.
+// behind them when n1 is the last column. Its data is null when only `kept` is written. Biases and L are null
+// for zero; biases and `kept` start at column n0.
 struct ActivateArgs {
   Activation activation;
   const float* c_gate = nullptr;
   const float* c_up = nullptr;
+  const float* l_gate = nullptr;  // C blocks: what the adapters add
+  const float* l_up = nullptr;
+  float lora_scale = 0;
   const float* gate_bias = nullptr;
   const float* up_bias = nullptr;
   uint32_t n0 = 0, n1 = 0;
   Operand h;  // as given by operand_block: the rows of this call
+  KeptRows kept;
 };
 
-// Y[m, n] = C[m, n] + bias[n], from a C block to row-major fp32.
+// Y[m, n] = C[m, n] + lora_scale L[m, n] + bias[n], from C blocks to row-major fp32 or, rounded, bf16.
 struct StoreRowsArgs {
   const float* c = nullptr;
+  const float* l = nullptr;  // a C block or null
+  float lora_scale = 0;
   const float* bias = nullptr;  // null or n values
   uint32_t m = 0, n = 0;
-  float* y = nullptr;
-  size_t y_stride = 0;
+  void* y = nullptr;
+  FloatType y_type = FloatType::kFloat32;
+  size_t y_stride = 0;  // elements
 };
-
-enum class FloatType : uint8_t { kBf16, kFloat32 };
 
 // out[t, j] = round(base[t, j] + sum over p in slot order of weights[t, p] * y[row[t, p], j]), j < columns.
 // Slots with row < 0 are skipped. A token with a non-finite hidden state and at least one slot that is not
@@ -105,7 +127,7 @@ struct CombineArgs {
   const float* y = nullptr;
   size_t y_stride = 0;
   const int32_t* row = nullptr;    // [tokens, slots]
-  const float* weights = nullptr;  // [tokens, slots]
+  const float* weights = nullptr;  // [tokens, slots]; null for ones
   uint32_t tokens = 0, slots = 0, columns = 0;
   const bf16* hidden = nullptr;  // [tokens, hidden_size], rows contiguous
   uint32_t hidden_size = 0;
@@ -147,6 +169,15 @@ struct KernelTable {
   void (*activate)(const ActivateArgs&);
   void (*store_rows)(const StoreRowsArgs&);
   void (*combine)(const CombineArgs&);
+
+  // Training; see contract_training.h.
+  size_t (*left_bytes)(uint32_t m, uint32_t n);
+  Operand (*pack_left)(const RowsView& rows, uint32_t m, uint32_t n, std::byte* data);
+  size_t (*nn_scratch_bytes)();
+  std::array<void (*)(const NnArgs&), kNumFormats> nn;
+  size_t (*tn_scratch_bytes)();
+  void (*tn)(const TnArgs&);
+  void (*activate_backward)(const ActivateBackwardArgs&);
 
   LimitKernels limits;
 };
