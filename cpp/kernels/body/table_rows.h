@@ -18,6 +18,7 @@ const KernelTable& table() {
       .activate = activate_rows,
       .store_rows = store_rows_rows,
       .combine = combine_rows,
+      .activate_backward = activate_backward_rows,
       .limits = {limit_read, limit_dot_rows, limit_step_rows},
   };
   return table;

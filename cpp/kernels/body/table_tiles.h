@@ -18,6 +18,7 @@ const KernelTable& table() {
       .activate = activate_tiles,
       .store_rows = store_rows_tiles,
       .combine = combine_rows,
+      .activate_backward = activate_backward_rows,
       .limits = {limit_read, limit_dot_tiles, limit_step_tiles},
   };
   return table;

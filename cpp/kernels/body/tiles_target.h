@@ -3,7 +3,9 @@
 #define KT_TARGET_REGION
 #include "formats/all.h"
 #include "kernels/body/math.h"
+#include "kernels/body/elements.h"
 #include "kernels/body/activation.h"
+#include "kernels/body/activation_backward.h"
 #include "kernels/body/combine.h"
 #include "kernels/body/nt_tiles.h"
 #include "kernels/body/tiles.h"

@@ -75,6 +75,13 @@ struct Vec {
     const __m128i bits = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
   }
+  // All lanes, added by the tree of reduce.
+  static KT_INLINE float sum(Float x) {
+    const Acc lanes[1] = {x};
+    float total;
+    reduce(lanes, &total);
+    return total;
+  }
   static KT_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static KT_INLINE Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
   static KT_INLINE Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }

@@ -87,6 +87,13 @@ struct Vec {
     const __m512i high = _mm512_and_si512(rounded(odd), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
     _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(rounded(even), 16), high));
   }
+  // All lanes, added by the tree of reduce.
+  static KT_INLINE float sum(Float x) {
+    const Acc lanes[1] = {x};
+    float total;
+    reduce(lanes, &total);
+    return total;
+  }
   static KT_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static KT_INLINE Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static KT_INLINE Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }

@@ -86,6 +86,14 @@ struct Vec {
       p[2 * i + 1] = to_bf16(odd.lane[i]);
     }
   }
+  // All lanes, added by the tree of reduce.
+  static KT_INLINE float sum(const Float& x) {
+    Acc lanes[1];
+    std::memcpy(lanes[0].lane, x.lane, sizeof x.lane);
+    float total;
+    reduce(lanes, &total);
+    return total;
+  }
   static KT_INLINE Float add(const Float& a, const Float& b) { KT_MAP(a.lane[i] + b.lane[i]); }
   static KT_INLINE Float sub(const Float& a, const Float& b) { KT_MAP(a.lane[i] - b.lane[i]); }
   static KT_INLINE Float mul(const Float& a, const Float& b) { KT_MAP(a.lane[i] * b.lane[i]); }
