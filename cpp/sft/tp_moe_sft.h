@@ -66,7 +66,7 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
       begin(args);
       auto cache = caches_.take_spare();
       fill_input(args, save, *cache);
-      RowsLease rows(*this, *cache, save && !sft_config_.recompute);
+      const RowsLease rows(*this, *cache, save && !sft_config_.recompute, /*for_backward=*/false);
       run_forward(args, *cache, /*to_the_end=*/true);
       if (!save) return;
       cache->plan = std::move(call_.plan);
@@ -86,7 +86,7 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
                       " as in the forward pass");
       const PlanLoan loan(call_.plan, cache.plan);
       {
-        RowsLease rows(*this, cache, !sft_config_.recompute);
+        const RowsLease rows(*this, cache, !sft_config_.recompute, /*for_backward=*/true);
         ForwardArgs forward;
         forward.num_tokens = cache.num_tokens;
         if (sft_config_.recompute) run_forward(forward, cache, /*to_the_end=*/false);
@@ -127,10 +127,10 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
   // Memory for a cache's rows for the length of a scope, unless it has its own.
   class RowsLease {
    public:
-    RowsLease(TP_MOE_SFT& layer, ForwardCache& cache, bool own) {
+    RowsLease(TP_MOE_SFT& layer, ForwardCache& cache, bool own, bool for_backward) {
       if (own) return;
       ScratchPlan plan;
-      const RowsPlan rows(layer.sft_config_, layer.call_.plan.num_rows(), plan);
+      const RowsPlan rows(layer.sft_config_, layer.call_.plan.num_rows(), for_backward, plan);
       lease_.emplace(layer.config_.pool->scratch().lease(plan.bytes()));
       cache.rows = rows.place(lease_->data());
     }
@@ -185,7 +185,7 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
     ScratchPlan plan;
     const InputPlan input(sft_config_, args.num_tokens, rows, drops, plan);
     std::optional<RowsPlan> own_rows;
-    if (save && !sft_config_.recompute) own_rows.emplace(sft_config_, rows, plan);
+    if (save && !sft_config_.recompute) own_rows.emplace(sft_config_, rows, true, plan);
     cache.memory.reserve(plan.bytes());
     input.place(cache.memory.data(), cache);
     if (own_rows) cache.rows = own_rows->place(cache.memory.data());

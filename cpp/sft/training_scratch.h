@@ -6,15 +6,16 @@
 
 namespace ktmoe {
 
-// The rows that a forward pass keeps for the backward pass, or only for itself.
+// The rows that a forward pass keeps for the backward pass, or, without gate and up, only for itself.
 class RowsPlan {
  public:
-  RowsPlan(const MOESFTConfig& config, size_t rows, ScratchPlan& plan) : config_(config) {
+  RowsPlan(const MOESFTConfig& config, size_t rows, bool for_backward, ScratchPlan& plan)
+      : config_(config), for_backward_(for_backward) {
     const size_t inter = rows * static_cast<size_t>(config.intermediate_size);
     const size_t rank = rows * static_cast<size_t>(config.lora_rank);
     const size_t kept = inter * (config.cache_float32 ? sizeof(float) : sizeof(bf16));
-    gate_ = plan.take(kept);
-    if (config.activation.gated) up_ = plan.take(kept);
+    if (for_backward) gate_ = plan.take(kept);
+    if (for_backward && config.activation.gated) up_ = plan.take(kept);
     h_ = plan.take(inter * sizeof(bf16));
     for (size_t& at : inner_) at = plan.take(rank * sizeof(bf16));
   }
@@ -22,7 +23,8 @@ class RowsPlan {
   CachedRows place(std::byte* base) const {
     using kernels::FloatType;
     CachedRows rows;
-    rows.kept = {base + gate_, config_.activation.gated ? base + up_ : nullptr,
+    rows.kept = {for_backward_ ? base + gate_ : nullptr,
+                 for_backward_ && config_.activation.gated ? base + up_ : nullptr,
                  config_.cache_float32 ? FloatType::kFloat32 : FloatType::kBf16,
                  reinterpret_cast<bf16*>(base + h_), static_cast<size_t>(config_.intermediate_size)};
     for (size_t i = 0; i < 3; ++i) rows.inner[i] = reinterpret_cast<bf16*>(base + inner_[i]);
@@ -31,7 +33,8 @@ class RowsPlan {
 
  private:
   const MOESFTConfig& config_;
-  size_t gate_, up_ = 0, h_, inner_[3];
+  bool for_backward_;
+  size_t gate_ = 0, up_ = 0, h_, inner_[3];
 };
 
 // What a cache holds whether or not its rows are kept.
