@@ -18,6 +18,7 @@ class Case(NamedTuple):
     x: Array  # bf16 [T, H]
     ids: Array  # int64 [T, P], the experts of a token all different
     weights: Array  # float32 [T, P], summing to 1
+    grad: Array | None = None  # bf16 [T, H], the gradient of the output; where there are adapters to train
 
 
 def make_cases(shape: Shape, tokens: int, seed: int = 1) -> list[Case]:
@@ -36,7 +37,10 @@ def _make_case(shape: Shape, tokens: int, seed: list[int]) -> Case:
         ids = np.tile(np.arange(shape.experts), (tokens, 1))
     weights = rng.random((tokens, shape.per_token), np.float32) + np.float32(0.1)
     weights /= weights.sum(axis=1, keepdims=True)
-    return Case(x, np.ascontiguousarray(ids, np.int64), weights)
+    grad = None
+    if shape.rank:
+        grad = rng.standard_normal((tokens, shape.hidden), np.float32).astype(bfloat16)
+    return Case(x, np.ascontiguousarray(ids, np.int64), weights, grad)
 
 
 def num_touched(cases: list[Case]) -> float:

@@ -6,6 +6,7 @@ crashes takes nobody along. The parent lets them run only while it waits for an 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -19,8 +20,10 @@ from typing import Any
 
 from .cases import Case, make_cases
 from .layer import Array, Layer
+from .operations import OPERATIONS
 from .peers import find_peer
 from .spec import Spec
+from .truth import Sample
 
 __all__ = ["Server"]
 
@@ -38,12 +41,15 @@ class Server:
         """Make the contender and load the layer; says what it took."""
         self._spec = spec
         layer = Layer.attach(spec.shape, fd)
-        peer = find_peer(spec.peer)
+        peer = find_peer(spec.peer, spec.operation)
         for library in peer.LIBRARIES:
             importlib.import_module(library)
         before, start = _resident(), time.perf_counter()
         self._contender = peer.Contender(spec, layer)
         seconds, after = time.perf_counter() - start, _resident()
+        self._unloaded = before["RssAnon"]
+        phases = OPERATIONS[spec.operation].phases
+        self._phases = [getattr(self._contender, phase.method) for phase in phases]
         return {
             **self._contender.about(),
             "python": sys.version.split()[0],
@@ -66,20 +72,37 @@ class Server:
         self._next = 0
         self._last_s = 0.0
 
-    def check(self, rows: Array) -> Array:
-        """Rows of the answer to the first case."""
-        start = time.perf_counter()
-        self._contender.run(0)
-        self._last_s = time.perf_counter() - start
-        out: Array = self._contender.output()[rows]
-        return out
+    def check(self, sample: Sample) -> dict[str, Array]:
+        """Answer the first case; a part of that."""
+        self._next = 0
+        self._last_s = self._call()[-1]
+        return sample.of(self._contender.answer())
 
-    def turn(self, seconds: float) -> list[float]:
-        """Run for about that long, case after case; the seconds of each call, warming up not counted."""
+    def memory(self) -> dict[str, int]:
+        """Answer a case again, and give the bytes it takes: at the most, and what the contender documents.
+
+        ``resident`` is the process's own memory in use at the peak that was not before the layer was loaded,
+        without the cases.
+        """
+        _trim()
+        cases = sum(array.nbytes for case in self._cases for array in case if array is not None)
+        kept = _resident()["RssAnon"] - self._unloaded - cases
+        documented: dict[str, int] = {}
+        with _Peak() as peak:
+            for phase in self._phases:
+                phase(0)
+                documented = documented or dict(self._contender.memory())
+        return {"resident": kept + peak.growth, **documented}
+
+    def turn(self, seconds: float) -> list[list[float]]:
+        """Run for about that long, case after case; the seconds of each call, warming up not counted.
+
+        Of a call that has phases, the seconds until the end of each of them.
+        """
         begin = time.perf_counter()
         while self._last_s < seconds and time.perf_counter() - begin < 0.2 * seconds:
             self._call()
-        samples: list[float] = []
+        samples: list[list[float]] = []
         gc.disable()
         begin = time.perf_counter()
         while not samples or time.perf_counter() - begin < seconds:
@@ -92,20 +115,50 @@ class Server:
         limits: dict[str, Any] = self._contender.limits(seconds)
         return limits
 
-    def _call(self) -> float:
+    def _call(self) -> list[float]:
         i = self._next
         self._next = (i + 1) % len(self._cases)
+        seconds = []
         start = time.perf_counter()
-        self._contender.run(i)
-        self._last_s = time.perf_counter() - start
-        return self._last_s
+        for phase in self._phases:
+            phase(i)
+            seconds.append(time.perf_counter() - start)
+        self._last_s = seconds[-1]
+        return seconds
+
+
+class _Peak:
+    """How much the memory of this process grew at the most while a block ran, bytes."""
+
+    def __enter__(self) -> _Peak:
+        with contextlib.suppress(OSError):  # where it is not allowed, the peak is of the whole life
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = _status("VmRSS", "VmHWM")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        after = _status("VmRSS", "VmHWM")
+        rose = after["VmHWM"] > self._before["VmHWM"]
+        self.growth = max(0, after["VmHWM" if rose else "VmRSS"] - self._before["VmRSS"])
 
 
 def _resident() -> dict[str, int]:
     """Read RssAnon and RssFile of this process, bytes; the shared weights given to it are in neither."""
+    return _status("RssAnon", "RssFile")
+
+
+def _status(*names: str) -> dict[str, int]:
+    """Read sizes of this process, bytes."""
     status = Path("/proc/self/status").read_text().splitlines()
-    pairs = [line.split(":") for line in status if line.startswith(("RssAnon", "RssFile"))]
+    pairs = [line.split(":") for line in status if line.startswith(names)]
     return {name: int(value.split()[0]) * 1024 for name, value in pairs}
+
+
+def _trim() -> None:
+    """Give freed memory back, so that what is resident is in use."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # of glibc alone
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def main() -> None:

@@ -9,21 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from .cases import make_cases, num_touched
+from .cases import Case, make_cases, num_touched
 from .contestant import LOAD_TIMEOUT, Contestant, ContestantError
 from .harness import Limits, Spread, compete, measure_limits
 from .layer import Array, Layer
 from .methods import METHODS
-from .operations import OPERATIONS
+from .operations import OPERATIONS, Phase
 from .records import Results
 from .shapes import Shape, available_memory, fit
 from .spec import Spec
-from .truth import relative_error, sample_rows
+from .truth import relative_error
 
 __all__ = ["Plan", "fit_all", "note", "run_contest"]
 
 #: Of the memory that is free, what weights and their copies may take; the rest is for activations and limits.
 _MEMORY_SHARE, _MEMORY_KEPT = 0.7, 3e9
+
+#: Tokens from which on a call lasts long enough for the clock to come down, as it does under load.
+_SUSTAINED = 1024
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class Plan:
     tokens: Sequence[int]
     seconds: float  #: for each contender and batch size
     limit_seconds: float  #: for each of the limits, each time
+    sustained_seconds: float = 0.0  #: the same for large batches, if longer
+
+    def limit_seconds_for(self, tokens: int) -> float:
+        """Seconds for each of the limits beside that batch size."""
+        return max(self.limit_seconds, self.sustained_seconds if tokens >= _SUSTAINED else 0.0)
 
 
 def note(text: str) -> None:
@@ -51,15 +59,19 @@ def fit_all(shape: Shape, specs: Sequence[Spec]) -> Shape:
 
 
 def run_contest(shape: Shape, specs: Sequence[Spec], plan: Plan, results: Results) -> None:
-    """Run it and write a record for each contender and batch size."""
+    """Run it and write a record for each contender, batch size and phase."""
     shape = fit_all(shape, specs)
     layer = Layer.create(shape)
     contestants = [Contestant(spec.but(shape=shape), layer.fd) for spec in specs]
     try:
         running = [contestant for contestant in contestants if _load(contestant, layer, results)]
-        before = measure_limits(running, plan.limit_seconds)
+        before: dict[str, dict[str, Any]] = {}
+        seconds = 0.0
         for tokens in plan.tokens if running else ():
             note(f"{shape.name}, {tokens} tokens ...")
+            if seconds != plan.limit_seconds_for(tokens):
+                seconds = plan.limit_seconds_for(tokens)
+                before = measure_limits(running, seconds)
             before = _run_tokens(running, layer, tokens, plan, before, results)
     finally:
         for contestant in contestants:
@@ -75,7 +87,7 @@ def _load(contestant: Contestant, layer: Layer, results: Results) -> bool:
         contestant.facts = contestant.ask("load", spec, layer.fd, timeout=LOAD_TIMEOUT)
     except ContestantError as error:
         note(f"{spec.label} takes no part: {error}")
-        results.add("absent", **_what(contestant), reason=str(error))
+        results.add("absent", **_what(contestant), operation=spec.operation, reason=str(error))
         return False
     facts = contestant.facts
     facts["load_ms"] = round(facts.pop("load_s") * 1e3, 3)
@@ -84,13 +96,14 @@ def _load(contestant: Contestant, layer: Layer, results: Results) -> bool:
 
 
 def _what(contestant: Contestant) -> dict[str, Any]:
-    """Give the fields that say what a record is about."""
+    """Give the fields that say what a record is about, but for the operation."""
     spec, shape = contestant.spec, contestant.spec.shape
+    adapters = {"rank": shape.rank, "alpha": shape.alpha} if shape.rank else {}
     return {
         "shape": shape.name,
         "sizes": [shape.hidden, shape.inter, shape.experts, shape.per_token],
         "experts_of_model": shape.model_experts or shape.experts,
-        "operation": spec.operation,
+        **adapters,
         "method": spec.method,
         "contender": spec.label,
         "family": spec.family,
@@ -98,6 +111,49 @@ def _what(contestant: Contestant) -> dict[str, Any]:
         "threads": spec.threads,
         **contestant.facts,
     }
+
+
+class _Answers:
+    """What the contenders answer to the first case, and how far that is from the truth."""
+
+    def __init__(self, contestants: Sequence[Contestant], layer: Layer, case: Case, tokens: int) -> None:
+        operation = OPERATIONS[contestants[0].spec.operation]
+        sample = operation.sample(layer, case)
+        expected = operation.truth(layer, case, sample)
+        self.rows = len(sample.rows)
+        self.errors: dict[str, dict[str, float]] = {}  #: by label and name
+        self._answers: dict[str, dict[str, Array]] = {}
+        for contestant in contestants:
+            contestant.facts.pop("failed", None)
+            try:
+                contestant.ask("prepare", tokens)
+                answer = contestant.ask("check", sample)
+            except ContestantError as error:
+                contestant.facts["failed"] = str(error)
+                continue
+            self._answers[contestant.spec.label] = answer
+            errors = {name: relative_error(answer[name], true) for name, true in expected.items()}
+            self.errors[contestant.spec.label] = errors
+
+    def right(self, contestant: Contestant) -> bool:
+        """Whether all of an answer is within the method's tolerance."""
+        errors = self.errors.get(contestant.spec.label)
+        return errors is not None and max(errors.values()) <= METHODS[contestant.spec.method].tolerance
+
+    def fields(self, contestant: Contestant) -> dict[str, Any]:
+        """Give the fields about an answer."""
+        fields: dict[str, Any] = {"rows_checked": self.rows}
+        label = contestant.spec.label
+        if label in self.errors:
+            errors = {name: float(f"{error:.3g}") for name, error in self.errors[label].items()}
+            fields["rel_err"] = errors["y"]
+            if len(errors) > 1:
+                fields["rel_errs"] = errors
+            if contestant.spec.peer == "ktmoe":
+                first = next(iter(self._answers.values()))
+                answer = self._answers[label]
+                fields["bits_of_first"] = all(np.array_equal(answer[name], first[name]) for name in first)
+        return fields
 
 
 def _run_tokens(
@@ -111,55 +167,70 @@ def _run_tokens(
     """One batch size: check, time, measure the limits again (returned), write."""
     cases = make_cases(layer.shape, tokens)
     touched = num_touched(cases)
-    rows = sample_rows(layer, cases[0])
-    expected = OPERATIONS[contestants[0].spec.operation].truth(layer, cases[0], rows)
+    answers = _Answers(contestants, layer, cases[0], tokens)
     del cases
-    answers: dict[str, Array] = {}
-    for contestant in contestants:
-        contestant.facts.pop("failed", None)
-        try:
-            contestant.ask("prepare", tokens)
-            answers[contestant.spec.label] = contestant.ask("check", rows)
-        except ContestantError as error:
-            contestant.facts["failed"] = str(error)
-    errors = {label: relative_error(answer, expected) for label, answer in answers.items()}
-    right = [c for c in contestants if errors.get(c.spec.label, 2) <= METHODS[c.spec.method].tolerance]
+    right = [contestant for contestant in contestants if answers.right(contestant)]
+    phases = OPERATIONS[contestants[0].spec.operation].phases
+    memory = _measure_memory(right) if len(phases) > 1 else {}
+    right = [contestant for contestant in right if "failed" not in contestant.facts]
     samples = compete(right, plan.seconds)
-    after = measure_limits(contestants, plan.limit_seconds)
+    after = measure_limits(contestants, plan.limit_seconds_for(tokens))
     measured = {label: Limits.mean([before[label], one]) for label, one in after.items()}
     for contestant in contestants:
         label = contestant.spec.label
-        record: dict[str, Any] = {
-            "tokens": tokens,
-            "experts_touched": round(touched, 1),
-            "rows_checked": len(rows),
-        }
-        if label in errors:
-            record["rel_err"] = float(f"{errors[label]:.3g}")
-            if contestant.spec.peer == "ktmoe":
-                record["bits_of_first"] = np.array_equal(answers[label], next(iter(answers.values())))
-        if label in samples:
-            spread = Spread.of(samples[label])
-            record |= {
-                "status": "ok",
-                **asdict(spread),
-                **_rates(contestant, tokens, touched, spread, measured),
-            }
-        else:
-            record["status"] = "failed" if "failed" in contestant.facts else "wrong"
-            note(f"{label}: {record['status']} {contestant.facts.get('failed', errors.get(label))}")
-        results.add(plan.kind, **_what(contestant), **record)
+        what = {"tokens": tokens, "experts_touched": round(touched, 1), **answers.fields(contestant)}
+        calls = np.array(samples.get(label, []))
+        if not len(calls):
+            what["status"] = "failed" if "failed" in contestant.facts else "wrong"
+            note(f"{label}: {what['status']} {contestant.facts.get('failed', answers.errors.get(label))}")
+        for i, phase in enumerate(phases):
+            record = _what(contestant) | {"operation": phase.name} | what
+            if len(calls):
+                spread = Spread.of(calls[:, i])
+                rates = _rates(contestant.spec, phase, tokens, touched, spread, measured)
+                record |= {"status": "ok", **asdict(spread), **rates}
+            if len(calls) and i:
+                record |= _backward_alone(layer.shape, phases[i - 1 : i + 1], tokens, calls[:, i - 1 : i + 1])
+                record["memory"] = memory[label]
+            results.add(plan.kind, **record)
     return after
 
 
+def _measure_memory(contestants: Sequence[Contestant]) -> dict[str, dict[str, Any]]:
+    """Ask each what a call takes at the most, MB, and how much of that is documented; by label."""
+    measured: dict[str, dict[str, Any]] = {}
+    for contestant in contestants:
+        try:
+            documented = contestant.ask("memory")
+        except ContestantError as error:
+            contestant.facts["failed"] = str(error)
+            continue
+        resident = documented.pop("resident")
+        sizes = {"resident": resident, **documented, "beyond": resident - sum(documented.values())}
+        measured[contestant.spec.label] = {f"{name}_mb": round(n / 1e6, 3) for name, n in sizes.items()}
+    return measured
+
+
+def _backward_alone(shape: Shape, phases: Sequence[Phase], tokens: int, calls: Array) -> dict[str, Any]:
+    """Give time and rate of the backward pass alone, and that rate over the forward pass's."""
+    before, whole = phases
+    alone = Spread.of(calls[:, 1] - calls[:, 0])
+    first_rate = before.flop(shape, tokens) / Spread.of(calls[:, 0]).ms
+    rate = (whole.flop(shape, tokens) - before.flop(shape, tokens)) / alone.ms
+    return {
+        "backward_ms": alone.ms,
+        "backward_tflop_s": round(rate / 1e9, 5),
+        "backward_over_forward": round(rate / first_rate, 3),
+    }
+
+
 def _rates(
-    contestant: Contestant, tokens: int, touched: float, spread: Spread, measured: dict[str, Limits]
+    spec: Spec, phase: Phase, tokens: int, touched: float, spread: Spread, measured: dict[str, Limits]
 ) -> dict[str, Any]:
     """Traffic and arithmetic a second, alone and as fractions of the limits."""
-    spec, operation = contestant.spec, OPERATIONS[contestant.spec.operation]
-    num_weights = touched * spec.shape.weights_per_expert * operation.weight_reads
+    num_weights = touched * spec.shape.weights_per_expert * phase.weight_reads
     num_bytes = num_weights * METHODS[spec.method].bytes_per_weight
-    flop, seconds = operation.flop(spec.shape, tokens), spread.ms / 1e3
+    flop, seconds = phase.flop(spec.shape, tokens), spread.ms / 1e3
     rates = {
         "weight_gb_s": round(num_bytes / seconds / 1e9, 3),
         "tflop_s": round(flop / seconds / 1e12, 5),

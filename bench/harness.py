@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .contestant import Contestant, ContestantError
+from .layer import Array
 
 __all__ = ["Limits", "Spread", "compete", "measure_limits"]
 
@@ -30,22 +31,27 @@ class Spread:
     samples: int
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Spread:
+    def of(cls, seconds: Sequence[float] | Array) -> Spread:
         """Summarise durations in seconds."""
         p10, median, p90 = (round(float(ms), 5) for ms in np.percentile(seconds, (10, 50, 90)) * 1e3)
         return cls(median, p10, p90, len(seconds))
 
 
-def compete(contestants: Sequence[Contestant], seconds: float, rounds: int = 5) -> dict[str, list[float]]:
+def compete(
+    contestants: Sequence[Contestant], seconds: float, rounds: int = 5
+) -> dict[str, list[list[float]]]:
     """Time prepared contestants: A, B, C, A, B, C, ... for about `seconds` each.
 
-    Returns the seconds of the calls by label. One that fails on the way is left out.
+    Returns the seconds of the calls, until the end of each phase, by label. One that fails on the way is left
+    out.
     """
-    samples: dict[str, list[float]] = {contestant.spec.label: [] for contestant in contestants}
+    samples: dict[str, list[list[float]]] = {contestant.spec.label: [] for contestant in contestants}
     for turn in range(rounds):
         for contestant in contestants:
             label = contestant.spec.label
-            if label not in samples or (turn >= _ENOUGH and sum(samples[label]) > 2 * seconds):
+            if label not in samples:
+                continue
+            if turn >= _ENOUGH and sum(call[-1] for call in samples[label]) > 2 * seconds:
                 continue
             try:
                 samples[label] += contestant.ask("turn", seconds / rounds)

@@ -1,10 +1,10 @@
-"""The weights of a benched layer, in memory that all contenders' processes share."""
+"""The weights of a benched layer, and of its adapters, in memory that all contenders' processes share."""
 
 from __future__ import annotations
 
 import mmap
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
@@ -25,7 +25,11 @@ _POOL = 5_000_011
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """bf16 weights [E, N, K] and float32 biases [E, N] (None where the model has none) of one layer."""
+    """bf16 weights [E, N, K] and float32 biases [E, N] (None where the model has none) of one layer.
+
+    A shape with a rank R has adapters too, bf16: gate_lora_a, up_lora_a [E, R, H]; gate_lora_b, up_lora_b
+    [E, I, R]; down_lora_a [E, R, I]; down_lora_b [E, H, R].
+    """
 
     shape: Shape
     fd: int  #: the memory, for `attach` in another process
@@ -35,6 +39,7 @@ class Layer:
     gate_bias: Array | None
     up_bias: Array | None
     down_bias: Array | None
+    lora: dict[str, Array] = field(default_factory=dict)
 
     @classmethod
     def create(cls, shape: Shape, seed: int = 0) -> Layer:
@@ -44,11 +49,13 @@ class Layer:
         layer = cls.attach(shape, fd)
         rng = np.random.default_rng(seed)
         for weights in (layer.gate, layer.up, layer.down):
-            pool = rng.standard_normal(_POOL, np.float32) / np.float32(weights.shape[2] ** 0.5)
-            _fill(weights.view(np.uint16), pool.astype(bfloat16).view(np.uint16), rng)
+            _draw(weights, 1.0, rng)
         for bias in (layer.gate_bias, layer.up_bias, layer.down_bias):
             if bias is not None:
                 bias[:] = rng.standard_normal(bias.shape, np.float32) * np.float32(0.1)
+        for name, weights in layer.lora.items():
+            # What adapters add is half as large as what they are added to: neither hides the other's errors.
+            _draw(weights, 0.5 * shape.rank / shape.alpha if name.endswith("_b") else 1.0, rng)
         return layer
 
     @classmethod
@@ -56,35 +63,50 @@ class Layer:
         """See the memory `fd` as a layer of that shape; its pages are brought in at once."""
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
         memory = mmap.mmap(fd, _num_bytes(shape), flags, mmap.PROT_READ | mmap.PROT_WRITE)
-        arrays: list[Array | None] = []
+        arrays: dict[str, Any] = {}
         offset = 0
-        for part, dtype in _parts(shape):
+        for name, (part, dtype) in _parts(shape).items():
             size = int(np.prod(part))
-            arrays.append(np.frombuffer(memory, dtype, size, offset).reshape(part))
+            arrays[name] = np.frombuffer(memory, dtype, size, offset).reshape(part)
             offset += size * dtype.itemsize
-        arrays += [None] * (6 - len(arrays))
-        return cls(shape, fd, *arrays)  # type: ignore[arg-type]  # the first three are always there
+        lora = {name: arrays.pop(name) for name in list(arrays) if "_lora_" in name}
+        biases: dict[str, Any] = dict.fromkeys(("gate_bias", "up_bias", "down_bias"))
+        return cls(shape, fd, **(biases | arrays), lora=lora)
 
     def close(self) -> None:
         """Let go of the memory; it is freed when the last process has done so and the arrays are gone."""
         os.close(self.fd)
 
 
-def _parts(shape: Shape) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+def _parts(shape: Shape) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
     """Shape and dtype of the arrays, one behind the other; all sizes keep the next one aligned."""
-    num, inter, hidden = shape.experts, shape.inter, shape.hidden
-    parts: list[tuple[tuple[int, ...], np.dtype[Any]]] = [
-        ((num, inter, hidden), bfloat16),
-        ((num, inter, hidden), bfloat16),
-        ((num, hidden, inter), bfloat16),
-    ]
+    num, rank = shape.experts, shape.rank
+    parts: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+    sizes = {
+        "gate": (shape.inter, shape.hidden),
+        "up": (shape.inter, shape.hidden),
+        "down": (shape.hidden, shape.inter),
+    }
+    for name, (rows, columns) in sizes.items():
+        parts[name] = (num, rows, columns), bfloat16
     if shape.biased:
-        parts += [((num, width), np.dtype(np.float32)) for width in (inter, inter, hidden)]
+        for name, (rows, _) in sizes.items():
+            parts[f"{name}_bias"] = (num, rows), np.dtype(np.float32)
+    if rank:
+        for name, (rows, columns) in sizes.items():
+            parts[f"{name}_lora_a"] = (num, rank, columns), bfloat16
+            parts[f"{name}_lora_b"] = (num, rows, rank), bfloat16
     return parts
 
 
 def _num_bytes(shape: Shape) -> int:
-    return sum(int(np.prod(part)) * dtype.itemsize for part, dtype in _parts(shape))
+    return sum(int(np.prod(part)) * dtype.itemsize for part, dtype in _parts(shape).values())
+
+
+def _draw(weights: Array, scale: float, rng: np.random.Generator) -> None:
+    """Draw matrices whose product with a Gaussian vector has about the standard deviation `scale`."""
+    pool = rng.standard_normal(_POOL, np.float32) * np.float32(scale / weights.shape[2] ** 0.5)
+    _fill(weights.view(np.uint16), pool.astype(bfloat16).view(np.uint16), rng)
 
 
 def _fill(weights: Array, pool: Array, rng: np.random.Generator) -> None:

@@ -15,12 +15,12 @@ import numpy as np
 from .cases import make_cases
 from .contest import fit_all, note
 from .contestant import LOAD_TIMEOUT, Contestant, ContestantError
-from .layer import Layer
+from .layer import Array, Layer
 from .methods import METHODS
 from .records import Results
 from .shapes import Shape
 from .spec import Spec
-from .truth import relative_error, sample_rows, truth
+from .truth import Sample, relative_error, sample_rows, truth
 
 __all__ = ["run_loading", "write_checkpoint"]
 
@@ -73,12 +73,12 @@ def run_loading(shape: Shape, specs: Sequence[Spec], options: Any, results: Resu
             raise MemoryError(f"{shape.name}: a checkpoint takes {need:.1f} GB, the disk has {free:.1f}")
         write_checkpoint(layer, directory)
         case = make_cases(shape, _TOKENS)[0]
-        rows = sample_rows(layer, case)
-        expected = truth(layer, case, rows)
+        sample = sample_rows(layer, case)
+        expected = truth(layer, case, sample)["y"]
         for spec in specs:
             source = {"checkpoint": str(directory)} if spec.peer == "ktmoe" else {}
             spec = spec.but(shape=shape, options=spec.options | source)
-            values = _load_in_process(spec, layer, rows, expected)
+            values = _load_in_process(spec, layer, sample, expected)
             sizes = [shape.hidden, shape.inter, shape.experts, shape.per_token]
             what = {"shape": shape.name, "sizes": sizes, "method": spec.method, "contender": spec.label}
             results.add("load", **what, source="checkpoint" if source else "memory", **values)
@@ -88,24 +88,24 @@ def run_loading(shape: Shape, specs: Sequence[Spec], options: Any, results: Resu
         layer.close()
 
 
-def _load_in_process(spec: Spec, layer: Layer, rows: Any, expected: Any) -> dict[str, Any]:
+def _load_in_process(spec: Spec, layer: Layer, sample: Sample, expected: Array) -> dict[str, Any]:
     contestant = Contestant(spec, layer.fd)
     try:
-        return _load_once(contestant, layer, rows, expected)
+        return _load_once(contestant, layer, sample, expected)
     except ContestantError as error:
         return {"status": "failed", "reason": str(error)}
     finally:
         contestant.stop()
 
 
-def _load_once(contestant: Contestant, layer: Layer, rows: Any, expected: Any) -> dict[str, Any]:
+def _load_once(contestant: Contestant, layer: Layer, sample: Sample, expected: Array) -> dict[str, Any]:
     """Load, answer a batch, and load again when all is warm."""
     spec = contestant.spec
     weights_bytes = layer.shape.weights * METHODS[spec.method].bytes_per_weight
     facts = contestant.ask("load", spec, layer.fd, timeout=LOAD_TIMEOUT)
     loaded = contestant.ask("resident")
     contestant.ask("prepare", _TOKENS)
-    error = relative_error(contestant.ask("check", rows), expected)
+    error = relative_error(contestant.ask("check", sample)["y"], expected)
     used = contestant.ask("resident")
     values = {
         "status": "ok" if error <= METHODS[spec.method].tolerance else "wrong",

@@ -24,7 +24,14 @@ class Method:
     name: str
     bytes_per_weight: float  #: in the checkpoint's encoding, scales counted in
     tolerance: float  #: relative error from which on an answer is wrong
+    operation: str = "forward"  #: what it is for
     encode: Callable[[Layer], dict[str, Any]] = _as_they_are  #: to the arguments of load_weights_from_tensors
 
 
-METHODS = {method.name: method for method in (Method("BF16", 2.0, 0.02),)}
+METHODS = {
+    method.name: method
+    for method in (
+        Method("BF16", 2.0, 0.02),
+        Method("AMXBF16_SFT", 2.0, 0.02, "sft"),
+    )
+}

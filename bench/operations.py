@@ -1,4 +1,4 @@
-"""What is timed: a further operation, a backward pass say, is a further row, and a case in its peers."""
+"""What is timed: a further operation is a further row, and a module in its peers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,41 @@ from dataclasses import dataclass
 from .cases import Case
 from .layer import Array, Layer
 from .shapes import Shape
-from .truth import truth
+from .truth import Sample, sample_rows, truth
+from .truth_sft import sample_step, true_step
 
-__all__ = ["OPERATIONS", "Operation"]
+__all__ = ["OPERATIONS", "Operation", "Phase"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a call; records are about the time from the beginning of the call to the end of a phase."""
+
+    name: str  #: in the records, of all from the beginning on
+    method: str  #: of `bench.peers.Contender`
+    flop: Callable[[Shape, int], float]  #: from the beginning on, of a shape and a number of tokens
+    weight_reads: int  #: how often each touched weight must come from memory, from the beginning on
 
 
 @dataclass(frozen=True)
 class Operation:
-    """How much work an operation is, and what its answer is."""
+    """What a call does, how much work that is, and what its answer is."""
 
     name: str
-    flop: Callable[[Shape, int], float]  #: of a shape and a number of tokens
-    weight_reads: int  #: how often each touched weight must come from memory
-    truth: Callable[[Layer, Case, Array], Array]  #: of some rows
+    phases: tuple[Phase, ...]
+    sample: Callable[[Layer, Case], Sample]  #: what of the answer is checked
+    truth: Callable[[Layer, Case, Sample], dict[str, Array]]  #: that part of the answer, by name
 
 
-OPERATIONS = {op.name: op for op in (Operation("forward", Shape.flop, 1, truth),)}
+OPERATIONS = {
+    op.name: op
+    for op in (
+        Operation("forward", (Phase("forward", "run", Shape.flop, 1),), sample_rows, truth),
+        Operation(
+            "sft",
+            (Phase("sft_forward", "run", Shape.flop, 1), Phase("sft_step", "backward", Shape.step_flop, 2)),
+            sample_step,
+            true_step,
+        ),
+    )
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ def table(records: Sequence[Record], against: str = "ktmoe") -> str:
     """Contenders by batch sizes: time and, behind it, the fraction of the machine's limit.
 
     The last row of a shape says how many times longer the fastest other takes than the fastest of `against`.
+    Of what has several passes, a line for each contender and batch size follows.
     """
     parts = []
     for group in _groups([record for record in records if "tokens" in record]):
         parts.append(_table_of(group, against))
+        if any("backward_ms" in record for record in group):
+            parts.append(_steps(group))
     absent = [f"{r['contender']} on {r['shape']}: {r['reason']}" for r in records if r["kind"] == "absent"]
     return "\n\n".join([*parts, "\n".join(absent)] if absent else parts)
 
@@ -44,15 +47,46 @@ def _table_of(group: Sequence[Record], against: str) -> str:
     ratios = [_ratio(lines, t, against) for t in tokens]
     if any(ratios):
         rows.append(["fastest other / " + against, *ratios])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(tokens) + 1)]
-    text = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
+    return "\n".join([_title(group), _aligned(rows), *([bits] if bits else [])])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of the same width, the first to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
         for row in rows
     ]
-    return "\n".join([_title(group), *text, *([bits] if bits else [])])
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+#: Columns of the lines about training steps, and what they hold of a record.
+_STEP_COLUMNS: tuple[tuple[str, Callable[[Record], str]], ...] = (
+    ("p10-p90", lambda r: f"{_time(r['ms_p10'])} - {_time(r['ms_p90'])}"),
+    ("TFLOP/s", lambda r: f"{r['tflop_s']:.3g}"),
+    ("backward", lambda r: _time(r["backward_ms"])),
+    ("TFLOP/s", lambda r: f"{r['backward_tflop_s']:.3g}"),
+    ("of forward's", lambda r: f"{r['backward_over_forward']:.2f}"),
+    ("error y", lambda r: f"{r['rel_errs']['y']:.4f}"),
+    ("grad x", lambda r: f"{r['rel_errs']['grad_input']:.4f}"),
+    ("grad w", lambda r: f"{r['rel_errs']['grad_weights']:.4f}"),
+    ("adapters'", lambda r: f"{max(e for name, e in r['rel_errs'].items() if '_lora_' in name):.4f}"),
+    ("cache MB", lambda r: f"{r['memory']['cache_mb']:.1f}" if "cache_mb" in r["memory"] else "-"),
+    ("beyond MB", lambda r: f"{r['memory']['beyond_mb']:.1f}"),
+)
+
+
+def _steps(group: Sequence[Record]) -> str:
+    """A line for each contender and batch size of what was right."""
+    rows = [["step", *(title for title, _ in _STEP_COLUMNS)]]
+    lines = _lines(group)
+    for tokens in sorted({record["tokens"] for record in group}):
+        for by_tokens in lines.values():
+            record = by_tokens.get(tokens, {})
+            if "backward_ms" in record:
+                name = f"{tokens} {record['contender']}"
+                rows.append([name, *(show(record) for _, show in _STEP_COLUMNS)])
+    return _aligned(rows)
 
 
 def _bits(group: Sequence[Record]) -> str:
@@ -71,7 +105,8 @@ def _title(group: Sequence[Record]) -> str:
     if experts != first["experts_of_model"]:
         experts = f"{experts} of {first['experts_of_model']}"
     sizes = f"H {hidden}, I {inter}, E {experts}, P {per_token}"
-    title = f"{first['kind']}: {first['shape']} ({sizes}), {first['method']}"
+    sizes += f", R {first['rank']}" if "rank" in first else ""
+    title = f"{_heading(first)} ({sizes}), {first['method']}"
     limits = [r["limits"] for r in group if "limits" in r]
     seen = {one["isa"]: one for one in reversed(limits)}
     said = [
@@ -81,6 +116,12 @@ def _title(group: Sequence[Record]) -> str:
     drift = f", drift up to {max(one['drift'] for one in limits):.0%}" if limits else ""
     machine = f"{first['cpus']} CPUs, {first['machine']}"
     return f"{title} on {machine}\nlimits: {'; '.join(said) or 'not measured'}{drift}"
+
+
+def _heading(record: Record) -> str:
+    """Kind, operation where a kind has several, and shape."""
+    kind, operation = record["kind"], record["operation"]
+    return f"{operation if operation.startswith(kind + '_') else kind}: {record['shape']}"
 
 
 def _lines(group: Sequence[Record]) -> dict[str, dict[int, Record]]:
@@ -139,7 +180,7 @@ def plot(records: Sequence[Record], path: str | os.PathLike[str]) -> bool:
             tokens = [t for t, _ in points]
             axes[0, column].plot(tokens, [r["ms"] for _, r in points], "o-", label=name)
             axes[1, column].plot(tokens, [r.get("of_limit", 0) for _, r in points], "o-")
-        title = f"{group[0]['kind']}: {group[0]['shape']} {group[0]['method']}"
+        title = f"{_heading(group[0])} {group[0]['method']}"
         axes[0, column].set(title=title, ylabel="ms", xscale="log", yscale="log")
         axes[1, column].set(xlabel="tokens", ylabel="fraction of the machine's limit", ylim=(0, 1.1))
         axes[0, column].legend(fontsize="small")

@@ -20,6 +20,8 @@ class Shape:
     activation: str = "silu"
     biased: bool = False
     model_experts: int = 0  #: E of the model, when `experts` was cut to fit this machine's memory
+    rank: int = 0  #: R of the adapters beside the weights; 0: without
+    alpha: float = 32.0  #: adapters are scaled by alpha / R
 
     @property
     def weights_per_expert(self) -> int:
@@ -31,9 +33,22 @@ class Shape:
         """Weights of the layer."""
         return self.experts * self.weights_per_expert
 
+    @property
+    def adapter_weights_per_expert(self) -> int:
+        """Weights of the adapters of gate, up and down of one expert."""
+        return 3 * self.rank * (self.hidden + self.inter)
+
     def flop(self, tokens: int) -> int:
         """Multiplications and additions of a forward pass."""
-        return 2 * tokens * self.per_token * self.weights_per_expert
+        return 2 * tokens * self.per_token * (self.weights_per_expert + self.adapter_weights_per_expert)
+
+    def step_flop(self, tokens: int) -> int:
+        """Those of a forward and a backward pass of training the adapters alone.
+
+        Backward, a weight takes part in the gradient of its product's input, an adapter's in its own too.
+        """
+        per_row = 2 * self.weights_per_expert + 3 * self.adapter_weights_per_expert
+        return 2 * tokens * self.per_token * per_row
 
 
 SHAPES = {

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import numpy as np
 
 from .cases import Case
 from .layer import Array, Layer, to_float32
 
-__all__ = ["activate", "expert_output", "relative_error", "sample_rows", "truth"]
+__all__ = ["Sample", "activate", "choose_rows", "expert_output", "relative_error", "sample_rows", "truth"]
 
 #: What a truth may cost: weights to widen, and operations.
 _MOST_WEIGHTS, _MOST_FLOP = 1.5e9, 4e11
+
+
+class Sample(NamedTuple):
+    """What of an answer is checked."""
+
+    rows: Array  # tokens, of what has a row for each of them
+    experts: Array  # experts, of what has a matrix for each of them
+
+    def of(self, answer: Mapping[str, Array]) -> dict[str, Array]:
+        """Take that part of an answer, as float32; names with _lora_ are of what each expert has."""
+        which = {name: self.experts if "_lora_" in name else self.rows for name in answer}
+        return {name: value[which[name]].astype(np.float32) for name, value in answer.items()}
 
 
 def activate(name: str, gate: Array, up: Array) -> Array:
@@ -36,10 +51,15 @@ def expert_output(layer: Layer, e: int, x: Array, weights: tuple[Array, Array, A
     return y
 
 
-def sample_rows(layer: Layer, case: Case) -> Array:
-    """Rows to check: all of them, or as many as a truth may cost, spread evenly."""
+def sample_rows(layer: Layer, case: Case) -> Sample:
+    """Sample the output of a forward pass."""
+    return Sample(choose_rows(layer, case, layer.shape.flop(1)), np.arange(0))
+
+
+def choose_rows(layer: Layer, case: Case, flop: float) -> Array:
+    """Rows to check: all of them, or as many as a truth may cost (`flop` for each), spread evenly."""
     shape, tokens = layer.shape, len(case.ids)
-    most = max(1, min(tokens, int(_MOST_FLOP / shape.flop(1))))
+    most = max(1, min(tokens, int(_MOST_FLOP / flop)))
     while True:
         rows = np.unique(np.linspace(0, tokens - 1, most).astype(int))
         touched = len(np.unique(case.ids[rows]))
@@ -48,15 +68,16 @@ def sample_rows(layer: Layer, case: Case) -> Array:
         most = max(1, most * 3 // 4)
 
 
-def truth(layer: Layer, case: Case, rows: Array) -> Array:
-    """Compute the layer's output for those rows, float32 [len(rows), H]."""
+def truth(layer: Layer, case: Case, sample: Sample) -> dict[str, Array]:
+    """Compute the layer's output y for the sampled rows, float32 [len(rows), H]."""
+    rows = sample.rows
     x, ids, routing = to_float32(case.x[rows]), case.ids[rows], case.weights[rows]
     out = np.zeros_like(x)
     for e in np.unique(ids):
         t, p = np.nonzero(ids == e)
         matrices = (to_float32(layer.gate[e]), to_float32(layer.up[e]), to_float32(layer.down[e]))
         out[t] += expert_output(layer, int(e), x[t], matrices) * routing[t, p, None]
-    return out
+    return {"y": out}
 
 
 def relative_error(got: Array, expected: Array) -> float:

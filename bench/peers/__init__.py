@@ -2,7 +2,7 @@
 
 `contenders(base, options)` runs in the parent and gives the specs of what takes part; it must import nothing
 heavy. `Contender(spec, layer)` runs in a process of its own, and loads the layer when it is made;
-`LIBRARIES` are imported there before, so that loading is timed alone.
+`LIBRARIES` are imported there before, so that loading is timed alone. A module is about one operation.
 """
 
 from __future__ import annotations
@@ -14,10 +14,18 @@ from typing import Any, Protocol
 from ..cases import Case
 from ..layer import Array
 
-__all__ = ["PEERS", "Contender", "find_peer"]
+__all__ = ["PEERS", "Contender", "Trainer", "find_peer"]
 
-#: Name on the command line -> module.
-PEERS = {"ktmoe": "ktmoe_peer", "torch": "torch_peer", "numpy": "numpy_peer", "kt-kernel": "kt_kernel_peer"}
+#: Operation -> name on the command line -> module.
+PEERS = {
+    "forward": {
+        "ktmoe": "ktmoe_peer",
+        "torch": "torch_peer",
+        "numpy": "numpy_peer",
+        "kt-kernel": "kt_kernel_peer",
+    },
+    "sft": {"ktmoe": "ktmoe_sft_peer", "torch": "torch_sft_peer", "kt-kernel": "kt_kernel_sft_peer"},
+}
 
 
 class Contender(Protocol):
@@ -29,14 +37,34 @@ class Contender(Protocol):
     def run(self, i: int) -> None:
         """Do the timed call, on case i; returns when its result is there."""
 
-    def output(self) -> Array:
-        """Give the result of the last call, as float32 [T, H]."""
+    def answer(self) -> dict[str, Array]:
+        """Give the results of the last call: y [T, H], float32 or bf16.
+
+        Of training also grad_input [T, H], grad_weights [T, P], and the adapters' gradients by their names.
+        """
 
     def about(self) -> dict[str, Any]:
         """Version of the peer (``version``) and instruction set it chose (``isa``)."""
 
 
-def find_peer(name: str) -> ModuleType:
+class Trainer(Contender, Protocol):
+    """What a peer's class can do besides when it trains: a call is `run`, then `backward`."""
+
+    def run(self, i: int) -> None:
+        """Run case i forward, and keep what its backward pass needs."""
+
+    def backward(self, i: int) -> None:
+        """Compute the gradients of case i, which has just been run forward."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that training takes as is documented, between the two passes.
+
+        ``results``: output and the gradients of input and routing weights; ``adapters``: copies of those
+        given; ``gradients``: theirs; ``cache``: what the backward pass needs, where a peer tells.
+        """
+
+
+def find_peer(name: str, operation: str = "forward") -> ModuleType:
     """Import the module of a peer.
 
     Raises
@@ -44,6 +72,7 @@ def find_peer(name: str) -> ModuleType:
     ValueError
         There is none of that name.
     """
-    if name not in PEERS:
-        raise ValueError(f"peers: got {name!r}, expected some of {', '.join(PEERS)}")
-    return importlib.import_module(f".{PEERS[name]}", __package__)
+    peers = PEERS[operation]
+    if name not in peers:
+        raise ValueError(f"peers: got {name!r}, expected some of {', '.join(peers)}")
+    return importlib.import_module(f".{peers[name]}", __package__)

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from ..cases import Case
-from ..layer import Array, Layer, bfloat16, to_float32
+from ..layer import Array, Layer, bfloat16
 from ..spec import Spec
 
-__all__ = ["LIBRARIES", "Contender", "contenders"]
+__all__ = ["LIBRARIES", "Contender", "address", "contenders"]
 
 #: Imported before the load is timed.
 LIBRARIES: tuple[str, ...] = ()
 
 #: Method -> classes of the extension, the first that it has.
-_CLASSES = {"BF16": ("AMXBF16_MOE", "AVX2BF16_MOE")}
+_CLASSES = {"BF16": ("AMXBF16_MOE", "AVX2BF16_MOE"), "AMXBF16_SFT": ("AMXBF16_SFT_MOE",)}
 
 #: Builds of the wheel, the most capable first, and the CPU flag that they need.
 _BUILDS = (("amx", "amx_bf16"), ("avx512_bf16", "avx512_bf16"), ("avx512_base", "avx512f"), ("avx2", "avx2"))
@@ -48,31 +48,42 @@ class Contender:
         if spec.shape.biased or spec.shape.activation != "silu":
             raise NotImplementedError("kt-kernel has neither biases nor activations but silu")
         self._path = _find_extension(Path(spec.options["ext"]))
-        self._ext = ext = _import(self._path)
-        classes = [name for name in _CLASSES.get(spec.method, ()) if hasattr(ext.moe, name)]
-        if not classes:
-            raise NotImplementedError(f"kt-kernel: no class for {spec.method} in {self._path.name}")
-        self._engine = ext.CPUInfer(spec.threads)
+        self._ext = _import(self._path)
+        self._engine = self._ext.CPUInfer(spec.threads)
+        self._map = np.arange(spec.shape.experts, dtype=np.int64)
+        self._per_token = spec.shape.per_token
+        self._moe = self._load(spec, layer)
+
+    def _load(self, spec: Spec, layer: Layer) -> Any:
         shape = spec.shape
-        config = ext.moe.MOEConfig(shape.experts, shape.per_token, shape.hidden, shape.inter, 0)
+        config = self._ext.moe.MOEConfig(shape.experts, shape.per_token, shape.hidden, shape.inter, 0)
+        self._configure(config, spec, layer)
+        moe = self._class(spec.method)(config)
+        self._engine.submit(moe.load_weights_task(address(self._map)))
+        self._engine.sync()
+        return moe
+
+    def _class(self, method: str) -> Any:
+        for name in _CLASSES.get(method, ()):
+            if hasattr(self._ext.moe, name):
+                return getattr(self._ext.moe, name)
+        raise NotImplementedError(f"kt-kernel: no class for {method} in {self._path.name}")
+
+    def _configure(self, config: Any, spec: Spec, layer: Layer) -> None:
+        """Fill in what inference and training have in common."""
         config.max_len = spec.max_tokens
         config.pool = self._engine.backend_
-        self._map = np.arange(shape.experts, dtype=np.int64)
-        config.gate_proj, config.up_proj, config.down_proj = map(_address, (layer.gate, layer.up, layer.down))
-        config.physical_to_logical_map = _address(self._map)
-        self._moe = getattr(ext.moe, classes[0])(config)
-        self._engine.submit(self._moe.load_weights_task(_address(self._map)))
-        self._engine.sync()
-        self._per_token = shape.per_token
+        config.gate_proj, config.up_proj, config.down_proj = map(address, (layer.gate, layer.up, layer.down))
+        config.physical_to_logical_map = address(self._map)
 
     def prepare(self, cases: list[Case]) -> None:
         """See `bench.peers.Contender`."""
         self._cases = cases
         self._out = np.empty(cases[0].x.shape, bfloat16)
         self._batch = np.array([len(cases[0].x)], np.int32)
-        addresses = [tuple(map(_address, (case.ids, case.weights, case.x))) for case in cases]
+        addresses = [tuple(map(address, (case.ids, case.weights, case.x))) for case in cases]
         self._calls = [
-            (_address(self._batch), self._per_token, *a, _address(self._out), False) for a in addresses
+            (address(self._batch), self._per_token, *a, address(self._out), False) for a in addresses
         ]
 
     def run(self, i: int) -> None:
@@ -80,9 +91,9 @@ class Contender:
         self._engine.submit(self._moe.forward_task(*self._calls[i]))
         self._engine.sync()
 
-    def output(self) -> Array:
+    def answer(self) -> dict[str, Array]:
         """See `bench.peers.Contender`."""
-        return to_float32(self._out)
+        return {"y": self._out}
 
     def about(self) -> dict[str, Any]:
         """See `bench.peers.Contender`."""
@@ -90,7 +101,8 @@ class Contender:
         return {"version": _version(self._path), "isa": isa}
 
 
-def _address(array: Array) -> int:
+def address(array: Array) -> int:
+    """Where an array lies."""
     return int(array.ctypes.data)
 
 

@@ -41,15 +41,15 @@ class Contender:
 
     def run(self, i: int) -> None:
         """See `bench.peers.Contender`."""
-        x, ids, routing = self._cases[i]
+        x, ids, routing, _ = self._cases[i]
         self._out = np.zeros_like(x)
         for e in np.unique(ids):
             t, p = np.nonzero(ids == e)
             self._out[t] += expert_output(self._layer, e, x[t], self._matrices[e]) * routing[t, p, None]
 
-    def output(self) -> Array:
+    def answer(self) -> dict[str, Array]:
         """See `bench.peers.Contender`."""
-        return self._out
+        return {"y": self._out}
 
     def about(self) -> dict[str, Any]:
         """See `bench.peers.Contender`."""

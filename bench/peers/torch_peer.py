@@ -39,6 +39,8 @@ class Contender:
         self._gate, self._up, self._down = map(self._tensor, (layer.gate, layer.up, layer.down))
         biases = (layer.gate_bias, layer.up_bias, layer.down_bias)
         self._biases = [None if b is None else torch.from_numpy(b).bfloat16() for b in biases]
+        weights = zip((self._gate, self._up, self._down), self._biases, strict=True)
+        self._projections = dict(zip(("gate", "up", "down"), weights, strict=True))
         self._experts = self._loop if spec.options["way"] == "loop" else self._grouped
         if self._experts == self._grouped and not hasattr(torch, "_grouped_mm"):
             raise RuntimeError(f"torch {torch.__version__} has no grouped_mm")
@@ -48,8 +50,8 @@ class Contender:
 
     def prepare(self, cases: list[Case]) -> None:
         """See `bench.peers.Contender`."""
-        from_numpy = self._torch.from_numpy
-        self._cases = [(self._tensor(x), from_numpy(ids), from_numpy(weights)) for x, ids, weights in cases]
+        tensor, as_it_is = self._tensor, self._torch.from_numpy
+        self._cases = [(tensor(x), as_it_is(ids), as_it_is(weights)) for x, ids, weights, _ in cases]
 
     def run(self, i: int) -> None:
         """See `bench.peers.Contender`."""
@@ -96,10 +98,9 @@ class Contender:
             return gate * self._torch.sigmoid(1.702 * gate) * (up + 1)
         raise ValueError(f"activation {self._shape.activation!r}: not written for torch")
 
-    def output(self) -> Array:
+    def answer(self) -> dict[str, Array]:
         """See `bench.peers.Contender`."""
-        out: Array = self._out.float().numpy()
-        return out
+        return {"y": self._out.float().numpy()}
 
     def about(self) -> dict[str, Any]:
         """See `bench.peers.Contender`."""

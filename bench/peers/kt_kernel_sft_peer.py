@@ -1,0 +1,87 @@
+"""kt-kernel's training of adapters, its extension module driven directly as in `kt_kernel_peer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..cases import Case
+from ..layer import Array, Layer, bfloat16
+from ..spec import Spec
+from .kt_kernel_peer import LIBRARIES, address
+from .kt_kernel_peer import Contender as ForwardContender
+from .kt_kernel_peer import contenders as forward_contenders
+
+__all__ = ["LIBRARIES", "Contender", "contenders"]
+
+#: The most tokens that it is told must be a multiple of this.
+_STEP = 32
+
+#: In the order of its arguments.
+_ADAPTERS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
+
+
+def contenders(base: Spec, options: Any) -> list[Spec]:
+    """Take the same numbers of threads as forward; weights are packed once for each direction."""
+    return [spec.but(copies=2.0) for spec in forward_contenders(base, options)]
+
+
+class Contender(ForwardContender):
+    """A layer of kt-kernel that uses the adapters in place and writes their gradients in bf16."""
+
+    def _load(self, spec: Spec, layer: Layer) -> Any:
+        shape = spec.shape
+        config = self._ext.moe.MOESFTConfig()
+        config.expert_num, config.num_experts_per_tok = shape.experts, shape.per_token
+        config.hidden_size, config.intermediate_size = shape.hidden, shape.inter
+        config.layer_idx, config.max_cache_depth = 0, 1
+        config.lora_rank, config.lora_alpha = shape.rank, shape.alpha
+        self._configure(config, spec, layer)
+        config.max_len = -(-spec.max_tokens // _STEP) * _STEP
+        # As its own Python layer has it. Without, three of the gradients are added to what is there.
+        config.authoritative_optimizer_grads = True
+        for name in _ADAPTERS:
+            setattr(config, name, address(layer.lora[name]))
+        moe = self._class(spec.method)(config)
+        self._engine.submit(moe.load_weights_task())
+        self._engine.sync()
+        self._gradients = {name: np.zeros_like(layer.lora[name]) for name in _ADAPTERS}
+        return moe
+
+    def prepare(self, cases: list[Case]) -> None:
+        """See `bench.peers.Contender`."""
+        self._cases = cases
+        x, ids, weights, _ = cases[0]
+        self._batch = np.array([len(x)], np.int32)
+        self._out, self._grad_input = np.empty(x.shape, bfloat16), np.empty(x.shape, bfloat16)
+        self._grad_weights = np.empty(weights.shape, np.float32)
+        begin, out = (address(self._batch), ids.shape[1]), address(self._out)
+        self._calls = [(*begin, *map(address, (c.ids, c.weights, c.x)), out, True) for c in cases]
+        matrices = [address(self._gradients[name]) for name in _ADAPTERS]
+        end = (address(self._grad_input), *matrices, address(self._grad_weights), 0, 0, 0)
+        self._backward_calls = [(address(c.grad), *end) for c in cases if c.grad is not None]
+
+    def run(self, i: int) -> None:
+        """See `bench.peers.Trainer`."""
+        self._engine.submit(self._moe.forward_sft_task(*self._calls[i]))
+        self._engine.sync()
+
+    def backward(self, i: int) -> None:
+        """See `bench.peers.Trainer`."""
+        self._engine.submit(self._moe.backward_task(*self._backward_calls[i]))
+        self._engine.sync()
+
+    def answer(self) -> dict[str, Array]:
+        """See `bench.peers.Contender`."""
+        of_tokens = {"y": self._out, "grad_input": self._grad_input, "grad_weights": self._grad_weights}
+        return of_tokens | self._gradients
+
+    def memory(self) -> dict[str, int]:
+        """See `bench.peers.Trainer`."""
+        results = (self._out, self._grad_input, self._grad_weights)
+        return {
+            "results": sum(array.nbytes for array in results),
+            "adapters": 0,
+            "gradients": sum(array.nbytes for array in self._gradients.values()),
+        }

@@ -1,0 +1,84 @@
+"""ktmoe_np's training of adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..cases import Case
+from ..layer import Array, Layer, bfloat16
+from ..methods import METHODS
+from ..spec import Spec
+from .ktmoe_peer import LIBRARIES, contenders
+
+__all__ = ["LIBRARIES", "Contender", "contenders"]
+
+
+class Contender:
+    """A layer of ktmoe_np that uses the shared weights in place, and arrays for gradients again."""
+
+    def __init__(self, spec: Spec, layer: Layer) -> None:
+        from ktmoe_np import KTMoEWrapper
+
+        shape = spec.shape
+        self._moe: Any = KTMoEWrapper(
+            layer_idx=0,
+            num_experts=shape.experts,
+            num_experts_per_tok=shape.per_token,
+            hidden_size=shape.hidden,
+            moe_intermediate_size=shape.inter,
+            cpuinfer_threads=spec.threads,
+            activation=shape.activation,
+            method=spec.method,
+            mode="sft",
+            lora_rank=shape.rank,
+            lora_alpha=shape.alpha,
+        )
+        self._moe.load_weights_from_tensors(**METHODS[spec.method].encode(layer))
+        self._moe.init_lora_weights(**layer.lora)
+        self._adapter_bytes = sum(array.nbytes for array in layer.lora.values())
+        self._names = tuple(layer.lora)
+        self._gradients: Any = None
+
+    def prepare(self, cases: list[Case]) -> None:
+        """See `bench.peers.Contender`."""
+        self._moe.clear_cache()  # of a call that failed between its passes
+        self._cases = cases
+        self._out = np.empty(cases[0].x.shape, bfloat16)
+
+    def run(self, i: int) -> None:
+        """See `bench.peers.Trainer`."""
+        case = self._cases[i]
+        self._moe.forward_sft(case.x, case.ids, case.weights, save_for_backward=True, out=self._out)
+
+    def backward(self, i: int) -> None:
+        """See `bench.peers.Trainer`."""
+        self._gradients = self._moe.backward(self._cases[i].grad, gradients=self._gradients)
+
+    def answer(self) -> dict[str, Array]:
+        """See `bench.peers.Contender`."""
+        names = ("grad_input", "grad_weights", *self._names)
+        return {"y": self._out} | {name: getattr(self._gradients, name) for name in names}
+
+    def memory(self) -> dict[str, int]:
+        """See `bench.peers.Trainer`."""
+        case = self._cases[0]
+        return {
+            "results": self._out.nbytes + case.x.nbytes + case.weights.nbytes,
+            "adapters": self._adapter_bytes,
+            "gradients": 2 * self._adapter_bytes,  # float32
+            "cache": self._moe.cache_bytes,
+        }
+
+    def about(self) -> dict[str, Any]:
+        """See `bench.peers.Contender`."""
+        import ktmoe_np
+
+        return {"version": ktmoe_np.__version__, "isa": ktmoe_np.isa_info()["active"]}
+
+    def limits(self, seconds: float) -> dict[str, Any]:
+        """Measure what the machine can do with this contender's instruction set and threads."""
+        from ktmoe_np import kt_kernel_ext as ext
+
+        return dict(ext.measure_limits(self._moe.cpu_infer, seconds))
