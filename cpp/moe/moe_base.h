@@ -95,9 +95,10 @@ class AMX_MOE_BASE {
     store.bias = bias_of(biases_->down, e * static_cast<size_t>(config_.hidden_size) + task.n0);
     store.m = task.m1 - task.m0, store.n = task.n1 - task.n0;
     store.y_stride = pass_.columns.size();
-    store.y = pass_.y + size_t{expert.begin + task.m0} * store.y_stride + (task.n0 - pass_.columns.begin);
+    float* y = pass_.y + size_t{expert.begin + task.m0} * store.y_stride + (task.n0 - pass_.columns.begin);
+    store.y = y;
     if (call.kernels->c_is_rows && store.bias == nullptr && !Derived::kAddsToDown)
-      return product(call, scratch, h, matrices_->down[e], task, store.y, store.y_stride);
+      return product(call, scratch, h, matrices_->down[e], task, y, store.y_stride);
 
     product(call, scratch, h, matrices_->down[e], task, scratch.c_gate);
     derived().after_down(call, scratch, task, h);

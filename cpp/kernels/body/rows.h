@@ -57,7 +57,7 @@ inline void store_rows_rows(const StoreRowsArgs& a) {
   const size_t ld = c_stride(a.n);
   for (uint32_t m = 0; m < a.m; ++m) {
     const float* c = a.c + m * ld;
-    float* y = a.y + m * a.y_stride;
+    float* y = static_cast<float*>(a.y) + m * a.y_stride;
     if (a.bias == nullptr) {
       std::memcpy(y, c, a.n * sizeof(float));
     } else {

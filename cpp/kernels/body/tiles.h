@@ -154,7 +154,7 @@ inline void store_rows_tiles(const StoreRowsArgs& a) {
       for (; n + kPanelColumns <= a.n; n += kPanelColumns) {
         for (uint32_t i = 0; i < kPanelColumns; ++i)
           row[i] = reinterpret_cast<const std::byte*>(c + (n + i) * kPanelColumns);
-        float* y = a.y + m * a.y_stride + n;
+        float* y = static_cast<float*>(a.y) + m * a.y_stride + n;
         transpose_dwords(row, 0, reinterpret_cast<uint32_t*>(y), a.y_stride);
         if (a.bias == nullptr) continue;
         for (uint32_t i = 0; i < kPanelColumns; ++i, y += a.y_stride)
@@ -162,7 +162,7 @@ inline void store_rows_tiles(const StoreRowsArgs& a) {
       }
     }
     for (uint32_t i = 0; i < width; ++i) {
-      float* y = a.y + (m + i) * a.y_stride;
+      float* y = static_cast<float*>(a.y) + (m + i) * a.y_stride;
       for (uint32_t j = n; j < a.n; ++j) y[j] = c[j * width + i] + (a.bias ? a.bias[j] : 0.0f);
     }
   }
