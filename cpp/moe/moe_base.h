@@ -72,8 +72,7 @@ class AMX_MOE_BASE {
     kernels::ActivateArgs act;
     act.activation = config_.activation;
     act.n0 = task.n0, act.n1 = task.n1;
-    act.h = call.kernels->operand_block(call.h[task.active], expert.rows, static_cast<uint32_t>(width),
-                                        task.m0, task.m1);
+    act.h = derived().intermediate(call, task);
 
     product(call, scratch, x, matrices_->gate[e], task, scratch.c_gate);
     act.c_gate = scratch.c_gate;
@@ -132,10 +131,14 @@ class AMX_MOE_BASE {
   // ---- hooks ----
   // Gate and up are in scratch.c_gate and c_up; `act` may be told of more.
   void before_activation(LayerCall&, WorkerScratch&, const PanelTask&, kernels::ActivateArgs&) {}
-  // The intermediate as the down projection takes it.
-  kernels::Operand down_operand(LayerCall& call, WorkerScratch&, const PanelTask& task) {
+  // Where the activation writes its operand, if anywhere.
+  kernels::Operand intermediate(const LayerCall& call, const PanelTask& task) const {
     return call.kernels->operand_block(call.h[task.active], call.plan.active[task.active].rows,
                                        static_cast<uint32_t>(config_.intermediate_size), task.m0, task.m1);
+  }
+  // The intermediate as the down projection takes it.
+  kernels::Operand down_operand(LayerCall& call, WorkerScratch&, const PanelTask& task) {
+    return derived().intermediate(call, task);
   }
   // The product with the down projection is in scratch.c_gate; only if adds_to_down() says so.
   bool adds_to_down() const { return false; }

@@ -61,7 +61,11 @@ class AMX_SFT_MOE_TP : public AMX_MOE_BASE<T, AMX_SFT_MOE_TP<T>> {
       if (pass_->gated()) act.l_up = adapter_output(*pass_, scratch, task, 1, 1, LoraId::kUpB);
     }
     act.kept = kept_from(pass_->cache->rows.kept, pass_->first_row(task), task.n0);
-    act.h.data = nullptr;
+  }
+
+  kernels::Operand intermediate(const LayerCall& call, const PanelTask& task) const {
+    if (pass_ == nullptr) return Base::intermediate(call, task);
+    return {nullptr, 0, nullptr, task.m1 - task.m0, pass_->inter()};
   }
 
   kernels::Operand down_operand(LayerCall& call, WorkerScratch& scratch, const PanelTask& task) {

@@ -9,6 +9,10 @@
 #include "kernels/body/combine.h"
 #include "kernels/body/nt_rows.h"
 #include "kernels/body/rows.h"
+#include "kernels/body/pairs.h"
+#include "kernels/body/nn_rows.h"
+#include "kernels/body/tn.h"
+#include "kernels/body/tn_rows.h"
 #include "kernels/body/limits.h"
 #include "kernels/body/table_rows.h"
 #undef KT_TARGET_REGION

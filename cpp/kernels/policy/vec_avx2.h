@@ -11,10 +11,12 @@ struct Vec {
     __m256 even, odd;
   };
   static KT_INLINE Acc zero_acc() { return _mm256_setzero_ps(); }
-  static KT_INLINE Segment load(const std::byte* p) {
-    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  static KT_INLINE Segment split(__m256i pairs) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
             _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+  static KT_INLINE Segment load(const std::byte* p) {
+    return split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static KT_INLINE Segment load_partial(const std::byte* p, size_t count) {
     alignas(32) std::byte full[32] = {};
@@ -46,6 +48,15 @@ struct Vec {
     const __m128 even = _mm_shuffle_ps(ab, cd, 0x88), odd = _mm_shuffle_ps(ab, cd, 0xdd);
     _mm_storeu_ps(out, _mm_add_ps(even, odd));
   }
+
+  // ---- products of pairs ----
+  static constexpr int kPairRows = 4, kPairGroups = 1;  // 8 accumulators + 4 right and 2 left halves
+  using Pairs = Segment;
+  static KT_INLINE Pairs load_pairs(const std::byte* p) { return load(p); }
+  static KT_INLINE Pairs broadcast_pair(uint32_t pair) {
+    return split(_mm256_set1_epi32(static_cast<int>(pair)));
+  }
+  static KT_INLINE void dot_pairs(Acc& acc, const Pairs& left, const Pairs& right) { dot(acc, left, right); }
 
   // ---- limits ----
   static constexpr int kPeakChains = 10;

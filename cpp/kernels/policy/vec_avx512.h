@@ -60,6 +60,23 @@ struct Vec {
     _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, sums)));
   }
 
+  // ---- products of pairs ----
+  static constexpr int kPairGroups = 4;
+  using Pairs = Segment;
+  static KT_INLINE Pairs load_pairs(const std::byte* p) { return load(p); }
+#if KT_HAS_AVX512_BF16
+  static constexpr int kPairRows = 6;  // 24 accumulators + 4 right + 1 left of 32 registers
+  static KT_INLINE Pairs broadcast_pair(uint32_t pair) {
+    return (__m512bh)_mm512_set1_epi32(static_cast<int>(pair));
+  }
+#else
+  static constexpr int kPairRows = 4;  // 16 accumulators + 8 right and 2 left halves
+  static KT_INLINE Pairs broadcast_pair(uint32_t pair) {
+    return split(_mm512_set1_epi32(static_cast<int>(pair)));
+  }
+#endif
+  static KT_INLINE void dot_pairs(Acc& acc, const Pairs& left, const Pairs& right) { dot(acc, left, right); }
+
   // ---- limits ----
   static constexpr int kPeakChains = 24;
   using Sum = __m512i;
