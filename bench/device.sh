@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests and benches ktmoe_np on a machine with AMX: bash bench/device.sh [section ...]
 #
-# Sections, all of them by default and in this order: build ctest pytest limits qwen3 scan tiny load more.
+# Sections, all of them by default and in this order: build ctest pytest limits qwen3 sft scan tiny load more.
 # Nothing is fetched. What the machine lacks may lie in .carry/: kt/ (kt-kernel's extension and its libraries, see
 # bench/README.md), doctest/ (an installed doctest, for the C++ tests), prebuilt/ (an extension to take when
 # none can be built here). Each section has a time limit, all together stop at TOTAL_S seconds.
@@ -99,6 +99,12 @@ qwen3() {
   bench --seconds 0.6 --limit-seconds 3 --peers "$PEERS" --tokens 4096
 }
 
+# Training steps; bench_sft measures that limit for seconds by itself.
+sft() {
+  "$PYTHON" -m bench.bench_sft --machine "$MACHINE" --out "$RECORDS" --seconds 0.6 --limit-seconds 0.6 \
+    --peers "${PEERS/,numpy/}" --tokens 64,512,1024,4096
+}
+
 tiny() {
   bench --tiny --seconds 0.5 --peers "$PEERS"
   # The tile unit beside its emulator: both are checked, and whether their bits agree is said below the table.
@@ -114,10 +120,10 @@ more() {
 }
 
 # Functions run under `timeout` in a shell of their own.
-export -f build install_from run_ctest run_pytest bench limits qwen3 tiny more
+export -f build install_from run_ctest run_pytest bench limits qwen3 sft tiny more
 export OUT PYTHON MACHINE BUILD SITE RECORDS PEERS
 
-for name in ${*:-build ctest pytest limits qwen3 scan tiny load more}; do
+for name in ${*:-build ctest pytest limits qwen3 sft scan tiny load more}; do
   case $name in
     build)
       if ! section build 200 build.log bash -c build && [[ -d .carry/prebuilt ]]; then
@@ -128,6 +134,7 @@ for name in ${*:-build ctest pytest limits qwen3 scan tiny load more}; do
     pytest) section pytest 150 tests.log bash -c run_pytest ;;
     limits) section limits 45 bench.log bash -c limits ;;
     qwen3) section qwen3 150 bench.log bash -c qwen3 ;;
+    sft) section sft 120 bench.log bash -c sft ;;
     scan)
       section scan 60 bench.log bash -c \
         'bench --thread-scan --tokens 1,64,1024 --seconds 0.25 --limit-seconds 0.6'
