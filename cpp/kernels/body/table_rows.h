@@ -29,7 +29,6 @@ const KernelTable& table() {
           },
       .tn_scratch_bytes = tn_scratch_bytes_rows,
       .tn = tn_rows,
-      .activate_backward = nullptr,
       .activate_backward = activate_backward_rows,
       .limits = {limit_read, limit_dot_rows, limit_step_rows},
   };
