@@ -16,9 +16,8 @@ __all__ = ["Limits", "Spread", "compete", "measure_limits"]
 #: Instruction sets whose product limit is the step with its loads: their dot alone cannot be fed.
 _STEP_LIMITED = ("amx",)
 
-
-#: Turns after which a contender that has had its time, and more, gets no further one.
-_ENOUGH = 3
+#: Turns after which a contender that has had its time twice gets no further one; how often any may have had it.
+_ENOUGH, _TOO_LONG = 3, 10.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ def compete(
             label = contestant.spec.label
             if label not in samples:
                 continue
-            if turn >= _ENOUGH and sum(call[-1] for call in samples[label]) > 2 * seconds:
+            spent = sum(call[-1] for call in samples[label])
+            if spent > (2.0 if turn >= _ENOUGH else _TOO_LONG) * seconds:
                 continue
             try:
                 samples[label] += contestant.ask("turn", seconds / rounds)
