@@ -16,7 +16,7 @@ __all__ = ["Limits", "Spread", "compete", "measure_limits"]
 #: Instruction sets whose product limit is the step with its loads: their dot alone cannot be fed.
 _STEP_LIMITED = ("amx",)
 
-#: Turns after which a contender that has had its time twice gets no further one; how often any may have had it.
+#: Turns after which one that has had its time twice gets no further one; how often any may have had it.
 _ENOUGH, _TOO_LONG = 3, 10.0
 
 
