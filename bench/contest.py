@@ -53,7 +53,7 @@ def fit_all(shape: Shape, specs: Sequence[Spec]) -> Shape:
     """`shape`, cut so that the shared weights and all the copies that contenders make fit into memory."""
     memory = min(_MEMORY_SHARE * available_memory(), max(0.0, available_memory() - _MEMORY_KEPT))
     fitting = fit(shape, 2.0 * (1 + sum(spec.copies for spec in specs)), memory)
-    if fitting.model_experts:
+    if fitting.experts < shape.experts:
         note(f"{shape.name}: {fitting.experts} of {shape.experts} experts, as many as memory holds")
     return fitting
 
