@@ -195,7 +195,12 @@ save_for_backward : bool
 
 Returns
 -------
-Task)")
+Task)");
+}
+
+void bind_backward(Interface& interface) {
+  const auto none = nb::none();
+  interface
       .def("backward_task", &backward_task, nb::arg("grad_output").none(), nb::arg("grad_input"),
            nb::arg("grad_weights"), nb::kw_only(), nb::arg("gate_lora_a").none() = none,
            nb::arg("gate_lora_b").none() = none, nb::arg("up_lora_a").none() = none,
@@ -241,7 +246,9 @@ void bind_layer(nb::module_& m, const char* name, const char* doc) {
 
 void bind_sft(nb::module_& m) {
   bind_config(m);
-  bind_interface(m);
+  Interface interface(m, "MoE_SFT_Interface", "What a layer that trains does beyond inference.");
+  bind_forward(interface);
+  bind_backward(interface);
   bind_layer<AMX_SFT_MOE_TP<GemmKernel224BF>>(m, "AMXBF16_SFT_MOE",
                                               "Experts with bf16 weights and adapters that train.");
 }

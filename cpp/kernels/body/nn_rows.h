@@ -28,96 +28,104 @@ struct PairsBlock {
   bool zero_first;
 };
 
-// Left rows from i on by groups from g on.
+// A register tile: kRows left rows by kGroups groups, in whole vectors.
 template <int kRows, int kGroups>
-KT_INLINE void pairs_tile(const PairsBlock& b, uint32_t i, uint32_t g, float* c, size_t c_stride) {
-  constexpr int kPerGroup = kGroupColumns / Vec::kWidth, kVectors = kGroups * kPerGroup;
-  constexpr size_t kVectorBytes = kPairsBytes / kPerGroup;
+struct PairsTile {
+  static constexpr int kPerGroup = kGroupColumns / Vec::kWidth, kVectors = kGroups * kPerGroup;
   const std::byte* left[kRows];
-  KT_UNROLL for (int t = 0; t < kRows; ++t) left[t] = b.left[i + t] + b.left_at;
   Vec::Acc acc[kRows][kVectors];
-  KT_UNROLL for (int t = 0; t < kRows; ++t) {
-    KT_UNROLL for (int v = 0; v < kVectors; ++v) {
-      acc[t][v] = b.zero_first ? Vec::zero_acc() : Vec::load_f(c + t * c_stride + v * Vec::kWidth);
-    }
-  }
 
-  const std::byte* right = b.right.data + g * b.right.group_bytes;
-  size_t at = 0;
-  Vec::Pairs rights[kVectors];
-  for (uint32_t s = 0; s + 2 <= b.length; s += 2, at += b.left_pair_bytes, right += kPairsBytes) {
+  // One pair of summed rows. Of a left row kBytes are read: two where the sum ends inside a pair.
+  template <size_t kBytes>
+  KT_INLINE void step(size_t at, const std::byte* right, size_t group_bytes) {
+    Vec::Pairs rights[kVectors];
     KT_UNROLL for (int v = 0; v < kVectors; ++v) {
-      rights[v] = Vec::load_pairs(right + v / kPerGroup * b.right.group_bytes + v % kPerGroup * kVectorBytes);
+      rights[v] =
+          Vec::load_pairs(right + v / kPerGroup * group_bytes + v % kPerGroup * (kPairsBytes / kPerGroup));
     }
     KT_UNROLL for (int t = 0; t < kRows; ++t) {
-      uint32_t pair;
-      std::memcpy(&pair, left[t] + at, sizeof pair);
+      uint32_t pair = 0;
+      std::memcpy(&pair, left[t] + at, kBytes);
       const Vec::Pairs lefts = Vec::broadcast_pair(pair);
       KT_UNROLL for (int v = 0; v < kVectors; ++v) Vec::dot_pairs(acc[t][v], lefts, rights[v]);
     }
   }
-  if (b.length % 2 != 0) {  // half a pair: nothing behind it is read
+
+  // Left rows from i on by groups from g on, summed in C at `c`.
+  template <class Ahead>
+  KT_INLINE void run(const PairsBlock& b, uint32_t i, uint32_t g, float* c, size_t c_stride, Ahead& ahead) {
     KT_UNROLL for (int t = 0; t < kRows; ++t) {
-      uint16_t last;
-      std::memcpy(&last, left[t] + at, sizeof last);
-      const Vec::Pairs lefts = Vec::broadcast_pair(last);
+      left[t] = b.left[i + t] + b.left_at;
       KT_UNROLL for (int v = 0; v < kVectors; ++v) {
-        Vec::dot_pairs(
-            acc[t][v], lefts,
-            Vec::load_pairs(right + v / kPerGroup * b.right.group_bytes + v % kPerGroup * kVectorBytes));
+        acc[t][v] = b.zero_first ? Vec::zero_acc() : Vec::load_f(c + t * c_stride + v * Vec::kWidth);
+      }
+    }
+    const std::byte* right = b.right.data + g * b.right.group_bytes;
+    size_t at = 0;
+    for (uint32_t pairs = b.length / 2; pairs > 0;) {
+      ahead.ask();
+      const uint32_t some = smaller(pairs, kPairsStep / 2);
+      pairs -= some;
+      for (uint32_t j = 0; j < some; ++j, at += b.left_pair_bytes, right += kPairsBytes)
+        step<2 * sizeof(bf16)>(at, right, b.right.group_bytes);
+    }
+    if (b.length % 2 != 0) step<sizeof(bf16)>(at, right, b.right.group_bytes);
+    KT_UNROLL for (int t = 0; t < kRows; ++t) {
+      KT_UNROLL for (int v = 0; v < kVectors; ++v) {
+        Vec::store_f(c + t * c_stride + v * Vec::kWidth, acc[t][v]);
       }
     }
   }
+};
 
-  KT_UNROLL for (int t = 0; t < kRows; ++t) {
-    KT_UNROLL for (int v = 0; v < kVectors; ++v) Vec::store_f(c + t * c_stride + v * Vec::kWidth, acc[t][v]);
-  }
-}
-
-// The same where C may end inside the tile: by way of a tile of its own.
-template <int kRows, int kGroups>
-void pairs_tile_in_c(const PairsBlock& b, uint32_t i, uint32_t g) {
+// C may end inside the tile: then by way of whole vectors of its own.
+template <int kRows, int kGroups, class Ahead>
+void pairs_tile(const PairsBlock& b, uint32_t i, uint32_t g, Ahead& ahead) {
   constexpr uint32_t kColumns = kGroups * kGroupColumns;
   float* c = b.c + i * b.c_stride + g * kGroupColumns;
   const uint32_t columns = b.columns - g * kGroupColumns;
-  if (columns >= kColumns) return pairs_tile<kRows, kGroups>(b, i, g, c, b.c_stride);
+  PairsTile<kRows, kGroups> tile;
+  if (columns >= kColumns) return tile.run(b, i, g, c, b.c_stride, ahead);
   alignas(kCacheLine) float whole[kRows * kColumns] = {};
   if (!b.zero_first) {
     for (int t = 0; t < kRows; ++t)
       std::memcpy(whole + t * kColumns, c + t * b.c_stride, columns * sizeof(float));
   }
-  pairs_tile<kRows, kGroups>(b, i, g, whole, kColumns);
+  tile.run(b, i, g, whole, kColumns, ahead);
   for (int t = 0; t < kRows; ++t)
     std::memcpy(c + t * b.c_stride, whole + t * kColumns, columns * sizeof(float));
 }
 
 // The last `rows` left rows, fewer than kRows + 1.
-template <int kRows, int kGroups>
-KT_INLINE void last_pairs_tile(const PairsBlock& b, uint32_t i, uint32_t g, uint32_t rows) {
+template <int kRows, int kGroups, class Ahead>
+KT_INLINE void last_pairs_tile(const PairsBlock& b, uint32_t i, uint32_t g, uint32_t rows, Ahead& ahead) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return pairs_tile_in_c<kRows, kGroups>(b, i, g);
-    last_pairs_tile<kRows - 1, kGroups>(b, i, g, rows);
+    if (rows == kRows) return pairs_tile<kRows, kGroups>(b, i, g, ahead);
+    last_pairs_tile<kRows - 1, kGroups>(b, i, g, rows, ahead);
   }
 }
 
 // All left rows by groups from g on, which stay in the first- or second-level cache meanwhile.
-template <int kGroups>
-void pairs_strip(const PairsBlock& b, uint32_t g) {
+template <int kGroups, class Ahead>
+void pairs_strip(const PairsBlock& b, uint32_t g, Ahead& ahead) {
   uint32_t i = 0;
   for (; i + Vec::kPairRows <= b.num_left; i += Vec::kPairRows)
-    pairs_tile_in_c<Vec::kPairRows, kGroups>(b, i, g);
-  last_pairs_tile<Vec::kPairRows - 1, kGroups>(b, i, g, b.num_left - i);
+    pairs_tile<Vec::kPairRows, kGroups>(b, i, g, ahead);
+  last_pairs_tile<Vec::kPairRows - 1, kGroups>(b, i, g, b.num_left - i, ahead);
 }
 
-inline void pairs_product(const PairsBlock& b) {
+template <class Ahead>
+void pairs_product(const PairsBlock& b, Ahead ahead) {
   constexpr uint32_t kWide = Vec::kPairGroups;
   const uint32_t groups = num_groups(b.columns);
+  ahead.spread_over(div_up(groups, kWide) * div_up(b.num_left, Vec::kPairRows) *
+                    div_up(b.length, kPairsStep));
   uint32_t g = 0;
-  for (; g + kWide <= groups; g += kWide) pairs_strip<kWide>(b, g);
+  for (; g + kWide <= groups; g += kWide) pairs_strip<kWide>(b, g, ahead);
   if constexpr (kWide > 2) {
-    for (; g + 2 <= groups; g += 2) pairs_strip<2>(b, g);
+    for (; g + 2 <= groups; g += 2) pairs_strip<2>(b, g, ahead);
   }
-  for (; g < groups; ++g) pairs_strip<1>(b, g);
+  for (; g < groups; ++g) pairs_strip<1>(b, g, ahead);
 }
 
 template <class Format>
@@ -133,7 +141,8 @@ void nn_rows(const NnArgs& a) {
   for (uint32_t s0 = 0; s0 == 0 || s0 < n; s0 += block) {
     const uint32_t s1 = smaller(n, s0 + block);
     fill_pairs(rows, s0, s1, panel);
-    pairs_product({left, a.g.rows, s0 * sizeof(bf16), 2 * sizeof(bf16), panel, s1 - s0, a.c, a.c_stride,
-                   columns, s0 == 0 && !a.accumulate});
+    const PairsBlock b{left,    a.g.rows, s0 * sizeof(bf16), 2 * sizeof(bf16), panel,
+                       s1 - s0, a.c,      a.c_stride,        columns,          s0 == 0 && !a.accumulate};
+    pairs_product(b, RowsAhead<WeightRows<Format>>{rows, s1, smaller(n, s1 + block)});
   }
 }

@@ -42,8 +42,8 @@ struct PairsTiles {
 };
 
 // Left panels p and, when kPanels is 2, p + 1, by groups g and, when kGroups is 2, g + 1.
-template <int kPanels, int kGroups>
-KT_INLINE void pairs_tiles(const PairsTiles& t, uint32_t p, uint32_t g) {
+template <int kPanels, int kGroups, class Ahead>
+KT_INLINE void pairs_tiles(const PairsTiles& t, uint32_t p, uint32_t g, Ahead& ahead) {
   constexpr ptrdiff_t kRowBytes = kTileK * sizeof(bf16), kStepBytes = kTileRows * kRowBytes;
   const ptrdiff_t c_stride = static_cast<ptrdiff_t>(t.c_stride * sizeof(float));
   float* c0 = t.c + size_t{p} * kTileRows * t.c_stride + g * kGroupColumns;
@@ -67,6 +67,7 @@ KT_INLINE void pairs_tiles(const PairsTiles& t, uint32_t p, uint32_t g) {
   const std::byte* b0 = t.right.data + g * t.right.group_bytes;
   const std::byte* b1 = b0 + t.right.group_bytes;
   for (size_t s = 0; s < t.steps; ++s, a0 += a0_step, a1 += a1_step, b0 += kStepBytes, b1 += kStepBytes) {
+    ahead.ask();
     Tile::load<6>(b0, kPairsBytes);
     Tile::load<4>(a0, kRowBytes);
     Tile::dot_bf16<0, 4, 6>();
@@ -88,8 +89,10 @@ KT_INLINE void pairs_tiles(const PairsTiles& t, uint32_t p, uint32_t g) {
 }
 
 // All left panels by all columns: a pair of groups stays in the first-level cache while the panels pass.
-inline void pairs_product(TileScope& scope, const PairsTiles& t, uint32_t columns) {
+template <class Ahead>
+void pairs_product(TileScope& scope, const PairsTiles& t, uint32_t columns, Ahead ahead) {
   const uint32_t panels = static_cast<uint32_t>(div_up(t.left.rows, kTileRows));
+  ahead.spread_over(div_up(panels, 2) * div_up(num_groups(columns), 2) * t.steps);
   for (uint32_t g = 0; g < num_groups(columns); g += 2) {
     const uint32_t left = columns - g * kGroupColumns;
     const uint32_t columns0 = smaller(left, kGroupColumns);
@@ -98,13 +101,13 @@ inline void pairs_product(TileScope& scope, const PairsTiles& t, uint32_t column
       const bool two = p + 1 < panels;
       scope.use(columns0, columns1, panel_width(t.left, p), two ? panel_width(t.left, p + 1) : 0);
       if (two && columns1) {
-        pairs_tiles<2, 2>(t, p, g);
+        pairs_tiles<2, 2>(t, p, g, ahead);
       } else if (two) {
-        pairs_tiles<2, 1>(t, p, g);
+        pairs_tiles<2, 1>(t, p, g, ahead);
       } else if (columns1) {
-        pairs_tiles<1, 2>(t, p, g);
+        pairs_tiles<1, 2>(t, p, g, ahead);
       } else {
-        pairs_tiles<1, 1>(t, p, g);
+        pairs_tiles<1, 1>(t, p, g, ahead);
       }
     }
   }
@@ -121,6 +124,6 @@ void nn_tiles(const NnArgs& a) {
     fill_pairs(rows, s0, s1, panel);
     const PairsTiles t{a.g, s0 / kTileK, div_up(s1 - s0, kTileK), panel,
                        a.c, a.c_stride,  s0 == 0 && !a.accumulate};
-    pairs_product(scope, t, columns);
+    pairs_product(scope, t, columns, RowsAhead<WeightRows<Format>>{rows, s1, smaller(n, s1 + block)});
   }
 }

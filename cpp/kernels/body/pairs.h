@@ -29,9 +29,11 @@ KT_INLINE uint32_t pairs_block_rows(uint32_t columns) {
   return static_cast<uint32_t>(steps) * kPairsStep;
 }
 
+// All cache lines of [data, data + bytes).
+template <int kHint>
 KT_INLINE void prefetch_bytes(const std::byte* data, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(data + i, 0, 3);
-  __builtin_prefetch(data + bytes - 1, 0, 3);  // a row may begin inside a line
+  const std::byte* line = data - reinterpret_cast<uintptr_t>(data) % kCacheLine;
+  for (; line < data + bytes; line += kCacheLine) __builtin_prefetch(line, 0, kHint);
 }
 
 // Columns [k0, k1) of the rows of a weight. Rows that are not bf16 are decoded into `decoded`, which has
@@ -57,9 +59,10 @@ struct WeightRows {
       return decoded + s % 2 * (kMaxBlockColumns * sizeof(bf16));
     }
   }
+  template <int kHint>
   KT_INLINE void prefetch(uint32_t s) const {
     const size_t from = Format::row_bytes(k0);
-    if (s < num_rows) prefetch_bytes(w.row(s) + from, Format::row_bytes(k1) - from);
+    if (s < num_rows) prefetch_bytes<kHint>(w.row(s) + from, Format::row_bytes(k1) - from);
   }
 };
 inline constexpr size_t kDecodedBytes = 2 * kMaxBlockColumns * sizeof(bf16);
@@ -74,8 +77,9 @@ struct PlainRows {
     const size_t row = view.index ? view.index[s] : s;
     return reinterpret_cast<const std::byte*>(view.data + row * view.stride);
   }
+  template <int kHint>
   KT_INLINE void prefetch(uint32_t s) const {
-    if (s < num_rows) prefetch_bytes(row(s), num_columns * sizeof(bf16));
+    if (s < num_rows) prefetch_bytes<kHint>(row(s), num_columns * sizeof(bf16));
   }
 };
 
@@ -90,7 +94,8 @@ void fill_pairs(const Rows& rows, uint32_t s0, uint32_t s1, const PairsPanel& pa
   const uint32_t columns = rows.columns();
   std::byte* to = panel.data;
   for (uint32_t s = s0; s < s1; s += 2, to += kPairsBytes) {
-    rows.prefetch(s + kRowsAhead), rows.prefetch(s + kRowsAhead + 1);
+    rows.template prefetch<3>(s + kRowsAhead);
+    rows.template prefetch<3>(s + kRowsAhead + 1);
     const std::byte* even = rows.row(s);
     const std::byte* odd = s + 1 < s1 ? rows.row(s + 1) : kZeroRow;
     std::byte* group = to;
@@ -110,3 +115,22 @@ void fill_pairs(const Rows& rows, uint32_t s0, uint32_t s1, const PairsPanel& pa
 KT_INLINE PairsPanel pairs_panel(std::byte* data, uint32_t rows) {
   return {data, round_up(rows, kPairsStep) / 2 * kPairsBytes};
 }
+
+// Rows of the next block, asked for while a block is multiplied, as thinly as still asks for all: so memory
+// is busy meanwhile. They wait in the second-level cache.
+template <class Rows>
+struct RowsAhead {
+  const Rows& rows;
+  uint32_t next, end;
+  uint32_t each = 0;  // rows at a time
+  KT_INLINE void spread_over(size_t times) {
+    if (next < end) each = static_cast<uint32_t>(div_up(end - next, times));
+  }
+  KT_INLINE void ask() {
+    for (uint32_t i = 0; i < each && next < end; ++i) rows.template prefetch<2>(next++);
+  }
+};
+struct NothingAhead {
+  KT_INLINE void spread_over(size_t) {}
+  KT_INLINE void ask() {}
+};

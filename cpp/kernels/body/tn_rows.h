@@ -7,8 +7,9 @@ struct TnRows {
     for (uint32_t n = 0; n < b.n; ++n)
       left[n] = b.g.data + n / kGroupColumns * b.g.group_bytes + n % kGroupColumns * 2 * sizeof(bf16);
     // Behind an odd end there are zeros, so the last pair is a whole one.
-    pairs_product({left, b.n, 0, kPairsBytes, b.x, static_cast<uint32_t>(round_up(b.length, 2)), b.sums,
-                   b.stride, b.k, false});
+    const uint32_t length = static_cast<uint32_t>(round_up(b.length, 2));
+    const PairsBlock block{left, b.n, 0, kPairsBytes, b.x, length, b.sums, b.stride, b.k, false};
+    pairs_product(block, NothingAhead{});
   }
 };
 

@@ -21,7 +21,7 @@ struct TnTiles {
 
   KT_INLINE void add(const TnBlock& b) {
     const PairsTiles t{pack(b), 0, div_up(b.length, kTileK), b.x, b.sums, b.stride, false};
-    pairs_product(scope, t, b.k);
+    pairs_product(scope, t, b.k, NothingAhead{});
   }
 };
 
