@@ -175,7 +175,7 @@ def _run_tokens(
     right = [contestant for contestant in right if "failed" not in contestant.facts]
     samples = compete(right, plan.seconds)
     after = measure_limits(contestants, plan.limit_seconds_for(tokens))
-    measured = {label: Limits.mean([before[label], one]) for label, one in after.items()}
+    measured = {label: Limits.mean([before.get(label, one), one]) for label, one in after.items()}
     for contestant in contestants:
         label = contestant.spec.label
         what = {"tokens": tokens, "experts_touched": round(touched, 1), **answers.fields(contestant)}
