@@ -138,11 +138,12 @@ void nn_rows(const NnArgs& a) {
   const uint32_t n = a.g.k, columns = a.k1 - a.k0, block = pairs_block_rows(columns);
   const PairsPanel panel = pairs_panel(a.scratch, smaller(n, block));
   const WeightRows<Format> rows{a.w, n, a.k0, a.k1, a.scratch + kPairsPanelBytes};
+  const WeightRows<Format> next{a.next_w, a.next_n, a.next_k0, a.next_k1, nullptr};
   for (uint32_t s0 = 0; s0 == 0 || s0 < n; s0 += block) {
     const uint32_t s1 = smaller(n, s0 + block);
     fill_pairs(rows, s0, s1, panel);
     const PairsBlock b{left,    a.g.rows, s0 * sizeof(bf16), 2 * sizeof(bf16), panel,
                        s1 - s0, a.c,      a.c_stride,        columns,          s0 == 0 && !a.accumulate};
-    pairs_product(b, RowsAhead<WeightRows<Format>>{rows, s1, smaller(n, s1 + block)});
+    pairs_product(b, rows_ahead(a, rows, next, s1, block));
   }
 }

@@ -12,11 +12,14 @@ inline constexpr size_t kPairsBytes = kGroupColumns * 2 * sizeof(bf16);  // a pa
 // depend on where blocks end.
 inline constexpr uint32_t kPairsStep = 32;
 // Of a panel: with what it is multiplied by it must stay in the second-level cache.
-inline constexpr size_t kPairsPanelBytes = size_t{128} << 10;
+inline constexpr size_t kPairsPanelBytes = size_t{128} << 10;  // a step of the widest block
+// Blocks are shorter than that where they can: the rows of a block are asked for while the one before it is
+// multiplied, and those of the first are waited for.
+inline constexpr size_t kPairsBlockBytes = size_t{64} << 10;
 // Rows lie a page or so apart, where no prefetcher of the hardware looks.
 inline constexpr uint32_t kRowsAhead = 16;
 
-alignas(kCacheLine) inline constexpr std::byte kZeroRow[kMaxBlockColumns * sizeof(bf16)] = {};
+alignas(kCacheLine) inline constexpr std::byte kZeroRow[kMaxNnColumns * sizeof(bf16)] = {};
 
 KT_INLINE uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 KT_INLINE uint32_t num_groups(uint32_t columns) {
@@ -25,8 +28,8 @@ KT_INLINE uint32_t num_groups(uint32_t columns) {
 
 // How many rows of so many columns a panel holds.
 KT_INLINE uint32_t pairs_block_rows(uint32_t columns) {
-  const size_t steps = kPairsPanelBytes / (num_groups(columns) * kPairsBytes * (kPairsStep / 2));
-  return static_cast<uint32_t>(steps) * kPairsStep;
+  const size_t steps = kPairsBlockBytes / (num_groups(columns) * kPairsBytes * (kPairsStep / 2));
+  return static_cast<uint32_t>(steps ? steps : 1) * kPairsStep;
 }
 
 // All cache lines of [data, data + bytes).
@@ -51,12 +54,12 @@ struct WeightRows {
     if constexpr (Unpack<Format>::kAsStored) {
       return row + Format::row_bytes(k0);
     } else {
-      std::byte* to = decoded + s % 2 * (kMaxBlockColumns * sizeof(bf16));
+      std::byte* to = decoded + s % 2 * (kMaxNnColumns * sizeof(bf16));
       uint32_t k = k0;
       for (; k + Vec::kStep <= k1; k += Vec::kStep, to += Vec::kStep * sizeof(bf16))
         Vec::store(to, Unpack<Format>::segment(row, k));
       if (k < k1) Vec::store(to, Unpack<Format>::tail(row, k, k1 - k));
-      return decoded + s % 2 * (kMaxBlockColumns * sizeof(bf16));
+      return decoded + s % 2 * (kMaxNnColumns * sizeof(bf16));
     }
   }
   template <int kHint>
@@ -65,7 +68,7 @@ struct WeightRows {
     if (s < num_rows) prefetch_bytes<kHint>(w.row(s) + from, Format::row_bytes(k1) - from);
   }
 };
-inline constexpr size_t kDecodedBytes = 2 * kMaxBlockColumns * sizeof(bf16);
+inline constexpr size_t kDecodedBytes = 2 * kMaxNnColumns * sizeof(bf16);
 
 // The first columns of rows of bf16.
 struct PlainRows {
@@ -130,6 +133,15 @@ struct RowsAhead {
     for (uint32_t i = 0; i < each && next < end; ++i) rows.template prefetch<2>(next++);
   }
 };
+// What is asked for during the block that begins with row s0 of `rows`: the next block or, behind the last,
+// the first one of what the caller multiplies by next.
+template <class Format>
+KT_INLINE RowsAhead<WeightRows<Format>> rows_ahead(const NnArgs& a, const WeightRows<Format>& rows,
+                                                   const WeightRows<Format>& next, uint32_t s1,
+                                                   uint32_t block) {
+  if (s1 < rows.num_rows) return {rows, s1, smaller(rows.num_rows, s1 + block)};
+  return {next, 0, a.next_w.data ? smaller(next.num_rows, block) : 0};
+}
 struct NothingAhead {
   KT_INLINE void spread_over(size_t) {}
   KT_INLINE void ask() {}
