@@ -8,7 +8,7 @@
 namespace ktmoe::kernels {
 
 // The widest block of columns that one NN call takes, and one TN call.
-inline constexpr uint32_t kMaxNnColumns = 2048;
+inline constexpr uint32_t kMaxNnColumns = 1024;
 inline constexpr uint32_t kMaxTnColumns = 256;
 // The most rows of D that one TN call takes.
 inline constexpr uint32_t kMaxTnRows = 64;

@@ -32,7 +32,7 @@ inline Operand pack_left_tiles(const RowsView& rows, uint32_t m, uint32_t n, std
   return Operand{data, panel_bytes(n), nullptr, m, n};
 }
 
-inline size_t nn_scratch_bytes_tiles() { return kPairsPanelBytes + kDecodedBytes; }
+inline size_t nn_scratch_bytes_tiles() { return kNnScratchBytes; }
 
 // A block of the summed dimension, in steps.
 struct PairsTiles {
@@ -96,7 +96,7 @@ KT_INLINE void pairs_tiles(const PairsTiles& t, uint32_t p, uint32_t g, Ahead& a
 
 // All left panels by all columns: a pair of groups stays in the first-level cache while the panels pass.
 template <class Ahead>
-void pairs_product(TileScope& scope, const PairsTiles& t, uint32_t columns, Ahead ahead) {
+void pairs_product(TileScope& scope, const PairsTiles& t, uint32_t columns, Ahead& ahead) {
   const uint32_t panels = static_cast<uint32_t>(div_up(t.left.rows, kTileRows));
   ahead.spread_over(div_up(panels, 2) * div_up(num_groups(columns), 2) * t.steps);
   for (uint32_t g = 0; g < num_groups(columns); g += 2) {
@@ -119,18 +119,20 @@ void pairs_product(TileScope& scope, const PairsTiles& t, uint32_t columns, Ahea
   }
 }
 
-template <class Format>
-void nn_tiles(const NnArgs& a) {
-  TileScope scope;
-  const uint32_t n = a.g.k, columns = a.k1 - a.k0, block = pairs_block_rows(columns);
-  const PairsPanel panel = pairs_panel(a.scratch, smaller(n, block));
-  const WeightRows<Format> rows{a.w, n, a.k0, a.k1, a.scratch + kPairsPanelBytes};
-  const WeightRows<Format> next{a.next_w, a.next_n, a.next_k0, a.next_k1, nullptr};
-  for (uint32_t s0 = 0; s0 == 0 || s0 < n; s0 += block) {
-    const uint32_t s1 = smaller(n, s0 + block);
-    fill_pairs(rows, s0, s1, panel);
-    const PairsTiles t{a.g, s0 / kTileK, div_up(s1 - s0, kTileK), panel,
-                       a.c, a.c_stride,  s0 == 0 && !a.accumulate};
-    pairs_product(scope, t, columns, rows_ahead(a, rows, next, s1, block));
+struct NnTiles {
+  const NnArgs& args;
+  TileScope& scope;
+
+  template <class Ahead>
+  KT_INLINE void run(uint32_t s0, uint32_t s1, const PairsPanel& panel, Ahead& ahead) const {
+    const PairsTiles t{args.g, s0 / kTileK,   div_up(s1 - s0, kTileK),    panel,
+                       args.c, args.c_stride, s0 == 0 && !args.accumulate};
+    pairs_product(scope, t, args.k1 - args.k0, ahead);
   }
+};
+
+template <class Format>
+void nn_tiles(const NnArgs& args) {
+  TileScope scope;
+  for_blocks<Format>(args, NnTiles{args, scope});
 }
