@@ -1,0 +1,163 @@
+"""Does it learn? A student takes on a teacher's adapters, as the reference does, step by step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+from layers import Batch, assert_same_bits, bf16, draw, draw_batch
+from sft_layers import Student, draw_lora, draw_student, train
+
+from ktmoe_np import KTMoEWrapper
+from ktmoe_np.reference import LoraWeights, moe_backward, moe_forward_sft
+
+AnyArray = Any
+
+E, I, H, P, R, T = 4, 32, 48, 2, 4, 64  # noqa: E741
+RATE, STEPS = 1e-2, 60
+
+#: Half the loss is left after a third of the steps, and this much of it at the end.
+LEFT = 0.2
+
+#: How far the losses of engine and reference may lie apart. In the first step they are of one function, and
+#: differ by roundings to bfloat16 (2^-9) at most. Then the two are students of their own: a gradient that is
+#: 2^-9 off moves a weight by as much of a step as that, Adam's steps are of a size that the gradient's does
+#: not change, and all weights together follow the loss downhill, which brings them together again.
+APART = 2.0**-9 * 10
+
+
+class Adam:
+    """The optimizer, in NumPy."""
+
+    def __init__(self, weights: dict[str, AnyArray]) -> None:
+        self.weights = {name: value.astype(np.float32) for name, value in weights.items()}
+        self._mean = {name: np.zeros_like(value) for name, value in self.weights.items()}
+        self._square = {name: np.zeros_like(value) for name, value in self.weights.items()}
+        self._count = 0
+
+    def step(self, gradients: dict[str, AnyArray]) -> None:
+        self._count += 1
+        for name, weight in self.weights.items():
+            gradient, mean, square = gradients[name], self._mean[name], self._square[name]
+            mean += 0.1 * (gradient - mean)
+            square += 0.01 * (np.square(gradient) - square)
+            scale = np.sqrt(square / (1 - 0.99**self._count)) + 1e-8
+            weight -= RATE * (mean / (1 - 0.9**self._count)) / scale
+
+
+class Task:
+    """What is to be learned: the same batches for all who learn."""
+
+    def __init__(self, activation: str) -> None:
+        rng = np.random.default_rng(0)
+        self.student = draw_student(rng, (E, I, H), R, activation, scale=1.0)
+        teacher = Student(self.student.layer, draw_lora(rng, self.student.layer, R), R).wrapper(P)
+        self.batches = [draw_batch(rng, self.student.layer, T, P) for _ in range(8)]
+        self.targets = [teacher.forward(*batch).astype(np.float32) for batch in self.batches]
+        self.first = {k: m if k.endswith("a") else np.zeros_like(m) for k, m in self.student.lora.items()}
+
+    def loss(self, out: AnyArray, step: int) -> tuple[float, AnyArray]:
+        """Half the mean squared distance to the teacher, and its gradient."""
+        difference = out.astype(np.float32) - self.targets[step % 8]
+        return float(np.square(difference).mean() / 2), (difference / difference.size).astype(bf16)
+
+    def learn(self, one_step: Any) -> list[float]:
+        """The losses of `one_step(weights, batch, step)`, which gives loss and gradients."""
+        adam, losses = Adam(self.first), []
+        for step in range(STEPS):
+            loss, gradients = one_step(adam.weights, self.batches[step % 8], step)
+            losses.append(loss)
+            adam.step(gradients)
+        return losses
+
+    def engine(self, **options: Any) -> list[float]:
+        moe = Student(self.student.layer, {}, R).wrapper(P, **options)
+
+        def one_step(weights: dict[str, AnyArray], batch: Batch, step: int) -> Any:
+            moe.update_lora_weights(**weights)
+            loss, grad_output = self.loss(moe.forward_sft(*batch), step)
+            return loss, moe.backward(grad_output).matrices
+
+        return self.learn(one_step)
+
+    def reference(self) -> list[float]:
+        student = self.student
+
+        def one_step(weights: dict[str, AnyArray], batch: Batch, step: int) -> Any:
+            up = {} if "up_lora_a" in weights else {"up_lora_a": None, "up_lora_b": None}
+            lora = LoraWeights(**weights, **up, lora_alpha=student.lora_alpha)
+            layer, activation = student.layer, student.layer.activation
+            out, cache = moe_forward_sft(*batch, *layer.matrices, lora=lora, activation=activation)
+            loss, grad_output = self.loss(out, step)
+            return loss, vars(moe_backward(cache, grad_output))
+
+        return self.learn(one_step)
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu2"])
+def test_a_student_learns_as_the_reference_does(activation: str) -> None:
+    task = Task(activation)
+    losses, expected = task.engine(), task.reference()
+    assert abs(losses[0] - expected[0]) < 2.0**-9 * expected[0]
+    np.testing.assert_allclose(losses, expected, rtol=APART)
+    assert losses[STEPS // 3] < losses[0] / 2
+    assert losses[-1] < LEFT * losses[0]
+    # However it is kept, it is the same.
+    assert task.engine(recompute=True, max_cache_depth=3) == losses
+
+
+def test_it_learns_with_dropout() -> None:
+    losses = Task("silu").engine(lora_dropout=0.1, seed=3)
+    assert np.mean(losses[-8:]) < 0.5 * np.mean(losses[:8])
+
+
+def test_micro_batches_learn_the_same() -> None:
+    task = Task("silu")
+    moe = Student(task.student.layer, {}, R).wrapper(P)
+
+    def one_step(weights: dict[str, AnyArray], batch: Batch, step: int) -> Any:
+        moe.update_lora_weights(**weights)
+        loss, grad_output = task.loss(moe.forward(*batch), step)
+        gradients = None
+        for rows in (slice(0, 10), slice(10, 40), slice(40, T)):
+            moe.forward_sft(*batch.rows(rows))
+            gradients = moe.backward(grad_output[rows], gradients=gradients, accumulate=gradients is not None)
+        return loss, gradients.matrices
+
+    np.testing.assert_allclose(task.learn(one_step), task.engine(), rtol=APART)
+
+
+def test_base_weights_learn() -> None:
+    """Gradients of the base weights go downhill too."""
+    rng = np.random.default_rng(1)
+    student = draw_student(rng, (E, I, H), 0, scale=1.0)
+    batch = draw_batch(rng, student.layer, T, P)
+    target = student.wrapper(P).forward(*batch).astype(np.float32)
+    weights = {
+        name: (value.astype(np.float32) + 0.05 * rng.standard_normal(value.shape, np.float32))
+        for name, value in zip(("gate_proj", "up_proj", "down_proj"), student.layer.matrices, strict=True)
+    }
+    moe, losses = student.wrapper(P, full_weight_grad=True), []
+    for _ in range(20):
+        moe.load_weights_from_tensors(**{name: value.astype(bf16) for name, value in weights.items()})
+        difference = moe.forward_sft(*batch).astype(np.float32) - target
+        losses.append(float(np.square(difference).mean()))
+        gradients = moe.backward((difference / difference.size).astype(bf16))
+        for name, value in weights.items():
+            value -= 20.0 * gradients.matrices[name]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_layer_of_a_checkpoint(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0, 2], E, I, H)
+    moe: Any = KTMoEWrapper.from_pretrained(tmp_path, 2, mode="sft", lora_rank=R, lora_alpha=5.0)
+    assert (type(moe).__name__, moe.method, moe.loaded) == ("AMXSFTMoEWrapper", "AMXBF16_SFT", True)
+    same: Any = KTMoEWrapper.from_pretrained(tmp_path, 2)
+    rng = np.random.default_rng(0)
+    x, ids = draw(rng, 5, H), rng.integers(0, E, (5, P))
+    batch = Batch(x, ids, rng.random((5, P), np.float32))
+    assert_same_bits(moe.forward(*batch), same.forward(*batch))
+    assert train(moe, batch, x).gradients["gate_lora_b"].any()
