@@ -16,17 +16,19 @@ from ktmoe_np.reference import LoraWeights, moe_backward, moe_forward_sft
 
 AnyArray = Any
 
-E, I, H, P, R, T = 4, 32, 48, 2, 4, 64  # noqa: E741
-RATE, STEPS = 1e-2, 60
+E, I, H, P, R, T = 4, 16, 32, 2, 4, 64  # noqa: E741
+RATE, EPSILON = 5e-3, 1e-5
+NUM_BATCHES, EPOCHS = 8, 15
 
-#: Half the loss is left after a third of the steps, and this much of it at the end.
-LEFT = 0.2
+#: Of the loss of the first epoch, so much is left in the last one.
+LEFT = 0.5
 
-#: How far the losses of engine and reference may lie apart. In the first step they are of one function, and
-#: differ by roundings to bfloat16 (2^-9) at most. Then the two are students of their own: a gradient that is
-#: 2^-9 off moves a weight by as much of a step as that, Adam's steps are of a size that the gradient's does
-#: not change, and all weights together follow the loss downhill, which brings them together again.
-APART = 2.0**-9 * 10
+#: How far the losses of engine and reference may lie apart: early, and at all. Both evaluations round to
+#: bfloat16 at the same places, so at first they hardly differ. A gradient that falls to the other side of a
+#: rounding moves a weight by up to RATE / 2^8, and that grows with every step: by the end to 0.003, as the
+#: reference in float32 differs from itself in float64. Without the gradient of one matrix it is 0.03 early.
+APART_EARLY, APART = 1e-3, 1e-2
+EARLY = 5 * NUM_BATCHES
 
 
 class Adam:
@@ -44,7 +46,7 @@ class Adam:
             gradient, mean, square = gradients[name], self._mean[name], self._square[name]
             mean += 0.1 * (gradient - mean)
             square += 0.01 * (np.square(gradient) - square)
-            scale = np.sqrt(square / (1 - 0.99**self._count)) + 1e-8
+            scale = np.sqrt(square / (1 - 0.99**self._count)) + EPSILON
             weight -= RATE * (mean / (1 - 0.9**self._count)) / scale
 
 
@@ -55,20 +57,20 @@ class Task:
         rng = np.random.default_rng(0)
         self.student = draw_student(rng, (E, I, H), R, activation, scale=1.0)
         teacher = Student(self.student.layer, draw_lora(rng, self.student.layer, R), R).wrapper(P)
-        self.batches = [draw_batch(rng, self.student.layer, T, P) for _ in range(8)]
+        self.batches = [draw_batch(rng, self.student.layer, T, P) for _ in range(NUM_BATCHES)]
         self.targets = [teacher.forward(*batch).astype(np.float32) for batch in self.batches]
         self.first = {k: m if k.endswith("a") else np.zeros_like(m) for k, m in self.student.lora.items()}
 
     def loss(self, out: AnyArray, step: int) -> tuple[float, AnyArray]:
         """Half the mean squared distance to the teacher, and its gradient."""
-        difference = out.astype(np.float32) - self.targets[step % 8]
+        difference = out.astype(np.float32) - self.targets[step % NUM_BATCHES]
         return float(np.square(difference).mean() / 2), (difference / difference.size).astype(bf16)
 
     def learn(self, one_step: Any) -> list[float]:
         """The losses of `one_step(weights, batch, step)`, which gives loss and gradients."""
         adam, losses = Adam(self.first), []
-        for step in range(STEPS):
-            loss, gradients = one_step(adam.weights, self.batches[step % 8], step)
+        for step in range(EPOCHS * NUM_BATCHES):
+            loss, gradients = one_step(adam.weights, self.batches[step % NUM_BATCHES], step)
             losses.append(loss)
             adam.step(gradients)
         return losses
@@ -97,21 +99,31 @@ class Task:
         return self.learn(one_step)
 
 
+def of_epochs(losses: list[float]) -> AnyArray:
+    """The mean loss of each epoch, as a part of the first one's."""
+    means = np.reshape(losses, (EPOCHS, NUM_BATCHES)).mean(axis=1)
+    relative: AnyArray = means / means[0]
+    return relative
+
+
+def assert_same_course(losses: list[float], expected: list[float]) -> None:
+    np.testing.assert_allclose(losses[:EARLY], expected[:EARLY], rtol=APART_EARLY)
+    np.testing.assert_allclose(losses, expected, rtol=APART)
+
+
 @pytest.mark.parametrize("activation", ["silu", "relu2"])
 def test_a_student_learns_as_the_reference_does(activation: str) -> None:
     task = Task(activation)
-    losses, expected = task.engine(), task.reference()
-    assert abs(losses[0] - expected[0]) < 2.0**-9 * expected[0]
-    np.testing.assert_allclose(losses, expected, rtol=APART)
-    assert losses[STEPS // 3] < losses[0] / 2
-    assert losses[-1] < LEFT * losses[0]
+    losses = task.engine()
+    assert (np.diff(of_epochs(losses)) < 0).all()
+    assert of_epochs(losses)[-1] < LEFT
+    assert_same_course(losses, task.reference())
     # However it is kept, it is the same.
     assert task.engine(recompute=True, max_cache_depth=3) == losses
 
 
 def test_it_learns_with_dropout() -> None:
-    losses = Task("silu").engine(lora_dropout=0.1, seed=3)
-    assert np.mean(losses[-8:]) < 0.5 * np.mean(losses[:8])
+    assert of_epochs(Task("silu").engine(lora_dropout=0.1, seed=3))[-1] < 1.5 * LEFT
 
 
 def test_micro_batches_learn_the_same() -> None:
@@ -127,7 +139,7 @@ def test_micro_batches_learn_the_same() -> None:
             gradients = moe.backward(grad_output[rows], gradients=gradients, accumulate=gradients is not None)
         return loss, gradients.matrices
 
-    np.testing.assert_allclose(task.learn(one_step), task.engine(), rtol=APART)
+    assert_same_course(task.learn(one_step), task.engine())
 
 
 def test_base_weights_learn() -> None:
@@ -136,19 +148,20 @@ def test_base_weights_learn() -> None:
     student = draw_student(rng, (E, I, H), 0, scale=1.0)
     batch = draw_batch(rng, student.layer, T, P)
     target = student.wrapper(P).forward(*batch).astype(np.float32)
-    weights = {
-        name: (value.astype(np.float32) + 0.05 * rng.standard_normal(value.shape, np.float32))
-        for name, value in zip(("gate_proj", "up_proj", "down_proj"), student.layer.matrices, strict=True)
-    }
+    names = ("gate_proj", "up_proj", "down_proj")
+    adam = Adam(
+        {
+            name: value.astype(np.float32) + 0.05 * rng.standard_normal(value.shape, np.float32)
+            for name, value in zip(names, student.layer.matrices, strict=True)
+        }
+    )
     moe, losses = student.wrapper(P, full_weight_grad=True), []
-    for _ in range(20):
-        moe.load_weights_from_tensors(**{name: value.astype(bf16) for name, value in weights.items()})
+    for _ in range(30):
+        moe.load_weights_from_tensors(**{name: value.astype(bf16) for name, value in adam.weights.items()})
         difference = moe.forward_sft(*batch).astype(np.float32) - target
         losses.append(float(np.square(difference).mean()))
-        gradients = moe.backward((difference / difference.size).astype(bf16))
-        for name, value in weights.items():
-            value -= 20.0 * gradients.matrices[name]
-    assert losses[-1] < 0.5 * losses[0]
+        adam.step(moe.backward((difference / difference.size).astype(bf16)).matrices)
+    assert losses[-1] < 0.1 * losses[0]
 
 
 def test_a_layer_of_a_checkpoint(tmp_path: Path) -> None:
