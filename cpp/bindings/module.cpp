@@ -17,4 +17,5 @@ NB_MODULE(kt_kernel_ext, m) {
   bind_machine(m);
   nanobind::module_ moe = m.def_submodule("moe", "Expert layers, a class a method.");
   bind_moe(moe);
+  bind_sft(moe);
 }

@@ -6,6 +6,7 @@
 #include <map>
 #include <optional>
 
+#include "bindings/forward_arrays.h"
 #include "bindings/module.h"
 #include "bindings/python_task.h"
 #include "moe/tp_moe.h"
@@ -14,7 +15,6 @@ namespace ktmoe::bindings {
 namespace {
 
 using Layer = std::shared_ptr<MoE_Interface>;
-using Arrays = std::vector<Array>;
 
 // The E matrices [rows, columns] of a projection: from one array [E, rows, columns] or a sequence of E
 // arrays. Only the last axis has to be contiguous.
@@ -77,6 +77,7 @@ void apply_map(nb::handle source, const GeneralMOEConfig& c, ExpertWeights& w) {
   const auto width = static_cast<size_t>(c.intermediate_size), hidden = static_cast<size_t>(c.hidden_size);
   ExpertMatrices& m = w.matrices;
   m.gate = permuted(m.gate, map, 1), m.up = permuted(m.up, map, 1), m.down = permuted(m.down, map, 1);
+  w.logical.assign(map.begin(), map.end());
   ExpertBiases& b = w.biases;
   b.gate = permuted(b.gate, map, width), b.up = permuted(b.up, map, width),
   b.down = permuted(b.down, map, hidden);
@@ -106,64 +107,19 @@ PythonTask load_weights_task(Layer layer, nb::object gate, nb::object up, nb::ob
   return PythonTask([layer, weights] { layer->load_weights(*weights); });
 }
 
-kernels::FloatType float_type(const Array& a) {
-  return a.dtype() == DType::kBf16 ? kernels::FloatType::kBf16 : kernels::FloatType::kFloat32;
-}
-
-// The elements of row `first` on.
-void* from_row(const Array& a, int64_t first) {
-  return a.as<std::byte>() + static_cast<size_t>(first) * static_cast<size_t>(a.shape(1)) * a.item_bytes();
-}
-
 PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_ids, nb::object topk_weights,
                         nb::object out, bool incremental, nb::object base, nb::object skip_experts,
                         int64_t first_token, std::optional<int64_t> num_tokens) {
-  const GeneralMOEConfig& c = layer->config();
-  Arrays arrays;
-  arrays.reserve(6);
-  const Array& x = arrays.emplace_back(Array::read(hidden_states, "hidden_states"));
-  x.expect({DType::kBf16}, {"T", c.hidden_size}).expect_contiguous();
-  const int64_t batch = x.shape(0);
-  const Array& ids = arrays.emplace_back(Array::read(topk_ids, "topk_ids"));
-  ids.expect({DType::kInt64}, {batch, c.num_experts_per_tok}).expect_contiguous();
-  const Array& w = arrays.emplace_back(Array::read(topk_weights, "topk_weights"));
-  w.expect({DType::kFloat32}, {batch, c.num_experts_per_tok}).expect_contiguous();
-  const Array& y = arrays.emplace_back(Array::write(out, "out"));
-  y.expect({DType::kBf16, DType::kFloat32}, {batch, c.hidden_size}).expect_contiguous();
-  for (const Array* other : {&x, &ids, &w}) y.expect_disjoint(*other);
-  if (first_token < 0 || first_token > batch)
-    throw_invalid("first_token: got ", first_token, ", expected 0 to ", batch);
-  const int64_t tokens = num_tokens.value_or(batch - first_token);
-  if (tokens < 0 || tokens > batch - first_token)
-    throw_invalid("num_tokens: got ", tokens, ", expected 0 to ", batch - first_token);
-  if (batch * c.num_experts_per_tok > INT32_MAX)
-    throw_invalid("hidden_states: got ", batch, " tokens, expected fewer in one call");
-
-  ForwardArgs args;
-  args.num_tokens = static_cast<uint32_t>(tokens);
-  args.hidden_states = static_cast<bf16*>(from_row(x, first_token));
-  args.topk_ids = static_cast<int64_t*>(from_row(ids, first_token));
-  args.topk_weights = static_cast<float*>(from_row(w, first_token));
-  args.out = from_row(y, first_token), args.out_type = float_type(y);
-  if (incremental) args.base = args.out, args.base_type = args.out_type;
+  ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, out, skip_experts);
+  if (incremental) forward.add_to_out();
   if (!base.is_none()) {
     if (incremental) throw_invalid("base: got one with incremental=True, expected one of the two");
-    const Array& b = arrays.emplace_back(Array::read(base, "base"));
-    b.expect({DType::kBf16, DType::kFloat32}, {batch, c.hidden_size}).expect_contiguous();
-    y.expect_disjoint(b);
-    args.base = from_row(b, first_token), args.base_type = float_type(b);
+    forward.add_to(base);
   }
-  if (!skip_experts.is_none()) {
-    const Array& skip = arrays.emplace_back(Array::read(skip_experts, "skip_experts"));
-    skip.expect({DType::kUint8}, {c.expert_num}).expect_contiguous();
-    args.skip_experts = skip.as<uint8_t>();
-  }
-  return PythonTask([layer, args, arrays = std::move(arrays)] {
-    // All of the batch, so that no part of it is computed when another part is refused.
-    const GeneralMOEConfig& c = layer->config();
-    check_expert_ids(arrays[1].as<int64_t>(), static_cast<uint32_t>(arrays[1].shape(0)),
-                     static_cast<uint32_t>(c.num_experts_per_tok), static_cast<uint32_t>(c.expert_num));
-    layer->forward(args);
+  forward.take_tokens(first_token, num_tokens);
+  return PythonTask([layer, forward = std::move(forward)] {
+    forward.check_ids(layer->config());
+    layer->forward(forward.args());
   });
 }
 

@@ -79,8 +79,8 @@ struct Activation {
 
 enum class FloatType : uint8_t { kBf16, kFloat32 };
 
-// What training keeps of the rows of an expert, row-major: gate and up as the activation gets them, rounded to
-// `type`, and H. Null pointers: nothing is kept.
+// What training keeps of the rows of an expert, row-major: gate and up as the activation gets them, rounded
+// to `type`, and H. What is null is not kept.
 struct KeptRows {
   void* gate = nullptr;
   void* up = nullptr;  // null too when the activation is not gated

@@ -17,6 +17,7 @@ struct ExpertBiases {
 struct ExpertWeights {
   ExpertMatrices matrices;
   ExpertBiases biases;
+  std::vector<uint32_t> logical;  // [E]: the expert of the checkpoint that each one is; empty: itself
   std::shared_ptr<const void> owner;
 };
 

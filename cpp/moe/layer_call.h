@@ -15,10 +15,20 @@ struct PackedRows {
   uint32_t active = UINT32_MAX;
   uint32_t m0 = 0;
   kernels::Operand operand;
+
+  // The rows of a task as an operand in `memory`, packed anew only when the expert or the rows change.
+  const kernels::Operand& pack_once(const kernels::KernelTable& table, const kernels::RowsView& rows,
+                                    const PanelTask& task, uint32_t k, std::byte* memory) {
+    if (active == task.active && m0 == task.m0) return operand;
+    operand = table.pack(rows, task.m1 - task.m0, k, memory);
+    active = task.active, m0 = task.m0;
+    return operand;
+  }
 };
 
 // A worker's own scratch.
 struct WorkerScratch {
+  uint32_t worker = 0;  // its number in the pool
   PackedRows packed;
   std::byte* operand = nullptr;  // packed activations
   float* c_gate = nullptr;       // C blocks

@@ -40,10 +40,14 @@ class AMX_MOE_BASE {
   }
   // Columns of pass `i` of `passes`.
   void cut_down(const LayerCall& call, int num_threads, uint32_t pass, uint32_t passes) {
-    const Span part = share_of(hidden_.size(), kernels::kOutputBlock, pass, passes);
-    pass_.columns = {hidden_.begin + part.begin, hidden_.begin + part.end};
+    begin_pass(call, num_threads, pass, passes);
     cut_panels(call.plan, pass_.columns, static_cast<uint32_t>(config_.intermediate_size), num_threads,
                down_tasks_);
+  }
+  // The part of that which every pass over the columns ends with.
+  void begin_pass(const LayerCall& call, int num_threads, uint32_t pass, uint32_t passes) {
+    const Span part = share_of(hidden_.size(), kernels::kOutputBlock, pass, passes);
+    pass_.columns = {hidden_.begin + part.begin, hidden_.begin + part.end};
     cut_tokens(call.args->num_tokens, pass_.columns, num_threads, combine_tasks_);
   }
   uint32_t num_gate_up() const { return static_cast<uint32_t>(gate_up_tasks_.size()); }
@@ -63,13 +67,12 @@ class AMX_MOE_BASE {
     const PanelTask& task = gate_up_tasks_[task_index];
     const auto& expert = call.plan.active[task.active];
     const size_t e = expert.expert, width = static_cast<size_t>(config_.intermediate_size);
-    const kernels::Operand& x = packed_rows(call, scratch, task);
+    const kernels::Operand& x = packed_hidden(call, scratch, task);
 
     kernels::ActivateArgs act;
     act.activation = config_.activation;
     act.n0 = task.n0, act.n1 = task.n1;
-    act.h = call.kernels->operand_block(call.h[task.active], expert.rows, static_cast<uint32_t>(width),
-                                        task.m0, task.m1);
+    act.h = derived().intermediate(call, task);
 
     product(call, scratch, x, matrices_->gate[e], task, scratch.c_gate);
     act.c_gate = scratch.c_gate;
@@ -79,29 +82,28 @@ class AMX_MOE_BASE {
       act.c_up = scratch.c_up;
       act.up_bias = bias_of(biases_->up, e * width + task.n0);
     }
-    derived().before_activation(call, scratch, task, x);
+    derived().before_activation(call, scratch, task, act);
     call.kernels->activate(act);
-    derived().after_activation(call, scratch, task);
   }
 
   void down(LayerCall& call, WorkerScratch& scratch, uint32_t task_index) {
     const PanelTask& task = down_tasks_[task_index];
     const auto& expert = call.plan.active[task.active];
     const size_t e = expert.expert;
-    const kernels::Operand h = call.kernels->operand_block(
-        call.h[task.active], expert.rows, static_cast<uint32_t>(config_.intermediate_size), task.m0, task.m1);
+    const kernels::Operand h = derived().down_operand(call, scratch, task);
 
     kernels::StoreRowsArgs store;
     store.bias = bias_of(biases_->down, e * static_cast<size_t>(config_.hidden_size) + task.n0);
     store.m = task.m1 - task.m0, store.n = task.n1 - task.n0;
     store.y_stride = pass_.columns.size();
     store.y = pass_.y + size_t{expert.begin + task.m0} * store.y_stride + (task.n0 - pass_.columns.begin);
-    if (call.kernels->c_is_rows && store.bias == nullptr && !Derived::kAddsToDown)
-      return product(call, scratch, h, matrices_->down[e], task, store.y, store.y_stride);
+    if (call.kernels->c_is_rows && store.bias == nullptr && !derived().adds_to_down())
+      return product(call, scratch, h, matrices_->down[e], task, static_cast<float*>(store.y),
+                     store.y_stride);
 
     product(call, scratch, h, matrices_->down[e], task, scratch.c_gate);
-    derived().after_down(call, scratch, task, h);
     store.c = scratch.c_gate;
+    derived().before_store(call, scratch, task, store);
     call.kernels->store_rows(store);
   }
 
@@ -116,7 +118,7 @@ class AMX_MOE_BASE {
     c.y = pass_.y + (task.n0 - pass_.columns.begin);
     c.y_stride = pass_.columns.size();
     c.row = call.plan.row.data() + task.m0 * slots;
-    c.weights = args.topk_weights + task.m0 * slots;
+    c.weights = args.topk_weights ? args.topk_weights + task.m0 * slots : nullptr;
     c.tokens = task.m1 - task.m0, c.slots = static_cast<uint32_t>(slots), c.columns = task.n1 - task.n0;
     c.hidden = args.hidden_states + task.m0 * hidden;
     c.hidden_size = static_cast<uint32_t>(hidden);
@@ -127,16 +129,28 @@ class AMX_MOE_BASE {
   }
 
   // ---- hooks ----
-  // Gate and up are in scratch.c_gate and c_up, before bias and activation.
-  void before_activation(LayerCall&, WorkerScratch&, const PanelTask&, const kernels::Operand&) {}
-  // The panel of the intermediate is written.
-  void after_activation(LayerCall&, WorkerScratch&, const PanelTask&) {}
-  // The product with the down projection is in scratch.c_gate, before bias; only if kAddsToDown says so.
-  static constexpr bool kAddsToDown = false;
-  void after_down(LayerCall&, WorkerScratch&, const PanelTask&, const kernels::Operand&) {}
+  // Gate and up are in scratch.c_gate and c_up; `act` may be told of more.
+  void before_activation(LayerCall&, WorkerScratch&, const PanelTask&, kernels::ActivateArgs&) {}
+  // Where the activation writes its operand, if anywhere.
+  kernels::Operand intermediate(const LayerCall& call, const PanelTask& task) const {
+    return call.kernels->operand_block(call.h[task.active], call.plan.active[task.active].rows,
+                                       static_cast<uint32_t>(config_.intermediate_size), task.m0, task.m1);
+  }
+  // The intermediate as the down projection takes it.
+  kernels::Operand down_operand(LayerCall& call, WorkerScratch&, const PanelTask& task) {
+    return derived().intermediate(call, task);
+  }
+  // The product with the down projection is in scratch.c_gate; only if adds_to_down() says so.
+  bool adds_to_down() const { return false; }
+  void before_store(LayerCall&, WorkerScratch&, const PanelTask&, kernels::StoreRowsArgs&) {}
 
  protected:
+  // The columns of the current pass.
+  Span pass_columns() const { return pass_.columns; }
+  float* pass_y() const { return pass_.y; }
+
   const GeneralMOEConfig& config_;
+  const Span intermediate_, hidden_;
 
  private:
   Derived& derived() { return static_cast<Derived&>(*this); }
@@ -154,17 +168,12 @@ class AMX_MOE_BASE {
     return static_cast<Byte*>(base) + bytes;
   }
 
-  // The activations of a task as an operand, packed anew only when the expert or the rows change.
-  const kernels::Operand& packed_rows(const LayerCall& call, WorkerScratch& scratch, const PanelTask& task) {
-    PackedRows& packed = scratch.packed;
-    if (packed.active != task.active || packed.m0 != task.m0) {
-      const int32_t* token = call.plan.token.data() + call.plan.active[task.active].begin + task.m0;
-      const kernels::RowsView rows{call.args->hidden_states, static_cast<size_t>(config_.hidden_size), token};
-      packed.operand = call.kernels->pack(rows, task.m1 - task.m0, static_cast<uint32_t>(config_.hidden_size),
-                                          scratch.operand);
-      packed.active = task.active, packed.m0 = task.m0;
-    }
-    return packed.operand;
+  const kernels::Operand& packed_hidden(const LayerCall& call, WorkerScratch& scratch,
+                                        const PanelTask& task) {
+    const int32_t* token = call.plan.token.data() + call.plan.active[task.active].begin + task.m0;
+    const kernels::RowsView rows{call.args->hidden_states, static_cast<size_t>(config_.hidden_size), token};
+    return scratch.packed.pack_once(*call.kernels, rows, task, static_cast<uint32_t>(config_.hidden_size),
+                                    scratch.operand);
   }
 
   void product(const LayerCall& call, const WorkerScratch& scratch, const kernels::Operand& x,
@@ -176,7 +185,6 @@ class AMX_MOE_BASE {
     call.kernels->nt[static_cast<size_t>(T::kFormat)](nt);
   }
 
-  const Span intermediate_, hidden_;
   const ExpertMatrices* matrices_ = nullptr;
   const ExpertBiases* biases_ = nullptr;
   std::vector<PanelTask> gate_up_tasks_, down_tasks_, combine_tasks_;

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "core/aligned_buffer.h"
-#include "kernels/contract.h"
 
 namespace ktmoe {
 namespace {
@@ -32,15 +31,15 @@ uint32_t rows_per_block(uint32_t k) {
 }
 
 void cut_panels(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threads,
-                std::vector<PanelTask>& tasks) {
+                std::vector<PanelTask>& tasks, BlockWidth block_width) {
   tasks.clear();
   const uint32_t target = rows_per_block(k);
   size_t row_blocks = 0;
   for (const auto& expert : plan.active) row_blocks += div_up(expert.rows, row_block(expert.rows, target));
 
-  uint32_t width = kernels::kMaxPanelOutputs;
+  uint32_t width = block_width.most;
   const size_t wanted = size_t{kTasksPerThread} * static_cast<size_t>(num_threads);
-  while (width > kernels::kOutputBlock / 2 && row_blocks * div_up(outputs.size(), width) < wanted) width /= 2;
+  while (width > block_width.least && row_blocks * div_up(outputs.size(), width) < wanted) width /= 2;
 
   for (uint32_t a = 0; a < plan.active.size(); ++a) {
     const uint32_t rows = plan.active[a].rows, block = row_block(rows, target);

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/contract.h"
 #include "moe/routing_plan.h"
 
 namespace ktmoe {
@@ -29,10 +30,16 @@ uint32_t rows_per_block(uint32_t k);
 // The most rows that cut_panels puts into one block.
 uint32_t most_rows_per_block(uint32_t k);
 
+// How wide a block of outputs may be; both are powers of two.
+struct BlockWidth {
+  uint32_t least = kernels::kOutputBlock / 2;
+  uint32_t most = kernels::kMaxPanelOutputs;
+};
+
 // Panels of all active experts x outputs, an expert's panels one after the other, so that a worker meets the
 // same activations again. Blocks of outputs are as wide as leaves every thread enough of them to balance.
 void cut_panels(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threads,
-                std::vector<PanelTask>& tasks);
+                std::vector<PanelTask>& tasks, BlockWidth block_width = {});
 
 // Blocks of tokens, of columns too when there are few tokens.
 void cut_tokens(uint32_t num_tokens, Span columns, int num_threads, std::vector<PanelTask>& tasks);

@@ -12,11 +12,13 @@
 #include "kernels/table.h"
 #include "moe/interface.h"
 #include "moe/layer_call.h"
+#include "moe/scratch_plan.h"
 
 namespace ktmoe {
 
-template <class Part>
-class TP_MOE_Common : public MoE_Interface {
+// `Interface` is MoE_Interface or what extends it.
+template <class Part, class Interface = MoE_Interface>
+class TP_MOE_Common : public Interface {
  public:
   explicit TP_MOE_Common(GeneralMOEConfig config) : config_(std::move(config)) {
     config_.validate();
@@ -40,6 +42,7 @@ class TP_MOE_Common : public MoE_Interface {
     if (spans_nodes()) {
       nodes_ = copy_to_nodes(weights.matrices);
       std::swap(weights.biases, weights_.biases);
+      std::swap(weights.logical, weights_.logical);
     } else {
       std::swap(weights, weights_);
     }
@@ -50,85 +53,57 @@ class TP_MOE_Common : public MoE_Interface {
 
   void forward(const ForwardArgs& args) override {
     const std::lock_guard lock(mutex_);
-    if (!loaded_) throw_runtime("forward: layer ", config_.layer_idx, " has no weights, load them first");
+    begin(args);
     if (args.num_tokens == 0) return;
+    const uint32_t passes = num_passes();
+    const Scratch layout(*this, passes);
+    const ScratchPool::Lease lease = config_.pool->scratch().lease(layout.plan.bytes());
+    layout.place(*this, lease.data());
+    run_gate_up();
+    run_down(passes);
+  }
+
+ protected:
+  // ---- the steps of a pass, in order; the caller holds mutex_ ----
+
+  // Makes the plan. Throws as forward() does.
+  void begin(const ForwardArgs& args) {
+    if (!loaded_) throw_runtime("forward: layer ", config_.layer_idx, " has no weights, load them first");
     call_.kernels = &kernels::active_table();
     call_.config = &config_;
     call_.args = &args;
     call_.plan.build(args.topk_ids, args.num_tokens, static_cast<uint32_t>(config_.num_experts_per_tok),
                      static_cast<uint32_t>(config_.expert_num), args.skip_experts);
-    const uint32_t passes = num_passes();
-    const Scratch layout(*this, passes);
-    const ScratchPool::Lease lease = config_.pool->scratch().lease(layout.bytes);
-    layout.place(*this, lease.data());
+  }
 
+  void run_gate_up() {
     for_parts([&](Part& part, int i) { part.cut_gate_up(call_, config_.pool->num_threads(i)); });
     run_phase(&Part::num_gate_up, [&](const Worker& worker, Part& part, uint32_t task) {
       part.gate_up(call_, call_.workers[static_cast<size_t>(worker.index)], task);
     });
+  }
+
+  void run_down(uint32_t passes) {
     for (uint32_t pass = 0; pass < passes; ++pass) {
       for_parts([&](Part& part, int i) { part.cut_down(call_, config_.pool->num_threads(i), pass, passes); });
       run_phase(&Part::num_down, [&](const Worker& worker, Part& part, uint32_t task) {
         part.down(call_, call_.workers[static_cast<size_t>(worker.index)], task);
       });
-      run_phase(&Part::num_combine,
-                [&](const Worker&, Part& part, uint32_t task) { part.combine(call_, task); });
+      run_combine();
     }
   }
 
- protected:
-  GeneralMOEConfig config_;
-  std::vector<std::unique_ptr<Part>> parts_;
-  ExpertWeights weights_;
-  LayerCall call_;
+  void run_combine() {
+    run_phase(&Part::num_combine,
+              [&](const Worker&, Part& part, uint32_t task) { part.combine(call_, task); });
+  }
 
- private:
-  // Where everything lies in the borrowed scratch.
-  struct Scratch {
-    size_t bytes = 0;
-    std::vector<size_t> h, y;
-    size_t workers = 0, per_worker = 0, operand = 0, c = 0;
-
-    Scratch(const TP_MOE_Common& layer, uint32_t passes) {
-      const auto& k = *layer.call_.kernels;
-      const auto& plan = layer.call_.plan;
-      const auto width = static_cast<uint32_t>(layer.config_.intermediate_size);
-      const auto hidden = static_cast<uint32_t>(layer.config_.hidden_size);
-      for (const auto& expert : plan.active) h.push_back(take(k.operand_bytes(expert.rows, width)));
-      for (const auto& part : layer.parts_)
-        y.push_back(take(size_t{plan.num_rows()} * part->widest_pass(passes) * sizeof(float)));
-
-      uint32_t most_rows = 1;
-      for (const auto& expert : plan.active) most_rows = std::max(most_rows, expert.rows);
-      most_rows =
-          std::min(static_cast<uint32_t>(round_up(most_rows, kernels::kOutputBlock)), kernels::kMaxPanelRows);
-      operand =
-          round_up(k.operand_bytes(std::min(most_rows, most_rows_per_block(hidden)), hidden), kCacheLine);
-      c = round_up(k.c_floats(most_rows, kernels::kMaxPanelOutputs) * sizeof(float), kCacheLine);
-      per_worker = operand + 2 * c + round_up(k.nt_scratch_bytes(std::max(width, hidden)), kCacheLine);
-      workers = take(per_worker * static_cast<size_t>(layer.config_.pool->num_threads()));
-    }
-
-    void place(TP_MOE_Common& layer, std::byte* base) const {
-      LayerCall& call = layer.call_;
-      call.h.clear();
-      for (size_t at : h) call.h.push_back(base + at);
-      for (size_t i = 0; i < y.size(); ++i) layer.parts_[i]->set_y(reinterpret_cast<float*>(base + y[i]));
-      call.workers.resize(static_cast<size_t>(layer.config_.pool->num_threads()));
-      for (size_t i = 0; i < call.workers.size(); ++i) {
-        std::byte* own = base + workers + i * per_worker;
-        call.workers[i] = {PackedRows{}, own, reinterpret_cast<float*>(own + operand),
-                           reinterpret_cast<float*>(own + operand + c), own + operand + 2 * c};
-      }
-    }
-
-   private:
-    size_t take(size_t size) {
-      const size_t at = bytes;
-      bytes += round_up(size, kCacheLine);
-      return at;
-    }
-  };
+  // The rows of one block at most, of an operand of k inputs.
+  uint32_t most_rows(uint32_t k) const {
+    uint32_t most = 1;
+    for (const auto& expert : call_.plan.active) most = std::max(most, expert.rows);
+    return std::min(static_cast<uint32_t>(round_up(most, kernels::kOutputBlock)), most_rows_per_block(k));
+  }
 
   // As many passes over the hidden size as keep the fp32 results of the down projection within a budget that
   // the last-level cache holds.
@@ -169,6 +144,71 @@ class TP_MOE_Common : public MoE_Interface {
     }
   }
 
+  // Tasks that are no part's own, shared by all threads: function(worker, task).
+  template <class Function>
+  void run_tasks(uint32_t num_tasks, Function&& function) {
+    const auto run_task = [&](const Worker& worker, int, uint32_t task) {
+      function(static_cast<uint32_t>(worker.index), task);
+    };
+    if (is_tiny()) {
+      counts_.assign(parts_.size(), 0);
+      counts_[0] = num_tasks;
+      config_.pool->run_inline(counts_, run_task);
+    } else {
+      config_.pool->run(num_tasks, run_task);
+    }
+  }
+
+  GeneralMOEConfig config_;
+  std::vector<std::unique_ptr<Part>> parts_;
+  ExpertWeights weights_;
+  std::vector<NodeMatrices> nodes_;  // of each part, when there are several nodes
+  bool loaded_ = false;
+  LayerCall call_;
+  mutable std::mutex mutex_;  // a layer works on one call at a time, should two engines be given tasks of it
+
+ private:
+  // Where everything lies in the borrowed scratch.
+  struct Scratch {
+    ScratchPlan plan;
+    std::vector<size_t> h, y;
+    size_t workers = 0, per_worker = 0, operand = 0, c = 0;
+
+    Scratch(const TP_MOE_Common& layer, uint32_t passes) {
+      const auto& k = *layer.call_.kernels;
+      const auto width = static_cast<uint32_t>(layer.config_.intermediate_size);
+      const auto hidden = static_cast<uint32_t>(layer.config_.hidden_size);
+      for (const auto& expert : layer.call_.plan.active)
+        h.push_back(plan.take(k.operand_bytes(expert.rows, width)));
+      for (const auto& part : layer.parts_)
+        y.push_back(
+            plan.take(size_t{layer.call_.plan.num_rows()} * part->widest_pass(passes) * sizeof(float)));
+
+      const uint32_t most = std::max(layer.most_rows(hidden), layer.most_rows(width));
+      operand = round_up(k.operand_bytes(layer.most_rows(hidden), hidden), kCacheLine);
+      c = round_up(k.c_floats(most, kernels::kMaxPanelOutputs) * sizeof(float), kCacheLine);
+      per_worker = operand + 2 * c + round_up(k.nt_scratch_bytes(std::max(width, hidden)), kCacheLine);
+      workers = plan.take(per_worker * static_cast<size_t>(layer.config_.pool->num_threads()));
+    }
+
+    void place(TP_MOE_Common& layer, std::byte* base) const {
+      LayerCall& call = layer.call_;
+      call.h.clear();
+      for (size_t at : h) call.h.push_back(base + at);
+      for (size_t i = 0; i < y.size(); ++i) layer.parts_[i]->set_y(reinterpret_cast<float*>(base + y[i]));
+      call.workers.resize(static_cast<size_t>(layer.config_.pool->num_threads()));
+      for (size_t i = 0; i < call.workers.size(); ++i) {
+        std::byte* own = base + workers + i * per_worker;
+        call.workers[i] = {static_cast<uint32_t>(i),
+                           PackedRows{},
+                           own,
+                           reinterpret_cast<float*>(own + operand),
+                           reinterpret_cast<float*>(own + operand + c),
+                           own + operand + 2 * c};
+      }
+    }
+  };
+
   // On one node the parts read the caller's memory. On several each gets its own rows, once, and the
   // caller's memory is let go: every byte is still held once.
   bool spans_nodes() const {
@@ -202,9 +242,6 @@ class TP_MOE_Common : public MoE_Interface {
       expect("down_bias", w.biases.down.size(), num * static_cast<size_t>(config_.hidden_size));
   }
 
-  std::vector<NodeMatrices> nodes_;  // of each part, when there are several nodes
-  bool loaded_ = false;
-  std::mutex mutex_;  // a layer works on one call at a time, should two engines be given tasks of it
   std::vector<uint32_t> counts_;
 };
 

@@ -17,6 +17,7 @@ class ScratchPool {
    public:
     Lease(ScratchPool& pool, AlignedBuffer buffer) : pool_(pool), buffer_(std::move(buffer)) {}
     ~Lease() { pool_.give_back(std::move(buffer_)); }
+    Lease(Lease&& other) noexcept : pool_(other.pool_), buffer_(std::move(other.buffer_)) {}
     Lease(const Lease&) = delete;
     Lease& operator=(const Lease&) = delete;
     std::byte* data() const { return buffer_.data(); }

@@ -53,6 +53,9 @@ enum class Layout {
   kOdd,      // at odd addresses: weights in a file whose header has an odd length
 };
 
+inline constexpr Layout kWeightLayouts[] = {Layout::kAligned, Layout::kTight, Layout::kApart, Layout::kOdd};
+inline constexpr Layout kActivationLayouts[] = {Layout::kAligned, Layout::kTight, Layout::kApart};
+
 // bf16 rows in memory; what is between the rows is NaN.
 class Matrix {
  public:
@@ -109,6 +112,24 @@ class Matrix {
   size_t stride_;  // bytes
   Guarded<std::byte> bytes_;
 };
+
+// Rows to gather: with gaps, repeated, in no order.
+inline std::vector<int32_t> random_index(Random& random, uint32_t m, uint32_t rows) {
+  std::vector<int32_t> index(m);
+  for (int32_t& i : index) i = static_cast<int32_t>(random.below(rows));
+  return index;
+}
+
+// Decoded rows as another type; reading them once keeps the tests quick where floating point is emulated.
+template <class T>
+std::vector<std::vector<T>> rows_as(const Matrix& matrix) {
+  std::vector<std::vector<T>> rows;
+  for (uint32_t r = 0; r < matrix.rows(); ++r) {
+    const std::vector<float> row = matrix.row(r);
+    rows.emplace_back(row.begin(), row.end());
+  }
+  return rows;
+}
 
 // An operand made by pack, with the memory it may refer to.
 struct Packed {

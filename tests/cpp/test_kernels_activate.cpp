@@ -2,63 +2,14 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
-#include <string>
 #include <vector>
 
-#include "kernel_helpers.h"
+#include "activation_helpers.h"
 
 using namespace ktmoe;
 using namespace ktmoe::test;
-using kernels::Activation;
-using kernels::ActivationKind;
 
 namespace {
-
-struct Named {
-  const char* name;
-  Activation activation;
-};
-
-const std::vector<Named>& activations() {
-  using Kind = ActivationKind;
-  static const std::vector<Named> all = {
-      {"silu", {.kind = Kind::kSilu}},
-      {"silu, limit 10", {.kind = Kind::kSilu, .limit = 10}},
-      {"swigluoai", {.kind = Kind::kSwigluOai, .limit = 7}},
-      {"swiglustep", {.kind = Kind::kSwigluStep, .limit = 7}},
-      {"gelu", {.kind = Kind::kGelu}},
-      {"gelu_tanh", {.kind = Kind::kGeluTanh}},
-      {"situ", {.kind = Kind::kSitu}},
-      {"silu, not gated", {.kind = Kind::kSilu, .gated = false}},
-      {"gelu_tanh, not gated", {.kind = Kind::kGeluTanh, .gated = false}},
-      {"relu2", {.kind = Kind::kRelu2, .gated = false}},
-  };
-  return all;
-}
-
-// ---- the formulas, in double ----
-
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
-double silu(double x) { return x * sigmoid(x); }
-double gelu(double x) { return x * std::erfc(-x * std::sqrt(0.5)) / 2; }
-// (1 + tanh y) / 2 = sigmoid(2 y), which does not cancel
-double gelu_tanh(double x) { return x * sigmoid(2 * std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)); }
-
-double truth(const Activation& a, double g, double u) {
-  const double limit = a.limit, g_below = std::min(g, limit), u_within = std::min(std::max(u, -limit), limit);
-  if (!a.gated) u = 1;
-  switch (a.kind) {
-    case ActivationKind::kSilu: return a.gated ? silu(g_below) * u_within : silu(g);
-    case ActivationKind::kSwigluOai: return g_below * sigmoid(a.alpha * g_below) * (u_within + 1);
-    case ActivationKind::kSwigluStep: return std::min(silu(g), limit) * u_within;
-    case ActivationKind::kGelu: return gelu(g) * u;
-    case ActivationKind::kGeluTanh: return gelu_tanh(g) * u;
-    case ActivationKind::kSitu:
-      return a.beta1 * std::tanh(g / a.beta1) * sigmoid(g) * a.beta2 * std::tanh(u / a.beta2);
-    case ActivationKind::kRelu2: return std::max(g, 0.0) * std::max(g, 0.0);
-  }
-  return NAN;
-}
 
 // A bf16 next to the rounded truth is right: fp32 may lie on the other side of a tie. So is an error that
 // comes from a sigmoid too small for a normal number, which counts as zero.
@@ -69,43 +20,6 @@ bool is_close(float h, double truth, double g, double u) {
 }
 
 // ---- driving the kernels ----
-
-// An intermediate [M, I] in the layout of a table, NaN before anything is written.
-struct Intermediate {
-  const KernelTable& table;
-  uint32_t m, width;
-  Guarded<std::byte> memory;
-
-  Intermediate(const KernelTable& t, uint32_t m_, uint32_t width_)
-      : table(t),
-        m(m_),
-        width(width_),
-        memory(Guarded<std::byte>::on_cache_line(t.operand_bytes(m_, width_))) {}
-
-  Operand rows(uint32_t m0, uint32_t m1) const {
-    return table.operand_block(memory.data(), m, width, m0, m1);
-  }
-
-  // Row-major values: the product with the identity, which is exact.
-  std::vector<float> values() const {
-    uint32_t at = 0;
-    const Matrix one(width, width, Layout::kAligned, [&] {
-      const bool diagonal = at / width == at % width;
-      return ++at, diagonal ? 1.0f : 0.0f;
-    });
-    std::vector<float> all(size_t{m} * width);
-    for (uint32_t m0 = 0; m0 < m; m0 += kernels::kMaxPanelRows) {
-      const uint32_t m1 = std::min(m, m0 + kernels::kMaxPanelRows);
-      for (uint32_t n0 = 0; n0 < width; n0 += kernels::kMaxPanelOutputs) {
-        const uint32_t n1 = std::min(width, n0 + kernels::kMaxPanelOutputs);
-        const std::vector<float> part = product(table, rows(m0, m1), one.weights(), n0, n1);
-        for (uint32_t i = m0; i < m1; ++i)
-          std::copy_n(part.begin() + (i - m0) * (n1 - n0), n1 - n0, all.begin() + i * width + n0);
-      }
-    }
-    return all;
-  }
-};
 
 // The gate and up projections of an expert with their biases, and the activation.
 struct Expert {
@@ -170,29 +84,6 @@ struct Expert {
     return sum;
   }
 };
-
-// The activation of values given as biases on a C of zeros, `gates.size()` at a time.
-std::vector<float> activate_values(const KernelTable& table, const Activation& a,
-                                   const std::vector<float>& gates, const std::vector<float>& ups) {
-  const uint32_t n = static_cast<uint32_t>(gates.size());
-  const Intermediate h(table, 1, n);
-  const auto zeros = Guarded<float>::on_cache_line(table.c_floats(1, n));
-  for (float& c : zeros) c = 0;
-  const Guarded<float> g(n), u(n);
-  std::copy(gates.begin(), gates.end(), g.begin());
-  std::copy(ups.begin(), ups.end(), u.begin());
-  kernels::ActivateArgs args;
-  args.activation = a;
-  args.c_gate = zeros.data(), args.gate_bias = g.data();
-  if (a.gated) args.c_up = zeros.data(), args.up_bias = u.data();
-  args.n1 = n, args.h = h.rows(0, 1);
-  table.activate(args);
-  return h.values();
-}
-
-std::string text(const KernelTable& table, const Named& named) {
-  return std::string(isa_name(table.isa)) + ", " + named.name;
-}
 
 // Every magnitude, the neighbourhood of zero and of the limits, and values far outside; none that overflows,
 // as an infinity would show in every column when the intermediate is read by a product.

@@ -160,6 +160,21 @@ TEST_CASE("combine: any weights, within the bound of the rounding") {
   }
 }
 
+TEST_CASE("combine: no weights are weights of one") {
+  for (const KernelTable* table : usable_tables()) {
+    INFO(isa_name(table->isa).data());
+    Random random(44);
+    for (int i = 0; i < 30; ++i) {
+      Call call(random, 1 + random.below(6), 1 + random.below(9), 1 + random.below(50));
+      for (float& w : call.weights) w = 1;
+      call.args.weights = nullptr;
+      const Base base = static_cast<Base>(i % 3);
+      CHECK(wrong_outputs<bf16, float>(*table, call, base, random) == 0);
+      CHECK(wrong_outputs<float, bf16>(*table, call, base, random) == 0);
+    }
+  }
+}
+
 TEST_CASE("combine: a token with a hidden state that is not finite is NaN, if anything of it was computed") {
   for (const KernelTable* table : usable_tables()) {
     INFO(isa_name(table->isa).data());

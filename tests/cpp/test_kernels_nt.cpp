@@ -12,8 +12,6 @@ using namespace ktmoe::test;
 
 namespace {
 
-constexpr Layout kWeightLayouts[] = {Layout::kAligned, Layout::kTight, Layout::kApart, Layout::kOdd};
-constexpr Layout kActivationLayouts[] = {Layout::kAligned, Layout::kTight, Layout::kApart};
 // Around every width that a kernel steps by or blocks at: segments of 8, 16, 32, blocks of 512 and 2048.
 constexpr uint32_t kInputs[] = {1,   2,   7,   8,    9,    15,   16,   17,   31,   32,
                                 33,  47,  48,  63,   64,   65,   96,   97,   255,  511,
@@ -44,13 +42,6 @@ Shape random_shape(Random& random, uint32_t m, uint32_t k) {
   return s;
 }
 
-// Rows to gather: with gaps, repeated, in no order.
-std::vector<int32_t> random_index(Random& random, uint32_t m, uint32_t rows) {
-  std::vector<int32_t> index(m);
-  for (int32_t& i : index) i = static_cast<int32_t>(random.below(rows));
-  return index;
-}
-
 struct Operands {
   Matrix x, w;
   std::vector<int32_t> index;
@@ -63,17 +54,6 @@ struct Operands {
   RowsView rows() const { return x.activations(index.empty() ? nullptr : index.data()); }
   uint32_t row(uint32_t m) const { return index.empty() ? m : static_cast<uint32_t>(index[m]); }
 };
-
-// Decoded rows as another type; reading them once keeps the tests quick where floating point is emulated.
-template <class T>
-std::vector<std::vector<T>> rows_as(const Matrix& matrix) {
-  std::vector<std::vector<T>> rows;
-  for (uint32_t r = 0; r < matrix.rows(); ++r) {
-    const std::vector<float> row = matrix.row(r);
-    rows.emplace_back(row.begin(), row.end());
-  }
-  return rows;
-}
 
 // The product of whole numbers, which is exact.
 std::vector<float> exact_product(const Shape& s, const Operands& o, const Matrix& w) {

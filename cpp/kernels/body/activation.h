@@ -20,26 +20,37 @@ KT_INLINE Float clip(const Float& x, float limit) {
   return Vec::clamp_above(Vec::clamp_below(x, Vec::set(-limit)), Vec::set(limit));
 }
 
+// What depends on the gate: every activation is the product of this and a factor of up.
 template <ActivationKind kKind>
-KT_INLINE Float gated(const Activation& a, Float g, Float u) {
+KT_INLINE Float gate_factor(const Activation& a, const Float& g) {
   if constexpr (kKind == ActivationKind::kSilu) {
-    g = Vec::clamp_above(g, Vec::set(a.limit));
-    u = clip(u, a.limit);
-    return Vec::mul(silu_f(g), u);
+    return silu_f(Vec::clamp_above(g, Vec::set(a.limit)));
   } else if constexpr (kKind == ActivationKind::kSwigluOai) {
-    g = Vec::clamp_above(g, Vec::set(a.limit));
-    u = clip(u, a.limit);
-    const Float gate = Vec::mul(g, sigmoid(Vec::mul(g, Vec::set(a.alpha))));
-    return Vec::mul(gate, Vec::add(u, Vec::set(1.0f)));
+    const Float limited = Vec::clamp_above(g, Vec::set(a.limit));
+    return Vec::mul(limited, sigmoid(Vec::mul(limited, Vec::set(a.alpha))));
   } else if constexpr (kKind == ActivationKind::kSwigluStep) {
-    return Vec::mul(Vec::clamp_above(silu_f(g), Vec::set(a.limit)), clip(u, a.limit));
+    return Vec::clamp_above(silu_f(g), Vec::set(a.limit));
   } else if constexpr (kKind == ActivationKind::kGelu) {
-    return Vec::mul(Vec::mul(g, normal_cdf(g)), u);
+    return Vec::mul(g, normal_cdf(g));
   } else if constexpr (kKind == ActivationKind::kGeluTanh) {
-    return Vec::mul(gelu_tanh_f(g), u);
+    return gelu_tanh_f(g);
   } else {
     static_assert(kKind == ActivationKind::kSitu);
-    return Vec::mul(Vec::mul(soft_limit(g, a.beta1), sigmoid(g)), soft_limit(u, a.beta2));
+    return Vec::mul(soft_limit(g, a.beta1), sigmoid(g));
+  }
+}
+
+template <ActivationKind kKind>
+KT_INLINE Float up_factor(const Activation& a, const Float& u) {
+  if constexpr (kKind == ActivationKind::kSilu || kKind == ActivationKind::kSwigluStep) {
+    return clip(u, a.limit);
+  } else if constexpr (kKind == ActivationKind::kSwigluOai) {
+    return Vec::add(clip(u, a.limit), Vec::set(1.0f));
+  } else if constexpr (kKind == ActivationKind::kSitu) {
+    return soft_limit(u, a.beta2);
+  } else {
+    static_assert(kKind == ActivationKind::kGelu || kKind == ActivationKind::kGeluTanh);
+    return u;
   }
 }
 
@@ -57,11 +68,13 @@ KT_INLINE Float ungated(const Float& g) {
 }
 
 // How one activation maps vectors of gate and up; `u` is ignored when not gated.
-template <ActivationKind kKind, bool kGated>
+template <ActivationKind kActivation, bool kHasUp>
 struct ActivationMap {
+  static constexpr ActivationKind kKind = kActivation;
+  static constexpr bool kGated = kHasUp;
   static KT_INLINE Float apply(const Activation& a, const Float& g, const Float& u) {
     if constexpr (kGated) {
-      return gated<kKind>(a, g, u);
+      return Vec::mul(gate_factor<kKind>(a, g), up_factor<kKind>(a, u));
     } else {
       return ungated<kKind>(g);
     }
@@ -69,8 +82,8 @@ struct ActivationMap {
 };
 
 // Runs Panel<Map>::run(args) for the activation that args names: one branch a panel.
-template <template <class> class Panel>
-void for_activation(const ActivateArgs& args) {
+template <template <class> class Panel, class Args>
+void for_activation(const Args& args) {
   using Kind = ActivationKind;
   if (args.activation.gated) {
     switch (args.activation.kind) {
@@ -90,4 +103,11 @@ void for_activation(const ActivateArgs& args) {
       default: break;
     }
   }
+}
+
+// Inference without adapters: nothing but the intermediate comes out.
+inline bool is_plain(const ActivateArgs& a) {
+  const KeptRows& kept = a.kept;
+  return a.l_gate == nullptr && a.l_up == nullptr && kept.gate == nullptr && kept.up == nullptr &&
+         kept.h == nullptr && a.h.data != nullptr;
 }

@@ -28,29 +28,31 @@ inline size_t nt_scratch_bytes_tiles(uint32_t k) {
   return div_up(k < kTileBlockK ? k : kTileBlockK, kTileK) * 2 * kTileBytes;
 }
 
-// The tile configuration of one or two panels, given back when it goes out of scope: idle tiles would make
-// every context switch save them.
+// The tile configuration of a step: rows of A and of C by columns of B and of C, each of one or two tiles (0:
+// no second). Given back when it goes out of scope: idle tiles would make every context switch save them.
 class TileScope {
  public:
   ~TileScope() {
     if (columns_[0]) Tile::release();
   }
-  void use(uint32_t columns0, uint32_t columns1) {
-    if (columns_[0] == columns0 && columns_[1] == columns1) return;
+  void use(uint32_t columns0, uint32_t columns1, uint32_t rows0 = kTileRows, uint32_t rows1 = kTileRows) {
+    if (columns_[0] == columns0 && columns_[1] == columns1 && rows_[0] == rows0 && rows_[1] == rows1) return;
+    constexpr uint32_t kPairs = kTileK / 2;
+    const uint32_t rows[8] = {rows0, rows0, rows1, rows1, rows0, rows1, kPairs, kPairs};
+    const uint32_t columns[8] = {columns0, columns1, columns0, columns1, kPairs, kPairs, columns0, columns1};
     TileConfig config;
-    const uint32_t columns[8] = {columns0,   columns1,   columns0, columns1,
-                                 kTileK / 2, kTileK / 2, columns0, columns1};
     for (int tile = 0; tile < 8; ++tile) {
+      if (rows[tile] == 0 || columns[tile] == 0) continue;
       config.column_bytes[tile] = static_cast<uint16_t>(columns[tile] * 4);
-      config.rows[tile] = columns[tile] ? kTileRows : 0;
+      config.rows[tile] = static_cast<uint8_t>(rows[tile]);
     }
     Tile::configure(config);
-    columns_[0] = columns0;
-    columns_[1] = columns1;
+    columns_[0] = columns0, columns_[1] = columns1;
+    rows_[0] = rows0, rows_[1] = rows1;
   }
 
  private:
-  uint32_t columns_[2] = {0, 0};
+  uint32_t columns_[2] = {0, 0}, rows_[2] = {0, 0};
 };
 
 // A block of K of a group of 32 weight rows, as they are stored or as tiles in scratch.
@@ -96,8 +98,9 @@ KT_INLINE void prefetch_rows(const TileBlock& w, size_t step) {
   for (uint32_t r = 0; r < kTileRows; ++r, row += w.row_stride) __builtin_prefetch(row, 0, 3);
 }
 
-// One block, of one or two tiles of weight rows, against panels p and, when kPanels is 2, p + 1. Scratch, which
-// no other panel needs soon, is loaded past the first-level cache; activations are not (Emerald Rapids: 5 %).
+// One block, of one or two tiles of weight rows, against panels p and, when kPanels is 2, p + 1. Scratch,
+// which no other panel needs soon, is loaded past the first-level cache; activations are not (Emerald Rapids:
+// 5 %).
 template <int kWeights, int kPanels, Weights kFrom>
 KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, uint32_t n, bool zero_first) {
   // A column is 4 bytes in both: a float of C, a pair of bf16 of X.

@@ -37,15 +37,48 @@ KT_INLINE Float load_bias(const float* bias, size_t at, size_t count) {
 template <class Map>
 struct ActivateRows {
   static void run(const ActivateArgs& a) {
+    if (is_plain(a)) {
+      run_plain(a);
+    } else {
+      run_training(a);
+    }
+  }
+
+  static KT_INLINE bf16* intermediate(const ActivateArgs& a, uint32_t m, size_t j) {
+    auto* to = const_cast<std::byte*>(a.h.data) + m * a.h.stride_bytes + (a.n0 + j) * sizeof(bf16);
+    return reinterpret_cast<bf16*>(to);
+  }
+
+  static void run_plain(const ActivateArgs& a) {
     const size_t n = a.n1 - a.n0, ld = c_stride(a.n1 - a.n0);
     for (size_t j = 0; j < n; j += Vec::kWidth) {
       const Float gate_bias = load_bias(a.gate_bias, j, n), up_bias = load_bias(a.up_bias, j, n);
       for (uint32_t m = 0; m < a.h.rows; ++m) {
         const Float g = Vec::add(Vec::load_f(a.c_gate + m * ld + j), gate_bias);
         const Float u = a.c_up ? Vec::add(Vec::load_f(a.c_up + m * ld + j), up_bias) : g;
+        store_partial_bf16(intermediate(a, m, j), Map::apply(a.activation, g, u), n - j);
+      }
+    }
+  }
+
+  static void run_training(const ActivateArgs& a) {
+    const size_t n = a.n1 - a.n0, ld = c_stride(a.n1 - a.n0);
+    const Float scale = Vec::set(a.lora_scale);
+    const KeptRows& kept = a.kept;
+    for (size_t j = 0; j < n; j += Vec::kWidth) {
+      const Float gate_bias = load_bias(a.gate_bias, j, n), up_bias = load_bias(a.up_bias, j, n);
+      for (uint32_t m = 0; m < a.h.rows; ++m) {
+        const size_t at = m * kept.stride + j;
+        const Float g = Vec::add(with_adapter(a.c_gate, a.l_gate, scale, m * ld + j), gate_bias);
+        if (kept.gate) store_partial(kept.gate, kept.type, at, g, n - j);
+        Float u = g;
+        if (a.c_up) {
+          u = Vec::add(with_adapter(a.c_up, a.l_up, scale, m * ld + j), up_bias);
+          if (kept.up) store_partial(kept.up, kept.type, at, u, n - j);
+        }
         const Float h = Map::apply(a.activation, g, u);
-        auto* to = const_cast<std::byte*>(a.h.data) + m * a.h.stride_bytes + (a.n0 + j) * sizeof(bf16);
-        store_partial_bf16(reinterpret_cast<bf16*>(to), h, n - j);
+        if (kept.h) store_partial_bf16(kept.h + at, h, n - j);
+        if (a.h.data) store_partial_bf16(intermediate(a, m, j), h, n - j);
       }
     }
   }
@@ -55,13 +88,17 @@ inline void activate_rows(const ActivateArgs& args) { for_activation<ActivateRow
 
 inline void store_rows_rows(const StoreRowsArgs& a) {
   const size_t ld = c_stride(a.n);
+  const bool copied = a.l == nullptr && a.bias == nullptr && a.y_type == FloatType::kFloat32;
+  const Float scale = Vec::set(a.lora_scale);
   for (uint32_t m = 0; m < a.m; ++m) {
-    const float* c = a.c + m * ld;
-    float* y = a.y + m * a.y_stride;
-    if (a.bias == nullptr) {
-      std::memcpy(y, c, a.n * sizeof(float));
-    } else {
-      for (uint32_t n = 0; n < a.n; ++n) y[n] = c[n] + a.bias[n];
+    if (copied) {
+      std::memcpy(static_cast<float*>(a.y) + m * a.y_stride, a.c + m * ld, a.n * sizeof(float));
+      continue;
+    }
+    for (size_t j = 0; j < a.n; j += Vec::kWidth) {
+      Float y = with_adapter(a.c, a.l, scale, m * ld + j);
+      if (a.bias) y = Vec::add(y, load_bias(a.bias, j, a.n));
+      store_partial(a.y, a.y_type, m * a.y_stride + j, y, a.n - j);
     }
   }
 }

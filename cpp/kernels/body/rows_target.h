@@ -3,10 +3,16 @@
 #define KT_TARGET_REGION
 #include "formats/all.h"
 #include "kernels/body/math.h"
+#include "kernels/body/elements.h"
 #include "kernels/body/activation.h"
+#include "kernels/body/activation_backward.h"
 #include "kernels/body/combine.h"
 #include "kernels/body/nt_rows.h"
 #include "kernels/body/rows.h"
+#include "kernels/body/pairs.h"
+#include "kernels/body/nn_rows.h"
+#include "kernels/body/tn.h"
+#include "kernels/body/tn_rows.h"
 #include "kernels/body/limits.h"
 #include "kernels/body/table_rows.h"
 #undef KT_TARGET_REGION

@@ -18,6 +18,18 @@ const KernelTable& table() {
       .activate = activate_rows,
       .store_rows = store_rows_rows,
       .combine = combine_rows,
+      .left_bytes = left_bytes_rows,
+      .pack_left = pack_left_rows,
+      .nn_scratch_bytes = nn_scratch_bytes_rows,
+      .nn =
+          {
+#define KT_FORMAT(id, type) nn_rows<formats::type>,
+#include "formats/formats.inc"
+#undef KT_FORMAT
+          },
+      .tn_scratch_bytes = tn_scratch_bytes_rows,
+      .tn = tn_rows,
+      .activate_backward = activate_backward_rows,
       .limits = {limit_read, limit_dot_rows, limit_step_rows},
   };
   return table;

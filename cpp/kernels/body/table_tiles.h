@@ -18,6 +18,18 @@ const KernelTable& table() {
       .activate = activate_tiles,
       .store_rows = store_rows_tiles,
       .combine = combine_rows,
+      .left_bytes = left_bytes_tiles,
+      .pack_left = pack_left_tiles,
+      .nn_scratch_bytes = nn_scratch_bytes_tiles,
+      .nn =
+          {
+#define KT_FORMAT(id, type) nn_tiles<formats::type>,
+#include "formats/formats.inc"
+#undef KT_FORMAT
+          },
+      .tn_scratch_bytes = tn_scratch_bytes_tiles,
+      .tn = tn_tiles,
+      .activate_backward = activate_backward_rows,
       .limits = {limit_read, limit_dot_tiles, limit_step_tiles},
   };
   return table;

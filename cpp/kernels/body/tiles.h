@@ -59,6 +59,46 @@ inline Operand pack_tiles(const RowsView& rows, uint32_t m, uint32_t k, std::byt
   return Operand{data, panel_bytes(k), nullptr, m, k};
 }
 
+// Up to 32 outputs of a panel's tokens on their way to rows: a row of 16 dwords is a pair of outputs in bf16
+// or one in fp32, so that both leave by the same transposition.
+struct LeavingOutputs {
+  static constexpr uint32_t kOutputs = 32;
+  alignas(64) std::byte bytes[kOutputs * kPanelColumns * sizeof(float)];
+
+  KT_INLINE std::byte* row(uint32_t i) { return bytes + i * kPanelColumns * sizeof(uint32_t); }
+
+  // Outputs i, even, and i + 1 of tokens m and behind.
+  KT_INLINE void put(FloatType type, uint32_t i, uint32_t m, const Float& even, const Float& odd) {
+    if (type == FloatType::kBf16) {
+      Vec::store_bf16_pairs(reinterpret_cast<bf16*>(row(i / 2)) + 2 * m, even, odd);
+    } else {
+      Vec::store_f(reinterpret_cast<float*>(row(i)) + m, even);
+      Vec::store_f(reinterpret_cast<float*>(row(i + 1)) + m, odd);
+    }
+  }
+
+  // The first `count` outputs of `width` tokens, to rows from element `at` on.
+  void write(void* rows, FloatType type, size_t at, size_t stride, uint32_t width, uint32_t count) {
+    const size_t size = size_of(type);
+    std::byte* to = static_cast<std::byte*>(rows) + at * size;
+    const std::byte* from[kPanelColumns];
+    alignas(64) uint32_t turned[kPanelColumns][kPanelColumns];
+    for (uint32_t first = 0; count * size > first * sizeof(uint32_t); first += kPanelColumns) {
+      for (uint32_t i = 0; i < kPanelColumns; ++i) from[i] = row(first + i);
+      transpose_dwords(from, 0, turned[0]);
+      const size_t left = count * size - first * sizeof(uint32_t);
+      for (uint32_t m = 0; m < width; ++m) {
+        std::byte* line = to + m * stride * size + first * sizeof(uint32_t);
+        if (left >= sizeof turned[m]) {
+          std::memcpy(line, turned[m], sizeof turned[m]);
+        } else {
+          std::memcpy(line, turned[m], left);
+        }
+      }
+    }
+  }
+};
+
 // Two rows of C, outputs n and n + 1 of a panel's tokens, are one row of pairs of the operand.
 template <class Map>
 struct ActivateTiles {
@@ -123,47 +163,122 @@ struct ActivateTiles {
     std::memcpy(to, pairs, static_cast<size_t>(end - to) * sizeof(bf16));
   }
 
+  // A row of a narrow panel is taken as a full one: what lies behind it in the C block is computed too, and
+  // dropped.
+  static void training_panel(const ActivateArgs& a, size_t c, uint32_t m0, uint32_t width, bf16* to) {
+    const uint32_t outputs = a.n1 - a.n0;
+    LeavingOutputs gate, up, h;
+    for (uint32_t n = 0; n < outputs; n += LeavingOutputs::kOutputs, c += LeavingOutputs::kOutputs * width) {
+      const uint32_t left = outputs - n,
+                     count = left < LeavingOutputs::kOutputs ? left : LeavingOutputs::kOutputs;
+      for (uint32_t i = 0; i < count; i += 2) {
+        for (uint32_t m = 0; m < width; m += Vec::kWidth) {
+          const Values even = values(a, c + i * width + m, n + i);
+          const Values odd = i + 1 < count ? values(a, c + (i + 1) * width + m, n + i + 1)
+                                           : Values{even.g, even.u, Vec::set(0.0f)};
+          if (a.kept.gate) gate.put(a.kept.type, i, m, even.g, odd.g);
+          if (a.kept.up) up.put(a.kept.type, i, m, even.u, odd.u);
+          h.put(FloatType::kBf16, i, m, even.h, odd.h);
+        }
+        if (to) std::memcpy(to + (n + i) * width, h.row(i / 2), width * 2 * sizeof(bf16));
+      }
+      const size_t at = m0 * a.kept.stride + n;
+      if (a.kept.gate) gate.write(a.kept.gate, a.kept.type, at, a.kept.stride, width, count);
+      if (a.kept.up) up.write(a.kept.up, a.kept.type, at, a.kept.stride, width, count);
+      if (a.kept.h) h.write(a.kept.h, FloatType::kBf16, at, a.kept.stride, width, count);
+    }
+  }
+
+  struct Values {
+    Float g, u, h;
+  };
+  static KT_INLINE Values values(const ActivateArgs& a, size_t at, uint32_t n) {
+    const Float scale = Vec::set(a.lora_scale);
+    const Float g = Vec::add(with_adapter(a.c_gate, a.l_gate, scale, at), bias(a.gate_bias, n));
+    if (a.c_up == nullptr) return {g, g, Map::apply(a.activation, g, g)};
+    const Float u = Vec::add(with_adapter(a.c_up, a.l_up, scale, at), bias(a.up_bias, n));
+    return {g, u, Map::apply(a.activation, g, u)};
+  }
+
   static void run(const ActivateArgs& a) {
+    const bool plain = is_plain(a);
     const uint32_t n_padded = tile_n_padded(a.n1 - a.n0);
     const uint32_t end = static_cast<uint32_t>(round_up(a.n1, 2));
     const uint32_t padded = a.n1 == a.h.k ? static_cast<uint32_t>(round_up(a.n1, kTileK)) : end;
     for (uint32_t p = 0; p * kPanelColumns < a.h.rows; ++p) {
       const uint32_t width = panel_width(a.h, p);
-      bf16* panel = reinterpret_cast<bf16*>(const_cast<std::byte*>(a.h.data) + p * a.h.stride_bytes);
       const size_t c = size_t{p} * n_padded * kPanelColumns;
-      if (width == kPanelColumns) {
-        full_panel(a, c, panel + size_t{a.n0} * width);
-      } else {
-        narrow_panel(a, c, width, panel + size_t{a.n0} * width);
+      bf16* to = nullptr;
+      if (a.h.data) {
+        auto* panel = const_cast<std::byte*>(a.h.data) + p * a.h.stride_bytes;
+        to = reinterpret_cast<bf16*>(panel) + size_t{a.n0} * width;
       }
-      std::memset(panel + size_t{end} * width, 0, (padded - end) * width * sizeof(bf16));
+      if (!plain) {
+        training_panel(a, c, p * kPanelColumns, width, to);
+      } else if (width == kPanelColumns) {
+        full_panel(a, c, to);
+      } else {
+        narrow_panel(a, c, width, to);
+      }
+      if (to) std::memset(to + size_t{end - a.n0} * width, 0, (padded - end) * width * sizeof(bf16));
     }
   }
 };
 
 inline void activate_tiles(const ActivateArgs& args) { for_activation<ActivateTiles>(args); }
 
-inline void store_rows_tiles(const StoreRowsArgs& a) {
-  const uint32_t n_padded = tile_n_padded(a.n);
-  for (uint32_t m = 0; m < a.m; m += kPanelColumns) {
-    const float* c = a.c + size_t{m} * n_padded;
-    const uint32_t width = a.m - m < kPanelColumns ? a.m - m : kPanelColumns;
-    uint32_t n = 0;
-    if (width == kPanelColumns) {
-      const std::byte* row[kPanelColumns];
-      for (; n + kPanelColumns <= a.n; n += kPanelColumns) {
-        for (uint32_t i = 0; i < kPanelColumns; ++i)
-          row[i] = reinterpret_cast<const std::byte*>(c + (n + i) * kPanelColumns);
-        float* y = a.y + m * a.y_stride + n;
-        transpose_dwords(row, 0, reinterpret_cast<uint32_t*>(y), a.y_stride);
-        if (a.bias == nullptr) continue;
-        for (uint32_t i = 0; i < kPanelColumns; ++i, y += a.y_stride)
-          for (uint32_t j = 0; j < kPanelColumns; ++j) y[j] += a.bias[n + j];
+// Outputs of the panel that begins with row m0, in fp32 as they are but for the bias.
+inline void store_panel(const StoreRowsArgs& a, const float* c, uint32_t m0, uint32_t width) {
+  float* rows = static_cast<float*>(a.y) + m0 * a.y_stride;
+  uint32_t n = 0;
+  if (width == kPanelColumns) {
+    const std::byte* row[kPanelColumns];
+    for (; n + kPanelColumns <= a.n; n += kPanelColumns) {
+      for (uint32_t i = 0; i < kPanelColumns; ++i)
+        row[i] = reinterpret_cast<const std::byte*>(c + (n + i) * kPanelColumns);
+      float* y = rows + n;
+      transpose_dwords(row, 0, reinterpret_cast<uint32_t*>(y), a.y_stride);
+      if (a.bias == nullptr) continue;
+      for (uint32_t i = 0; i < kPanelColumns; ++i, y += a.y_stride)
+        for (uint32_t j = 0; j < kPanelColumns; ++j) y[j] += a.bias[n + j];
+    }
+  }
+  for (uint32_t i = 0; i < width; ++i) {
+    float* y = rows + i * a.y_stride;
+    for (uint32_t j = n; j < a.n; ++j) y[j] = c[j * width + i] + (a.bias ? a.bias[j] : 0.0f);
+  }
+}
+
+KT_INLINE Float adapted_output(const StoreRowsArgs& a, size_t at, uint32_t n) {
+  const Float y = with_adapter(a.c, a.l, Vec::set(a.lora_scale), at);
+  return a.bias ? Vec::add(y, Vec::set(a.bias[n])) : y;
+}
+
+// The same with adapters or to bf16: added and rounded before they are turned. `c` is where the panel begins.
+inline void store_adapted_panel(const StoreRowsArgs& a, size_t c, uint32_t m0, uint32_t width) {
+  LeavingOutputs outputs;
+  for (uint32_t n = 0; n < a.n; n += LeavingOutputs::kOutputs, c += LeavingOutputs::kOutputs * width) {
+    const uint32_t left = a.n - n, count = left < LeavingOutputs::kOutputs ? left : LeavingOutputs::kOutputs;
+    for (uint32_t i = 0; i < count; i += 2) {
+      for (uint32_t m = 0; m < width; m += Vec::kWidth) {
+        const Float even = adapted_output(a, c + i * width + m, n + i);
+        const Float odd = i + 1 < count ? adapted_output(a, c + (i + 1) * width + m, n + i + 1) : even;
+        outputs.put(a.y_type, i, m, even, odd);
       }
     }
-    for (uint32_t i = 0; i < width; ++i) {
-      float* y = a.y + (m + i) * a.y_stride;
-      for (uint32_t j = n; j < a.n; ++j) y[j] = c[j * width + i] + (a.bias ? a.bias[j] : 0.0f);
+    outputs.write(a.y, a.y_type, m0 * a.y_stride + n, a.y_stride, width, count);
+  }
+}
+
+inline void store_rows_tiles(const StoreRowsArgs& a) {
+  const uint32_t n_padded = tile_n_padded(a.n);
+  const bool plain = a.l == nullptr && a.y_type == FloatType::kFloat32;
+  for (uint32_t m = 0; m < a.m; m += kPanelColumns) {
+    const uint32_t width = a.m - m < kPanelColumns ? a.m - m : kPanelColumns;
+    if (plain) {
+      store_panel(a, a.c + size_t{m} * n_padded, m, width);
+    } else {
+      store_adapted_panel(a, size_t{m} * n_padded, m, width);
     }
   }
 }

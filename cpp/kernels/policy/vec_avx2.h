@@ -11,10 +11,12 @@ struct Vec {
     __m256 even, odd;
   };
   static KT_INLINE Acc zero_acc() { return _mm256_setzero_ps(); }
-  static KT_INLINE Segment load(const std::byte* p) {
-    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  static KT_INLINE Segment split(__m256i pairs) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
             _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+  static KT_INLINE Segment load(const std::byte* p) {
+    return split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static KT_INLINE Segment load_partial(const std::byte* p, size_t count) {
     alignas(32) std::byte full[32] = {};
@@ -47,6 +49,15 @@ struct Vec {
     _mm_storeu_ps(out, _mm_add_ps(even, odd));
   }
 
+  // ---- products of pairs ----
+  static constexpr int kPairRows = 4, kPairGroups = 1;  // 8 accumulators + 4 right and 2 left halves
+  using Pairs = Segment;
+  static KT_INLINE Pairs load_pairs(const std::byte* p) { return load(p); }
+  static KT_INLINE Pairs broadcast_pair(uint32_t pair) {
+    return split(_mm256_set1_epi32(static_cast<int>(pair)));
+  }
+  static KT_INLINE void dot_pairs(Acc& acc, const Pairs& left, const Pairs& right) { dot(acc, left, right); }
+
   // ---- limits ----
   static constexpr int kPeakChains = 10;
   struct Sum {
@@ -74,6 +85,13 @@ struct Vec {
     const __m256i high = _mm256_srli_epi32(rounded(x), 16);
     const __m128i bits = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
+  }
+  // All lanes, added by the tree of reduce.
+  static KT_INLINE float sum(Float x) {
+    const Acc lanes[1] = {x};
+    float total;
+    reduce(lanes, &total);
+    return total;
   }
   static KT_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static KT_INLINE Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }

@@ -60,6 +60,23 @@ struct Vec {
     _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, sums)));
   }
 
+  // ---- products of pairs ----
+  static constexpr int kPairGroups = 4;
+  using Pairs = Segment;
+  static KT_INLINE Pairs load_pairs(const std::byte* p) { return load(p); }
+#if KT_HAS_AVX512_BF16
+  static constexpr int kPairRows = 6;  // 24 accumulators + 4 right + 1 left of 32 registers
+  static KT_INLINE Pairs broadcast_pair(uint32_t pair) {
+    return (__m512bh)_mm512_set1_epi32(static_cast<int>(pair));
+  }
+#else
+  static constexpr int kPairRows = 4;  // 16 accumulators + 8 right and 2 left halves
+  static KT_INLINE Pairs broadcast_pair(uint32_t pair) {
+    return split(_mm512_set1_epi32(static_cast<int>(pair)));
+  }
+#endif
+  static KT_INLINE void dot_pairs(Acc& acc, const Pairs& left, const Pairs& right) { dot(acc, left, right); }
+
   // ---- limits ----
   static constexpr int kPeakChains = 24;
   using Sum = __m512i;
@@ -86,6 +103,13 @@ struct Vec {
   static KT_INLINE void store_bf16_pairs(bf16* p, Float even, Float odd) {
     const __m512i high = _mm512_and_si512(rounded(odd), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
     _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(rounded(even), 16), high));
+  }
+  // All lanes, added by the tree of reduce.
+  static KT_INLINE float sum(Float x) {
+    const Acc lanes[1] = {x};
+    float total;
+    reduce(lanes, &total);
+    return total;
   }
   static KT_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static KT_INLINE Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }

@@ -9,9 +9,10 @@ struct Vec {
   struct Segment {
     float lane[8];
   };
-  struct Acc {
+  struct Float {
     float lane[8];
   };
+  using Acc = Float;
 
   static KT_INLINE Acc zero_acc() { return Acc{}; }
   static KT_INLINE Segment load(const std::byte* p) {
@@ -43,6 +44,30 @@ struct Vec {
     }
   }
 
+  // ---- products of pairs ----
+  static constexpr int kPairRows = 2, kPairGroups = 1;  // left rows and groups of columns of a register tile
+  struct Pairs {
+    float even[8], odd[8];
+  };
+  static KT_INLINE Pairs load_pairs(const std::byte* p) {
+    uint32_t pair[8];
+    std::memcpy(pair, p, sizeof pair);
+    Pairs r;
+    for (int i = 0; i < 8; ++i) r.even[i] = std::bit_cast<float>(pair[i] << 16);
+    for (int i = 0; i < 8; ++i) r.odd[i] = std::bit_cast<float>(pair[i] & 0xffff0000u);
+    return r;
+  }
+  static KT_INLINE Pairs broadcast_pair(uint32_t pair) {
+    Pairs r;
+    for (int i = 0; i < 8; ++i) r.even[i] = std::bit_cast<float>(pair << 16);
+    for (int i = 0; i < 8; ++i) r.odd[i] = std::bit_cast<float>(pair & 0xffff0000u);
+    return r;
+  }
+  static KT_INLINE void dot_pairs(Acc& acc, const Pairs& left, const Pairs& right) {
+    for (int i = 0; i < 8; ++i) acc.lane[i] += left.even[i] * right.even[i];
+    for (int i = 0; i < 8; ++i) acc.lane[i] += left.odd[i] * right.odd[i];
+  }
+
   // ---- limits ----
   static constexpr int kPeakChains = 4;
   struct Sum {
@@ -60,9 +85,6 @@ struct Vec {
 
   // ---- elementwise fp32 ----
   static constexpr size_t kWidth = 8;
-  struct Float {
-    float lane[8];
-  };
   struct Mask {
     bool lane[8];
   };
@@ -85,6 +107,14 @@ struct Vec {
       p[2 * i] = to_bf16(even.lane[i]);
       p[2 * i + 1] = to_bf16(odd.lane[i]);
     }
+  }
+  // All lanes, added by the tree of reduce.
+  static KT_INLINE float sum(const Float& x) {
+    Acc lanes[1];
+    std::memcpy(lanes[0].lane, x.lane, sizeof x.lane);
+    float total;
+    reduce(lanes, &total);
+    return total;
   }
   static KT_INLINE Float add(const Float& a, const Float& b) { KT_MAP(a.lane[i] + b.lane[i]); }
   static KT_INLINE Float sub(const Float& a, const Float& b) { KT_MAP(a.lane[i] - b.lane[i]); }

@@ -8,6 +8,7 @@ constexpr Isa kIsa = Isa::kAmxEmu;
 #include "kernels/policy/tile_emu.h"
 #include "kernels/policy/vec_scalar.h"
 #include "kernels/body/transpose_portable.h"
+#include "kernels/body/interleave_portable.h"
 #include "kernels/body/tiles_target.h"
 
 }  // namespace ktmoe::kernels::amx_emu

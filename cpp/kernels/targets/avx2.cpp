@@ -16,6 +16,8 @@ constexpr Isa kIsa = Isa::kAvx2;
 
 #include "kernels/body/region.h"
 #include "kernels/policy/vec_avx2.h"
+#include "kernels/body/transpose_portable.h"
+#include "kernels/body/interleave_avx2.h"
 #include "kernels/body/rows_target.h"
 
 }  // namespace ktmoe::kernels::avx2

@@ -18,6 +18,8 @@ constexpr Isa kIsa = Isa::kAvx512;
 #define KT_HAS_AVX512_BF16 0
 #include "kernels/body/region.h"
 #include "kernels/policy/vec_avx512.h"
+#include "kernels/body/transpose_avx512.h"
+#include "kernels/body/interleave_avx512.h"
 #include "kernels/body/rows_target.h"
 
 }  // namespace ktmoe::kernels::avx512

@@ -19,6 +19,8 @@ constexpr Isa kIsa = Isa::kAvx512Bf16;
 #define KT_HAS_AVX512_BF16 1
 #include "kernels/body/region.h"
 #include "kernels/policy/vec_avx512.h"
+#include "kernels/body/transpose_avx512.h"
+#include "kernels/body/interleave_avx512.h"
 #include "kernels/body/rows_target.h"
 
 }  // namespace ktmoe::kernels::avx512_bf16

@@ -15,4 +15,5 @@
 #include "core/types.h"
 #include "formats/all.h"
 #include "kernels/contract.h"
+#include "kernels/contract_training.h"
 #include "kernels/targets/targets.h"

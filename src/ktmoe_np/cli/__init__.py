@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from .. import __version__
-from . import demo, info, measure, verify
+from . import demo, finetune_demo, info, measure, verify
 
 __all__ = ["main"]
 
@@ -21,6 +21,11 @@ _DEMO = (
     "Writes a small Qwen3-MoE checkpoint (100 MB) to a temporary folder, maps it, runs decode and prefill "
     "batches and compares the results with the NumPy reference. Takes 10 to 20 seconds; the exit status is "
     "1 when a result lies outside its computed bound."
+)
+_FINETUNE_DEMO = (
+    "A small layer learns, by Adam in NumPy, what a teacher with other adapters does. The first losses are "
+    "compared with those of the NumPy reference. Takes some seconds; the exit status is 1 when they differ "
+    "or the loss does not fall as it should."
 )
 _VERIFY = (
     "Maps the layer's experts, runs random tokens through them and compares some of the results with the "
@@ -108,6 +113,15 @@ def _parser() -> _Parser:
         "--plot", metavar="FILE.png", help="draw the fractions of the limits (needs matplotlib)"
     )
 
+    command = add(
+        "finetune-demo", finetune_demo.run, "adapters that learn, checked and drawn", _FINETUNE_DEMO
+    )
+    command.add_argument("--steps", type=_count(1), default=150, metavar="N", help="default 150")
+    command.add_argument("--rank", type=_count(1), default=8, metavar="R", help="of the adapters (default 8)")
+    command.add_argument("--seed", type=_count(0), default=0, metavar="N", help="of everything that is drawn")
+    command.add_argument("--plot", metavar="FILE.png", help="draw the curve of the loss (needs matplotlib)")
+    _add_threads_and_json(command)
+
     command = add("verify", verify.run, "a layer of your own checkpoint, checked and timed", _VERIFY)
     command.add_argument("path", help="directory of the checkpoint, with config.json and *.safetensors")
     command.add_argument(
@@ -142,10 +156,14 @@ def _child_parser() -> _Parser:
 
 
 def _add_common(command: argparse.ArgumentParser, seconds: float, meaning: str) -> None:
-    """Add the options that all commands have."""
+    """Add the options that the commands that measure have."""
     command.add_argument(
         "--seconds", type=_seconds, default=seconds, metavar="S", help=f"{meaning} (default {seconds:g})"
     )
+    _add_threads_and_json(command)
+
+
+def _add_threads_and_json(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--threads", type=_count(1), metavar="N", help="threads; default the CPUs that this process may use"
     )

@@ -1,4 +1,4 @@
-"""The picture of `ktmoe demo`: which fraction of the machine's limits each batch reaches."""
+"""Pictures: the fraction of the machine's limits that each batch of a demo reaches, and losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from .progress import EXTRA_HINT
 from .table import Row, counted
 
-__all__ = ["check_plot", "draw_plot"]
+__all__ = ["check_plot", "draw_loss", "draw_plot"]
 
 _LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 _SUFFIXES = (".png", ".svg", ".pdf")
@@ -74,5 +74,28 @@ def draw_plot(path: str, rows: Sequence[Row], cpu: str) -> None:
     axes.set_ylim(0, max(115.0, *(115.0 * (row.of_limit or 0.0) for row in timed)))
     axes.set_title(f"How close to the limit of memory or arithmetic: {cpu}", fontsize=11)
     axes.legend(frameon=False, ncols=len(sizes), loc="upper left", bbox_to_anchor=(0, -0.08))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def draw_loss(path: str, losses: Sequence[float], reference_losses: Sequence[float]) -> None:
+    """Draw losses by step, on a logarithmic scale, and the first ones as the reference has them.
+
+    Parameters
+    ----------
+    path : str
+        The file; its ending says of which kind.
+    losses, reference_losses : sequence of float
+        From step 1 on.
+    """
+    figure = _figure_module().Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    axes.semilogy(range(1, len(losses) + 1), losses, color="#08519c", label="engine")
+    at = range(1, len(reference_losses) + 1)
+    axes.semilogy(at, reference_losses, "o", color="#e6550d", markersize=4, label="NumPy reference")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.set_title("Adapters learn what a teacher's do", fontsize=11)
+    axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

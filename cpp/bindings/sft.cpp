@@ -1,0 +1,256 @@
+// The expert layers that train in Python: their config, and a class a method.
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+
+#include "bindings/forward_arrays.h"
+#include "bindings/module.h"
+#include "bindings/python_task.h"
+#include "sft/tp_moe_sft.h"
+
+namespace ktmoe::bindings {
+namespace {
+
+using Layer = std::shared_ptr<MoE_SFT_Interface>;
+using LoraHandles = std::array<nb::handle, kNumLora>;  // in the order of LoraId
+
+Dims lora_dims(const MOESFTConfig& config, size_t id) {
+  const LoraShape shape = lora_shape(config, static_cast<LoraId>(id));
+  return {config.expert_num, int64_t{shape.rows}, int64_t{shape.columns}};
+}
+
+const char* lora_name(const MOESFTConfig& config, size_t id) {
+  return lora_shape(config, static_cast<LoraId>(id)).name;
+}
+
+// A layer without a gate has no matrices of up.
+void check_exists(const MOESFTConfig& config, const char* name, bool is_up) {
+  if (is_up && !config.activation.gated)
+    throw_invalid(name, ": got one, expected None: the activation is not gated");
+}
+bool is_up(size_t id) {
+  return id == static_cast<size_t>(LoraId::kUpA) || id == static_cast<size_t>(LoraId::kUpB);
+}
+
+PythonTask update_lora_weights_task(Layer layer, nb::handle gate_a, nb::handle gate_b, nb::handle up_a,
+                                    nb::handle up_b, nb::handle down_a, nb::handle down_b) {
+  const LoraHandles handles = {gate_a, gate_b, up_a, up_b, down_a, down_b};
+  const MOESFTConfig& config = layer->sft_config();
+  Arrays owners;
+  LoraSources sources;
+  for (size_t i = 0; i < kNumLora; ++i) {
+    if (handles[i].is_none()) continue;
+    const char* name = lora_name(config, i);
+    check_exists(config, name, is_up(i));
+    const Array& a = owners.emplace_back(Array::read(handles[i], name));
+    a.expect({DType::kFloat32, DType::kBf16}, lora_dims(config, i)).expect_contiguous();
+    sources[i] = {a.as<void>(), float_type(a)};
+  }
+  return PythonTask([layer, sources, owners = std::move(owners)] { layer->update_lora_weights(sources); });
+}
+
+PythonTask forward_sft_task(Layer layer, nb::object hidden_states, nb::object topk_ids,
+                            nb::object topk_weights, nb::object out, bool save_for_backward,
+                            nb::object skip_experts) {
+  ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, out, skip_experts);
+  return PythonTask([layer, forward = std::move(forward), save_for_backward] {
+    layer->forward_sft(forward.args(), save_for_backward);
+  });
+}
+
+// The arrays that a backward pass writes.
+class GradientArrays {
+ public:
+  explicit GradientArrays(const MOESFTConfig& config) : config_(config) { arrays_.reserve(12); }
+
+  const Array& read(nb::handle source, const char* name) {
+    return arrays_.emplace_back(Array::read(source, name));
+  }
+
+  // Null for None; else it must share memory with none of those before.
+  template <class T>
+  T* write(nb::handle target, const char* name, DType dtype, const Dims& shape, bool of_up = false) {
+    if (target.is_none()) return nullptr;
+    check_exists(config_, name, of_up);
+    const Array a = Array::write(target, name);
+    a.expect({dtype}, shape).expect_contiguous();
+    for (const Array& other : arrays_) a.expect_disjoint(other);
+    return arrays_.emplace_back(a).as<T>();
+  }
+
+  Arrays take() { return std::move(arrays_); }
+
+ private:
+  const MOESFTConfig& config_;
+  Arrays arrays_;
+};
+
+PythonTask backward_task(Layer layer, nb::handle grad_output, nb::handle grad_input, nb::handle grad_weights,
+                         nb::handle gate_a, nb::handle gate_b, nb::handle up_a, nb::handle up_b,
+                         nb::handle down_a, nb::handle down_b, nb::handle gate_proj, nb::handle up_proj,
+                         nb::handle down_proj, bool accumulate) {
+  const MOESFTConfig& c = layer->sft_config();
+  GradientArrays arrays(c);
+  BackwardArgs args;
+  const Array& q = arrays.read(grad_output, "grad_output");
+  q.expect({DType::kBf16}, {"T", c.hidden_size}).expect_contiguous();
+  const int64_t tokens = q.shape(0);
+  if (tokens * c.num_experts_per_tok > INT32_MAX)
+    throw_invalid("grad_output: got ", tokens, " tokens, expected fewer in one call");
+  args.num_tokens = static_cast<uint32_t>(tokens), args.grad_output = q.as<bf16>();
+  args.grad_input = arrays.write<bf16>(grad_input, "grad_input", DType::kBf16, {tokens, c.hidden_size});
+  args.grad_weights =
+      arrays.write<float>(grad_weights, "grad_weights", DType::kFloat32, {tokens, c.num_experts_per_tok});
+  const LoraHandles handles = {gate_a, gate_b, up_a, up_b, down_a, down_b};
+  for (size_t i = 0; i < kNumLora; ++i)
+    args.lora[i] =
+        arrays.write<float>(handles[i], lora_name(c, i), DType::kFloat32, lora_dims(c, i), is_up(i));
+  const Dims first = {c.expert_num, c.intermediate_size, c.hidden_size};
+  args.gate_proj = arrays.write<float>(gate_proj, "gate_proj", DType::kFloat32, first);
+  args.up_proj = arrays.write<float>(up_proj, "up_proj", DType::kFloat32, first, true);
+  args.down_proj = arrays.write<float>(down_proj, "down_proj", DType::kFloat32,
+                                       {c.expert_num, c.hidden_size, c.intermediate_size});
+  args.accumulate = accumulate;
+  return PythonTask([layer, args, owners = arrays.take()] { layer->backward(args); });
+}
+
+PythonTask clear_cache_task(Layer layer) {
+  return PythonTask([layer] { layer->clear_cache(); });
+}
+
+void bind_config(nb::module_& m) {
+  nb::class_<MOESFTConfig, GeneralMOEConfig>(m, "MOESFTConfig", R"(The shape of an expert layer that trains.
+
+Parameters
+----------
+expert_num, num_experts_per_tok, hidden_size, intermediate_size, layer_idx, pool
+    As in MOEConfig.
+
+Attributes
+----------
+lora_rank : int
+    R; 0 for no adapters.
+lora_alpha : float
+    The adapters are scaled by lora_alpha / R.
+lora_dropout : float
+    Probability that an element of an adapter's input is dropped in a saving forward pass.
+seed : int
+    Of the dropout masks.
+max_cache_depth : int
+    Forward passes that may wait for their backward pass.
+recompute : bool
+    Keep input and routing only, and repeat the forward pass in the backward pass.
+cache_float32 : bool
+    Keep gate and up in float32 rather than bfloat16.)")
+      .def(
+          "__init__",
+          [](MOESFTConfig* self, int64_t experts, int64_t per_token, int64_t hidden, int64_t intermediate,
+             int64_t layer_idx, std::shared_ptr<WorkerPool> pool) {
+            new (self)
+                MOESFTConfig{{experts, per_token, hidden, intermediate, layer_idx, {}, std::move(pool)}};
+          },
+          nb::arg("expert_num") = 0, nb::arg("num_experts_per_tok") = 0, nb::arg("hidden_size") = 0,
+          nb::arg("intermediate_size") = 0, nb::arg("layer_idx") = 0, nb::arg("pool").none() = nb::none())
+      .def_rw("lora_rank", &MOESFTConfig::lora_rank)
+      .def_rw("lora_alpha", &MOESFTConfig::lora_alpha)
+      .def_rw("lora_dropout", &MOESFTConfig::lora_dropout)
+      .def_rw("seed", &MOESFTConfig::seed)
+      .def_rw("max_cache_depth", &MOESFTConfig::max_cache_depth)
+      .def_rw("recompute", &MOESFTConfig::recompute)
+      .def_rw("cache_float32", &MOESFTConfig::cache_float32);
+}
+
+void bind_interface(nb::module_& m) {
+  const auto none = nb::none();
+  nb::class_<MoE_SFT_Interface, MoE_Interface>(m, "MoE_SFT_Interface",
+                                               "What a layer that trains does beyond.")
+      .def("update_lora_weights_task", &update_lora_weights_task, nb::arg("gate_lora_a").none() = none,
+           nb::arg("gate_lora_b").none() = none, nb::arg("up_lora_a").none() = none,
+           nb::arg("up_lora_b").none() = none, nb::arg("down_lora_a").none() = none,
+           nb::arg("down_lora_b").none() = none,
+           R"(Make the task that gives the adapters new values; what is None stays. All begin as zeros.
+
+Parameters
+----------
+gate_lora_a, up_lora_a : array, optional
+    float32 or bfloat16 [E, R, H]. Copied when the task runs, as bfloat16.
+gate_lora_b, up_lora_b : array, optional
+    [E, I, R].
+down_lora_a, down_lora_b : array, optional
+    [E, R, I] and [E, H, R].
+
+Returns
+-------
+Task)")
+      .def("forward_sft_task", &forward_sft_task, nb::arg("hidden_states").none(), nb::arg("topk_ids").none(),
+           nb::arg("topk_weights").none(), nb::arg("out").none(), nb::arg("save_for_backward") = true,
+           nb::kw_only(), nb::arg("skip_experts").none() = none,
+           R"(Make the task of one forward pass with adapters.
+
+Parameters
+----------
+hidden_states, topk_ids, topk_weights, out, skip_experts
+    As in forward_task.
+save_for_backward : bool
+    Keep what backward_task needs; dropout acts only then.
+
+Returns
+-------
+Task)");
+}
+
+void bind_backward(Interface& interface) {
+  const auto none = nb::none();
+  interface
+      .def("backward_task", &backward_task, nb::arg("grad_output").none(), nb::arg("grad_input"),
+           nb::arg("grad_weights"), nb::kw_only(), nb::arg("gate_lora_a").none() = none,
+           nb::arg("gate_lora_b").none() = none, nb::arg("up_lora_a").none() = none,
+           nb::arg("up_lora_b").none() = none, nb::arg("down_lora_a").none() = none,
+           nb::arg("down_lora_b").none() = none, nb::arg("gate_proj").none() = none,
+           nb::arg("up_proj").none() = none, nb::arg("down_proj").none() = none,
+           nb::arg("accumulate") = false,
+           R"(Make the task of the backward pass of the last forward pass that was saved.
+
+Parameters
+----------
+grad_output : array
+    bfloat16 [T, H].
+grad_input : array
+    bfloat16 [T, H], written.
+grad_weights : array
+    float32 [T, P], written: the gradient of the routing weights.
+gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b : array, optional
+    float32 gradients of the adapters, written. None: not computed.
+gate_proj, up_proj, down_proj : array, optional
+    float32 gradients of the weights, [E, I, H], [E, I, H], [E, H, I].
+accumulate : bool
+    Add the gradients of matrices to what is there.
+
+Returns
+-------
+Task)")
+      .def("clear_cache_task", &clear_cache_task, "Make the task that forgets the saved forward passes.")
+      .def_prop_ro("num_cached", &MoE_SFT_Interface::num_cached,
+                   "Forward passes that wait for their backward pass.")
+      .def_prop_ro("cache_bytes", &MoE_SFT_Interface::cache_bytes, "Memory of saved forward passes.")
+      .def_prop_rw("step", &MoE_SFT_Interface::step, &MoE_SFT_Interface::set_step,
+                   "The number of the next saving forward pass, which keys its dropout masks.");
+}
+
+template <class Part>
+void bind_layer(nb::module_& m, const char* name, const char* doc) {
+  nb::class_<TP_MOE_SFT<Part>, MoE_SFT_Interface>(m, name, doc)
+      .def(nb::init<MOESFTConfig>(), nb::arg("config"));
+}
+
+}  // namespace
+
+void bind_sft(nb::module_& m) {
+  bind_config(m);
+  Interface interface(m, "MoE_SFT_Interface", "What a layer that trains does beyond inference.");
+  bind_forward(interface);
+  bind_backward(interface);
+  bind_layer<AMX_SFT_MOE_TP<GemmKernel224BF>>(m, "AMXBF16_SFT_MOE",
+                                              "Experts with bf16 weights and adapters that train.");
+}
+
+}  // namespace ktmoe::bindings

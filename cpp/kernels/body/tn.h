@@ -1,0 +1,100 @@
+// TN, what vectors and tiles share: D[n, k] (+)= scale * sum_m G[m, n] X[m, k], block by block of m.
+//
+// Rows of both, gathered, are interleaved in pairs (pairs.h). X is then what W is in NN; of G, Product makes
+// what it wants for a left operand. Sums wait in scratch, and go to D at the end. Included inside a target's
+// namespace, after its nn_*.h and transpose_*.h.
+
+inline constexpr uint32_t kTnBlockRows = 512;  // at most: blocks of G are small beside the panel of X
+inline constexpr size_t kTnLeftBytes = size_t{kMaxTnRows} * kTnBlockRows * sizeof(bf16);
+inline constexpr size_t kTnSumBytes = size_t{kMaxTnRows} * kMaxBlockColumns * sizeof(float);
+inline constexpr size_t kTnScratchBytes = kPairsPanelBytes + kTnLeftBytes + kTnSumBytes;
+
+// Scaled sums, row-major, to a D whose columns lie one after the other.
+KT_INLINE void store_sums_rows(const TnArgs& a, const float* sums, size_t stride) {
+  for (uint32_t n = 0; n < a.n; ++n) {
+    const float* from = sums + n * stride;
+    float* to = a.d + n * a.n_stride;
+    if (!a.accumulate) {
+      std::memcpy(to, from, a.k * sizeof(float));
+      continue;
+    }
+    uint32_t k = 0;
+    for (; k + Vec::kWidth <= a.k; k += Vec::kWidth)
+      Vec::store_f(to + k, Vec::add(Vec::load_f(to + k), Vec::load_f(from + k)));
+    for (; k < a.k; ++k) to[k] += from[k];
+  }
+}
+
+// D with any strides, [n0, n1) x [k0, k1) of it.
+KT_INLINE void store_sums_any(const TnArgs& a, const float* sums, size_t stride, uint32_t n0, uint32_t n1,
+                              uint32_t k0, uint32_t k1) {
+  for (uint32_t n = n0; n < n1; ++n) {
+    for (uint32_t k = k0; k < k1; ++k) {
+      float* to = a.d + n * a.n_stride + k * a.k_stride;
+      *to = a.accumulate ? *to + sums[n * stride + k] : sums[n * stride + k];
+    }
+  }
+}
+
+// A D whose rows lie one after the other, as 16 x 16 blocks that change sides.
+inline void store_sums_columns(const TnArgs& a, const float* sums, size_t stride) {
+  constexpr uint32_t kSide = 16;
+  alignas(kCacheLine) float block[kSide * kSide];
+  const uint32_t whole_n = a.n / kSide * kSide, whole_k = a.k / kSide * kSide;
+  for (uint32_t n = 0; n < whole_n; n += kSide) {
+    for (uint32_t k = 0; k < whole_k; k += kSide) {
+      const std::byte* row[kSide];
+      for (uint32_t i = 0; i < kSide; ++i)
+        row[i] = reinterpret_cast<const std::byte*>(sums + (n + i) * stride + k);
+      float* to = a.d + n + k * a.k_stride;
+      if (!a.accumulate) {
+        transpose_dwords(row, 0, reinterpret_cast<uint32_t*>(to), a.k_stride);
+        continue;
+      }
+      transpose_dwords(row, 0, reinterpret_cast<uint32_t*>(block), kSide);
+      for (uint32_t j = 0; j < kSide; ++j, to += a.k_stride)
+        for (uint32_t i = 0; i < kSide; i += Vec::kWidth)
+          Vec::store_f(to + i, Vec::add(Vec::load_f(to + i), Vec::load_f(block + j * kSide + i)));
+    }
+  }
+  store_sums_any(a, sums, stride, 0, whole_n, whole_k, a.k);
+  store_sums_any(a, sums, stride, whole_n, a.n, 0, a.k);
+}
+
+// `sums` has whole vectors a row, and is scaled in place.
+inline void store_sums(const TnArgs& a, float* sums, size_t stride) {
+  const Float scale = Vec::set(a.scale);
+  for (size_t i = 0; i < a.n * stride; i += Vec::kWidth)
+    Vec::store_f(sums + i, Vec::mul(scale, Vec::load_f(sums + i)));
+  if (a.k_stride == 1) return store_sums_rows(a, sums, stride);
+  if (a.n_stride == 1) return store_sums_columns(a, sums, stride);
+  store_sums_any(a, sums, stride, 0, a.n, 0, a.k);
+}
+
+// What Product adds to the sums: a block of both, interleaved, `length` rows of it.
+struct TnBlock {
+  PairsPanel g, x;
+  uint32_t n, k, length;
+  float* sums;
+  size_t stride;
+  std::byte* scratch;  // Product's own
+};
+
+template <class Product>
+void tn_product(const TnArgs& a) {
+  std::byte* left = a.scratch + kPairsPanelBytes;
+  float* sums = reinterpret_cast<float*>(left + kTnLeftBytes);
+  const size_t stride = round_up(a.k, kGroupColumns);
+  const uint32_t block = smaller(pairs_block_rows(a.k), kTnBlockRows);
+  const PlainRows g{a.g, a.m, a.n}, x{a.x, a.m, a.k};
+  const PairsPanel x_panel = pairs_panel(a.scratch, block), g_panel = pairs_panel(left, block);
+  std::memset(sums, 0, a.n * stride * sizeof(float));
+  Product product;
+  for (uint32_t m0 = 0; m0 < a.m; m0 += block) {
+    const uint32_t m1 = smaller(a.m, m0 + block);
+    fill_pairs(x, m0, m1, x_panel);
+    fill_pairs(g, m0, m1, g_panel);
+    product.add({g_panel, x_panel, a.n, a.k, m1 - m0, sums, stride, a.scratch + kTnScratchBytes});
+  }
+  store_sums(a, sums, stride);
+}

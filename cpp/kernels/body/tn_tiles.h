@@ -1,0 +1,29 @@
+// TN on the tile unit: groups of G's columns, interleaved, are transposed to the tiles of a left operand.
+// Included inside a target's namespace, after nn_tiles.h and tn.h.
+
+struct TnTiles {
+  TileScope scope;
+
+  // Panels [steps][rows][32] as nn_tiles.h has them. Of a last panel with fewer rows, a step overwrites what
+  // the one before it has too many.
+  KT_INLINE Operand pack(const TnBlock& b) {
+    const size_t steps = div_up(b.length, kTileK);
+    const Operand left{b.scratch, steps * kTileBytes, nullptr, b.n, b.length};
+    for (uint32_t p = 0; p < num_groups(b.n); ++p) {
+      uint32_t* to = reinterpret_cast<uint32_t*>(b.scratch + p * left.stride_bytes);
+      const std::byte* row[kTileRows];
+      for (uint32_t i = 0; i < kTileRows; ++i) row[i] = b.g.data + p * b.g.group_bytes + i * kPairsBytes;
+      for (size_t s = 0; s < steps; ++s, to += panel_width(left, p) * kTileK / 2)
+        transpose_dwords(row, s * kTileRows * kPairsBytes, to);
+    }
+    return left;
+  }
+
+  KT_INLINE void add(const TnBlock& b) {
+    const PairsTiles t{pack(b), 0, div_up(b.length, kTileK), b.x, b.sums, b.stride, false};
+    pairs_product(scope, t, b.k, NothingAhead{});
+  }
+};
+
+inline size_t tn_scratch_bytes_tiles() { return kTnScratchBytes + kTnLeftBytes; }
+inline void tn_tiles(const TnArgs& args) { tn_product<TnTiles>(args); }

@@ -1,0 +1,22 @@
+// Backward through B of the adapters of gate and up, for rows of one expert:
+//
+//   dug = bf(s dg Bg), duu = bf(s du Bu)   [M, R]
+#pragma once
+
+#include "sft/backward_products.h"
+
+namespace ktmoe {
+
+inline void backward_inner(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task) {
+  const uint32_t rows = task.m1 - task.m0, inter = pass.inter(), rank = pass.rank();
+  const size_t row = pass.first_row(task);
+  const auto through = [&](const bf16* d, LoraId b, bf16* to) {
+    const kernels::Operand left =
+        pass.kernels().pack_left(pass.rows_from(d, inter, row), rows, inter, scratch.left);
+    rounded_product(pass, scratch, left, pass.adapter(b, task), pass.lora_scale, to + row * rank);
+  };
+  through(pass.rows.d_gate, LoraId::kGateB, pass.rows.d_inner_gate);
+  if (pass.gated()) through(pass.rows.d_up, LoraId::kUpB, pass.rows.d_inner_up);
+}
+
+}  // namespace ktmoe

@@ -1,0 +1,42 @@
+// Backward through the adapter of the down projection, as far as it needs no weights. For rows of one expert,
+// with q = dY of their tokens, w their routing weights:
+//
+//   r = bf(q Bd)            [M, R]
+//   bf(s w r), bf(w ud)     [M, R], for the gradients of Ad and Bd
+//   <q, down_bias>          [M], for the gradient of w
+#pragma once
+
+#include "sft/backward_products.h"
+
+namespace ktmoe {
+
+inline void backward_output(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task) {
+  const uint32_t rows = task.m1 - task.m0, hidden = pass.hidden(), rank = pass.rank();
+  const size_t row = pass.first_row(task);
+  const kernels::RowsView q{pass.args->grad_output, hidden, pass.tokens(task)};
+  BackwardRows& out = pass.rows;
+  if (rank) {
+    const kernels::Operand left = pass.kernels().pack_left(q, rows, hidden, scratch.left);
+    const WeightView b = pass.adapter(LoraId::kDownB, task);
+    rounded_product(pass, scratch, left, b, 1.0f, out.r + row * rank);
+    const bf16* ud = pass.cache->rows.inner[2] + row * rank;
+    for (uint32_t m = 0; m < rows; ++m) {
+      const float w = pass.cache->row_weight[row + m], sw = pass.lora_scale * w;
+      for (size_t i = (row + m) * rank, j = size_t{m} * rank; j < size_t{m + 1} * rank; ++i, ++j) {
+        out.weighted_r[i] = to_bf16(sw * to_float(out.r[i]));
+        out.weighted_ud[i] = to_bf16(w * to_float(ud[j]));
+      }
+    }
+  }
+  for (uint32_t m = 0; m < rows; ++m) {
+    float sum = 0;
+    if (!pass.biases->down.empty()) {
+      const float* bias = pass.biases->down.data() + pass.expert(task).expert * size_t{hidden};
+      const bf16* values = q.data + static_cast<size_t>(q.index[m]) * hidden;
+      for (uint32_t i = 0; i < hidden; ++i) sum += to_float(values[i]) * bias[i];
+    }
+    out.grad_weight[(row + m + 1) * out.blocks - 1] = sum;
+  }
+}
+
+}  // namespace ktmoe

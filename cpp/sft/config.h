@@ -1,0 +1,24 @@
+// The shape of an expert layer that trains: its adapters, and how much of a forward pass is kept.
+#pragma once
+
+#include "moe/config.h"
+
+namespace ktmoe {
+
+struct MOESFTConfig : GeneralMOEConfig {
+  int64_t lora_rank = 0;  // R; 0: no adapters
+  double lora_alpha = 0;
+  double lora_dropout = 0;      // probability that an adapter's input element is dropped
+  uint64_t seed = 0;            // of the dropout masks
+  int64_t max_cache_depth = 1;  // forwards that may wait for their backward
+  bool recompute = false;       // keep input and routing only, repeat the forward in the backward pass
+  bool cache_float32 = false;   // keep gate and up in float32 rather than bf16
+
+  // s = lora_alpha / R / (1 - lora_dropout), rounded once; 0 without adapters.
+  float lora_scale() const;
+
+  // Throws std::invalid_argument naming the first field that cannot be used.
+  void validate() const;
+};
+
+}  // namespace ktmoe

@@ -1,0 +1,94 @@
+// The adapters in the forward pass. For a projection with weights W, A [R, K], B [N, R]:
+//
+//   inner = bf(x A^T)   [M, R], kept for the backward pass
+//   x W^T + s inner B^T [M, N], added in fp32 when the C blocks of both are read
+//
+// With dropout A takes x (or h) with zeros where the mask drops.
+#pragma once
+
+#include "sft/training_pass.h"
+
+namespace ktmoe {
+
+// C = X W^T for rows [n0, n1) of an adapter's matrix.
+inline void multiply_adapter(const TrainingPass& pass, const kernels::Operand& x, const WeightView& w,
+                             uint32_t n0, uint32_t n1, float* c, std::byte* scratch) {
+  kernels::NtArgs nt;
+  nt.x = x, nt.w = w;
+  nt.n0 = n0, nt.n1 = n1;
+  nt.c = c, nt.scratch = scratch;
+  pass.kernels().nt[static_cast<size_t>(FormatId::kBf16)](nt);
+}
+
+// to[m, :] = bf(X A^T), rows of R.
+inline void inner_products(const TrainingPass& pass, WorkerScratch& scratch, const kernels::Operand& x,
+                           const WeightView& a, bf16* to) {
+  const uint32_t rank = pass.rank();
+  for (uint32_t r = 0; r < rank; r += kernels::kMaxPanelOutputs) {
+    const uint32_t end = std::min(r + kernels::kMaxPanelOutputs, rank);
+    multiply_adapter(pass, x, a, r, end, scratch.c_gate, scratch.nt);
+    kernels::StoreRowsArgs store;
+    store.c = scratch.c_gate, store.m = x.rows, store.n = end - r;
+    store.y = to + r, store.y_type = kernels::FloatType::kBf16, store.y_stride = rank;
+    pass.kernels().store_rows(store);
+  }
+}
+
+// ug and uu of a block of rows.
+inline void first_inner(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task) {
+  const uint32_t rows = task.m1 - task.m0, hidden = pass.hidden();
+  const kernels::RowsView x{pass.cache->hidden, hidden, pass.tokens(task)};
+  if (const MaskView mask = mask_of_x(pass); mask.bits) {
+    ForwardScratch& own = pass.forward[scratch.worker];
+    copy_dropped(x, pass.tokens(task), rows, {0, hidden}, mask, own.dropped);
+    scratch.packed = {};
+    scratch.packed.operand =
+        pass.kernels().pack({own.dropped, hidden, nullptr}, rows, hidden, scratch.operand);
+  } else {
+    scratch.packed.pack_once(pass.kernels(), x, task, hidden, scratch.operand);
+  }
+  const size_t at = pass.first_row(task) * pass.rank();
+  inner_products(pass, scratch, scratch.packed.operand, pass.adapter(LoraId::kGateA, task),
+                 pass.cache->rows.inner[0] + at);
+  if (pass.gated())
+    inner_products(pass, scratch, scratch.packed.operand, pass.adapter(LoraId::kUpA, task),
+                   pass.cache->rows.inner[1] + at);
+}
+
+// The intermediate of a block of rows as an operand.
+inline const kernels::Operand& packed_intermediate(TrainingPass& pass, WorkerScratch& scratch,
+                                                   const PanelTask& task) {
+  const kernels::RowsView h = pass.rows_from(pass.cache->rows.kept.h, pass.inter(), pass.first_row(task));
+  return scratch.packed.pack_once(pass.kernels(), h, task, pass.inter(), scratch.operand);
+}
+
+// ud of a block of rows.
+inline void down_inner(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task) {
+  const uint32_t rows = task.m1 - task.m0, inter = pass.inter();
+  if (const MaskView mask = mask_of_h(pass); mask.bits) {
+    ForwardScratch& own = pass.forward[scratch.worker];
+    const kernels::RowsView h = pass.rows_from(pass.cache->rows.kept.h, inter, pass.first_row(task));
+    copy_dropped(h, pass.tokens(task), rows, {0, inter}, mask, own.dropped);
+    scratch.packed = {};
+    scratch.packed.operand = pass.kernels().pack({own.dropped, inter, nullptr}, rows, inter, scratch.operand);
+  } else {
+    packed_intermediate(pass, scratch, task);
+  }
+  inner_products(pass, scratch, scratch.packed.operand, pass.adapter(LoraId::kDownA, task),
+                 pass.cache->rows.inner[2] + pass.first_row(task) * pass.rank());
+}
+
+// What the adapter adds to outputs [task.n0, task.n1): inner B^T, in one of the worker's C blocks. `slot` is
+// 0 for gate and down, 1 for up; `projection` the index of its inner rows.
+inline const float* adapter_output(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task,
+                                   size_t slot, size_t projection, LoraId b) {
+  ForwardScratch& own = pass.forward[scratch.worker];
+  const kernels::RowsView inner =
+      pass.rows_from(pass.cache->rows.inner[projection], pass.rank(), pass.first_row(task));
+  const kernels::Operand& x =
+      own.inner[slot].pack_once(pass.kernels(), inner, task, pass.rank(), own.inner_operand[slot]);
+  multiply_adapter(pass, x, pass.adapter(b, task), task.n0, task.n1, own.l[slot], scratch.nt);
+  return own.l[slot];
+}
+
+}  // namespace ktmoe

@@ -1,0 +1,88 @@
+// A node's share of a layer that trains: the base's steps with adapters, and the two steps of the backward
+// pass that are shared out by outputs. Without a training pass it is the layer for inference.
+#pragma once
+
+#include "moe/gemm_kernel.h"
+#include "moe/moe_base.h"
+#include "sft/backward_activation.h"
+#include "sft/backward_input.h"
+#include "sft/forward_adapters.h"
+
+namespace ktmoe {
+
+template <class T>
+class AMX_SFT_MOE_TP : public AMX_MOE_BASE<T, AMX_SFT_MOE_TP<T>> {
+  using Base = AMX_MOE_BASE<T, AMX_SFT_MOE_TP<T>>;
+  friend Base;
+
+ public:
+  using Base::Base;
+
+  void set_pass(TrainingPass* pass) { pass_ = pass; }
+
+  // ---- steps of the backward pass ----
+
+  void cut_activation(const LayerCall& call, int num_threads) {
+    cut_panels(call.plan, this->intermediate_, static_cast<uint32_t>(this->config_.hidden_size), num_threads,
+               tasks_, backward_width(call.plan));
+  }
+  // Columns of pass `i` of `passes`.
+  void cut_input(const LayerCall& call, int num_threads, uint32_t i, uint32_t passes) {
+    this->begin_pass(call, num_threads, i, passes);
+    cut_panels(call.plan, this->pass_columns(), 2 * static_cast<uint32_t>(this->config_.intermediate_size),
+               num_threads, tasks_, backward_width(call.plan));
+  }
+  uint32_t num_backward() const { return static_cast<uint32_t>(tasks_.size()); }
+
+  void activation(uint32_t worker, uint32_t task) {
+    backward_activation(*pass_, T::kFormat, pass_->backward[worker], tasks_[task]);
+  }
+  void input(uint32_t worker, uint32_t task) {
+    backward_input(*pass_, T::kFormat, pass_->backward[worker], tasks_[task], this->pass_columns(),
+                   this->pass_y());
+  }
+
+ private:
+  // Few rows: the weights come from memory, which is read best in long pieces. Many: the results stay in
+  // cache.
+  static BlockWidth backward_width(const RoutingPlan& plan) {
+    const size_t rows = plan.num_rows() / std::max<size_t>(plan.active.size(), 1);
+    return {kernels::kOutputBlock, rows <= 16 ? kernels::kMaxBlockColumns : rows <= 64 ? 128u : 64u};
+  }
+
+  // ---- hooks of the base ----
+
+  void before_activation(LayerCall&, WorkerScratch& scratch, const PanelTask& task,
+                         kernels::ActivateArgs& act) {
+    if (pass_ == nullptr) return;
+    if (pass_->rank()) {
+      act.lora_scale = pass_->lora_scale;
+      act.l_gate = adapter_output(*pass_, scratch, task, 0, 0, LoraId::kGateB);
+      if (pass_->gated()) act.l_up = adapter_output(*pass_, scratch, task, 1, 1, LoraId::kUpB);
+    }
+    act.kept = kept_from(pass_->cache->rows.kept, pass_->first_row(task), task.n0);
+  }
+
+  kernels::Operand intermediate(const LayerCall& call, const PanelTask& task) const {
+    if (pass_ == nullptr) return Base::intermediate(call, task);
+    return {nullptr, 0, nullptr, task.m1 - task.m0, pass_->inter()};
+  }
+
+  kernels::Operand down_operand(LayerCall& call, WorkerScratch& scratch, const PanelTask& task) {
+    if (pass_ == nullptr) return Base::down_operand(call, scratch, task);
+    return packed_intermediate(*pass_, scratch, task);
+  }
+
+  bool adds_to_down() const { return pass_ != nullptr && pass_->rank() != 0; }
+  void before_store(LayerCall&, WorkerScratch& scratch, const PanelTask& task,
+                    kernels::StoreRowsArgs& store) {
+    if (!adds_to_down()) return;
+    store.lora_scale = pass_->lora_scale;
+    store.l = adapter_output(*pass_, scratch, task, 0, 2, LoraId::kDownB);
+  }
+
+  TrainingPass* pass_ = nullptr;
+  std::vector<PanelTask> tasks_;  // of the current step of the backward pass
+};
+
+}  // namespace ktmoe

@@ -1,0 +1,121 @@
+// What the steps of a training pass work on: the layer, what is kept of the forward pass, and scratch.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels/contract_training.h"
+#include "moe/layer_call.h"
+#include "sft/dropout.h"
+#include "sft/forward_cache.h"
+#include "sft/interface.h"
+
+namespace ktmoe {
+
+// A worker's scratch in the forward pass, beside its WorkerScratch.
+struct ForwardScratch {
+  PackedRows inner[2];  // bf(x A^T) of gate (or down) and up, as operands
+  std::byte* inner_operand[2] = {};
+  float* l[2] = {};         // C blocks: what the adapters add
+  bf16* dropped = nullptr;  // rows of x or h after dropout; null without
+};
+
+// Rows as left operands, packed anew only when the expert or the rows change.
+struct PackedLeft {
+  uint32_t active = UINT32_MAX;
+  uint32_t m0 = 0;
+  std::vector<kernels::Operand> parts;
+
+  bool is(const PanelTask& task) const { return active == task.active && m0 == task.m0; }
+  void becomes(const PanelTask& task) { active = task.active, m0 = task.m0, parts.clear(); }
+};
+
+// A worker's scratch in the backward pass.
+struct BackwardScratch {
+  PackedLeft packed;
+  std::byte* left = nullptr;      // memory of `packed`
+  float* c = nullptr;             // rows x kMaxBlockColumns
+  float* l = nullptr;             // the same, of the adapters
+  std::byte* products = nullptr;  // of NN and TN
+  bf16* chunk = nullptr;          // kChunkRows x kMaxBlockColumns, rows made on the way to a TN product
+};
+inline constexpr uint32_t kChunkRows = 512;
+
+// The rows of the weight matrices that one node holds; all of them together are a layer's.
+struct WeightSegment {
+  OutputShare rows;
+  const ExpertMatrices* matrices = nullptr;
+};
+
+// What the backward pass computes on its way, all by rows of the plan. H and I wide ones replace what they
+// are made from wherever that has the same type.
+struct BackwardRows {
+  bf16* r = nullptr;                                    // bf(q Bd) [rows, R]
+  bf16* weighted_r = nullptr;                           // bf(s w r)
+  bf16* weighted_ud = nullptr;                          // bf(w ud)
+  bf16 *d_gate = nullptr, *d_up = nullptr;              // dg, du [rows, I]
+  bf16 *d_inner_gate = nullptr, *d_inner_up = nullptr;  // dug, duu [rows, R]
+  float* grad_weight = nullptr;  // [rows, blocks]: <z, h> over each block of columns, and <q, down_bias> last
+  uint32_t blocks = 0;           // blocks of columns and that one
+};
+
+struct TrainingPass {
+  const MOESFTConfig* config = nullptr;
+  LayerCall* call = nullptr;  // routing plan, kernels, the forward pass's arrays and scratch
+  ForwardCache* cache = nullptr;
+  float lora_scale = 0;
+  std::vector<ForwardScratch> forward;  // by worker
+
+  // backward
+  const BackwardArgs* args = nullptr;
+  std::vector<WeightSegment> segments;
+  const ExpertBiases* biases = nullptr;
+  const std::vector<uint32_t>* logical = nullptr;  // see ExpertWeights
+  BackwardRows rows;
+  std::vector<BackwardScratch> backward;
+
+  const kernels::KernelTable& kernels() const { return *call->kernels; }
+  const RoutingPlan& plan() const { return call->plan; }
+  const RoutingPlan::ExpertRows& expert(const PanelTask& task) const { return plan().active[task.active]; }
+  size_t first_row(const PanelTask& task) const { return size_t{expert(task).begin} + task.m0; }
+  const int32_t* tokens(const PanelTask& task) const { return plan().token.data() + first_row(task); }
+  uint32_t hidden() const { return static_cast<uint32_t>(config->hidden_size); }
+  uint32_t inter() const { return static_cast<uint32_t>(config->intermediate_size); }
+  uint32_t rank() const { return static_cast<uint32_t>(config->lora_rank); }
+  bool gated() const { return config->activation.gated; }
+  size_t logical_expert(size_t e) const { return logical->empty() ? e : (*logical)[e]; }
+
+  // Rows of a bf16 matrix by plan rows.
+  kernels::RowsView rows_from(const bf16* matrix, size_t width, size_t row) const {
+    return {matrix + row * width, width, nullptr};
+  }
+  WeightView adapter(LoraId id, const PanelTask& task) const {
+    return cache->lora->view(id, logical_expert(expert(task).expert));
+  }
+};
+
+// Bits of a mask, a row a token.
+struct MaskView {
+  const uint8_t* bits = nullptr;  // null: nothing is dropped
+  size_t stride = 0;
+  const uint8_t* row(int32_t token) const { return bits + static_cast<size_t>(token) * stride; }
+};
+
+inline MaskView mask_of_x(const TrainingPass& pass) {
+  return {pass.cache->mask_x, mask_row_bytes(pass.hidden())};
+}
+inline MaskView mask_of_h(const TrainingPass& pass) {
+  return {pass.cache->mask_h, mask_row_bytes(pass.inter())};
+}
+
+// Columns of rows, with zeros where dropout says so, row after row in `to`. Row m is of token tokens[m].
+inline void copy_dropped(const kernels::RowsView& source, const int32_t* tokens, uint32_t rows, Span columns,
+                         const MaskView& mask, bf16* to) {
+  for (uint32_t m = 0; m < rows; ++m, to += columns.size()) {
+    const size_t row = source.index ? static_cast<size_t>(source.index[m]) : m;
+    std::copy_n(source.data + row * source.stride + columns.begin, columns.size(), to);
+    apply_mask(mask.row(tokens[m]), columns.begin, columns.size(), to);
+  }
+}
+
+}  // namespace ktmoe

@@ -1,0 +1,169 @@
+// Where a training pass keeps things: in a cache's own memory, or in borrowed scratch.
+#pragma once
+
+#include "moe/scratch_plan.h"
+#include "sft/training_pass.h"
+
+namespace ktmoe {
+
+// The rows that a forward pass keeps for the backward pass, or, without gate and up, only for itself.
+class RowsPlan {
+ public:
+  RowsPlan(const MOESFTConfig& config, size_t rows, bool for_backward, ScratchPlan& plan)
+      : config_(config), for_backward_(for_backward) {
+    const size_t inter = rows * static_cast<size_t>(config.intermediate_size);
+    const size_t rank = rows * static_cast<size_t>(config.lora_rank);
+    const size_t kept = inter * (config.cache_float32 ? sizeof(float) : sizeof(bf16));
+    if (for_backward) gate_ = plan.take(kept);
+    if (for_backward && config.activation.gated) up_ = plan.take(kept);
+    h_ = plan.take(inter * sizeof(bf16));
+    for (size_t& at : inner_) at = plan.take(rank * sizeof(bf16));
+  }
+
+  CachedRows place(std::byte* base) const {
+    using kernels::FloatType;
+    CachedRows rows;
+    rows.kept = {for_backward_ ? base + gate_ : nullptr,
+                 for_backward_ && config_.activation.gated ? base + up_ : nullptr,
+                 config_.cache_float32 ? FloatType::kFloat32 : FloatType::kBf16,
+                 reinterpret_cast<bf16*>(base + h_), static_cast<size_t>(config_.intermediate_size)};
+    for (size_t i = 0; i < 3; ++i) rows.inner[i] = reinterpret_cast<bf16*>(base + inner_[i]);
+    return rows;
+  }
+
+ private:
+  const MOESFTConfig& config_;
+  bool for_backward_;
+  size_t gate_ = 0, up_ = 0, h_, inner_[3];
+};
+
+// What a cache holds whether or not its rows are kept.
+class InputPlan {
+ public:
+  InputPlan(const MOESFTConfig& config, size_t tokens, size_t rows, bool drops, ScratchPlan& plan)
+      : drops_(drops) {
+    const auto hidden = static_cast<uint32_t>(config.hidden_size);
+    hidden_ = plan.take(tokens * hidden * sizeof(bf16));
+    weight_ = plan.take(rows * sizeof(float));
+    if (!drops) return;
+    mask_x_ = plan.take(tokens * mask_row_bytes(hidden));
+    mask_h_ = plan.take(tokens * mask_row_bytes(static_cast<uint32_t>(config.intermediate_size)));
+  }
+
+  void place(std::byte* base, ForwardCache& cache) const {
+    cache.hidden = reinterpret_cast<bf16*>(base + hidden_);
+    cache.row_weight = reinterpret_cast<float*>(base + weight_);
+    cache.mask_x = drops_ ? reinterpret_cast<uint8_t*>(base + mask_x_) : nullptr;
+    cache.mask_h = drops_ ? reinterpret_cast<uint8_t*>(base + mask_h_) : nullptr;
+  }
+
+ private:
+  bool drops_;
+  size_t hidden_ = 0, weight_ = 0, mask_x_ = 0, mask_h_ = 0;
+};
+
+// Every worker's scratch of a forward pass.
+class ForwardWorkersPlan {
+ public:
+  ForwardWorkersPlan(const TrainingPass& pass, uint32_t rows_of_x, uint32_t rows_of_h, size_t workers,
+                     ScratchPlan& plan)
+      : workers_(workers) {
+    const auto& k = pass.kernels();
+    const uint32_t rows = std::max(rows_of_x, rows_of_h), inter = pass.inter(), hidden = pass.hidden();
+    ScratchPlan own;
+    operand_ = own.take(std::max(k.operand_bytes(rows_of_x, hidden), k.operand_bytes(rows_of_h, inter)));
+    for (size_t& at : c_) at = own.take(k.c_floats(rows, kernels::kMaxPanelOutputs) * sizeof(float));
+    nt_ = own.take(k.nt_scratch_bytes(std::max({hidden, inter, pass.rank()})));
+    for (size_t& at : inner_) at = own.take(k.operand_bytes(rows, pass.rank()));
+    drops_ = pass.cache->mask_x != nullptr;
+    if (drops_)
+      dropped_ = own.take(std::max(size_t{rows_of_x} * hidden, size_t{rows_of_h} * inter) * sizeof(bf16));
+    per_worker_ = own.bytes();
+    begin_ = plan.take(per_worker_ * workers);
+  }
+
+  void place(std::byte* base, TrainingPass& pass) const {
+    pass.call->workers.clear();
+    pass.forward.clear();
+    for (size_t i = 0; i < workers_; ++i) {
+      std::byte* own = base + begin_ + i * per_worker_;
+      const auto floats = [&](size_t at) { return reinterpret_cast<float*>(own + at); };
+      pass.call->workers.push_back(
+          {static_cast<uint32_t>(i), {}, own + operand_, floats(c_[0]), floats(c_[1]), own + nt_});
+      pass.forward.push_back({{},
+                              {own + inner_[0], own + inner_[1]},
+                              {floats(c_[2]), floats(c_[3])},
+                              drops_ ? reinterpret_cast<bf16*>(own + dropped_) : nullptr});
+    }
+  }
+
+ private:
+  size_t workers_, per_worker_, begin_;
+  size_t operand_, c_[4], nt_, inner_[2], dropped_ = 0;
+  bool drops_;
+};
+
+// The rows that the backward pass makes, and every worker's scratch. dg and du take the place of g and u when
+// these are bf16.
+class BackwardPlan {
+ public:
+  BackwardPlan(const TrainingPass& pass, uint32_t most_rows, size_t workers, ScratchPlan& plan)
+      : workers_(workers) {
+    const auto& k = pass.kernels();
+    const size_t rows = pass.plan().num_rows(), rank = pass.rank(), inter = pass.inter();
+    in_place_ = !pass.config->cache_float32;
+    blocks_ = static_cast<uint32_t>(div_up(inter, kernels::kOutputBlock)) + 1;
+    for (size_t& at : rank_rows_) at = plan.take(rows * rank * sizeof(bf16));
+    for (size_t& at : inter_rows_) at = in_place_ ? 0 : plan.take(rows * inter * sizeof(bf16));
+    grad_weight_ = plan.take(rows * blocks_ * sizeof(float));
+
+    ScratchPlan own;
+    left_ = own.take(left_bytes(pass, most_rows));
+    for (size_t& at : c_) at = own.take(size_t{most_rows} * kernels::kMaxBlockColumns * sizeof(float));
+    products_ = own.take(std::max(k.nn_scratch_bytes(), k.tn_scratch_bytes()));
+    chunk_ = own.take(size_t{kChunkRows} * kernels::kMaxBlockColumns * sizeof(bf16));
+    per_worker_ = own.bytes();
+    begin_ = plan.take(per_worker_ * workers);
+  }
+
+  void place(std::byte* base, TrainingPass& pass) const {
+    const auto row = [&](size_t at) { return reinterpret_cast<bf16*>(base + at); };
+    BackwardRows& rows = pass.rows;
+    rows.r = row(rank_rows_[0]), rows.weighted_r = row(rank_rows_[1]), rows.weighted_ud = row(rank_rows_[2]);
+    rows.d_inner_gate = row(rank_rows_[3]), rows.d_inner_up = row(rank_rows_[4]);
+    const kernels::KeptRows& kept = pass.cache->rows.kept;
+    rows.d_gate = in_place_ ? static_cast<bf16*>(kept.gate) : row(inter_rows_[0]);
+    rows.d_up = in_place_ ? static_cast<bf16*>(kept.up) : row(inter_rows_[1]);
+    rows.grad_weight = reinterpret_cast<float*>(base + grad_weight_), rows.blocks = blocks_;
+    pass.backward.clear();
+    for (size_t i = 0; i < workers_; ++i) {
+      std::byte* own = base + begin_ + i * per_worker_;
+      const auto floats = [&](size_t at) { return reinterpret_cast<float*>(own + at); };
+      pass.backward.push_back({{},
+                               own + left_,
+                               floats(c_[0]),
+                               floats(c_[1]),
+                               own + products_,
+                               reinterpret_cast<bf16*>(own + chunk_)});
+    }
+  }
+
+ private:
+  // Of the step that packs most: q and r, or dg, du, dug and duu, cut at the nodes' shares.
+  static size_t left_bytes(const TrainingPass& pass, uint32_t m) {
+    const auto bytes = [&](uint32_t n) { return round_up(pass.kernels().left_bytes(m, n), kCacheLine); };
+    size_t hidden = 0, inter = 0;
+    for (const WeightSegment& part : pass.segments)
+      hidden += bytes(part.rows.hidden.size()), inter += bytes(part.rows.intermediate.size());
+    const size_t rank = bytes(pass.rank());
+    return std::max({hidden + rank, 2 * (inter + rank), bytes(pass.hidden()), bytes(pass.inter())});
+  }
+
+  size_t workers_, per_worker_, begin_;
+  bool in_place_;
+  uint32_t blocks_;
+  size_t rank_rows_[5], inter_rows_[2], grad_weight_;
+  size_t left_, c_[2], products_, chunk_;
+};
+
+}  // namespace ktmoe
