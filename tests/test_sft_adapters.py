@@ -281,6 +281,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "kind": ({"peft_type": "LOHA"}, r"peft_type is 'LOHA', expected 'LORA'"),
     "scaled by the root": ({"use_rslora": True}, r"use_rslora is True, expected False"),
     "dora": ({"use_dora": True}, r"use_dora is True, expected False"),
+    "biases": ({"lora_bias": True}, r"lora_bias is True, expected False"),
     "transposed": ({"fan_in_fan_out": True}, r"fan_in_fan_out is True, expected False"),
     "ranks": ({"rank_pattern": {"up_proj": 2}}, r"rank_pattern is \{'up_proj': 2\}, expected \{\}"),
     "scales": ({"alpha_pattern": {"up_proj": 2}}, r"alpha_pattern is \{'up_proj': 2\}, expected \{\}"),

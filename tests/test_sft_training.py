@@ -12,6 +12,7 @@ from layers import Batch, assert_same_bits, bf16, draw, draw_batch
 from sft_layers import Student, draw_lora, draw_student, train
 
 from ktmoe_np import KTMoEWrapper
+from ktmoe_np.cli.adam import Adam
 from ktmoe_np.reference import LoraWeights, moe_backward, moe_forward_sft
 
 AnyArray = Any
@@ -31,23 +32,8 @@ APART_EARLY, APART = 1e-3, 1e-2
 EARLY = 5 * NUM_BATCHES
 
 
-class Adam:
-    """The optimizer, in NumPy."""
-
-    def __init__(self, weights: dict[str, AnyArray]) -> None:
-        self.weights = {name: value.astype(np.float32) for name, value in weights.items()}
-        self._mean = {name: np.zeros_like(value) for name, value in self.weights.items()}
-        self._square = {name: np.zeros_like(value) for name, value in self.weights.items()}
-        self._count = 0
-
-    def step(self, gradients: dict[str, AnyArray]) -> None:
-        self._count += 1
-        for name, weight in self.weights.items():
-            gradient, mean, square = gradients[name], self._mean[name], self._square[name]
-            mean += 0.1 * (gradient - mean)
-            square += 0.01 * (np.square(gradient) - square)
-            scale = np.sqrt(square / (1 - 0.99**self._count)) + EPSILON
-            weight -= RATE * (mean / (1 - 0.9**self._count)) / scale
+def optimizer(weights: dict[str, AnyArray]) -> Adam:
+    return Adam(weights, RATE, betas=(0.9, 0.99), eps=EPSILON)
 
 
 class Task:
@@ -68,9 +54,10 @@ class Task:
 
     def learn(self, one_step: Any) -> list[float]:
         """The losses of `one_step(weights, batch, step)`, which gives loss and gradients."""
-        adam, losses = Adam(self.first), []
+        weights, losses = {name: matrix.copy() for name, matrix in self.first.items()}, []
+        adam = optimizer(weights)
         for step in range(EPOCHS * NUM_BATCHES):
-            loss, gradients = one_step(adam.weights, self.batches[step % NUM_BATCHES], step)
+            loss, gradients = one_step(weights, self.batches[step % NUM_BATCHES], step)
             losses.append(loss)
             adam.step(gradients)
         return losses
@@ -149,15 +136,13 @@ def test_base_weights_learn() -> None:
     batch = draw_batch(rng, student.layer, T, P)
     target = student.wrapper(P).forward(*batch).astype(np.float32)
     names = ("gate_proj", "up_proj", "down_proj")
-    adam = Adam(
-        {
-            name: value.astype(np.float32) + 0.05 * rng.standard_normal(value.shape, np.float32)
-            for name, value in zip(names, student.layer.matrices, strict=True)
-        }
-    )
-    moe, losses = student.wrapper(P, full_weight_grad=True), []
+    weights = {
+        name: value.astype(np.float32) + np.float32(0.05) * rng.standard_normal(value.shape, np.float32)
+        for name, value in zip(names, student.layer.matrices, strict=True)
+    }
+    moe, adam, losses = student.wrapper(P, full_weight_grad=True), optimizer(weights), []
     for _ in range(30):
-        moe.load_weights_from_tensors(**{name: value.astype(bf16) for name, value in adam.weights.items()})
+        moe.load_weights_from_tensors(**{name: value.astype(bf16) for name, value in weights.items()})
         difference = moe.forward_sft(*batch).astype(np.float32) - target
         losses.append(float(np.square(difference).mean()))
         adam.step(moe.backward((difference / difference.size).astype(bf16)).matrices)

@@ -215,7 +215,7 @@ def _check_peft_config(path: Path, rank: int, alpha: float) -> None:
     """Raise ValueError when the adapters are not what the layers are made for."""
     config = parse_json_object(path.read_bytes(), str(path))
     expected: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha}
-    plain: dict[str, Any] = {"use_rslora": False, "use_dora": False, "fan_in_fan_out": False}
+    plain: dict[str, Any] = dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"), False)
     plain |= {"rank_pattern": {}, "alpha_pattern": {}}
     for name, value in expected.items():
         if config.get(name) != value:
