@@ -46,6 +46,7 @@ struct Operand {
   const int32_t* index = nullptr;  // row-dot-row kernels only
   uint32_t rows = 0;
   uint32_t k = 0;
+  bool rows_in_place = false;  // a left operand (contract_training.h) of tile kernels: rows as they lie
 };
 
 // C[m, n - n0] (+)= sum_k X[m, k] W[n, k] for n in [n0, n1), in fp32. C is a block of c_floats(M, n1 - n0)

@@ -7,9 +7,6 @@
 namespace ktmoe {
 namespace {
 
-// Enough tasks a thread that the last ones to finish cost little, few enough that each is worth its call.
-constexpr uint32_t kTasksPerThread = 24;
-
 // Equal blocks of about `target` rows, in multiples of a panel. Up to one and a half times as many stay
 // together: reading the weights once more costs more than activations that do not quite fit the cache.
 uint32_t row_block(uint32_t rows, uint32_t target) {
@@ -38,7 +35,7 @@ void cut_panels(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threa
   for (const auto& expert : plan.active) row_blocks += div_up(expert.rows, row_block(expert.rows, target));
 
   uint32_t width = block_width.most;
-  const size_t wanted = size_t{kTasksPerThread} * static_cast<size_t>(num_threads);
+  const size_t wanted = size_t{block_width.tasks_per_thread} * static_cast<size_t>(num_threads);
   while (width > block_width.least && row_blocks * div_up(outputs.size(), width) < wanted) width /= 2;
 
   for (uint32_t a = 0; a < plan.active.size(); ++a) {

@@ -30,10 +30,12 @@ uint32_t rows_per_block(uint32_t k);
 // The most rows that cut_panels puts into one block.
 uint32_t most_rows_per_block(uint32_t k);
 
-// How wide a block of outputs may be; both are powers of two.
+// How wide a block of outputs may be (both are powers of two), and how many tasks a thread shall have: enough
+// that the last ones to finish cost little, few enough that each is worth its call.
 struct BlockWidth {
   uint32_t least = kernels::kOutputBlock / 2;
   uint32_t most = kernels::kMaxPanelOutputs;
+  uint32_t tasks_per_thread = 24;
 };
 
 // Panels of all active experts x outputs, an expert's panels one after the other, so that a worker meets the

@@ -28,15 +28,19 @@ inline void backward_activation(TrainingPass& pass, FormatId format, BackwardScr
   for (size_t i = 0; i < pass.segments.size(); ++i) {
     const WeightSegment& part = pass.segments[i];
     if (part.rows.hidden.size() == 0) continue;
-    const WeightView& down = part.matrices->down[e];
-    through_rows(pass, format, scratch.packed.parts[i],
-                 {down.row(part.rows.hidden.begin), down.row_stride_bytes}, columns, scratch.c,
-                 columns.size(), accumulate, scratch.products);
+    const WeightView down{part.matrices->down[e].row(part.rows.hidden.begin),
+                          part.matrices->down[e].row_stride_bytes};
+    kernels::NnArgs nn = into(scratch.c, columns.size(), accumulate, scratch.products);
+    if (pass.segments.size() == 1 && columns.end < inter) {  // the task behind this one
+      nn.next_w = down, nn.next_n = hidden;
+      nn.next_k0 = columns.end, nn.next_k1 = std::min(columns.end + columns.size(), inter);
+    }
+    through_rows(pass, format, scratch.packed.parts[i], down, columns, nn);
     accumulate = true;
   }
   if (rank) {
     through_rows(pass, FormatId::kBf16, scratch.packed.parts.back(), pass.adapter(LoraId::kDownA, task),
-                 columns, scratch.l, columns.size(), false, scratch.products);
+                 columns, into(scratch.l, columns.size(), false, scratch.products));
     if (const MaskView mask = mask_of_h(pass); mask.bits)
       drop_columns(mask, pass.tokens(task), rows, columns, scratch.l);
   }

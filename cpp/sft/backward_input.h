@@ -39,23 +39,33 @@ inline void backward_input(TrainingPass& pass, FormatId format, BackwardScratch&
   const MaskView mask = mask_of_x(pass);
   const kernels::Operand* left = scratch.packed.parts.data();
   bool accumulate = false, accumulate_l = false;
-  const auto through = [&](std::vector<WeightView> ExpertMatrices::* matrices, LoraId a) {
+  const auto through = [&](auto matrices, LoraId a, auto next, Span next_columns) {
     for (const WeightSegment& part : pass.segments) {
       const kernels::Operand& g = *left++;
       if (g.k == 0) continue;
-      const WeightView& w = (part.matrices->*matrices)[e];
-      through_rows(pass, format, g, {w.row(part.rows.intermediate.begin), w.row_stride_bytes}, columns, to,
-                   stride, accumulate, scratch.products);
+      const auto first_row = [&](const WeightView& w) {
+        return WeightView{w.row(part.rows.intermediate.begin), w.row_stride_bytes};
+      };
+      kernels::NnArgs nn = into(to, stride, accumulate, scratch.products);
+      if (pass.segments.size() == 1 && next_columns.size()) {
+        nn.next_w = first_row((part.matrices->*next)[e]), nn.next_n = g.k;
+        nn.next_k0 = next_columns.begin, nn.next_k1 = next_columns.end;
+      }
+      through_rows(pass, format, g, first_row((part.matrices->*matrices)[e]), columns, nn);
       accumulate = true;
     }
     if (rank == 0) return;
-    float* l = mask.bits ? scratch.l : to;
-    through_rows(pass, FormatId::kBf16, *left++, pass.adapter(a, task), columns, l,
-                 mask.bits ? columns.size() : stride, mask.bits ? accumulate_l : true, scratch.products);
+    const kernels::NnArgs nn = mask.bits ? into(scratch.l, columns.size(), accumulate_l, scratch.products)
+                                         : into(to, stride, true, scratch.products);
+    through_rows(pass, FormatId::kBf16, *left++, pass.adapter(a, task), columns, nn);
     accumulate_l = true;
   };
-  through(&ExpertMatrices::gate, LoraId::kGateA);
-  if (pass.gated()) through(&ExpertMatrices::up, LoraId::kUpA);
+  // Behind a block of columns of gate comes that of up, then the next block.
+  const Span behind{columns.end, std::min(columns.end + columns.size(), pass_columns.end)};
+  const bool gated = pass.gated();
+  through(&ExpertMatrices::gate, LoraId::kGateA, gated ? &ExpertMatrices::up : &ExpertMatrices::gate,
+          gated ? columns : behind);
+  if (gated) through(&ExpertMatrices::up, LoraId::kUpA, &ExpertMatrices::gate, behind);
   if (!mask.bits || rank == 0) return;
   drop_columns(mask, pass.tokens(task), rows, columns, scratch.l);
   for (uint32_t m = 0; m < rows; ++m)

@@ -12,25 +12,29 @@ inline kernels::KeptRows kept_from(const kernels::KeptRows& all, size_t row, siz
   return {moved(all.gate), moved(all.up), all.type, all.h + at, all.stride};
 }
 
-// C[m, k - k0] (+)= G W for columns [k0, k1).
+// C[m, k - k0] (+)= G W for columns [k0, k1), with what the caller has said of the rest.
 inline void through_rows(const TrainingPass& pass, FormatId format, const kernels::Operand& g,
-                         const WeightView& w, Span columns, float* c, size_t c_stride, bool accumulate,
-                         std::byte* scratch) {
-  kernels::NnArgs nn;
+                         const WeightView& w, Span columns, kernels::NnArgs nn) {
   nn.g = g, nn.w = w;
   nn.k0 = columns.begin, nn.k1 = columns.end;
-  nn.c = c, nn.c_stride = c_stride, nn.accumulate = accumulate;
-  nn.scratch = scratch;
   pass.kernels().nn[static_cast<size_t>(format)](nn);
+}
+
+// Where a product goes.
+inline kernels::NnArgs into(float* c, size_t c_stride, bool accumulate, std::byte* scratch) {
+  kernels::NnArgs nn;
+  nn.c = c, nn.c_stride = c_stride, nn.accumulate = accumulate, nn.scratch = scratch;
+  return nn;
 }
 
 // to[m, :] = bf(scale * G B) for an adapter's B [N, R], rows of R.
 inline void rounded_product(const TrainingPass& pass, BackwardScratch& scratch, const kernels::Operand& g,
                             const WeightView& b, float scale, bf16* to) {
   const uint32_t rank = pass.rank();
-  for (uint32_t r = 0; r < rank; r += kernels::kMaxBlockColumns) {
-    const Span columns{r, std::min(r + kernels::kMaxBlockColumns, rank)};
-    through_rows(pass, FormatId::kBf16, g, b, columns, scratch.c, columns.size(), false, scratch.products);
+  for (uint32_t r = 0; r < rank; r += pass.rows.columns) {
+    const Span columns{r, std::min(r + pass.rows.columns, rank)};
+    through_rows(pass, FormatId::kBf16, g, b, columns,
+                 into(scratch.c, columns.size(), false, scratch.products));
     for (uint32_t m = 0; m < g.rows; ++m) {
       const float* c = scratch.c + size_t{m} * columns.size();
       for (uint32_t i = 0; i < columns.size(); ++i) to[size_t{m} * rank + r + i] = to_bf16(scale * c[i]);

@@ -24,13 +24,13 @@ class AMX_SFT_MOE_TP : public AMX_MOE_BASE<T, AMX_SFT_MOE_TP<T>> {
 
   void cut_activation(const LayerCall& call, int num_threads) {
     cut_panels(call.plan, this->intermediate_, static_cast<uint32_t>(this->config_.hidden_size), num_threads,
-               tasks_, backward_width(call.plan));
+               tasks_, backward_width());
   }
   // Columns of pass `i` of `passes`.
   void cut_input(const LayerCall& call, int num_threads, uint32_t i, uint32_t passes) {
     this->begin_pass(call, num_threads, i, passes);
     cut_panels(call.plan, this->pass_columns(), 2 * static_cast<uint32_t>(this->config_.intermediate_size),
-               num_threads, tasks_, backward_width(call.plan));
+               num_threads, tasks_, backward_width());
   }
   uint32_t num_backward() const { return static_cast<uint32_t>(tasks_.size()); }
 
@@ -43,12 +43,7 @@ class AMX_SFT_MOE_TP : public AMX_MOE_BASE<T, AMX_SFT_MOE_TP<T>> {
   }
 
  private:
-  // Few rows: the weights come from memory, which is read best in long pieces. Many: the results stay in
-  // cache.
-  static BlockWidth backward_width(const RoutingPlan& plan) {
-    const size_t rows = plan.num_rows() / std::max<size_t>(plan.active.size(), 1);
-    return {kernels::kOutputBlock, rows <= 16 ? kernels::kMaxBlockColumns : rows <= 64 ? 128u : 64u};
-  }
+  BlockWidth backward_width() const { return {kernels::kOutputBlock, pass_->rows.columns, 8}; }
 
   // ---- hooks of the base ----
 

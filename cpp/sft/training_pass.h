@@ -34,10 +34,10 @@ struct PackedLeft {
 struct BackwardScratch {
   PackedLeft packed;
   std::byte* left = nullptr;      // memory of `packed`
-  float* c = nullptr;             // rows x kMaxBlockColumns
+  float* c = nullptr;             // rows x BackwardRows::columns
   float* l = nullptr;             // the same, of the adapters
   std::byte* products = nullptr;  // of NN and TN
-  bf16* chunk = nullptr;          // kChunkRows x kMaxBlockColumns, rows made on the way to a TN product
+  bf16* chunk = nullptr;          // kChunkRows x kMaxTnColumns, rows made on the way to a TN product
 };
 inline constexpr uint32_t kChunkRows = 512;
 
@@ -56,6 +56,7 @@ struct BackwardRows {
   bf16 *d_gate = nullptr, *d_up = nullptr;              // dg, du [rows, I]
   bf16 *d_inner_gate = nullptr, *d_inner_up = nullptr;  // dug, duu [rows, R]
   float* grad_weight = nullptr;  // [rows, blocks]: <z, h> over each block of columns, and <q, down_bias> last
+  uint32_t columns = 0;          // of an NN product at most
   uint32_t blocks = 0;           // blocks of columns and that one
 };
 

@@ -1,6 +1,8 @@
 // Where a training pass keeps things: in a cache's own memory, or in borrowed scratch.
 #pragma once
 
+#include <bit>
+
 #include "moe/scratch_plan.h"
 #include "sft/training_pass.h"
 
@@ -112,6 +114,7 @@ class BackwardPlan {
     const auto& k = pass.kernels();
     const size_t rows = pass.plan().num_rows(), rank = pass.rank(), inter = pass.inter();
     in_place_ = !pass.config->cache_float32;
+    columns_ = columns_for(most_rows);
     blocks_ = static_cast<uint32_t>(div_up(inter, kernels::kOutputBlock)) + 1;
     for (size_t& at : rank_rows_) at = plan.take(rows * rank * sizeof(bf16));
     for (size_t& at : inter_rows_) at = in_place_ ? 0 : plan.take(rows * inter * sizeof(bf16));
@@ -119,9 +122,9 @@ class BackwardPlan {
 
     ScratchPlan own;
     left_ = own.take(left_bytes(pass, most_rows));
-    for (size_t& at : c_) at = own.take(size_t{most_rows} * kernels::kMaxBlockColumns * sizeof(float));
+    for (size_t& at : c_) at = own.take(size_t{most_rows} * columns_ * sizeof(float));
     products_ = own.take(std::max(k.nn_scratch_bytes(), k.tn_scratch_bytes()));
-    chunk_ = own.take(size_t{kChunkRows} * kernels::kMaxBlockColumns * sizeof(bf16));
+    chunk_ = own.take(size_t{kChunkRows} * kernels::kMaxTnColumns * sizeof(bf16));
     per_worker_ = own.bytes();
     begin_ = plan.take(per_worker_ * workers);
   }
@@ -135,6 +138,7 @@ class BackwardPlan {
     rows.d_gate = in_place_ ? static_cast<bf16*>(kept.gate) : row(inter_rows_[0]);
     rows.d_up = in_place_ ? static_cast<bf16*>(kept.up) : row(inter_rows_[1]);
     rows.grad_weight = reinterpret_cast<float*>(base + grad_weight_), rows.blocks = blocks_;
+    rows.columns = columns_;
     pass.backward.clear();
     for (size_t i = 0; i < workers_; ++i) {
       std::byte* own = base + begin_ + i * per_worker_;
@@ -149,6 +153,13 @@ class BackwardPlan {
   }
 
  private:
+  // Few rows: the weights come from memory, which is read best in long pieces. Many: the results stay in
+  // cache.
+  static uint32_t columns_for(uint32_t most_rows) {
+    constexpr uint32_t kResults = 32 << 10, kLeast = 64;
+    return std::clamp(std::bit_floor(kResults / most_rows), kLeast, kernels::kMaxNnColumns);
+  }
+
   // Of the step that packs most: q and r, or dg, du, dug and duu, cut at the nodes' shares.
   static size_t left_bytes(const TrainingPass& pass, uint32_t m) {
     const auto bytes = [&](uint32_t n) { return round_up(pass.kernels().left_bytes(m, n), kCacheLine); };
@@ -161,7 +172,7 @@ class BackwardPlan {
 
   size_t workers_, per_worker_, begin_;
   bool in_place_;
-  uint32_t blocks_;
+  uint32_t columns_, blocks_;
   size_t rank_rows_[5], inter_rows_[2], grad_weight_;
   size_t left_, c_[2], products_, chunk_;
 };

@@ -13,7 +13,7 @@ inline Operand pack_left_rows(const RowsView& rows, uint32_t m, uint32_t n, std:
   return Operand{reinterpret_cast<const std::byte*>(rows.data), rows.stride * sizeof(bf16), rows.index, m, n};
 }
 
-inline size_t nn_scratch_bytes_rows() { return kPairsPanelBytes + kDecodedBytes; }
+inline size_t nn_scratch_bytes_rows() { return kNnScratchBytes; }
 
 // A block of the summed dimension. Row i of the left operand begins at left[i] + left_at.
 struct PairsBlock {
@@ -115,7 +115,7 @@ void pairs_strip(const PairsBlock& b, uint32_t g, Ahead& ahead) {
 }
 
 template <class Ahead>
-void pairs_product(const PairsBlock& b, Ahead ahead) {
+void pairs_product(const PairsBlock& b, Ahead& ahead) {
   constexpr uint32_t kWide = Vec::kPairGroups;
   const uint32_t groups = num_groups(b.columns);
   ahead.spread_over(div_up(groups, kWide) * div_up(b.num_left, Vec::kPairRows) *
@@ -128,21 +128,24 @@ void pairs_product(const PairsBlock& b, Ahead ahead) {
   for (; g < groups; ++g) pairs_strip<1>(b, g, ahead);
 }
 
+struct NnRows {
+  const NnArgs& args;
+  const std::byte* const* left;
+
+  template <class Ahead>
+  KT_INLINE void run(uint32_t s0, uint32_t s1, const PairsPanel& panel, Ahead& ahead) const {
+    const PairsBlock b{left,   args.g.rows,   s0 * sizeof(bf16), 2 * sizeof(bf16),           panel, s1 - s0,
+                       args.c, args.c_stride, args.k1 - args.k0, s0 == 0 && !args.accumulate};
+    pairs_product(b, ahead);
+  }
+};
+
 template <class Format>
-void nn_rows(const NnArgs& a) {
+void nn_rows(const NnArgs& args) {
   const std::byte* left[kMaxPanelRows];
-  for (uint32_t m = 0; m < a.g.rows; ++m) {
-    const size_t row = a.g.index ? a.g.index[m] : m;
-    left[m] = a.g.data + row * a.g.stride_bytes;
+  for (uint32_t m = 0; m < args.g.rows; ++m) {
+    const size_t row = args.g.index ? args.g.index[m] : m;
+    left[m] = args.g.data + row * args.g.stride_bytes;
   }
-  const uint32_t n = a.g.k, columns = a.k1 - a.k0, block = pairs_block_rows(columns);
-  const PairsPanel panel = pairs_panel(a.scratch, smaller(n, block));
-  const WeightRows<Format> rows{a.w, n, a.k0, a.k1, a.scratch + kPairsPanelBytes};
-  for (uint32_t s0 = 0; s0 == 0 || s0 < n; s0 += block) {
-    const uint32_t s1 = smaller(n, s0 + block);
-    fill_pairs(rows, s0, s1, panel);
-    const PairsBlock b{left,    a.g.rows, s0 * sizeof(bf16), 2 * sizeof(bf16), panel,
-                       s1 - s0, a.c,      a.c_stride,        columns,          s0 == 0 && !a.accumulate};
-    pairs_product(b, RowsAhead<WeightRows<Format>>{rows, s1, smaller(n, s1 + block)});
-  }
+  for_blocks<Format>(args, NnRows{args, left});
 }

@@ -11,12 +11,14 @@ inline constexpr size_t kPairsBytes = kGroupColumns * 2 * sizeof(bf16);  // a pa
 // Rows that a tile takes at a time: blocks of rows are multiples of it, so that the order of a sum does not
 // depend on where blocks end.
 inline constexpr uint32_t kPairsStep = 32;
-// Of a panel: with what it is multiplied by it must stay in the second-level cache.
-inline constexpr size_t kPairsPanelBytes = size_t{128} << 10;
+// Of a panel, which holds a block of rows: with what it is multiplied by it must stay in the second-level
+// cache, and a step of the widest block must fit. There are two, one that is multiplied and one that is being
+// filled.
+inline constexpr size_t kPairsPanelBytes = size_t{64} << 10;
 // Rows lie a page or so apart, where no prefetcher of the hardware looks.
 inline constexpr uint32_t kRowsAhead = 16;
 
-alignas(kCacheLine) inline constexpr std::byte kZeroRow[kMaxBlockColumns * sizeof(bf16)] = {};
+alignas(kCacheLine) inline constexpr std::byte kZeroRow[kMaxNnColumns * sizeof(bf16)] = {};
 
 KT_INLINE uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 KT_INLINE uint32_t num_groups(uint32_t columns) {
@@ -51,12 +53,12 @@ struct WeightRows {
     if constexpr (Unpack<Format>::kAsStored) {
       return row + Format::row_bytes(k0);
     } else {
-      std::byte* to = decoded + s % 2 * (kMaxBlockColumns * sizeof(bf16));
+      std::byte* to = decoded + s % 2 * (kMaxNnColumns * sizeof(bf16));
       uint32_t k = k0;
       for (; k + Vec::kStep <= k1; k += Vec::kStep, to += Vec::kStep * sizeof(bf16))
         Vec::store(to, Unpack<Format>::segment(row, k));
       if (k < k1) Vec::store(to, Unpack<Format>::tail(row, k, k1 - k));
-      return decoded + s % 2 * (kMaxBlockColumns * sizeof(bf16));
+      return decoded + s % 2 * (kMaxNnColumns * sizeof(bf16));
     }
   }
   template <int kHint>
@@ -65,7 +67,7 @@ struct WeightRows {
     if (s < num_rows) prefetch_bytes<kHint>(w.row(s) + from, Format::row_bytes(k1) - from);
   }
 };
-inline constexpr size_t kDecodedBytes = 2 * kMaxBlockColumns * sizeof(bf16);
+inline constexpr size_t kDecodedBytes = 2 * kMaxNnColumns * sizeof(bf16);
 
 // The first columns of rows of bf16.
 struct PlainRows {
@@ -88,49 +90,116 @@ struct PairsPanel {
   size_t group_bytes;
 };
 
-// Interleaves rows [s0, s1), s1 - s0 at most a block and even unless it ends the sum.
-template <class Rows>
-void fill_pairs(const Rows& rows, uint32_t s0, uint32_t s1, const PairsPanel& panel) {
-  const uint32_t columns = rows.columns();
-  std::byte* to = panel.data;
-  for (uint32_t s = s0; s < s1; s += 2, to += kPairsBytes) {
-    rows.template prefetch<3>(s + kRowsAhead);
-    rows.template prefetch<3>(s + kRowsAhead + 1);
-    const std::byte* even = rows.row(s);
-    const std::byte* odd = s + 1 < s1 ? rows.row(s + 1) : kZeroRow;
-    std::byte* group = to;
-    uint32_t k = 0;
-    for (; k + kInterleaveColumns <= columns; k += kInterleaveColumns) {
-      interleave_columns(even + k * sizeof(bf16), odd + k * sizeof(bf16), group, panel.group_bytes);
-      group += kInterleaveColumns / kGroupColumns * panel.group_bytes;
-    }
-    if (k < columns)
-      interleave_last(even + k * sizeof(bf16), odd + k * sizeof(bf16), columns - k, group, panel.group_bytes);
-  }
-  const size_t padding = panel.data + round_up(s1 - s0, kPairsStep) / 2 * kPairsBytes - to;
-  for (uint32_t g = 0; g < num_groups(columns); ++g) std::memset(to + g * panel.group_bytes, 0, padding);
-}
-
 // The panel at `data` for blocks of at most `rows` rows.
 KT_INLINE PairsPanel pairs_panel(std::byte* data, uint32_t rows) {
   return {data, round_up(rows, kPairsStep) / 2 * kPairsBytes};
 }
 
-// Rows of the next block, asked for while a block is multiplied, as thinly as still asks for all: so memory
-// is busy meanwhile. They wait in the second-level cache.
+// Interleaves a block of rows, [s0, s1), pair by pair.
 template <class Rows>
-struct RowsAhead {
-  const Rows& rows;
-  uint32_t next, end;
-  uint32_t each = 0;  // rows at a time
+class PanelFill {
+ public:
+  KT_INLINE PanelFill(const Rows& rows, uint32_t s0, uint32_t s1, const PairsPanel& panel)
+      : rows_(rows),
+        panel_(panel),
+        to_(panel.data),
+        next_(s0),
+        end_(s1),
+        padded_(s0 + static_cast<uint32_t>(round_up(s1 - s0, kPairsStep))) {}
+  KT_INLINE uint32_t num_pairs() const { return static_cast<uint32_t>(div_up(end_ - next_, 2)); }
+
+  KT_INLINE void pair() {
+    const uint32_t s = next_, columns = rows_.columns();
+    rows_.template prefetch<3>(s + kRowsAhead);
+    rows_.template prefetch<3>(s + kRowsAhead + 1);
+    const std::byte* even = rows_.row(s);
+    const std::byte* odd = s + 1 < end_ ? rows_.row(s + 1) : kZeroRow;
+    std::byte* group = to_;
+    uint32_t k = 0;
+    for (; k + kInterleaveColumns <= columns; k += kInterleaveColumns) {
+      interleave_columns(even + k * sizeof(bf16), odd + k * sizeof(bf16), group, panel_.group_bytes);
+      group += kInterleaveColumns / kGroupColumns * panel_.group_bytes;
+    }
+    if (k < columns)
+      interleave_last(even + k * sizeof(bf16), odd + k * sizeof(bf16), columns - k, group,
+                      panel_.group_bytes);
+    next_ = s + 2;
+    to_ += kPairsBytes;
+  }
+
+  // What is left, and the zeros behind it.
+  KT_INLINE void finish() {
+    while (next_ < end_) pair();
+    if (next_ >= padded_) return;
+    const size_t padding = (padded_ - next_) / 2 * kPairsBytes;
+    for (uint32_t g = 0; g < num_groups(rows_.columns()); ++g)
+      std::memset(to_ + g * panel_.group_bytes, 0, padding);
+    next_ = padded_;
+  }
+
+ private:
+  const Rows& rows_;
+  const PairsPanel panel_;
+  std::byte* to_;
+  uint32_t next_, end_, padded_;
+};
+
+template <class Rows>
+void fill_pairs(const Rows& rows, uint32_t s0, uint32_t s1, const PairsPanel& panel) {
+  PanelFill<Rows>(rows, s0, s1, panel).finish();
+}
+
+// What is done while a block is multiplied, a little at a time, so that the units that multiply, those that
+// interleave and memory work at once: the next block is filled, or behind the last one the rows that the
+// caller multiplies by next are asked for, into the second-level cache.
+template <class Rows>
+class BlockAhead {
+ public:
+  KT_INLINE BlockAhead(const PanelFill<Rows>& fill, const Rows& next, uint32_t num_next)
+      : fill_(fill), next_(next), pairs_(fill.num_pairs()), num_next_(pairs_ ? 0 : num_next) {}
+
   KT_INLINE void spread_over(size_t times) {
-    if (next < end) each = static_cast<uint32_t>(div_up(end - next, times));
+    each_ = static_cast<uint32_t>(div_up(pairs_ + num_next_, times));
   }
   KT_INLINE void ask() {
-    for (uint32_t i = 0; i < each && next < end; ++i) rows.template prefetch<2>(next++);
+    for (uint32_t i = 0; i < each_; ++i) {
+      if (pairs_ > 0) {
+        fill_.pair();
+        --pairs_;
+      } else if (asked_ < num_next_) {
+        next_.template prefetch<2>(asked_++);
+      }
+    }
   }
+  KT_INLINE void finish() { fill_.finish(); }
+
+ private:
+  PanelFill<Rows> fill_;
+  const Rows& next_;
+  uint32_t pairs_, num_next_, asked_ = 0, each_ = 0;
 };
 struct NothingAhead {
   KT_INLINE void spread_over(size_t) {}
   KT_INLINE void ask() {}
 };
+
+// Walks over the blocks of the rows of a weight: product.run(s0, s1, panel, ahead) for each.
+template <class Format, class Product>
+KT_INLINE void for_blocks(const NnArgs& a, const Product& product) {
+  using Rows = WeightRows<Format>;
+  const uint32_t n = a.g.k, block = pairs_block_rows(a.k1 - a.k0), longest = smaller(n, block);
+  const PairsPanel panels[2] = {pairs_panel(a.scratch, longest),
+                                pairs_panel(a.scratch + kPairsPanelBytes, longest)};
+  const Rows rows{a.w, n, a.k0, a.k1, a.scratch + 2 * kPairsPanelBytes};
+  const Rows next{a.next_w, a.next_n, a.next_k0, a.next_k1, nullptr};
+  const uint32_t num_next = a.next_w.data ? smaller(a.next_n, block) : 0;
+  fill_pairs(rows, 0, longest, panels[0]);
+  uint32_t i = 0;
+  for (uint32_t s0 = 0; s0 == 0 || s0 < n; s0 += block, i ^= 1) {
+    const uint32_t s1 = smaller(n, s0 + block);
+    BlockAhead<Rows> ahead(PanelFill<Rows>(rows, s1, smaller(n, s1 + block), panels[i ^ 1]), next, num_next);
+    product.run(s0, s1, panels[i], ahead);
+    ahead.finish();
+  }
+}
+inline constexpr size_t kNnScratchBytes = 2 * kPairsPanelBytes + kDecodedBytes;

@@ -9,7 +9,8 @@ struct TnRows {
     // Behind an odd end there are zeros, so the last pair is a whole one.
     const uint32_t length = static_cast<uint32_t>(round_up(b.length, 2));
     const PairsBlock block{left, b.n, 0, kPairsBytes, b.x, length, b.sums, b.stride, b.k, false};
-    pairs_product(block, NothingAhead{});
+    NothingAhead nothing;
+    pairs_product(block, nothing);
   }
 };
 

@@ -21,7 +21,8 @@ struct TnTiles {
 
   KT_INLINE void add(const TnBlock& b) {
     const PairsTiles t{pack(b), 0, div_up(b.length, kTileK), b.x, b.sums, b.stride, false};
-    pairs_product(scope, t, b.k, NothingAhead{});
+    NothingAhead nothing;
+    pairs_product(scope, t, b.k, nothing);
   }
 };
 
