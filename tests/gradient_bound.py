@@ -105,10 +105,13 @@ def activation_balls(spec: ActivationSpec, g: Ball, u: Ball | None) -> tuple[Bal
     return a * b, [a_slope * b, a * b_slope]
 
 
-def gradient_balls(layer: Layer, grad_output: AnyArray, *, rounded: bool) -> dict[str, Ball]:
+def gradient_balls(
+    layer: Layer, grad_output: AnyArray, *, rounded: bool, float32_cache: bool = False
+) -> dict[str, Ball]:
     """The gradients of `moe_backward` by name, and the output as "out", after their last rounding.
 
-    For layers with LoRA, without a map and a mask.
+    "float32 out" is the output before it. For layers with LoRA, without a map and a mask; `float32_cache` is
+    the cache_dtype of `moe_forward_sft`.
     """
     lora: LoraWeights = layer["lora"]
     names = ("gate", "up", "down") if layer["up_proj"] is not None else ("gate", "down")
@@ -138,6 +141,7 @@ def gradient_balls(layer: Layer, grad_output: AnyArray, *, rounded: bool) -> dic
             bias,
             {n: (kept_h if n == "down" else kept_x)[t] for n in names},
             rounded,
+            float32_cache,
         )
         for name, value in step.items():
             if name in slots:
@@ -150,7 +154,8 @@ def gradient_balls(layer: Layer, grad_output: AnyArray, *, rounded: bool) -> dic
     }
     for name in ("out", "grad_input"):
         added = Ball(slots[name].centre.sum(axis=1), slots[name].radius.sum(axis=1))
-        total[name] = added.computed(slots[name].reach.sum(axis=1), ids.shape[1] + 1).bf(rounded)
+        total[f"float32 {name}"] = added.computed(slots[name].reach.sum(axis=1), ids.shape[1] + 1)
+        total[name] = total[f"float32 {name}"].bf(rounded)
     total["grad_weights"] = _take(slots["grad_weights"], (..., 0))
     return total
 
@@ -167,6 +172,7 @@ def _expert_balls(
     bias: dict[str, Ball],
     kept: dict[str, AnyArray],
     rounded: bool,
+    float32_cache: bool,
 ) -> dict[str, Ball]:
     """The formulas for the slots of one expert."""
 
@@ -190,7 +196,8 @@ def _expert_balls(
     result["down_lora_b"] = s * (q.T @ (w * ud).bf(rounded))
     result["down_lora_a"] = (s * w * r).bf(rounded).T @ h.where(kept["down"])
     result["down_proj"] = q.T @ (w * h).bf(rounded)
-    slopes = activation_balls(spec, g.bf(rounded), None if u is None else u.bf(rounded))[1]
+    cached = (g, u) if float32_cache else (g.bf(rounded), None if u is None else u.bf(rounded))
+    slopes = activation_balls(spec, *cached)[1]
     for name, slope in zip(first, slopes, strict=True):
         d = (w * z * slope).bf(rounded)
         d_inner = (s * (d @ b[name])).bf(rounded)

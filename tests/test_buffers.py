@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from layers import bf16
 
-from ktmoe_np import KExpertsCPUBuffer, KTMoEWrapper
+from ktmoe_np import KExpertsCPUBuffer, KExpertsSFTBuffer, KTMoEWrapper
 
 get = KExpertsCPUBuffer.get_buffer
 
@@ -154,3 +154,25 @@ def test_many_threads_get_the_same_slots() -> None:
     for thread in threads:
         thread.join()
     assert all(slots is seen[0] for slots in seen)
+
+
+def test_buffers_of_training() -> None:
+    KExpertsSFTBuffer.clear_buffer_cache()
+    slots = KExpertsSFTBuffer.get_buffer(5, 8, 2)
+    assert KExpertsSFTBuffer.get_buffer(5, 8, 2) is slots
+    assert len(slots) == KExpertsSFTBuffer.buffer_depth == 2
+    rows, routes = ("input", "output", "grad_output", "grad_input"), ("weights", "grad_weights")
+    kinds = dict.fromkeys(rows, ((5, 8), bf16)) | dict.fromkeys(routes, ((5, 2), np.float32))
+    kinds["ids"] = ((5, 2), np.int64)
+    arrays = [getattr(slot, name) for slot in slots for name in kinds]
+    assert [(array.shape, array.dtype) for array in arrays] == 2 * list(kinds.values())
+    for i, array in enumerate(arrays):
+        assert not any(np.shares_memory(array, other) for other in arrays[:i])
+    KExpertsSFTBuffer.set_capture_batch_sizes([5])
+    assert KTMoEWrapper.get_capture_batch_sizes() == []  # those of inference are others
+    KTMoEWrapper.clear_buffer_cache()
+    assert KExpertsSFTBuffer.get_buffer(5, 8, 2) is slots
+    KTMoEWrapper.clear_sft_buffer_cache()
+    assert KExpertsSFTBuffer.get_buffer(5, 8, 2) is not slots
+    KExpertsSFTBuffer.set_capture_batch_sizes([])
+    KExpertsSFTBuffer.clear_buffer_cache()

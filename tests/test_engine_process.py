@@ -277,7 +277,7 @@ moe = heavy.wrapper(P)
 out, few, main = np.zeros(batch.x.shape, np.float32), batch.rows(slice(5)), threading.get_ident()
 
 def interrupt():
-    while sys._current_frames()[main].f_code.co_name != "sync_forward":
+    while sys._current_frames()[main].f_code.co_name != "sync":
         pass
     os.kill(os.getpid(), signal.SIGINT)
 

@@ -4,22 +4,27 @@
 """
 
 from . import config, reference
-from .buffers import KExpertsCPUBuffer
+from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import ActivationSpec, MoEConfig, parse_activation
 from .experts import KTMoEWrapper
 from .inference import BaseMoEWrapper, NativeMoEWrapper
 from .kt_kernel_ext import isa_info
 from .masks import generate_gpu_experts_masks
+from .sft import AMXSFTMoEWrapper, BaseSFTMoEWrapper, SFTGradients
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AMXSFTMoEWrapper",
     "ActivationSpec",
     "BaseMoEWrapper",
+    "BaseSFTMoEWrapper",
     "KExpertsCPUBuffer",
+    "KExpertsSFTBuffer",
     "KTMoEWrapper",
     "MoEConfig",
     "NativeMoEWrapper",
+    "SFTGradients",
     "config",
     "generate_gpu_experts_masks",
     "isa_info",

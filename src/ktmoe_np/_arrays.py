@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "at_least", "bfloat16", "expert_ids", "num_tokens", "routing_weights"]
+__all__ = ["Array", "as_numpy", "at_least", "bfloat16", "expert_ids", "num_tokens", "routing_weights"]
 
 Array = NDArray[Any]
 
@@ -45,7 +45,7 @@ def routing_weights(weights: Any) -> Any:
     return weights
 
 
-def num_tokens(hidden_states: Any) -> int:
+def num_tokens(hidden_states: Any, name: str = "hidden_states") -> int:
     """T, from an array [T, H].
 
     Raises
@@ -58,10 +58,33 @@ def num_tokens(hidden_states: Any) -> int:
     shape = getattr(hidden_states, "shape", None)
     if shape is None:
         kind = type(hidden_states).__name__
-        raise TypeError(f"hidden_states: got {kind}, expected an array of bfloat16 [T, H]")
+        raise TypeError(f"{name}: got {kind}, expected an array of bfloat16 [T, H]")
     if len(shape) != 2:
-        raise ValueError(f"hidden_states: got shape {list(shape)}, expected [T, H]")
+        raise ValueError(f"{name}: got shape {list(shape)}, expected [T, H]")
     return int(shape[0])
+
+
+def as_numpy(value: Any, name: str) -> Array:
+    """An array of whoever has it as one of NumPy, for what Python itself reads.
+
+    Raises
+    ------
+    TypeError
+        Not an array, or one that is not on the CPU.
+    """
+    if isinstance(value, np.ndarray):
+        return value
+    if not any(hasattr(value, protocol) for protocol in ("__array__", "__dlpack__")):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an array")
+    try:
+        if str(getattr(value, "dtype", None)) == "torch.bfloat16":
+            # NumPy takes these through no protocol; float32 has the same values.
+            return np.asarray(value.float()).astype(bfloat16)
+        return np.asarray(value) if hasattr(value, "__array__") else np.from_dlpack(value)
+    except (TypeError, RuntimeError, ValueError, BufferError) as error:
+        raise TypeError(
+            f"{name}: got {type(value).__name__}, expected an array that NumPy can read: {error}"
+        ) from error
 
 
 def at_least(name: str, value: Any, least: int) -> int:

@@ -15,13 +15,26 @@ class Method:
     mode: str  #: "inference" or "sft"
     wrapper: str  #: module and class of the wrapper, below this package
     layer: str  #: the class in ``kt_kernel_ext.moe``
+    weights: str = "bf16"  #: the format of the base weights
+    skip_lora: bool = False  #: adapters are used, but have no gradients
 
 
-METHODS = (Method("BF16", "inference", "inference.native:NativeMoEWrapper", "AMXBF16_MOE"),)
+def _sft(name: str, skip_lora: bool = False) -> Method:
+    return Method(name, "sft", "sft.amx:AMXSFTMoEWrapper", "AMXBF16_SFT_MOE", "bf16", skip_lora)
 
 
-def find_method(name: str, mode: str) -> Method:
-    """The method of that name in a mode.
+#: The first of a mode is its default.
+METHODS = (
+    Method("BF16", "inference", "inference.native:NativeMoEWrapper", "AMXBF16_MOE"),
+    _sft("AMXBF16_SFT"),
+    _sft("BF16_SFT"),  # the same under a shorter name
+    _sft("AMXBF16_SFT_SkipLoRA", skip_lora=True),
+    _sft("BF16_SFT_SkipLoRA", skip_lora=True),
+)
+
+
+def find_method(name: str | None, mode: str) -> Method:
+    """The method of that name in a mode; the mode's default for None.
 
     Raises
     ------
@@ -32,7 +45,7 @@ def find_method(name: str, mode: str) -> Method:
     if mode not in modes:
         raise ValueError(f"mode: got {mode!r}, expected one of {', '.join(modes)}")
     for method in METHODS:
-        if method.name == name and method.mode == mode:
+        if method.mode == mode and name in (method.name, None):
             return method
     known = ", ".join(method.name for method in METHODS if method.mode == mode)
     raise ValueError(f"method: got {name!r} for mode {mode!r}, expected one of {known}")

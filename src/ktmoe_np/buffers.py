@@ -5,19 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._arrays import Array, bfloat16
 
-__all__ = ["BufferSlot", "KExpertsCPUBuffer"]
+__all__ = ["BufferSlot", "KExpertsCPUBuffer", "KExpertsSFTBuffer", "SFTBufferSlot"]
 
 
 @dataclass
 class BufferSlot:
-    """The arrays of one call, T rows each."""
+    """The arrays of one forward pass of inference, T rows each."""
 
     input: Array  #: bfloat16 [T, H]
     immediate_ids: NDArray[np.int64]  #: [T, P], deferred slots -1
@@ -41,33 +41,60 @@ class BufferSlot:
         )
 
 
-class KExpertsCPUBuffer:
+@dataclass
+class SFTBufferSlot:
+    """The arrays of one training step, T rows each."""
+
+    input: Array  #: bfloat16 [T, H]
+    ids: NDArray[np.int64]  #: [T, P]
+    weights: NDArray[np.float32]  #: [T, P]
+    output: Array  #: bfloat16 [T, H]
+    grad_output: Array  #: bfloat16 [T, H]
+    grad_input: Array  #: bfloat16 [T, H]
+    grad_weights: NDArray[np.float32]  #: [T, P]
+
+    @classmethod
+    def allocate(cls, batch_size: int, hidden_size: int, num_experts_per_tok: int) -> SFTBufferSlot:
+        """Fresh arrays; the system gives them memory when they are first written."""
+        rows, routes = (batch_size, hidden_size), (batch_size, num_experts_per_tok)
+        return cls(
+            input=np.empty(rows, bfloat16),
+            ids=np.empty(routes, np.int64),
+            weights=np.empty(routes, np.float32),
+            output=np.empty(rows, bfloat16),
+            grad_output=np.empty(rows, bfloat16),
+            grad_input=np.empty(rows, bfloat16),
+            grad_weights=np.empty(routes, np.float32),
+        )
+
+
+Slot = TypeVar("Slot", BufferSlot, SFTBufferSlot)
+
+
+class _ExpertsBuffer(Generic[Slot]):
     """Slots of all layers: layer L uses slot L % 2, so that two neighbours never share one.
 
-    Buffers are kept for the capture batch sizes and for the last other size; the rest are let go.
-
-    Examples
-    --------
-    >>> slots = KExpertsCPUBuffer.get_buffer(batch_size=4, hidden_size=8, num_experts_per_tok=2)
-    >>> len(slots), slots[0].input.shape
-    (2, (4, 8))
-    >>> KExpertsCPUBuffer.set_capture_batch_sizes([1, 2])
-    >>> KExpertsCPUBuffer.get_capture_batch_sizes()
-    [1, 2]
-    >>> KExpertsCPUBuffer.clear_buffer_cache()
-    >>> KExpertsCPUBuffer.set_capture_batch_sizes([])
+    Buffers are kept for the capture batch sizes and for the last other size; the rest are let go. Every
+    subclass has buffers and capture batch sizes of its own.
     """
 
     buffer_depth: ClassVar[int] = 2
-    _lock: ClassVar[threading.Lock] = threading.Lock()
-    _capture_batch_sizes: ClassVar[list[int]] = []
-    _kept: ClassVar[dict[tuple[int, int, int], tuple[BufferSlot, ...]]] = {}
-    _last: ClassVar[tuple[tuple[int, int, int], tuple[BufferSlot, ...]] | None] = None
+    _slot: ClassVar[type[Any]]
+    _lock: ClassVar[threading.Lock]
+    _capture_batch_sizes: ClassVar[list[int]]
+    _kept: ClassVar[dict[tuple[int, int, int], tuple[Any, ...]]]
+    _last: ClassVar[tuple[tuple[int, int, int], tuple[Any, ...]] | None]
+
+    def __init_subclass__(cls, slot: type[Any], **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._slot = slot
+        cls._lock = threading.Lock()
+        cls._capture_batch_sizes = []
+        cls._kept = {}
+        cls._last = None
 
     @classmethod
-    def get_buffer(
-        cls, batch_size: int, hidden_size: int, num_experts_per_tok: int
-    ) -> tuple[BufferSlot, ...]:
+    def get_buffer(cls, batch_size: int, hidden_size: int, num_experts_per_tok: int) -> tuple[Slot, ...]:
         """The slots for batches of that size.
 
         Parameters
@@ -81,7 +108,7 @@ class KExpertsCPUBuffer:
 
         Returns
         -------
-        tuple of BufferSlot
+        tuple of slots
             `buffer_depth` of them; the same ones at the next call with the same sizes, unless another size
             came between and this one is not a capture batch size.
         """
@@ -91,7 +118,7 @@ class KExpertsCPUBuffer:
             if slots is None and cls._last is not None and cls._last[0] == key:
                 slots = cls._last[1]
             if slots is None:
-                slots = tuple(BufferSlot.allocate(*key) for _ in range(cls.buffer_depth))
+                slots = tuple(cls._slot.allocate(*key) for _ in range(cls.buffer_depth))
             if batch_size in cls._capture_batch_sizes:
                 cls._kept[key] = slots
             elif key not in cls._kept:
@@ -124,3 +151,36 @@ class KExpertsCPUBuffer:
         with cls._lock:
             cls._kept = {}
             cls._last = None
+
+
+class KExpertsCPUBuffer(_ExpertsBuffer[BufferSlot], slot=BufferSlot):
+    """Slots of inference: layer L uses slot L % 2, so that two neighbours never share one.
+
+    Buffers are kept for the capture batch sizes and for the last other size; the rest are let go.
+
+    Examples
+    --------
+    >>> slots = KExpertsCPUBuffer.get_buffer(batch_size=4, hidden_size=8, num_experts_per_tok=2)
+    >>> len(slots), slots[0].input.shape
+    (2, (4, 8))
+    >>> KExpertsCPUBuffer.set_capture_batch_sizes([1, 2])
+    >>> KExpertsCPUBuffer.get_capture_batch_sizes()
+    [1, 2]
+    >>> KExpertsCPUBuffer.clear_buffer_cache()
+    >>> KExpertsCPUBuffer.set_capture_batch_sizes([])
+    """
+
+
+class KExpertsSFTBuffer(_ExpertsBuffer[SFTBufferSlot], slot=SFTBufferSlot):
+    """Slots of training: arrays that a training loop reads into, and has results written to.
+
+    Layer L uses slot L % 2. Buffers are kept for the capture batch sizes, which are not those of
+    `KExpertsCPUBuffer`, and for the last other size; the rest are let go.
+
+    Examples
+    --------
+    >>> slots = KExpertsSFTBuffer.get_buffer(batch_size=4, hidden_size=8, num_experts_per_tok=2)
+    >>> len(slots), slots[1].grad_output.shape, slots[1].grad_weights.shape
+    (2, (4, 8), (4, 2))
+    >>> KExpertsSFTBuffer.clear_buffer_cache()
+    """

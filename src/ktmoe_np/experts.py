@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 from ._arrays import Array
-from ._methods import find_method
-from .buffers import KExpertsCPUBuffer
-from .config import MoEConfig
+from ._methods import Method, find_method
+from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
+from .config import MoEConfig, parse_activation
 from .inference.base import BaseMoEWrapper
 from .io import load_hf_config
+from .sft.base import BaseSFTMoEWrapper
+from .sft.options import SFTOptions, refuse_options
 
 __all__ = ["KTMoEWrapper"]
 
@@ -20,7 +22,8 @@ __all__ = ["KTMoEWrapper"]
 class KTMoEWrapper:
     """Make the wrapper of one layer of experts.
 
-    The instance is of the class that serves `mode` and `method`; `BaseMoEWrapper` documents what it does.
+    The instance is of the class that serves `mode` and `method`; `BaseMoEWrapper` documents what layers for
+    inference do, and `BaseSFTMoEWrapper` those for training.
 
     Parameters
     ----------
@@ -43,24 +46,30 @@ class KTMoEWrapper:
     weight_path : str or path-like, optional
         The checkpoint that `load_weights` reads.
     chunked_prefill_size : int
-        Tokens that are taken at a time; bounds the scratch memory, not the batch.
+        Of inference: tokens that are taken at a time; bounds the scratch memory, not the batch.
     method : str
-        How weights are encoded: ``BF16``.
+        How weights are encoded, and for training what is trained. Of mode ``inference``: ``BF16``. Of mode
+        ``sft``: ``AMXBF16_SFT`` or ``BF16_SFT``, and ``AMXBF16_SFT_SkipLoRA`` or ``BF16_SFT_SkipLoRA`` for
+        gradients of the input and the routing weights alone.
     mode : str
-        ``inference``.
+        ``inference`` or ``sft``.
     numa_nodes : sequence of int, optional
         The NUMA node of each sub-pool; a node may be named twice.
     max_deferred_experts_per_token : int
-        Of each token, how many experts the next layer's output may wait for.
+        Of inference: of each token, how many experts the next layer's output may wait for.
     activation : str, ActivationSpec or mapping
         See `ktmoe_np.config.parse_activation`.
     group_size : int, optional
         Of methods that quantise in groups.
+    lora_rank, lora_alpha, lora_dropout, max_cache_depth, full_weight_grad, recompute, seed, cache_dtype
+        Of mode ``sft``, by keyword: see `ktmoe_np.sft.SFTOptions`.
 
     Raises
     ------
     ValueError
-        An unknown method, mode or activation, or sizes that cannot be.
+        An unknown method, mode or activation, sizes that cannot be, or options of the other mode.
+    TypeError
+        An unknown keyword, or a value of the wrong type.
     RuntimeError
         Another engine than the one that lives is asked for.
 
@@ -70,9 +79,13 @@ class KTMoEWrapper:
     ...                    moe_intermediate_size=32, method="BF16")
     >>> type(moe).__name__, moe.loaded
     ('NativeMoEWrapper', False)
+    >>> sft = KTMoEWrapper(layer_idx=3, num_experts=8, num_experts_per_tok=2, hidden_size=64,
+    ...                    moe_intermediate_size=32, mode="sft", method="AMXBF16_SFT", lora_rank=4)
+    >>> type(sft).__name__, sft.options.lora_alpha
+    ('AMXSFTMoEWrapper', 32.0)
     """
 
-    def __new__(  # type: ignore[misc]  # a factory: instances are of the method's class
+    def __new__(  # a factory: instances are of the method's class
         cls,
         layer_idx: int,
         num_experts: int,
@@ -90,30 +103,55 @@ class KTMoEWrapper:
         max_deferred_experts_per_token: int = 0,
         activation: Any = "silu",
         group_size: int | None = None,
-    ) -> BaseMoEWrapper:
+        **sft: Any,
+    ) -> Any:
         """Make the wrapper; see the class."""
         found = find_method(method, mode)
         if group_size is not None:
             raise ValueError(f"group_size: got {group_size}, expected None: method {method!r} has no groups")
-        module, name = found.wrapper.split(":")
-        wrapper = getattr(importlib.import_module(f".{module}", __package__), name)
-        made: BaseMoEWrapper = wrapper(
-            found,
-            layer_idx=layer_idx,
+        config = MoEConfig(
             num_experts=num_experts,
             num_experts_per_tok=num_experts_per_tok,
             hidden_size=hidden_size,
             moe_intermediate_size=moe_intermediate_size,
+            activation=parse_activation(activation),
+            layer_idx=layer_idx,
+        )
+        module, name = found.wrapper.split(":")
+        wrapper = getattr(importlib.import_module(f".{module}", __package__), name)
+        return wrapper(
+            found,
+            config,
             gpu_experts_mask=gpu_experts_mask,
             cpuinfer_threads=cpuinfer_threads,
             threadpool_count=threadpool_count,
             weight_path=weight_path,
-            chunked_prefill_size=chunked_prefill_size,
             numa_nodes=numa_nodes,
-            max_deferred_experts_per_token=max_deferred_experts_per_token,
-            activation=activation,
+            **_of_mode(found, chunked_prefill_size, max_deferred_experts_per_token, sft),
         )
-        return made
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        layer_idx: int = 0,
+        method: str | None = None,
+        mode: Literal["inference"] = "inference",
+        **overrides: Any,
+    ) -> BaseMoEWrapper: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        layer_idx: int = 0,
+        method: str | None = None,
+        *,
+        mode: Literal["sft"],
+        **overrides: Any,
+    ) -> BaseSFTMoEWrapper: ...
 
     @classmethod
     def from_pretrained(
@@ -123,7 +161,7 @@ class KTMoEWrapper:
         method: str | None = None,
         mode: str = "inference",
         **overrides: Any,
-    ) -> BaseMoEWrapper:
+    ) -> BaseMoEWrapper | BaseSFTMoEWrapper:
         """Make and load a layer of a Hugging Face checkpoint; ``config.json`` gives the sizes.
 
         Parameters
@@ -135,7 +173,7 @@ class KTMoEWrapper:
         method : str, optional
             None takes what the checkpoint is encoded in.
         mode : str
-            ``inference``.
+            ``inference`` or ``sft``.
         **overrides
             Any other parameter of `KTMoEWrapper`.
 
@@ -156,9 +194,11 @@ class KTMoEWrapper:
         }
         overrides = {**sizes, "weight_path": path, **overrides}
         physical_to_logical_map = overrides.pop("physical_to_logical_map", None)
-        moe: BaseMoEWrapper = cls(layer_idx=layer_idx, method=method or "BF16", mode=mode, **overrides)
+        method = find_method(method, mode).name
+        moe: Any = cls(layer_idx=layer_idx, method=method, mode=mode, **overrides)
         moe.load_weights(physical_to_logical_map)
-        return moe
+        made: BaseMoEWrapper | BaseSFTMoEWrapper = moe
+        return made
 
     @staticmethod
     def set_capture_batch_sizes(capture_batch_sizes: Sequence[int]) -> None:
@@ -176,6 +216,23 @@ class KTMoEWrapper:
         KExpertsCPUBuffer.clear_buffer_cache()
 
     @staticmethod
+    def clear_sft_buffer_cache() -> None:
+        """See `KExpertsSFTBuffer.clear_buffer_cache`."""
+        KExpertsSFTBuffer.clear_buffer_cache()
+
+    @staticmethod
     def drain_deferred() -> Array | None:
         """See `BaseMoEWrapper.drain_deferred`."""
         return BaseMoEWrapper.drain_deferred()
+
+
+def _of_mode(method: Method, chunk_size: Any, num_deferred: Any, sft: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that only the wrappers of the method's mode take."""
+    if method.mode == "inference":
+        refuse_options(method.mode, sft)
+        return {"chunked_prefill_size": chunk_size, "max_deferred_experts_per_token": num_deferred}
+    if num_deferred != 0:
+        raise ValueError(
+            f"max_deferred_experts_per_token: got {num_deferred!r}, expected 0: only inference defers experts"
+        )
+    return {"options": SFTOptions.of(method, sft)}

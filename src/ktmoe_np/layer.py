@@ -1,0 +1,207 @@
+"""What layers of experts for inference and for training have in common: engine, config, weights."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import kt_kernel_ext as ext
+from ._arrays import expert_ids
+from ._methods import Method
+from .config import MoEConfig
+from .cpuinfer import _MoEBase
+from .io import SafetensorsCheckpoint, load_experts
+
+__all__ = ["MoELayer", "NativeWeights"]
+
+ConfigT = TypeVar("ConfigT", bound=ext.moe.MOEConfig)
+
+
+class MoELayer(_MoEBase):
+    """A layer of experts on the engine, before what is computed with it.
+
+    Parameters
+    ----------
+    method : Method
+        How weights are encoded and which class of the extension computes.
+    config : MoEConfig
+        Sizes and activation.
+    gpu_experts_mask, cpuinfer_threads, threadpool_count, weight_path, numa_nodes
+        See `KTMoEWrapper`.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        config: MoEConfig,
+        *,
+        gpu_experts_mask: Any = None,
+        cpuinfer_threads: int | None = None,
+        threadpool_count: int | None = None,
+        weight_path: str | os.PathLike[str] | None = None,
+        numa_nodes: Sequence[int] | None = None,
+    ) -> None:
+        self.method = method.name
+        self.config = config
+        self.weight_path = weight_path
+        self.set_gpu_experts_mask(gpu_experts_mask)
+        self.cpu_infer = self._get_cpu_infer(cpuinfer_threads, threadpool_count, numa_nodes)
+        self._layer = getattr(ext.moe, method.layer)(self._layer_config())
+
+    @property
+    def layer_idx(self) -> int:
+        """The layer's number in the model."""
+        return self.config.layer_idx
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the layer has weights."""
+        return bool(self._layer.loaded)
+
+    def _layer_config(self) -> ext.moe.MOEConfig:
+        """The extension's config of the layer."""
+        return self._described(ext.moe.MOEConfig)
+
+    def _described(self, kind: type[ConfigT]) -> ConfigT:
+        """A config of that class with the layer's sizes, activation and threads."""
+        config, spec = self.config, self.config.activation
+        layer = kind(
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.hidden_size,
+            config.moe_intermediate_size,
+            config.layer_idx,
+            self.cpu_infer.backend_,
+        )
+        layer.set_activation(spec.kind, spec.gated, spec.limit, spec.alpha, spec.beta1, spec.beta2)
+        return layer
+
+    # ---- weights ----
+
+    def load_weights(self, physical_to_logical_map: Any = None) -> None:
+        """Load the layer from `weight_path`. Does nothing when it is loaded already.
+
+        Parameters
+        ----------
+        physical_to_logical_map : array of int64 [E], optional
+            Expert i uses the weights of the checkpoint's expert map[i].
+
+        Raises
+        ------
+        RuntimeError
+            The layer was made without a `weight_path`.
+        FileNotFoundError, ValueError
+            The checkpoint is not there, or does not hold this layer: names file and tensor.
+        """
+        if self.loaded:
+            return
+        if self.weight_path is None:
+            raise RuntimeError("weight_path: got None, expected a checkpoint to load from")
+        self._load_from_path(physical_to_logical_map)
+
+    @abstractmethod
+    def _load_from_path(self, physical_to_logical_map: object) -> None: ...
+
+    def load_weights_from_tensors(
+        self,
+        gate_proj: Any,
+        up_proj: Any,
+        down_proj: Any,
+        physical_to_logical_map: Any = None,
+        *,
+        gate_bias: Any = None,
+        up_bias: Any = None,
+        down_bias: Any = None,
+    ) -> None:
+        """Give the layer its weights. They are held, not copied: do not write to them afterwards.
+
+        Parameters
+        ----------
+        gate_proj, up_proj : array of bfloat16 [E, I, H], or E arrays [I, H]
+            `up_proj` is None when the activation is not gated.
+        down_proj : array of bfloat16 [E, H, I], or E arrays [H, I]
+            Rows may lie apart in memory, the last axis must be contiguous.
+        physical_to_logical_map : array of int64 [E], optional
+            Expert i uses the weights of entry map[i].
+        gate_bias, up_bias : array of float32 or bfloat16 [E, I], optional
+            Added before the activation. Copied, unlike the weights.
+        down_bias : array of float32 or bfloat16 [E, H], optional
+            Added before the routing weight is applied.
+
+        Raises
+        ------
+        TypeError
+            Not arrays, another dtype, or a last axis with gaps.
+        ValueError
+            Another shape or number of arrays, or an `up_proj` that the activation does not use.
+        IndexError
+            An entry of the map outside 0 to E - 1.
+        """
+        if physical_to_logical_map is not None:
+            physical_to_logical_map = expert_ids(physical_to_logical_map, "physical_to_logical_map")
+        task = self._layer.load_weights_task(
+            gate_proj,
+            up_proj,
+            down_proj,
+            physical_to_logical_map,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            down_bias=down_bias,
+        )
+        self.cpu_infer.run(task)
+        self._loaded.add(self)
+
+    def set_gpu_experts_mask(self, gpu_experts_mask: Any) -> None:
+        """Name the experts that someone else computes; from the next call on they are skipped here.
+
+        Parameters
+        ----------
+        gpu_experts_mask : array of bool [E], or None for none
+
+        Raises
+        ------
+        ValueError
+            Another shape.
+        TypeError
+            Another dtype.
+        """
+        if gpu_experts_mask is None:
+            self.gpu_experts_mask: NDArray[np.bool_] | None = None
+            return
+        mask = np.asarray(gpu_experts_mask)
+        expected = f"expected bool [{self.config.num_experts}]"
+        if mask.dtype != np.bool_:
+            raise TypeError(f"gpu_experts_mask: got {mask.dtype} {list(mask.shape)}, {expected}")
+        if mask.shape != (self.config.num_experts,):
+            raise ValueError(f"gpu_experts_mask: got bool {list(mask.shape)}, {expected}")
+        mask = mask.copy()  # a new array for a new mask: calls under way keep theirs
+        mask.setflags(write=False)
+        self.gpu_experts_mask = mask if mask.any() else None
+
+    @staticmethod
+    def _check_stream(cuda_stream: Any) -> None:
+        if cuda_stream is not None:
+            raise RuntimeError(f"cuda_stream: got {cuda_stream!r}, expected None: arrays are on the CPU")
+
+
+class NativeWeights(MoELayer):
+    """A layer whose weights stay as the checkpoint has them: arrays stay the caller's, files stay mapped."""
+
+    def _load_from_path(self, physical_to_logical_map: object) -> None:
+        assert self.weight_path is not None
+        self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
+        experts = load_experts(self._checkpoint, self.layer_idx, self.config)
+        self.load_weights_from_tensors(
+            experts.gate,
+            experts.up,
+            experts.down,
+            physical_to_logical_map,
+            gate_bias=experts.gate_bias,
+            up_bias=experts.up_bias,
+            down_bias=experts.down_bias,
+        )

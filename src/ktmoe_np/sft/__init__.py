@@ -1,0 +1,16 @@
+"""The layers of experts for training, their gradients, and adapters in files."""
+
+from .adapters import export_peft, import_peft
+from .amx import AMXSFTMoEWrapper
+from .base import BaseSFTMoEWrapper
+from .gradients import SFTGradients
+from .options import SFTOptions
+
+__all__ = [
+    "AMXSFTMoEWrapper",
+    "BaseSFTMoEWrapper",
+    "SFTGradients",
+    "SFTOptions",
+    "export_peft",
+    "import_peft",
+]

@@ -1,0 +1,282 @@
+"""Adapters in files: one layer in a file of our own, or several layers as PEFT names them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._arrays import Array
+from ..io import SafetensorsFile
+from ..io._safetensors_header import parse_json_object
+from ..io.writer import write_safetensors
+from .gradients import lora_shapes
+
+if TYPE_CHECKING:
+    from .lora import LoraLayer
+
+__all__ = ["export_peft", "import_peft", "load_lora_weights", "save_lora_weights"]
+
+_FORMAT = {"format": "ktmoe_np.lora", "format_version": "1"}
+
+_PEFT_CONFIG, _PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_PEFT_NAME = (
+    "base_model.model.model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.lora_{matrix}.weight"
+)
+_PEFT_PATTERN = re.compile(
+    r"(?:.*\.)?layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.lora_(A|B)\.weight"
+)
+
+#: How a file may hold its numbers.
+_DTYPES = ("F32", "BF16")
+_PEFT_DTYPES = (*_DTYPES, "F16")
+
+
+# ---- one layer ----
+
+
+def save_lora_weights(path: str | os.PathLike[str], layer: LoraLayer) -> None:
+    """Write the adapters of a layer to one safetensors file, whose metadata says what they are.
+
+    Parameters
+    ----------
+    path : str or path-like
+        Overwritten when it is there.
+    layer : BaseSFTMoEWrapper
+
+    Raises
+    ------
+    ValueError
+        The layer has no adapters.
+    OSError
+        The file cannot be written.
+    """
+    write_safetensors(path, _adapters_of(layer), _metadata(layer))
+
+
+def load_lora_weights(path: str | os.PathLike[str], layer: LoraLayer) -> None:
+    """Give a layer the adapters that `save_lora_weights` wrote.
+
+    Parameters
+    ----------
+    path : str or path-like
+    layer : BaseSFTMoEWrapper
+        Of the same sizes, rank, scale and number.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        Not such a file, cut off, or of another layer: names the file, and the tensor or what differs. The
+        layer keeps its adapters.
+    """
+    _adapters_of(layer)
+    file = SafetensorsFile(path)
+    for name, expected in _metadata(layer).items():
+        got = file.metadata.get(name)
+        if got != expected:
+            raise ValueError(f"{file.path}: {name} is {got!r}, expected {expected!r}")
+    shapes = lora_shapes(layer.config, layer.options.lora_rank)
+    for name in file.names():
+        if name not in shapes:
+            raise ValueError(f"{file.path}: tensor {name!r}, expected only {', '.join(shapes)}")
+    layer.update_lora_weights(**{name: _tensor(file, name, shape, _DTYPES) for name, shape in shapes.items()})
+
+
+def _metadata(layer: LoraLayer) -> dict[str, str]:
+    config, options = layer.config, layer.options
+    return {
+        **_FORMAT,
+        "num_experts": str(config.num_experts),
+        "hidden_size": str(config.hidden_size),
+        "moe_intermediate_size": str(config.moe_intermediate_size),
+        "lora_rank": str(options.lora_rank),
+        "lora_alpha": repr(options.lora_alpha),
+        "layer_idx": str(config.layer_idx),
+        "gated": str(config.activation.gated).lower(),
+    }
+
+
+# ---- several layers, as PEFT has them ----
+
+
+def export_peft(directory: str | os.PathLike[str], layers: Sequence[LoraLayer]) -> None:
+    """Write the adapters of layers of one model as PEFT has them: a directory of two files.
+
+    ``adapter_model.safetensors`` holds ``base_model.model.model.layers.{L}.mlp.experts.{e}.gate_proj.
+    lora_A.weight`` [R, H] and so on, ``adapter_config.json`` the rank, the scale and the modules.
+
+    Parameters
+    ----------
+    directory : str or path-like
+        Made when it is not there; the files are overwritten.
+    layers : sequence of BaseSFTMoEWrapper
+        Of different numbers, with the same rank and scale.
+
+    Raises
+    ------
+    ValueError
+        No layers, two of the same number, ranks or scales that differ, or a layer without adapters.
+    OSError
+        A file cannot be written.
+    """
+    rank, alpha = _common_scale(layers)
+    tensors: dict[str, Array] = {}
+    for layer in layers:
+        for name, matrices in _adapters_of(layer).items():
+            for expert, matrix in enumerate(matrices):
+                tensors[_peft_name(layer.layer_idx, expert, name)] = matrix
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "lora_dropout": max(layer.options.lora_dropout for layer in layers),
+        "target_modules": sorted({f"{name.split('_')[0]}_proj" for x in layers for name in _shapes(x)}),
+        "layers_to_transform": sorted(layer.layer_idx for layer in layers),
+        "layers_pattern": "layers",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    write_safetensors(target / _PEFT_TENSORS, tensors, {"format": "pt"})
+    (target / _PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def import_peft(directory: str | os.PathLike[str], layers: Sequence[LoraLayer]) -> None:
+    """Give layers the adapters of a directory that PEFT or `export_peft` wrote.
+
+    Parameters
+    ----------
+    directory : str or path-like
+        With ``adapter_config.json`` and ``adapter_model.safetensors``. Names may have any prefix before
+        ``layers.{L}.mlp.experts.{e}.gate_proj.lora_A.weight``; adapters of other layers and modules are left
+        alone. float16 is taken as float32.
+    layers : sequence of BaseSFTMoEWrapper
+        Of different numbers, with the rank and the scale of the adapters.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such directory or files.
+    ValueError
+        Not such files, another rank or scale, a kind of adapter that is not plain LoRA, or a tensor that is
+        missing or of another shape or dtype: names the file, and the tensor or key. All layers keep their
+        adapters.
+    """
+    rank, alpha = _common_scale(layers)
+    source = Path(directory)
+    _check_peft_config(source / _PEFT_CONFIG, rank, alpha)
+    file = SafetensorsFile(source / _PEFT_TENSORS)
+    names = _peft_tensors(file)
+    read = [
+        {
+            name: _peft_matrices(file, names, layer.layer_idx, name, shape)
+            for name, shape in _shapes(layer).items()
+        }
+        for layer in layers
+    ]
+    for layer, matrices in zip(layers, read, strict=True):
+        layer.update_lora_weights(**matrices)
+
+
+def _common_scale(layers: Sequence[LoraLayer]) -> tuple[int, float]:
+    """The rank and alpha that all layers have."""
+    if not layers:
+        raise ValueError("layers: got none, expected one or more")
+    numbers = [layer.layer_idx for layer in layers]
+    if len(set(numbers)) != len(numbers):
+        raise ValueError(f"layers: got layer_idx {sorted(numbers)}, expected every number once")
+    scales = {(layer.options.lora_rank, layer.options.lora_alpha) for layer in layers}
+    if len(scales) != 1:
+        raise ValueError(f"layers: got (lora_rank, lora_alpha) {sorted(scales)}, expected the same in all")
+    for layer in layers:
+        _shapes(layer)
+    return scales.pop()
+
+
+def _peft_name(layer: int, expert: int, name: str) -> str:
+    projection, _, matrix = name.split("_")
+    return _PEFT_NAME.format(layer=layer, expert=expert, projection=projection, matrix=matrix.upper())
+
+
+def _check_peft_config(path: Path, rank: int, alpha: float) -> None:
+    """Raise ValueError when the adapters are not what the layers are made for."""
+    config = parse_json_object(path.read_bytes(), str(path))
+    expected: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha}
+    plain: dict[str, Any] = dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"), False)
+    plain |= {"rank_pattern": {}, "alpha_pattern": {}}
+    for name, value in expected.items():
+        if config.get(name) != value:
+            raise ValueError(f"{path}: {name} is {config.get(name)!r:.80}, expected {value!r}")
+    for name, value in plain.items():
+        if config.get(name) not in (value, None):
+            raise ValueError(f"{path}: {name} is {config[name]!r:.80}, expected {value!r}")
+
+
+def _peft_tensors(file: SafetensorsFile) -> Mapping[tuple[str, ...], str]:
+    """The names of the file's adapters of experts, by layer, expert, projection and matrix."""
+    names: dict[tuple[str, ...], str] = {}
+    for name in file.names():
+        found = _PEFT_PATTERN.fullmatch(name)
+        if found is not None:
+            if found.groups() in names:
+                raise ValueError(f"{file.path}: tensor {name!r} is there as {names[found.groups()]!r} too")
+            names[found.groups()] = name
+    return names
+
+
+def _peft_matrices(
+    file: SafetensorsFile,
+    names: Mapping[tuple[str, ...], str],
+    layer: int,
+    name: str,
+    shape: tuple[int, int, int],
+) -> Array:
+    """The matrices of all experts as one array."""
+    projection, _, matrix = name.split("_")
+    experts = []
+    for expert in range(shape[0]):
+        key = (str(layer), str(expert), projection, matrix.upper())
+        tensor = _tensor(file, names.get(key, _peft_name(layer, expert, name)), shape[1:], _PEFT_DTYPES)
+        experts.append(tensor.astype(np.float32) if tensor.dtype == np.float16 else tensor)
+    return np.stack(experts)
+
+
+# ---- both ----
+
+
+def _shapes(layer: LoraLayer) -> dict[str, tuple[int, int, int]]:
+    """The shapes of a layer's adapters, of which there are some."""
+    if layer.options.lora_rank == 0:
+        raise ValueError(
+            f"lora_rank: got 0, expected a layer with adapters: layer {layer.layer_idx} has none"
+        )
+    return lora_shapes(layer.config, layer.options.lora_rank)
+
+
+def _adapters_of(layer: LoraLayer) -> dict[str, Array]:
+    _shapes(layer)
+    return layer.lora_weights
+
+
+def _tensor(file: SafetensorsFile, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Array:
+    """A tensor of the file that is what it should be."""
+    info = file.info(name)
+    if info.dtype not in dtypes or info.shape != shape:
+        raise ValueError(
+            f"{file.path}: tensor {name!r} is {info.dtype} {list(info.shape)}, "
+            f"expected {' or '.join(dtypes)} {list(shape)}"
+        )
+    return file.tensor(name)

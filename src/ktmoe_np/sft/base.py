@@ -1,0 +1,309 @@
+"""What all layers of experts for training have in common: forward and backward passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import kt_kernel_ext as ext
+from .._arrays import Array, at_least, bfloat16, num_tokens
+from .._batch import Batch
+from .._methods import Method
+from .._pending import PendingPass
+from ..config import MoEConfig
+from .gradients import SFTGradients, lora_shapes, projection_shapes
+from .lora import LoraLayer
+from .options import SFTOptions
+
+__all__ = ["BaseSFTMoEWrapper"]
+
+_LARGEST_STEP = 2**32 - 1
+
+
+class BaseSFTMoEWrapper(LoraLayer):
+    """A layer of experts for training. Made by `KTMoEWrapper`, which documents the parameters.
+
+    A training step is a forward pass that is saved and its backward pass::
+
+        y = sft.forward_sft(hidden_states, topk_ids, topk_weights)
+        g = sft.backward(grad_output)
+        sft.update_lora_weights(gate_lora_a=..., ...)
+
+    Up to `max_cache_depth` forward passes may be saved; a backward pass takes the last of them.
+    `ktmoe_np.reference.moe_forward_sft` and `moe_backward` state what is computed. Calls may come from
+    several threads; they are carried out one after the other.
+    """
+
+    def __init__(self, method: Method, config: MoEConfig, *, options: SFTOptions, **layer: Any) -> None:
+        super().__init__(method, config, options=options, **layer)
+        self._shapes = {} if method.skip_lora else lora_shapes(config, options.lora_rank)
+        if options.full_weight_grad:
+            self._shapes |= projection_shapes(config)
+        self._forward: PendingPass[Array] = PendingPass("forward_sft", self.layer_idx, self.cpu_infer)
+        self._backward: PendingPass[SFTGradients] = PendingPass("backward", self.layer_idx, self.cpu_infer)
+
+    # ---- forward passes ----
+
+    def forward(
+        self,
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        cuda_stream: Any = None,
+        *,
+        out: Array | None = None,
+    ) -> Array:
+        """The layer with its adapters, without dropout: `forward_sft` with nothing saved."""
+        self._check_stream(cuda_stream)
+        return self.forward_sft(hidden_states, topk_ids, topk_weights, save_for_backward=False, out=out)
+
+    def forward_sft(
+        self,
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        save_for_backward: bool = True,
+        *,
+        out: Array | None = None,
+    ) -> Array:
+        """The experts of the layer, with their adapters, on a batch of tokens.
+
+        Parameters
+        ----------
+        hidden_states : array of bfloat16 [T, H]
+            Read in place. Any T.
+        topk_ids : array of any integer dtype [T, P]
+            Negative ids are skipped.
+        topk_weights : array of float32 [T, P]
+            Routing weights, used as they are.
+        save_for_backward : bool
+            Keep what the backward pass needs, and drop elements of the adapters' inputs (`lora_dropout`).
+        out : array of bfloat16 or float32 [T, H], optional
+            Where to write; must not overlap the inputs.
+
+        Returns
+        -------
+        ndarray of bfloat16 [T, H], or `out`
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument of another kind, dtype, order or shape: named, with what was expected.
+        IndexError
+            An expert id of E or above.
+        RuntimeError
+            Nothing is loaded, or `max_cache_depth` passes are saved already.
+
+        Examples
+        --------
+        >>> import ml_dtypes, numpy as np
+        >>> from ktmoe_np import KTMoEWrapper
+        >>> sft = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+        ...                    moe_intermediate_size=2, activation="relu2", mode="sft", method="AMXBF16_SFT",
+        ...                    lora_rank=1, lora_alpha=0.5)
+        >>> first, last = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+        >>> sft.load_weights_from_tensors(first, None, last)
+        >>> sft.init_lora_weights(gate_lora_b=np.ones((2, 2, 1), np.float32))
+        >>> sft.update_lora_weights(gate_lora_a=np.ones((2, 1, 4), np.float32))
+        >>> x = np.ones((1, 4), ml_dtypes.bfloat16)
+        >>> y = sft.forward_sft(x, np.array([[1]]), np.ones((1, 1), np.float32))
+        >>> y.astype(float).tolist()  # gate = 4 + 0.5 * 4
+        [[72.0, 72.0, 72.0, 72.0]]
+        >>> gradients = sft.backward(np.ones((1, 4), ml_dtypes.bfloat16))
+        >>> gradients.grad_weights.tolist(), sorted(gradients.matrices)
+        ([[288.0]], ['down_lora_a', 'down_lora_b', 'gate_lora_a', 'gate_lora_b'])
+        """
+        result, task = self._forward_task(hidden_states, topk_ids, topk_weights, save_for_backward, out)
+        self.cpu_infer.run(task)
+        return result
+
+    def submit_forward_sft(
+        self,
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        save_for_backward: bool = True,
+        *,
+        out: Array | None = None,
+    ) -> None:
+        """Begin what `forward_sft` does and return at once; `sync_forward_sft` gives the result.
+
+        Until then the engine holds the arrays, and the caller must not write to them.
+
+        Raises
+        ------
+        RuntimeError
+            A forward pass of this layer is pending.
+        """
+
+        def start() -> tuple[Array, list[int]]:
+            result, task = self._forward_task(hidden_states, topk_ids, topk_weights, save_for_backward, out)
+            return result, [self.cpu_infer.submit(task)]
+
+        self._forward.submit(start)
+
+    def sync_forward_sft(self) -> Array:
+        """Wait for the forward pass that was submitted and give its result.
+
+        Raises
+        ------
+        RuntimeError
+            None is pending, nothing is loaded, or `max_cache_depth` passes were saved already.
+        IndexError
+            An expert id of E or above was submitted.
+        """
+        return self._forward.sync()
+
+    def _forward_task(
+        self, hidden_states: Any, topk_ids: Any, topk_weights: Any, save_for_backward: bool, out: Any
+    ) -> tuple[Array, ext.Task]:
+        batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental=False)
+        task = self._layer.forward_sft_task(
+            batch.hidden_states,
+            batch.ids,
+            batch.weights,
+            batch.out,
+            bool(save_for_backward),
+            skip_experts=self.gpu_experts_mask,
+        )
+        if save_for_backward and "gate_lora_a" in self._shapes:
+            self._init_missing()  # all-zero adapters would stay zero
+        return batch.out, task
+
+    # ---- backward passes ----
+
+    def backward(
+        self, grad_output: Any, *, gradients: SFTGradients | None = None, accumulate: bool = False
+    ) -> SFTGradients:
+        """Differentiate the sum of output * grad_output, by the forward pass that was saved last.
+
+        Parameters
+        ----------
+        grad_output : array of bfloat16 [T, H]
+            Of the tokens of that pass.
+        gradients : SFTGradients, optional
+            Arrays for the gradients of matrices; one that is None there is not computed. Without it arrays
+            are made for all that the method trains.
+        accumulate : bool
+            Add to those arrays instead of overwriting them, for gradients of several batches.
+
+        Returns
+        -------
+        SFTGradients
+            Its gradients of the input and of the routing weights are new arrays.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument of another kind, dtype, order or shape, or a matrix that is not trained. The forward
+            pass stays saved.
+        RuntimeError
+            No forward pass is saved.
+        """
+        result, task = self._backward_task(grad_output, gradients, accumulate)
+        self.cpu_infer.run(task)
+        return result
+
+    def submit_backward(
+        self, grad_output: Any, *, gradients: SFTGradients | None = None, accumulate: bool = False
+    ) -> None:
+        """Begin what `backward` does and return at once; `sync_backward` gives the result.
+
+        Until then the engine holds the arrays, and the caller must not use them.
+
+        Raises
+        ------
+        RuntimeError
+            A backward pass of this layer is pending.
+        """
+
+        def start() -> tuple[SFTGradients, list[int]]:
+            result, task = self._backward_task(grad_output, gradients, accumulate)
+            return result, [self.cpu_infer.submit(task)]
+
+        self._backward.submit(start)
+
+    def sync_backward(self) -> SFTGradients:
+        """Wait for the backward pass that was submitted and give its result.
+
+        Raises
+        ------
+        RuntimeError
+            None is pending, or no forward pass was saved.
+        ValueError
+            `grad_output` does not have the tokens of the forward pass, which stays saved.
+        """
+        return self._backward.sync()
+
+    def _backward_task(
+        self, grad_output: Any, gradients: SFTGradients | None, accumulate: bool
+    ) -> tuple[SFTGradients, ext.Task]:
+        num = num_tokens(grad_output, "grad_output")
+        result = SFTGradients(
+            grad_input=np.empty((num, self.config.hidden_size), bfloat16),
+            grad_weights=np.empty((num, self.config.num_experts_per_tok), np.float32),
+            **self._matrices(gradients, accumulate),
+        )
+        task = self._layer.backward_task(
+            grad_output,
+            result.grad_input,
+            result.grad_weights,
+            **result.matrices,
+            accumulate=bool(accumulate),
+        )
+        return result, task
+
+    def _matrices(self, gradients: SFTGradients | None, accumulate: bool) -> dict[str, Any]:
+        """The arrays that gradients of matrices go to."""
+        if gradients is None:
+            if accumulate:
+                raise ValueError("gradients: got None with accumulate=True, expected those to add to")
+            return {name: np.empty(shape, np.float32) for name, shape in self._shapes.items()}
+        if not isinstance(gradients, SFTGradients):
+            raise TypeError(f"gradients: got {type(gradients).__name__}, expected SFTGradients")
+        for name in gradients.matrices:
+            if name not in self._shapes:
+                raise ValueError(
+                    f"gradients: got {name}, expected None there: this layer has no gradients of it "
+                    f"(method {self.method!r}, lora_rank {self.options.lora_rank}, "
+                    f"full_weight_grad {self.options.full_weight_grad})"
+                )
+        return dict(gradients.matrices)
+
+    # ---- saved forward passes ----
+
+    @property
+    def num_cached(self) -> int:
+        """Forward passes that are saved and wait for their backward pass."""
+        return int(self._layer.num_cached)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that they hold."""
+        return int(self._layer.cache_bytes)
+
+    def clear_cache(self) -> None:
+        """Forget the saved forward passes; waits for passes that were submitted before."""
+        self.cpu_infer.run(self._layer.clear_cache_task())
+
+    @property
+    def step(self) -> int:
+        """The number of the next forward pass that is saved.
+
+        With the seed and the layer it keys the dropout masks, so setting it resumes a training run, or
+        repeats a pass.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Set to something else than an integer from 0 to 2^32 - 1.
+        """
+        return int(self._layer.step)
+
+    @step.setter
+    def step(self, value: int) -> None:
+        step = at_least("step", value, 0)
+        if step > _LARGEST_STEP:
+            raise ValueError(f"step: got {step}, expected at most {_LARGEST_STEP}")
+        self._layer.step = step

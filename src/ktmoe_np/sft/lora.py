@@ -1,0 +1,186 @@
+"""The adapters of a layer: those that it computes with, their first values, the checks of given ones."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .. import kt_kernel_ext as ext
+from .._arrays import Array, as_numpy, bfloat16
+from .._methods import Method
+from ..config import MoEConfig
+from ..layer import MoELayer
+from .adapters import load_lora_weights, save_lora_weights
+from .gradients import LORA_NAMES, lora_shapes
+from .options import SFTOptions
+
+__all__ = ["LoraLayer", "copied_matrices", "first_matrix"]
+
+
+class LoraLayer(MoELayer):
+    """A layer of experts with adapters, before what is computed with it.
+
+    Parameters
+    ----------
+    method, config, **layer
+        Those of `MoELayer`.
+    options : SFTOptions
+        What the adapters are, and what training keeps.
+    """
+
+    def __init__(self, method: Method, config: MoEConfig, *, options: SFTOptions, **layer: Any) -> None:
+        self.options = options
+        self._lora: dict[str, Array] = {}
+        self._lora_lock = threading.Lock()
+        super().__init__(method, config, **layer)
+
+    def _layer_config(self) -> ext.moe.MOEConfig:
+        layer, options = self._described(ext.moe.MOESFTConfig), self.options
+        layer.lora_rank = options.lora_rank
+        layer.lora_alpha = options.lora_alpha
+        layer.lora_dropout = options.lora_dropout
+        layer.seed = options.seed
+        layer.max_cache_depth = options.max_cache_depth
+        layer.recompute = options.recompute
+        layer.cache_float32 = options.cache_dtype == np.float32
+        return layer
+
+    @property
+    def lora_weights(self) -> dict[str, Array]:
+        """The adapters that the layer computes with, by name, in the dtypes they were given in; read-only.
+
+        Before any were given they are those of `init_lora_weights()`. Empty when `lora_rank` is 0.
+        """
+        self._init_missing()
+        return {name: self._lora[name] for name in LORA_NAMES if name in self._lora}
+
+    def init_lora_weights(
+        self,
+        gate_lora_a: Any = None,
+        gate_lora_b: Any = None,
+        up_lora_a: Any = None,
+        up_lora_b: Any = None,
+        down_lora_a: Any = None,
+        down_lora_b: Any = None,
+    ) -> None:
+        """Give all adapters their first values. A first pass without it does so by itself.
+
+        Parameters
+        ----------
+        gate_lora_a, up_lora_a : array of float32 or bfloat16 [E, R, H], optional
+        gate_lora_b, up_lora_b : array of float32 or bfloat16 [E, I, R], optional
+        down_lora_a : array of float32 or bfloat16 [E, R, I], optional
+        down_lora_b : array of float32 or bfloat16 [E, H, R], optional
+            Copied, by expert of the checkpoint; computed with as bfloat16. Where None, A is drawn uniformly
+            from -1 / sqrt(columns) to 1 / sqrt(columns), by the seed, and B is zero.
+
+        Raises
+        ------
+        TypeError
+            Not an array, or another dtype.
+        ValueError
+            Another shape, adapters of up when the activation is not gated, or any when `lora_rank` is 0.
+        """
+        given = self._copied(gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
+        self._set_lora(given, all_new=True)
+
+    def update_lora_weights(
+        self,
+        gate_lora_a: Any = None,
+        gate_lora_b: Any = None,
+        up_lora_a: Any = None,
+        up_lora_b: Any = None,
+        down_lora_a: Any = None,
+        down_lora_b: Any = None,
+    ) -> None:
+        """Give some adapters new values; those that are None stay.
+
+        Parameters and errors are those of `init_lora_weights`. Later changes of the arrays change nothing.
+        Waits for passes that were submitted before.
+        """
+        given = self._copied(gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
+        self._set_lora(given)
+
+    def save_lora_weights(self, path: str | os.PathLike[str]) -> None:
+        """Write the adapters to a safetensors file; see `ktmoe_np.sft.adapters.save_lora_weights`."""
+        save_lora_weights(path, self)
+
+    def load_lora_weights(self, path: str | os.PathLike[str]) -> None:
+        """Read adapters that were saved; see `ktmoe_np.sft.adapters.load_lora_weights`."""
+        load_lora_weights(path, self)
+
+    def _copied(self, *matrices: Any) -> dict[str, Array]:
+        given = dict(zip(LORA_NAMES, matrices, strict=True))
+        return copied_matrices(given, self.config, self.options.lora_rank)
+
+    def _init_missing(self) -> None:
+        """Give adapters that were never given any values their first ones."""
+        if not self._lora:
+            self._set_lora({})
+
+    def _set_lora(self, given: dict[str, Array], *, all_new: bool = False) -> None:
+        """Replace some adapters; those that have no values yet, or all others, get their first ones."""
+        with self._lora_lock:
+            if all_new or not self._lora:
+                names = lora_shapes(self.config, self.options.lora_rank).keys() - given.keys()
+                given = {**given, **{name: first_matrix(name, self.config, self.options) for name in names}}
+            if given:
+                self.cpu_infer.run(self._layer.update_lora_weights_task(**given))
+                self._lora = {**self._lora, **given}
+
+
+def first_matrix(name: str, config: MoEConfig, options: SFTOptions) -> Array:
+    """What training begins with: A uniform in +-1 / sqrt(its columns), B zero; float32.
+
+    The numbers depend on the seed, the layer and the matrix alone.
+    """
+    shape = lora_shapes(config, options.lora_rank)[name]
+    if name.endswith("_b"):
+        zeros = np.zeros(shape, np.float32)
+        zeros.setflags(write=False)
+        return zeros
+    generator = np.random.default_rng((options.seed, config.layer_idx, LORA_NAMES.index(name)))
+    bound = np.float32(1.0 / math.sqrt(shape[-1]))
+    numbers = generator.random(shape, np.float32)
+    numbers *= 2 * bound
+    numbers -= bound
+    numbers.setflags(write=False)
+    return numbers
+
+
+def copied_matrices(given: Mapping[str, Any], config: MoEConfig, rank: int) -> dict[str, Array]:
+    """Read-only copies of the matrices that were given, None left out.
+
+    Raises
+    ------
+    TypeError
+        Not an array, or another dtype than float32 and bfloat16.
+    ValueError
+        Another shape, or a matrix that the layer does not have.
+    """
+    shapes = lora_shapes(config, rank)
+    return {
+        name: _copied(name, value, shapes.get(name), config, rank)
+        for name, value in given.items()
+        if value is not None
+    }
+
+
+def _copied(name: str, value: Any, shape: tuple[int, int, int] | None, config: MoEConfig, rank: int) -> Array:
+    if shape is None:
+        why = "lora_rank is 0" if rank == 0 else f"activation {config.activation.name} is not gated"
+        raise ValueError(f"{name}: got one, expected None: {why}")
+    array = as_numpy(value, name)
+    got, expected = f"got {array.dtype} {list(array.shape)}", f"expected float32 or bfloat16 {list(shape)}"
+    if array.dtype not in (bfloat16, np.dtype(np.float32)):
+        raise TypeError(f"{name}: {got}, {expected}")
+    if array.shape != shape:
+        raise ValueError(f"{name}: {got}, {expected}")
+    copy = np.array(array, order="C")
+    copy.setflags(write=False)
+    return copy

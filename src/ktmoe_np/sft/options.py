@@ -1,0 +1,157 @@
+"""What a layer for training can be told, beyond what every layer is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from .._arrays import at_least, bfloat16
+from .._methods import Method
+
+__all__ = ["SFTOptions"]
+
+_LARGEST_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class SFTOptions:
+    """Options of mode ``sft``.
+
+    Parameters
+    ----------
+    lora_rank : int
+        R; 0 is no adapters.
+    lora_alpha : float
+        Adapters are scaled by lora_alpha / R.
+    lora_dropout : float
+        Probability that an element of an adapter's input is dropped in a pass that is saved: from 0 to
+        below 1.
+    max_cache_depth : int
+        Forward passes that may wait for their backward pass.
+    full_weight_grad : bool
+        The gradients of the base weights too.
+    recompute : bool
+        Keep input and routing only, and repeat the forward pass in the backward pass: the same bits, less
+        memory.
+    seed : int
+        Of the first adapters and of the dropout masks, 0 to 2^64 - 1.
+    cache_dtype : dtype
+        bfloat16 or float32: what the results of gate and up are kept in for the backward pass.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An option of another kind or out of its range: named, with what came and what was expected.
+
+    Examples
+    --------
+    >>> SFTOptions(lora_rank=8).lora_alpha
+    32.0
+    """
+
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    max_cache_depth: int = 1
+    full_weight_grad: bool = False
+    recompute: bool = False
+    seed: int = 0
+    cache_dtype: DTypeLike = bfloat16
+
+    def __post_init__(self) -> None:
+        values: dict[str, Any] = {
+            "lora_rank": at_least("lora_rank", self.lora_rank, 0),
+            "lora_alpha": _number("lora_alpha", self.lora_alpha),
+            "lora_dropout": _number("lora_dropout", self.lora_dropout),
+            "max_cache_depth": at_least("max_cache_depth", self.max_cache_depth, 1),
+            "full_weight_grad": _boolean("full_weight_grad", self.full_weight_grad),
+            "recompute": _boolean("recompute", self.recompute),
+            "seed": at_least("seed", self.seed, 0),
+            "cache_dtype": _kept_dtype(self.cache_dtype),
+        }
+        if not 0.0 <= values["lora_dropout"] < 1.0:
+            raise ValueError(f"lora_dropout: got {self.lora_dropout}, expected at least 0 and below 1")
+        if values["seed"] > _LARGEST_SEED:
+            raise ValueError(f"seed: got {self.seed}, expected at most {_LARGEST_SEED}")
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, method: Method, given: Mapping[str, Any]) -> SFTOptions:
+        """The options of a method, from keyword arguments.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the class; also for a name that is no option, or an option that the method does not have.
+        """
+        refuse_unknown(given)
+        options = cls(**given)
+        options.check(method)
+        return options
+
+    def check(self, method: Method) -> None:
+        """Raise ValueError for gradients of base weights where the method has none."""
+        if not self.full_weight_grad:
+            return
+        expected = "full_weight_grad: got True, expected False"
+        if method.skip_lora:
+            raise ValueError(f"{expected}: method {method.name!r} has no gradients of weights")
+        if method.weights != "bf16":
+            raise ValueError(
+                f"{expected}: the base weights of method {method.name!r} are {method.weights}, and only "
+                "those in bf16 have gradients"
+            )
+
+
+def refuse_unknown(given: Mapping[str, Any]) -> None:
+    """Raise TypeError for a keyword that is no option."""
+    known = [field.name for field in fields(SFTOptions)]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{name}: unexpected keyword; mode 'sft' knows {', '.join(known)}")
+
+
+def refuse_options(mode: str, given: Mapping[str, Any]) -> None:
+    """Raise for options of training given in another mode.
+
+    Raises
+    ------
+    ValueError
+        An option of training.
+    TypeError
+        No option at all.
+    """
+    refuse_unknown(given)
+    for name, value in given.items():
+        raise ValueError(f"{name}: got {value!r} in mode {mode!r}, expected it in mode 'sft' only")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value!r}, expected a finite number")
+    return float(value)
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: got {value!r}, expected a bool")
+    return bool(value)
+
+
+def _kept_dtype(value: Any) -> np.dtype[Any]:
+    try:
+        dtype: np.dtype[Any] = np.dtype(value)
+    except TypeError:
+        raise TypeError(f"cache_dtype: got {value!r}, expected bfloat16 or float32") from None
+    if value is None or dtype not in (bfloat16, np.dtype(np.float32)):
+        raise ValueError(f"cache_dtype: got {value!r}, expected bfloat16 or float32")
+    return dtype
