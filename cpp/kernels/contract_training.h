@@ -7,16 +7,15 @@
 
 namespace ktmoe::kernels {
 
-// The widest block of columns that one NN call takes, and one TN call.
-inline constexpr uint32_t kMaxNnColumns = 1024;
-inline constexpr uint32_t kMaxTnColumns = 256;
+// The widest block of columns that one NN or TN call takes.
+inline constexpr uint32_t kMaxBlockColumns = 256;
 // The most rows of D that one TN call takes.
 inline constexpr uint32_t kMaxTnRows = 64;
 
 // NN: C[m, k - k0] (+)= sum_n G[m, n] W[n, k] for k in [k0, k1), in fp32: a gradient goes back through a
 // weight, whose rows are read as they lie. The sum over n is sequential: a product cut at a multiple of
 // kOutputBlock rows of W, its second part accumulating, has the same bits as one in one piece. Preconditions:
-// M <= kMaxPanelRows, k0 a multiple of kOutputBlock / 2, k1 - k0 <= kMaxNnColumns, scratch of
+// M <= kMaxPanelRows, k0 a multiple of kOutputBlock / 2, k1 - k0 <= kMaxBlockColumns, scratch of
 // nn_scratch_bytes() aligned to 64 bytes. Only elements [k0, k1) of each row of W are read.
 struct NnArgs {
   Operand g;  // of pack_left: M rows, N = g.k elements each
@@ -34,7 +33,7 @@ struct NnArgs {
 // TN: D[n, k] (+)= scale * sum_m G[m, n] X[m, k] in fp32: the gradient of a weight. D[n, k] lies at
 // d[n * n_stride + k * k_stride], so that the transpose is a matter of strides. Any M, 0 included; the sum is
 // scaled once, when it is complete.
-// Preconditions: n <= kMaxTnRows, k <= kMaxTnColumns, scratch of tn_scratch_bytes() aligned to 64 bytes.
+// Preconditions: n <= kMaxTnRows, k <= kMaxBlockColumns, scratch of tn_scratch_bytes() aligned to 64 bytes.
 // The narrow matrix of the two should be G.
 struct TnArgs {
   RowsView g;  // column 0 of D's rows first

@@ -73,7 +73,7 @@ inline std::vector<WeightGradientTask> cut_weight_gradients(const std::vector<We
   for (uint32_t e = 0; e < num_experts; ++e)
     for (uint32_t i = 0; i < gradients.size(); ++i)
       each(gradients[i].g.width, kernels::kMaxTnRows, [&](Span n) {
-        each(gradients[i].x.width, kernels::kMaxTnColumns, [&](Span k) { tasks.push_back({i, e, n, k}); });
+        each(gradients[i].x.width, kernels::kMaxBlockColumns, [&](Span k) { tasks.push_back({i, e, n, k}); });
       });
   return tasks;
 }

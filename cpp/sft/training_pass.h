@@ -37,7 +37,7 @@ struct BackwardScratch {
   float* c = nullptr;             // rows x BackwardRows::columns
   float* l = nullptr;             // the same, of the adapters
   std::byte* products = nullptr;  // of NN and TN
-  bf16* chunk = nullptr;          // kChunkRows x kMaxTnColumns, rows made on the way to a TN product
+  bf16* chunk = nullptr;          // kChunkRows x kMaxBlockColumns, rows made on the way to a TN product
 };
 inline constexpr uint32_t kChunkRows = 512;
 

@@ -185,7 +185,7 @@ TEST_CASE("nn: every number of columns up to 80, and some up to the limit") {
     Random random(21);
     for (uint32_t width = 1; width <= 80; ++width)
       check_exact(*table, random_shape(random, 1 + random.below(20), 1 + random.below(70), width), width);
-    for (uint32_t width : {95u, 112u, 127u, 129u, 192u, 240u, 241u, 255u, 256u, 1000u, kernels::kMaxNnColumns})
+    for (uint32_t width : {95u, 112u, 127u, 129u, 192u, 240u, 241u, 255u, kernels::kMaxBlockColumns})
       check_exact(*table, random_shape(random, 1 + random.below(20), 1 + random.below(70), width), width);
   }
 }
@@ -195,7 +195,7 @@ TEST_CASE("nn: numbers of summed rows around every step and block, in every layo
     Random random(22);
     for (uint32_t n : kSums) {
       for (Layout layout : kWeightLayouts) {
-        Shape s = random_shape(random, 1 + random.below(7), n, 256 - random.below(50));
+        Shape s = random_shape(random, 1 + random.below(7), n, kernels::kMaxBlockColumns - random.below(50));
         s.w_layout = layout;
         check_exact(*table, s, n);
       }

@@ -12,13 +12,12 @@ inline constexpr size_t kPairsBytes = kGroupColumns * 2 * sizeof(bf16);  // a pa
 // depend on where blocks end.
 inline constexpr uint32_t kPairsStep = 32;
 // Of a panel, which holds a block of rows: with what it is multiplied by it must stay in the second-level
-// cache, and a step of the widest block must fit. There are two, one that is multiplied and one that is being
-// filled.
+// cache, and there are two, one that is multiplied and one that is being filled.
 inline constexpr size_t kPairsPanelBytes = size_t{64} << 10;
 // Rows lie a page or so apart, where no prefetcher of the hardware looks.
 inline constexpr uint32_t kRowsAhead = 16;
 
-alignas(kCacheLine) inline constexpr std::byte kZeroRow[kMaxNnColumns * sizeof(bf16)] = {};
+alignas(kCacheLine) inline constexpr std::byte kZeroRow[kMaxBlockColumns * sizeof(bf16)] = {};
 
 KT_INLINE uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 KT_INLINE uint32_t num_groups(uint32_t columns) {
@@ -53,12 +52,12 @@ struct WeightRows {
     if constexpr (Unpack<Format>::kAsStored) {
       return row + Format::row_bytes(k0);
     } else {
-      std::byte* to = decoded + s % 2 * (kMaxNnColumns * sizeof(bf16));
+      std::byte* to = decoded + s % 2 * (kMaxBlockColumns * sizeof(bf16));
       uint32_t k = k0;
       for (; k + Vec::kStep <= k1; k += Vec::kStep, to += Vec::kStep * sizeof(bf16))
         Vec::store(to, Unpack<Format>::segment(row, k));
       if (k < k1) Vec::store(to, Unpack<Format>::tail(row, k, k1 - k));
-      return decoded + s % 2 * (kMaxNnColumns * sizeof(bf16));
+      return decoded + s % 2 * (kMaxBlockColumns * sizeof(bf16));
     }
   }
   template <int kHint>
@@ -67,7 +66,7 @@ struct WeightRows {
     if (s < num_rows) prefetch_bytes<kHint>(w.row(s) + from, Format::row_bytes(k1) - from);
   }
 };
-inline constexpr size_t kDecodedBytes = 2 * kMaxNnColumns * sizeof(bf16);
+inline constexpr size_t kDecodedBytes = 2 * kMaxBlockColumns * sizeof(bf16);
 
 // The first columns of rows of bf16.
 struct PlainRows {

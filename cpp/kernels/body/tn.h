@@ -6,7 +6,7 @@
 
 inline constexpr uint32_t kTnBlockRows = 512;  // at most: blocks of G are small beside the panel of X
 inline constexpr size_t kTnLeftBytes = size_t{kMaxTnRows} * kTnBlockRows * sizeof(bf16);
-inline constexpr size_t kTnSumBytes = size_t{kMaxTnRows} * kMaxTnColumns * sizeof(float);
+inline constexpr size_t kTnSumBytes = size_t{kMaxTnRows} * kMaxBlockColumns * sizeof(float);
 inline constexpr size_t kTnScratchBytes = kPairsPanelBytes + kTnLeftBytes + kTnSumBytes;
 
 // Scaled sums, row-major, to a D whose columns lie one after the other.
