@@ -159,10 +159,11 @@ cache_float32 : bool
       .def_rw("cache_float32", &MOESFTConfig::cache_float32);
 }
 
-void bind_interface(nb::module_& m) {
+using Interface = nb::class_<MoE_SFT_Interface, MoE_Interface>;
+
+void bind_forward(Interface& interface) {
   const auto none = nb::none();
-  nb::class_<MoE_SFT_Interface, MoE_Interface>(m, "MoE_SFT_Interface",
-                                               "What a layer that trains does beyond.")
+  interface
       .def("update_lora_weights_task", &update_lora_weights_task, nb::arg("gate_lora_a").none() = none,
            nb::arg("gate_lora_b").none() = none, nb::arg("up_lora_a").none() = none,
            nb::arg("up_lora_b").none() = none, nb::arg("down_lora_a").none() = none,
