@@ -116,7 +116,7 @@ def _parser() -> _Parser:
     command = add(
         "finetune-demo", finetune_demo.run, "adapters that learn, checked and drawn", _FINETUNE_DEMO
     )
-    command.add_argument("--steps", type=_count(1), default=150, metavar="N", help="default 150")
+    command.add_argument("--steps", type=_count(1), default=300, metavar="N", help="default 300")
     command.add_argument("--rank", type=_count(1), default=8, metavar="R", help="of the adapters (default 8)")
     command.add_argument("--seed", type=_count(0), default=0, metavar="N", help="of everything that is drawn")
     command.add_argument("--plot", metavar="FILE.png", help="draw the curve of the loss (needs matplotlib)")

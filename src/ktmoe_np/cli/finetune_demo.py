@@ -21,12 +21,12 @@ from .table import wrap
 __all__ = ["run"]
 
 #: A small layer: its shape, and the tokens of a step.
-_EXPERTS, _PER_TOKEN, _HIDDEN, _INTER, _TOKENS = 16, 4, 256, 128, 256
-_ALPHA = 16.0
-_RATE = 3e-3
+_EXPERTS, _PER_TOKEN, _HIDDEN, _INTER, _TOKENS = 16, 4, 128, 64, 512
+_ALPHA = 4.0
+_RATE = 1e-2
 
 #: The loss has to fall to this fraction of the first one in the default number of steps.
-_GOAL, _GOAL_STEPS = 0.2, 150
+_GOAL, _GOAL_STEPS = 0.01, 300
 
 #: Steps that the reference takes too, and how far its losses may lie from the engine's.
 _CHECKED_STEPS, _CHECKED_WITHIN = 3, 0.01
