@@ -39,8 +39,6 @@ class Contender(ForwardContender):
         config.lora_rank, config.lora_alpha = shape.rank, shape.alpha
         self._configure(config, spec, layer)
         config.max_len = -(-spec.max_tokens // _STEP) * _STEP
-        # As its own Python layer has it. Without, three of the gradients are added to what is there.
-        config.authoritative_optimizer_grads = True
         for name in _ADAPTERS:
             setattr(config, name, address(layer.lora[name]))
         moe = self._class(spec.method)(config)
@@ -52,6 +50,8 @@ class Contender(ForwardContender):
     def prepare(self, cases: list[Case]) -> None:
         """See `bench.peers.Contender`."""
         self._cases = cases
+        for gradient in self._gradients.values():
+            gradient[...] = 0  # some are added to what is there
         x, ids, weights, _ = cases[0]
         self._batch = np.array([len(x)], np.int32)
         self._out, self._grad_input = np.empty(x.shape, bfloat16), np.empty(x.shape, bfloat16)

@@ -66,7 +66,7 @@ class Contender:
         case = self._cases[0]
         return {
             "results": self._out.nbytes + case.x.nbytes + case.weights.nbytes,
-            "adapters": self._adapter_bytes,
+            "adapters": 2 * self._adapter_bytes,  # as they were given, and the engine's bf16 values
             "gradients": 2 * self._adapter_bytes,  # float32
             "cache": self._moe.cache_bytes,
         }

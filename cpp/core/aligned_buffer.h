@@ -25,9 +25,11 @@ class AlignedBuffer {
   AlignedBuffer() = default;
   explicit AlignedBuffer(size_t bytes) { reserve(bytes); }
 
-  // Makes room for `bytes`. Contents are lost when the buffer has to grow; on bad_alloc it is as before.
+  // Makes room for `bytes`. Contents are lost when the buffer has to grow: the old memory is given back first, so
+  // that the two never add up; on bad_alloc the buffer is empty.
   void reserve(size_t bytes) {
     if (bytes <= capacity()) return;
+    data_.reset();
     const size_t alignment = bytes >= kHugePage ? kHugePage : kCacheLine;
     void* fresh = std::aligned_alloc(alignment, round_up(bytes, alignment));
     if (fresh == nullptr) throw std::bad_alloc();

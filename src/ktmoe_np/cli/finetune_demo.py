@@ -129,7 +129,8 @@ def _base_weights(rng: np.random.Generator) -> tuple[Array, Array, Array]:
 
 def _scaled(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     """Numbers that leave the size of what they are multiplied with."""
-    return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+    scaled: Array = rng.standard_normal(shape) / np.sqrt(shape[-1])
+    return scaled.astype(np.float32)
 
 
 def _draw_batch(rng: np.random.Generator) -> tuple[Array, Array, Array]:
