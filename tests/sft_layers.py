@@ -15,6 +15,10 @@ from ktmoe_np.config import parse_activation
 from ktmoe_np.reference import Dropout, LoraWeights, assert_within
 
 __all__ = [
+    "RANKS",
+    "SHAPES",
+    "SIZES",
+    "TOKENS",
     "Step",
     "Student",
     "assert_same_steps",
@@ -26,6 +30,25 @@ __all__ = [
     "low_level_sft",
     "train",
 ]
+
+
+#: What is drawn, around the steps of the kernels.
+SIZES = (1, 2, 15, 16, 17, 31, 33, 45, 64, 70, 96, 129)
+TOKENS = (0, 1, 2, 15, 16, 17, 33)
+RANKS = (0, 1, 2, 3, 8, 16, 33)
+
+#: Layers that are tested by name: (E, I, H, R, P, T).
+SHAPES = {
+    "a width of 704": (3, 704, 96, 16, 2, 9),
+    "rank 1": (3, 45, 70, 1, 2, 40),
+    "rank 3": (3, 70, 45, 3, 2, 40),
+    "rank 33": (2, 64, 96, 33, 2, 20),
+    "a rank above the widths": (2, 24, 40, 100, 2, 5),
+    "a hidden size above 2048": (2, 33, 2081, 16, 2, 5),
+    "an intermediate size above 4096": (1, 4111, 16, 5, 1, 3),
+    "many experts for few tokens": (64, 40, 48, 8, 4, 3),
+    "300 tokens on one expert": (1, 64, 96, 16, 1, 300),
+}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import ACTIVATIONS, IS_SLOW, STORAGES, assert_same_bits, bf16, draw, draw_batch, stored
 from sft_layers import (
+    RANKS,
+    SHAPES,
+    SIZES,
+    TOKENS,
     Step,
     Student,
     assert_same_steps,
@@ -23,10 +27,6 @@ from sft_layers import (
 from ktmoe_np.reference import Dropout
 
 AnyArray = Any
-
-SIZES = (1, 2, 15, 16, 17, 31, 33, 45, 64, 70, 96, 129)
-TOKENS = (0, 1, 2, 15, 16, 17, 33)
-RANKS = (0, 1, 2, 3, 8, 16, 33)
 
 
 @settings(deadline=None, max_examples=30 if IS_SLOW else 100)
@@ -77,20 +77,6 @@ def test_drawn_layers(data: st.DataObject, seed: int) -> None:
         physical_to_logical_map=mapped,
         dropout=Dropout(rate, seed) if rate else None,
     )
-
-
-#: name -> (E, I, H, R, P, T)
-SHAPES = {
-    "a width of 704": (3, 704, 96, 16, 2, 9),
-    "rank 1": (3, 45, 70, 1, 2, 40),
-    "rank 3": (3, 70, 45, 3, 2, 40),
-    "rank 33": (2, 64, 96, 33, 2, 20),
-    "a rank above the widths": (2, 24, 40, 100, 2, 5),
-    "a hidden size above 2048": (2, 33, 2081, 16, 2, 5),
-    "an intermediate size above 2048": (1, 2051, 16, 5, 1, 3),
-    "many experts for few tokens": (64, 40, 48, 8, 4, 3),
-    "300 tokens on one expert": (1, 64, 96, 16, 1, 300),
-}
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -11,7 +11,7 @@ from gradient_bound import gradient_balls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import ACTIVATIONS, IS_SLOW, STORAGES, Batch, assert_same_bits, bf16, draw_batch, stored
-from sft_layers import Student, draw_student, draw_training
+from sft_layers import RANKS, SHAPES, SIZES, TOKENS, Student, draw_student, draw_training
 
 import ktmoe_np.buffers
 import ktmoe_np.experts
@@ -21,9 +21,6 @@ from ktmoe_np.reference import Dropout, assert_within
 
 AnyArray = Any
 
-SIZES = (1, 2, 15, 16, 17, 31, 33, 45, 64, 70, 96, 129)
-TOKENS = (0, 1, 2, 15, 16, 17, 33)
-RANKS = (1, 2, 3, 8, 16, 33)
 BAD_NUMBERS = (np.nan, np.inf, -np.inf)
 
 
@@ -74,20 +71,6 @@ def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     dropout = Dropout(rate, seed, step, seed % 5) if saved and rate else None
     assert_close(out, student, batch, gpu_experts_mask=mask, physical_to_logical_map=mapped, dropout=dropout)
     assert (moe.num_cached, moe.step) == (saved, step + saved)
-
-
-#: name -> (E, I, H, R, P, T)
-SHAPES = {
-    "a width of 704": (3, 704, 96, 16, 2, 9),
-    "rank 1": (3, 45, 70, 1, 2, 40),
-    "rank 3": (3, 70, 45, 3, 2, 40),
-    "rank 33": (2, 64, 96, 33, 2, 20),
-    "a rank above the widths": (2, 24, 40, 100, 2, 5),
-    "a hidden size above 2048": (2, 33, 2081, 16, 2, 5),
-    "an intermediate size above 4096": (1, 4111, 16, 5, 1, 3),
-    "many experts for few tokens": (64, 40, 48, 8, 4, 3),
-    "300 tokens on one expert": (1, 64, 96, 16, 1, 300),
-}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
