@@ -25,8 +25,8 @@ class AlignedBuffer {
   AlignedBuffer() = default;
   explicit AlignedBuffer(size_t bytes) { reserve(bytes); }
 
-  // Makes room for `bytes`. Contents are lost when the buffer has to grow: the old memory is given back first, so
-  // that the two never add up; on bad_alloc the buffer is empty.
+  // Makes room for `bytes`. Contents are lost when the buffer has to grow: the old memory is given back
+  // first, so that the two never add up; on bad_alloc the buffer is empty.
   void reserve(size_t bytes) {
     if (bytes <= capacity()) return;
     data_.reset();
