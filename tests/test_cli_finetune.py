@@ -23,7 +23,7 @@ def test_the_loss_falls_and_follows_the_reference(tmp_path: Path) -> None:
     losses, reference = report["losses"], report["reference_losses"]
     assert report["right"]
     assert len(losses) == int(STEPS)
-    assert len(reference) == 3
+    assert len(reference) == min(20, len(losses))
     for ours, theirs in zip(losses, reference, strict=False):
         assert ours == pytest.approx(theirs, rel=1e-3)
     assert losses[-1] < (0.95 if IS_SLOW else 0.1) * losses[0]

@@ -29,7 +29,7 @@ _RATE = 1e-2
 _GOAL, _GOAL_STEPS = 0.01, 300
 
 #: Steps that the reference takes too, and how far its losses may lie from the engine's.
-_CHECKED_STEPS, _CHECKED_WITHIN = 3, 0.01
+_CHECKED_STEPS, _CHECKED_WITHIN = 20, 0.01
 
 
 @dataclass
@@ -176,7 +176,7 @@ def _text(course: _Course, arguments: argparse.Namespace, fraction: float) -> st
     rows = [f"{step + 1:6d}   {course.losses[step]:10.5f}" for step in dict.fromkeys(steps)]
     agreement = "agree" if course.follows_reference else "DO NOT AGREE"
     end = wrap(
-        f"The loss fell to {100 * fraction:.1f} % of the first; "
+        f"The loss fell to {100 * fraction:.2g} % of the first; "
         f"{1e3 * float(np.median(course.seconds)):.1f} ms a step. The first {len(course.reference_losses)} "
         f"losses {agreement} with those of the NumPy reference within {100 * _CHECKED_WITHIN:g} %."
     )
