@@ -293,3 +293,29 @@ def test_the_gradients_have_no_gaps() -> None:
         for name, value in used.matrices.items():
             assert again.matrices[name] is value
         assert_same_steps(Step(first.out, by_name(again)), first)
+
+
+def test_arrays_for_the_gradients_of_the_input() -> None:
+    rng = np.random.default_rng(9)
+    student = draw_student(rng, (4, 48, 64), 3)
+    batch, grad_output = draw_training(rng, student, 7, 2)
+    moe = student.wrapper(2)
+    expected = train(moe, batch, grad_output)
+    into = {"grad_input": np.empty_like(batch.x), "grad_weights": np.empty_like(batch.weights)}
+    step = train(moe, batch, grad_output, **into)
+    assert_same_steps(step, expected)
+    for name, array in into.items():
+        assert step.gradients[name] is array
+
+
+def test_a_pass_that_is_not_saved_keeps_the_memory_of_the_next() -> None:
+    rng = np.random.default_rng(10)
+    student = draw_student(rng, (4, 48, 64), 3)
+    batch, grad_output = draw_training(rng, student, 7, 2)
+    moe = student.wrapper(2)
+    train(moe, batch, grad_output)
+    held = moe.cache_bytes
+    moe.forward(*batch)
+    assert (moe.num_cached, moe.cache_bytes) == (0, held)
+    moe.clear_cache()
+    assert moe.cache_bytes == 0

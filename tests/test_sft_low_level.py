@@ -305,3 +305,22 @@ def test_everything_says_what_it_is() -> None:
     things += [layer.backward_task, layer.clear_cache_task, layer.num_cached, layer.cache_bytes, layer.step]
     for thing in things:
         assert thing.__doc__, thing
+
+
+def test_gradients_that_are_always_written_have_to_be_given(
+    engine: Any, student: Student, training: Any
+) -> None:
+    (x, ids, w), grad_output = training
+    moe = low_level_sft(engine, student, P)
+    engine.run(moe.forward_sft_task(x, ids, w, np.empty((T, H), bf16)))
+    grad_input, grad_weights = np.empty((T, H), bf16), np.empty((T, P), np.float32)
+    with pytest.raises(TypeError, match="grad_input: got NoneType, expected an array on the CPU"):
+        moe.backward_task(grad_output, None, grad_weights)
+    with pytest.raises(TypeError, match="grad_weights: got NoneType, expected an array on the CPU"):
+        moe.backward_task(grad_output, grad_input, None)
+    assert moe.num_cached == 1
+
+
+def test_an_alpha_whose_scale_is_no_float32(engine: Any, student: Student) -> None:
+    with pytest.raises(ValueError, match=r"lora_alpha: got 1e\+300, expected less: the scale"):
+        low_level_sft(engine, student, P, lora_alpha=1e300)

@@ -66,11 +66,17 @@ class GradientArrays {
     return arrays_.emplace_back(Array::read(source, name));
   }
 
-  // Null for None; else it must share memory with none of those before.
+  // Null for None.
   template <class T>
-  T* write(nb::handle target, const char* name, DType dtype, const Dims& shape, bool of_up = false) {
+  T* write_if_given(nb::handle target, const char* name, DType dtype, const Dims& shape, bool of_up = false) {
     if (target.is_none()) return nullptr;
     check_exists(config_, name, of_up);
+    return write<T>(target, name, dtype, shape);
+  }
+
+  // Shares memory with none of those before.
+  template <class T>
+  T* write(nb::handle target, const char* name, DType dtype, const Dims& shape) {
     const Array a = Array::write(target, name);
     a.expect({dtype}, shape).expect_contiguous();
     for (const Array& other : arrays_) a.expect_disjoint(other);
@@ -103,12 +109,12 @@ PythonTask backward_task(Layer layer, nb::handle grad_output, nb::handle grad_in
   const LoraHandles handles = {gate_a, gate_b, up_a, up_b, down_a, down_b};
   for (size_t i = 0; i < kNumLora; ++i)
     args.lora[i] =
-        arrays.write<float>(handles[i], lora_name(c, i), DType::kFloat32, lora_dims(c, i), is_up(i));
+        arrays.write_if_given<float>(handles[i], lora_name(c, i), DType::kFloat32, lora_dims(c, i), is_up(i));
   const Dims first = {c.expert_num, c.intermediate_size, c.hidden_size};
-  args.gate_proj = arrays.write<float>(gate_proj, "gate_proj", DType::kFloat32, first);
-  args.up_proj = arrays.write<float>(up_proj, "up_proj", DType::kFloat32, first, true);
-  args.down_proj = arrays.write<float>(down_proj, "down_proj", DType::kFloat32,
-                                       {c.expert_num, c.hidden_size, c.intermediate_size});
+  args.gate_proj = arrays.write_if_given<float>(gate_proj, "gate_proj", DType::kFloat32, first);
+  args.up_proj = arrays.write_if_given<float>(up_proj, "up_proj", DType::kFloat32, first, true);
+  args.down_proj = arrays.write_if_given<float>(down_proj, "down_proj", DType::kFloat32,
+                                                {c.expert_num, c.hidden_size, c.intermediate_size});
   args.accumulate = accumulate;
   return PythonTask([layer, args, owners = arrays.take()] { layer->backward(args); });
 }
@@ -202,8 +208,8 @@ Task)");
 void bind_backward(Interface& interface) {
   const auto none = nb::none();
   interface
-      .def("backward_task", &backward_task, nb::arg("grad_output").none(), nb::arg("grad_input"),
-           nb::arg("grad_weights"), nb::kw_only(), nb::arg("gate_lora_a").none() = none,
+      .def("backward_task", &backward_task, nb::arg("grad_output").none(), nb::arg("grad_input").none(),
+           nb::arg("grad_weights").none(), nb::kw_only(), nb::arg("gate_lora_a").none() = none,
            nb::arg("gate_lora_b").none() = none, nb::arg("up_lora_a").none() = none,
            nb::arg("up_lora_b").none() = none, nb::arg("down_lora_a").none() = none,
            nb::arg("down_lora_b").none() = none, nb::arg("gate_proj").none() = none,
@@ -232,7 +238,7 @@ Task)")
       .def("clear_cache_task", &clear_cache_task, "Make the task that forgets the saved forward passes.")
       .def_prop_ro("num_cached", &MoE_SFT_Interface::num_cached,
                    "Forward passes that wait for their backward pass.")
-      .def_prop_ro("cache_bytes", &MoE_SFT_Interface::cache_bytes, "Memory of saved forward passes.")
+      .def_prop_ro("cache_bytes", &MoE_SFT_Interface::cache_bytes, "Memory of saved forward passes, and what is kept of it for the next.")
       .def_prop_rw("step", &MoE_SFT_Interface::step, &MoE_SFT_Interface::set_step,
                    "The number of the next saving forward pass, which keys its dropout masks.");
 }

@@ -39,6 +39,7 @@ class TP_MOE_Common : public Interface {
   void load_weights(ExpertWeights& weights) override {
     check(weights);
     const std::lock_guard lock(mutex_);
+    check_before_load();
     if (spans_nodes()) {
       nodes_ = copy_to_nodes(weights.matrices);
       std::swap(weights.biases, weights_.biases);
@@ -64,6 +65,9 @@ class TP_MOE_Common : public Interface {
   }
 
  protected:
+  // Throws when the layer's weights must not change now.
+  virtual void check_before_load() const {}
+
   // ---- the steps of a pass, in order; the caller holds mutex_ ----
 
   // Makes the plan. Throws as forward() does.

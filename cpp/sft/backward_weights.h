@@ -135,7 +135,7 @@ inline void backward_weights(const TrainingPass& pass, const std::vector<WeightG
     add_weight_gradient(pass, gradient, expert, scratch, tn, task.n, task.k);
     tn.accumulate = any = true;
   }
-  if (!any) pass.kernels().tn(tn);  // of no rows
+  if (!any && !tn.accumulate) pass.kernels().tn(tn);  // of no rows: zeros
 }
 
 }  // namespace ktmoe

@@ -19,6 +19,8 @@ void MOESFTConfig::validate() const {
   if (!std::isfinite(lora_alpha)) throw_invalid("lora_alpha: got ", lora_alpha, ", expected a finite number");
   if (!(lora_dropout >= 0 && lora_dropout < 1))
     throw_invalid("lora_dropout: got ", lora_dropout, ", expected at least 0 and below 1");
+  if (!std::isfinite(lora_scale()))
+    throw_invalid("lora_alpha: got ", lora_alpha, ", expected less: the scale of the adapters is no float32");
   if (max_cache_depth < 1 || max_cache_depth > kMaxDepth)
     throw_invalid("max_cache_depth: got ", max_cache_depth, ", expected 1 to ", kMaxDepth);
   constexpr int64_t kMaxLayers = int64_t{1} << 31;  // the layer is half a word of the masks' counter

@@ -49,11 +49,21 @@ class CacheStack {
     spare_.pop_back();
     return cache;
   }
-  void push(std::unique_ptr<ForwardCache> cache) { waiting_.push_back(std::move(cache)); }
-  void pop() {
-    waiting_.back()->lora.reset();
-    spare_.push_back(std::move(waiting_.back()));
+  // Makes room for one more, so that what follows cannot fail.
+  void reserve() {
+    waiting_.reserve(waiting_.size() + 1);
+    spare_.reserve(spare_.size() + waiting_.size() + 1);
+  }
+  void push(std::unique_ptr<ForwardCache> cache) noexcept { waiting_.push_back(std::move(cache)); }
+  void pop() noexcept {
+    auto cache = std::move(waiting_.back());
     waiting_.pop_back();
+    give_back(std::move(cache));
+  }
+  // Keeps the memory of one that is not wanted any more, unless the stack has no use for it.
+  void give_back(std::unique_ptr<ForwardCache> cache) noexcept {
+    cache->lora.reset();
+    if (waiting_.size() + spare_.size() < depth_) spare_.push_back(std::move(cache));
   }
   void clear() {
     waiting_.clear();

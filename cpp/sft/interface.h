@@ -9,7 +9,7 @@
 
 namespace ktmoe {
 
-// Where the gradients of one backward pass go; null for those that are not asked for.
+// Where the gradients of one backward pass go; those of matrices are null when they are not asked for.
 struct BackwardArgs {
   uint32_t num_tokens = 0;
   const bf16* grad_output = nullptr;               // dY [T, H]
@@ -33,7 +33,8 @@ class MoE_SFT_Interface : public MoE_Interface {
   virtual void forward_sft(const ForwardArgs& args, bool save) = 0;
 
   // Gradients of the last forward that waits, which is then gone. Throws std::runtime_error when none waits,
-  // std::invalid_argument when it had another number of tokens.
+  // std::invalid_argument when it had another number of tokens; the forward then still waits. A pass that
+  // fails for want of memory after it has begun takes its forward with it.
   virtual void backward(const BackwardArgs& args) = 0;
 
   virtual size_t num_cached() const = 0;

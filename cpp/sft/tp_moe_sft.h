@@ -29,26 +29,17 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
         caches_(static_cast<size_t>(sft_config_.max_cache_depth)) {}
 
   const MOESFTConfig& sft_config() const override { return sft_config_; }
-  size_t num_cached() const override {
-    return locked([&] { return caches_.size(); });
-  }
-  size_t cache_bytes() const override {
-    return locked([&] { return caches_.bytes(); });
-  }
+  // Both may be asked for while a pass runs.
+  size_t num_cached() const override { return num_cached_; }
+  size_t cache_bytes() const override { return cache_bytes_; }
   void clear_cache() override {
-    locked([&] { caches_.clear(); });
+    locked([&] {
+      caches_.clear();
+      count_caches();
+    });
   }
   uint32_t step() const override { return step_; }
   void set_step(uint32_t step) override { step_ = step; }
-
-  void load_weights(ExpertWeights& weights) override {
-    locked([&] {
-      if (caches_.size() != 0)
-        throw_runtime("load_weights: ", caches_.size(), " forwards of layer ", config_.layer_idx,
-                      " wait for their backward, expected none");
-    });
-    Common::load_weights(weights);
-  }
 
   void update_lora_weights(const LoraSources& sources) override {
     locked([&] {
@@ -61,16 +52,21 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
   void forward_sft(const ForwardArgs& args, bool save) override {
     locked([&] {
       if (save && caches_.full())
-        throw_runtime("forward_sft: ", caches_.size(), " forwards of layer ", config_.layer_idx,
-                      " wait for their backward, expected fewer than max_cache_depth");
+        throw_runtime("forward_sft: as many forwards of layer ", config_.layer_idx,
+                      " wait for their backward as may, max_cache_depth ", caches_.size(),
+                      "; call backward or clear the cache first");
       begin(args);
-      auto cache = caches_.take_spare();
-      fill_input(args, save, *cache);
-      const RowsLease rows(*this, *cache, save && !sft_config_.recompute, /*for_backward=*/false);
-      run_forward(args, *cache, /*to_the_end=*/true);
+      caches_.reserve();
+      Filling filling(*this);
+      ForwardCache& cache = filling.cache();
+      fill_input(args, save, cache);
+      {
+        const RowsLease rows(*this, cache, save && !sft_config_.recompute, /*for_backward=*/false);
+        run_forward(args, cache, /*to_the_end=*/true);
+      }
       if (!save) return;
-      cache->plan = std::move(call_.plan);
-      caches_.push(std::move(cache));
+      std::swap(cache.plan, call_.plan);
+      filling.keep();
       ++step_;
     });
   }
@@ -84,16 +80,22 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
       if (args.num_tokens != cache.num_tokens)
         throw_invalid("grad_output: got ", args.num_tokens, " tokens, expected ", cache.num_tokens,
                       " as in the forward pass");
+      const Consuming consuming(*this);
       const PlanLoan loan(call_.plan, cache.plan);
-      {
-        const RowsLease rows(*this, cache, !sft_config_.recompute, /*for_backward=*/true);
-        ForwardArgs forward;
-        forward.num_tokens = cache.num_tokens;
-        if (sft_config_.recompute) run_forward(forward, cache, /*to_the_end=*/false);
-        run_backward(args, cache);
-      }
-      caches_.pop();
+      const RowsLease rows(*this, cache, !sft_config_.recompute, /*for_backward=*/true);
+      ForwardArgs forward;
+      forward.num_tokens = cache.num_tokens;
+      if (sft_config_.recompute) run_forward(forward, cache, /*to_the_end=*/false);
+      run_backward(args, cache);
+      consumed_ = true;
     });
+  }
+
+ protected:
+  void check_before_load() const override {
+    if (caches_.size() != 0)
+      throw_runtime("load_weights: forwards of layer ", config_.layer_idx, " wait for their backward, got ",
+                    caches_.size(), ", expected none");
   }
 
  private:
@@ -111,6 +113,44 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
     const std::lock_guard lock(this->mutex_);
     return function();
   }
+
+  void count_caches() {
+    num_cached_ = caches_.size();
+    cache_bytes_ = caches_.bytes();
+  }
+
+  // A cache that is being filled: kept on the stack in the end, or its memory is spare again.
+  class Filling {
+   public:
+    explicit Filling(TP_MOE_SFT& layer) : layer_(layer), cache_(layer.caches_.take_spare()) {}
+    ~Filling() {
+      if (cache_) layer_.caches_.give_back(std::move(cache_));
+      layer_.count_caches();
+    }
+    Filling(const Filling&) = delete;
+    Filling& operator=(const Filling&) = delete;
+    ForwardCache& cache() { return *cache_; }
+    void keep() { layer_.caches_.push(std::move(cache_)); }
+
+   private:
+    TP_MOE_SFT& layer_;
+    std::unique_ptr<ForwardCache> cache_;
+  };
+
+  // The cache on top goes when its backward pass is done, or has failed after it began to overwrite it.
+  class Consuming {
+   public:
+    explicit Consuming(TP_MOE_SFT& layer) : layer_(layer) { layer.consumed_ = false; }
+    ~Consuming() {
+      if (layer_.consumed_) layer_.caches_.pop();
+      layer_.count_caches();
+    }
+    Consuming(const Consuming&) = delete;
+    Consuming& operator=(const Consuming&) = delete;
+
+   private:
+    TP_MOE_SFT& layer_;
+  };
 
   // The plan of a cache, in use for the length of a scope.
   class PlanLoan {
@@ -238,9 +278,7 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
     run_inner(pass, pass.hidden(), first_inner);
     this->run_gate_up();
     run_inner(pass, pass.inter(), down_inner);
-    if (!to_the_end) return;
-    forget_packed(pass);
-    this->run_down(passes);
+    if (to_the_end) this->run_down(passes);
   }
 
   using InnerStep = void (*)(TrainingPass&, WorkerScratch&, const PanelTask&);
@@ -250,7 +288,6 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
     const std::vector<PanelTask> tasks = row_blocks(k);
     run_tasks(static_cast<uint32_t>(tasks.size()),
               [&](uint32_t worker, uint32_t task) { step(pass, call_.workers[worker], tasks[task]); });
-    if (pass.cache->mask_x) forget_packed(pass);
   }
 
   // What workers have packed is of another matrix from here on.
@@ -282,6 +319,7 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
     const Training training(*this, pass);
 
     run_step(pass, pass.hidden(), backward_output);
+    consumed_ = !sft_config_.cache_float32 && !sft_config_.recompute;  // dg and du take the place of g and u
     for_parts([&](Part& part, int i) { part.cut_activation(call_, config_.pool->num_threads(i)); });
     run_phase(&Part::num_backward, [&](const Worker& worker, Part& part, uint32_t task) {
       part.activation(static_cast<uint32_t>(worker.index), task);
@@ -354,6 +392,8 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
   const MOESFTConfig sft_config_;
   std::shared_ptr<LoraWeights> lora_;
   CacheStack caches_;
+  bool consumed_ = false;  // of the cache on top, by the backward pass under way
+  std::atomic<size_t> num_cached_{0}, cache_bytes_{0};
   std::atomic<uint32_t> step_{0};
 };
 

@@ -69,7 +69,9 @@ class PendingPass(Generic[Result]):
                 self._engine.wait(ticket)
             except Exception as error:
                 errors.append(error)
-        self._started = None  # not before: after Ctrl-C the pass can still be waited for
+        with self._lock:  # not before: after Ctrl-C the pass can still be waited for
+            if self._started is started:
+                self._started = None
         if errors:
             raise errors[0]
         return result

@@ -125,6 +125,10 @@ TEST_CASE("adapters of zeros leave the bits of inference") {
   layer.forward_sft(step.forward_args(), false);
   CHECK(bits_of(step.out) == inference);
   CHECK(layer.num_cached() == 0);
+  const size_t kept = layer.cache_bytes();  // the memory of a pass that is not saved serves the next
+  layer.forward_sft(step.forward_args(), false);
+  CHECK(kept > 0);
+  CHECK(layer.cache_bytes() == kept);
   layer.update_lora_weights(step.sources());
   layer.forward_sft(step.forward_args(), false);
   CHECK(bits_of(step.out) != inference);
@@ -145,10 +149,11 @@ TEST_CASE("forward passes wait in a stack, and with the adapters that they were 
   layer.update_lora_weights(second.sources());
   layer.forward_sft(second.forward_args(), true);
   CHECK(layer.num_cached() == 2);
-  CHECK_THROWS_WITH_AS(
-      layer.forward_sft(first.forward_args(), true),
-      "forward_sft: 2 forwards of layer 0 wait for their backward, expected fewer than max_cache_depth",
-      std::runtime_error);
+  CHECK_THROWS_WITH_AS(layer.forward_sft(first.forward_args(), true),
+                       "forward_sft: as many forwards of layer 0 wait for their backward as may, "
+                       "max_cache_depth 2; call backward "
+                       "or clear the cache first",
+                       std::runtime_error);
   layer.backward(second.backward_args());
   layer.backward(first.backward_args());
   CHECK(first.bits() == alone);
@@ -195,7 +200,7 @@ TEST_CASE("what cannot be trained is refused and changes nothing") {
                        std::invalid_argument);
   ExpertWeights weights = step.model.expert_weights();
   CHECK_THROWS_WITH_AS(layer.load_weights(weights),
-                       "load_weights: 1 forwards of layer 0 wait for their backward, expected none",
+                       "load_weights: forwards of layer 0 wait for their backward, got 1, expected none",
                        std::runtime_error);
   layer.backward(step.backward_args());
   CHECK(step.bits() == train({1, {0}, {1}}, Topology::read()));
@@ -209,6 +214,8 @@ TEST_CASE("a training config names the first field that cannot be used") {
   };
   refused([](MOESFTConfig& c) { c.lora_rank = -1; }, "lora_rank: got -1, expected 0 to 4096");
   refused([](MOESFTConfig& c) { c.lora_alpha = 1.0 / 0.0; }, "lora_alpha: got inf, expected a finite number");
+  refused([](MOESFTConfig& c) { c.lora_alpha = 1e300; },
+          "lora_alpha: got 1e+300, expected less: the scale of the adapters is no float32");
   refused([](MOESFTConfig& c) { c.lora_dropout = 1.0; },
           "lora_dropout: got 1, expected at least 0 and below 1");
   refused([](MOESFTConfig& c) { c.max_cache_depth = 0; }, "max_cache_depth: got 0, expected 1 to 1048576");

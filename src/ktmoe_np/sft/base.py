@@ -174,7 +174,13 @@ class BaseSFTMoEWrapper(LoraLayer):
     # ---- backward passes ----
 
     def backward(
-        self, grad_output: Any, *, gradients: SFTGradients | None = None, accumulate: bool = False
+        self,
+        grad_output: Any,
+        *,
+        gradients: SFTGradients | None = None,
+        accumulate: bool = False,
+        grad_input: Array | None = None,
+        grad_weights: Array | None = None,
     ) -> SFTGradients:
         """Differentiate the sum of output * grad_output, by the forward pass that was saved last.
 
@@ -187,11 +193,14 @@ class BaseSFTMoEWrapper(LoraLayer):
             are made for all that the method trains.
         accumulate : bool
             Add to those arrays instead of overwriting them, for gradients of several batches.
+        grad_input : array of bfloat16 [T, H], optional
+        grad_weights : array of float32 [T, P], optional
+            Where to write the gradients of the input and of the routing weights, which are never added to;
+            new arrays by default, also when `gradients` has some.
 
         Returns
         -------
         SFTGradients
-            Its gradients of the input and of the routing weights are new arrays.
 
         Raises
         ------
@@ -201,12 +210,18 @@ class BaseSFTMoEWrapper(LoraLayer):
         RuntimeError
             No forward pass is saved.
         """
-        result, task = self._backward_task(grad_output, gradients, accumulate)
+        result, task = self._backward_task(grad_output, gradients, accumulate, grad_input, grad_weights)
         self.cpu_infer.run(task)
         return result
 
     def submit_backward(
-        self, grad_output: Any, *, gradients: SFTGradients | None = None, accumulate: bool = False
+        self,
+        grad_output: Any,
+        *,
+        gradients: SFTGradients | None = None,
+        accumulate: bool = False,
+        grad_input: Array | None = None,
+        grad_weights: Array | None = None,
     ) -> None:
         """Begin what `backward` does and return at once; `sync_backward` gives the result.
 
@@ -219,7 +234,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         """
 
         def start() -> tuple[SFTGradients, list[int]]:
-            result, task = self._backward_task(grad_output, gradients, accumulate)
+            result, task = self._backward_task(grad_output, gradients, accumulate, grad_input, grad_weights)
             return result, [self.cpu_infer.submit(task)]
 
         self._backward.submit(start)
@@ -237,14 +252,19 @@ class BaseSFTMoEWrapper(LoraLayer):
         return self._backward.sync()
 
     def _backward_task(
-        self, grad_output: Any, gradients: SFTGradients | None, accumulate: bool
+        self,
+        grad_output: Any,
+        gradients: SFTGradients | None,
+        accumulate: bool,
+        grad_input: Array | None,
+        grad_weights: Array | None,
     ) -> tuple[SFTGradients, ext.Task]:
         num = num_tokens(grad_output, "grad_output")
-        result = SFTGradients(
-            grad_input=np.empty((num, self.config.hidden_size), bfloat16),
-            grad_weights=np.empty((num, self.config.num_experts_per_tok), np.float32),
-            **self._matrices(gradients, accumulate),
-        )
+        if grad_input is None:
+            grad_input = np.empty((num, self.config.hidden_size), bfloat16)
+        if grad_weights is None:
+            grad_weights = np.empty((num, self.config.num_experts_per_tok), np.float32)
+        result = SFTGradients(grad_input, grad_weights, **self._matrices(gradients, accumulate))
         task = self._layer.backward_task(
             grad_output,
             result.grad_input,
@@ -280,7 +300,7 @@ class BaseSFTMoEWrapper(LoraLayer):
 
     @property
     def cache_bytes(self) -> int:
-        """Memory that they hold."""
+        """Memory that they hold, and that is kept for the next ones; `clear_cache` lets it go."""
         return int(self._layer.cache_bytes)
 
     def clear_cache(self) -> None:

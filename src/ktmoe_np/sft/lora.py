@@ -130,8 +130,9 @@ class LoraLayer(MoELayer):
                 names = lora_shapes(self.config, self.options.lora_rank).keys() - given.keys()
                 given = {**given, **{name: first_matrix(name, self.config, self.options) for name in names}}
             if given:
-                self.cpu_infer.run(self._layer.update_lora_weights_task(**given))
-                self._lora = {**self._lora, **given}
+                ticket = self.cpu_infer.submit(self._layer.update_lora_weights_task(**given))
+                self._lora = {**self._lora, **given}  # before the wait, which Ctrl-C may end
+                self.cpu_infer.wait(ticket)
 
 
 def first_matrix(name: str, config: MoEConfig, options: SFTOptions) -> Array:
