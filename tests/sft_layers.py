@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from gradient_bound import gradient_balls
-from layers import AnyArray, Batch, Layer, assert_same_bits, draw, draw_batch, draw_layer
+from hypothesis import strategies as st
+from layers import ACTIVATIONS, AnyArray, Batch, Layer, assert_same_bits, bf16, draw, draw_batch, draw_layer
 
 from ktmoe_np import SFTGradients
 from ktmoe_np import kt_kernel_ext as ext
@@ -24,6 +25,7 @@ __all__ = [
     "assert_same_steps",
     "assert_step_close",
     "by_name",
+    "draw_case",
     "draw_lora",
     "draw_student",
     "draw_training",
@@ -150,6 +152,37 @@ def by_name(gradients: SFTGradients) -> dict[str, AnyArray]:
     """All gradients that there are."""
     first = {"grad_input": gradients.grad_input, "grad_weights": gradients.grad_weights}
     return {**first, **gradients.matrices}
+
+
+class Drawn(NamedTuple):
+    """A layer, a batch and what else both passes are tested with."""
+
+    student: Student
+    batch: Batch
+    grad_output: AnyArray
+    num_slots: int
+    mask: AnyArray | None
+    mapped: AnyArray | None
+    rate: float
+
+
+def draw_case(data: st.DataObject, rng: np.random.Generator) -> Drawn:
+    """What hypothesis draws, by name; the numbers come from `rng`."""
+    num_experts, num_slots = data.draw(st.integers(1, 5), "E"), data.draw(st.integers(1, 4), "P")
+    inter, hidden = data.draw(st.sampled_from(SIZES), "I"), data.draw(st.sampled_from(SIZES), "H")
+    student = draw_student(
+        rng,
+        (num_experts, inter, hidden),
+        data.draw(st.sampled_from(RANKS), "R"),
+        data.draw(st.sampled_from(ACTIVATIONS), "activation"),
+        dtype=data.draw(st.sampled_from([bf16, np.float32]), "adapters"),
+        with_biases=data.draw(st.booleans(), "biases"),
+    )
+    batch, grad_output = draw_training(rng, student, data.draw(st.sampled_from(TOKENS), "T"), num_slots)
+    mask = rng.random(num_experts) < 0.5 if data.draw(st.booleans(), "masked") else None
+    mapped = rng.integers(0, num_experts, num_experts) if data.draw(st.booleans(), "mapped") else None
+    rate = data.draw(st.sampled_from([0.0, 0.0, 0.25, 0.9]), "dropout")
+    return Drawn(student, batch, grad_output, num_slots, mask, mapped, rate)
 
 
 def train(moe: Any, batch: Batch, grad_output: AnyArray, **options: Any) -> Step:

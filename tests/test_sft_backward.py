@@ -10,15 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import ACTIVATIONS, IS_SLOW, STORAGES, assert_same_bits, bf16, draw, draw_batch, stored
 from sft_layers import (
-    RANKS,
     SHAPES,
-    SIZES,
-    TOKENS,
     Step,
     Student,
     assert_same_steps,
     assert_step_close,
     by_name,
+    draw_case,
     draw_student,
     draw_training,
     train,
@@ -33,21 +31,7 @@ AnyArray = Any
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    num_experts, num_slots = data.draw(st.integers(1, 5), "E"), data.draw(st.integers(1, 4), "P")
-    inter, hidden = data.draw(st.sampled_from(SIZES), "I"), data.draw(st.sampled_from(SIZES), "H")
-    student = draw_student(
-        rng,
-        (num_experts, inter, hidden),
-        data.draw(st.sampled_from(RANKS), "R"),
-        data.draw(st.sampled_from(ACTIVATIONS), "activation"),
-        dtype=data.draw(st.sampled_from([bf16, np.float32]), "adapters"),
-        with_biases=data.draw(st.booleans(), "biases"),
-    )
-    num_tokens = data.draw(st.sampled_from(TOKENS), "T")
-    batch, grad_output = draw_training(rng, student, num_tokens, num_slots)
-    mask = rng.random(num_experts) < 0.5 if data.draw(st.booleans(), "masked") else None
-    mapped = rng.integers(0, num_experts, num_experts) if data.draw(st.booleans(), "mapped") else None
-    rate = data.draw(st.sampled_from([0.0, 0.0, 0.25, 0.9]), "dropout")
+    student, batch, grad_output, num_slots, mask, mapped, rate = draw_case(data, rng)
     cache_dtype = data.draw(st.sampled_from([bf16, np.dtype(np.float32)]), "cache")
     options = {
         "seed": seed,

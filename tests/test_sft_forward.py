@@ -11,7 +11,7 @@ from gradient_bound import gradient_balls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import ACTIVATIONS, IS_SLOW, STORAGES, Batch, assert_same_bits, bf16, draw_batch, stored
-from sft_layers import RANKS, SHAPES, SIZES, TOKENS, Student, draw_student, draw_training
+from sft_layers import SHAPES, Student, draw_case, draw_student, draw_training
 
 import ktmoe_np.buffers
 import ktmoe_np.experts
@@ -40,20 +40,7 @@ def assert_close(actual: AnyArray, student: Student, batch: Batch, **options: An
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    num_experts, num_slots = data.draw(st.integers(1, 5), "E"), data.draw(st.integers(1, 4), "P")
-    inter, hidden = data.draw(st.sampled_from(SIZES), "I"), data.draw(st.sampled_from(SIZES), "H")
-    student = draw_student(
-        rng,
-        (num_experts, inter, hidden),
-        data.draw(st.sampled_from((0, *RANKS)), "R"),
-        data.draw(st.sampled_from(ACTIVATIONS), "activation"),
-        dtype=data.draw(st.sampled_from([bf16, np.float32]), "adapters"),
-        with_biases=data.draw(st.booleans(), "biases"),
-    )
-    batch, _ = draw_training(rng, student, data.draw(st.sampled_from(TOKENS), "T"), num_slots)
-    mask = rng.random(num_experts) < 0.5 if data.draw(st.booleans(), "masked") else None
-    mapped = rng.integers(0, num_experts, num_experts) if data.draw(st.booleans(), "mapped") else None
-    rate = data.draw(st.sampled_from([0.0, 0.0, 0.25, 0.9]), "dropout")
+    student, batch, _, num_slots, mask, mapped, rate = draw_case(data, rng)
     saved = data.draw(st.booleans(), "saved")
     out = np.empty(batch.x.shape, data.draw(st.sampled_from([bf16, np.dtype(np.float32)]), "out"))
     storage = data.draw(st.sampled_from(list(STORAGES)), "storage")

@@ -28,6 +28,26 @@ def contenders(base: Spec, options: Any) -> list[Spec]:
     ]
 
 
+def make_layer(spec: Spec, layer: Layer, **options: Any) -> Any:
+    """Make a `KTMoEWrapper` with the shared weights; `options` are those of its mode."""
+    from ktmoe_np import KTMoEWrapper
+
+    shape = spec.shape
+    moe = KTMoEWrapper(
+        layer_idx=0,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.per_token,
+        hidden_size=shape.hidden,
+        moe_intermediate_size=shape.inter,
+        cpuinfer_threads=spec.threads,
+        activation=shape.activation,
+        method=spec.method,
+        **options,
+    )
+    moe.load_weights_from_tensors(**METHODS[spec.method].encode(layer))
+    return moe
+
+
 class Contender:
     """A layer of ktmoe_np that uses the shared weights in place."""
 
@@ -45,22 +65,11 @@ class Contender:
     def _load(self) -> Any:
         from ktmoe_np import KTMoEWrapper
 
-        spec, shape = self._spec, self._spec.shape
+        spec = self._spec
         if "checkpoint" in spec.options:
             path = spec.options["checkpoint"]
             return KTMoEWrapper.from_pretrained(path, method=spec.method, cpuinfer_threads=spec.threads)
-        moe = KTMoEWrapper(
-            layer_idx=0,
-            num_experts=shape.experts,
-            num_experts_per_tok=shape.per_token,
-            hidden_size=shape.hidden,
-            moe_intermediate_size=shape.inter,
-            cpuinfer_threads=spec.threads,
-            activation=shape.activation,
-            method=spec.method,
-        )
-        moe.load_weights_from_tensors(**METHODS[spec.method].encode(self._layer))
-        return moe
+        return make_layer(spec, self._layer)
 
     def load_again(self) -> float:
         """Seconds of another load, when modules, engine and files are warm."""

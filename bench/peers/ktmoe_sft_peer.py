@@ -8,9 +8,8 @@ import numpy as np
 
 from ..cases import Case
 from ..layer import Array, Layer, bfloat16
-from ..methods import METHODS
 from ..spec import Spec
-from .ktmoe_peer import LIBRARIES, contenders
+from .ktmoe_peer import LIBRARIES, contenders, make_layer
 
 __all__ = ["LIBRARIES", "Contender", "contenders"]
 
@@ -19,23 +18,9 @@ class Contender:
     """A layer of ktmoe_np that uses the shared weights in place, and arrays for gradients again."""
 
     def __init__(self, spec: Spec, layer: Layer) -> None:
-        from ktmoe_np import KTMoEWrapper
-
         shape = spec.shape
-        self._moe: Any = KTMoEWrapper(
-            layer_idx=0,
-            num_experts=shape.experts,
-            num_experts_per_tok=shape.per_token,
-            hidden_size=shape.hidden,
-            moe_intermediate_size=shape.inter,
-            cpuinfer_threads=spec.threads,
-            activation=shape.activation,
-            method=spec.method,
-            mode="sft",
-            lora_rank=shape.rank,
-            lora_alpha=shape.alpha,
-        )
-        self._moe.load_weights_from_tensors(**METHODS[spec.method].encode(layer))
+        options = {"mode": "sft", "lora_rank": shape.rank, "lora_alpha": shape.alpha}
+        self._moe = make_layer(spec, layer, **options)
         self._moe.init_lora_weights(**layer.lora)
         self._adapter_bytes = sum(array.nbytes for array in layer.lora.values())
         self._names = tuple(layer.lora)

@@ -6,9 +6,9 @@
 
 namespace ktmoe {
 
-float MOESFTConfig::lora_scale() const {
+float MOESFTConfig::lora_scale(bool drops) const {
   if (lora_rank == 0) return 0;
-  return static_cast<float>(lora_alpha / static_cast<double>(lora_rank) / (1 - lora_dropout));
+  return static_cast<float>(lora_alpha / static_cast<double>(lora_rank) / (drops ? 1 - lora_dropout : 1.0));
 }
 
 void MOESFTConfig::validate() const {
@@ -19,7 +19,7 @@ void MOESFTConfig::validate() const {
   if (!std::isfinite(lora_alpha)) throw_invalid("lora_alpha: got ", lora_alpha, ", expected a finite number");
   if (!(lora_dropout >= 0 && lora_dropout < 1))
     throw_invalid("lora_dropout: got ", lora_dropout, ", expected at least 0 and below 1");
-  if (!std::isfinite(lora_scale()))
+  if (!std::isfinite(lora_scale(true)))
     throw_invalid("lora_alpha: got ", lora_alpha, ", expected less: the scale of the adapters is no float32");
   if (max_cache_depth < 1 || max_cache_depth > kMaxDepth)
     throw_invalid("max_cache_depth: got ", max_cache_depth, ", expected 1 to ", kMaxDepth);

@@ -14,8 +14,8 @@ struct MOESFTConfig : GeneralMOEConfig {
   bool recompute = false;       // keep input and routing only, repeat the forward in the backward pass
   bool cache_float32 = false;   // keep gate and up in float32 rather than bf16
 
-  // s = lora_alpha / R / (1 - lora_dropout), rounded once; 0 without adapters.
-  float lora_scale() const;
+  // s = lora_alpha / R, over 1 - lora_dropout where dropout acts, rounded once; 0 without adapters.
+  float lora_scale(bool drops) const;
 
   // Throws std::invalid_argument naming the first field that cannot be used.
   void validate() const;

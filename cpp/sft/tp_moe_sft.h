@@ -200,21 +200,13 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
     pass.config = &sft_config_;
     pass.call = &call_;
     pass.cache = &cache;
-    // Without masks nothing is dropped, and what is kept is not scaled up for it.
-    MOESFTConfig config = sft_config_;
-    if (cache.mask_x == nullptr) config.lora_dropout = 0;
-    pass.lora_scale = config.lora_scale();
+    pass.lora_scale = sft_config_.lora_scale(/*drops=*/cache.mask_x != nullptr);
     pass.biases = &this->weights_.biases;
     pass.logical = &this->weights_.logical;
-    for (size_t i = 0; i < parts_.size(); ++i) {
-      if (this->nodes_.empty()) {
-        const Span all_i{0, static_cast<uint32_t>(config_.intermediate_size)},
-            all_h{0, static_cast<uint32_t>(config_.hidden_size)};
-        pass.segments = {{{all_i, all_h}, &this->weights_.matrices}};
-        break;
-      }
+    for (size_t i = 0; i < this->nodes_.size(); ++i)
       pass.segments.push_back({parts_[i]->share(), &this->nodes_[i].matrices});
-    }
+    if (this->nodes_.empty())
+      pass.segments = {{{{0, pass.inter()}, {0, pass.hidden()}}, &this->weights_.matrices}};
     return pass;
   }
 
