@@ -13,6 +13,7 @@ import numpy as np
 from .._arrays import Array, bfloat16
 from ..experts import KTMoEWrapper
 from ..reference import LoraWeights, moe_backward, moe_forward_sft
+from ..sft.gradients import lora_shapes
 from .adam import Adam
 from .plot import check_plot, draw_loss
 from .progress import Progress
@@ -74,7 +75,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> _Course:
     rng = np.random.default_rng(arguments.seed)
-    shapes = _lora_shapes(arguments.rank)
     weights = _base_weights(rng)
     moe: Any = KTMoEWrapper(
         layer_idx=0,
@@ -89,6 +89,7 @@ def _train(arguments: argparse.Namespace) -> _Course:
         lora_alpha=_ALPHA,
     )
     moe.load_weights_from_tensors(*weights)
+    shapes = lora_shapes(moe.config, arguments.rank)
     teacher = {name: _scaled(rng, shape) for name, shape in shapes.items()}
     student = {
         name: value if name.endswith("_a") else np.zeros_like(value)
@@ -112,13 +113,6 @@ def _train(arguments: argparse.Namespace) -> _Course:
             course.seconds.append(time.perf_counter() - began)
             course.losses.append(loss)
     return course
-
-
-def _lora_shapes(rank: int) -> dict[str, tuple[int, int, int]]:
-    first = {"a": (_EXPERTS, rank, _HIDDEN), "b": (_EXPERTS, _INTER, rank)}
-    down = {"a": (_EXPERTS, rank, _INTER), "b": (_EXPERTS, _HIDDEN, rank)}
-    every = {"gate": first, "up": first, "down": down}
-    return {f"{name}_lora_{m}": shapes[m] for name, shapes in every.items() for m in "ab"}
 
 
 def _base_weights(rng: np.random.Generator) -> tuple[Array, Array, Array]:
