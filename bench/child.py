@@ -176,6 +176,7 @@ def main() -> None:
         except Exception as error:  # whatever a peer raises is its result
             answer = ("error", f"{type(error).__name__}: {error}")
         connection.send(answer)
+        del answer  # its arrays would count as the contender's memory
     os._exit(0)  # some peers do not end their threads
 
 

@@ -18,6 +18,9 @@ __all__ = ["LIBRARIES", "Contender", "contenders"]
 #: The most tokens that it is told must be a multiple of this.
 _STEP = 32
 
+#: It reads arrays in whole vectors that must begin on a cache line.
+_ALIGNMENT = 64
+
 #: In the order of its arguments.
 _ADAPTERS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 
@@ -28,7 +31,7 @@ def contenders(base: Spec, options: Any) -> list[Spec]:
 
 
 class Contender(ForwardContender):
-    """A layer of kt-kernel that uses the adapters in place and writes their gradients in bf16."""
+    """A layer of kt-kernel that uses the adapters where they lie and writes their gradients in bf16."""
 
     def _load(self, spec: Spec, layer: Layer) -> Any:
         shape = spec.shape
@@ -39,23 +42,24 @@ class Contender(ForwardContender):
         config.lora_rank, config.lora_alpha = shape.rank, shape.alpha
         self._configure(config, spec, layer)
         config.max_len = -(-spec.max_tokens // _STEP) * _STEP
-        for name in _ADAPTERS:
-            setattr(config, name, address(layer.lora[name]))
+        self._adapters = {name: _aligned(layer.lora[name]) for name in _ADAPTERS}
+        for name, adapter in self._adapters.items():
+            setattr(config, name, address(adapter))
         moe = self._class(spec.method)(config)
         self._engine.submit(moe.load_weights_task())
         self._engine.sync()
-        self._gradients = {name: np.zeros_like(layer.lora[name]) for name in _ADAPTERS}
+        self._gradients = {name: _aligned(np.zeros_like(layer.lora[name])) for name in _ADAPTERS}
         return moe
 
     def prepare(self, cases: list[Case]) -> None:
         """See `bench.peers.Contender`."""
-        self._cases = cases
+        self._cases = cases = [Case(*(None if a is None else _aligned(a) for a in case)) for case in cases]
         for gradient in self._gradients.values():
             gradient[...] = 0  # some are added to what is there
         x, ids, weights, _ = cases[0]
         self._batch = np.array([len(x)], np.int32)
-        self._out, self._grad_input = np.empty(x.shape, bfloat16), np.empty(x.shape, bfloat16)
-        self._grad_weights = np.empty(weights.shape, np.float32)
+        self._out, self._grad_input = (_aligned(np.empty(x.shape, bfloat16)) for _ in range(2))
+        self._grad_weights = _aligned(np.empty(weights.shape, np.float32))
         begin, out = (address(self._batch), ids.shape[1]), address(self._out)
         self._calls = [(*begin, *map(address, (c.ids, c.weights, c.x)), out, True) for c in cases]
         matrices = [address(self._gradients[name]) for name in _ADAPTERS]
@@ -82,6 +86,15 @@ class Contender(ForwardContender):
         results = (self._out, self._grad_input, self._grad_weights)
         return {
             "results": sum(array.nbytes for array in results),
-            "adapters": 0,
+            "adapters": sum(array.nbytes for array in self._adapters.values()),
             "gradients": sum(array.nbytes for array in self._gradients.values()),
         }
+
+
+def _aligned(array: Array) -> Array:
+    """Copy an array to where a cache line begins."""
+    memory = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    start = -address(memory) % _ALIGNMENT
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy

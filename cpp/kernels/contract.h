@@ -46,7 +46,6 @@ struct Operand {
   const int32_t* index = nullptr;  // row-dot-row kernels only
   uint32_t rows = 0;
   uint32_t k = 0;
-  bool rows_in_place = false;  // a left operand (contract_training.h) of tile kernels: rows as they lie
 };
 
 // C[m, n - n0] (+)= sum_k X[m, k] W[n, k] for n in [n0, n1), in fp32. C is a block of c_floats(M, n1 - n0)
@@ -174,6 +173,8 @@ struct KernelTable {
   // Training; see contract_training.h.
   size_t (*left_bytes)(uint32_t m, uint32_t n);
   Operand (*pack_left)(const RowsView& rows, uint32_t m, uint32_t n, std::byte* data);
+  void (*pack_left_in_rows)(bf16* rows, size_t stride, uint32_t m, uint32_t n, std::byte* scratch);
+  Operand (*left_in_rows)(const bf16* rows, size_t stride, uint32_t m, uint32_t n);
   size_t (*nn_scratch_bytes)();
   std::array<void (*)(const NnArgs&), kNumFormats> nn;
   size_t (*tn_scratch_bytes)();

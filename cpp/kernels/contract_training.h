@@ -3,23 +3,41 @@
 // every sum is taken in an order that depends on its length and the instruction set alone.
 #pragma once
 
+#include <span>
+
 #include "kernels/contract.h"
 
 namespace ktmoe::kernels {
 
-// The widest block of columns that one NN or TN call takes.
-inline constexpr uint32_t kMaxBlockColumns = 256;
-// The most rows of D that one TN call takes.
-inline constexpr uint32_t kMaxTnRows = 64;
+// The most columns that one NN call takes.
+inline constexpr uint32_t kMaxNnColumns = 1024;
+// The most rows and columns of D that one TN call takes.
+inline constexpr uint32_t kMaxTnRows = 64, kMaxTnColumns = 256;
 
-// NN: C[m, k - k0] (+)= sum_n G[m, n] W[n, k] for k in [k0, k1), in fp32: a gradient goes back through a
-// weight, whose rows are read as they lie. The sum over n is sequential: a product cut at a multiple of
-// kOutputBlock rows of W, its second part accumulating, has the same bits as one in one piece. Preconditions:
-// M <= kMaxPanelRows, k0 a multiple of kOutputBlock / 2, k1 - k0 <= kMaxBlockColumns, scratch of
-// nn_scratch_bytes() aligned to 64 bytes. Only elements [k0, k1) of each row of W are read.
+// The left operands of NN, rows G [M, N] in the layout that the instruction set multiplies from:
+//   pack_left            refers to the rows where that will do, else packs them into left_bytes(m, n)
+//   pack_left_in_rows    packs m rows, round_up(n, kOutputBlock) elements apart, into their own memory, by
+//   way
+//                        of scratch of left_bytes(m, n); they are no rows any more
+//   left_in_rows         the operand that has come out of that
+
+// A term of a sum of products: sum over n in [n0, n1) of G[m, n] W[n, k].
+struct NnTerm {
+  Operand g;                // a left operand of M rows
+  uint32_t n0 = 0, n1 = 0;  // n0 a multiple of kOutputBlock
+  WeightView w;             // its row 0 is row n0
+  bool is_bf16 = false;     // rows of bf16, those of an adapter, whatever the format of the call
+  uint32_t size() const { return n1 - n0; }
+};
+
+// NN: C[m, k - k0] (+)= sum over terms of sum_n G[m, n] W[n, k] for k in [k0, k1), in fp32: gradients go back
+// through weights, whose rows are read as they lie. The sum is sequential, along n and from term to term: cut
+// between terms, or at a multiple of kOutputBlock rows of a W, with the second part accumulating, it has the
+// same bits. Preconditions: at least one term, none of them empty, M <= kMaxPanelRows the same in
+// all, k0 a multiple of kOutputBlock / 2, k1 - k0 <= kMaxNnColumns, scratch of nn_scratch_bytes() aligned
+// to 64 bytes. Only elements [k0, k1) of each row of W are read.
 struct NnArgs {
-  Operand g;  // of pack_left: M rows, N = g.k elements each
-  WeightView w;
+  std::span<const NnTerm> terms;
   uint32_t k0 = 0, k1 = 0;
   float* c = nullptr;
   size_t c_stride = 0;  // floats from row to row
@@ -33,7 +51,7 @@ struct NnArgs {
 // TN: D[n, k] (+)= scale * sum_m G[m, n] X[m, k] in fp32: the gradient of a weight. D[n, k] lies at
 // d[n * n_stride + k * k_stride], so that the transpose is a matter of strides. Any M, 0 included; the sum is
 // scaled once, when it is complete.
-// Preconditions: n <= kMaxTnRows, k <= kMaxBlockColumns, scratch of tn_scratch_bytes() aligned to 64 bytes.
+// Preconditions: n <= kMaxTnRows, k <= kMaxTnColumns, scratch of tn_scratch_bytes() aligned to 64 bytes.
 // The narrow matrix of the two should be G.
 struct TnArgs {
   RowsView g;  // column 0 of D's rows first

@@ -18,15 +18,21 @@ inline void backward_output(TrainingPass& pass, BackwardScratch& scratch, const 
   if (rank) {
     const kernels::Operand left = pass.kernels().pack_left(q, rows, hidden, scratch.left);
     const WeightView b = pass.adapter(LoraId::kDownB, task);
-    rounded_product(pass, scratch, left, b, 1.0f, out.r + row * rank);
+    const size_t stride = pass.rank_stride();
+    bf16* r = out.r + row * stride;
+    rounded_product(pass, scratch, left, b, 1.0f, r, stride);
     const bf16* ud = pass.cache->rows.inner[2] + row * rank;
     for (uint32_t m = 0; m < rows; ++m) {
       const float w = pass.cache->row_weight[row + m], sw = pass.lora_scale * w;
-      for (size_t i = (row + m) * rank, j = size_t{m} * rank; j < size_t{m + 1} * rank; ++i, ++j) {
-        out.weighted_r[i] = to_bf16(sw * to_float(out.r[i]));
-        out.weighted_ud[i] = to_bf16(w * to_float(ud[j]));
+      for (uint32_t i = 0; i < rank; ++i) {
+        const size_t at = (row + m) * rank + i;
+        bf16& value = r[m * stride + i];
+        out.weighted_r[at] = to_bf16(sw * to_float(value));
+        out.weighted_ud[at] = to_bf16(w * to_float(ud[m * rank + i]));
+        if (pass.scale_is_exact()) value = to_bf16(pass.lora_scale * to_float(value));
       }
     }
+    pass.kernels().pack_left_in_rows(r, stride, rows, rank, scratch.left);
   }
   for (uint32_t m = 0; m < rows; ++m) {
     float sum = 0;

@@ -1,4 +1,4 @@
-// The products through a weight (NN) that the steps of the backward pass are made of.
+// The products through weights (NN) that the steps of the backward pass are made of.
 #pragma once
 
 #include "sft/training_pass.h"
@@ -12,52 +12,48 @@ inline kernels::KeptRows kept_from(const kernels::KeptRows& all, size_t row, siz
   return {moved(all.gate), moved(all.up), all.type, all.h + at, all.stride};
 }
 
-// C[m, k - k0] (+)= G W for columns [k0, k1), with what the caller has said of the rest.
-inline void through_rows(const TrainingPass& pass, FormatId format, const kernels::Operand& g,
-                         const WeightView& w, Span columns, kernels::NnArgs nn) {
-  nn.g = g, nn.w = w;
+// Adds to the terms those of a projection: G by the rows of its weight that each node holds.
+inline void add_terms(const TrainingPass& pass, const kernels::Operand& g,
+                      std::vector<WeightView> ExpertMatrices::* matrices, Span OutputShare::* share, size_t e,
+                      std::vector<kernels::NnTerm>& terms) {
+  for (const WeightSegment& part : pass.segments) {
+    const Span rows = part.rows.*share;
+    if (rows.size() == 0) continue;
+    const WeightView& w = (part.matrices->*matrices)[e];
+    terms.push_back({g, rows.begin, rows.end, {w.row(rows.begin), w.row_stride_bytes}});
+  }
+}
+
+// The term of an adapter's A [R, K].
+inline kernels::NnTerm adapter_term(const TrainingPass& pass, const kernels::Operand& g, LoraId a,
+                                    const PanelTask& task) {
+  return {g, 0, pass.rank(), pass.adapter(a, task), true};
+}
+
+// C[m, k - k0] = sum of the terms for columns [k0, k1); `nn` says what else there is to say.
+inline void multiply_terms(const TrainingPass& pass, FormatId format, std::span<const kernels::NnTerm> terms,
+                           Span columns, float* c, size_t c_stride, std::byte* scratch,
+                           kernels::NnArgs nn = {}) {
+  nn.terms = terms;
   nn.k0 = columns.begin, nn.k1 = columns.end;
+  nn.c = c, nn.c_stride = c_stride, nn.scratch = scratch;
   pass.kernels().nn[static_cast<size_t>(format)](nn);
 }
 
-// Where a product goes.
-inline kernels::NnArgs into(float* c, size_t c_stride, bool accumulate, std::byte* scratch) {
-  kernels::NnArgs nn;
-  nn.c = c, nn.c_stride = c_stride, nn.accumulate = accumulate, nn.scratch = scratch;
-  return nn;
-}
-
-// to[m, :] = bf(scale * G B) for an adapter's B [N, R], rows of R.
+// to[m, :] = bf(scale * G B) for an adapter's B [N, R], rows `stride` elements apart.
 inline void rounded_product(const TrainingPass& pass, BackwardScratch& scratch, const kernels::Operand& g,
-                            const WeightView& b, float scale, bf16* to) {
+                            const WeightView& b, float scale, bf16* to, size_t stride) {
   const uint32_t rank = pass.rank();
+  const kernels::NnTerm term{g, 0, g.k, b, true};
   for (uint32_t r = 0; r < rank; r += pass.rows.columns) {
     const Span columns{r, std::min(r + pass.rows.columns, rank)};
-    through_rows(pass, FormatId::kBf16, g, b, columns,
-                 into(scratch.c, columns.size(), false, scratch.products));
+    multiply_terms(pass, FormatId::kBf16, {&term, 1}, columns, scratch.c, columns.size(), scratch.products);
     for (uint32_t m = 0; m < g.rows; ++m) {
       const float* c = scratch.c + size_t{m} * columns.size();
-      for (uint32_t i = 0; i < columns.size(); ++i) to[size_t{m} * rank + r + i] = to_bf16(scale * c[i]);
+      for (uint32_t i = 0; i < columns.size(); ++i) to[m * stride + r + i] = to_bf16(scale * c[i]);
     }
   }
 }
-
-// What packs left operands one behind the other into a worker's memory.
-class LeftPacker {
- public:
-  LeftPacker(const TrainingPass& pass, BackwardScratch& scratch)
-      : table_(pass.kernels()), scratch_(scratch) {}
-
-  void add(const kernels::RowsView& rows, uint32_t m, uint32_t n) {
-    scratch_.packed.parts.push_back(table_.pack_left(rows, m, n, scratch_.left + at_));
-    at_ += round_up(table_.left_bytes(m, n), kCacheLine);
-  }
-
- private:
-  const kernels::KernelTable& table_;
-  BackwardScratch& scratch_;
-  size_t at_ = 0;
-};
 
 // Zeroes what dropout drops in rows of an adapter's gradient.
 inline void drop_columns(const MaskView& mask, const int32_t* tokens, uint32_t rows, Span columns, float* l) {

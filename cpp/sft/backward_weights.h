@@ -19,6 +19,7 @@ struct WeightGradient {
   struct Rows {
     const bf16* data = nullptr;
     uint32_t width = 0;
+    size_t stride = 0;
     bool of_tokens = false;
     bool weighted = false;  // times the routing weight, rounded
     MaskView mask = {};     // dropped elements are zero
@@ -41,21 +42,22 @@ inline std::vector<WeightGradient> weight_gradients(const TrainingPass& pass) {
   const BackwardRows& rows = pass.rows;
   const CachedRows& cached = pass.cache->rows;
   const uint32_t hidden = pass.hidden(), inter = pass.inter(), rank = pass.rank();
-  const Rows q{args.grad_output, hidden, true}, h{cached.kept.h, inter, false};
-  const Rows x{pass.cache->hidden, hidden, true};
+  const Rows q{args.grad_output, hidden, hidden, true}, h{cached.kept.h, inter, cached.kept.stride};
+  const Rows x{pass.cache->hidden, hidden, hidden, true};
   Rows dropped_x = x, dropped_h = h, weighted_h = h;
   dropped_x.mask = mask_of_x(pass), dropped_h.mask = mask_of_h(pass), weighted_h.weighted = true;
-  const auto of_rank = [&](const bf16* data) { return Rows{data, rank, false}; };
-  const auto of_inter = [&](const bf16* data) { return Rows{data, inter, false}; };
+  const auto of_rank = [&](const bf16* data) { return Rows{data, rank, rank}; };
+  const auto d_inner = [&](const bf16* data) { return Rows{data, rank, pass.rank_stride()}; };
+  const auto of_inter = [&](const bf16* data) { return Rows{data, inter, pass.inter_stride()}; };
   const auto lora = [&](LoraId id) { return args.lora[static_cast<size_t>(id)]; };
   const float s = pass.lora_scale;
   std::vector<WeightGradient> all = {
       {lora(LoraId::kDownB), of_rank(rows.weighted_ud), q, s, true},
       {lora(LoraId::kDownA), of_rank(rows.weighted_r), dropped_h, 1, false},
       {lora(LoraId::kGateB), of_rank(cached.inner[0]), of_inter(rows.d_gate), s, true},
-      {lora(LoraId::kGateA), of_rank(rows.d_inner_gate), dropped_x, 1, false},
+      {lora(LoraId::kGateA), d_inner(rows.d_inner_gate), dropped_x, 1, false},
       {lora(LoraId::kUpB), of_rank(cached.inner[1]), of_inter(rows.d_up), s, true},
-      {lora(LoraId::kUpA), of_rank(rows.d_inner_up), dropped_x, 1, false},
+      {lora(LoraId::kUpA), d_inner(rows.d_inner_up), dropped_x, 1, false},
       {args.down_proj, q, weighted_h, 1, false},
       {args.gate_proj, of_inter(rows.d_gate), x, 1, false},
       {args.up_proj, of_inter(rows.d_up), x, 1, false},
@@ -73,7 +75,7 @@ inline std::vector<WeightGradientTask> cut_weight_gradients(const std::vector<We
   for (uint32_t e = 0; e < num_experts; ++e)
     for (uint32_t i = 0; i < gradients.size(); ++i)
       each(gradients[i].g.width, kernels::kMaxTnRows, [&](Span n) {
-        each(gradients[i].x.width, kernels::kMaxBlockColumns, [&](Span k) { tasks.push_back({i, e, n, k}); });
+        each(gradients[i].x.width, kernels::kMaxTnColumns, [&](Span k) { tasks.push_back({i, e, n, k}); });
       });
   return tasks;
 }
@@ -82,8 +84,8 @@ inline std::vector<WeightGradientTask> cut_weight_gradients(const std::vector<We
 inline kernels::RowsView rows_of(const TrainingPass& pass, const WeightGradient::Rows& rows, size_t begin,
                                  uint32_t column) {
   const bf16* data = rows.data + column;
-  if (rows.of_tokens) return {data, rows.width, pass.plan().token.data() + begin};
-  return {data + begin * rows.width, rows.width, nullptr};
+  if (rows.of_tokens) return {data, rows.stride, pass.plan().token.data() + begin};
+  return {data + begin * rows.stride, rows.stride, nullptr};
 }
 
 // Columns of X as they enter the sum: scaled by the routing weights or with what is dropped zeroed.
@@ -93,7 +95,7 @@ inline void make_chunk(const TrainingPass& pass, const WeightGradient::Rows& x, 
     return copy_dropped(rows_of(pass, x, begin, 0), pass.plan().token.data() + begin, count, columns, x.mask,
                         to);
   for (uint32_t m = 0; m < count; ++m) {
-    const bf16* from = x.data + (begin + m) * x.width + columns.begin;
+    const bf16* from = x.data + (begin + m) * x.stride + columns.begin;
     const float w = pass.cache->row_weight[begin + m];
     for (uint32_t i = 0; i < columns.size(); ++i) *to++ = to_bf16(w * to_float(from[i]));
   }

@@ -58,7 +58,8 @@ inline void first_inner(TrainingPass& pass, WorkerScratch& scratch, const PanelT
 // The intermediate of a block of rows as an operand.
 inline const kernels::Operand& packed_intermediate(TrainingPass& pass, WorkerScratch& scratch,
                                                    const PanelTask& task) {
-  const kernels::RowsView h = pass.rows_from(pass.cache->rows.kept.h, pass.inter(), pass.first_row(task));
+  const kernels::RowsView h =
+      pass.rows_from(pass.cache->rows.kept.h, pass.inter_stride(), pass.first_row(task));
   return scratch.packed.pack_once(pass.kernels(), h, task, pass.inter(), scratch.operand);
 }
 
@@ -67,7 +68,8 @@ inline void down_inner(TrainingPass& pass, WorkerScratch& scratch, const PanelTa
   const uint32_t rows = task.m1 - task.m0, inter = pass.inter();
   if (const MaskView mask = mask_of_h(pass); mask.bits) {
     ForwardScratch& own = pass.forward[scratch.worker];
-    const kernels::RowsView h = pass.rows_from(pass.cache->rows.kept.h, inter, pass.first_row(task));
+    const kernels::RowsView h =
+        pass.rows_from(pass.cache->rows.kept.h, pass.inter_stride(), pass.first_row(task));
     copy_dropped(h, pass.tokens(task), rows, {0, inter}, mask, own.dropped);
     scratch.packed = {};
     scratch.packed.operand = pass.kernels().pack({own.dropped, inter, nullptr}, rows, inter, scratch.operand);

@@ -1,7 +1,7 @@
 // A layer of experts that trains, over all sub-pools of an engine.
 //
 // forward     copy the input | ug, uu | gate, up, activation | ud | down, combine
-// backward    r | z, dg, du | dug, duu | gradients of matrices | dx, combine
+// backward    r | z, dg, du | dug, duu | gradients of matrices | (packing) | dx, combine
 #pragma once
 
 #include <atomic>
@@ -286,7 +286,6 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
   void forget_packed(TrainingPass& pass) {
     for (WorkerScratch& worker : call_.workers) worker.packed = {};
     for (ForwardScratch& worker : pass.forward) worker.inner[0] = worker.inner[1] = {};
-    for (BackwardScratch& worker : pass.backward) worker.packed = {};
   }
 
   void run_backward(const BackwardArgs& args, ForwardCache& cache) {
@@ -318,7 +317,8 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
     });
     if (pass.rank()) run_step(pass, pass.inter(), backward_inner);
     run_weight_gradients(pass, weight_gradients(pass));
-    run_input(pass, passes);
+    run_step(pass, 2 * pass.inter(), pack_first_gradients);
+    run_input(passes);
     run_grad_weights(pass);
   }
 
@@ -336,9 +336,8 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
     });
   }
 
-  void run_input(TrainingPass& pass, uint32_t passes) {
+  void run_input(uint32_t passes) {
     for (uint32_t i = 0; i < passes; ++i) {
-      forget_packed(pass);
       for_parts([&](Part& part, int p) { part.cut_input(call_, config_.pool->num_threads(p), i, passes); });
       run_phase(&Part::num_backward, [&](const Worker& worker, Part& part, uint32_t task) {
         part.input(static_cast<uint32_t>(worker.index), task);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "kernels/contract_training.h"
@@ -20,24 +21,31 @@ struct ForwardScratch {
   bf16* dropped = nullptr;  // rows of x or h after dropout; null without
 };
 
-// Rows as left operands, packed anew only when the expert or the rows change.
+// Rows as a left operand, packed anew only when the expert or the rows change.
 struct PackedLeft {
   uint32_t active = UINT32_MAX;
   uint32_t m0 = 0;
-  std::vector<kernels::Operand> parts;
+  kernels::Operand operand;
 
-  bool is(const PanelTask& task) const { return active == task.active && m0 == task.m0; }
-  void becomes(const PanelTask& task) { active = task.active, m0 = task.m0, parts.clear(); }
+  const kernels::Operand& pack_once(const kernels::KernelTable& table, const kernels::RowsView& rows,
+                                    const PanelTask& task, uint32_t n, std::byte* memory) {
+    if (active != task.active || m0 != task.m0) {
+      operand = table.pack_left(rows, task.m1 - task.m0, n, memory);
+      active = task.active, m0 = task.m0;
+    }
+    return operand;
+  }
 };
 
 // A worker's scratch in the backward pass.
 struct BackwardScratch {
   PackedLeft packed;
-  std::byte* left = nullptr;      // memory of `packed`
+  std::byte* left = nullptr;  // memory of a left operand
+  std::vector<kernels::NnTerm> terms;
   float* c = nullptr;             // rows x BackwardRows::columns
   float* l = nullptr;             // the same, of the adapters
   std::byte* products = nullptr;  // of NN and TN
-  bf16* chunk = nullptr;          // kChunkRows x kMaxBlockColumns, rows made on the way to a TN product
+  bf16* chunk = nullptr;          // kChunkRows x kMaxTnColumns, rows made on the way to a TN product
 };
 inline constexpr uint32_t kChunkRows = 512;
 
@@ -47,18 +55,22 @@ struct WeightSegment {
   const ExpertMatrices* matrices = nullptr;
 };
 
-// What the backward pass computes on its way, all by rows of the plan. H and I wide ones replace what they
-// are made from wherever that has the same type.
+// What the backward pass computes on its way, all by rows of the plan. dg and du replace g and u wherever
+// these have the same type. Rows that become left operands where they lie (kernels/contract_training.h) are
+// inter_stride() or rank_stride() apart.
 struct BackwardRows {
-  bf16* r = nullptr;                                    // bf(q Bd) [rows, R]
-  bf16* weighted_r = nullptr;                           // bf(s w r)
-  bf16* weighted_ud = nullptr;                          // bf(w ud)
+  bf16* r = nullptr;                                    // bf(q Bd) [rows, R]; s r where that is exact
+  bf16* weighted_r = nullptr;                           // bf(s w r) [rows, R], R apart
+  bf16* weighted_ud = nullptr;                          // bf(w ud), likewise
   bf16 *d_gate = nullptr, *d_up = nullptr;              // dg, du [rows, I]
   bf16 *d_inner_gate = nullptr, *d_inner_up = nullptr;  // dug, duu [rows, R]
   float* grad_weight = nullptr;  // [rows, blocks]: <z, h> over each block of columns, and <q, down_bias> last
   uint32_t columns = 0;          // of an NN product at most
   uint32_t blocks = 0;           // blocks of columns and that one
 };
+
+// Elements from row to row of what becomes a left operand in its own memory.
+inline size_t left_stride(uint32_t width) { return round_up(width, kernels::kOutputBlock); }
 
 struct TrainingPass {
   const MOESFTConfig* config = nullptr;
@@ -83,12 +95,19 @@ struct TrainingPass {
   uint32_t hidden() const { return static_cast<uint32_t>(config->hidden_size); }
   uint32_t inter() const { return static_cast<uint32_t>(config->intermediate_size); }
   uint32_t rank() const { return static_cast<uint32_t>(config->lora_rank); }
+  size_t inter_stride() const { return left_stride(inter()); }
+  size_t rank_stride() const { return left_stride(rank()); }
   bool gated() const { return config->activation.gated; }
   size_t logical_expert(size_t e) const { return logical->empty() ? e : (*logical)[e]; }
 
   // Rows of a bf16 matrix by plan rows.
-  kernels::RowsView rows_from(const bf16* matrix, size_t width, size_t row) const {
-    return {matrix + row * width, width, nullptr};
+  kernels::RowsView rows_from(const bf16* matrix, size_t stride, size_t row) const {
+    return {matrix + row * stride, stride, nullptr};
+  }
+  // Whether s x is exact in bf16 for any x: then it needs no product of its own.
+  bool scale_is_exact() const {
+    int exponent;
+    return std::frexp(lora_scale, &exponent) == 0.5f;
   }
   WeightView adapter(LoraId id, const PanelTask& task) const {
     return cache->lora->view(id, logical_expert(expert(task).expert));

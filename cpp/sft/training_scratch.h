@@ -1,8 +1,6 @@
 // Where a training pass keeps things: in a cache's own memory, or in borrowed scratch.
 #pragma once
 
-#include <bit>
-
 #include "moe/scratch_plan.h"
 #include "sft/training_pass.h"
 
@@ -13,7 +11,7 @@ class RowsPlan {
  public:
   RowsPlan(const MOESFTConfig& config, size_t rows, bool for_backward, ScratchPlan& plan)
       : config_(config), for_backward_(for_backward) {
-    const size_t inter = rows * static_cast<size_t>(config.intermediate_size);
+    const size_t inter = rows * stride(config);
     const size_t rank = rows * static_cast<size_t>(config.lora_rank);
     const size_t kept = inter * (config.cache_float32 ? sizeof(float) : sizeof(bf16));
     if (for_backward) gate_ = plan.take(kept);
@@ -28,12 +26,16 @@ class RowsPlan {
     rows.kept = {for_backward_ ? base + gate_ : nullptr,
                  for_backward_ && config_.activation.gated ? base + up_ : nullptr,
                  config_.cache_float32 ? FloatType::kFloat32 : FloatType::kBf16,
-                 reinterpret_cast<bf16*>(base + h_), static_cast<size_t>(config_.intermediate_size)};
+                 reinterpret_cast<bf16*>(base + h_), stride(config_)};
     for (size_t i = 0; i < 3; ++i) rows.inner[i] = reinterpret_cast<bf16*>(base + inner_[i]);
     return rows;
   }
 
  private:
+  static size_t stride(const MOESFTConfig& config) {
+    return left_stride(static_cast<uint32_t>(config.intermediate_size));
+  }
+
   const MOESFTConfig& config_;
   bool for_backward_;
   size_t gate_ = 0, up_ = 0, h_, inner_[3];
@@ -112,19 +114,21 @@ class BackwardPlan {
   BackwardPlan(const TrainingPass& pass, uint32_t most_rows, size_t workers, ScratchPlan& plan)
       : workers_(workers) {
     const auto& k = pass.kernels();
-    const size_t rows = pass.plan().num_rows(), rank = pass.rank(), inter = pass.inter();
+    const size_t rows = pass.plan().num_rows();
     in_place_ = !pass.config->cache_float32;
-    columns_ = columns_for(most_rows);
-    blocks_ = static_cast<uint32_t>(div_up(inter, kernels::kOutputBlock)) + 1;
-    for (size_t& at : rank_rows_) at = plan.take(rows * rank * sizeof(bf16));
-    for (size_t& at : inter_rows_) at = in_place_ ? 0 : plan.take(rows * inter * sizeof(bf16));
+    columns_ = columns_for(pass.plan(), most_rows);
+    separate_l_ = pass.cache->mask_x != nullptr || !pass.scale_is_exact();
+    blocks_ = static_cast<uint32_t>(div_up(pass.inter(), kernels::kOutputBlock)) + 1;
+    for (size_t& at : rank_rows_) at = plan.take(rows * pass.rank_stride() * sizeof(bf16));
+    for (size_t& at : inter_rows_) at = in_place_ ? 0 : plan.take(rows * pass.inter_stride() * sizeof(bf16));
     grad_weight_ = plan.take(rows * blocks_ * sizeof(float));
 
     ScratchPlan own;
-    left_ = own.take(left_bytes(pass, most_rows));
-    for (size_t& at : c_) at = own.take(size_t{most_rows} * columns_ * sizeof(float));
+    left_ = own.take(k.left_bytes(most_rows, std::max({pass.hidden(), pass.inter(), pass.rank()})));
+    const size_t results = size_t{most_rows} * columns_ * sizeof(float);
+    c_ = own.take(results), l_ = separate_l_ ? own.take(results) : 0;
     products_ = own.take(std::max(k.nn_scratch_bytes(), k.tn_scratch_bytes()));
-    chunk_ = own.take(size_t{kChunkRows} * kernels::kMaxBlockColumns * sizeof(bf16));
+    chunk_ = own.take(size_t{kChunkRows} * kernels::kMaxTnColumns * sizeof(bf16));
     per_worker_ = own.bytes();
     begin_ = plan.take(per_worker_ * workers);
   }
@@ -145,37 +149,28 @@ class BackwardPlan {
       const auto floats = [&](size_t at) { return reinterpret_cast<float*>(own + at); };
       pass.backward.push_back({{},
                                own + left_,
-                               floats(c_[0]),
-                               floats(c_[1]),
+                               {},
+                               floats(c_),
+                               separate_l_ ? floats(l_) : nullptr,
                                own + products_,
                                reinterpret_cast<bf16*>(own + chunk_)});
     }
   }
 
  private:
-  // Few rows: the weights come from memory, which is read best in long pieces. Many: the results stay in the
-  // first-level cache. (Emerald Rapids: 128 and 256 columns are 20 % faster than 64 with 4 rows, and up to 25
-  // % slower with 256.)
-  static uint32_t columns_for(uint32_t most_rows) {
-    constexpr uint32_t kResults = 16 << 10, kLeast = 64;
-    return std::clamp(std::bit_floor(kResults / most_rows), kLeast, kernels::kMaxBlockColumns);
-  }
-
-  // Of the step that packs most: q and r, or dg, du, dug and duu, cut at the nodes' shares.
-  static size_t left_bytes(const TrainingPass& pass, uint32_t m) {
-    const auto bytes = [&](uint32_t n) { return round_up(pass.kernels().left_bytes(m, n), kCacheLine); };
-    size_t hidden = 0, inter = 0;
-    for (const WeightSegment& part : pass.segments)
-      hidden += bytes(part.rows.hidden.size()), inter += bytes(part.rows.intermediate.size());
-    const size_t rank = bytes(pass.rank());
-    return std::max({hidden + rank, 2 * (inter + rank), bytes(pass.hidden()), bytes(pass.inter())});
+  // Weights are read best in long pieces; but the results of many rows must leave the second-level cache room
+  // for what they are summed from. (Emerald Rapids, 4 rows an expert: 256 columns are 20 % faster than 128;
+  // 256 rows: 256 columns about 5 %.)
+  static uint32_t columns_for(const RoutingPlan& plan, uint32_t most_rows) {
+    const size_t mean_rows = div_up(plan.num_rows(), std::max<size_t>(plan.active.size(), 1));
+    return mean_rows <= 8 && most_rows <= 64 ? kernels::kMaxNnColumns : 256;
   }
 
   size_t workers_, per_worker_, begin_;
-  bool in_place_;
+  bool in_place_, separate_l_;
   uint32_t columns_, blocks_;
   size_t rank_rows_[5], inter_rows_[2], grad_weight_;
-  size_t left_, c_[2], products_, chunk_;
+  size_t left_, c_, l_, products_, chunk_;
 };
 
 }  // namespace ktmoe

@@ -2,7 +2,9 @@
 // else is in the batch and however columns and sums are cut?
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -78,9 +80,13 @@ class Output {
       : table_(table), k0_(k0), k1_(k1), stride_(k1 - k0 + gap), c_(size_t{m} * stride_ - gap) {}
 
   void multiply(const Operand& g, const WeightView& w, bool accumulate = false) {
+    const kernels::NnTerm term{g, 0, g.k, w};
+    multiply({&term, 1}, accumulate);
+  }
+  void multiply(std::span<const kernels::NnTerm> terms, bool accumulate = false) {
     const auto scratch = Guarded<std::byte>::on_cache_line(table_.nn_scratch_bytes());
     kernels::NnArgs args;
-    args.g = g, args.w = w, args.k0 = k0_, args.k1 = k1_;
+    args.terms = terms, args.k0 = k0_, args.k1 = k1_;
     args.c = c_.data(), args.c_stride = stride_, args.accumulate = accumulate, args.scratch = scratch.data();
     table_.nn[static_cast<size_t>(FormatId::kBf16)](args);
   }
@@ -185,7 +191,7 @@ TEST_CASE("nn: every number of columns up to 80, and some up to the limit") {
     Random random(21);
     for (uint32_t width = 1; width <= 80; ++width)
       check_exact(*table, random_shape(random, 1 + random.below(20), 1 + random.below(70), width), width);
-    for (uint32_t width : {95u, 112u, 127u, 129u, 192u, 240u, 241u, 255u, kernels::kMaxBlockColumns})
+    for (uint32_t width : {95u, 112u, 127u, 129u, 192u, 255u, 256u, 257u, 600u, kernels::kMaxNnColumns})
       check_exact(*table, random_shape(random, 1 + random.below(20), 1 + random.below(70), width), width);
   }
 }
@@ -195,7 +201,7 @@ TEST_CASE("nn: numbers of summed rows around every step and block, in every layo
     Random random(22);
     for (uint32_t n : kSums) {
       for (Layout layout : kWeightLayouts) {
-        Shape s = random_shape(random, 1 + random.below(7), n, kernels::kMaxBlockColumns - random.below(50));
+        Shape s = random_shape(random, 1 + random.below(7), n, 256 - random.below(50));
         s.w_layout = layout;
         check_exact(*table, s, n);
       }
@@ -297,6 +303,59 @@ TEST_CASE("nn: a sum cut at a multiple of 32 rows, its second part accumulating,
         out.multiply(left0.operand, w.weights());
         out.multiply(left1.operand, {w.weights().row(cut), w.weights().row_stride_bytes}, true);
         CHECK(first_difference(out.rows(), whole) == -1);
+      }
+    }
+  }
+}
+
+TEST_CASE("nn: a sum of terms, whole or parts of products, has the bits of one after the other") {
+  for (const KernelTable* table : usable_tables()) {
+    Random random(28);
+    for (uint32_t m : {1u, 5u, 12u, 13u, 40u}) {
+      for (uint32_t num_terms : {2u, 5u, 20u}) {
+        const uint32_t width = 1 + random.below(256);
+        INFO(isa_name(table->isa).data(), ": M ", m, ", ", num_terms, " terms, ", width, " columns");
+        std::vector<Matrix> g, w;
+        std::vector<std::unique_ptr<Left>> left;
+        std::vector<kernels::NnTerm> terms;
+        for (uint32_t i = 0; i < num_terms; ++i) {
+          const uint32_t n = 1 + random.below(random.below(3) ? 70 : 700);
+          const uint32_t n0 =
+              random.below(2) * random.below(n) / kernels::kOutputBlock * kernels::kOutputBlock;
+          g.emplace_back(m, n, Layout::kTight, [&] { return random.wide(); });
+          w.emplace_back(n, width, kWeightLayouts[random.below(4)], [&] { return random.wide(); });
+          left.push_back(std::make_unique<Left>(*table, g.back().activations(), m, n));
+          const WeightView all = w.back().weights();
+          terms.push_back({left.back()->operand, n0, n, {all.row(n0), all.row_stride_bytes}, i % 2 == 0});
+        }
+        Output at_once(*table, m, 0, width), in_turn(*table, m, 0, width);
+        at_once.multiply(terms);
+        for (uint32_t i = 0; i < num_terms; ++i) in_turn.multiply({&terms[i], 1}, i > 0);
+        CHECK(first_difference(at_once.rows(), in_turn.rows()) == -1);
+      }
+    }
+  }
+}
+
+TEST_CASE("nn: rows that become a left operand where they lie give the same product") {
+  for (const KernelTable* table : usable_tables()) {
+    Random random(29);
+    for (uint32_t m : {1u, 7u, 12u, 13u, 16u, 33u, 250u}) {
+      for (uint32_t n : {1u, 31u, 32u, 100u, 512u}) {
+        INFO(isa_name(table->isa).data(), ": M ", m, ", N ", n);
+        const uint32_t width = 40;
+        const size_t stride = round_up(n, kernels::kOutputBlock);
+        const Matrix g(m, n, Layout::kTight, [&] { return random.wide(); });
+        const Matrix w(n, width, Layout::kTight, [&] { return random.wide(); });
+        const Left left(*table, g.activations(), m, n);
+        Guarded<bf16> rows(m * stride);
+        for (size_t i = 0; i < m; ++i)
+          std::copy_n(g.activations().data + i * g.activations().stride, n, rows.data() + i * stride);
+        const auto scratch = Guarded<std::byte>::on_cache_line(table->left_bytes(m, n));
+        table->pack_left_in_rows(rows.data(), stride, m, n, scratch.data());
+        const Operand operand = table->left_in_rows(rows.data(), stride, m, n);
+        CHECK(first_difference(nn_product(*table, operand, w.weights(), 0, width),
+                               nn_product(*table, left.operand, w.weights(), 0, width)) == -1);
       }
     }
   }

@@ -189,7 +189,7 @@ TEST_CASE("tn: numbers of tokens around every step and block, none included, in 
         check_exact(*table, s, m);
       }
     }
-    check_exact(*table, random_shape(random, 513, kernels::kMaxTnRows, kernels::kMaxBlockColumns), 1);
+    check_exact(*table, random_shape(random, 513, kernels::kMaxTnRows, kernels::kMaxTnColumns), 1);
   }
 }
 
@@ -206,7 +206,7 @@ TEST_CASE("tn: every number of columns of D up to 80, and some up to the limit")
     Random random(32);
     for (uint32_t k = 1; k <= 80; ++k)
       check_exact(*table, random_shape(random, 1 + random.below(70), 1 + random.below(20), k), k);
-    for (uint32_t k : {112u, 127u, 129u, 192u, 240u, 255u, kernels::kMaxBlockColumns})
+    for (uint32_t k : {112u, 127u, 129u, 192u, 240u, 255u, kernels::kMaxTnColumns})
       check_exact(*table, random_shape(random, 1 + random.below(70), 1 + random.below(40), k), k);
   }
 }

@@ -110,6 +110,7 @@ struct ActivateBackward {
 
   static void run(const ActivateBackwardArgs& a) {
     for (uint32_t m = 0; m < a.m; ++m) {
+      if (m + kAhead < a.m) prefetch_kept(a, m + kAhead);
       float* sums = a.grad_weight + m * a.grad_weight_stride;
       for (size_t j0 = 0; j0 < a.n; j0 += kOutputBlock) {
         const size_t end = a.n - j0 < kOutputBlock ? a.n : j0 + kOutputBlock;
@@ -118,6 +119,21 @@ struct ActivateBackward {
         *sums++ = Vec::sum(sum);
       }
     }
+  }
+
+  // A row is a few cache lines of three matrices, far from the next (Emerald Rapids: 8 % of the backward pass
+  // with 256 rows).
+  static constexpr uint32_t kAhead = 4;
+  static KT_INLINE void prefetch_kept(const ActivateBackwardArgs& a, uint32_t m) {
+    const size_t at = m * a.kept.stride, size = size_of(a.kept.type);
+    const auto* gate = static_cast<const std::byte*>(a.kept.gate) + at * size;
+    const auto* up = static_cast<const std::byte*>(a.kept.up ? a.kept.up : a.kept.gate) + at * size;
+    const auto* h = reinterpret_cast<const std::byte*>(a.kept.h + at);
+    for (size_t i = 0; i < a.n * size; i += kCacheLine) {
+      __builtin_prefetch(gate + i, 1, 3);
+      __builtin_prefetch(up + i, 1, 3);
+    }
+    for (size_t i = 0; i < a.n * sizeof(bf16); i += kCacheLine) __builtin_prefetch(h + i, 0, 3);
   }
 
   // One vector of a row: gives `sum` with z h added.

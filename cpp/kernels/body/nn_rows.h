@@ -1,6 +1,6 @@
-// NN on vectors: C[m, k - k0] (+)= sum_n G[m, n] W[n, k].
+// NN on vectors: C[m, k - k0] (+)= sum over terms of sum_n G[m, n] W[n, k].
 //
-// A block of W's rows is interleaved in pairs (pairs.h). A register tile is kPairRows left rows x kPairGroups
+// A block of rows of W is interleaved in pairs (nn.h). A register tile is kPairRows left rows x kPairGroups
 // groups of columns, a lane an output: a pair of a left row, broadcast, meets a pair of rows of W in each.
 // The sum runs along n alone in every lane, and waits in C between blocks of n; so its order is that of n.
 //
@@ -15,13 +15,33 @@ inline Operand pack_left_rows(const RowsView& rows, uint32_t m, uint32_t n, std:
 
 inline size_t nn_scratch_bytes_rows() { return kNnScratchBytes; }
 
-// A block of the summed dimension. Row i of the left operand begins at left[i] + left_at.
+inline Operand left_in_rows_rows(const bf16* rows, size_t stride, uint32_t m, uint32_t n) {
+  return {reinterpret_cast<const std::byte*>(rows), stride * sizeof(bf16), nullptr, m, n};
+}
+
+inline void pack_left_in_rows_rows(bf16*, size_t, uint32_t, uint32_t, std::byte*) {}
+
+// Part of a sum: left rows, whose pairs are pair_bytes apart, and where their counterpart begins in each
+// group of the panel.
+struct RowsSlice {
+  const std::byte* data;
+  size_t row_bytes, pair_bytes;
+  const int32_t* index;
+  uint32_t per_group;  // left rows of a group of an interleaved G, whose groups are row_bytes apart; else 1
+  uint32_t length;     // summed elements
+  size_t right_at;
+
+  KT_INLINE const std::byte* row(uint32_t i) const {
+    if (per_group > 1) return data + i / per_group * row_bytes + i % per_group * 2 * sizeof(bf16);
+    return data + static_cast<size_t>(index ? index[i] : i) * row_bytes;
+  }
+};
+
 struct PairsBlock {
-  const std::byte* const* left;
-  uint32_t num_left;
-  size_t left_at, left_pair_bytes;
+  static constexpr uint32_t kMaxSlices = NnBlock::kMaxSlices;
+  RowsSlice slices[kMaxSlices];
+  uint32_t num_slices, num_steps, num_left;
   PairsPanel right;
-  uint32_t length;  // summed elements
   float* c;
   size_t c_stride;
   uint32_t columns;
@@ -55,21 +75,25 @@ struct PairsTile {
   template <class Ahead>
   KT_INLINE void run(const PairsBlock& b, uint32_t i, uint32_t g, float* c, size_t c_stride, Ahead& ahead) {
     KT_UNROLL for (int t = 0; t < kRows; ++t) {
-      left[t] = b.left[i + t] + b.left_at;
       KT_UNROLL for (int v = 0; v < kVectors; ++v) {
         acc[t][v] = b.zero_first ? Vec::zero_acc() : Vec::load_f(c + t * c_stride + v * Vec::kWidth);
       }
     }
-    const std::byte* right = b.right.data + g * b.right.group_bytes;
-    size_t at = 0;
-    for (uint32_t pairs = b.length / 2; pairs > 0;) {
-      ahead.ask();
-      const uint32_t some = smaller(pairs, kPairsStep / 2);
-      pairs -= some;
-      for (uint32_t j = 0; j < some; ++j, at += b.left_pair_bytes, right += kPairsBytes)
-        step<2 * sizeof(bf16)>(at, right, b.right.group_bytes);
+    const size_t group_bytes = b.right.group_bytes;
+    for (uint32_t j = 0; j < b.num_slices; ++j) {
+      const RowsSlice& slice = b.slices[j];
+      for (int t = 0; t < kRows; ++t) left[t] = slice.row(i + static_cast<uint32_t>(t));
+      const std::byte* right = b.right.data + g * group_bytes + slice.right_at;
+      size_t at = 0;
+      for (uint32_t pairs = slice.length / 2; pairs > 0;) {
+        ahead.ask();
+        const uint32_t some = smaller(pairs, kPairsStep / 2);
+        pairs -= some;
+        for (uint32_t p = 0; p < some; ++p, at += slice.pair_bytes, right += kPairsBytes)
+          step<2 * sizeof(bf16)>(at, right, group_bytes);
+      }
+      if (slice.length % 2 != 0) step<sizeof(bf16)>(at, right, group_bytes);
     }
-    if (b.length % 2 != 0) step<sizeof(bf16)>(at, right, b.right.group_bytes);
     KT_UNROLL for (int t = 0; t < kRows; ++t) {
       KT_UNROLL for (int v = 0; v < kVectors; ++v) {
         Vec::store_f(c + t * c_stride + v * Vec::kWidth, acc[t][v]);
@@ -118,8 +142,7 @@ template <class Ahead>
 void pairs_product(const PairsBlock& b, Ahead& ahead) {
   constexpr uint32_t kWide = Vec::kPairGroups;
   const uint32_t groups = num_groups(b.columns);
-  ahead.spread_over(div_up(groups, kWide) * div_up(b.num_left, Vec::kPairRows) *
-                    div_up(b.length, kPairsStep));
+  ahead.spread_over(div_up(groups, kWide) * div_up(b.num_left, Vec::kPairRows) * b.num_steps);
   uint32_t g = 0;
   for (; g + kWide <= groups; g += kWide) pairs_strip<kWide>(b, g, ahead);
   if constexpr (kWide > 2) {
@@ -130,22 +153,34 @@ void pairs_product(const PairsBlock& b, Ahead& ahead) {
 
 struct NnRows {
   const NnArgs& args;
-  const std::byte* const* left;
+  uint32_t k0, k1;
 
   template <class Ahead>
-  KT_INLINE void run(uint32_t s0, uint32_t s1, const PairsPanel& panel, Ahead& ahead) const {
-    const PairsBlock b{left,   args.g.rows,   s0 * sizeof(bf16), 2 * sizeof(bf16),           panel, s1 - s0,
-                       args.c, args.c_stride, args.k1 - args.k0, s0 == 0 && !args.accumulate};
+  KT_INLINE void run(const NnBlock& block, const PairsPanel& panel, bool is_first, Ahead& ahead) {
+    PairsBlock b;
+    b.num_slices = block.num_slices, b.num_steps = block.num_steps;
+    for (uint32_t i = 0; i < block.num_slices; ++i) {
+      const NnSlice& slice = block.slices[i];
+      const Operand& g = slice.term->g;
+      b.slices[i] = {g.data + (slice.term->n0 + slice.s0) * sizeof(bf16),
+                     g.stride_bytes,
+                     2 * sizeof(bf16),
+                     g.index,
+                     1,
+                     slice.s1 - slice.s0,
+                     slice.step * kStepPairsBytes};
+    }
+    b.num_left = args.terms[0].g.rows, b.right = panel;
+    b.c = args.c + (k0 - args.k0), b.c_stride = args.c_stride, b.columns = k1 - k0;
+    b.zero_first = is_first && !args.accumulate;
     pairs_product(b, ahead);
   }
 };
 
 template <class Format>
 void nn_rows(const NnArgs& args) {
-  const std::byte* left[kMaxPanelRows];
-  for (uint32_t m = 0; m < args.g.rows; ++m) {
-    const size_t row = args.g.index ? args.g.index[m] : m;
-    left[m] = args.g.data + row * args.g.stride_bytes;
+  for (uint32_t k0 = args.k0; k0 < args.k1; k0 += kPanelColumnsMost) {
+    NnRows product{args, k0, smaller(args.k1, k0 + kPanelColumnsMost)};
+    for_blocks<Format>(args, product.k0, product.k1, product);
   }
-  for_blocks<Format>(args, NnRows{args, left});
 }

@@ -1,27 +1,24 @@
-// NN on the tile unit: C[m, k - k0] (+)= sum_n G[m, n] W[n, k].
+// NN on the tile unit: C[m, k - k0] (+)= sum over terms of sum_n G[m, n] W[n, k].
 //
-// Rows of G are the A operand, packed to tiles once for all columns; a block of W's rows, interleaved in
-// pairs (pairs.h), is the B operand. A step is two panels of 16 rows of G by two groups of 16 columns of W,
-// so C comes out row-major and is stored where it is wanted. Sums wait in C between blocks of n; blocks are
-// whole steps, so the order along n is that of the steps from n = 0 on.
+// Rows of G are the A operand, packed to tiles once for all columns; a block of rows of W, interleaved in
+// pairs (nn.h), is the B operand. A step is two panels of 16 rows of G by two groups of 16 columns of W,
+// so C comes out row-major and is stored where it is wanted. Sums wait in C between blocks; blocks are whole
+// steps, so the order of the sum is that of the steps from the first on.
 //
 // The left operand is panels of 16 rows, the last one only as tall as its rows: [N/32][rows][32] bf16, N
-// padded with zeros. Rows that lie one after the other in whole steps stay where they are.
+// padded with zeros. Few rows stay where they are (nn_few_rows.h).
 
 inline size_t left_bytes_tiles(uint32_t m, uint32_t n) { return div_up(m, kTileRows) * panel_bytes(n); }
 
 inline Operand pack_left_tiles(const RowsView& rows, uint32_t m, uint32_t n, std::byte* data) {
+  if (m <= kFewRows)
+    return {reinterpret_cast<const std::byte*>(rows.data), rows.stride * sizeof(bf16), rows.index, m, n};
   constexpr size_t kStepBytes = kTileK * sizeof(bf16);
-  const PlainRows source{rows, m, n};
-  const size_t stride = rows.stride * sizeof(bf16);
-  // Rows of a tile a multiple of this apart would fall into few sets of the first-level cache.
-  constexpr size_t kCrowded = 1024;
-  if (n % kTileK == 0 && (m == 1 || (rows.index == nullptr && stride % kCrowded != 0)))
-    return Operand{source.row(0), stride, nullptr, m, n, /*rows_in_place=*/true};
   const size_t row_bytes = n * sizeof(bf16), whole = row_bytes / kStepBytes * kStepBytes;
   for (uint32_t i = 0; i < m; ++i) {
     const uint32_t panel = i / kTileRows, height = smaller(m - panel * kTileRows, kTileRows);
-    const std::byte* from = source.row(i);
+    const size_t row = rows.index ? rows.index[i] : i;
+    const auto* from = reinterpret_cast<const std::byte*>(rows.data + row * rows.stride);
     std::byte* to = data + panel * panel_bytes(n) + i % kTileRows * kStepBytes;
     for (size_t at = 0; at < whole; at += kStepBytes, to += height * kStepBytes)
       std::memcpy(to, from + at, kStepBytes);
@@ -29,15 +26,32 @@ inline Operand pack_left_tiles(const RowsView& rows, uint32_t m, uint32_t n, std
     std::memset(to, 0, kStepBytes);
     std::memcpy(to, from + whole, row_bytes - whole);
   }
-  return Operand{data, panel_bytes(n), nullptr, m, n};
+  return {data, panel_bytes(n), nullptr, m, n};
+}
+
+inline Operand left_in_rows_tiles(const bf16* rows, size_t stride, uint32_t m, uint32_t n) {
+  const auto* data = reinterpret_cast<const std::byte*>(rows);
+  return {data, m <= kFewRows ? stride * sizeof(bf16) : panel_bytes(n), nullptr, m, n};
+}
+
+inline void pack_left_in_rows_tiles(bf16* rows, size_t stride, uint32_t m, uint32_t n, std::byte* scratch) {
+  if (m <= kFewRows) return;
+  pack_left_tiles({rows, stride, nullptr}, m, n, scratch);
+  std::memcpy(rows, scratch, m * round_up(n, kTileK) * sizeof(bf16));
 }
 
 inline size_t nn_scratch_bytes_tiles() { return kNnScratchBytes; }
 
-// A block of the summed dimension, in steps.
-struct PairsTiles {
+// Steps of a left operand, and where their counterpart begins in each group of the panel.
+struct TileSlice {
   Operand left;
-  size_t step0, steps;
+  size_t step0, steps, right_at;
+};
+
+struct PairsTiles {
+  static constexpr uint32_t kMaxSlices = NnBlock::kMaxSlices;
+  TileSlice slices[kMaxSlices];
+  uint32_t num_slices, num_steps, num_left;
   PairsPanel right;
   float* c;
   size_t c_stride;
@@ -47,7 +61,7 @@ struct PairsTiles {
 // Left panels p and, when kPanels is 2, p + 1, by groups g and, when kGroups is 2, g + 1.
 template <int kPanels, int kGroups, class Ahead>
 KT_INLINE void pairs_tiles(const PairsTiles& t, uint32_t p, uint32_t g, Ahead& ahead) {
-  constexpr ptrdiff_t kRowBytes = kTileK * sizeof(bf16), kStepBytes = kTileRows * kRowBytes;
+  constexpr ptrdiff_t kRowBytes = kTileK * sizeof(bf16);
   const ptrdiff_t c_stride = static_cast<ptrdiff_t>(t.c_stride * sizeof(float));
   float* c0 = t.c + size_t{p} * kTileRows * t.c_stride + g * kGroupColumns;
   float* c1 = c0 + kTileRows * t.c_stride;  // of the second panel
@@ -63,29 +77,30 @@ KT_INLINE void pairs_tiles(const PairsTiles& t, uint32_t p, uint32_t g, Ahead& a
     if constexpr (kPanels == 2 && kGroups == 2) Tile::load<3>(c1 + kGroupColumns, c_stride);
   }
 
-  const bool in_place = t.left.rows_in_place;
-  const ptrdiff_t a_row = in_place ? static_cast<ptrdiff_t>(t.left.stride_bytes) : kRowBytes;
-  const size_t panel_bytes = in_place ? kTileRows * t.left.stride_bytes : t.left.stride_bytes;
-  const size_t a0_step = in_place ? kRowBytes : panel_width(t.left, p) * kRowBytes;
-  const size_t a1_step = in_place || kPanels == 1 ? kRowBytes : panel_width(t.left, p + 1) * kRowBytes;
-  const std::byte* a0 = t.left.data + p * panel_bytes + t.step0 * a0_step;
-  const std::byte* a1 = t.left.data + (p + 1) * panel_bytes + t.step0 * a1_step;
-  const std::byte* b0 = t.right.data + g * t.right.group_bytes;
-  const std::byte* b1 = b0 + t.right.group_bytes;
-  for (size_t s = 0; s < t.steps; ++s, a0 += a0_step, a1 += a1_step, b0 += kStepBytes, b1 += kStepBytes) {
-    ahead.ask();
-    Tile::load<6>(b0, kPairsBytes);
-    Tile::load<4>(a0, a_row);
-    Tile::dot_bf16<0, 4, 6>();
-    if constexpr (kGroups == 2) {
-      Tile::load<7>(b1, kPairsBytes);
-      Tile::dot_bf16<1, 4, 7>();
+  for (uint32_t i = 0; i < t.num_slices; ++i) {
+    const TileSlice& slice = t.slices[i];
+    const size_t a0_step = panel_width(slice.left, p) * kRowBytes;
+    const size_t a1_step = kPanels == 2 ? panel_width(slice.left, p + 1) * kRowBytes : 0;
+    const std::byte* a0 = slice.left.data + p * slice.left.stride_bytes + slice.step0 * a0_step;
+    const std::byte* a1 = slice.left.data + (p + 1) * slice.left.stride_bytes + slice.step0 * a1_step;
+    const std::byte* b0 = t.right.data + g * t.right.group_bytes + slice.right_at;
+    const std::byte* b1 = b0 + t.right.group_bytes;
+    for (size_t s = 0; s < slice.steps;
+         ++s, a0 += a0_step, a1 += a1_step, b0 += kStepPairsBytes, b1 += kStepPairsBytes) {
+      ahead.ask();
+      Tile::load<6>(b0, kPairsBytes);
+      Tile::load<4>(a0, kRowBytes);
+      Tile::dot_bf16<0, 4, 6>();
+      if constexpr (kGroups == 2) {
+        Tile::load<7>(b1, kPairsBytes);
+        Tile::dot_bf16<1, 4, 7>();
+      }
+      if constexpr (kPanels == 2) {
+        Tile::load<5>(a1, kRowBytes);
+        Tile::dot_bf16<2, 5, 6>();
+      }
+      if constexpr (kPanels == 2 && kGroups == 2) Tile::dot_bf16<3, 5, 7>();
     }
-    if constexpr (kPanels == 2) {
-      Tile::load<5>(a1, a_row);
-      Tile::dot_bf16<2, 5, 6>();
-    }
-    if constexpr (kPanels == 2 && kGroups == 2) Tile::dot_bf16<3, 5, 7>();
   }
 
   Tile::store<0>(c0, c_stride);
@@ -94,18 +109,19 @@ KT_INLINE void pairs_tiles(const PairsTiles& t, uint32_t p, uint32_t g, Ahead& a
   if constexpr (kPanels == 2 && kGroups == 2) Tile::store<3>(c1 + kGroupColumns, c_stride);
 }
 
-// All left panels by all columns: a pair of groups stays in the first-level cache while the panels pass.
+// All left panels by all columns: a pair of groups stays in the cache while the panels pass.
 template <class Ahead>
 void pairs_product(TileScope& scope, const PairsTiles& t, uint32_t columns, Ahead& ahead) {
-  const uint32_t panels = static_cast<uint32_t>(div_up(t.left.rows, kTileRows));
-  ahead.spread_over(div_up(panels, 2) * div_up(num_groups(columns), 2) * t.steps);
+  const uint32_t panels = static_cast<uint32_t>(div_up(t.num_left, kTileRows));
+  const auto height = [&](uint32_t p) { return smaller(t.num_left - p * kTileRows, kTileRows); };
+  ahead.spread_over(div_up(panels, 2) * div_up(num_groups(columns), 2) * t.num_steps);
   for (uint32_t g = 0; g < num_groups(columns); g += 2) {
     const uint32_t left = columns - g * kGroupColumns;
     const uint32_t columns0 = smaller(left, kGroupColumns);
     const uint32_t columns1 = smaller(left - columns0, kGroupColumns);
     for (uint32_t p = 0; p < panels; p += 2) {
       const bool two = p + 1 < panels;
-      scope.use(columns0, columns1, panel_width(t.left, p), two ? panel_width(t.left, p + 1) : 0);
+      scope.use(columns0, columns1, height(p), two ? height(p + 1) : 0);
       if (two && columns1) {
         pairs_tiles<2, 2>(t, p, g, ahead);
       } else if (two) {
@@ -122,17 +138,29 @@ void pairs_product(TileScope& scope, const PairsTiles& t, uint32_t columns, Ahea
 struct NnTiles {
   const NnArgs& args;
   TileScope& scope;
+  uint32_t k0, k1;
 
   template <class Ahead>
-  KT_INLINE void run(uint32_t s0, uint32_t s1, const PairsPanel& panel, Ahead& ahead) const {
-    const PairsTiles t{args.g, s0 / kTileK,   div_up(s1 - s0, kTileK),    panel,
-                       args.c, args.c_stride, s0 == 0 && !args.accumulate};
-    pairs_product(scope, t, args.k1 - args.k0, ahead);
+  KT_INLINE void run(const NnBlock& block, const PairsPanel& panel, bool is_first, Ahead& ahead) {
+    PairsTiles t;
+    t.num_slices = block.num_slices, t.num_steps = block.num_steps;
+    for (uint32_t i = 0; i < block.num_slices; ++i) {
+      const NnSlice& slice = block.slices[i];
+      t.slices[i] = {slice.term->g, (slice.term->n0 + slice.s0) / kTileK, div_up(slice.s1 - slice.s0, kTileK),
+                     slice.step * kStepPairsBytes};
+    }
+    t.num_left = args.terms[0].g.rows, t.right = panel;
+    t.c = args.c + (k0 - args.k0), t.c_stride = args.c_stride, t.zero_first = is_first && !args.accumulate;
+    pairs_product(scope, t, k1 - k0, ahead);
   }
 };
 
 template <class Format>
 void nn_tiles(const NnArgs& args) {
+  if (args.terms[0].g.rows <= kFewRows) return nn_few_rows<Format>(args);
   TileScope scope;
-  for_blocks<Format>(args, NnTiles{args, scope});
+  for (uint32_t k0 = args.k0; k0 < args.k1; k0 += kPanelColumnsMost) {
+    NnTiles product{args, scope, k0, smaller(args.k1, k0 + kPanelColumnsMost)};
+    for_blocks<Format>(args, product.k0, product.k1, product);
+  }
 }

@@ -10,6 +10,7 @@
 #include "kernels/body/nt_rows.h"
 #include "kernels/body/rows.h"
 #include "kernels/body/pairs.h"
+#include "kernels/body/nn.h"
 #include "kernels/body/nn_rows.h"
 #include "kernels/body/tn.h"
 #include "kernels/body/tn_rows.h"

@@ -20,6 +20,8 @@ const KernelTable& table() {
       .combine = combine_rows,
       .left_bytes = left_bytes_rows,
       .pack_left = pack_left_rows,
+      .pack_left_in_rows = pack_left_in_rows_rows,
+      .left_in_rows = left_in_rows_rows,
       .nn_scratch_bytes = nn_scratch_bytes_rows,
       .nn =
           {

@@ -20,6 +20,8 @@ const KernelTable& table() {
       .combine = combine_rows,
       .left_bytes = left_bytes_tiles,
       .pack_left = pack_left_tiles,
+      .pack_left_in_rows = pack_left_in_rows_tiles,
+      .left_in_rows = left_in_rows_tiles,
       .nn_scratch_bytes = nn_scratch_bytes_tiles,
       .nn =
           {

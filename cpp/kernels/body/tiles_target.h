@@ -10,6 +10,8 @@
 #include "kernels/body/nt_tiles.h"
 #include "kernels/body/tiles.h"
 #include "kernels/body/pairs.h"
+#include "kernels/body/nn.h"
+#include "kernels/body/nn_few_rows.h"
 #include "kernels/body/nn_tiles.h"
 #include "kernels/body/tn.h"
 #include "kernels/body/tn_tiles.h"

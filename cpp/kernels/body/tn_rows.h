@@ -3,12 +3,13 @@
 
 struct TnRows {
   KT_INLINE void add(const TnBlock& b) {
-    const std::byte* left[kMaxTnRows];
-    for (uint32_t n = 0; n < b.n; ++n)
-      left[n] = b.g.data + n / kGroupColumns * b.g.group_bytes + n % kGroupColumns * 2 * sizeof(bf16);
     // Behind an odd end there are zeros, so the last pair is a whole one.
     const uint32_t length = static_cast<uint32_t>(round_up(b.length, 2));
-    const PairsBlock block{left, b.n, 0, kPairsBytes, b.x, length, b.sums, b.stride, b.k, false};
+    PairsBlock block;
+    block.num_slices = 1, block.num_steps = static_cast<uint32_t>(div_up(length, kPairsStep));
+    block.slices[0] = {b.g.data, b.g.group_bytes, kPairsBytes, nullptr, kGroupColumns, length, 0};
+    block.num_left = b.n, block.right = b.x;
+    block.c = b.sums, block.c_stride = b.stride, block.columns = b.k, block.zero_first = false;
     NothingAhead nothing;
     pairs_product(block, nothing);
   }

@@ -20,7 +20,11 @@ struct TnTiles {
   }
 
   KT_INLINE void add(const TnBlock& b) {
-    const PairsTiles t{pack(b), 0, div_up(b.length, kTileK), b.x, b.sums, b.stride, false};
+    PairsTiles t;
+    t.num_slices = 1, t.num_steps = static_cast<uint32_t>(div_up(b.length, kTileK));
+    t.slices[0] = {pack(b), 0, t.num_steps, 0};
+    t.num_left = b.n, t.right = b.x;
+    t.c = b.sums, t.c_stride = b.stride, t.zero_first = false;
     NothingAhead nothing;
     pairs_product(scope, t, b.k, nothing);
   }

@@ -95,6 +95,14 @@ struct Vec {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
+  // The elements of even and of odd places of 2 kWidth.
+  static KT_INLINE Float load_even(const std::byte* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+  }
+  static KT_INLINE Float load_odd(const std::byte* p) {
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), high));
+  }
   static KT_INLINE void store_f(float* p, Float x) { _mm512_storeu_ps(p, x); }
   static KT_INLINE void store_bf16(bf16* p, Float x) {
     const __m256i bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(x), 16));

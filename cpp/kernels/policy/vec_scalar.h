@@ -97,6 +97,14 @@ struct Vec {
   static KT_INLINE Float set(float x) { KT_MAP(x); }
   static KT_INLINE Float load_f(const float* p) { KT_MAP(p[i]); }
   static KT_INLINE Float load_bf16(const bf16* p) { KT_MAP(to_float(p[i])); }
+  // The elements of even and of odd places of 2 kWidth.
+  static KT_INLINE Float load_even(const std::byte* p) { return load_every_second(p, 0); }
+  static KT_INLINE Float load_odd(const std::byte* p) { return load_every_second(p, 1); }
+  static KT_INLINE Float load_every_second(const std::byte* p, size_t first) {
+    uint16_t bits[2 * kWidth];
+    std::memcpy(bits, p, sizeof bits);
+    KT_MAP(to_float(bf16{bits[2 * i + first]}));
+  }
   static KT_INLINE void store_f(float* p, const Float& x) { std::memcpy(p, x.lane, sizeof x.lane); }
   static KT_INLINE void store_bf16(bf16* p, const Float& x) {
     for (size_t i = 0; i < kWidth; ++i) p[i] = to_bf16(x.lane[i]);

@@ -21,6 +21,7 @@ constexpr Isa kIsa = Isa::kAmx;
 #include "kernels/body/region.h"
 #include "kernels/policy/tile_amx.h"
 #include "kernels/policy/vec_avx512.h"
+#include "kernels/policy/tile_sums_amx.h"
 #include "kernels/body/transpose_avx512.h"
 #include "kernels/body/interleave_avx512.h"
 #include "kernels/body/tiles_target.h"

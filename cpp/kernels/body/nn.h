@@ -1,0 +1,185 @@
+// NN, what vectors and tiles share: C[m, k - k0] (+)= sum over terms of sum_n G[m, n] W[n, k].
+//
+// The rows of the terms' weights, each padded to whole steps, are one sequence. It is taken in blocks of
+// equal length, whose rows are interleaved in pairs (pairs.h) and multiplied; sums wait in C between blocks.
+// Included inside a target's namespace, after pairs.h.
+
+// Of a panel, which holds a block: with what it is multiplied by it must stay in the second-level cache, and
+// there are two, one that is multiplied and one that is being filled. Long blocks: waiting in C costs as much
+// as some four steps.
+inline constexpr size_t kNnPanelBytes = size_t{224} << 10;
+
+// Rows [s0, s1) of a term, which begin `step` steps into their block.
+struct NnSlice {
+  const NnTerm* term;
+  uint32_t s0, s1, step;
+};
+
+struct NnBlock {
+  static constexpr uint32_t kMaxSlices = 8;
+  NnSlice slices[kMaxSlices];
+  uint32_t num_slices = 0, num_steps = 0;
+};
+
+// Cuts the sequence into blocks of at most `most` steps.
+class NnBlocks {
+ public:
+  KT_INLINE NnBlocks(std::span<const NnTerm> terms, uint32_t most) : terms_(terms) {
+    size_t steps = 0;
+    for (const NnTerm& term : terms) steps += div_up(term.size(), kPairsStep);
+    steps_ = static_cast<uint32_t>(div_up(steps, div_up(steps, most)));
+  }
+  KT_INLINE uint32_t steps() const { return steps_; }
+
+  // The next block, empty behind the last.
+  KT_INLINE NnBlock next() {
+    NnBlock block;
+    while (term_ < terms_.size() && block.num_steps < steps_ && block.num_slices < NnBlock::kMaxSlices) {
+      const NnTerm& term = terms_[term_];
+      const uint32_t end = smaller(term.size(), row_ + (steps_ - block.num_steps) * kPairsStep);
+      block.slices[block.num_slices++] = {&term, row_, end, block.num_steps};
+      block.num_steps += static_cast<uint32_t>(div_up(end - row_, kPairsStep));
+      row_ = end;
+      if (row_ == term.size()) row_ = 0, ++term_;
+    }
+    return block;
+  }
+
+ private:
+  std::span<const NnTerm> terms_;
+  uint32_t steps_;
+  size_t term_ = 0;
+  uint32_t row_ = 0;
+};
+
+// Columns [k0, k1) of rows of weights. Those that are not bf16 are decoded, into memory for two rows.
+template <class Format>
+struct WeightColumns {
+  uint32_t k0, k1;
+  std::byte* decoded;
+
+  KT_INLINE uint32_t size() const { return k1 - k0; }
+  // Valid until the next row of the same parity is asked for.
+  KT_INLINE const std::byte* of(const NnTerm& term, uint32_t s) const {
+    const std::byte* row = term.w.row(s);
+    if (Unpack<Format>::kAsStored || term.is_bf16) return begin(row, term.is_bf16);
+    std::byte* to = decoded + s % 2 * (kPanelColumnsMost * sizeof(bf16));
+    decode(row, to);
+    return to;
+  }
+  // Where the columns of a row begin.
+  KT_INLINE const std::byte* begin(const std::byte* row, bool is_bf16) const {
+    return row + (is_bf16 ? k0 * sizeof(bf16) : Format::row_bytes(k0));
+  }
+  KT_INLINE void decode(const std::byte* row, std::byte* to) const {
+    uint32_t k = k0;
+    for (; k + Vec::kStep <= k1; k += Vec::kStep, to += Vec::kStep * sizeof(bf16))
+      Vec::store(to, Unpack<Format>::segment(row, k));
+    if (k < k1) Vec::store(to, Unpack<Format>::tail(row, k, k1 - k));
+  }
+  // Asks for what of() reads.
+  template <int kHint>
+  KT_INLINE void prefetch(const WeightView& w, uint32_t s, bool is_bf16) const {
+    const size_t bytes = is_bf16 ? (k1 - k0) * sizeof(bf16) : Format::row_bytes(k1) - Format::row_bytes(k0);
+    prefetch_bytes<kHint>(begin(w.row(s), is_bf16), bytes);
+  }
+};
+inline constexpr size_t kDecodedBytes = 2 * kPanelColumnsMost * sizeof(bf16);
+inline constexpr size_t kNnScratchBytes = 2 * kNnPanelBytes + kDecodedBytes;
+
+// Fills a panel with a block, pair by pair.
+template <class Format>
+class BlockFill {
+ public:
+  KT_INLINE BlockFill(const NnBlock& block, const WeightColumns<Format>& columns, const PairsPanel& panel)
+      : block_(block), columns_(columns), panel_(panel) {
+    for (uint32_t i = 0; i < block.num_slices; ++i)
+      pairs_ += static_cast<uint32_t>(div_up(block.slices[i].s1 - block.slices[i].s0, 2));
+    if (pairs_) row_ = block.slices[0].s0;
+  }
+  KT_INLINE uint32_t pairs_left() const { return pairs_; }
+
+  KT_INLINE void pair() {
+    const NnSlice& slice = block_.slices[slice_];
+    const NnTerm& term = *slice.term;
+    const uint32_t ahead = row_ + kRowsAhead;
+    if (ahead < slice.s1) columns_.template prefetch<3>(term.w, ahead, term.is_bf16);
+    if (ahead + 1 < slice.s1) columns_.template prefetch<3>(term.w, ahead + 1, term.is_bf16);
+    const std::byte* even = columns_.of(term, row_);
+    const std::byte* odd = row_ + 1 < slice.s1 ? columns_.of(term, row_ + 1) : kZeroRow;
+    interleave_pair(even, odd, columns_.size(), panel_, at_);
+    at_ += kPairsBytes;
+    row_ += 2;
+    --pairs_;
+    if (row_ < slice.s1) return;
+    at_ = finish_step(columns_.size(), panel_, at_);
+    if (pairs_) row_ = block_.slices[++slice_].s0;
+  }
+  KT_INLINE void finish() {
+    while (pairs_) pair();
+  }
+
+ private:
+  const NnBlock& block_;
+  const WeightColumns<Format>& columns_;
+  const PairsPanel panel_;
+  size_t at_ = 0;  // bytes of a group that are filled
+  uint32_t pairs_ = 0, slice_ = 0, row_ = 0;
+};
+
+// What is done while a block is multiplied, a little at a time, so that the units that multiply, those that
+// interleave and memory work at once: the next block is filled, or behind the last one the rows that the
+// caller multiplies by next are asked for, into the second-level cache.
+template <class Format>
+class BlockAhead {
+ public:
+  KT_INLINE BlockAhead(const NnArgs& args, const NnBlock& next, const WeightColumns<Format>& columns,
+                       const PairsPanel& panel)
+      : fill_(next, columns, panel),
+        next_w_(args.next_w),
+        next_columns_{args.next_k0, args.next_k1, nullptr},
+        num_next_(args.next_w.data && next.num_steps == 0 ? smaller(args.next_n, kMostAsked) : 0) {}
+
+  KT_INLINE void spread_over(size_t times) {
+    each_ = static_cast<uint32_t>(div_up(fill_.pairs_left() + num_next_, times));
+  }
+  KT_INLINE void ask() {
+    for (uint32_t i = 0; i < each_; ++i) {
+      if (fill_.pairs_left()) {
+        fill_.pair();
+      } else if (asked_ < num_next_) {
+        next_columns_.template prefetch<2>(next_w_, asked_++, false);
+      }
+    }
+  }
+  KT_INLINE void finish() { fill_.finish(); }
+
+ private:
+  static constexpr uint32_t kMostAsked = 512;  // rows: what stays in the cache until it is used
+  BlockFill<Format> fill_;
+  const WeightView next_w_;
+  const WeightColumns<Format> next_columns_;
+  uint32_t num_next_, asked_ = 0, each_ = 0;
+};
+struct NothingAhead {
+  KT_INLINE void spread_over(size_t) {}
+  KT_INLINE void ask() {}
+};
+
+// Walks over the blocks of so many columns: product.run(block, panel, is_first, ahead) for each.
+template <class Format, class Product>
+KT_INLINE void for_blocks(const NnArgs& args, uint32_t k0, uint32_t k1, Product& product) {
+  const WeightColumns<Format> columns{k0, k1, args.scratch + 2 * kNnPanelBytes};
+  NnBlocks blocks(args.terms, panel_steps(kNnPanelBytes, columns.size()));
+  const PairsPanel panels[2] = {pairs_panel(args.scratch, blocks.steps()),
+                                pairs_panel(args.scratch + kNnPanelBytes, blocks.steps())};
+  NnBlock block = blocks.next();
+  BlockFill<Format>(block, columns, panels[0]).finish();
+  for (uint32_t i = 0; block.num_steps > 0; ++i) {
+    const NnBlock next = blocks.next();
+    BlockAhead<Format> ahead(args, next, columns, panels[(i + 1) % 2]);
+    product.run(block, panels[i % 2], i == 0, ahead);
+    ahead.finish();
+    block = next;
+  }
+}

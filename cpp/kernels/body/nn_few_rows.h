@@ -1,0 +1,169 @@
+// NN of tile targets for a few rows of G, on vectors: rows of W are multiplied as they come from memory, not
+// interleaved first. Every output takes the steps that the tile unit takes (policy/tile_sums_*.h), so it has
+// the same bits: over 32 rows of W, the even and the odd ones are summed separately from zero, the two sums
+// added, and that is added to C. Included inside a target's namespace, after nn.h.
+//
+// The left operand is the rows of G as they lie.
+
+// Up to here memory is what takes the time.
+inline constexpr uint32_t kFewRows = 12;
+// Rows of G at a time: 24 accumulators of 32 registers.
+inline constexpr int kFewRowsTile = 6;
+// Columns at a time: even ones in one vector, odd ones in another.
+inline constexpr uint32_t kFewColumns = 2 * Vec::kWidth;
+
+// Rows of W that a step sums over, from column k0 on, and what they are multiplied by.
+struct FewRowsStep {
+  const std::byte* row[kPairsStep];
+  const std::byte* ahead[kPairsStep];  // of the step behind
+  alignas(kCacheLine) float g[kFewRows][kPairsStep];
+};
+
+// C of a call in lanes: [groups of kFewColumns][rows][even columns, odd columns].
+KT_INLINE float* few_lanes(float* c, uint32_t group, uint32_t rows, uint32_t row) {
+  return c + (size_t{group} * rows + row) * kFewColumns;
+}
+
+// kRows rows of G by a group of columns, `at` bytes into the rows of W.
+template <int kRows>
+KT_INLINE void few_rows_tile(const FewRowsStep& s, uint32_t first, size_t at, float* c) {
+  Float even[kRows][2], odd[kRows][2];
+  for (int r = 0; r < kRows; ++r) even[r][0] = even[r][1] = odd[r][0] = odd[r][1] = Vec::set(0.0f);
+  for (uint32_t n = 0; n < kPairsStep; n += 2) {
+    __builtin_prefetch(s.ahead[n] + at, 0, 2);
+    __builtin_prefetch(s.ahead[n + 1] + at, 0, 2);
+    const Float low = Vec::load_even(s.row[n] + at), high = Vec::load_odd(s.row[n] + at);
+    KT_UNROLL for (int r = 0; r < kRows; ++r) {
+      const Float g = Vec::set(s.g[first + r][n]);
+      even[r][0] = TileSums::fused(g, low, even[r][0]);
+      even[r][1] = TileSums::fused(g, high, even[r][1]);
+    }
+    const Float low1 = Vec::load_even(s.row[n + 1] + at), high1 = Vec::load_odd(s.row[n + 1] + at);
+    KT_UNROLL for (int r = 0; r < kRows; ++r) {
+      const Float g = Vec::set(s.g[first + r][n + 1]);
+      odd[r][0] = TileSums::fused(g, low1, odd[r][0]);
+      odd[r][1] = TileSums::fused(g, high1, odd[r][1]);
+    }
+  }
+  KT_UNROLL for (int r = 0; r < kRows; ++r) {
+    for (uint32_t half = 0; half < 2; ++half) {
+      float* lanes = c + r * kFewColumns + half * Vec::kWidth;
+      Vec::store_f(lanes, TileSums::added(Vec::load_f(lanes), TileSums::added(even[r][half], odd[r][half])));
+    }
+  }
+}
+
+template <int kRows>
+KT_INLINE void few_rows_tiles(const FewRowsStep& s, uint32_t first, uint32_t rows, size_t at, float* c) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) return few_rows_tile<kRows>(s, first, at, c);
+    few_rows_tiles<kRows - 1>(s, first, rows, at, c);
+  }
+}
+
+// All rows of G by a group of columns.
+KT_INLINE void few_rows_group(const FewRowsStep& s, uint32_t rows, size_t at, float* c) {
+  for (uint32_t r = 0; r < rows; r += kFewRowsTile)
+    few_rows_tiles<kFewRowsTile>(s, r, smaller(rows - r, kFewRowsTile), at, c + r * kFewColumns);
+}
+
+template <class Format>
+class FewRows {
+ public:
+  KT_INLINE explicit FewRows(const NnArgs& args)
+      : args_(args),
+        rows_(args.terms[0].g.rows),
+        columns_{args.k0, args.k1, nullptr},
+        groups_(static_cast<uint32_t>(div_up(columns_.size(), kFewColumns))),
+        c_(reinterpret_cast<float*>(args.scratch)),
+        copies_(args.scratch + sizeof(float) * kFewRows * kMaxColumns) {}
+
+  // Not inlined, so that nothing of it is moved out of the caller's FlushDenormals.
+  __attribute__((noinline)) void run() {
+    for (const NnTerm& term : args_.terms)
+      for (uint32_t s0 = 0; s0 < term.size(); s0 += kPairsStep) step(term, s0);
+  }
+
+  void load_c() {
+    std::memset(c_, 0, size_t{groups_} * rows_ * kFewColumns * sizeof(float));
+    if (args_.accumulate) each([](float& lane, float& c) { lane = c; });
+  }
+  void store_c() {
+    each([](float& lane, float& c) { c = lane; });
+  }
+
+ private:
+  static constexpr uint32_t kMaxColumns = kMaxNnColumns + kFewColumns;
+  static constexpr size_t kCopyBytes = kMaxColumns * sizeof(bf16);  // of a row of W
+
+  template <class Function>
+  KT_INLINE void each(Function function) {
+    for (uint32_t m = 0; m < rows_; ++m) {
+      float* row = args_.c + m * args_.c_stride;
+      for (uint32_t k = 0; k < columns_.size(); ++k) {
+        const uint32_t in_group = k % kFewColumns;
+        float* lanes = few_lanes(c_, k / kFewColumns, rows_, m);
+        function(lanes[in_group % 2 * Vec::kWidth + in_group / 2], row[k]);
+      }
+    }
+  }
+
+  // Rows [s0, s0 + 32) of a term; zeros behind its last.
+  KT_INLINE void step(const NnTerm& term, uint32_t s0) {
+    const uint32_t count = smaller(term.size() - s0, kPairsStep);
+    for (uint32_t m = 0; m < rows_; ++m) {
+      const size_t row = term.g.index ? term.g.index[m] : m;
+      const std::byte* from = term.g.data + row * term.g.stride_bytes + (term.n0 + s0) * sizeof(bf16);
+      bf16 g[kPairsStep] = {};
+      std::memcpy(g, from, count * sizeof(bf16));
+      for (uint32_t n = 0; n < kPairsStep; n += Vec::kWidth)
+        Vec::store_f(step_.g[m] + n, Vec::load_bf16(g + n));
+    }
+    const bool as_stored = Unpack<Format>::kAsStored || term.is_bf16;
+    const uint32_t whole = as_stored ? columns_.size() / kFewColumns : groups_;
+    for (uint32_t n = 0; n < kPairsStep; ++n) {
+      const bool there = n < count, behind = s0 + n + kPairsStep < term.size();
+      const std::byte* row = there ? term.w.row(s0 + n) : nullptr;
+      step_.row[n] = there ? columns_.begin(row, term.is_bf16) : kZeroRow;
+      step_.ahead[n] = behind ? columns_.begin(term.w.row(s0 + n + kPairsStep), term.is_bf16) : step_.row[n];
+      if (!as_stored && there) {
+        columns_.decode(row, copies_ + n * kCopyBytes);
+        step_.row[n] = copies_ + n * kCopyBytes;
+      }
+    }
+    for (uint32_t j = 0; j < whole; ++j)
+      few_rows_group(step_, rows_, j * kFewColumns * sizeof(bf16), few_lanes(c_, j, rows_, 0));
+    if (whole < groups_) last_group(whole * kFewColumns);
+  }
+
+  // Fewer columns than a group: rows continue with zeros.
+  void last_group(uint32_t k) {
+    const uint32_t bytes = (columns_.size() - k) * sizeof(bf16);
+    for (uint32_t n = 0; n < kPairsStep; ++n) {
+      std::byte* copy = copies_ + n * kCopyBytes;
+      std::memset(copy, 0, kFewColumns * sizeof(bf16));
+      std::memcpy(copy, step_.row[n] + k * sizeof(bf16), bytes);
+      step_.row[n] = step_.ahead[n] = copy;
+    }
+    few_rows_group(step_, rows_, 0, few_lanes(c_, k / kFewColumns, rows_, 0));
+  }
+
+  const NnArgs& args_;
+  const uint32_t rows_;
+  const WeightColumns<Format> columns_;
+  const uint32_t groups_;
+  float* const c_;
+  std::byte* const copies_;
+  FewRowsStep step_;
+};
+
+template <class Format>
+void nn_few_rows(const NnArgs& args) {
+  FewRows<Format> product(args);
+  product.load_c();
+  {
+    const TileSums::FlushDenormals flush;
+    product.run();
+  }
+  product.store_c();
+}
