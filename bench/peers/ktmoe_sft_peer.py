@@ -29,6 +29,7 @@ class Contender:
     def prepare(self, cases: list[Case]) -> None:
         """See `bench.peers.Contender`."""
         self._moe.clear_cache()  # of a call that failed between its passes
+        self._gradients = None
         self._cases = cases
         self._out = np.empty(cases[0].x.shape, bfloat16)
 
@@ -39,7 +40,10 @@ class Contender:
 
     def backward(self, i: int) -> None:
         """See `bench.peers.Trainer`."""
-        self._gradients = self._moe.backward(self._cases[i].grad, gradients=self._gradients)
+        grad_input = None if self._gradients is None else self._gradients.grad_input
+        self._gradients = self._moe.backward(
+            self._cases[i].grad, gradients=self._gradients, grad_input=grad_input
+        )
 
     def answer(self) -> dict[str, Array]:
         """See `bench.peers.Contender`."""

@@ -1,7 +1,7 @@
 // A layer of experts that trains, over all sub-pools of an engine.
 //
 // forward     copy the input | ug, uu | gate, up, activation | ud | down, combine
-// backward    r | z, dg, du | dug, duu | gradients of matrices | (packing) | dx, combine
+// backward    r | z, dg, du | dug, duu | gradients of matrices | (dg, du to left operands) | dx, combine
 #pragma once
 
 #include <atomic>

@@ -80,8 +80,11 @@ struct WeightColumns {
   // Asks for what of() reads.
   template <int kHint>
   KT_INLINE void prefetch(const WeightView& w, uint32_t s, bool is_bf16) const {
-    const size_t bytes = is_bf16 ? (k1 - k0) * sizeof(bf16) : Format::row_bytes(k1) - Format::row_bytes(k0);
-    prefetch_bytes<kHint>(begin(w.row(s), is_bf16), bytes);
+    prefetch_bytes<kHint>(begin(w.row(s), is_bf16), bytes(is_bf16));
+  }
+  // As they are stored.
+  KT_INLINE size_t bytes(bool is_bf16) const {
+    return is_bf16 ? size() * sizeof(bf16) : Format::row_bytes(k1) - Format::row_bytes(k0);
   }
 };
 inline constexpr size_t kDecodedBytes = 2 * kPanelColumnsMost * sizeof(bf16);

@@ -12,11 +12,31 @@ inline constexpr int kFewRowsTile = 6;
 // Columns at a time: even ones in one vector, odd ones in another.
 inline constexpr uint32_t kFewColumns = 2 * Vec::kWidth;
 
+// The rows of W of the step behind, asked for row after row while one is multiplied: memory is read best in
+// long pieces.
+struct RowsAhead {
+  const std::byte* row[kPairsStep];
+  uint32_t num_rows = 0;
+  size_t row_bytes = 0;
+
+  KT_INLINE void restart() { next_ = 0, at_ = 0; }
+  KT_INLINE void ask() {
+    if (next_ >= num_rows) return;
+    __builtin_prefetch(row[next_] + at_, 0, 2);
+    at_ += kCacheLine;
+    if (at_ >= row_bytes) at_ = 0, ++next_;
+  }
+
+ private:
+  uint32_t next_ = 0;
+  size_t at_ = 0;
+};
+
 // Rows of W that a step sums over, from column k0 on, and what they are multiplied by.
 struct FewRowsStep {
   const std::byte* row[kPairsStep];
-  const std::byte* ahead[kPairsStep];  // of the step behind
   alignas(kCacheLine) float g[kFewRows][kPairsStep];
+  RowsAhead ahead;
 };
 
 // C of a call in lanes: [groups of kFewColumns][rows][even columns, odd columns].
@@ -26,12 +46,12 @@ KT_INLINE float* few_lanes(float* c, uint32_t group, uint32_t rows, uint32_t row
 
 // kRows rows of G by a group of columns, `at` bytes into the rows of W.
 template <int kRows>
-KT_INLINE void few_rows_tile(const FewRowsStep& s, uint32_t first, size_t at, float* c) {
+KT_INLINE void few_rows_tile(FewRowsStep& s, uint32_t first, size_t at, float* c) {
   Float even[kRows][2], odd[kRows][2];
   for (int r = 0; r < kRows; ++r) even[r][0] = even[r][1] = odd[r][0] = odd[r][1] = Vec::set(0.0f);
   for (uint32_t n = 0; n < kPairsStep; n += 2) {
-    __builtin_prefetch(s.ahead[n] + at, 0, 2);
-    __builtin_prefetch(s.ahead[n + 1] + at, 0, 2);
+    s.ahead.ask();
+    s.ahead.ask();
     const Float low = Vec::load_even(s.row[n] + at), high = Vec::load_odd(s.row[n] + at);
     KT_UNROLL for (int r = 0; r < kRows; ++r) {
       const Float g = Vec::set(s.g[first + r][n]);
@@ -54,7 +74,7 @@ KT_INLINE void few_rows_tile(const FewRowsStep& s, uint32_t first, size_t at, fl
 }
 
 template <int kRows>
-KT_INLINE void few_rows_tiles(const FewRowsStep& s, uint32_t first, uint32_t rows, size_t at, float* c) {
+KT_INLINE void few_rows_tiles(FewRowsStep& s, uint32_t first, uint32_t rows, size_t at, float* c) {
   if constexpr (kRows > 0) {
     if (rows == kRows) return few_rows_tile<kRows>(s, first, at, c);
     few_rows_tiles<kRows - 1>(s, first, rows, at, c);
@@ -62,7 +82,7 @@ KT_INLINE void few_rows_tiles(const FewRowsStep& s, uint32_t first, uint32_t row
 }
 
 // All rows of G by a group of columns.
-KT_INLINE void few_rows_group(const FewRowsStep& s, uint32_t rows, size_t at, float* c) {
+KT_INLINE void few_rows_group(FewRowsStep& s, uint32_t rows, size_t at, float* c) {
   for (uint32_t r = 0; r < rows; r += kFewRowsTile)
     few_rows_tiles<kFewRowsTile>(s, r, smaller(rows - r, kFewRowsTile), at, c + r * kFewColumns);
 }
@@ -80,8 +100,8 @@ class FewRows {
 
   // Not inlined, so that nothing of it is moved out of the caller's FlushDenormals.
   __attribute__((noinline)) void run() {
-    for (const NnTerm& term : args_.terms)
-      for (uint32_t s0 = 0; s0 < term.size(); s0 += kPairsStep) step(term, s0);
+    for (size_t i = 0; i < args_.terms.size(); ++i)
+      for (uint32_t s0 = 0; s0 < args_.terms[i].size(); s0 += kPairsStep) step(i, s0);
   }
 
   void load_c() {
@@ -108,8 +128,30 @@ class FewRows {
     }
   }
 
-  // Rows [s0, s0 + 32) of a term; zeros behind its last.
-  KT_INLINE void step(const NnTerm& term, uint32_t s0) {
+  // What is read behind rows [.., s0) of term i: rows of it, of the next, or what the caller goes on with.
+  KT_INLINE void look_ahead(size_t i, uint32_t s0) {
+    if (s0 >= args_.terms[i].size()) ++i, s0 = 0;
+    if (i < args_.terms.size()) {
+      const NnTerm& term = args_.terms[i];
+      ask_for(term.w, s0, term.size(), columns_, term.is_bf16);
+    } else {
+      const bool any = args_.next_w.data != nullptr;
+      ask_for(args_.next_w, 0, any ? args_.next_n : 0, {args_.next_k0, args_.next_k1, nullptr}, false);
+    }
+  }
+  KT_INLINE void ask_for(const WeightView& w, uint32_t s0, uint32_t end, const WeightColumns<Format>& columns,
+                         bool is_bf16) {
+    RowsAhead& ahead = step_.ahead;
+    ahead.num_rows = smaller(end - s0, kPairsStep);
+    for (uint32_t n = 0; n < ahead.num_rows; ++n) ahead.row[n] = columns.begin(w.row(s0 + n), is_bf16);
+    ahead.row_bytes = columns.bytes(is_bf16);
+    ahead.restart();
+  }
+
+  // Rows [s0, s0 + 32) of term i; zeros behind its last.
+  KT_INLINE void step(size_t i, uint32_t s0) {
+    const NnTerm& term = args_.terms[i];
+    look_ahead(i, s0 + kPairsStep);
     const uint32_t count = smaller(term.size() - s0, kPairsStep);
     for (uint32_t m = 0; m < rows_; ++m) {
       const size_t row = term.g.index ? term.g.index[m] : m;
@@ -122,10 +164,9 @@ class FewRows {
     const bool as_stored = Unpack<Format>::kAsStored || term.is_bf16;
     const uint32_t whole = as_stored ? columns_.size() / kFewColumns : groups_;
     for (uint32_t n = 0; n < kPairsStep; ++n) {
-      const bool there = n < count, behind = s0 + n + kPairsStep < term.size();
+      const bool there = n < count;
       const std::byte* row = there ? term.w.row(s0 + n) : nullptr;
       step_.row[n] = there ? columns_.begin(row, term.is_bf16) : kZeroRow;
-      step_.ahead[n] = behind ? columns_.begin(term.w.row(s0 + n + kPairsStep), term.is_bf16) : step_.row[n];
       if (!as_stored && there) {
         columns_.decode(row, copies_ + n * kCopyBytes);
         step_.row[n] = copies_ + n * kCopyBytes;
@@ -143,7 +184,7 @@ class FewRows {
       std::byte* copy = copies_ + n * kCopyBytes;
       std::memset(copy, 0, kFewColumns * sizeof(bf16));
       std::memcpy(copy, step_.row[n] + k * sizeof(bf16), bytes);
-      step_.row[n] = step_.ahead[n] = copy;
+      step_.row[n] = copy;
     }
     few_rows_group(step_, rows_, 0, few_lanes(c_, k / kFewColumns, rows_, 0));
   }
