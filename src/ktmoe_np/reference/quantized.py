@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from .activation import round_bf16
 
@@ -184,16 +184,18 @@ QuantizedMatrix = Int8Matrix | Int8GroupMatrix | Int4Matrix
 QUANTIZED = (Int8Matrix, Int8GroupMatrix, Int4Matrix)
 
 
-def dequantize(matrix: QuantizedMatrix) -> NDArray[np.float32]:
-    """Compute code * scale with one float32 multiplication.
+def dequantize(matrix: QuantizedMatrix, dtype: DTypeLike = np.float32) -> NDArray[Any]:
+    """Compute code * scale with one multiplication.
 
     Parameters
     ----------
     matrix : Int8Matrix, Int8GroupMatrix or Int4Matrix
+    dtype : dtype, optional
+        float32, or float64, in which the product is exact.
 
     Returns
     -------
-    ndarray of float32, [..., N, K]
+    ndarray of `dtype`, [..., N, K]
 
     Examples
     --------
@@ -206,7 +208,7 @@ def dequantize(matrix: QuantizedMatrix) -> NDArray[np.float32]:
     else:
         scale = matrix.row_scale[..., None]
     with np.errstate(over="ignore", under="ignore"):
-        values: NDArray[np.float32] = matrix.codes.astype(np.float32) * scale
+        values: NDArray[Any] = matrix.codes.astype(dtype) * scale.astype(dtype)
     return values
 
 
