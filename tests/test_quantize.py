@@ -37,7 +37,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 #: Columns: groups filled, short, one column, odd.
 COLUMNS = st.sampled_from([1, 2, 15, 31, 32, 33, 64, 77, 100, 128, 129, 200])
 #: Powers of two by which weights are scaled: denormal numbers up to the largest.
-POWERS = st.integers(-140, 124)
+POWERS = st.integers(-140, 127)
 
 
 def draw(seed: int, *shape: int, power: int = 0, dtype: Any = bf16) -> AnyArray:
@@ -255,6 +255,16 @@ def test_the_edges_of_bfloat16(value: float) -> None:
         assert (np.abs(decoded - weights.astype(np.float64)) <= 0.2 * value).all()
         assert (matrix.codes[0, [0, 5]] > 0).all()
         assert matrix.codes[0, 1] < 0
+
+
+def test_no_decoded_weight_overflows() -> None:
+    # Without a limit the scale of least squares would take the largest code beyond the largest number.
+    weights = np.array([[1, -1] * 12 + [0.61, 0.33]]) * LARGEST
+    weights = weights.astype(f32).astype(bf16)
+    matrix = quantize_int4(weights)
+    limit = f32(LARGEST) / np.abs(matrix.codes).max().astype(f32)
+    assert int4_row(weights[0], 32)[2] == matrix.row_scale[0] == limit
+    assert float(gradient_weights(matrix).astype(f32).max()) == LARGEST
 
 
 def test_a_scale_that_vanishes_gives_zeros() -> None:

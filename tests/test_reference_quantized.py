@@ -102,6 +102,18 @@ def test_any_evaluation_stays_within_the_bound(method: str, ulps: float, seed: i
     assert_within(got, truth, error_bound(**layer, **options, sigmas=6.0))
 
 
+@pytest.mark.parametrize("inter", [1, 2, 3])
+def test_the_bound_knows_what_a_few_codes_may_do(inter: int) -> None:
+    # A single h has the code 127 and only its scale moves; of two or three, single codes do.
+    layer = draw_quantized(2, "int8", T=400, E=2, H=20, inter=inter)
+    truth = moe_forward(**layer, accumulate_dtype=np.float64, out_dtype=np.float32)
+    got = noisy_engine(layer, np.random.default_rng(2), 30000.0)
+    bound = error_bound(**layer, out_dtype=np.float32, activation_ulps=30000.0)
+    assert_within(got, truth, bound)
+    reached = np.abs(got - truth) / bound
+    assert reached.max() > 0.1
+
+
 @pytest.mark.parametrize("power", [-126, -100, -60, 30])
 @pytest.mark.parametrize("method", ["int8", "int4", "weight-only int4"])
 def test_scales_of_any_size_stay_within_the_bound(method: str, power: int) -> None:
