@@ -182,6 +182,10 @@ class _WeightSums:
             for name in ("gate", "up", "down"):
                 experts = getattr(cache.inputs, name)
                 if experts is not None:
+                    if experts[0].quantized:
+                        raise ValueError(
+                            f"full_weight_grad needs bfloat16 weights, but {name}_proj is quantised"
+                        )
                     shapes[f"{name}_proj"] = (len(experts), *experts[0].shape)
         self.by_name: dict[str, Array] = {
             name: np.zeros(shape, cache.precision.dtype) for name, shape in shapes.items()

@@ -25,15 +25,16 @@ class ExpertWeights:
     values: NDArray[Any]  # [N, K]: numbers of bfloat16, or int8 codes
     row_scale: NDArray[np.float32] | None = None  # [N]
     integer: bool = False  # activations become int8 codes too
+    quantized: bool = False
 
     @classmethod
     def of(cls, matrix: QuantizedMatrix, product: str, *, exact: bool) -> ExpertWeights:
         """Take one matrix [N, K] for a product of `PRODUCTS`, or for an exact computation in float64."""
         if exact:
-            return cls(dequantize(matrix, np.float64))
+            return cls(dequantize(matrix, np.float64), quantized=True)
         if isinstance(matrix, Int8GroupMatrix):
-            return cls(product_weights(matrix))
-        return cls(matrix.codes, matrix.row_scale, product == "int8")
+            return cls(product_weights(matrix), quantized=True)
+        return cls(matrix.codes, matrix.row_scale, integer=product == "int8", quantized=True)
 
     @property
     def shape(self) -> tuple[int, ...]:
