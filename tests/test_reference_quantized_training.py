@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradient_bound import gradient_balls
+from gradient_bound import Ball, gradient_balls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized_cases import METHODS, PROJECTIONS, quantized
@@ -24,6 +24,7 @@ from ktmoe_np.reference import (
     moe_forward,
     moe_forward_sft,
     product_weights,
+    quantize_activations,
     round_bf16,
 )
 
@@ -66,6 +67,23 @@ def test_a_step_is_the_loop(
     assert gradients.keys() == loop.gradients.keys()
     for name, expected in loop.gradients.items():
         np.testing.assert_allclose(gradients[name], expected, rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from([0.0, 1e-4, 0.004, 0.3]))
+@quick
+def test_the_interval_of_codes_holds_every_row_in_it(seed: int, K: int, radius: float) -> None:
+    rng = np.random.default_rng(seed)
+    centre = round_bf16(rng.standard_normal((5, K))).astype(np.float64)
+    operand = Ball(centre, radius * np.abs(centre) * rng.random((5, K)))
+    for rounded in (True, False):
+        result = operand.int8(rounded)
+        for _ in range(20):
+            # Rows of float32 numbers, most elements near the ends of their intervals.
+            sign = np.clip(rng.uniform(-3, 3, centre.shape), -1, 1)
+            row = (centre + 0.99 * sign * operand.radius).astype(np.float32)
+            codes, scale = quantize_activations(row)
+            decoded = codes * scale[:, None].astype(np.float64)
+            assert (np.abs(decoded - result.centre) <= result.radius * (1 + 1e-12)).all()
 
 
 @methods

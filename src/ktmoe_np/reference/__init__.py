@@ -4,7 +4,7 @@ Read `forward` (the layer), then `activation` (the functions in it). `bound` say
 evaluations may lie apart, so that a comparison needs no guessed tolerance; `inputs` checks the arguments.
 Training: `training` (the layer with adapters), `lora` (the adapters), `dropout` (their masks), then
 `backward` and `derivative`. Quantised weights: `quantized` (what they are), `quantize` (how they come about),
-`packing` (their bytes).
+`weights` (what is multiplied with them), `packing` (their bytes).
 
 T tokens, E experts, P experts per token, H hidden size, I intermediate size, R LoRA rank; bf(x) rounds to
 bfloat16.
