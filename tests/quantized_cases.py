@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from reference_cases import AnyArray, Layer, bf16, draw_layer, round_by_bits
+from reference_cases import AnyArray, Layer, draw_layer, round_by_bits
 
 from ktmoe_np.reference import Int4Matrix, Int8GroupMatrix, Int8Matrix, quantize_int4, quantize_int8
 
@@ -83,9 +83,3 @@ def quantized_loop(layer: Layer, formula: Callable[[float, float], float]) -> An
             h = [round_by_bits(formula(g, u)) for g, u in zip(gate, up, strict=True)]
             out[t] += float(layer["topk_weights"][t, p]) * np.array(project(h, "down", e))
     return out
-
-
-def exactly_small(layer: Layer) -> Layer:
-    """Small integers as activations and routing weights, so that float32 sums have no errors."""
-    x = np.sign(layer["hidden_states"].astype(np.float32)).astype(bf16)
-    return {**layer, "hidden_states": x, "topk_weights": np.round(layer["topk_weights"] * 4)}

@@ -149,8 +149,10 @@ def test_int4_of_two_levels_with_a_power_of_two_is_exact(seed: int, G: int, g: i
     rng = np.random.default_rng(seed)
     m = rng.integers(1, 16, (4, G, 1)) * rng.choice([-1, 1], (4, G, 1))
     q = rng.integers(-8, 8, (4, G, g))
-    # Every group has its extreme; the first one's odd numbers make the row's common power of two 1.
+    # Groups hold a largest |q| or are small; odd numbers in the first one make the common power of two 1.
     q[:, :, 0] = rng.choice([-8, 7], (4, G))
+    small = rng.random((4, G)) < 0.3
+    m[small], q[small] = 1, rng.integers(-7, 8, (np.count_nonzero(small), g))
     m[:, 0], q[:, 0, 1:] = 2 * rng.integers(4, 8, (4, 1)) + 1, 7
     weights = np.ldexp((m * q).reshape(4, -1).astype(np.float64), power).astype(f32).astype(bf16)
     np.testing.assert_array_equal(dequantize(quantize_int4(weights, group_size=g)), weights.astype(f32))
