@@ -16,7 +16,15 @@ import numpy as np
 from reference_cases import AnyArray, Layer
 
 from ktmoe_np.config import ActivationSpec, parse_activation
-from ktmoe_np.reference import Dropout, LoraWeights, round_bf16
+from ktmoe_np.reference import (
+    Dropout,
+    Int8GroupMatrix,
+    LoraWeights,
+    dequantize,
+    gradient_weights,
+    product_weights,
+    round_bf16,
+)
 from ktmoe_np.reference.activation import gate_factor, up_factor
 from ktmoe_np.reference.derivative import gate_slope, up_slope
 
@@ -68,12 +76,34 @@ class Ball:
         centre = round_bf16(self.centre).astype(np.float64) if rounded else self.centre
         return Ball(centre, np.maximum(high - centre, centre - low) + TINY)
 
+    def int8(self, rounded: bool) -> Ball:
+        """Rows as int8 codes times their scales."""
+        near, far = (np.maximum(np.abs(self.centre) + sign * self.radius, 0) for sign in (-1, 1))
+        rows = [magnitude.max(axis=1, keepdims=True, initial=0) for magnitude in (near, far)]
+        scales = [(amax / 127).astype(np.float32).astype(np.float64) for amax in rows]
+        ends = [self.centre - self.radius, self.centre + self.radius]
+        codes = [_codes(end, scale) for end in ends for scale in scales]
+        values = [code * scale for code in codes for scale in scales]
+        low, high = np.minimum.reduce(values), np.maximum.reduce(values)
+        centre = self.centre
+        if rounded:
+            scale = (np.abs(centre).max(axis=1, keepdims=True, initial=0) / 127).astype(np.float32)
+            centre = _codes(centre, scale) * scale.astype(np.float64)
+        return Ball(centre, np.maximum(high - centre, centre - low) + TINY)
+
     def mapped(self, function: Any, curvature: float, ulps: float) -> Ball:
         """A function with a second derivative of at most `curvature` between its jumps and corners."""
         centre = function(self.centre)
         ends = [np.abs(function(self.centre + sign * self.radius) - centre) for sign in (-1, 1)]
         spread = np.maximum(*ends) + curvature * np.square(self.radius)
         return Ball(centre, spread + ulps * EPS * np.maximum(self.reach, 1.0))
+
+
+def _codes(x: AnyArray, scale: AnyArray) -> AnyArray:
+    with np.errstate(all="ignore"):
+        codes = np.clip(np.rint((x / scale).astype(np.float32)), -127, 127)
+    # A row that may be zero may have any scale; its codes times scales are then as good as zero.
+    return np.where(scale > 0, codes, 0).astype(np.float64)
 
 
 def _product(a: Ball, b: Ball, multiply: Any) -> Ball:
@@ -85,6 +115,37 @@ def ball(values: Any) -> Ball:
     """Numbers that are known."""
     centre = np.asarray(values).astype(np.float64)
     return Ball(centre, np.zeros(centre.shape))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a projection, as the products of the forward and of the backward pass take them."""
+
+    values: Ball  # [E, N, K]
+    row_scale: Ball | None  # [E, N]
+    backward: Ball  # [E, N, K]
+    integer: bool
+    rounded: bool
+
+    @staticmethod
+    def of(matrix: Any, product: str, rounded: bool) -> Weights:
+        if isinstance(matrix, np.ndarray):
+            return Weights(ball(matrix), None, ball(matrix), False, rounded)
+        backward = (
+            ball(gradient_weights(matrix)) if rounded else ball(dequantize(matrix, np.float64)).bf(False)
+        )
+        if isinstance(matrix, Int8GroupMatrix):
+            return Weights(backward, None, backward, False, rounded)
+        values, row_scale = ball(product_weights(matrix)), ball(matrix.row_scale)
+        return Weights(values, row_scale, backward, product == "int8", rounded)
+
+    def at(self, e: int) -> Weights:
+        row_scale = None if self.row_scale is None else _take(self.row_scale, e)
+        return Weights(_take(self.values, e), row_scale, _take(self.backward, e), self.integer, self.rounded)
+
+    def product(self, operand: Ball) -> Ball:
+        total = (operand.int8(self.rounded) if self.integer else operand) @ self.values.T
+        return total if self.row_scale is None else total * self.row_scale
 
 
 def curvatures(spec: ActivationSpec) -> tuple[float, float]:
@@ -115,7 +176,8 @@ def gradient_balls(
     """
     lora: LoraWeights = layer["lora"]
     names = ("gate", "up", "down") if layer["up_proj"] is not None else ("gate", "down")
-    weight = {name: ball(layer[f"{name}_proj"]) for name in names}
+    how = layer.get("product", "bfloat16"), rounded
+    weight = {name: Weights.of(layer[f"{name}_proj"], *how) for name in names}
     a, b = ({n: ball(round_bf16(getattr(lora, f"{n}_lora_{m}"))) for n in names} for m in "ab")
     x, q, ids = ball(layer["hidden_states"]), ball(grad_output), layer["topk_ids"]
     num_experts, hidden, inter = layer["down_proj"].shape
@@ -135,7 +197,7 @@ def gradient_balls(
             _take(q, t),
             ball(layer["topk_weights"][t, p, None]),
             ball(lora.scale(dropout.rate)),
-            {n: _take(weight[n], e) for n in names},
+            {n: weight[n].at(e) for n in names},
             {n: _take(a[n], e) for n in names},
             {n: _take(b[n], e) for n in names},
             bias,
@@ -166,7 +228,7 @@ def _expert_balls(
     q: Ball,
     w: Ball,
     s: Ball,
-    weight: dict[str, Ball],
+    weight: dict[str, Weights],
     a: dict[str, Ball],
     b: dict[str, Ball],
     bias: dict[str, Ball],
@@ -178,7 +240,7 @@ def _expert_balls(
 
     def project(name: str, operand: Ball) -> tuple[Ball, Ball]:
         inner = (operand.where(kept[name]) @ a[name].T).bf(rounded)
-        result = operand @ weight[name].T + s * (inner @ b[name].T)
+        result = weight[name].product(operand) + s * (inner @ b[name].T)
         return inner, result + bias[name] if name in bias else result
 
     first = {name: project(name, x) for name in weight if name != "down"}
@@ -186,7 +248,7 @@ def _expert_balls(
     h = activation_balls(spec, g, u)[0].bf(rounded)
     ud, y = project("down", h)
     r = (q @ b["down"]).bf(rounded)
-    z = q @ weight["down"] + s * (r @ a["down"]).where(kept["down"])
+    z = q @ weight["down"].backward + s * (r @ a["down"]).where(kept["down"])
     zh = z * h
     grad_w = Ball(zh.centre.sum(1, keepdims=True), zh.radius.sum(1, keepdims=True))
     grad_w = grad_w.computed(zh.reach.sum(1, keepdims=True), h.centre.shape[1])
@@ -201,7 +263,7 @@ def _expert_balls(
     for name, slope in zip(first, slopes, strict=True):
         d = (w * z * slope).bf(rounded)
         d_inner = (s * (d @ b[name])).bf(rounded)
-        part = d @ weight[name] + (d_inner @ a[name]).where(kept[name])
+        part = d @ weight[name].backward + (d_inner @ a[name]).where(kept[name])
         result["grad_input"] = result["grad_input"] + part if "grad_input" in result else part
         result[f"{name}_lora_b"] = s * (d.T @ first[name][0])
         result[f"{name}_lora_a"] = d_inner.T @ x.where(kept[name])

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from quantized_cases import activation_codes, decoded
 from reference_cases import FORMULAS, AnyArray, Layer, sigmoid
 from reference_cases import round_by_bits as bf
 from training_cases import LORA_NAMES, philox_word
+
+from ktmoe_np.reference import dequantize
 
 #: d act / dg and d act / du.
 SLOPES: dict[str, tuple[Callable[[float, float], float], ...]] = {
@@ -25,6 +28,11 @@ class Loop:
         lora, self.dropout = layer["lora"], layer.get("dropout")
         matrices = {name: getattr(lora, name) for name in LORA_NAMES}
         matrices |= {name: layer[name] for name in ("gate_proj", "up_proj", "down_proj")}
+        self.quantized = {
+            k: v for k, v in matrices.items() if v is not None and not isinstance(v, np.ndarray)
+        }
+        matrices |= {name: dequantize(matrix) for name, matrix in self.quantized.items()}
+        self.codes = activation_codes if layer.get("product") == "int8" else lambda x: (x, 1.0)
         self.weights = {k: rounded(v.astype(float)) for k, v in matrices.items() if v is not None}
         self.biases = {k: layer[k].astype(float) for k in layer if k.endswith("_bias")}
         self.projections = ("gate", "up") if "up_proj" in self.weights else ("gate",)
@@ -35,7 +43,8 @@ class Loop:
         self.x, self.q = layer["hidden_states"].astype(float), grad_output.astype(float)
         self.routing = layer["topk_weights"].astype(float)
         self.out = np.zeros(self.x.shape)
-        self.gradients = {name: np.zeros(value.shape) for name, value in self.weights.items()}
+        trained = self.weights.keys() - self.quantized.keys()
+        self.gradients = {name: np.zeros(self.weights[name].shape) for name in trained}
         self.gradients |= {"grad_input": np.zeros(self.x.shape), "grad_weights": np.zeros(self.routing.shape)}
         mask = layer.get("gpu_experts_mask")
         for (t, p), e in np.ndenumerate(layer["topk_ids"]):
@@ -58,11 +67,11 @@ class Loop:
         inner, first = {}, []
         for name in self.projections:
             inner[name] = rounded(product(at[f"{name}_lora_a"], x * kept_x))
-            base = product(at[f"{name}_proj"], x) + bias.get(f"{name}_bias", 0.0)
+            base = self.base(f"{name}_proj", e, x) + bias.get(f"{name}_bias", 0.0)
             first.append(base + s * product(at[f"{name}_lora_b"], inner[name]))
         h = np.array([bf(self.act(*operands)) for operands in zip(first[0], first[-1], strict=True)])
         inner["down"] = rounded(product(at["down_lora_a"], h * kept_h))
-        y = product(at["down_proj"], h) + s * product(at["down_lora_b"], inner["down"])
+        y = self.base("down_proj", e, h) + s * product(at["down_lora_b"], inner["down"])
         self.out[t] += w * (y + bias.get("down_bias", 0.0))
 
         cached = first if self.float32_cache else [rounded(values) for values in first]
@@ -82,8 +91,17 @@ class Loop:
             self.add(f"{name}_lora_a", e, d_inner, x * kept_x)
             self.add(f"{name}_proj", e, d, x)
 
+    def base(self, name: str, e: int, x: AnyArray) -> AnyArray:
+        """The product of x with the base weights."""
+        if name not in self.quantized:
+            return product(self.weights[name][e], x)
+        operand, scale = self.codes([float(value) for value in x])
+        rows = [decoded(self.quantized[name], e, n) for n in range(self.weights[name].shape[1])]
+        return product(np.array([values for values, _ in rows]), operand) * scale * [row[1] for row in rows]
+
     def add(self, name: str, e: int, left: AnyArray, right: AnyArray) -> None:
-        self.gradients[name][e] += np.outer(left, right)
+        if name in self.gradients:
+            self.gradients[name][e] += np.outer(left, right)
 
 
 def rounded(values: AnyArray) -> AnyArray:

@@ -3,7 +3,8 @@
 Read `forward` (the layer), then `activation` (the functions in it). `bound` says how far two correct
 evaluations may lie apart, so that a comparison needs no guessed tolerance; `inputs` checks the arguments.
 Training: `training` (the layer with adapters), `lora` (the adapters), `dropout` (their masks), then
-`backward` and `derivative`.
+`backward` and `derivative`. Quantised weights: `quantized` (what they are), `quantize` (how they come about),
+`weights` (what is multiplied with them), `packing` (their bytes).
 
 T tokens, E experts, P experts per token, H hidden size, I intermediate size, R LoRA rank; bf(x) rounds to
 bfloat16.
@@ -16,21 +17,46 @@ from .derivative import activate_gradients
 from .dropout import Dropout, dropout_mask, philox4x32
 from .forward import moe_forward
 from .lora import LoraWeights
+from .packing import pack_int4, pack_int8, unpack_int4, unpack_int8
+from .quantize import quantize_activations, quantize_int4, quantize_int8
+from .quantized import (
+    Int4Matrix,
+    Int8GroupMatrix,
+    Int8Matrix,
+    QuantizedMatrix,
+    dequantize,
+    gradient_weights,
+    product_weights,
+)
 from .training import ForwardCache, moe_forward_sft
 
 __all__ = [
     "Dropout",
     "ForwardCache",
     "Gradients",
+    "Int4Matrix",
+    "Int8GroupMatrix",
+    "Int8Matrix",
     "LoraWeights",
+    "QuantizedMatrix",
     "activate",
     "activate_gradients",
     "assert_within",
+    "dequantize",
     "dropout_mask",
     "error_bound",
+    "gradient_weights",
     "moe_backward",
     "moe_forward",
     "moe_forward_sft",
+    "pack_int4",
+    "pack_int8",
     "philox4x32",
+    "product_weights",
+    "quantize_activations",
+    "quantize_int4",
+    "quantize_int8",
     "round_bf16",
+    "unpack_int4",
+    "unpack_int8",
 ]

@@ -52,6 +52,8 @@ def moe_backward(
         dug = bf(s * dg Bg)          duu = bf(s * du Bu)
         grad_input[t] = bf(sum over p in slot order of dg Wg + du Wu + dug Ag + duu Au)
 
+    Quantised weights are bf(code * scale) in all of these, whatever the product of the forward pass.
+
     and, summed in float32 over the slots of an expert in the order of the tokens::
 
         dBd += s * q^T bf(w ud)      dAd += bf(s w r)^T h
@@ -74,7 +76,7 @@ def moe_backward(
     skip_lora : bool, optional
         Only the gradients of the input and of the routing weights: adapters are used, but not trained.
     full_weight_grad : bool, optional
-        The gradients of the base weights too.
+        The gradients of the base weights too; they must not be quantised.
 
     Returns
     -------
@@ -83,7 +85,8 @@ def moe_backward(
     Raises
     ------
     ValueError
-        `grad_output` of another shape; `skip_lora` and `full_weight_grad` both.
+        `grad_output` of another shape; `skip_lora` and `full_weight_grad` both; `full_weight_grad` of
+        quantised weights.
     TypeError
         `cache` or `grad_output` of another type.
 
@@ -129,7 +132,7 @@ def _through_down(cache: ForwardCache, rows: Rows, q: Array, sums: _WeightSums) 
     (e, t, p), inputs, bf = rows, cache.inputs, cache.precision.bf
     w = inputs.routing[t, p, None].astype(q.dtype)
     h = cache.h[t, p].astype(q.dtype)
-    z: Array = q @ inputs.down[e].astype(q.dtype)
+    z: Array = q @ inputs.down[e].backward(q.dtype)
     if "down" in cache.adapters:
         adapter = cache.adapters["down"]
         h_dropped = adapter.dropped(h, t)
@@ -155,7 +158,7 @@ def _through_first(cache: ForwardCache, rows: Rows, projection: str, d: Array, s
     """Compute the part [M, H] of the gradient of x that comes through gate or up, from dg or du."""
     (e, t, _), inputs = rows, cache.inputs
     x = inputs.x[t].astype(d.dtype)
-    grad_x: Array = d @ getattr(inputs, projection)[e].astype(d.dtype)
+    grad_x: Array = d @ getattr(inputs, projection)[e].backward(d.dtype)
     if projection in cache.adapters:
         adapter = cache.adapters[projection]
         x_dropped = adapter.dropped(x, t)
@@ -179,6 +182,10 @@ class _WeightSums:
             for name in ("gate", "up", "down"):
                 experts = getattr(cache.inputs, name)
                 if experts is not None:
+                    if experts[0].quantized:
+                        raise ValueError(
+                            f"full_weight_grad needs bfloat16 weights, but {name}_proj is quantised"
+                        )
                     shapes[f"{name}_proj"] = (len(experts), *experts[0].shape)
         self.by_name: dict[str, Array] = {
             name: np.zeros(shape, cache.precision.dtype) for name, shape in shapes.items()

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ..config import ActivationSpec
-from .activation import Array, gate_factor, round_bf16, up_factor
+from .activation import Array, round_bf16
 from .inputs import AnyArray, ForwardInputs, Weights, check_inputs, check_out_dtype
+from .rounding import EPS, TINY, Rounding
 
 __all__ = ["assert_within", "error_bound"]
-
-#: Unit roundoff of float32.
-_EPS = 2.0**-24
-
-#: Smallest normal float32: hardware may take anything below it for zero.
-_TINY = 2.0**-126
 
 
 def error_bound(
@@ -56,6 +48,12 @@ def error_bound(
         out       radius  sum_p |w| dy + gamma_{P+2} * (sum_p |w| (|y| + dy) + |base|)
         bound     round(out + radius) - round(out - radius)
 
+    With row scales, sum |x| |w| is that of the codes, scaled, and n is K + 2. Of an int8 product, whose sums
+    are exact, n is 4, and the codes q and the scale s of h have intervals too, with radii dq and ds, which
+    hold their values at the ends of the intervals of h::
+
+        y         radius  row_scale * (2 ds |sum q code| + (s + ds) sum dq |code|) + gamma_4 * (|y| + |bias|)
+
     Rounding is monotone, so the lines of h and of the bound lose nothing: an element of h whose interval
     holds no rounding boundary has radius 0, one whose interval holds one may be a bf16 ulp off. All sums
     assume the worst case over signs, so the bound grows with K where the typical difference grows with
@@ -73,8 +71,9 @@ def error_bound(
         long K. Compare with ``accumulate_dtype=float64`` then: the float32 order of `moe_forward` is NumPy's.
     sigmas : float, optional
         Take rounding errors for independent with mean zero (Higham and Mary, 2019): gamma_n becomes
-        sigmas * sqrt(n) * e, and sum |Wd| dh becomes sigmas * sqrt(sum (|Wd| dh)^2). An element may then fail
-        with a probability of at most 2 exp(-sigmas^2 / 2), in practice far less; 6 suits tests.
+        sigmas * sqrt(n) * e, and sum |Wd| dh becomes sigmas * sqrt(sum (|Wd| dh)^2), likewise that of dq. An
+        element may then fail with a probability of at most 2 exp(-sigmas^2 / 2), in practice far less; 6
+        suits tests.
     activation_ulps : float, optional
         Allowed error of the engine's exp, tanh or erf, in float32 units of the gate.
     **options
@@ -102,15 +101,15 @@ def error_bound(
     >>> result, truth = moe_forward(*layer), moe_forward(*layer, accumulate_dtype=np.float64)
     >>> assert_within(result, truth, error_bound(*layer))
     """
-    rounding = _Rounding(max_chain, sigmas, activation_ulps)
+    rounding = Rounding(max_chain, sigmas, activation_ulps)
     dtype = check_out_dtype(out_dtype)
     inputs = check_inputs(hidden_states, topk_ids, topk_weights, gate_proj, up_proj, down_proj, **options)
     with np.errstate(all="ignore"):
         total, radius = _combined(inputs, rounding)
         if dtype == ml_dtypes.bfloat16:
-            bound = round_bf16(total + radius).astype(np.float64) - round_bf16(total - radius) + _TINY
+            bound = round_bf16(total + radius).astype(np.float64) - round_bf16(total - radius) + TINY
         else:
-            bound = 2.0 * radius + 2.0 * _EPS * np.abs(total)
+            bound = 2.0 * radius + 2.0 * EPS * np.abs(total)
     bound = np.where(np.isnan(bound), np.inf, bound)
     computed = inputs.ids >= 0
     finite = np.isfinite(inputs.x.astype(np.float32)).all(axis=1)
@@ -149,69 +148,7 @@ def assert_within(actual: AnyArray, expected: AnyArray, bound: Array) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Rounding:
-    """What is assumed of the roundings of an evaluation; the parameters are those of `error_bound`."""
-
-    max_chain: int | None
-    sigmas: float | None
-    activation_ulps: float
-
-    def __post_init__(self) -> None:
-        if self.max_chain is not None and self.max_chain < 1:
-            raise ValueError(f"max_chain must be at least 1, got {self.max_chain}")
-        if self.sigmas is not None and not self.sigmas > 0:
-            raise ValueError(f"sigmas must be above 0, got {self.sigmas}")
-
-    def gamma(self, n: int) -> float:
-        """Relative error of n roundings in a row."""
-        if self.sigmas is not None:
-            return self.sigmas * math.sqrt(n) * _EPS
-        return n * _EPS / (1.0 - n * _EPS)
-
-    def carried(self, dx: Array, abs_w: Array) -> Array:
-        """Error of x . W^T from errors dx of x."""
-        worst: Array = dx @ abs_w.T
-        if self.sigmas is None:
-            return worst
-        typical: Array = np.sqrt(np.square(dx) @ np.square(abs_w).T)
-        smaller: Array = np.minimum(worst, self.sigmas * typical)
-        return smaller
-
-    def product(
-        self, x: Array, dx: Array | None, weight: AnyArray, bias: AnyArray | None
-    ) -> tuple[Array, Array]:
-        """Centre and radius of x . W^T + bias for x with radius dx: [M, K] and [N, K] to [M, N]."""
-        w = weight.astype(np.float64)
-        abs_w, num_terms = np.abs(w), min(w.shape[1], self.max_chain or w.shape[1]) + 1
-        centre, magnitude = x @ w.T, np.abs(x) @ abs_w.T
-        carried = np.zeros_like(magnitude) if dx is None else self.carried(dx, abs_w)
-        if bias is not None:
-            centre = centre + bias.astype(np.float64)
-            magnitude = magnitude + np.abs(bias.astype(np.float64))
-        flushed = _TINY * (abs_w.sum(axis=1) + np.abs(x).sum(axis=1, keepdims=True) + w.shape[1])
-        radius = carried + self.gamma(num_terms) * (magnitude + carried) + flushed
-        return centre, np.where(magnitude + radius < np.finfo(np.float32).max, radius, np.inf)
-
-    def gate_factor(self, spec: ActivationSpec, g: Array, dg: Array) -> tuple[Array, Array]:
-        """Centre and radius of the factor of the activation that depends on the gate."""
-        a = gate_factor(spec, g)
-        da = np.maximum(np.abs(gate_factor(spec, g + dg) - a), np.abs(gate_factor(spec, g - dg) - a))
-        # The function may turn between the ends of the interval. |A''| is at most alpha / 2 (silu and its
-        # kin), 0.8 (gelu) or 1 + 1 / beta1 (situ).
-        da += 0.5 * (max(1.0, spec.alpha) + 1.0 / spec.beta1) * dg * dg
-        reach = np.abs(g) + dg
-        scale = np.square(reach) if spec.kind == "relu2" else reach
-        return a, da + self.activation_ulps * _EPS * np.maximum(scale, np.abs(a))
-
-    def up_factor(self, spec: ActivationSpec, u: Array, du: Array) -> tuple[Array, Array]:
-        """Centre and radius of the factor of the activation that depends on up; it is monotone."""
-        b = up_factor(spec, u)
-        db = np.maximum(np.abs(up_factor(spec, u + du) - b), np.abs(up_factor(spec, u - du) - b))
-        return b, db + self.activation_ulps * _EPS * (np.abs(b) + (spec.kind == "swigluoai"))
-
-
-def _combined(inputs: ForwardInputs, rounding: _Rounding) -> tuple[Array, Array]:
+def _combined(inputs: ForwardInputs, rounding: Rounding) -> tuple[Array, Array]:
     """Centre and radius of the sum before the last rounding, both [T, H]."""
     num_slots = inputs.ids.shape[1]
     base = np.zeros(inputs.x.shape) if inputs.base is None else inputs.base.astype(np.float64)
@@ -225,13 +162,11 @@ def _combined(inputs: ForwardInputs, rounding: _Rounding) -> tuple[Array, Array]
             total[rows[hit]] += weight * y[hit]
             radius[rows[hit]] += np.abs(weight) * dy[hit]
             magnitude[rows[hit]] += np.abs(weight) * (np.abs(y[hit]) + dy[hit])
-    radius += rounding.gamma(num_slots + 2) * magnitude + num_slots * _TINY
+    radius += rounding.gamma(num_slots + 2) * magnitude + num_slots * TINY
     return total, radius
 
 
-def _expert(
-    inputs: ForwardInputs, e: int, rows: NDArray[np.intp], rounding: _Rounding
-) -> tuple[Array, Array]:
+def _expert(inputs: ForwardInputs, e: int, rows: NDArray[np.intp], rounding: Rounding) -> tuple[Array, Array]:
     """Centre and radius of y of expert `e` for the tokens `rows`, both [M, H]."""
     spec = inputs.activation
     x = inputs.x[rows].astype(np.float64)
@@ -241,8 +176,8 @@ def _expert(
     act, d_act = rounding.gate_factor(spec, *rounding.product(x, None, inputs.gate[e], gate_bias))
     if inputs.up is not None:
         b, db = rounding.up_factor(spec, *rounding.product(x, None, inputs.up[e], up_bias))
-        d_act = np.abs(act) * db + np.abs(b) * d_act + d_act * db + _EPS * np.abs(act * b)
+        d_act = np.abs(act) * db + np.abs(b) * d_act + d_act * db + EPS * np.abs(act * b)
         act = act * b
     h = round_bf16(act).astype(np.float64)
-    dh = np.maximum(round_bf16(act + d_act) - h, h - round_bf16(act - d_act)) + _TINY
+    dh = np.maximum(round_bf16(act + d_act) - h, h - round_bf16(act - d_act)) + TINY
     return rounding.product(h, dh, inputs.down[e], down_bias)

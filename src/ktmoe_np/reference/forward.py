@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from ..config import ActivationSpec
 from .activation import Array, activate, round_bf16
 from .inputs import AnyArray, ForwardInputs, Weights, check_inputs, check_out_dtype
+from .weights import ExpertWeights
 
 __all__ = [
     "Precision",
@@ -20,7 +21,7 @@ __all__ = [
     "combine",
     "finite_rows",
     "moe_forward",
-    "product",
+    "project",
     "rounded",
     "rows_by_expert",
 ]
@@ -58,6 +59,7 @@ def moe_forward(
     physical_to_logical_map: AnyArray | None = None,
     out_dtype: DTypeLike = ml_dtypes.bfloat16,
     base: AnyArray | None = None,
+    product: str = "bfloat16",
     accumulate_dtype: DTypeLike = np.float32,
 ) -> AnyArray:
     """Run the experts of one layer on a batch of tokens.
@@ -72,6 +74,15 @@ def moe_forward(
           y = h . Wd[e]^T + down_bias[e]                fp32 [H]
         out[t] = bf(base[t] + sum over p in slot order of topk_weights[t, p] * y)
 
+    With quantised weights a product is, for each row m of x and each output n::
+
+        product="bfloat16"    (sum over k of x[m, k] * code[n, k]) * row_scale[n]
+        product="int8"        (float32(sum over k of xq[m, k] * code[n, k]) * x_scale[m]) * row_scale[n]
+
+    with the codes of the matrix (int8 of an `Int8Matrix`, m * q of an `Int4Matrix`), xq and x_scale from
+    `quantize_activations` of X and of h, and exact integer sums. An `Int8GroupMatrix` has no row scale: its
+    weights are bf(code * group_scale).
+
     A token with a NaN or an infinity in its hidden state gets a row of NaN when at least one of its slots is
     computed; one with a NaN routing weight when that slot is computed. No other row changes.
 
@@ -83,11 +94,11 @@ def moe_forward(
         Experts of each token; an id may occur twice in a row and then counts twice.
     topk_weights : ndarray of float32, [T, P]
         Routing weights.
-    gate_proj : ndarray of bfloat16 [E, I, H], or E arrays [I, H]
+    gate_proj : ndarray of bfloat16 [E, I, H], or E arrays [I, H], or a quantised matrix [E, I, H]
         Wg; of an activation that is not gated, the one projection.
     up_proj : like `gate_proj`, or None
         Wu; None exactly when the activation is not gated.
-    down_proj : ndarray of bfloat16 [E, H, I], or E arrays [H, I]
+    down_proj : ndarray of bfloat16 [E, H, I], or E arrays [H, I], or a quantised matrix [E, H, I]
         Wd.
     gate_bias, up_bias : ndarray of float32, float16 or bfloat16, [E, I], optional
     down_bias : ndarray of float32, float16 or bfloat16, [E, H], optional
@@ -101,9 +112,12 @@ def moe_forward(
         bfloat16, float32 or float64.
     base : ndarray of bfloat16, float16, float32 or float64, [T, H], optional
         What the result is added to: the previous content of an incremental output.
+    product : {"bfloat16", "int8"}, optional
+        What quantised weights are multiplied with: activations as they are, or their int8 codes, for which
+        all weights must be of `Int8Matrix` or `Int4Matrix`.
     accumulate_dtype : dtype, optional
         float32, or float64 for a truth to check float32 evaluations against: the two roundings to bfloat16
-        stay, everything else is in float64.
+        and the int8 codes and scales of activations stay, everything else is in float64.
 
     Returns
     -------
@@ -144,6 +158,7 @@ def moe_forward(
         gpu_experts_mask=gpu_experts_mask,
         physical_to_logical_map=physical_to_logical_map,
         base=base,
+        product=product,
     )
     # Infinities that finite weights sum up to are values, not mistakes: nothing here warns.
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
@@ -169,16 +184,16 @@ def _expert_outputs(inputs: ForwardInputs, precision: Precision) -> Array:
     y = np.zeros((*inputs.ids.shape, inputs.x.shape[1]), precision.dtype)
     for e, t, p in rows_by_expert(inputs.ids):
         x = inputs.x[t].astype(precision.dtype)
-        gate = product(x, inputs.gate[e], inputs.gate_bias, e)
-        up = None if inputs.up is None else product(x, inputs.up[e], inputs.up_bias, e)
+        gate = project(x, inputs.gate[e], inputs.gate_bias, e)
+        up = None if inputs.up is None else project(x, inputs.up[e], inputs.up_bias, e)
         h = precision.bf(activate(inputs.activation, gate, up))
-        y[t, p] = product(h, inputs.down[e], inputs.down_bias, e)
+        y[t, p] = project(h, inputs.down[e], inputs.down_bias, e)
     return y
 
 
-def product(x: Array, weight: AnyArray, bias: AnyArray | None, e: int) -> Array:
+def project(x: Array, weights: ExpertWeights, bias: AnyArray | None, e: int) -> Array:
     """Compute x . W^T + bias[e]: [M, K] and [N, K] to [M, N]."""
-    result: Array = x @ weight.astype(x.dtype).T
+    result = weights.product(x)
     return result if bias is None else result + bias[e].astype(x.dtype)
 
 

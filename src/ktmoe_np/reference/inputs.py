@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..config import ActivationSpec, parse_activation
+from .quantized import QUANTIZED, Int4Matrix, Int8Matrix, QuantizedMatrix
+from .weights import PRODUCTS, ExpertWeights
 
 __all__ = ["FLOATS", "ForwardInputs", "check_array", "check_inputs", "check_out_dtype"]
 
 AnyArray = NDArray[Any]
 #: `[E, N, K]`, or E arrays `[N, K]`.
-Weights = AnyArray | Sequence[AnyArray]
+Weights = AnyArray | Sequence[AnyArray] | QuantizedMatrix
 
 _BIAS_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 #: What an exact computation takes for every array of numbers, and any for its base.
@@ -30,9 +32,9 @@ class ForwardInputs:
     x: AnyArray  # bf16 [T, H]
     ids: NDArray[np.int64]  # [T, P]; -1 where a slot is skipped
     routing: NDArray[np.float32]  # [T, P]
-    gate: list[AnyArray]  # E of bf16 [I, H]
-    up: list[AnyArray] | None
-    down: list[AnyArray]  # E of bf16 [H, I]
+    gate: list[ExpertWeights]  # E of [I, H]
+    up: list[ExpertWeights] | None
+    down: list[ExpertWeights]  # E of [H, I]
     gate_bias: AnyArray | None  # [E, I]
     up_bias: AnyArray | None
     down_bias: AnyArray | None  # [E, H]
@@ -56,12 +58,15 @@ def check_inputs(
     gpu_experts_mask: AnyArray | None = None,
     physical_to_logical_map: AnyArray | None = None,
     base: AnyArray | None = None,
+    product: str = "bfloat16",
     exact: bool = False,
 ) -> ForwardInputs:
     """Check the arguments of `moe_forward`; see there for what they are and what is raised.
 
     With `exact`, an array of numbers may have any float dtype.
     """
+    if product not in PRODUCTS:
+        raise ValueError(f"product must be {' or '.join(PRODUCTS)}, got {product!r}")
     bf16, float32, biases = (FLOATS,) * 3 if exact else ((ml_dtypes.bfloat16,), (np.float32,), _BIAS_DTYPES)
     spec = parse_activation(activation)
     if spec.gated and up_proj is None:
@@ -79,9 +84,9 @@ def check_inputs(
     ids = check_array("topk_ids", ids, ("T", "P"), sizes, ids.dtype)
     sizes["P"] = ids.shape[1]
     routing = check_array("topk_weights", topk_weights, ("T", "P"), sizes, *float32)
-    gate = _experts("gate_proj", gate_proj, ("I", "H"), sizes, *bf16)
-    up = None if up_proj is None else _experts("up_proj", up_proj, ("I", "H"), sizes, *bf16)
-    down = _experts("down_proj", down_proj, ("H", "I"), sizes, *bf16)
+    gate = _experts("gate_proj", gate_proj, ("I", "H"), sizes, product, exact)
+    up = None if up_proj is None else _experts("up_proj", up_proj, ("I", "H"), sizes, product, exact)
+    down = _experts("down_proj", down_proj, ("H", "I"), sizes, product, exact)
     order = _physical_order(physical_to_logical_map, sizes["E"])
     return ForwardInputs(
         x=x,
@@ -115,32 +120,48 @@ def check_array(
         raise TypeError(f"{name} must be a NumPy array, got {type(value).__name__}")
     if value.dtype not in [np.dtype(dtype) for dtype in dtypes]:
         raise TypeError(f"{name} must be {' or '.join(np.dtype(d).name for d in dtypes)}, got {value.dtype}")
+    _check_shape(name, value.shape, letters, sizes)
+    return value
+
+
+def _check_shape(
+    name: str, shape: tuple[int, ...], letters: tuple[str, ...], sizes: Mapping[str, int]
+) -> None:
     expected = [sizes.get(letter) for letter in letters]
-    fits = len(value.shape) == len(letters) and all(
-        want is None or want == got for want, got in zip(expected, value.shape, strict=True)
+    fits = len(shape) == len(letters) and all(
+        want is None or want == got for want, got in zip(expected, shape, strict=True)
     )
     if not fits:
         wanted = ", ".join(
             letter if n is None else f"{letter}={n}" for letter, n in zip(letters, expected, strict=True)
         )
-        raise ValueError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
-    return value
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(shape)}")
 
 
 def _experts(
-    name: str, value: Weights, letters: tuple[str, str], sizes: dict[str, int], *dtypes: Any
-) -> list[AnyArray]:
+    name: str, value: Weights, letters: tuple[str, str], sizes: dict[str, int], product: str, exact: bool
+) -> list[ExpertWeights]:
     """E matrices; fills in E and I of `sizes` when they are still unknown."""
-    if isinstance(value, np.ndarray) and value.ndim != 3:
-        raise ValueError(f"{name} must have shape [E, {letters[0]}, {letters[1]}], got {list(value.shape)}")
-    if not isinstance(value, (np.ndarray, Sequence)):
+    if not isinstance(value, (np.ndarray, Sequence, *QUANTIZED)):
         raise TypeError(f"{name} must be an array or a sequence of arrays, got {type(value).__name__}")
-    experts = list(value)
-    if len(experts) != sizes.setdefault("E", len(experts)) or not experts:
-        raise ValueError(f"{name} must hold {sizes['E'] or 'some'} experts, got {len(experts)}")
-    for e, expert in enumerate(experts):
-        check_array(f"{name}[{e}]", expert, letters, sizes, *dtypes)
-        sizes.setdefault("I", expert.shape[0])
+    if product == "int8" and not isinstance(value, (Int8Matrix, Int4Matrix)):
+        raise TypeError(
+            f"{name} must be an Int8Matrix or Int4Matrix for product int8, got {type(value).__name__}"
+        )
+    if isinstance(value, (np.ndarray, *QUANTIZED)) and len(value.shape) != 3:
+        raise ValueError(f"{name} must have shape [E, {letters[0]}, {letters[1]}], got {list(value.shape)}")
+    num_experts = value.shape[0] if isinstance(value, QUANTIZED) else len(value)
+    if num_experts != sizes.setdefault("E", num_experts) or not num_experts:
+        raise ValueError(f"{name} must hold {sizes['E'] or 'some'} experts, got {num_experts}")
+    dtypes = FLOATS if exact else (np.dtype(ml_dtypes.bfloat16),)
+    experts = []
+    for e in range(num_experts):
+        if isinstance(value, QUANTIZED):
+            _check_shape(f"{name}[{e}]", value.shape[1:], letters, sizes)
+            experts.append(ExpertWeights.of(value[e], product, exact=exact))
+        else:
+            experts.append(ExpertWeights(check_array(f"{name}[{e}]", value[e], letters, sizes, *dtypes)))
+        sizes.setdefault("I", experts[-1].shape[0])
     return experts
 
 

@@ -13,9 +13,10 @@ from numpy.typing import DTypeLike
 from ..config import ActivationSpec
 from .activation import Array, activate
 from .dropout import Dropout
-from .forward import Precision, Rows, combine, finite_rows, product, rounded, rows_by_expert
+from .forward import Precision, Rows, combine, finite_rows, project, rounded, rows_by_expert
 from .inputs import AnyArray, ForwardInputs, Weights, check_inputs, check_out_dtype
 from .lora import Adapter, LoraWeights, make_adapters
+from .weights import ExpertWeights
 
 __all__ = ["ForwardCache", "moe_forward_sft"]
 
@@ -49,6 +50,7 @@ def moe_forward_sft(
     activation: str | ActivationSpec | Mapping[str, Any] = "silu",
     gpu_experts_mask: AnyArray | None = None,
     physical_to_logical_map: AnyArray | None = None,
+    product: str = "bfloat16",
     out_dtype: DTypeLike = ml_dtypes.bfloat16,
     accumulate_dtype: DTypeLike = np.float32,
     exact: bool = False,
@@ -71,8 +73,9 @@ def moe_forward_sft(
     Parameters
     ----------
     hidden_states, topk_ids, topk_weights, gate_proj, up_proj, down_proj, gate_bias, up_bias, down_bias, \
-activation, gpu_experts_mask, physical_to_logical_map, out_dtype
-        As in `moe_forward`.
+activation, gpu_experts_mask, physical_to_logical_map, product, out_dtype
+        As in `moe_forward`. `product` is how the base weights are multiplied with; adapters take x and h as
+        they are.
     lora : LoraWeights, optional
         Without it, and with R = 0 or B = 0, the result is that of `moe_forward`, bit for bit.
     dropout : Dropout, optional
@@ -84,7 +87,8 @@ activation, gpu_experts_mask, physical_to_logical_map, out_dtype
         everything else, a float32 cache included, is in float64.
     exact : bool, optional
         Compute the function that the above approximates: in float64 and without any rounding, whatever the
-        dtypes asked for. Every array of numbers may then have any float dtype, float64 too.
+        dtypes asked for. Every array of numbers may then have any float dtype, float64 too; quantised weights
+        are code * scale, activations are not quantised.
 
     Returns
     -------
@@ -129,6 +133,7 @@ activation, gpu_experts_mask, physical_to_logical_map, out_dtype
         activation=activation,
         gpu_experts_mask=gpu_experts_mask,
         physical_to_logical_map=physical_to_logical_map,
+        product=product,
         exact=exact,
     )
     x = inputs.x
@@ -146,8 +151,8 @@ def _run_expert(cache: ForwardCache, rows: Rows) -> Array:
     """Compute y [M, H] of the slots of one expert, and fill their part of the cache."""
     (e, t, p), inputs, precision = rows, cache.inputs, cache.precision
 
-    def projection(name: str, x: Array, weight: AnyArray, bias: AnyArray | None) -> Array:
-        base = product(x, weight, bias, e)
+    def projection(name: str, x: Array, weights: ExpertWeights, bias: AnyArray | None) -> Array:
+        base = project(x, weights, bias, e)
         return base + cache.adapters[name].output(e, x, t) if name in cache.adapters else base
 
     x = inputs.x[t].astype(precision.dtype)

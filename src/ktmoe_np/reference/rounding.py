@@ -1,0 +1,134 @@
+"""What the roundings of an evaluation may do to its products and activations, as centres and radii."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..config import ActivationSpec
+from .activation import Array, gate_factor, up_factor
+from .inputs import AnyArray
+from .quantize import quantize_activations
+from .weights import ExpertWeights
+
+__all__ = ["EPS", "TINY", "Rounding"]
+
+#: Unit roundoff of float32.
+EPS = 2.0**-24
+
+#: Smallest normal float32: hardware may take anything below it for zero.
+TINY = 2.0**-126
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What is assumed of the roundings of an evaluation; the parameters are those of `error_bound`."""
+
+    max_chain: int | None
+    sigmas: float | None
+    activation_ulps: float
+
+    def __post_init__(self) -> None:
+        if self.max_chain is not None and self.max_chain < 1:
+            raise ValueError(f"max_chain must be at least 1, got {self.max_chain}")
+        if self.sigmas is not None and not self.sigmas > 0:
+            raise ValueError(f"sigmas must be above 0, got {self.sigmas}")
+
+    def gamma(self, n: int) -> float:
+        """Relative error of n roundings in a row."""
+        if self.sigmas is not None:
+            return self.sigmas * math.sqrt(n) * EPS
+        return n * EPS / (1.0 - n * EPS)
+
+    def product(
+        self, x: Array, dx: Array | None, weights: ExpertWeights, bias: AnyArray | None
+    ) -> tuple[Array, Array]:
+        """Centre and radius of x . W^T + bias for x with radius dx: [M, K] and [N, K] to [M, N]."""
+        sums = self._integer_sums if weights.integer else self._float_sums
+        centre, magnitude, radius, num_roundings = sums(x, dx, weights.values.astype(np.float64))
+        in_range = magnitude + radius < _LARGEST
+        num_roundings += 1
+        if weights.row_scale is not None:
+            scale = weights.row_scale.astype(np.float64)
+            # A scale below the normal numbers may be taken for zero.
+            flushed = TINY * (magnitude + radius + 1.0)
+            centre, magnitude, radius = centre * scale, magnitude * scale, radius * scale + flushed
+            num_roundings += 1
+        if bias is not None:
+            centre = centre + bias.astype(np.float64)
+            magnitude = magnitude + np.abs(bias.astype(np.float64))
+        radius = radius + self.gamma(num_roundings) * (magnitude + radius)
+        return centre, np.where(in_range & (magnitude + radius < _LARGEST), radius, np.inf)
+
+    def _float_sums(self, x: Array, dx: Array | None, w: Array) -> tuple[Array, Array, Array, int]:
+        """Centre, sum of magnitudes and radius of x . W^T before its roundings, and their number."""
+        abs_x, abs_w = np.abs(x), np.abs(w)
+        flushed = TINY * (abs_w.sum(axis=1) + abs_x.sum(axis=1, keepdims=True) + w.shape[1])
+        radius = flushed if dx is None else flushed + self._carried(dx, abs_w)
+        return x @ w.T, abs_x @ abs_w.T, radius, min(w.shape[1], self.max_chain or w.shape[1])
+
+    def _integer_sums(self, x: Array, dx: Array | None, w: Array) -> tuple[Array, Array, Array, int]:
+        """`_float_sums` of int8 codes of x: the sums are exact, but dx may change codes and scale."""
+        codes, d_codes, scale, d_scale = _code_intervals(x, dx)
+        sums = codes @ w.T
+        d_sums = np.zeros_like(sums) if dx is None else self._carried(d_codes, np.abs(w))
+        # When the scale grows, codes shrink with it. Twice the first term, as that part of the second is no
+        # independent error.
+        radius = 2.0 * d_scale * np.abs(sums) + (scale + d_scale) * d_sums
+        # A row of denormal numbers, or with a denormal scale, may be taken for zero.
+        flushed = TINY * (np.abs(sums) + d_sums + 1.0 + 128.0 * np.abs(w).sum(axis=1))
+        return sums * scale, np.abs(sums) * scale, radius + flushed, 2
+
+    def _carried(self, dx: Array, abs_w: Array) -> Array:
+        """Error of x . W^T from errors dx of x."""
+        worst: Array = dx @ abs_w.T
+        if self.sigmas is None:
+            return worst
+        typical: Array = np.sqrt(np.square(dx) @ np.square(abs_w).T)
+        smaller: Array = np.minimum(worst, self.sigmas * typical)
+        return smaller
+
+    def gate_factor(self, spec: ActivationSpec, g: Array, dg: Array) -> tuple[Array, Array]:
+        """Centre and radius of the factor of the activation that depends on the gate."""
+        a = gate_factor(spec, g)
+        da = np.maximum(np.abs(gate_factor(spec, g + dg) - a), np.abs(gate_factor(spec, g - dg) - a))
+        # The function may turn between the ends of the interval. |A''| is at most alpha / 2 (silu and its
+        # kin), 0.8 (gelu) or 1 + 1 / beta1 (situ).
+        da += 0.5 * (max(1.0, spec.alpha) + 1.0 / spec.beta1) * dg * dg
+        reach = np.abs(g) + dg
+        scale = np.square(reach) if spec.kind == "relu2" else reach
+        return a, da + self.activation_ulps * EPS * np.maximum(scale, np.abs(a))
+
+    def up_factor(self, spec: ActivationSpec, u: Array, du: Array) -> tuple[Array, Array]:
+        """Centre and radius of the factor of the activation that depends on up; it is monotone."""
+        b = up_factor(spec, u)
+        db = np.maximum(np.abs(up_factor(spec, u + du) - b), np.abs(up_factor(spec, u - du) - b))
+        return b, db + self.activation_ulps * EPS * (np.abs(b) + (spec.kind == "swigluoai"))
+
+
+def _code_intervals(x: Array, dx: Array | None) -> tuple[Array, Array, Array, Array]:
+    """Codes [M, K] and scale [M, 1] of rows x +- dx, each as centre and radius.
+
+    A code rint(x / scale) is monotone in x, and in the scale, so its extremes are at the ends of both.
+    """
+    codes, scale = (values.astype(np.float64) for values in quantize_activations(x))
+    scale = scale[:, None]
+    if dx is None:
+        return codes, np.zeros_like(codes), scale, np.zeros_like(scale)
+    smallest, largest = (
+        (np.maximum(ends, 0.0).max(axis=1, keepdims=True, initial=0.0) / 127.0).astype(np.float32)
+        for ends in (np.abs(x) - dx, np.abs(x) + dx)
+    )
+    d_codes = np.zeros_like(codes)
+    for end in (x - dx, x + dx):
+        for divisor in (smallest, largest):
+            at_end = np.clip(np.rint((end / divisor).astype(np.float32)), -127, 127)
+            d_codes = np.maximum(d_codes, np.abs(at_end - codes))
+    # A row that may be zero may have any codes.
+    d_codes = np.where(smallest > 0, d_codes, 127.0 + np.abs(codes))
+    d_scale = np.maximum(largest - scale, scale - smallest)
+    return codes, d_codes, scale, d_scale

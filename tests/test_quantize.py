@@ -1,0 +1,466 @@
+"""Quantising to the bit, what comes back exactly, the edges of the formats, and every refusal."""
+
+from __future__ import annotations
+
+import doctest
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference_cases import AnyArray, bf16
+
+import ktmoe_np.reference.packing
+import ktmoe_np.reference.quantize
+import ktmoe_np.reference.quantized
+from ktmoe_np.reference import (
+    Int4Matrix,
+    Int8GroupMatrix,
+    Int8Matrix,
+    dequantize,
+    gradient_weights,
+    pack_int4,
+    pack_int8,
+    product_weights,
+    quantize_activations,
+    quantize_int4,
+    quantize_int8,
+    unpack_int4,
+    unpack_int8,
+)
+
+f32 = np.float32
+LARGEST = 2.0**128 - 2.0**120
+SEEDS = st.integers(0, 2**32 - 1)
+#: Columns: groups filled, short, one column, odd.
+COLUMNS = st.sampled_from([1, 2, 15, 31, 32, 33, 64, 77, 100, 128, 129, 200])
+#: Powers of two by which weights are scaled: denormal numbers up to the largest.
+POWERS = st.integers(-140, 127)
+
+
+def draw(seed: int, *shape: int, power: int = 0, dtype: Any = bf16) -> AnyArray:
+    """Normal weights times a power of two, at most the largest; a few rows of zeros."""
+    rng = np.random.default_rng(seed)
+    values = np.ldexp(rng.standard_normal(shape), power)
+    values[rng.random(shape[:-1]) < 0.1] = 0
+    limit = LARGEST if dtype is not np.float16 else 65504.0
+    return np.clip(values, -limit, limit).astype(f32).astype(dtype)
+
+
+def test_doctests() -> None:
+    for name in ("packing", "quantize", "quantized"):
+        assert doctest.testmod(getattr(ktmoe_np.reference, name)).failed == 0
+
+
+def lane_sum(values: list[Any]) -> Any:
+    lanes = [f32(0)] * 16
+    for i, value in enumerate(values):
+        lanes[i % 16] += value
+    for half in (8, 4, 2, 1):
+        lanes = [lanes[j] + lanes[j + half] for j in range(half)]
+    return lanes[0]
+
+
+def int4_row(row: AnyArray, g: int) -> tuple[list[int], list[int], Any]:
+    """The steps of `quantize_int4` one number at a time: q, m and row_scale."""
+    padded = [f32(w) for w in row] + [f32(0)] * (-len(row) % g)
+    amax = max(abs(w) for w in padded)
+    if amax == 0:
+        return [0] * len(row), [1] * (len(padded) // g), f32(0)
+    power = f32(2.0 ** min(127, 1 - int(np.floor(np.log2(float(amax))))))
+    v = [w * power for w in padded]
+    groups = [v[i : i + g] for i in range(0, len(v), g)]
+    together = 0
+    for value in v:
+        together |= int(np.rint(f32(32) * value))
+    tries = []
+    for s in (amax * power / f32(128), f32((together & -together) or 1) / f32(32)):
+        total, multipliers = f32(0), []
+        for group in groups:
+            high, low = max(group), max(-x for x in group)
+            sign = f32(-1 if high > low else 1)
+            b = np.rint(max(high, low) / (s * f32(8.25)))
+            candidates = []
+            for o in (-1, 0, 1, 2):
+                m = sign * min(max(b + f32(o), f32(1)), f32(15))
+                t = [x * (f32(1) / (s * m)) for x in group]
+                q = [min(max(np.rint(x), f32(-8)), f32(7)) for x in t]
+                errors = [(x - y) * (x - y) for x, y in zip(t, q, strict=True)]
+                candidates.append((lane_sum(errors) * (m * m), m))
+            error, m = min(candidates, key=lambda candidate: float(candidate[0]))
+            total += error
+            multipliers.append(m)
+        tries.append(((s * s) * total, s, multipliers))
+    _, s, m = tries[1] if tries[1][0] < tries[0][0] else tries[0]
+    q = [min(max(np.rint(x * (f32(1) / (s * m[i // g]))), f32(-8)), f32(7)) for i, x in enumerate(v)]
+    c = [m[i // g] * x for i, x in enumerate(q)]
+    s = lane_sum([x * y for x, y in zip(v, c, strict=True)]) / lane_sum([x * x for x in c])
+    row_scale = min(s / power, f32(LARGEST) / max(abs(x) for x in c))
+    return [int(x) for x in q[: len(row)]], [int(x) for x in m], row_scale
+
+
+@given(SEEDS, COLUMNS, st.sampled_from([32, 64, 128]), POWERS, st.sampled_from([bf16, np.float32]))
+def test_int4_is_the_loop_bit_for_bit(seed: int, K: int, g: int, power: int, dtype: Any) -> None:
+    weights = draw(seed, 2, K, power=power, dtype=dtype)
+    with np.errstate(all="raise"):
+        matrix = quantize_int4(weights, group_size=g)
+    for n in range(2):
+        q, m, row_scale = int4_row(weights[n], g)
+        assert matrix.q[n].tolist() == q
+        assert matrix.multiplier[n].tolist() == m
+        assert matrix.row_scale[n].tobytes() == row_scale.tobytes()
+
+
+@given(SEEDS, COLUMNS, st.sampled_from([None, 1, 32, 50]), POWERS, st.sampled_from([bf16, np.float32]))
+def test_int8_is_the_loop_bit_for_bit(seed: int, K: int, g: int | None, power: int, dtype: Any) -> None:
+    weights = draw(seed, 2, K, power=power, dtype=dtype)
+    with np.errstate(all="raise"):
+        matrix: Any = quantize_int8(weights) if g is None else quantize_int8(weights, group_size=g)
+    scales = matrix.row_scale[:, None] if g is None else matrix.group_scale
+    size = K if g is None else g
+    for n, start in itertools.product(range(2), range(0, K, size)):
+        group = [f32(w) for w in weights[n, start : start + size]]
+        scale = max(abs(w) for w in group) / f32(127)
+        codes = [int(min(max(np.rint(w / scale), -127), 127)) if scale else 0 for w in group]
+        assert scales[n, start // size].tobytes() == scale.tobytes()
+        assert matrix.codes[n, start : start + size].tolist() == codes
+
+
+def nibbles(seed: int, *shape: int) -> AnyArray:
+    return np.random.default_rng(seed).integers(-8, 8, shape).astype(np.int8)
+
+
+@given(SEEDS, COLUMNS, st.sampled_from([32, 64, 128]), st.integers(-126, 124), st.booleans())
+def test_int4_of_a_power_of_two_times_nibbles_is_exact(
+    seed: int, K: int, g: int, power: int, small: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    q = rng.integers(-8, 8, (3, K)) // (1 + rng.integers(0, 8) * small)
+    weights = np.ldexp(q.astype(np.float64), power).astype(f32).astype(bf16)
+    matrix = quantize_int4(weights, group_size=g)
+    np.testing.assert_array_equal(dequantize(matrix), weights.astype(f32))
+    np.testing.assert_array_equal(gradient_weights(matrix), weights)
+
+
+@given(SEEDS, st.integers(1, 5), st.sampled_from([32, 64, 128]), st.integers(-120, 115))
+def test_int4_of_two_levels_with_a_power_of_two_is_exact(seed: int, G: int, g: int, power: int) -> None:
+    rng = np.random.default_rng(seed)
+    m = rng.integers(1, 16, (4, G, 1)) * rng.choice([-1, 1], (4, G, 1))
+    q = rng.integers(-8, 8, (4, G, g))
+    # Groups hold a largest |q| or are small; odd numbers in the first one make the common power of two 1.
+    q[:, :, 0] = rng.choice([-8, 7], (4, G))
+    small = rng.random((4, G)) < 0.3
+    m[small], q[small] = 1, rng.integers(-7, 8, (np.count_nonzero(small), g))
+    m[:, 0], q[:, 0, 1:] = 2 * rng.integers(4, 8, (4, 1)) + 1, 7
+    weights = np.ldexp((m * q).reshape(4, -1).astype(np.float64), power).astype(f32).astype(bf16)
+    np.testing.assert_array_equal(dequantize(quantize_int4(weights, group_size=g)), weights.astype(f32))
+
+
+@given(SEEDS, COLUMNS, st.sampled_from([None, 32]), st.integers(-130, 120))
+def test_int8_of_its_own_codes_is_exact(seed: int, K: int, g: int | None, power: int) -> None:
+    codes = np.random.default_rng(seed).integers(-127, 128, (3, K)).astype(np.int8)
+    codes[:, :: g or K] = 127
+    weights = np.ldexp(codes.astype(np.float64), power).astype(f32)
+    matrix: Any = quantize_int8(weights) if g is None else quantize_int8(weights, group_size=g)
+    np.testing.assert_array_equal(matrix.codes, codes)
+    np.testing.assert_array_equal(dequantize(matrix), weights)
+
+
+@given(SEEDS, COLUMNS, POWERS)
+def test_decoded_weights_are_near_and_finite(seed: int, K: int, power: int) -> None:
+    weights = draw(seed, 3, K, power=power)
+    wide = weights.astype(np.float64)
+    amax = np.abs(wide).max(axis=1, keepdims=True)
+    # Scales that are denormal have an error of half of 2^-149.
+    slack = 127 * 2.0**-150
+    for matrix, step in ((quantize_int8(weights), 1 / 127), (quantize_int8(weights, group_size=32), 1 / 127)):
+        assert (np.abs(dequantize(matrix) - wide) <= amax * step * 0.5001 + slack).all()
+    for g in (32, 64, 128):
+        matrix = quantize_int4(weights, group_size=g)
+        for decoded in (dequantize(matrix), gradient_weights(matrix)):
+            assert np.isfinite(decoded.astype(f32)).all()
+        # What clipping 8.53 to 7 costs, and a scale that fits the others better.
+        assert (np.abs(dequantize(matrix) - wide) <= amax * 0.25 + slack).all()
+
+
+@given(SEEDS, st.integers(-100, 100))
+def test_a_power_of_two_scales_through(seed: int, power: int) -> None:
+    weights = draw(seed, 3, 70)
+    scaled = np.ldexp(weights.astype(np.float64), power).astype(f32).astype(bf16)
+    four, four_scaled = quantize_int4(weights), quantize_int4(scaled)
+    eight, eight_scaled = quantize_int8(weights), quantize_int8(scaled)
+    for name in ("q", "multiplier"):
+        np.testing.assert_array_equal(getattr(four_scaled, name), getattr(four, name))
+    np.testing.assert_array_equal(eight_scaled.codes, eight.codes)
+    np.testing.assert_array_equal(four_scaled.row_scale, np.ldexp(four.row_scale, power))
+    np.testing.assert_array_equal(eight_scaled.row_scale, np.ldexp(eight.row_scale, power))
+
+
+@pytest.mark.parametrize(
+    ("kind", "limits"),
+    [
+        ("normal", (0.0842, 0.0923, 0.099)),
+        ("student", (0.12, 0.14, 0.16)),
+        ("laplace", (0.107, 0.121, 0.135)),
+    ],
+)
+def test_int4_finds_a_small_error(kind: str, limits: tuple[float, ...]) -> None:
+    rng = np.random.default_rng(5)
+    shape = 128, 2048
+    weights = {
+        "normal": rng.standard_normal(shape),
+        "student": rng.standard_t(4, shape),
+        "laplace": rng.laplace(size=shape),
+    }[kind].astype(f32)
+    for g, limit in zip((32, 64, 128), limits, strict=True):
+        error = np.linalg.norm(dequantize(quantize_int4(weights, group_size=g)) - weights)
+        assert error < limit * np.linalg.norm(weights)
+
+
+def test_zero_rows() -> None:
+    weights = np.zeros((2, 3, 40), bf16)
+    weights[1, 2] = 1
+    weights[0, 1] = -0.0
+    four, eight, grouped = (
+        quantize_int4(weights),
+        quantize_int8(weights),
+        quantize_int8(weights, group_size=32),
+    )
+    zero = np.ones((2, 3), bool)
+    zero[1, 2] = False
+    for scale in (four.row_scale, eight.row_scale, grouped.group_scale[..., 1]):
+        np.testing.assert_array_equal(scale == 0, zero)
+    assert (four.multiplier[zero] == 1).all()
+    for matrix in (four, eight, grouped):
+        assert not matrix.codes[zero].any()
+        np.testing.assert_array_equal(gradient_weights(matrix), weights)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (2, 0, 7), (0, 3, 7), (1, 1)])
+def test_empty_matrices(shape: tuple[int, ...]) -> None:
+    for matrix in (
+        quantize_int4(np.ones(shape, bf16)),
+        quantize_int8(np.ones(shape, bf16)),
+        quantize_int8(np.ones(shape, bf16), group_size=4),
+    ):
+        assert matrix.shape == shape
+        assert dequantize(matrix).shape == shape
+
+
+@pytest.mark.parametrize("value", [LARGEST, 2.0**-133, 2.0**-126, 3e38])
+def test_the_edges_of_bfloat16(value: float) -> None:
+    weights = (np.array([[1, -1, 0.5, 0, 0.25, 1]]) * value).astype(f32).astype(bf16)
+    for matrix in (quantize_int8(weights), quantize_int4(weights), quantize_int8(weights, group_size=4)):
+        decoded = dequantize(matrix).astype(np.float64)
+        assert (np.abs(decoded - weights.astype(np.float64)) <= 0.2 * value).all()
+        assert (matrix.codes[0, [0, 5]] > 0).all()
+        assert matrix.codes[0, 1] < 0
+
+
+def test_no_decoded_weight_overflows() -> None:
+    # Without a limit the scale of least squares would take the largest code beyond the largest number.
+    weights = np.array([[1, -1] * 12 + [0.61, 0.33]]) * LARGEST
+    weights = weights.astype(f32).astype(bf16)
+    matrix = quantize_int4(weights)
+    limit = f32(LARGEST) / np.abs(matrix.codes).max().astype(f32)
+    assert int4_row(weights[0], 32)[2] == matrix.row_scale[0] == limit
+    assert float(gradient_weights(matrix).astype(f32).max()) == LARGEST
+
+
+def test_a_scale_that_vanishes_gives_zeros() -> None:
+    smallest = np.full((1, 3), 2.0**-149, f32)
+    matrix = quantize_int8(smallest)
+    assert matrix.row_scale == 0
+    assert not matrix.codes.any()
+
+
+@given(SEEDS, st.integers(1, 80), st.sampled_from([bf16, np.float16, np.float32]))
+def test_the_dtype_of_the_weights_does_not_matter(seed: int, K: int, dtype: Any) -> None:
+    weights = draw(seed, 2, 3, K, dtype=dtype)
+    for quantize in (quantize_int4, quantize_int8):
+        got, expected = quantize(weights), quantize(weights.astype(f32))
+        np.testing.assert_array_equal(dequantize(got), dequantize(expected))
+        np.testing.assert_array_equal(dequantize(got[1]), dequantize(quantize(weights[1])))
+
+
+def random_int4(seed: int, *shape: int, g: int = 32) -> Int4Matrix:
+    rng = np.random.default_rng(seed)
+    groups = -(-shape[-1] // g)
+    m = rng.integers(1, 16, (*shape[:-1], groups)) * rng.choice([-1, 1], (*shape[:-1], groups))
+    return Int4Matrix(nibbles(seed, *shape), m.astype(np.int8), rng.random(shape[:-1], f32), g)
+
+
+@given(SEEDS, COLUMNS, st.sampled_from([32, 64, 128]))
+def test_int4_bytes_round_trip(seed: int, K: int, g: int) -> None:
+    matrix = random_int4(seed, 2, 3, K, g=g)
+    rows = pack_int4(matrix)
+    assert rows.shape == (2, 3, (K + 1) // 2 + -(-K // g))
+    for e, n in itertools.product(range(2), range(3)):
+        expected = [0] * ((K + 1) // 2)
+        for k in range(K):
+            expected[k // 2] |= (int(matrix.q[e, n, k]) & 15) << 4 * (k % 2)
+        assert rows[e, n].tolist() == expected + [int(m) & 255 for m in matrix.multiplier[e, n]]
+    again = unpack_int4(rows, matrix.row_scale, K, group_size=g)
+    for name in ("q", "multiplier", "row_scale"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(matrix, name))
+    assert again.group_size == g
+
+
+@given(SEEDS, COLUMNS)
+def test_int8_bytes_round_trip(seed: int, K: int) -> None:
+    matrix, grouped = quantize_int8(draw(seed, 2, 3, K)), quantize_int8(draw(seed, 2, 3, K), group_size=32)
+    rows = pack_int8(matrix)
+    np.testing.assert_array_equal(rows.view(np.int8), matrix.codes)
+    np.testing.assert_array_equal(unpack_int8(rows, matrix.row_scale, K).codes, matrix.codes)
+    rows = pack_int8(grouped)
+    for e, n in itertools.product(range(2), range(3)):
+        scales = grouped.group_scale[e, n].astype("<f4").tobytes()
+        assert rows[e, n].tobytes() == grouped.codes[e, n].tobytes() + scales
+    again = unpack_int8(rows, None, K)
+    np.testing.assert_array_equal(again.codes, grouped.codes)
+    np.testing.assert_array_equal(again.group_scale, grouped.group_scale)
+
+
+def test_product_weights() -> None:
+    four, eight = random_int4(1, 2, 3, 50), quantize_int8(draw(1, 2, 3, 50))
+    grouped = quantize_int8(draw(1, 2, 3, 50), group_size=32)
+    for matrix in (four, eight):
+        np.testing.assert_array_equal(product_weights(matrix), matrix.codes.astype(bf16))
+        scaled = matrix.codes.astype(f32) * matrix.row_scale[..., None]
+        np.testing.assert_array_equal(dequantize(matrix), scaled)
+        np.testing.assert_array_equal(gradient_weights(matrix), scaled.astype(bf16))
+    scaled = grouped.codes.astype(f32) * np.repeat(grouped.group_scale, 32, axis=2)[..., :50]
+    for function in (product_weights, gradient_weights):
+        np.testing.assert_array_equal(function(grouped), scaled.astype(bf16))
+
+
+@given(SEEDS, st.integers(0, 5), st.integers(0, 70), POWERS)
+def test_activations_are_quantised_by_row(seed: int, M: int, K: int, power: int) -> None:
+    x = draw(seed, M, K, power=power)
+    with np.errstate(all="raise"):
+        codes, scale = quantize_activations(x)
+    expected = quantize_int8(x)
+    np.testing.assert_array_equal(codes, expected.codes)
+    np.testing.assert_array_equal(scale, expected.row_scale)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_poisons_its_row_of_activations(value: float) -> None:
+    x = draw(0, 4, 30)
+    clean_codes, clean_scale = quantize_activations(x)
+    x[2, 7] = value
+    codes, scale = quantize_activations(x)
+    others = np.arange(4) != 2
+    np.testing.assert_array_equal(codes[others], clean_codes[others])
+    np.testing.assert_array_equal(scale[others], clean_scale[others])
+    assert not codes[2].any()
+    assert np.isnan(scale[2])
+
+
+@pytest.mark.parametrize("quantize", [quantize_int4, quantize_int8])
+@pytest.mark.parametrize(
+    ("value", "kind"), [(np.nan, "NaN"), (np.inf, "an infinity"), (-np.inf, "an infinity")]
+)
+def test_weights_that_are_not_finite_are_refused(quantize: Any, value: float, kind: str) -> None:
+    weights = draw(0, 5, 20, 40)
+    weights[3, 17, 39] = value
+    with pytest.raises(ValueError, match=f"^gate_proj: expert 3, row 17 holds {kind}; only finite weights"):
+        quantize(weights, name="gate_proj")
+    with pytest.raises(ValueError, match=f"^weights: row 17 holds {kind}"):
+        quantize(weights[3])
+
+
+codes, scale = np.ones((2, 3), np.int8), np.ones(2, f32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: quantize_int8([[1.0]]), TypeError, "weights must be a NumPy array, got list"),
+        (
+            lambda: quantize_int4(np.ones((2, 2)), name="up_proj"),
+            TypeError,
+            "up_proj must be bfloat16 or float16 or float32, got float64",
+        ),
+        (
+            lambda: quantize_int8(np.ones(2, f32)),
+            ValueError,
+            r"weights must have shape \[..., N, K\], got \[2\]",
+        ),
+        (
+            lambda: quantize_int8(np.ones((2, 2), f32), group_size=0),
+            ValueError,
+            "group_size must be at least 1, got 0",
+        ),
+        (
+            lambda: quantize_int4(np.ones((2, 2), f32), group_size=16),
+            ValueError,
+            "group_size must be 32, 64 or 128, got 16",
+        ),
+        (lambda: Int8Matrix([[1]], scale), TypeError, "codes must be a NumPy array, got list"),
+        (lambda: Int8Matrix(codes.astype(int), scale), TypeError, "codes must be int8, got int64"),
+        (lambda: Int8Matrix(codes[0], scale), ValueError, r"codes must have shape \[..., N, K\], got \[3\]"),
+        (lambda: Int8Matrix(codes, scale[:1]), ValueError, r"row_scale must have shape \[2\], got \[1\]"),
+        (
+            lambda: Int8Matrix(codes * np.int8(-128), scale),
+            ValueError,
+            "codes must be from -127 to 127, got -128",
+        ),
+        (
+            lambda: Int8GroupMatrix(codes, scale[:, None], group_size=2),
+            ValueError,
+            r"group_scale must have shape \[2, 2\], got \[2, 1\]",
+        ),
+        (
+            lambda: Int8GroupMatrix(codes, scale[:, None], group_size=0),
+            ValueError,
+            "group_size must be at least 1, got 0",
+        ),
+        (
+            lambda: Int4Matrix(codes, codes[:, :1], scale, 31),
+            ValueError,
+            "group_size must be 32, 64 or 128, got 31",
+        ),
+        (
+            lambda: Int4Matrix(codes, codes, scale),
+            ValueError,
+            r"multiplier must have shape \[2, 1\], got \[2, 3\]",
+        ),
+        (
+            lambda: Int4Matrix(codes * np.int8(8), codes[:, :1], scale),
+            ValueError,
+            "q must be from -8 to 7, got 8",
+        ),
+        (
+            lambda: Int4Matrix(codes, codes[:, :1] * np.int8(16), scale),
+            ValueError,
+            "multiplier must be from -15 to 15, got 16",
+        ),
+        (
+            lambda: Int4Matrix(codes, codes[:, :1] * np.int8(0), scale),
+            ValueError,
+            "multiplier must not hold 0",
+        ),
+        (
+            lambda: unpack_int4(np.ones((2, 3), np.int8), scale, 3),
+            TypeError,
+            "rows must be an array of uint8, got int8",
+        ),
+        (lambda: unpack_int8([[1]], scale, 3), TypeError, "rows must be an array of uint8, got list"),
+        (
+            lambda: unpack_int4(np.ones((2, 4), np.uint8), scale, 3),
+            ValueError,
+            r"rows must have shape \[..., N, 3\], got \[2, 4\]",
+        ),
+        (
+            lambda: unpack_int8(np.ones((2, 4), np.uint8), None, 3),
+            ValueError,
+            r"rows must have shape \[..., N, 7\], got \[2, 4\]",
+        ),
+    ],
+)
+def test_refusals(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
