@@ -9,6 +9,8 @@
 #include "bindings/forward_arrays.h"
 #include "bindings/module.h"
 #include "bindings/python_task.h"
+#include "formats/registry.h"
+#include "moe/quantized_layer.h"
 #include "moe/tp_moe.h"
 
 namespace ktmoe::bindings {
@@ -16,29 +18,71 @@ namespace {
 
 using Layer = std::shared_ptr<MoE_Interface>;
 
-// The E matrices [rows, columns] of a projection: from one array [E, rows, columns] or a sequence of E
-// arrays. Only the last axis has to be contiguous.
-std::vector<WeightView> matrices(nb::handle source, const char* name, int64_t num, int64_t rows,
-                                 int64_t columns, Arrays& owners) {
+// A projection's weights as they are given, and how they must be.
+struct Projection {
+  nb::handle weights, scale;
+  const char *name, *scale_name;
+  int64_t num, rows, columns;
+  FormatId format;
+};
+
+// The E matrices [rows, bytes of a row] of a projection: from one array [E, rows, ..] or a sequence of E
+// arrays. Only the last axis has to be contiguous. bf16 is given as such, other formats as bytes.
+std::vector<WeightView> matrices(const Projection& p, Arrays& owners) {
+  const bool is_bf16 = p.format == FormatId::kBf16;
+  const int64_t width =
+      is_bf16 ? p.columns : static_cast<int64_t>(format_row_bytes(p.format, static_cast<size_t>(p.columns)));
+  const DType dtype = is_bf16 ? DType::kBf16 : DType::kUint8;
   std::vector<WeightView> views;
   const auto add = [&](const Array& a, size_t axis, int64_t e) {
-    if (a.shape(axis + 1) > 1 && a.stride_bytes(axis + 1) != static_cast<int64_t>(sizeof(bf16)))
-      throw nb::type_error(str_cat(name, ": the last axis has gaps, expected it contiguous").c_str());
+    if (a.shape(axis + 1) > 1 && a.stride_bytes(axis + 1) != static_cast<int64_t>(a.item_bytes()))
+      throw nb::type_error(str_cat(p.name, ": the last axis has gaps, expected it contiguous").c_str());
     const int64_t offset = axis ? e * a.stride_bytes(0) : 0;
-    views.push_back({a.as<const std::byte>() + offset, static_cast<ptrdiff_t>(a.stride_bytes(axis))});
+    views.push_back({a.as<const std::byte>() + offset, static_cast<ptrdiff_t>(a.stride_bytes(axis)),
+                     static_cast<uint32_t>(p.columns)});
   };
-  if (nb::isinstance<nb::list>(source) || nb::isinstance<nb::tuple>(source)) {
-    const size_t got = nb::len(source);
-    if (got != static_cast<size_t>(num)) throw_invalid(name, ": got ", got, " arrays, expected ", num);
-    for (int64_t e = 0; e < num; ++e) {
-      const nb::object item = source[e];
-      add(owners.emplace_back(Array::read(item, name)).expect({DType::kBf16}, {rows, columns}), 0, e);
+  if (nb::isinstance<nb::list>(p.weights) || nb::isinstance<nb::tuple>(p.weights)) {
+    const size_t got = nb::len(p.weights);
+    if (got != static_cast<size_t>(p.num)) throw_invalid(p.name, ": got ", got, " arrays, expected ", p.num);
+    for (int64_t e = 0; e < p.num; ++e) {
+      const nb::object item = p.weights[e];
+      add(owners.emplace_back(Array::read(item, p.name)).expect({dtype}, {p.rows, width}), 0, e);
     }
   } else {
-    const Array& all = owners.emplace_back(Array::read(source, name));
-    all.expect({DType::kBf16}, {num, rows, columns});
-    for (int64_t e = 0; e < num; ++e) add(all, 1, e);
+    const Array& all = owners.emplace_back(Array::read(p.weights, p.name));
+    all.expect({dtype}, {p.num, p.rows, width});
+    for (int64_t e = 0; e < p.num; ++e) add(all, 1, e);
   }
+  return views;
+}
+
+// The row scales of a projection, float32 [E, rows] or E arrays [rows], of formats that have them.
+void add_scales(const Projection& p, Arrays& owners, std::vector<WeightView>& views) {
+  if (!format_has_row_scale(p.format)) {
+    if (!p.scale.is_none())
+      throw_invalid(p.scale_name, ": got one, expected None: ", format_name(p.format), " has no row scales");
+    return;
+  }
+  if (nb::isinstance<nb::list>(p.scale) || nb::isinstance<nb::tuple>(p.scale)) {
+    const size_t got = nb::len(p.scale);
+    if (got != static_cast<size_t>(p.num))
+      throw_invalid(p.scale_name, ": got ", got, " arrays, expected ", p.num);
+    for (size_t e = 0; e < views.size(); ++e) {
+      const nb::object item = p.scale[e];
+      const Array& one = owners.emplace_back(Array::read(item, p.scale_name));
+      views[e].row_scale = one.expect({DType::kFloat32}, {p.rows}).expect_contiguous().as<float>();
+    }
+  } else {
+    const Array& all = owners.emplace_back(Array::read(p.scale, p.scale_name));
+    all.expect({DType::kFloat32}, {p.num, p.rows}).expect_contiguous();
+    for (size_t e = 0; e < views.size(); ++e)
+      views[e].row_scale = all.as<float>() + e * static_cast<size_t>(p.rows);
+  }
+}
+
+std::vector<WeightView> scaled_matrices(const Projection& p, Arrays& owners) {
+  std::vector<WeightView> views = matrices(p, owners);
+  add_scales(p, owners, views);
   return views;
 }
 
@@ -84,23 +128,29 @@ void apply_map(nb::handle source, const GeneralMOEConfig& c, ExpertWeights& w) {
 }
 
 PythonTask load_weights_task(Layer layer, nb::object gate, nb::object up, nb::object down, nb::object map,
+                             nb::object gate_scale, nb::object up_scale, nb::object down_scale,
                              nb::object gate_bias, nb::object up_bias, nb::object down_bias) {
   const GeneralMOEConfig& c = layer->config();
+  const FormatId format = layer->format();
+  const int64_t num = c.expert_num, inter = c.intermediate_size, hidden = c.hidden_size;
   auto owners = std::make_shared<Arrays>();
-  owners->reserve(3 * static_cast<size_t>(c.expert_num));
+  owners->reserve(6 * static_cast<size_t>(c.expert_num));
   auto weights = std::make_shared<ExpertWeights>();
   weights->matrices.gate =
-      matrices(gate, "gate_proj", c.expert_num, c.intermediate_size, c.hidden_size, *owners);
+      scaled_matrices({gate, gate_scale, "gate_proj", "gate_scale", num, inter, hidden, format}, *owners);
   weights->biases.gate = biases(gate_bias, "gate_bias", c.expert_num, c.intermediate_size);
   if (c.activation.gated) {
-    weights->matrices.up = matrices(up, "up_proj", c.expert_num, c.intermediate_size, c.hidden_size, *owners);
+    weights->matrices.up =
+        scaled_matrices({up, up_scale, "up_proj", "up_scale", num, inter, hidden, format}, *owners);
     weights->biases.up = biases(up_bias, "up_bias", c.expert_num, c.intermediate_size);
-  } else if (!up.is_none() || !up_bias.is_none()) {
-    throw_invalid(up.is_none() ? "up_bias" : "up_proj",
+  } else if (!up.is_none() || !up_scale.is_none() || !up_bias.is_none()) {
+    throw_invalid(!up.is_none()         ? "up_proj"
+                  : !up_scale.is_none() ? "up_scale"
+                                        : "up_bias",
                   ": got one, expected None: the activation is not gated");
   }
   weights->matrices.down =
-      matrices(down, "down_proj", c.expert_num, c.hidden_size, c.intermediate_size, *owners);
+      scaled_matrices({down, down_scale, "down_proj", "down_scale", num, hidden, inter, format}, *owners);
   weights->biases.down = biases(down_bias, "down_bias", c.expert_num, c.hidden_size);
   apply_map(map, c, *weights);
   weights->owner = owners;
@@ -171,6 +221,7 @@ pool : WorkerPool, optional
       .def_rw("hidden_size", &GeneralMOEConfig::hidden_size)
       .def_rw("intermediate_size", &GeneralMOEConfig::intermediate_size)
       .def_rw("layer_idx", &GeneralMOEConfig::layer_idx)
+      .def_rw("group_size", &GeneralMOEConfig::group_size)
       .def_rw("pool", &GeneralMOEConfig::pool, nb::arg().none())
       .def(
           "set_activation",
@@ -189,18 +240,22 @@ void bind_interface(nb::module_& m) {
       .def_prop_ro("loaded", &MoE_Interface::loaded)
       .def("load_weights_task", &load_weights_task, nb::arg("gate_proj").none(), nb::arg("up_proj").none(),
            nb::arg("down_proj").none(), nb::arg("physical_to_logical_map").none() = nb::none(), nb::kw_only(),
-           nb::arg("gate_bias").none() = nb::none(), nb::arg("up_bias").none() = nb::none(),
-           nb::arg("down_bias").none() = nb::none(),
+           nb::arg("gate_scale").none() = nb::none(), nb::arg("up_scale").none() = nb::none(),
+           nb::arg("down_scale").none() = nb::none(), nb::arg("gate_bias").none() = nb::none(),
+           nb::arg("up_bias").none() = nb::none(), nb::arg("down_bias").none() = nb::none(),
            R"(Make the task that gives the layer its weights. They are referred to, not copied.
 
 Parameters
 ----------
 gate_proj, up_proj : array or sequence of arrays
-    bfloat16 [E, I, H], or E arrays [I, H]. up_proj is None when the activation is not gated.
+    bfloat16 [E, I, H], or E arrays [I, H]. up_proj is None when the activation is not gated. Of a quantised
+    layer uint8 [E, I, B], or E arrays [I, B], B the bytes of a row (`quantized_row_bytes`).
 down_proj : array or sequence of arrays
-    bfloat16 [E, H, I], or E arrays [H, I].
+    bfloat16 [E, H, I], or E arrays [H, I]; or uint8.
 physical_to_logical_map : array, optional
     int64 [E]: expert i uses the weights of map[i].
+gate_scale, up_scale, down_scale : array or sequence of arrays
+    float32 [E, I], [E, I], [E, H], or E arrays each: the scales of rows, where the format has them.
 gate_bias, up_bias, down_bias : array, optional
     float32 or bfloat16 [E, I], [E, I], [E, H].
 
@@ -237,9 +292,9 @@ Returns
 Task)");
 }
 
-template <class Part>
+template <class Layer>
 void bind_layer(nb::module_& m, const char* name, const char* doc) {
-  nb::class_<TP_MOE<Part>, MoE_Interface>(m, name, doc).def(nb::init<GeneralMOEConfig>(), nb::arg("config"));
+  nb::class_<Layer, MoE_Interface>(m, name, doc).def(nb::init<GeneralMOEConfig>(), nb::arg("config"));
 }
 
 }  // namespace
@@ -247,8 +302,17 @@ void bind_layer(nb::module_& m, const char* name, const char* doc) {
 void bind_moe(nb::module_& m) {
   bind_config(m);
   bind_interface(m);
-  bind_layer<AMX_MOE_TP<GemmKernel224BF>>(m, "AMXBF16_MOE",
-                                          "Experts with bf16 weights, as they lie in memory.");
+  bind_layer<TP_MOE<AMX_MOE_TP<GemmKernel224BF>>>(m, "AMXBF16_MOE",
+                                                  "Experts with bf16 weights, as they lie in memory.");
+  bind_layer<AMXInt8Layer>(m, "AMXInt8_MOE",
+                           "Experts with int8 weights, a scale a row; activations are quantised to int8.");
+  bind_layer<AMXInt4Layer>(m, "AMXInt4_MOE",
+                           "Experts with two-level int4 weights, in groups of 32, 64 or 128 (`group_size`); "
+                           "activations are quantised to int8.");
+  bind_layer<Int8Layer>(m, "Int8_MOE",
+                        "Experts with int8 weights, a scale a row or every 32 columns (`group_size`).");
+  bind_layer<Int4Layer>(m, "Int4_MOE",
+                        "Experts with two-level int4 weights, in groups of 32, 64 or 128 (`group_size`).");
 }
 
 }  // namespace ktmoe::bindings

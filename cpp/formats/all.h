@@ -3,3 +3,5 @@
 // named here and in formats.inc.
 
 #include "formats/bf16.h"
+#include "formats/int4.h"
+#include "formats/int8.h"

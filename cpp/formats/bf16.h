@@ -12,8 +12,9 @@ namespace ktmoe::formats {
 struct Bf16 {
   static constexpr FormatId kId = FormatId::kBf16;
   static constexpr std::string_view kName = "bf16";
+  static constexpr bool kHasRowScale = false, kIsInteger = false;
 
-  static size_t row_bytes(size_t k) { return k * sizeof(bf16); }
+  static constexpr size_t row_bytes(size_t k) { return k * sizeof(bf16); }
 
   static void decode(const std::byte* row, size_t k, float* out) {
     for (size_t i = 0; i < k; ++i) {
@@ -35,10 +36,17 @@ static_assert(WeightFormat<Bf16>);
 template <>
 struct Unpack<formats::Bf16> {
   static constexpr bool kAsStored = true;
-  static KT_INLINE Vec::Segment segment(const std::byte* row, size_t k) { return Vec::load(row + k * 2); }
-  static KT_INLINE Vec::Segment tail(const std::byte* row, size_t k, size_t count) {
-    return Vec::load_partial(row + k * 2, count);
-  }
+  struct Row {
+    const std::byte* data;
+    Row() = default;
+    KT_INLINE Row(const WeightView& w, size_t n) : data(w.row(n)) {}
+    KT_INLINE Vec::Segment segment(size_t k) const { return Vec::load(data + k * sizeof(bf16)); }
+    KT_INLINE Vec::Segment tail(size_t k, size_t count) const {
+      return Vec::load_partial(data + k * sizeof(bf16), count);
+    }
+    KT_INLINE Vec::Segment weights(size_t k) const { return segment(k); }
+    KT_INLINE Vec::Segment weights_tail(size_t k, size_t count) const { return tail(k, count); }
+  };
 };
 
 #endif  // KT_TARGET_REGION

@@ -14,12 +14,19 @@ namespace ktmoe {
 struct WeightView {
   const std::byte* data = nullptr;
   ptrdiff_t row_stride_bytes = 0;
+  uint32_t k = 0;                    // elements of a row
+  const float* row_scale = nullptr;  // a value a row, of formats that have one
 
   const std::byte* row(size_t n) const { return data + static_cast<ptrdiff_t>(n) * row_stride_bytes; }
 
+  // The rows from n on, row n called 0.
+  WeightView from(size_t n) const {
+    return {row(n), row_stride_bytes, k, row_scale ? row_scale + n : nullptr};
+  }
   // The same rows, the first of them called n.
   WeightView numbered_from(size_t n) const {
-    return {data - static_cast<ptrdiff_t>(n) * row_stride_bytes, row_stride_bytes};
+    return {data - static_cast<ptrdiff_t>(n) * row_stride_bytes, row_stride_bytes, k,
+            row_scale ? row_scale - n : nullptr};
   }
 };
 
@@ -35,7 +42,10 @@ inline constexpr size_t kNumFormats = static_cast<size_t>(FormatId::kCount);
 // A format F provides, all static:
 //   FormatId kId; std::string_view kName;
 //   size_t row_bytes(size_t k)                      bytes of a row of k values
-//   void decode(const std::byte* row, size_t k, float* out)    the scalar truth
+//   void decode(const std::byte* row, size_t k, float* out)    the scalar truth, before any row scale
+//   bool kHasRowScale       a weight is its decoded value times a float32 of its row; decoded values are then
+//                           exact in bf16
+//   bool kIsInteger         decoded values are whole numbers from -127 to 127: integer products take them
 // and, for the target regions (kernels/targets), a specialisation Unpack<F> that yields the k-th segment of a
 // row in registers, in the element order of the policy it is given.
 template <class F>
@@ -44,6 +54,8 @@ concept WeightFormat = requires(const std::byte* row, size_t k, float* out) {
   { F::kName } -> std::convertible_to<std::string_view>;
   { F::row_bytes(k) } -> std::same_as<size_t>;
   F::decode(row, k, out);
+  { F::kHasRowScale } -> std::convertible_to<bool>;
+  { F::kIsInteger } -> std::convertible_to<bool>;
 };
 
 }  // namespace ktmoe

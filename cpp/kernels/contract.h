@@ -40,16 +40,30 @@ struct RowsView {
 //   row-dot-row kernels: rows of K bf16, in place or gathered by index
 //   tile kernels:        panels of 16 rows, K-paired: [K/32][16 pairs][columns][2], the last panel only as
 //                        wide as its rows, K padded with zeros
+// For integer products, made by KernelTable::pack_int8: codes in place of bf16, twice as many in the same
+// bytes, and what became of each row.
 struct Operand {
   const std::byte* data = nullptr;
   size_t stride_bytes = 0;         // from row to row, or from panel to panel
   const int32_t* index = nullptr;  // row-dot-row kernels only
   uint32_t rows = 0;
   uint32_t k = 0;
+  const struct QuantizedRow* quantized = nullptr;  // [rows] of int8 operands
+};
+
+// A row x of activations in int8: scale = max |x| / 127, codes = rint(x / scale) from -127 to 127, zeros for
+// a row of zeros. A row that is not finite has a scale of NaN, and so results in NaN.
+struct QuantizedRow {
+  float scale;
+  int32_t sum;  // of its codes
 };
 
 // C[m, n - n0] (+)= sum_k X[m, k] W[n, k] for n in [n0, n1), in fp32. C is a block of c_floats(M, n1 - n0)
-// floats, in a layout that only the kernels of the same table know.
+// floats, in a layout that only the kernels of the same table know. With row scales s, W[n, k] = s[n] V[n,
+// k]:
+//   products of bf16      C[m, n] = s[n] sum_k X[m, k] V[n, k]
+//   integer products      C[m, n] = s[n] (scale[m] sum_k codes[m, k] V[n, k]), the sum exact in int32
+// which do not accumulate.
 // Preconditions: n0 a multiple of kOutputBlock / 2, M <= kMaxPanelRows, n1 - n0 <= kMaxPanelOutputs,
 // scratch of nt_scratch_bytes(k), C aligned to 64 bytes.
 struct NtArgs {
@@ -148,7 +162,7 @@ struct LimitKernels {
   double (*step)(uint64_t iterations, std::byte* cached_32k);
 };
 
-// All kernels of one instruction set. No entry is ever null.
+// All kernels of one instruction set. No entry is null but where it says so.
 struct KernelTable {
   Isa isa;
 
@@ -165,6 +179,11 @@ struct KernelTable {
   bool c_is_rows;
   size_t (*nt_scratch_bytes)(uint32_t k);
   std::array<void (*)(const NtArgs&), kNumFormats> nt;
+
+  // Integer products: operands in int8, and the product by format, null for one that is not kIsInteger.
+  size_t (*int8_operand_bytes)(uint32_t m, uint32_t k);
+  Operand (*pack_int8)(const RowsView& rows, uint32_t m, uint32_t k, std::byte* data);
+  std::array<void (*)(const NtArgs&), kNumFormats> nt_int8;
 
   void (*activate)(const ActivateArgs&);
   void (*store_rows)(const StoreRowsArgs&);

@@ -34,7 +34,7 @@ struct NnTerm {
 // through weights, whose rows are read as they lie. The sum is sequential, along n and from term to term: cut
 // between terms, or at a multiple of kOutputBlock rows of a W, with the second part accumulating, it has the
 // same bits. Preconditions: at least one term, none of them empty, M <= kMaxPanelRows the same in
-// all, k0 a multiple of kOutputBlock / 2, k1 - k0 <= kMaxNnColumns, scratch of nn_scratch_bytes() aligned
+// all, k0 a multiple of kOutputBlock, k1 - k0 <= kMaxNnColumns, scratch of nn_scratch_bytes() aligned
 // to 64 bytes. Only elements [k0, k1) of each row of W are read.
 struct NnArgs {
   std::span<const NnTerm> terms;

@@ -17,6 +17,7 @@ struct GeneralMOEConfig {
   int64_t layer_idx = 0;
   kernels::Activation activation;
   std::shared_ptr<WorkerPool> pool;
+  int64_t group_size = 0;  // of weights that are quantised by groups; 0: the method's own
 
   // Throws std::invalid_argument naming the first field that cannot be used.
   void validate() const;

@@ -16,11 +16,13 @@ struct PackedRows {
   uint32_t m0 = 0;
   kernels::Operand operand;
 
-  // The rows of a task as an operand in `memory`, packed anew only when the expert or the rows change.
+  // The rows of a task as an operand in `memory`, packed anew only when the expert or the rows change; in
+  // int8 for integer products.
   const kernels::Operand& pack_once(const kernels::KernelTable& table, const kernels::RowsView& rows,
-                                    const PanelTask& task, uint32_t k, std::byte* memory) {
+                                    const PanelTask& task, uint32_t k, std::byte* memory,
+                                    bool in_int8 = false) {
     if (active == task.active && m0 == task.m0) return operand;
-    operand = table.pack(rows, task.m1 - task.m0, k, memory);
+    operand = (in_int8 ? table.pack_int8 : table.pack)(rows, task.m1 - task.m0, k, memory);
     active = task.active, m0 = task.m0;
     return operand;
   }
@@ -48,7 +50,7 @@ struct LayerCall {
   const GeneralMOEConfig* config = nullptr;
   const ForwardArgs* args = nullptr;
   RoutingPlan plan;
-  std::vector<std::byte*> h;  // the intermediate of each active expert, an operand
+  std::vector<std::byte*> h;  // the intermediate of each active expert: an operand, or rows of bf16
   std::vector<WorkerScratch> workers;
 };
 

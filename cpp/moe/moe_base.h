@@ -82,6 +82,7 @@ class AMX_MOE_BASE {
       act.c_up = scratch.c_up;
       act.up_bias = bias_of(biases_->up, e * width + task.n0);
     }
+    if constexpr (T::kIsInteger) act.kept = intermediate_rows(call, task, task.n0);
     derived().before_activation(call, scratch, task, act);
     call.kernels->activate(act);
   }
@@ -131,14 +132,20 @@ class AMX_MOE_BASE {
   // ---- hooks ----
   // Gate and up are in scratch.c_gate and c_up; `act` may be told of more.
   void before_activation(LayerCall&, WorkerScratch&, const PanelTask&, kernels::ActivateArgs&) {}
-  // Where the activation writes its operand, if anywhere.
+  // Where the activation writes its operand, if anywhere: before an integer product rows are kept, since a
+  // row is quantised when all of it is there.
   kernels::Operand intermediate(const LayerCall& call, const PanelTask& task) const {
+    if constexpr (T::kIsInteger)
+      return {nullptr, 0, nullptr, task.m1 - task.m0, static_cast<uint32_t>(config_.intermediate_size)};
     return call.kernels->operand_block(call.h[task.active], call.plan.active[task.active].rows,
                                        static_cast<uint32_t>(config_.intermediate_size), task.m0, task.m1);
   }
   // The intermediate as the down projection takes it.
-  kernels::Operand down_operand(LayerCall& call, WorkerScratch&, const PanelTask& task) {
-    return derived().intermediate(call, task);
+  kernels::Operand down_operand(LayerCall& call, WorkerScratch& scratch, const PanelTask& task) {
+    if constexpr (!T::kIsInteger) return derived().intermediate(call, task);
+    const kernels::KeptRows rows = intermediate_rows(call, task, 0);
+    return scratch.packed.pack_once(*call.kernels, {rows.h, rows.stride, nullptr}, task,
+                                    static_cast<uint32_t>(config_.intermediate_size), scratch.operand, true);
   }
   // The product with the down projection is in scratch.c_gate; only if adds_to_down() says so.
   bool adds_to_down() const { return false; }
@@ -173,7 +180,16 @@ class AMX_MOE_BASE {
     const int32_t* token = call.plan.token.data() + call.plan.active[task.active].begin + task.m0;
     const kernels::RowsView rows{call.args->hidden_states, static_cast<size_t>(config_.hidden_size), token};
     return scratch.packed.pack_once(*call.kernels, rows, task, static_cast<uint32_t>(config_.hidden_size),
-                                    scratch.operand);
+                                    scratch.operand, T::kIsInteger);
+  }
+
+  // The intermediate as rows of bf16 in the memory of its operand, from a column on.
+  kernels::KeptRows intermediate_rows(const LayerCall& call, const PanelTask& task, uint32_t column) const {
+    const size_t stride = round_up(static_cast<size_t>(config_.intermediate_size), kernels::kOutputBlock);
+    kernels::KeptRows rows;
+    rows.h = reinterpret_cast<bf16*>(call.h[task.active]) + task.m0 * stride + column;
+    rows.stride = stride;
+    return rows;
   }
 
   void product(const LayerCall& call, const WorkerScratch& scratch, const kernels::Operand& x,
@@ -182,7 +198,8 @@ class AMX_MOE_BASE {
     nt.x = x, nt.w = w;
     nt.n0 = task.n0, nt.n1 = task.n1;
     nt.c = c, nt.c_stride = c_stride, nt.scratch = scratch.nt;
-    call.kernels->nt[static_cast<size_t>(T::kFormat)](nt);
+    const auto& products = T::kIsInteger ? call.kernels->nt_int8 : call.kernels->nt;
+    products[static_cast<size_t>(T::kFormat)](nt);
   }
 
   const ExpertMatrices* matrices_ = nullptr;

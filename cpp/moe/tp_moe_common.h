@@ -88,6 +88,7 @@ class TP_MOE_Common : public Interface {
   }
 
   void run_down(uint32_t passes) {
+    if constexpr (Part::Kernel::kIsInteger) forget_packed();  // what is packed is X, not H
     for (uint32_t pass = 0; pass < passes; ++pass) {
       for_parts([&](Part& part, int i) { part.cut_down(call_, config_.pool->num_threads(i), pass, passes); });
       run_phase(&Part::num_down, [&](const Worker& worker, Part& part, uint32_t task) {
@@ -95,6 +96,10 @@ class TP_MOE_Common : public Interface {
       });
       run_combine();
     }
+  }
+
+  void forget_packed() {
+    for (WorkerScratch& worker : call_.workers) worker.packed = {};
   }
 
   void run_combine() {
@@ -189,7 +194,11 @@ class TP_MOE_Common : public Interface {
             plan.take(size_t{layer.call_.plan.num_rows()} * part->widest_pass(passes) * sizeof(float)));
 
       const uint32_t most = std::max(layer.most_rows(hidden), layer.most_rows(width));
-      operand = round_up(k.operand_bytes(layer.most_rows(hidden), hidden), kCacheLine);
+      operand = k.operand_bytes(layer.most_rows(hidden), hidden);
+      if constexpr (Part::Kernel::kIsInteger)
+        operand = std::max(k.int8_operand_bytes(layer.most_rows(hidden), hidden),
+                           k.int8_operand_bytes(layer.most_rows(width), width));
+      operand = round_up(operand, kCacheLine);
       c = round_up(k.c_floats(most, kernels::kMaxPanelOutputs) * sizeof(float), kCacheLine);
       per_worker = operand + 2 * c + round_up(k.nt_scratch_bytes(std::max(width, hidden)), kCacheLine);
       workers = plan.take(per_worker * static_cast<size_t>(layer.config_.pool->num_threads()));

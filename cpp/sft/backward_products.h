@@ -20,7 +20,7 @@ inline void add_terms(const TrainingPass& pass, const kernels::Operand& g,
     const Span rows = part.rows.*share;
     if (rows.size() == 0) continue;
     const WeightView& w = (part.matrices->*matrices)[e];
-    terms.push_back({g, rows.begin, rows.end, {w.row(rows.begin), w.row_stride_bytes}});
+    terms.push_back({g, rows.begin, rows.end, w.from(rows.begin)});
   }
 }
 

@@ -42,7 +42,7 @@ std::string text(Isa isa, const Shape& s) {
 Shape random_shape(Random& random, uint32_t m, uint32_t n, uint32_t width) {
   Shape s;
   s.m = m, s.n = n;
-  s.k0 = random.below(4) * 16, s.k1 = s.k0 + width;
+  s.k0 = random.below(4) * kernels::kOutputBlock, s.k1 = s.k0 + width;
   s.k = s.k1 + random.below(2) * random.below(40);
   s.g_layout = kActivationLayouts[random.below(3)];
   s.w_layout = kWeightLayouts[random.below(4)];
@@ -268,7 +268,7 @@ TEST_CASE("nn: a row has the same bits alone, in any batch, in any cut of column
         const std::vector<int32_t> index = random_index(random, m, rows);
         const Matrix g_copy = g.copy(kActivationLayouts[random.below(3)]);
         const Matrix w_copy = w.copy(kWeightLayouts[random.below(4)]);
-        const uint32_t k0 = random.below(12) * 16, k1 = k0 + 1 + random.below(columns - k0);
+        const uint32_t k0 = random.below(6) * kernels::kOutputBlock, k1 = k0 + 1 + random.below(columns - k0);
         INFO(text(table->isa, {m, n, k0, k1, columns, {}, {}, true, 0}));
         const Left some(*table, g_copy.activations(index.data()), m, n);
         const std::vector<float> part = nn_product(*table, some.operand, w_copy.weights(), k0, k1);

@@ -64,18 +64,19 @@ struct WeightColumns {
     const std::byte* row = term.w.row(s);
     if (Unpack<Format>::kAsStored || term.is_bf16) return begin(row, term.is_bf16);
     std::byte* to = decoded + s % 2 * (kPanelColumnsMost * sizeof(bf16));
-    decode(row, to);
+    decode(term.w, s, to);
     return to;
   }
   // Where the columns of a row begin.
   KT_INLINE const std::byte* begin(const std::byte* row, bool is_bf16) const {
     return row + (is_bf16 ? k0 * sizeof(bf16) : Format::row_bytes(k0));
   }
-  KT_INLINE void decode(const std::byte* row, std::byte* to) const {
+  KT_INLINE void decode(const WeightView& w, uint32_t s, std::byte* to) const {
+    const typename Unpack<Format>::Row row(w, s);
     uint32_t k = k0;
     for (; k + Vec::kStep <= k1; k += Vec::kStep, to += Vec::kStep * sizeof(bf16))
-      Vec::store(to, Unpack<Format>::segment(row, k));
-    if (k < k1) Vec::store(to, Unpack<Format>::tail(row, k, k1 - k));
+      Vec::store(to, row.weights(k));
+    if (k < k1) Vec::store(to, row.weights_tail(k, k1 - k));
   }
   // Asks for what of() reads.
   template <int kHint>

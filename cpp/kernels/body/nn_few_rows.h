@@ -168,7 +168,7 @@ class FewRows {
       const std::byte* row = there ? term.w.row(s0 + n) : nullptr;
       step_.row[n] = there ? columns_.begin(row, term.is_bf16) : kZeroRow;
       if (!as_stored && there) {
-        columns_.decode(row, copies_ + n * kCopyBytes);
+        columns_.decode(term.w, s0 + n, copies_ + n * kCopyBytes);
         step_.row[n] = copies_ + n * kCopyBytes;
       }
     }

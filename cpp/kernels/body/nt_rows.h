@@ -10,14 +10,81 @@
 // scratch: rows that lie a power of two apart would fight for the same sets of the cache, and those that
 // straddle cache lines or have to be decoded would pay for it with every token.
 //
+// A Product says what is multiplied: bf16 into fp32, or int8 codes into int32. Blocks, panels and tiles are
+// counted in bytes of activations, which are the same for both.
+//
 // C is row-major: c[m * ld + (n - n0)], ld = c_stride(n1 - n0).
 
-// Elements of K in a block, in place and of a panel. A panel is half of a first-level cache of 32 KiB, the
-// rest is for the activations that pass.
-inline constexpr uint32_t kBlockK = 2048, kPanelBlockK = 1024;
-// From this many activation rows on, a panel costs less than it saves.
+// Bytes of a row of activations in a block, in place and of a panel. A panel is half of a first-level cache
+// of 32 KiB, the rest is for the activations that pass.
+inline constexpr size_t kBlockBytes = 4096, kPanelBlockBytes = 2048;
+// From this many activation rows on, a panel of weights that are used as they are costs less than it saves.
 inline constexpr uint32_t kPanelRows = 14;
 inline constexpr size_t kSegmentBytes = Vec::kStep * sizeof(bf16);
+
+// bf16 by bf16. `Row` is a row of weights of some format.
+struct Bf16Product {
+  static constexpr size_t kElementBytes = sizeof(bf16), kStep = Vec::kStep;
+  template <class Format>
+  static constexpr bool as_stored() {
+    return Unpack<Format>::kAsStored;
+  }
+  using Segment = Vec::Segment;
+  using Acc = Vec::Acc;
+  static KT_INLINE Acc zero() { return Vec::zero_acc(); }
+  static KT_INLINE Segment load(const std::byte* p) { return Vec::load(p); }
+  static KT_INLINE Segment load_partial(const std::byte* p, size_t count) {
+    return Vec::load_partial(p, count);
+  }
+  static KT_INLINE void store(std::byte* p, const Segment& s) { Vec::store(p, s); }
+  template <class Row>
+  static KT_INLINE Segment weights(const Row& row, size_t k) {
+    return row.segment(k);
+  }
+  template <class Row>
+  static KT_INLINE Segment weights_tail(const Row& row, size_t k, size_t count) {
+    return row.tail(k, count);
+  }
+  static KT_INLINE void dot(Acc& acc, const Segment& w, const Segment& x) { Vec::dot(acc, w, x); }
+  template <int kRows>
+  static KT_INLINE void sums(const NtArgs&, uint32_t, const Acc (&acc)[kRows], float* sums) {
+    Vec::reduce(acc, sums);
+  }
+};
+
+// int8 by int8.
+struct Int8Product {
+  static constexpr size_t kElementBytes = 1, kStep = kByteStep;
+  template <class Format>
+  static constexpr bool as_stored() {
+    return Unpack<Format>::kBytesAsStored;
+  }
+  using Segment = Vec::Bytes;
+  using Acc = Vec::IntAcc;
+  static KT_INLINE Acc zero() { return Vec::zero_int(); }
+  static KT_INLINE Segment load(const std::byte* p) { return Vec::load_bytes(p); }
+  static KT_INLINE Segment load_partial(const std::byte* p, size_t count) {
+    return Vec::load_bytes_partial(p, count);
+  }
+  static KT_INLINE void store(std::byte* p, const Segment& s) { Vec::store_bytes(p, s); }
+  template <class Row>
+  static KT_INLINE Segment weights(const Row& row, size_t k) {
+    return Vec::as_weights(row.bytes(k));
+  }
+  template <class Row>
+  static KT_INLINE Segment weights_tail(const Row& row, size_t k, size_t count) {
+    return Vec::as_weights(row.bytes_tail(k, count));
+  }
+  static KT_INLINE void dot(Acc& acc, const Segment& w, const Segment& x) { Vec::dot_bytes(acc, w, x); }
+  // Of activation row m, with its scale.
+  template <int kRows>
+  static KT_INLINE void sums(const NtArgs& args, uint32_t m, const Acc (&acc)[kRows], float* sums) {
+    const QuantizedRow& x = args.x.quantized[m];
+    for (int r = 0; r < kRows; ++r)
+      sums[r] = static_cast<float>(Vec::sum_int(acc[r]) - Vec::kWeightOffset * x.sum) * x.scale;
+  }
+};
+static_assert(sizeof(Vec::IntAcc) <= sizeof(Vec::Acc));
 
 KT_INLINE size_t c_stride(uint32_t n) { return round_up(n, 16); }
 KT_INLINE bool is_aligned(const std::byte* data, ptrdiff_t stride) {
@@ -26,46 +93,49 @@ KT_INLINE bool is_aligned(const std::byte* data, ptrdiff_t stride) {
 
 inline size_t c_floats_rows(uint32_t m, uint32_t n) { return m * c_stride(n); }
 
-inline constexpr size_t kPanelBytes = size_t{Vec::kRowTile} * kPanelBlockK * sizeof(bf16);
+inline constexpr size_t kPanelBytes = size_t{Vec::kRowTile} * kPanelBlockBytes;
 
 inline size_t nt_scratch_bytes_rows(uint32_t k) {
-  const size_t lanes = k > kPanelBlockK ? size_t{kMaxPanelRows} * Vec::kRowTile * sizeof(Vec::Acc) : 0;
+  const size_t lanes =
+      k * sizeof(bf16) > kPanelBlockBytes ? size_t{kMaxPanelRows} * Vec::kRowTile * sizeof(Vec::Acc) : 0;
   return kPanelBytes + lanes;
 }
 
 // Weights as they lie: row r of the group at its own address.
-template <class Format, int kRows>
+template <class Format, class Product, int kRows>
 struct InPlace {
-  const std::byte* row[kRows];
+  using Row = typename Unpack<Format>::Row;
+  Row row[kRows];
   KT_INLINE InPlace(const WeightView& w, uint32_t n) {
-    for (int r = 0; r < kRows; ++r) row[r] = w.row(n + r);
+    for (int r = 0; r < kRows; ++r) row[r] = Row(w, n + static_cast<uint32_t>(r));
   }
-  KT_INLINE Vec::Segment segment(int r, size_t k) const { return Unpack<Format>::segment(row[r], k); }
-  KT_INLINE Vec::Segment tail(int r, size_t k, size_t count) const {
-    return Unpack<Format>::tail(row[r], k, count);
+  KT_INLINE typename Product::Segment segment(int r, size_t k) const { return Product::weights(row[r], k); }
+  KT_INLINE typename Product::Segment tail(int r, size_t k, size_t count) const {
+    return Product::weights_tail(row[r], k, count);
   }
 };
 
-// Weights decoded to bf16: the segments of all rows of a step lie side by side, zeros behind the last.
-template <int kRows>
+// Weights as the product takes them: the segments of all rows of a step lie side by side, zeros behind the
+// last.
+template <class Product, int kRows>
 struct Panel {
   const std::byte* data;
   size_t k0;
-  KT_INLINE Vec::Segment segment(int r, size_t k) const {
-    return Vec::load(data + (k - k0) * sizeof(bf16) * kRows + r * kSegmentBytes);
+  KT_INLINE typename Product::Segment segment(int r, size_t k) const {
+    return Product::load(data + (k - k0) * Product::kElementBytes * kRows + r * kSegmentBytes);
   }
-  KT_INLINE Vec::Segment tail(int r, size_t k, size_t) const { return segment(r, k); }
+  KT_INLINE typename Product::Segment tail(int r, size_t k, size_t) const { return segment(r, k); }
 };
 
-template <class Format, int kRows>
+template <class Format, class Product, int kRows>
 void fill_panel(const WeightView& w, uint32_t n, size_t k0, size_t k1, std::byte* panel) {
   for (int r = 0; r < kRows; ++r) {
-    const std::byte* row = w.row(n + r);
+    const typename Unpack<Format>::Row row(w, n + static_cast<uint32_t>(r));
     std::byte* to = panel + r * kSegmentBytes;
     size_t k = k0;
-    for (; k + Vec::kStep <= k1; k += Vec::kStep, to += kRows * kSegmentBytes)
-      Vec::store(to, Unpack<Format>::segment(row, k));
-    if (k < k1) Vec::store(to, Unpack<Format>::tail(row, k, k1 - k));
+    for (; k + Product::kStep <= k1; k += Product::kStep, to += kRows * kSegmentBytes)
+      Product::store(to, Product::weights(row, k));
+    if (k < k1) Product::store(to, Product::weights_tail(row, k, k1 - k));
   }
 }
 
@@ -76,9 +146,12 @@ struct GroupBlock {
   std::byte* lanes;  // accumulators between blocks of K
 };
 
-template <int kRows, int kTokens, int kAheadStep, class Weights>
+template <class Format, class Product, int kRows, int kTokens, int kAheadStep, class Weights>
 KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& w, uint32_t m,
                         const std::byte* ahead) {
+  using Segment = typename Product::Segment;
+  using Acc = typename Product::Acc;
+  constexpr size_t kStep = Product::kStep, kElementBytes = Product::kElementBytes;
   const std::byte* x[kTokens];
   for (int t = 0; t < kTokens; ++t) {
     const size_t row = args.x.index ? args.x.index[m + t] : m + t;
@@ -89,28 +162,29 @@ KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& 
   // waits in the second (on Zen 4 a single token is 50 % faster so).
   constexpr int kHint = kAheadStep >= kCacheLine ? 2 : 3;
 
-  typename Vec::Acc acc[kTokens][kRows];
-  Vec::Acc* lanes = reinterpret_cast<Vec::Acc*>(b.lanes) + size_t{m} * kRows;
+  Acc acc[kTokens][kRows];
+  Acc* lanes = reinterpret_cast<Acc*>(b.lanes) + size_t{m} * kRows;
   for (int t = 0; t < kTokens; ++t)
-    for (int r = 0; r < kRows; ++r) acc[t][r] = b.k0 == 0 ? Vec::zero_acc() : lanes[t * kRows + r];
+    for (int r = 0; r < kRows; ++r) acc[t][r] = b.k0 == 0 ? Product::zero() : lanes[t * kRows + r];
 
   size_t k = b.k0;
-  for (; k + Vec::kStep <= b.k1; k += Vec::kStep) {
+  for (; k + kStep <= b.k1; k += kStep) {
     KT_UNROLL for (int i = 0; i < kAheadStep; i += kCacheLine) __builtin_prefetch(ahead + i, 0, kHint);
     ahead += kAheadStep;
-    typename Vec::Segment xs[kTokens];
-    KT_UNROLL for (int t = 0; t < kTokens; ++t) xs[t] = Vec::load(x[t] + k * sizeof(bf16));
+    Segment xs[kTokens];
+    KT_UNROLL for (int t = 0; t < kTokens; ++t) xs[t] = Product::load(x[t] + k * kElementBytes);
     KT_UNROLL for (int r = 0; r < kRows; ++r) {
-      const typename Vec::Segment ws = w.segment(r, k);
-      KT_UNROLL for (int t = 0; t < kTokens; ++t) Vec::dot(acc[t][r], ws, xs[t]);
+      const Segment ws = w.segment(r, k);
+      KT_UNROLL for (int t = 0; t < kTokens; ++t) Product::dot(acc[t][r], ws, xs[t]);
     }
   }
   if (k < b.k1) {
-    typename Vec::Segment xs[kTokens];
-    KT_UNROLL for (int t = 0; t < kTokens; ++t) xs[t] = Vec::load_partial(x[t] + k * sizeof(bf16), b.k1 - k);
+    Segment xs[kTokens];
+    KT_UNROLL for (int t = 0; t < kTokens; ++t) xs[t] =
+        Product::load_partial(x[t] + k * kElementBytes, b.k1 - k);
     KT_UNROLL for (int r = 0; r < kRows; ++r) {
-      const typename Vec::Segment ws = w.tail(r, k, b.k1 - k);
-      KT_UNROLL for (int t = 0; t < kTokens; ++t) Vec::dot(acc[t][r], ws, xs[t]);
+      const Segment ws = w.tail(r, k, b.k1 - k);
+      KT_UNROLL for (int t = 0; t < kTokens; ++t) Product::dot(acc[t][r], ws, xs[t]);
     }
   }
 
@@ -122,9 +196,15 @@ KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& 
   const size_t ld = args.c_stride ? args.c_stride : c_stride(args.n1 - args.n0);
   for (int t = 0; t < kTokens; ++t) {
     float sums[kRows];
-    Vec::reduce(acc[t], sums);
+    Product::sums(args, m + static_cast<uint32_t>(t), acc[t], sums);
     float* c = args.c + (m + t) * ld + (b.n - args.n0);
-    for (int r = 0; r < kRows; ++r) c[r] = args.accumulate ? c[r] + sums[r] : sums[r];
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (Format::kHasRowScale) {
+        c[r] = args.w.row_scale[b.n + static_cast<uint32_t>(r)] * sums[r];
+      } else {
+        c[r] = args.accumulate ? c[r] + sums[r] : sums[r];
+      }
+    }
   }
 }
 
@@ -143,43 +223,47 @@ struct Ahead {
 
 // All activation rows pass a block of a group of weight rows. While they do, the weights behind are asked
 // for, kAheadStep bytes a step, so that the next group finds them on their way from memory.
-template <int kRows, int kAheadStep, class Weights>
+template <class Format, class Product, int kRows, int kAheadStep, class Weights>
 void dot_block(const NtArgs& args, const GroupBlock& b, const Weights& w, Ahead ahead) {
   constexpr int kTwo = Vec::kTokenTile > 1 ? 2 : 1;  // of a tile for one token, 2 is never met
-  const size_t tile_asks = (b.k1 - b.k0) / Vec::kStep * kAheadStep;
+  const size_t tile_asks = (b.k1 - b.k0) / Product::kStep * kAheadStep;
   for (uint32_t m = 0; m < args.x.rows;) {
     const uint32_t tokens = next_token_tile(args.x.rows - m);
-    const std::byte* lines = ahead.bytes >= tile_asks ? ahead.data : nullptr;
+    const std::byte* lines = ahead.bytes > 0 ? ahead.data : nullptr;
     if (tokens == 1)
-      dot_tile<kRows, 1, kAheadStep>(args, b, w, m, lines);
+      dot_tile<Format, Product, kRows, 1, kAheadStep>(args, b, w, m, lines);
     else if (tokens == 2)
-      dot_tile<kRows, kTwo, kAheadStep>(args, b, w, m, lines);
+      dot_tile<Format, Product, kRows, kTwo, kAheadStep>(args, b, w, m, lines);
     else
-      dot_tile<kRows, Vec::kTokenTile, kAheadStep>(args, b, w, m, lines);
+      dot_tile<Format, Product, kRows, Vec::kTokenTile, kAheadStep>(args, b, w, m, lines);
     m += tokens;
-    if (lines) ahead.data += tile_asks, ahead.bytes -= tile_asks;
+    const size_t asked = tile_asks < ahead.bytes ? tile_asks : ahead.bytes;
+    ahead.data += asked, ahead.bytes -= asked;
   }
 }
 
-// As slowly as still asks for all of the next group, kRows cache lines a step and token tile: requests in a
-// burst wait for each other.
-template <int kRows, class Weights>
-void dot_block(const NtArgs& args, const GroupBlock& b, const Weights& w, Ahead ahead) {
+// As slowly as still asks for all of the next group: requests in a burst wait for each other.
+template <class Format, class Product, int kRows, class Weights>
+void dot_block_asking(const NtArgs& args, const GroupBlock& b, const Weights& w, Ahead ahead) {
+  // What a step takes of a group, in whole cache lines.
+  constexpr int kStepBytes = static_cast<int>(
+      round_up(div_up(Vec::kRowTile * Format::row_bytes(4096) * Product::kStep, size_t{4096}), kCacheLine));
   const size_t tiles = div_up(args.x.rows, Vec::kTokenTile);
-  if (tiles == 1) return dot_block<kRows, 512>(args, b, w, ahead);
-  if (tiles <= 3) return dot_block<kRows, 256>(args, b, w, ahead);
-  if (tiles < 8) return dot_block<kRows, 128>(args, b, w, ahead);
-  if (tiles < 16) return dot_block<kRows, 64>(args, b, w, ahead);
-  return dot_block<kRows, 32>(args, b, w, ahead);
+  if (tiles == 1) return dot_block<Format, Product, kRows, kStepBytes>(args, b, w, ahead);
+  if (tiles <= 3) return dot_block<Format, Product, kRows, kStepBytes / 2>(args, b, w, ahead);
+  if (tiles < 8) return dot_block<Format, Product, kRows, kStepBytes / 4>(args, b, w, ahead);
+  if (tiles < 16) return dot_block<Format, Product, kRows, kStepBytes / 8>(args, b, w, ahead);
+  return dot_block<Format, Product, kRows, kStepBytes / 16>(args, b, w, ahead);
 }
 
-template <class Format, int kRows>
+template <class Format, class Product, int kRows>
 void dot_group(const NtArgs& args, uint32_t n, bool use_panel) {
   const uint32_t k = args.x.k;
   const size_t row_bytes = Format::row_bytes(k);
   const bool rows_adjoin = args.w.row_stride_bytes == static_cast<ptrdiff_t>(row_bytes);
-  const size_t num_blocks = k == 0 ? 1 : div_up(k, use_panel ? kPanelBlockK : kBlockK);
-  const size_t block = round_up(div_up(k, num_blocks), Vec::kStep);
+  const size_t block_k = (use_panel ? kPanelBlockBytes : kBlockBytes) / Product::kElementBytes;
+  const size_t num_blocks = k == 0 ? 1 : div_up(k, block_k);
+  const size_t block = round_up(div_up(k, num_blocks), Product::kStep);
   const size_t ask = rows_adjoin ? kRows * row_bytes / num_blocks : 0;
 
   for (size_t i = 0; i < num_blocks; ++i) {
@@ -187,19 +271,21 @@ void dot_group(const NtArgs& args, uint32_t n, bool use_panel) {
     const GroupBlock b{n, k0, k1, args.scratch + kPanelBytes};
     const Ahead ahead{args.w.row(n + kRows) + i * ask, ask};
     if (use_panel) {
-      fill_panel<Format, kRows>(args.w, n, k0, k1, args.scratch);
-      dot_block<kRows>(args, b, Panel<kRows>{args.scratch, k0}, ahead);
+      fill_panel<Format, Product, kRows>(args.w, n, k0, k1, args.scratch);
+      dot_block_asking<Format, Product, kRows>(args, b, Panel<Product, kRows>{args.scratch, k0}, ahead);
     } else {
-      dot_block<kRows>(args, b, InPlace<Format, kRows>(args.w, n), ahead);
+      dot_block_asking<Format, Product, kRows>(args, b, InPlace<Format, Product, kRows>(args.w, n), ahead);
     }
   }
 }
 
-template <class Format>
+template <class Format, class Product>
 void nt_rows(const NtArgs& args) {
-  const bool use_panel = args.x.rows >= kPanelRows;
+  // What has to be decoded is decoded once.
+  const bool use_panel =
+      args.x.rows >= (Product::template as_stored<Format>() ? kPanelRows : Vec::kTokenTile + 1);
   uint32_t n = args.n0;
   for (; n + Vec::kRowTile <= args.n1; n += Vec::kRowTile)
-    dot_group<Format, Vec::kRowTile>(args, n, use_panel);
-  for (; n < args.n1; ++n) dot_group<Format, 1>(args, n, use_panel);
+    dot_group<Format, Product, Vec::kRowTile>(args, n, use_panel);
+  for (; n < args.n1; ++n) dot_group<Format, Product, 1>(args, n, use_panel);
 }

@@ -24,6 +24,12 @@ inline Operand pack_rows(const RowsView& rows, uint32_t m, uint32_t k, std::byte
   return Operand{data, stride, nullptr, m, k};
 }
 
+inline size_t int8_operand_bytes_rows(uint32_t m, uint32_t k) { return int8_rows_bytes(m, k); }
+
+inline Operand pack_int8_rows(const RowsView& rows, uint32_t m, uint32_t k, std::byte* data) {
+  return quantize_rows(rows, m, k, data);
+}
+
 // `count` floats that may end anywhere, as a full vector; null stands for zeros.
 KT_INLINE Float load_bias(const float* bias, size_t at, size_t count) {
   if (bias == nullptr) return Vec::set(0.0f);

@@ -1,5 +1,14 @@
 // The kernel table of a rows-dot-rows target. Included last inside a target's namespace.
 
+template <class Format>
+constexpr auto integer_product() -> void (*)(const NtArgs&) {
+  if constexpr (Format::kIsInteger) {
+    return nt_rows<Format, Int8Product>;
+  } else {
+    return nullptr;
+  }
+}
+
 const KernelTable& table() {
   static const KernelTable table = {
       .isa = kIsa,
@@ -11,7 +20,15 @@ const KernelTable& table() {
       .nt_scratch_bytes = nt_scratch_bytes_rows,
       .nt =
           {
-#define KT_FORMAT(id, type) nt_rows<formats::type>,
+#define KT_FORMAT(id, type) nt_rows<formats::type, Bf16Product>,
+#include "formats/formats.inc"
+#undef KT_FORMAT
+          },
+      .int8_operand_bytes = int8_operand_bytes_rows,
+      .pack_int8 = pack_int8_rows,
+      .nt_int8 =
+          {
+#define KT_FORMAT(id, type) integer_product<formats::type>(),
 #include "formats/formats.inc"
 #undef KT_FORMAT
           },

@@ -1,5 +1,14 @@
 // The kernel table of a tile target. Included last inside a target's namespace.
 
+template <class Format>
+constexpr auto integer_product() -> void (*)(const NtArgs&) {
+  if constexpr (Format::kIsInteger) {
+    return nt_tiles<Format, TileInt8>;
+  } else {
+    return nullptr;
+  }
+}
+
 const KernelTable& table() {
   static const KernelTable table = {
       .isa = kIsa,
@@ -11,7 +20,15 @@ const KernelTable& table() {
       .nt_scratch_bytes = nt_scratch_bytes_tiles,
       .nt =
           {
-#define KT_FORMAT(id, type) nt_tiles<formats::type>,
+#define KT_FORMAT(id, type) nt_tiles<formats::type, TileBf16>,
+#include "formats/formats.inc"
+#undef KT_FORMAT
+          },
+      .int8_operand_bytes = int8_operand_bytes_tiles,
+      .pack_int8 = pack_int8_tiles,
+      .nt_int8 =
+          {
+#define KT_FORMAT(id, type) integer_product<formats::type>(),
 #include "formats/formats.inc"
 #undef KT_FORMAT
           },

@@ -59,6 +59,21 @@ inline Operand pack_tiles(const RowsView& rows, uint32_t m, uint32_t k, std::byt
   return Operand{data, panel_bytes(k), nullptr, m, k};
 }
 
+// Rows of codes are packed as if they were rows of half as many bf16.
+KT_INLINE uint32_t int8_as_bf16(uint32_t k) { return int8_stride(k) / sizeof(bf16); }
+
+inline size_t int8_operand_bytes_tiles(uint32_t m, uint32_t k) {
+  return int8_rows_bytes(m, k) + operand_bytes_tiles(m, int8_as_bf16(k));
+}
+
+inline Operand pack_int8_tiles(const RowsView& rows, uint32_t m, uint32_t k, std::byte* data) {
+  const Operand codes = quantize_rows(rows, m, k, data);
+  const RowsView view{reinterpret_cast<const bf16*>(codes.data), int8_as_bf16(k), nullptr};
+  Operand packed = pack_tiles(view, m, int8_as_bf16(k), data + int8_rows_bytes(m, k));
+  packed.k = k, packed.quantized = codes.quantized;
+  return packed;
+}
+
 // Up to 32 outputs of a panel's tokens on their way to rows: a row of 16 dwords is a pair of outputs in bf16
 // or one in fp32, so that both leave by the same transposition.
 struct LeavingOutputs {

@@ -1,9 +1,11 @@
 // The bodies of a tile target, in order. Included inside a target's namespace, after its policies.
 
 #define KT_TARGET_REGION
+#include "kernels/body/codes.h"
 #include "formats/all.h"
 #include "kernels/body/math.h"
 #include "kernels/body/elements.h"
+#include "kernels/body/quantize_rows.h"
 #include "kernels/body/activation.h"
 #include "kernels/body/activation_backward.h"
 #include "kernels/body/combine.h"

@@ -38,4 +38,9 @@ struct Tile {
   static KT_INLINE void dot_bf16() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
   }
+  // C += A B on quads of int8, into int32.
+  template <int kC, int kA, int kB>
+  static KT_INLINE void dot_int8() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
+  }
 };

@@ -95,18 +95,28 @@ struct Tile {
       std::memcpy(static_cast<std::byte*>(p) + r * stride_bytes, s.tile[kId].bytes[r],
                   s.config.column_bytes[kId]);
   }
+  // Rows, columns and dwords of K of a product, when the configuration allows it.
+  struct Shape {
+    int rows, columns, dwords;
+  };
   template <int kC, int kA, int kB>
-  static void dot_bf16() {
-    if (kC == kA || kC == kB || kA == kB) fault("TDPBF16PS: a tile is used twice");
+  static Shape checked_product(const char* name) {
+    const auto fault = [&](const char* what) { Tile::fault((std::string(name) + ": " + what).c_str()); };
+    if (kC == kA || kC == kB || kA == kB) fault("a tile is used twice");
     State& s = checked(kC);
     checked(kA), checked(kB);
     for (int id : {kC, kA, kB})
-      if (s.config.column_bytes[id] % 4 != 0) fault("TDPBF16PS: a row is not whole dwords");
-    const int rows = s.config.rows[kA], columns = s.config.column_bytes[kB] / 4;
-    const int pairs = s.config.column_bytes[kA] / 4;
-    if (s.config.rows[kC] != rows) fault("TDPBF16PS: rows of C and A differ");
-    if (s.config.column_bytes[kC] != s.config.column_bytes[kB]) fault("TDPBF16PS: columns of C and B differ");
-    if (s.config.rows[kB] != pairs) fault("TDPBF16PS: K of A and B differ");
+      if (s.config.column_bytes[id] % 4 != 0) fault("a row is not whole dwords");
+    const Shape shape{s.config.rows[kA], s.config.column_bytes[kB] / 4, s.config.column_bytes[kA] / 4};
+    if (s.config.rows[kC] != shape.rows) fault("rows of C and A differ");
+    if (s.config.column_bytes[kC] != s.config.column_bytes[kB]) fault("columns of C and B differ");
+    if (s.config.rows[kB] != shape.dwords) fault("K of A and B differ");
+    return shape;
+  }
+  template <int kC, int kA, int kB>
+  static void dot_bf16() {
+    const auto [rows, columns, pairs] = checked_product<kC, kA, kB>("TDPBF16PS");
+    State& s = state();
     for (int n = 0; n < rows; ++n) {
       float even[16] = {}, odd[16] = {};
       for (int k = 0; k < pairs; ++k) {
@@ -120,6 +130,21 @@ struct Tile {
       std::memcpy(c, s.tile[kC].bytes[n], sizeof c);
       for (int m = 0; m < columns; ++m)
         c[m] = flush_denormal(flush_denormal(c[m]) + flush_denormal(even[m] + odd[m]));
+      std::memcpy(s.tile[kC].bytes[n], c, sizeof c);
+    }
+  }
+  template <int kC, int kA, int kB>
+  static void dot_int8() {
+    const auto [rows, columns, quads] = checked_product<kC, kA, kB>("TDPBSSD");
+    State& s = state();
+    for (int n = 0; n < rows; ++n) {
+      uint32_t c[16];  // wraps, as the hardware does
+      std::memcpy(c, s.tile[kC].bytes[n], sizeof c);
+      for (int q = 0; q < quads; ++q)
+        for (int m = 0; m < columns; ++m)
+          for (int i = 0; i < 4; ++i)
+            c[m] += static_cast<uint32_t>(static_cast<int8_t>(s.tile[kA].bytes[n][4 * q + i]) *
+                                          static_cast<int8_t>(s.tile[kB].bytes[q][4 * m + i]));
       std::memcpy(s.tile[kC].bytes[n], c, sizeof c);
     }
   }

@@ -49,6 +49,66 @@ struct Vec {
     _mm_storeu_ps(out, _mm_add_ps(even, odd));
   }
 
+  // ---- int8 codes ----
+  using Codes = __m128i;
+  static KT_INLINE Codes no_codes() { return _mm_setzero_si128(); }
+  static KT_INLINE Codes load_codes(const std::byte* p) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  }
+  static KT_INLINE Codes load_codes_partial(const std::byte* p, size_t count) {
+    alignas(16) std::byte full[16] = {};
+    std::memcpy(full, p, count);
+    return load_codes(full);
+  }
+  // table[nibble] for kStep nibbles, the low one of a byte first.
+  static KT_INLINE Codes look_up(const std::byte* nibbles, const int8_t* table) {
+    const __m128i bytes = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(nibbles)));
+    const __m128i spread = _mm_or_si128(bytes, _mm_slli_epi16(bytes, 4));
+    return _mm_shuffle_epi8(_mm_load_si128(reinterpret_cast<const __m128i*>(table)),
+                            _mm_and_si128(spread, _mm_set1_epi8(15)));
+  }
+  // Exact: a code has no more digits than a bf16.
+  static KT_INLINE Segment to_segment(Codes codes) {
+    const __m128i even = _mm_srai_epi16(_mm_slli_epi16(codes, 8), 8), odd = _mm_srai_epi16(codes, 8);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(even)), _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(odd))};
+  }
+  static KT_INLINE Segment to_segment(Codes codes, float scale) {
+    const Segment x = to_segment(codes);
+    const __m256 s = _mm256_set1_ps(scale);
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    return {_mm256_castsi256_ps(_mm256_and_si256(rounded(_mm256_mul_ps(x.even, s)), high)),
+            _mm256_castsi256_ps(_mm256_and_si256(rounded(_mm256_mul_ps(x.odd, s)), high))};
+  }
+
+  // ---- integer products ----
+  static constexpr int32_t kWeightOffset = 0;
+  using Bytes = __m256i;
+  using IntAcc = __m256i;
+  static KT_INLINE IntAcc zero_int() { return _mm256_setzero_si256(); }
+  static KT_INLINE Bytes load_bytes(const std::byte* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static KT_INLINE Bytes load_bytes_partial(const std::byte* p, size_t count) {
+    alignas(32) std::byte full[32] = {};
+    std::memcpy(full, p, count);
+    return load_bytes(full);
+  }
+  static KT_INLINE void store_bytes(std::byte* p, Bytes x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
+  }
+  static KT_INLINE Bytes join(Codes low, Codes high) { return _mm256_set_m128i(high, low); }
+  static KT_INLINE Bytes as_weights(Bytes x) { return x; }
+  // Codes are at most 127 in size, so pairs of products do not saturate.
+  static KT_INLINE void dot_bytes(IntAcc& acc, Bytes w, Bytes x) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static KT_INLINE int32_t sum_int(IntAcc acc) {
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(acc), _mm256_extracti128_si256(acc, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+  }
+
   // ---- products of pairs ----
   static constexpr int kPairRows = 4, kPairGroups = 1;  // 8 accumulators + 4 right and 2 left halves
   using Pairs = Segment;

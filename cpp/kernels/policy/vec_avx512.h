@@ -60,6 +60,60 @@ struct Vec {
     _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, sums)));
   }
 
+  // ---- int8 codes ----
+  using Codes = __m256i;
+  static KT_INLINE Codes no_codes() { return _mm256_setzero_si256(); }
+  static KT_INLINE Codes load_codes(const std::byte* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static KT_INLINE Codes load_codes_partial(const std::byte* p, size_t count) {
+    return _mm256_maskz_loadu_epi8(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
+  }
+  // table[nibble] for kStep nibbles, the low one of a byte first.
+  static KT_INLINE Codes look_up(const std::byte* nibbles, const int8_t* table) {
+    const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
+    const __m256i spread = _mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4));
+    const __m128i values = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values),
+                               _mm256_and_si256(spread, _mm256_set1_epi8(15)));
+  }
+  struct Halves {
+    __m512 even, odd;
+  };
+  static KT_INLINE Halves to_floats(Codes codes) {
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 8), odd = _mm256_srai_epi16(codes, 8);
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(even)), _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(odd))};
+  }
+  // Exact: a code has no more digits than a bf16.
+  static KT_INLINE Segment to_segment(Codes codes) {
+    const Halves x = to_floats(codes);
+    return pair(_mm512_castps_si512(x.even), _mm512_castps_si512(x.odd));
+  }
+  static KT_INLINE Segment to_segment(Codes codes, float scale) {
+    const Halves x = to_floats(codes);
+    const __m512 s = _mm512_set1_ps(scale);
+    return pair(rounded(_mm512_mul_ps(x.even, s)), rounded(_mm512_mul_ps(x.odd, s)));
+  }
+
+  // ---- integer products ----
+  // Weights enter as unsigned bytes, 128 too large: kWeightOffset times the sum of the other factor is too
+  // much.
+  static constexpr int32_t kWeightOffset = 128;
+  using Bytes = __m512i;
+  using IntAcc = __m512i;
+  static KT_INLINE IntAcc zero_int() { return _mm512_setzero_si512(); }
+  static KT_INLINE Bytes load_bytes(const std::byte* p) { return _mm512_loadu_si512(p); }
+  static KT_INLINE Bytes load_bytes_partial(const std::byte* p, size_t count) {
+    return _mm512_maskz_loadu_epi8((__mmask64{1} << count) - 1, p);
+  }
+  static KT_INLINE void store_bytes(std::byte* p, Bytes x) { _mm512_storeu_si512(p, x); }
+  static KT_INLINE Bytes join(Codes low, Codes high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  }
+  static KT_INLINE Bytes as_weights(Bytes x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
+  static KT_INLINE void dot_bytes(IntAcc& acc, Bytes w, Bytes x) { acc = _mm512_dpbusd_epi32(acc, w, x); }
+  static KT_INLINE int32_t sum_int(IntAcc acc) { return _mm512_reduce_add_epi32(acc); }
+
   // ---- products of pairs ----
   static constexpr int kPairGroups = 4;
   using Pairs = Segment;
@@ -137,6 +191,16 @@ struct Vec {
   static KT_INLINE Float scale(Float x, Float n) { return _mm512_scalef_ps(x, n); }
 
  private:
+  // Upper halves of fp32 bits to a segment.
+  static KT_INLINE Segment pair(__m512i even, __m512i odd) {
+    const __m512i high = _mm512_and_si512(odd, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+#if KT_HAS_AVX512_BF16
+    return (__m512bh)_mm512_or_si512(_mm512_srli_epi32(even, 16), high);
+#else
+    const __m512i low = _mm512_and_si512(even, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+    return {_mm512_castsi512_ps(low), _mm512_castsi512_ps(high)};
+#endif
+  }
   static KT_INLINE __m512d as_pd(__m512 x) { return _mm512_castps_pd(x); }
   static KT_INLINE __m512 as_ps(__m512d x) { return _mm512_castpd_ps(x); }
 

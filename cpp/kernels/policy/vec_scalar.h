@@ -44,6 +44,69 @@ struct Vec {
     }
   }
 
+  // ---- int8 codes ----
+  struct Codes {
+    int8_t lane[8];
+  };
+  static KT_INLINE Codes no_codes() { return {}; }
+  static KT_INLINE Codes load_codes(const std::byte* p) { return load_codes_partial(p, kStep); }
+  static KT_INLINE Codes load_codes_partial(const std::byte* p, size_t count) {
+    Codes codes = {};
+    std::memcpy(codes.lane, p, count);
+    return codes;
+  }
+  // table[nibble] for kStep nibbles, the low one of a byte first.
+  static KT_INLINE Codes look_up(const std::byte* nibbles, const int8_t* table) {
+    Codes codes;
+    for (size_t i = 0; i < kStep; ++i)
+      codes.lane[i] = table[static_cast<int>(nibbles[i / 2]) >> (i % 2 * 4) & 15];
+    return codes;
+  }
+  static KT_INLINE Segment to_segment(const Codes& codes) {
+    Segment s;
+    for (size_t i = 0; i < kStep; ++i) s.lane[i] = codes.lane[i];
+    return s;
+  }
+  static KT_INLINE Segment to_segment(const Codes& codes, float scale) {
+    Segment s;
+    for (size_t i = 0; i < kStep; ++i)
+      s.lane[i] = to_float(to_bf16(static_cast<float>(codes.lane[i]) * scale));
+    return s;
+  }
+
+  // ---- integer products ----
+  static constexpr int32_t kWeightOffset = 0;
+  struct Bytes {
+    int8_t lane[16];
+  };
+  struct IntAcc {
+    int32_t lane[8];
+  };
+  static KT_INLINE IntAcc zero_int() { return {}; }
+  static KT_INLINE Bytes load_bytes(const std::byte* p) { return load_bytes_partial(p, 2 * kStep); }
+  static KT_INLINE Bytes load_bytes_partial(const std::byte* p, size_t count) {
+    Bytes bytes = {};
+    std::memcpy(bytes.lane, p, count);
+    return bytes;
+  }
+  static KT_INLINE void store_bytes(std::byte* p, const Bytes& x) { std::memcpy(p, x.lane, sizeof x.lane); }
+  static KT_INLINE Bytes join(const Codes& low, const Codes& high) {
+    Bytes bytes;
+    std::memcpy(bytes.lane, low.lane, kStep);
+    std::memcpy(bytes.lane + kStep, high.lane, kStep);
+    return bytes;
+  }
+  static KT_INLINE Bytes as_weights(const Bytes& x) { return x; }
+  static KT_INLINE void dot_bytes(IntAcc& acc, const Bytes& w, const Bytes& x) {
+    for (size_t i = 0; i < kStep; ++i)
+      acc.lane[i] += w.lane[i] * x.lane[i] + w.lane[i + kStep] * x.lane[i + kStep];
+  }
+  static KT_INLINE int32_t sum_int(const IntAcc& acc) {
+    int32_t sum = 0;
+    for (int32_t lane : acc.lane) sum += lane;
+    return sum;
+  }
+
   // ---- products of pairs ----
   static constexpr int kPairRows = 2, kPairGroups = 1;  // left rows and groups of columns of a register tile
   struct Pairs {

@@ -1,0 +1,83 @@
+// Two-level int4: w = row_scale * m * q with q from -8 to 7 and a multiplier m from -15 to 15 for every group
+// of a row, so that a row is one float32 times int8 codes m * q. A row is its q, two a byte, the first in the
+// low nibble, and then its multipliers, a byte each.
+#ifndef KTMOE_FORMATS_INT4_H_
+#define KTMOE_FORMATS_INT4_H_
+
+#include <cstring>
+
+#include "core/aligned_buffer.h"
+#include "core/types.h"
+#include "formats/format.h"
+
+namespace ktmoe::formats {
+
+template <size_t kSize>
+struct Int4 {
+  static constexpr size_t kGroup = kSize;
+  static constexpr FormatId kId = kSize == 32   ? FormatId::kInt4Group32
+                                  : kSize == 64 ? FormatId::kInt4Group64
+                                                : FormatId::kInt4Group128;
+  static constexpr std::string_view kName = kSize == 32   ? "int4_group32"
+                                            : kSize == 64 ? "int4_group64"
+                                                          : "int4_group128";
+  static constexpr bool kHasRowScale = true, kIsInteger = true;
+
+  static constexpr size_t nibble_bytes(size_t k) { return div_up(k, 2); }
+  static constexpr size_t row_bytes(size_t k) { return nibble_bytes(k) + div_up(k, kGroup); }
+
+  static int code(const std::byte* row, size_t k, size_t i) {
+    const int nibble = static_cast<int>(row[i / 2]) >> (i % 2 * 4) & 15;
+    return (nibble < 8 ? nibble : nibble - 16) * static_cast<int8_t>(row[nibble_bytes(k) + i / kGroup]);
+  }
+  static void decode(const std::byte* row, size_t k, float* out) {
+    for (size_t i = 0; i < k; ++i) out[i] = static_cast<float>(code(row, k, i));
+  }
+};
+using Int4Group32 = Int4<32>;
+using Int4Group64 = Int4<64>;
+using Int4Group128 = Int4<128>;
+static_assert(WeightFormat<Int4Group32>);
+
+}  // namespace ktmoe::formats
+
+#endif  // KTMOE_FORMATS_INT4_H_
+
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+
+// m q for every multiplier and nibble: unpacking is a look-up.
+struct Int4Products {
+  alignas(kCacheLine) int8_t of[31][16];
+  constexpr Int4Products() : of() {
+    for (int m = -15; m <= 15; ++m)
+      for (int nibble = 0; nibble < 16; ++nibble)
+        of[m + 15][nibble] = static_cast<int8_t>(m * (nibble < 8 ? nibble : nibble - 16));
+  }
+};
+inline constexpr Int4Products kInt4Products;
+
+// A segment lies in one group: groups are multiples of the longest.
+template <size_t kSize>
+struct Unpack<formats::Int4<kSize>> {
+  static constexpr bool kAsStored = false, kBytesAsStored = false;
+  struct Row : CodeRow<Row> {
+    const std::byte *data, *multipliers;
+    float scale;
+    Row() = default;
+    KT_INLINE Row(const WeightView& w, size_t n)
+        : data(w.row(n)),
+          multipliers(data + formats::Int4<kSize>::nibble_bytes(w.k)),
+          scale(w.row_scale[n]) {}
+    KT_INLINE const int8_t* products(size_t k) const {
+      return kInt4Products.of[static_cast<int8_t>(multipliers[k / kSize]) + 15];
+    }
+    KT_INLINE Vec::Codes codes(size_t k) const { return Vec::look_up(data + k / 2, products(k)); }
+    KT_INLINE Vec::Codes codes_tail(size_t k, size_t count) const {
+      std::byte full[Vec::kStep / 2] = {};
+      std::memcpy(full, data + k / 2, div_up(count, 2));
+      return Vec::look_up(full, products(k));
+    }
+  };
+};
+
+#endif  // KT_TARGET_REGION

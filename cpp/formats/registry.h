@@ -1,0 +1,31 @@
+// What a format is, asked at run time.
+#pragma once
+
+#include "formats/all.h"
+
+namespace ktmoe {
+
+// Calls function(F) for the format of that id, F its type by a value.
+template <class Function>
+constexpr auto with_format(FormatId id, Function&& function) {
+  switch (id) {
+#define KT_FORMAT(id, type) \
+  case FormatId::id: return function(formats::type{});
+#include "formats/formats.inc"
+#undef KT_FORMAT
+    case FormatId::kCount: break;
+  }
+  return function(formats::Bf16{});
+}
+
+inline size_t format_row_bytes(FormatId id, size_t k) {
+  return with_format(id, [&](auto f) { return decltype(f)::row_bytes(k); });
+}
+inline bool format_has_row_scale(FormatId id) {
+  return with_format(id, [](auto f) { return decltype(f)::kHasRowScale; });
+}
+inline std::string_view format_name(FormatId id) {
+  return with_format(id, [](auto f) { return decltype(f)::kName; });
+}
+
+}  // namespace ktmoe

@@ -1,0 +1,28 @@
+// Rows of int8 codes as products take them. Included inside a target's namespace, after its vectors and
+// before the formats, whose Unpack<F>::Row gives
+//   segment, tail            what a product of bf16 takes of elements [k, k + kStep) or fewer: decoded values
+//   weights, weights_tail    the same with the row scale, rounded to bf16: where rows are summed over
+//   bytes, bytes_tail        of whole numbers, what an integer product takes of [k, k + kByteStep)
+
+inline constexpr size_t kByteStep = 2 * Vec::kStep;
+
+// What follows from a row's `codes`, `codes_tail` and `scale`.
+template <class Row>
+struct CodeRow {
+  KT_INLINE const Row& row() const { return static_cast<const Row&>(*this); }
+  KT_INLINE Vec::Segment segment(size_t k) const { return Vec::to_segment(row().codes(k)); }
+  KT_INLINE Vec::Segment tail(size_t k, size_t count) const {
+    return Vec::to_segment(row().codes_tail(k, count));
+  }
+  KT_INLINE Vec::Segment weights(size_t k) const { return Vec::to_segment(row().codes(k), row().scale); }
+  KT_INLINE Vec::Segment weights_tail(size_t k, size_t count) const {
+    return Vec::to_segment(row().codes_tail(k, count), row().scale);
+  }
+  KT_INLINE Vec::Bytes bytes(size_t k) const {
+    return Vec::join(row().codes(k), row().codes(k + Vec::kStep));
+  }
+  KT_INLINE Vec::Bytes bytes_tail(size_t k, size_t count) const {
+    if (count <= Vec::kStep) return Vec::join(row().codes_tail(k, count), Vec::no_codes());
+    return Vec::join(row().codes(k), row().codes_tail(k + Vec::kStep, count - Vec::kStep));
+  }
+};
