@@ -79,6 +79,7 @@ struct NtArgs {
 struct NnArgs;
 struct TnArgs;
 struct ActivateBackwardArgs;
+struct QuantizeArgs;
 
 enum class ActivationKind : uint8_t { kSilu, kSwigluOai, kSwigluStep, kGelu, kGeluTanh, kSitu, kRelu2 };
 
@@ -199,6 +200,11 @@ struct KernelTable {
   size_t (*tn_scratch_bytes)();
   void (*tn)(const TnArgs&);
   void (*activate_backward)(const ActivateBackwardArgs&);
+
+  // Quantising; see contract_quantize.h.
+  uint32_t (*quantize_int8)(const QuantizeArgs&);
+  uint32_t (*quantize_int8_group)(const QuantizeArgs&);
+  uint32_t (*quantize_int4)(const QuantizeArgs&);
 
   LimitKernels limits;
 };

@@ -49,6 +49,9 @@ const KernelTable& table() {
       .tn_scratch_bytes = tn_scratch_bytes_rows,
       .tn = tn_rows,
       .activate_backward = activate_backward_rows,
+      .quantize_int8 = quantize_int8_rows,
+      .quantize_int8_group = quantize_int8_group_rows,
+      .quantize_int4 = quantize_int4_rows,
       .limits = {limit_read, limit_dot_rows, limit_step_rows},
   };
   return table;

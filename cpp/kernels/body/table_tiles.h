@@ -49,6 +49,9 @@ const KernelTable& table() {
       .tn_scratch_bytes = tn_scratch_bytes_tiles,
       .tn = tn_tiles,
       .activate_backward = activate_backward_rows,
+      .quantize_int8 = quantize_int8_rows,
+      .quantize_int8_group = quantize_int8_group_rows,
+      .quantize_int4 = quantize_int4_rows,
       .limits = {limit_read, limit_dot_tiles, limit_step_tiles},
   };
   return table;

@@ -9,6 +9,8 @@
 #include "kernels/body/activation.h"
 #include "kernels/body/activation_backward.h"
 #include "kernels/body/combine.h"
+#include "kernels/body/quantize.h"
+#include "kernels/body/quantize_int4.h"
 #include "kernels/body/nt_tiles.h"
 #include "kernels/body/tiles.h"
 #include "kernels/body/pairs.h"

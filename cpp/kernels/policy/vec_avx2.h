@@ -178,6 +178,44 @@ struct Vec {
     return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
   }
 
+  // ---- quantising ----
+  using Bits = __m256i;
+  static KT_INLINE Float load_f_at(const std::byte* p) { return load_f(reinterpret_cast<const float*>(p)); }
+  static KT_INLINE Float load_bf16_at(const std::byte* p) {
+    return load_bf16(reinterpret_cast<const bf16*>(p));
+  }
+  static KT_INLINE Bits zero_bits() { return _mm256_setzero_si256(); }
+  // Sizes compared as bits, so that infinities and NaN are larger than any number.
+  static KT_INLINE Bits larger_size(Bits sizes, Float x) {
+    return _mm256_max_epi32(sizes, _mm256_castps_si256(abs(x)));
+  }
+  static KT_INLINE float largest_size(Bits sizes) {
+    const __m128i a = _mm_max_epi32(_mm256_castsi256_si128(sizes), _mm256_extracti128_si256(sizes, 1));
+    const __m128i b = _mm_max_epi32(a, _mm_unpackhi_epi64(a, a));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(b, _mm_srli_epi64(b, 32))));
+  }
+  // The bits of whole numbers as integers, joined.
+  static KT_INLINE Bits join_whole(Bits joined, Float x) {
+    return _mm256_or_si256(joined, _mm256_cvtps_epi32(x));
+  }
+  static KT_INLINE uint32_t join(Bits joined) {
+    const __m128i a = _mm_or_si128(_mm256_castsi256_si128(joined), _mm256_extracti128_si256(joined, 1));
+    const __m128i b = _mm_or_si128(a, _mm_unpackhi_epi64(a, a));
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_or_si128(b, _mm_srli_epi64(b, 32))));
+  }
+  // Of numbers.
+  static KT_INLINE float largest(Float x) {
+    const __m128 a = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 b = _mm_max_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+  }
+  // kWidth whole numbers of the range of int8.
+  static KT_INLINE void store_int8(int8_t* p, Float x) {
+    const __m256i whole = _mm256_cvtps_epi32(x);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  }
+
  private:
   // The bits of x, rounded to nearest even at bit 16; NaN keeps its quiet bit.
   static KT_INLINE __m256i rounded(Float x) {

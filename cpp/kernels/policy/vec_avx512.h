@@ -190,6 +190,34 @@ struct Vec {
   // x 2^n for a whole n, rounded once.
   static KT_INLINE Float scale(Float x, Float n) { return _mm512_scalef_ps(x, n); }
 
+  // ---- quantising ----
+  using Bits = __m512i;
+  static KT_INLINE Float load_f_at(const std::byte* p) { return _mm512_loadu_ps(p); }
+  static KT_INLINE Float load_bf16_at(const std::byte* p) {
+    return load_bf16(reinterpret_cast<const bf16*>(p));
+  }
+  static KT_INLINE Bits zero_bits() { return _mm512_setzero_si512(); }
+  // Sizes compared as bits, so that infinities and NaN are larger than any number.
+  static KT_INLINE Bits larger_size(Bits sizes, Float x) {
+    return _mm512_max_epi32(sizes, _mm512_castps_si512(abs(x)));
+  }
+  static KT_INLINE float largest_size(Bits sizes) {
+    return std::bit_cast<float>(_mm512_reduce_max_epi32(sizes));
+  }
+  // The bits of whole numbers as integers, joined.
+  static KT_INLINE Bits join_whole(Bits joined, Float x) {
+    return _mm512_or_si512(joined, _mm512_cvtps_epi32(x));
+  }
+  static KT_INLINE uint32_t join(Bits joined) {
+    return static_cast<uint32_t>(_mm512_reduce_or_epi32(joined));
+  }
+  // Of numbers.
+  static KT_INLINE float largest(Float x) { return _mm512_reduce_max_ps(x); }
+  // kWidth whole numbers of the range of int8.
+  static KT_INLINE void store_int8(int8_t* p, Float x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+  }
+
  private:
   // Upper halves of fp32 bits to a segment.
   static KT_INLINE Segment pair(__m512i even, __m512i odd) {

@@ -227,5 +227,54 @@ struct Vec {
     KT_MAP(
         std::bit_cast<float>((n.lane[i] == n.lane[i] ? static_cast<int32_t>(n.lane[i]) + 127 : 127) << 23));
   }
+
+  // ---- quantising ----
+  struct Bits {
+    int32_t lane[kWidth];
+  };
+  static KT_INLINE Float load_f_at(const std::byte* p) {
+    Float x;
+    std::memcpy(x.lane, p, sizeof x.lane);
+    return x;
+  }
+  static KT_INLINE Float load_bf16_at(const std::byte* p) {
+    bf16 x[kWidth];
+    std::memcpy(x, p, sizeof x);
+    return load_bf16(x);
+  }
+  static KT_INLINE Bits zero_bits() { return Bits{}; }
+  // Sizes compared as bits, so that infinities and NaN are larger than any number.
+  static KT_INLINE Bits larger_size(Bits sizes, const Float& x) {
+    for (size_t i = 0; i < kWidth; ++i) {
+      const int32_t size = std::bit_cast<int32_t>(x.lane[i]) & 0x7fffffff;
+      sizes.lane[i] = sizes.lane[i] < size ? size : sizes.lane[i];
+    }
+    return sizes;
+  }
+  static KT_INLINE float largest_size(const Bits& sizes) {
+    int32_t largest = 0;
+    for (size_t i = 0; i < kWidth; ++i) largest = largest < sizes.lane[i] ? sizes.lane[i] : largest;
+    return std::bit_cast<float>(largest);
+  }
+  // The bits of whole numbers as integers, joined.
+  static KT_INLINE Bits join_whole(Bits joined, const Float& x) {
+    for (size_t i = 0; i < kWidth; ++i) joined.lane[i] |= static_cast<int32_t>(x.lane[i]);
+    return joined;
+  }
+  static KT_INLINE uint32_t join(const Bits& joined) {
+    int32_t all = 0;
+    for (size_t i = 0; i < kWidth; ++i) all |= joined.lane[i];
+    return static_cast<uint32_t>(all);
+  }
+  // Of numbers.
+  static KT_INLINE float largest(const Float& x) {
+    float largest = x.lane[0];
+    for (size_t i = 1; i < kWidth; ++i) largest = largest < x.lane[i] ? x.lane[i] : largest;
+    return largest;
+  }
+  // kWidth whole numbers of the range of int8.
+  static KT_INLINE void store_int8(int8_t* p, const Float& x) {
+    for (size_t i = 0; i < kWidth; ++i) p[i] = static_cast<int8_t>(x.lane[i]);
+  }
 #undef KT_MAP
 };

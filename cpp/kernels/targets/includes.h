@@ -10,10 +10,12 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "core/aligned_buffer.h"
 #include "core/types.h"
 #include "formats/all.h"
 #include "kernels/contract.h"
+#include "kernels/contract_quantize.h"
 #include "kernels/contract_training.h"
 #include "kernels/targets/targets.h"

@@ -1,0 +1,37 @@
+// The contract of the kernels that quantise weights. What they compute is stated by the reference
+// (quantize_int8, quantize_int4): a fixed sequence of fp32 operations, none of them fused, with sums in 16
+// lanes whatever the width of the vectors. So, unlike products, codes and scales are the same to the bit on
+// every instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/contract.h"
+
+namespace ktmoe::kernels {
+
+// Columns that share a scale in a row of quantize_int8_group.
+inline constexpr uint32_t kInt8Group = 32;
+
+// Rows [n, k] of finite floats to rows of bytes. What a kernel writes of a row:
+//   quantize_int8        k int8 codes; row_scale
+//   quantize_int8_group  k int8 codes, then ceil(k / 32) fp32 scales, at any address
+//   quantize_int4        ceil(k / 2) bytes of codes in -8..7, two a byte, the first in the low four bits, the
+//                        high bits behind the last of an odd k 0; then ceil(k / group) int8 multipliers;
+//                        row_scale
+// Each returns the first row that holds NaN or an infinity, or n. Rows before that one are written, of it and
+// those behind it nothing is.
+// Preconditions: n and k below 2^31; the bytes of a row fit codes_stride; outputs share no memory with rows.
+struct QuantizeArgs {
+  const void* rows = nullptr;  // at any address
+  FloatType type = FloatType::kBf16;
+  ptrdiff_t stride = 0;  // elements from row to row
+  uint32_t n = 0, k = 0;
+  uint32_t group = 32;  // of quantize_int4: 32, 64 or 128
+  std::byte* codes = nullptr;
+  size_t codes_stride = 0;     // bytes from row to row
+  float* row_scale = nullptr;  // [n]; null for quantize_int8_group
+};
+
+}  // namespace ktmoe::kernels
