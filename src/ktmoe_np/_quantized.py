@@ -1,0 +1,311 @@
+"""What layers of quantised experts have in common: quantising, loading and saving."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Container, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ._arrays import Array, as_numpy, expert_ids
+from ._formats import FORMATS
+from ._methods import Method
+from ._quantize import described, quantize_projection
+from .config import MoEConfig
+from .io import SafetensorsCheckpoint, load_experts
+from .io.quantized import (
+    QuantizedExperts,
+    QuantizedProjection,
+    find_quantized,
+    load_quantized,
+    projection_sizes,
+    save_quantized,
+)
+from .layer import MoELayer
+
+__all__ = ["QuantizedWeights"]
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class QuantizedWeights(MoELayer):
+    """A layer whose weights are integers and scales, quantised when they are loaded or long before.
+
+    `ktmoe_np.reference.quantize_int8` and `quantize_int4` say what the integers are, to the bit;
+    `pack_int8` and `pack_int4` beside them how they lie in memory and in files.
+
+    Attributes
+    ----------
+    group_size : int or None
+        Columns of a row that share a scale; None when the row has one scale.
+    """
+
+    def __init__(self, method: Method, config: MoEConfig, **layer: Any) -> None:
+        super().__init__(method, config, **layer)
+        self._format = FORMATS[method.formats[self.group_size]]
+        self._experts: QuantizedExperts | None = None
+
+    # ---- loading ----
+
+    def load_weights(
+        self, physical_to_logical_map: Any = None, *, progress: Callable[[int, int], object] | None = None
+    ) -> None:
+        """Load the layer from `weight_path`. Does nothing when it is loaded already.
+
+        Files that `save_weights` or ``ktmoe convert`` have written are mapped, not copied. Weights of a
+        Hugging Face checkpoint are quantised.
+
+        Parameters
+        ----------
+        physical_to_logical_map : array of int64 [E], optional
+            Expert i uses the weights of the checkpoint's expert map[i].
+        progress : callable, optional
+            See `load_weights_from_tensors`.
+
+        Raises
+        ------
+        RuntimeError
+            The layer was made without a `weight_path`.
+        FileNotFoundError, ValueError
+            The checkpoint is not there, does not hold this layer, or is of another method: names the file,
+            and the field or tensor, what came and what was expected.
+        """
+        if self._may_load():
+            self._load_from_path(physical_to_logical_map, progress)
+
+    def _load_from_path(
+        self,
+        physical_to_logical_map: object,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
+        assert self.weight_path is not None
+        file = find_quantized(self.weight_path, self.layer_idx)
+        if file is not None:
+            self._give(load_quantized(file, self.config, self._format), physical_to_logical_map)
+            return
+        self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
+        experts = load_experts(self._checkpoint, self.layer_idx, self.config)
+        self.load_weights_from_tensors(
+            experts.gate,
+            experts.up,
+            experts.down,
+            physical_to_logical_map,
+            gate_bias=experts.gate_bias,
+            up_bias=experts.up_bias,
+            down_bias=experts.down_bias,
+            progress=progress,
+        )
+
+    def load_weights_from_tensors(
+        self,
+        gate_proj: Any,
+        up_proj: Any,
+        down_proj: Any,
+        physical_to_logical_map: Any = None,
+        *,
+        gate_scale: Any = None,
+        up_scale: Any = None,
+        down_scale: Any = None,
+        gate_bias: Any = None,
+        up_bias: Any = None,
+        down_bias: Any = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
+        """Give the layer its weights: to be quantised, one expert after the other, or quantised already.
+
+        Parameters
+        ----------
+        gate_proj, up_proj : array of bfloat16 or float32 [E, I, H], or E arrays [I, H]
+            Read, and let go. Or uint8 [E, I, row_bytes], or E arrays [I, row_bytes], laid out as
+            `ktmoe_np.reference.packing` says: these are held, not copied, and their codes are not looked at.
+            `up_proj` is None when the activation is not gated.
+        down_proj : array of bfloat16 or float32 [E, H, I], or E arrays [H, I]
+            Or uint8 [E, H, row_bytes], or E arrays [H, row_bytes].
+        physical_to_logical_map : array of int64 [E], optional
+            Expert i uses the weights of entry map[i].
+        gate_scale, up_scale : array of float32 [E, I], or E arrays [I]
+            Scales of the rows of quantised weights, which are held; None when the rows hold the scales
+            themselves (``MOE_INT8`` with a group size).
+        down_scale : array of float32 [E, H], or E arrays [H]
+        gate_bias, up_bias : array of float32 or bfloat16 [E, I], optional
+            Added before the activation. Copied.
+        down_bias : array of float32 or bfloat16 [E, H], optional
+            Added before the routing weight is applied.
+        progress : callable, optional
+            Called with (matrices that are quantised, matrices to quantise) after each one.
+
+        Raises
+        ------
+        TypeError
+            Not arrays, or another dtype.
+        ValueError
+            Another shape or number of arrays; weights or scales that are not finite: names the projection,
+            the expert and the row; scales without quantised weights or the other way round; an `up_proj`
+            that the activation does not use.
+        IndexError
+            An entry of the map outside 0 to E - 1.
+
+        Examples
+        --------
+        >>> import ml_dtypes, numpy as np
+        >>> from ktmoe_np import KTMoEWrapper
+        >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+        ...                    moe_intermediate_size=2, activation="relu2", method="MOE_INT8")
+        >>> first, last = np.ones((2, 2, 4), np.float32), np.ones((2, 4, 2), np.float32)
+        >>> moe.load_weights_from_tensors(first, None, last)
+        >>> x = np.ones((1, 4), ml_dtypes.bfloat16)
+        >>> moe.forward(x, np.array([[1]]), np.array([[0.5]], np.float32)).astype(float).tolist()
+        [[16.0, 16.0, 16.0, 16.0]]
+        """
+        sources = dict(zip(_PROJECTIONS, (gate_proj, up_proj, down_proj), strict=True))
+        scales = dict(zip(_PROJECTIONS, (gate_scale, up_scale, down_scale), strict=True))
+        biases = dict(zip(_PROJECTIONS, (gate_bias, up_bias, down_bias), strict=True))
+        sizes = projection_sizes(self.config)
+        _refuse_strays(sources, scales, sizes)
+        matrices = {
+            name: self._given(name, sources[name], scales[name], size)
+            for name, size in sizes.items()
+            if _are_codes(sources[name])
+        }
+        total = self.config.num_experts * (len(sizes) - len(matrices))
+        num_done = 0
+
+        def tell() -> None:
+            nonlocal num_done
+            num_done += 1
+            if progress is not None:
+                progress(num_done, total)
+
+        for name, size in sizes.items():
+            if name not in matrices:
+                shape = (self.config.num_experts, *size)
+                matrices[name] = quantize_projection(
+                    self.cpu_infer, self._format, name, sources[name], shape, tell
+                )
+        given = {name: bias for name, bias in biases.items() if bias is not None}
+        self._give(QuantizedExperts(matrices, given), physical_to_logical_map)
+
+    def _given(self, name: str, codes: Any, scale: Any, size: tuple[int, int]) -> QuantizedProjection:
+        """Quantised weights of the caller, when they are what they should be."""
+        num_rows, num_columns = size
+        row = self._format.row_bytes(num_columns)
+        held = _held(name, codes, np.dtype(np.uint8), (self.config.num_experts, num_rows, row))
+        name = _scale_of(name)
+        if not self._format.has_row_scale:
+            if scale is not None:
+                raise ValueError(
+                    f"{name}: got one, expected None: rows of {self._format.name} hold their scales"
+                )
+            return QuantizedProjection(held, None)
+        scales = _held(name, scale, np.dtype(np.float32), (self.config.num_experts, num_rows))
+        for e in range(self.config.num_experts):
+            wrong = ~np.isfinite(scales[e])
+            if wrong.any():
+                at = int(np.argmax(wrong))
+                raise ValueError(
+                    f"{name}: expert {e}, row {at} holds {scales[e][at]}, expected finite scales"
+                )
+        return QuantizedProjection(held, scales)
+
+    def _give(self, experts: QuantizedExperts, physical_to_logical_map: Any) -> None:
+        """Give the layer codes and scales."""
+        if physical_to_logical_map is not None:
+            physical_to_logical_map = expert_ids(physical_to_logical_map, "physical_to_logical_map")
+        absent = QuantizedProjection(None, None)
+        gate, up, down = (experts.matrices.get(name, absent) for name in _PROJECTIONS)
+        gate_bias, up_bias, down_bias = (experts.biases.get(name) for name in _PROJECTIONS)
+        task = self._layer.load_weights_task(
+            gate.codes,
+            up.codes,
+            down.codes,
+            physical_to_logical_map,
+            gate_scale=gate.row_scale,
+            up_scale=up.row_scale,
+            down_scale=down.row_scale,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            down_bias=down_bias,
+        )
+        self.cpu_infer.run(task)
+        self._loaded.add(self)
+        self._experts = None if self._spans_nodes() else experts
+
+    def _spans_nodes(self) -> bool:
+        """Whether every NUMA node has been given its own copy of its rows, so that these need not be held."""
+        return len(set(self.cpu_infer.backend_.config.subpool_numa_map)) > 1
+
+    # ---- saving ----
+
+    def save_weights(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the quantised weights to a file of their own, for `weight_path`.
+
+        The bytes do not depend on the machine, its instruction sets or the number of threads. Experts are in
+        the order in which they were given, before `physical_to_logical_map`.
+
+        Parameters
+        ----------
+        directory : str or path-like
+            Made when it is not there. A file of this layer is replaced, all at once.
+
+        Returns
+        -------
+        Path
+            The file, ``layer-00012.safetensors``.
+
+        Raises
+        ------
+        RuntimeError
+            Nothing is loaded, or the weights are spread over NUMA nodes.
+        OSError
+            The file cannot be written.
+        """
+        if not self.loaded:
+            raise RuntimeError("save_weights: no weights are loaded; call load_weights first")
+        if self._experts is None:
+            raise RuntimeError(
+                "save_weights: every NUMA node holds its own rows of the weights, and nobody all of them; "
+                "save them with threadpool_count=1, or use the command 'ktmoe convert'"
+            )
+        biases = {name: as_numpy(bias, "bias") for name, bias in self._experts.biases.items()}
+        experts = QuantizedExperts(self._experts.matrices, biases)
+        return save_quantized(directory, experts, self.config, self._format)
+
+
+def _scale_of(projection: str) -> str:
+    return projection.replace("_proj", "_scale")
+
+
+def _refuse_strays(sources: Mapping[str, Any], scales: Mapping[str, Any], present: Container[str]) -> None:
+    """Raise ValueError for weights that the layer does not have, and for scales without quantised weights."""
+    for name, source in sources.items():
+        for what, value in ((name, source), (_scale_of(name), scales[name])):
+            if name not in present and value is not None:
+                raise ValueError(f"{what}: got one, expected None: the activation is not gated")
+        if scales[name] is not None and not _are_codes(source):
+            raise ValueError(f"{_scale_of(name)}: got one, expected None: {name} is not quantised yet")
+
+
+def _are_codes(source: Any) -> bool:
+    """Whether these are quantised weights."""
+    first = source[0] if isinstance(source, list | tuple) and source else source
+    return str(getattr(first, "dtype", "")).removeprefix("torch.") == "uint8"
+
+
+def _held(name: str, source: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array | list[Array]:
+    """Arrays of the caller as those of NumPy, with their checks; nothing is copied."""
+    expected = f"{dtype} {list(shape)}"
+
+    def check(item: Any, shape: tuple[int, ...], expected: str) -> Array:
+        array = as_numpy(item, name)
+        if array.dtype != dtype or array.shape != shape:
+            kind = TypeError if array.dtype != dtype else ValueError
+            raise kind(f"{name}: got {described(array)}, expected {expected}")
+        return array
+
+    if not isinstance(source, list | tuple):
+        return check(source, shape, expected)
+    if len(source) != shape[0]:
+        raise ValueError(f"{name}: got {len(source)} arrays, expected {shape[0]}")
+    return [check(item, shape[1:], f"{dtype} {list(shape[1:])}") for item in source]
