@@ -13,6 +13,7 @@ from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import MoEConfig, parse_activation
 from .inference.base import BaseMoEWrapper
 from .io import load_hf_config
+from .io.manifest import manifest_path, read_manifest
 from .sft.base import BaseSFTMoEWrapper
 from .sft.options import SFTOptions, refuse_options
 
@@ -171,11 +172,12 @@ class KTMoEWrapper:
         Parameters
         ----------
         path : str or path-like
-            The directory of the checkpoint.
+            The directory of the checkpoint, or one that ``ktmoe convert`` has written.
         layer_idx : int
             The layer.
         method : str, optional
-            None takes what the checkpoint is encoded in.
+            None takes what the checkpoint is encoded in. Of a directory that ``ktmoe convert`` has written
+            that is what it was converted for, which also gives the group size.
         mode : str
             ``inference`` or ``sft``.
         **overrides
@@ -198,6 +200,11 @@ class KTMoEWrapper:
         }
         overrides = {**sizes, "weight_path": path, **overrides}
         physical_to_logical_map = overrides.pop("physical_to_logical_map", None)
+        if mode == "inference" and manifest_path(path).exists():
+            manifest = read_manifest(path)
+            method = manifest.method if method is None else method
+            if manifest.group_size in find_method(method, mode).formats:
+                overrides = {"group_size": manifest.group_size, **overrides}
         method = find_method(method, mode).name
         moe: Any = cls(layer_idx=layer_idx, method=method, mode=mode, **overrides)
         moe.load_weights(physical_to_logical_map)

@@ -12,6 +12,8 @@ from .._methods import find_method
 from ..config import MoEConfig
 from ..experts import KTMoEWrapper
 from ..io import ExpertTensors, SafetensorsCheckpoint, expert_layers, load_experts, load_hf_config
+from ..io.manifest import manifest_path
+from . import verify_quantized
 from .machine import busy_note
 from .measure import measure
 from .progress import Progress
@@ -22,7 +24,9 @@ __all__ = ["run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check a layer; 0 when every result is within its bound, else 1."""
+    """Check a layer, or what was converted; 0 when all is right, else 1."""
+    if manifest_path(arguments.path).exists():
+        return verify_quantized.run(arguments)
     busy = busy_note()
     if arguments.method is not None:
         find_method(arguments.method, "inference")  # said before the reference takes its time
