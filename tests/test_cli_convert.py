@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import pty
 import re
 import signal
 import subprocess
@@ -242,16 +244,24 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def child_command(source: Path, target: Path) -> list[str]:
+    """A slow conversion in a process of its own."""
+    return [sys.executable, "-c", _CHILD, "convert", str(source), str(target), "--method=AMXINT4"]
+
+
+def child_environment() -> dict[str, str]:
+    here = environment()
+    return {**here, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), here["PYTHONPATH"]])}
+
+
 @pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_interrupts_leave_whole_layers_only(
     how: signal.Signals, status: int, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "int4"
-    command = [sys.executable, "-c", _CHILD, "convert", str(source), str(target), "--method=AMXINT4"]
-    here = environment()
-    here["PYTHONPATH"] = f"{Path(__file__).parent}:{here['PYTHONPATH']}"
+    pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, env=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        child_command(source, target), env=child_environment(), stdout=pipe, stderr=pipe, text=True
     ) as child:
         assert child.stdout is not None
         assert child.stderr is not None
@@ -269,6 +279,29 @@ def test_interrupts_leave_whole_layers_only(
     said(capsys)
     assert names_in(target) == ["config.json", "ktmoe.json", *map(name_of, range(3))]
     assert main(["verify", str(target)]) == 0
+
+
+def test_terminal_shows_progress(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tqdm")
+    for shows in ("layer 2: down_proj", "layer 2: there already"):
+        ours, theirs = pty.openpty()
+        child = subprocess.Popen(
+            child_command(source, tmp_path / "int4"),
+            env=child_environment(),
+            stderr=theirs,
+            stdout=subprocess.DEVNULL,
+        )
+        os.close(theirs)
+        raw = b""
+        try:
+            while chunk := os.read(ours, 4096):
+                raw += chunk
+        except OSError:  # how a terminal tells that nobody writes to it any more
+            pass
+        os.close(ours)
+        assert child.wait(60) == 0
+        assert shows.encode() in raw
+        assert f"{3 * (3 * E + 1)}/{3 * (3 * E + 1)} [".encode() in raw
 
 
 def test_what_reads_otherwise_is_said(

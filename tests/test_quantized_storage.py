@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ from checkpoints import write_checkpoint
 from layers import Layer, assert_close, assert_same_bits, bf16, draw_batch, draw_layer
 from quantized_doubles import needs_layers, quantized_bytes
 
+import ktmoe_np._formats
+import ktmoe_np._quantized
+import ktmoe_np.cli.quantized
+import ktmoe_np.io.quantized
 from ktmoe_np import AMXMoEWrapper, GeneralMoEWrapper, KTMoEWrapper
 from ktmoe_np._formats import FORMATS
 from ktmoe_np._methods import find_method
@@ -165,12 +170,27 @@ def test_codes_and_weights_may_be_mixed(layer: Layer, tmp_path: Path) -> None:
     assert moe.save_weights(tmp_path / "mixed").read_bytes() == expected.read_bytes()
 
 
+class Foreign:
+    """Arrays of somebody else, which NumPy can read one by one."""
+
+    def __init__(self, array: Any) -> None:
+        self.array, self.shape, self.dtype = array, array.shape, f"foreign.{array.dtype}"
+
+    def __getitem__(self, e: int) -> Foreign:
+        return Foreign(self.array[e])
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        assert len(self.shape) == 2, "all experts at once"
+        return self.array
+
+
 def test_sources_of_other_kinds_give_the_same_file(layer: Layer, tmp_path: Path) -> None:
     expected = load(wrapper("AMXINT4"), layer).save_weights(tmp_path / "0").read_bytes()
     changes = [
         lambda w: w.astype(np.float32),
         list,
         lambda w: [np.ascontiguousarray(m.T).T for m in w],  # the last axis has gaps
+        Foreign,
         lambda w: np.concatenate([w, w], axis=1)[:, : w.shape[1]],  # rows of experts lie apart
     ]
     for number, change in enumerate(changes, 1):
@@ -270,6 +290,18 @@ def test_saved_and_quantised_layers_compute_the_same(
     decoded = layer.with_matrices(lambda w: FORMATS[fmt].unpack(*quantized_bytes(fmt, w), w.shape[-1]))
     product = "int8" if method.startswith("AMX") else "bfloat16"
     assert_close(expected, decoded, batch, product=product)
+
+
+def test_examples() -> None:
+    for module in (ktmoe_np._formats, ktmoe_np.io.quantized, ktmoe_np.cli.quantized):
+        found = doctest.testmod(module)
+        assert found.attempted > 0
+        assert found.failed == 0
+
+
+@needs_layers
+def test_examples_of_layers() -> None:
+    assert doctest.testmod(ktmoe_np._quantized).failed == 0
 
 
 def test_default_group_sizes() -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ._arrays import Array, as_numpy, expert_ids
 from ._formats import FORMATS
 from ._methods import Method
-from ._quantize import described, quantize_projection
+from ._quantize import quantize_projection
+from ._quantized_arrays import are_codes, checked_biases, checked_map, given_projection, refuse_strays
 from .config import MoEConfig
 from .io import SafetensorsCheckpoint, load_experts
 from .io.quantized import (
@@ -83,7 +81,8 @@ class QuantizedWeights(MoELayer):
         assert self.weight_path is not None
         file = find_quantized(self.weight_path, self.layer_idx)
         if file is not None:
-            self._give(load_quantized(file, self.config, self._format), physical_to_logical_map)
+            logical = checked_map(physical_to_logical_map, self.config.num_experts)
+            self._give(load_quantized(file, self.config, self._format), logical)
             return
         self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
         experts = load_experts(self._checkpoint, self.layer_idx, self.config)
@@ -159,18 +158,19 @@ class QuantizedWeights(MoELayer):
         >>> moe.forward(x, np.array([[1]]), np.array([[0.5]], np.float32)).astype(float).tolist()
         [[16.0, 16.0, 16.0, 16.0]]
         """
+        num_experts, sizes = self.config.num_experts, projection_sizes(self.config)
         sources = dict(zip(_PROJECTIONS, (gate_proj, up_proj, down_proj), strict=True))
         scales = dict(zip(_PROJECTIONS, (gate_scale, up_scale, down_scale), strict=True))
         biases = dict(zip(_PROJECTIONS, (gate_bias, up_bias, down_bias), strict=True))
-        sizes = projection_sizes(self.config)
-        _refuse_strays(sources, scales, sizes)
+        refuse_strays(sources, scales, sizes)
+        physical_to_logical_map = checked_map(physical_to_logical_map, num_experts)
+        given = checked_biases(biases, num_experts, {name: size[0] for name, size in sizes.items()})
         matrices = {
-            name: self._given(name, sources[name], scales[name], size)
+            name: given_projection(self._format, name, sources[name], scales[name], (num_experts, *size))
             for name, size in sizes.items()
-            if _are_codes(sources[name])
+            if are_codes(sources[name])
         }
-        total = self.config.num_experts * (len(sizes) - len(matrices))
-        num_done = 0
+        total, num_done = num_experts * (len(sizes) - len(matrices)), 0
 
         def tell() -> None:
             nonlocal num_done
@@ -180,39 +180,14 @@ class QuantizedWeights(MoELayer):
 
         for name, size in sizes.items():
             if name not in matrices:
-                shape = (self.config.num_experts, *size)
+                shape = (num_experts, *size)
                 matrices[name] = quantize_projection(
                     self.cpu_infer, self._format, name, sources[name], shape, tell
                 )
-        given = {name: bias for name, bias in biases.items() if bias is not None}
         self._give(QuantizedExperts(matrices, given), physical_to_logical_map)
-
-    def _given(self, name: str, codes: Any, scale: Any, size: tuple[int, int]) -> QuantizedProjection:
-        """Quantised weights of the caller, when they are what they should be."""
-        num_rows, num_columns = size
-        row = self._format.row_bytes(num_columns)
-        held = _held(name, codes, np.dtype(np.uint8), (self.config.num_experts, num_rows, row))
-        name = _scale_of(name)
-        if not self._format.has_row_scale:
-            if scale is not None:
-                raise ValueError(
-                    f"{name}: got one, expected None: rows of {self._format.name} hold their scales"
-                )
-            return QuantizedProjection(held, None)
-        scales = _held(name, scale, np.dtype(np.float32), (self.config.num_experts, num_rows))
-        for e in range(self.config.num_experts):
-            wrong = ~np.isfinite(scales[e])
-            if wrong.any():
-                at = int(np.argmax(wrong))
-                raise ValueError(
-                    f"{name}: expert {e}, row {at} holds {scales[e][at]}, expected finite scales"
-                )
-        return QuantizedProjection(held, scales)
 
     def _give(self, experts: QuantizedExperts, physical_to_logical_map: Any) -> None:
         """Give the layer codes and scales."""
-        if physical_to_logical_map is not None:
-            physical_to_logical_map = expert_ids(physical_to_logical_map, "physical_to_logical_map")
         absent = QuantizedProjection(None, None)
         gate, up, down = (experts.matrices.get(name, absent) for name in _PROJECTIONS)
         gate_bias, up_bias, down_bias = (experts.biases.get(name) for name in _PROJECTIONS)
@@ -268,44 +243,4 @@ class QuantizedWeights(MoELayer):
                 "save_weights: every NUMA node holds its own rows of the weights, and nobody all of them; "
                 "save them with threadpool_count=1, or use the command 'ktmoe convert'"
             )
-        biases = {name: as_numpy(bias, "bias") for name, bias in self._experts.biases.items()}
-        experts = QuantizedExperts(self._experts.matrices, biases)
-        return save_quantized(directory, experts, self.config, self._format)
-
-
-def _scale_of(projection: str) -> str:
-    return projection.replace("_proj", "_scale")
-
-
-def _refuse_strays(sources: Mapping[str, Any], scales: Mapping[str, Any], present: Container[str]) -> None:
-    """Raise ValueError for weights that the layer does not have, and for scales without quantised weights."""
-    for name, source in sources.items():
-        for what, value in ((name, source), (_scale_of(name), scales[name])):
-            if name not in present and value is not None:
-                raise ValueError(f"{what}: got one, expected None: the activation is not gated")
-        if scales[name] is not None and not _are_codes(source):
-            raise ValueError(f"{_scale_of(name)}: got one, expected None: {name} is not quantised yet")
-
-
-def _are_codes(source: Any) -> bool:
-    """Whether these are quantised weights."""
-    first = source[0] if isinstance(source, list | tuple) and source else source
-    return str(getattr(first, "dtype", "")).removeprefix("torch.") == "uint8"
-
-
-def _held(name: str, source: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array | list[Array]:
-    """Arrays of the caller as those of NumPy, with their checks; nothing is copied."""
-    expected = f"{dtype} {list(shape)}"
-
-    def check(item: Any, shape: tuple[int, ...], expected: str) -> Array:
-        array = as_numpy(item, name)
-        if array.dtype != dtype or array.shape != shape:
-            kind = TypeError if array.dtype != dtype else ValueError
-            raise kind(f"{name}: got {described(array)}, expected {expected}")
-        return array
-
-    if not isinstance(source, list | tuple):
-        return check(source, shape, expected)
-    if len(source) != shape[0]:
-        raise ValueError(f"{name}: got {len(source)} arrays, expected {shape[0]}")
-    return [check(item, shape[1:], f"{dtype} {list(shape[1:])}") for item in source]
+        return save_quantized(directory, self._experts, self.config, self._format)
