@@ -107,6 +107,16 @@ def test_what_is_saved_is_what_the_reference_quantises(
 
 
 @every_method
+def test_bytes_of_an_expert(
+    method: str, group_size: int | None, fmt: str, layer: Layer, tmp_path: Path
+) -> None:
+    moe = load(wrapper(method, group_size), layer)
+    tensors = read(moe.save_weights(tmp_path))
+    weights = sum(array.nbytes for name, array in tensors.items() if not name.endswith("bias"))
+    assert moe.expert_bytes == weights // E
+
+
+@every_method
 def test_saved_layers_come_back_with_the_same_bytes(
     method: str, group_size: int | None, fmt: str, layer: Layer, tmp_path: Path
 ) -> None:

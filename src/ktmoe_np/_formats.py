@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .reference import QuantizedMatrix, dequantize, unpack_int4, unpack_int8
+from .reference import QuantizedMatrix, dequantize, quantize_int4, quantize_int8, unpack_int4, unpack_int8
 
 __all__ = ["FORMATS", "QuantizedFormat"]
 
@@ -54,6 +54,15 @@ class QuantizedFormat:
             return unpack_int8(codes, None, num_columns, group_size=self.group_size)
         assert row_scale is not None
         return unpack_int4(codes, row_scale, num_columns, group_size=self.group_size)
+
+    def quantize(self, weights: NDArray[Any]) -> QuantizedMatrix:
+        """Quantise matrices [..., N, K] by the reference, which is slow."""
+        if self.bits == 4:
+            assert self.group_size is not None
+            return quantize_int4(weights, group_size=self.group_size)
+        if self.group_size is None:
+            return quantize_int8(weights)
+        return quantize_int8(weights, group_size=self.group_size)
 
     def decode(
         self, codes: NDArray[np.uint8], row_scale: NDArray[np.float32] | None, num_columns: int

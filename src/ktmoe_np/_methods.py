@@ -21,6 +21,7 @@ class Method:
     skip_lora: bool = False  #: adapters are used, but have no gradients
     #: Of methods that quantise: group size -> name in `ktmoe_np._formats`; the first is the default.
     formats: Mapping[int | None, str] = field(default_factory=dict, hash=False)
+    product: str = "bfloat16"  #: what is multiplied: see `ktmoe_np.reference.moe_forward`
 
     def resolve_group_size(self, group_size: Any) -> int | None:
         """The group size that weights get when this one is asked for.
@@ -46,16 +47,18 @@ class Method:
         raise ValueError(f"group_size: got {size}, expected {known} with method {self.name!r}")
 
 
+_AMX, _GENERAL = "inference.amx:AMXMoEWrapper", "inference.general:GeneralMoEWrapper"
+
+
 def _sft(name: str, skip_lora: bool = False) -> Method:
     return Method(name, "sft", "sft.amx:AMXSFTMoEWrapper", "AMXBF16_SFT_MOE", "bf16", skip_lora)
 
 
 def _quantized(name: str, wrapper: str, layer: str, weights: str, *group_sizes: int | None) -> Method:
     formats = {size: weights if size is None else f"{weights}_group{size}" for size in group_sizes}
-    return Method(name, "inference", wrapper, layer, weights, formats=formats)
+    product = "int8" if wrapper == _AMX else "bfloat16"
+    return Method(name, "inference", wrapper, layer, weights, formats=formats, product=product)
 
-
-_AMX, _GENERAL = "inference.amx:AMXMoEWrapper", "inference.general:GeneralMoEWrapper"
 
 #: The first of a mode is its default.
 METHODS = (

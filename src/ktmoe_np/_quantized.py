@@ -45,6 +45,13 @@ class QuantizedWeights(MoELayer):
         self._format = FORMATS[method.formats[self.group_size]]
         self._experts: QuantizedExperts | None = None
 
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of the weights of one expert, scales included."""
+        scale = 4 if self._format.has_row_scale else 0
+        sizes = projection_sizes(self.config).values()
+        return sum(rows * (self._format.row_bytes(columns) + scale) for rows, columns in sizes)
+
     # ---- loading ----
 
     def load_weights(

@@ -86,6 +86,12 @@ class MoELayer(_MoEBase):
             layer.group_size = self.group_size
         return layer
 
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of the weights of one expert."""
+        config = self.config
+        return 2 * config.hidden_size * config.moe_intermediate_size * (3 if config.activation.gated else 2)
+
     # ---- weights ----
 
     def load_weights(self, physical_to_logical_map: Any = None) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._formats import FORMATS
 from .._methods import find_method
 from ..config import MoEConfig
 from ..experts import KTMoEWrapper
@@ -28,8 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     if manifest_path(arguments.path).exists():
         return verify_quantized.run(arguments)
     busy = busy_note()
-    if arguments.method is not None:
-        find_method(arguments.method, "inference")  # said before the reference takes its time
+    method = find_method(arguments.method, "inference")  # said before the reference takes its time
+    quantized = method.formats.get(method.resolve_group_size(None))
+    encoding = None if quantized is None else FORMATS[quantized], method.product
     path = Path(arguments.path)
     checkpoint = SafetensorsCheckpoint(path)
     layer = _first_layer(checkpoint) if arguments.layer is None else arguments.layer
@@ -38,9 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
         progress.step("asking the reference")
         experts = load_experts(checkpoint, layer, config)
         about = _describe(experts, config, path)
-        num_experts = experts_in_time(config, experts, arguments.check_seconds)
+        num_experts = experts_in_time(config, experts, arguments.check_seconds, *encoding)
         sample = draw_sample(config, num_experts)
-        expected = Expected(sample, config, experts)
+        expected = Expected(sample, config, experts, *encoding)
         del experts  # where a layout had to be copied, one copy is enough
         options = {"method": arguments.method, "cpuinfer_threads": arguments.threads}
         moe = KTMoEWrapper.from_pretrained(path, layer, **options)
