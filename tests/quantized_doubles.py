@@ -70,8 +70,9 @@ def quantize_task(
         values = weights.astype(np.float32)
         wrong = ~np.isfinite(values)
         if wrong.any():
-            row, column = np.argwhere(wrong)[0]
-            raise ValueError(f"row {row} holds {values[row, column]}, expected finite weights")
+            row = np.argwhere(wrong)[0, 0]
+            kind = "nan" if np.isnan(values[row]).any() else "inf"
+            raise ValueError(f"row {row} holds {kind}, expected finite weights")
         rows, scale = quantized_bytes(fmt, weights)
         codes[...] = rows
         if row_scale is not None:

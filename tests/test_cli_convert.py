@@ -229,6 +229,22 @@ def test_layers_come_one_range_after_the_other(
     assert sorted(json.loads((target / "ktmoe.json").read_text())["layers"]) == ["0", "1", "2"]
 
 
+def test_what_another_process_records_stays(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, right = tmp_path / "int4", convert.save_quantized
+
+    def meanwhile(*arguments: Any) -> Path:
+        monkeypatch.setattr(convert, "save_quantized", right)
+        assert run(source, target, "--layers=2") == 0
+        return right(*arguments)
+
+    monkeypatch.setattr(convert, "save_quantized", meanwhile)
+    assert run(source, target, "--layers=0-1") == 0
+    said(capsys)
+    assert main(["verify", str(target)]) == 0
+
+
 _CHILD = """
 import sys, time, pytest, quantized_doubles
 quantized_doubles.install(pytest.MonkeyPatch())

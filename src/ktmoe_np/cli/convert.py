@@ -104,6 +104,8 @@ class _Conversion:
         self._check_written(path, experts, config)
         sample = sample_experts(config)
         errors = weight_errors(self._format, experts, matrices, config, sample)
+        # Another process may convert other layers meanwhile; what it has recorded stays.
+        self._manifest.layers |= read_manifest(self._target).layers
         self._manifest.layers[layer] = LayerRecord(file_digest(path), errors, sample)
         write_manifest(self._target, self._manifest, __version__)
         self._progress.step(f"layer {layer}: written")
