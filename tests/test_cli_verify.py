@@ -12,12 +12,19 @@ import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 from cli_runs import CONTROL, QUICK, only_error, run_ktmoe
+from quantized_doubles import needs_layers
 
+from ktmoe_np._formats import FORMATS
+from ktmoe_np._methods import find_method
 from ktmoe_np.cli import main
 from ktmoe_np.cli.checkpoint import write_demo_checkpoint
+from ktmoe_np.cli.sample import Expected, draw_sample
+from ktmoe_np.config import MoEConfig
 from ktmoe_np.cpuinfer import _MoEBase
 from ktmoe_np.inference import BaseMoEWrapper
+from ktmoe_np.io import load_experts, load_hf_config
 from ktmoe_np.io.writer import write_safetensors
+from ktmoe_np.reference import moe_forward
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -76,6 +83,34 @@ def test_verify_finds_wrong_results(
     )
     assert main(["verify", str(tmp_path), "--tokens=2", *QUICK]) == 1
     assert "WRONG on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["AMXINT8", "AMXINT4", "MOE_INT8", "MOE_INT4"])
+@pytest.mark.parametrize("num_experts", [1, 5])
+def test_the_reference_judges_quantised_layers(name: str, num_experts: int, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "gpt_oss", [0], E=6, I=32, H=64, num_experts_per_tok=3)
+    config = MoEConfig.from_hf_config(load_hf_config(tmp_path), 0)
+    experts, sample = load_experts(tmp_path, 0, config), draw_sample(config, num_experts)
+    method = find_method(name, "inference")
+    fmt = FORMATS[method.formats[method.resolve_group_size(None)]]
+    matrices = [fmt.quantize(np.stack(matrix)) for matrix in (experts.gate, experts.up or [], experts.down)]
+    biases = {side: getattr(experts, side) for side in ("gate_bias", "up_bias", "down_bias")}
+    inputs = (sample.hidden_states, sample.ids, sample.weights, *matrices)
+    right = moe_forward(*inputs, **biases, activation=config.activation, product=method.product)
+    expected = Expected(sample, config, experts, fmt, method.product)
+    assert expected.num_experts == num_experts
+    assert expected.judge(right).problem is None
+    unquantised = Expected(sample, config, experts)
+    assert unquantised.num_experts == num_experts
+    assert unquantised.judge(right).problem is not None
+
+
+@needs_layers
+@pytest.mark.parametrize("name", ["AMXINT8", "AMXINT4", "MOE_INT8", "MOE_INT4"])
+def test_verify_quantised_layers(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0], E=4, I=32, H=64)
+    assert main(["verify", str(tmp_path), "--json", "--tokens=1,40", f"--method={name}", *QUICK]) == 0
+    assert json.loads(capsys.readouterr().out)["method"] == name
 
 
 def test_verify_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from . import config, reference
 from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import ActivationSpec, MoEConfig, parse_activation
 from .experts import KTMoEWrapper
-from .inference import BaseMoEWrapper, NativeMoEWrapper
+from .inference import AMXMoEWrapper, BaseMoEWrapper, GeneralMoEWrapper, NativeMoEWrapper
 from .kt_kernel_ext import isa_info
 from .masks import generate_gpu_experts_masks
 from .sft import AMXSFTMoEWrapper, BaseSFTMoEWrapper, SFTGradients
@@ -15,10 +15,12 @@ from .sft import AMXSFTMoEWrapper, BaseSFTMoEWrapper, SFTGradients
 __version__ = "0.1.0"
 
 __all__ = [
+    "AMXMoEWrapper",
     "AMXSFTMoEWrapper",
     "ActivationSpec",
     "BaseMoEWrapper",
     "BaseSFTMoEWrapper",
+    "GeneralMoEWrapper",
     "KExpertsCPUBuffer",
     "KExpertsSFTBuffer",
     "KTMoEWrapper",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = ["METHODS", "Method", "find_method"]
 
@@ -15,17 +17,56 @@ class Method:
     mode: str  #: "inference" or "sft"
     wrapper: str  #: module and class of the wrapper, below this package
     layer: str  #: the class in ``kt_kernel_ext.moe``
-    weights: str = "bf16"  #: the format of the base weights
+    weights: str = "bf16"  #: what the base weights are made of
     skip_lora: bool = False  #: adapters are used, but have no gradients
+    #: Of methods that quantise: group size -> name in `ktmoe_np._formats`; the first is the default.
+    formats: Mapping[int | None, str] = field(default_factory=dict, hash=False)
+    product: str = "bfloat16"  #: what is multiplied: see `ktmoe_np.reference.moe_forward`
+
+    def resolve_group_size(self, group_size: Any) -> int | None:
+        """The group size that weights get when this one is asked for.
+
+        Raises
+        ------
+        TypeError
+            Not an integer.
+        ValueError
+            One that the method does not have.
+        """
+        if group_size is None:
+            return next(iter(self.formats), None)
+        if isinstance(group_size, bool) or not hasattr(group_size, "__index__"):
+            raise TypeError(f"group_size: got {group_size!r}, expected an integer or None")
+        size = int(group_size)
+        if size in self.formats:
+            return size
+        sizes = [str(known) for known in self.formats if known is not None]
+        if not sizes:
+            raise ValueError(f"group_size: got {size}, expected None: method {self.name!r} has no groups")
+        known = ", ".join(["None", *sizes[:-1]]) + f" or {sizes[-1]}"
+        raise ValueError(f"group_size: got {size}, expected {known} with method {self.name!r}")
+
+
+_AMX, _GENERAL = "inference.amx:AMXMoEWrapper", "inference.general:GeneralMoEWrapper"
 
 
 def _sft(name: str, skip_lora: bool = False) -> Method:
     return Method(name, "sft", "sft.amx:AMXSFTMoEWrapper", "AMXBF16_SFT_MOE", "bf16", skip_lora)
 
 
+def _quantized(name: str, wrapper: str, layer: str, weights: str, *group_sizes: int | None) -> Method:
+    formats = {size: weights if size is None else f"{weights}_group{size}" for size in group_sizes}
+    product = "int8" if wrapper == _AMX else "bfloat16"
+    return Method(name, "inference", wrapper, layer, weights, formats=formats, product=product)
+
+
 #: The first of a mode is its default.
 METHODS = (
     Method("BF16", "inference", "inference.native:NativeMoEWrapper", "AMXBF16_MOE"),
+    _quantized("AMXINT8", _AMX, "AMXInt8_MOE", "int8", None),
+    _quantized("AMXINT4", _AMX, "AMXInt4_MOE", "int4", 32, 64, 128),
+    _quantized("MOE_INT8", _GENERAL, "Int8_MOE", "int8", None, 32),
+    _quantized("MOE_INT4", _GENERAL, "Int4_MOE", "int4", 32, 64, 128),
     _sft("AMXBF16_SFT"),
     _sft("BF16_SFT"),  # the same under a shorter name
     _sft("AMXBF16_SFT_SkipLoRA", skip_lora=True),

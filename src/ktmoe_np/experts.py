@@ -13,6 +13,7 @@ from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import MoEConfig, parse_activation
 from .inference.base import BaseMoEWrapper
 from .io import load_hf_config
+from .io.manifest import manifest_path, read_manifest
 from .sft.base import BaseSFTMoEWrapper
 from .sft.options import SFTOptions, refuse_options
 
@@ -44,13 +45,16 @@ class KTMoEWrapper:
     threadpool_count : int, optional
         Sub-pools of the engine; None takes one for every NUMA node.
     weight_path : str or path-like, optional
-        The checkpoint that `load_weights` reads.
+        The checkpoint that `load_weights` reads: of Hugging Face, or, with methods that quantise, also a
+        directory that `save_weights` or ``ktmoe convert`` has written.
     chunked_prefill_size : int
         Of inference: tokens that are taken at a time; bounds the scratch memory, not the batch.
     method : str
-        How weights are encoded, and for training what is trained. Of mode ``inference``: ``BF16``. Of mode
-        ``sft``: ``AMXBF16_SFT`` or ``BF16_SFT``, and ``AMXBF16_SFT_SkipLoRA`` or ``BF16_SFT_SkipLoRA`` for
-        gradients of the input and the routing weights alone.
+        How weights are encoded, and for training what is trained. Of mode ``inference``: ``BF16``;
+        ``AMXINT8`` and ``AMXINT4``, which quantise weights and activations; ``MOE_INT8`` and ``MOE_INT4``,
+        which quantise weights alone. Of mode ``sft``: ``AMXBF16_SFT`` or ``BF16_SFT``, and
+        ``AMXBF16_SFT_SkipLoRA`` or ``BF16_SFT_SkipLoRA`` for gradients of the input and the routing weights
+        alone.
     mode : str
         ``inference`` or ``sft``.
     numa_nodes : sequence of int, optional
@@ -60,7 +64,8 @@ class KTMoEWrapper:
     activation : str, ActivationSpec or mapping
         See `ktmoe_np.config.parse_activation`.
     group_size : int, optional
-        Of methods that quantise in groups.
+        Of methods that quantise: how many columns of a row share a scale. ``AMXINT4`` and ``MOE_INT4``: 32
+        (which None means too), 64 or 128; ``MOE_INT8``: 32, or None for one scale a row; others: None.
     lora_rank, lora_alpha, lora_dropout, max_cache_depth, full_weight_grad, recompute, seed, cache_dtype
         Of mode ``sft``, by keyword: see `ktmoe_np.sft.SFTOptions`.
 
@@ -107,8 +112,7 @@ class KTMoEWrapper:
     ) -> Any:
         """Make the wrapper; see the class."""
         found = find_method(method, mode)
-        if group_size is not None:
-            raise ValueError(f"group_size: got {group_size}, expected None: method {method!r} has no groups")
+        found.resolve_group_size(group_size)  # said before anything else
         config = MoEConfig(
             num_experts=num_experts,
             num_experts_per_tok=num_experts_per_tok,
@@ -127,6 +131,7 @@ class KTMoEWrapper:
             threadpool_count=threadpool_count,
             weight_path=weight_path,
             numa_nodes=numa_nodes,
+            group_size=group_size,
             **_of_mode(found, chunked_prefill_size, max_deferred_experts_per_token, sft),
         )
 
@@ -167,11 +172,12 @@ class KTMoEWrapper:
         Parameters
         ----------
         path : str or path-like
-            The directory of the checkpoint.
+            The directory of the checkpoint, or one that ``ktmoe convert`` has written.
         layer_idx : int
             The layer.
         method : str, optional
-            None takes what the checkpoint is encoded in.
+            None takes what the checkpoint is encoded in. Of a directory that ``ktmoe convert`` has written
+            that is what it was converted for, which also gives the group size.
         mode : str
             ``inference`` or ``sft``.
         **overrides
@@ -194,6 +200,11 @@ class KTMoEWrapper:
         }
         overrides = {**sizes, "weight_path": path, **overrides}
         physical_to_logical_map = overrides.pop("physical_to_logical_map", None)
+        if mode == "inference" and manifest_path(path).exists():
+            manifest = read_manifest(path)
+            method = manifest.method if method is None else method
+            if manifest.group_size in find_method(method, mode).formats:
+                overrides = {"group_size": manifest.group_size, **overrides}
         method = find_method(method, mode).name
         moe: Any = cls(layer_idx=layer_idx, method=method, mode=mode, **overrides)
         moe.load_weights(physical_to_logical_map)

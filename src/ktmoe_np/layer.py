@@ -16,6 +16,7 @@ from ._methods import Method
 from .config import MoEConfig
 from .cpuinfer import _MoEBase
 from .io import SafetensorsCheckpoint, load_experts
+from .io.quantized import refuse_quantized
 
 __all__ = ["MoELayer", "NativeWeights"]
 
@@ -31,7 +32,7 @@ class MoELayer(_MoEBase):
         How weights are encoded and which class of the extension computes.
     config : MoEConfig
         Sizes and activation.
-    gpu_experts_mask, cpuinfer_threads, threadpool_count, weight_path, numa_nodes
+    gpu_experts_mask, cpuinfer_threads, threadpool_count, weight_path, numa_nodes, group_size
         See `KTMoEWrapper`.
     """
 
@@ -45,8 +46,10 @@ class MoELayer(_MoEBase):
         threadpool_count: int | None = None,
         weight_path: str | os.PathLike[str] | None = None,
         numa_nodes: Sequence[int] | None = None,
+        group_size: int | None = None,
     ) -> None:
         self.method = method.name
+        self.group_size = method.resolve_group_size(group_size)
         self.config = config
         self.weight_path = weight_path
         self.set_gpu_experts_mask(gpu_experts_mask)
@@ -79,7 +82,15 @@ class MoELayer(_MoEBase):
             self.cpu_infer.backend_,
         )
         layer.set_activation(spec.kind, spec.gated, spec.limit, spec.alpha, spec.beta1, spec.beta2)
+        if self.group_size is not None:
+            layer.group_size = self.group_size
         return layer
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of the weights of one expert."""
+        config = self.config
+        return 2 * config.hidden_size * config.moe_intermediate_size * (3 if config.activation.gated else 2)
 
     # ---- weights ----
 
@@ -98,11 +109,16 @@ class MoELayer(_MoEBase):
         FileNotFoundError, ValueError
             The checkpoint is not there, or does not hold this layer: names file and tensor.
         """
+        if self._may_load():
+            self._load_from_path(physical_to_logical_map)
+
+    def _may_load(self) -> bool:
+        """Whether there is something to load; RuntimeError when nobody said from where."""
         if self.loaded:
-            return
+            return False
         if self.weight_path is None:
             raise RuntimeError("weight_path: got None, expected a checkpoint to load from")
-        self._load_from_path(physical_to_logical_map)
+        return True
 
     @abstractmethod
     def _load_from_path(self, physical_to_logical_map: object) -> None: ...
@@ -194,6 +210,7 @@ class NativeWeights(MoELayer):
 
     def _load_from_path(self, physical_to_logical_map: object) -> None:
         assert self.weight_path is not None
+        refuse_quantized(self.weight_path, self.method)
         self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
         experts = load_experts(self._checkpoint, self.layer_idx, self.config)
         self.load_weights_from_tensors(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from .. import __version__
-from . import demo, finetune_demo, info, measure, verify
+from . import convert, demo, finetune_demo, info, measure, verify
 
 __all__ = ["main"]
 
@@ -27,13 +27,23 @@ _FINETUNE_DEMO = (
     "compared with those of the NumPy reference. Takes some seconds; the exit status is 1 when they differ "
     "or the loss does not fall as it should."
 )
+_CONVERT = (
+    "Quantises the experts of a Hugging Face checkpoint, a file a layer, and copies its config.json; other "
+    "tensors stay where they are. What is there already and whole is kept, so that an interrupted conversion "
+    "goes on. Every file is read back and compared, and the error of the weights measured on some experts."
+)
 _VERIFY = (
     "Maps the layer's experts, runs random tokens through them and compares some of the results with the "
-    "NumPy reference. The exit status is 1 when one lies outside its computed bound."
+    "NumPy reference. The exit status is 1 when one lies outside its computed bound. Of a directory that "
+    "'ktmoe convert' has written, every file is checked, and the error of the weights measured against the "
+    "source if that is still there; the exit status is 1 when a file is damaged."
 )
 
 #: Exit statuses: 0 and 1 are a command's own answer (is every result within its bound?).
 _FAILED, _INTERRUPTED, _PIPE_CLOSED = 2, 130, 141
+
+#: More than any model has, so that a mistyped range is said to be one.
+_MOST_LAYERS = 100_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,10 +132,28 @@ def _parser() -> _Parser:
     command.add_argument("--plot", metavar="FILE.png", help="draw the curve of the loss (needs matplotlib)")
     _add_threads_and_json(command)
 
+    command = add("convert", convert.run, "a checkpoint's experts, quantised to files", _CONVERT)
+    command.add_argument("source", metavar="SRC", help="directory of the checkpoint")
+    command.add_argument("target", metavar="DST", help="directory for the files; made when it is not there")
+    command.add_argument(
+        "--method", required=True, help="what the files are for: AMXINT8, AMXINT4, MOE_INT8 or MOE_INT4"
+    )
+    command.add_argument(
+        "--group-size",
+        type=_count(1),
+        metavar="N",
+        help="columns that share a scale; default that of the method",
+    )
+    command.add_argument("--layers", type=_ranges, metavar="A-B,...", help="default all that have experts")
+    _add_threads_and_json(command)
+
     command = add("verify", verify.run, "a layer of your own checkpoint, checked and timed", _VERIFY)
     command.add_argument("path", help="directory of the checkpoint, with config.json and *.safetensors")
     command.add_argument(
-        "--layer", type=_count(0), metavar="N", help="the layer; default the first with experts"
+        "--layer",
+        type=_count(0),
+        metavar="N",
+        help="the layer; default the first with experts, or of files that were converted all",
     )
     command.add_argument("--method", help="how to compute; default what the checkpoint is encoded in")
     command.add_argument(
@@ -189,6 +217,20 @@ def _counts(text: str, least: int = 1) -> list[int]:
 
 def _counts_from_0(text: str) -> list[int]:
     return _counts(text, 0)
+
+
+def _ranges(text: str) -> list[int]:
+    """Argument type: numbers and ranges of them, as in 0-3,7."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        ends = [_count(0)(end) for end in ((first, last) if dash else (first,))]
+        if ends[0] > ends[-1] or ends[-1] >= _MOST_LAYERS:
+            raise argparse.ArgumentTypeError(
+                f"got {part!r}, expected a range upwards, of numbers below {_MOST_LAYERS}"
+            )
+        numbers += range(ends[0], ends[-1] + 1)
+    return numbers
 
 
 def _seconds(text: str) -> float:

@@ -128,7 +128,7 @@ def _time(layers: Sequence[BaseMoEWrapper], batch: Batch, seconds: float) -> Tim
         times.append(time.perf_counter() - start)
         used.append(num_used[turn])
     values = config.hidden_size * config.moe_intermediate_size * (3 if config.activation.gated else 2)
-    weight_bytes = 2 * values * float(np.mean(used))
+    weight_bytes = layers[0].expert_bytes * float(np.mean(used))
     return Timing(float(np.mean(times)), weight_bytes, 2.0 * values * batch.ids.size)
 
 

@@ -21,9 +21,11 @@ class Progress:
     Parameters
     ----------
     num_steps : int
+    doing : str, optional
+        What is said without tqdm.
     """
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, num_steps: int, doing: str = "measuring") -> None:
         self._bar: Any = None
         self._begun = False
         if not sys.stderr.isatty():
@@ -31,7 +33,7 @@ class Progress:
         try:
             tqdm = importlib.import_module("tqdm").tqdm
         except ImportError:
-            sys.stderr.write(f"measuring, {num_steps} steps (for a progress bar: {EXTRA_HINT})\n")
+            sys.stderr.write(f"{doing}, {num_steps} steps (for a progress bar: {EXTRA_HINT})\n")
             return
         layout = "{desc:<36}|{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
         columns = min(80, shutil.get_terminal_size().columns)
@@ -45,6 +47,12 @@ class Progress:
             self._bar.update(int(self._begun))
             self._bar.set_description_str(label)
         self._begun = True
+
+    def skip(self, num_steps: int, label: str) -> None:
+        """End that many steps, the one under way among them, and begin the one called `label`."""
+        if self._bar is not None:
+            self._bar.update(num_steps - 1)
+        self.step(label)
 
     def __enter__(self) -> Progress:
         return self

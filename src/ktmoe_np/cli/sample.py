@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._arrays import Array
+from .._formats import QuantizedFormat
 from ..config import MoEConfig
 from ..io import ExpertTensors
 from ..reference import assert_within, error_bound, moe_forward
@@ -129,16 +131,40 @@ def _draw_weights(ids: NDArray[np.int64], rng: np.random.Generator) -> NDArray[n
 
 
 class Expected:
-    """What the reference says of a sample, and how far a correct result may lie from it."""
+    """What the reference says of a sample, and how far a correct result may lie from it.
 
-    def __init__(self, sample: Sample, config: MoEConfig, experts: ExpertTensors) -> None:
-        layer = sample.hidden_states, sample.ids, sample.weights, experts.gate, experts.up, experts.down
-        options: dict[str, Any] = {
-            "activation": config.activation,
-            "gate_bias": experts.gate_bias,
-            "up_bias": experts.up_bias,
-            "down_bias": experts.down_bias,
-        }
+    Parameters
+    ----------
+    sample : Sample
+    config : MoEConfig
+    experts : ExpertTensors
+    fmt : QuantizedFormat, optional
+        What the weights are quantised to before they are used.
+    product : str
+        Of `moe_forward`.
+    """
+
+    def __init__(
+        self,
+        sample: Sample,
+        config: MoEConfig,
+        experts: ExpertTensors,
+        fmt: QuantizedFormat | None = None,
+        product: str = "bfloat16",
+    ) -> None:
+        # Of the experts only those in use are quantised, and so they are numbered anew.
+        used, ids = np.unique(sample.ids, return_inverse=True)
+        used, ids = used[used >= 0], ids.reshape(sample.ids.shape) - int((used < 0).any())
+
+        def encoded(matrices: Sequence[Array] | None) -> Any:
+            picked = None if matrices is None else [matrices[e] for e in used]
+            return picked if fmt is None or picked is None else fmt.quantize(np.stack(picked))
+
+        matrices = encoded(experts.gate), encoded(experts.up), encoded(experts.down)
+        layer = (sample.hidden_states, ids, sample.weights, *matrices)
+        biases = {name: getattr(experts, name) for name in ("gate_bias", "up_bias", "down_bias")}
+        options: dict[str, Any] = {"activation": config.activation, "product": product}
+        options |= {name: None if bias is None else bias[used] for name, bias in biases.items()}
         self.num_experts = len(np.unique(sample.ids[sample.ids >= 0]))
         values = moe_forward(*layer, accumulate_dtype=np.float64, **options)
         self._values = values.astype(np.float64)
@@ -158,13 +184,19 @@ class Expected:
         return Verdict(float(error), float(np.linalg.norm(bound) / norm), problem)
 
 
-def experts_in_time(config: MoEConfig, experts: ExpertTensors, seconds: float) -> int:
+def experts_in_time(
+    config: MoEConfig,
+    experts: ExpertTensors,
+    seconds: float,
+    fmt: QuantizedFormat | None = None,
+    product: str = "bfloat16",
+) -> int:
     """Count the experts, at least one, that the reference can do in that time, from trials with one."""
     sample = draw_sample(config, 1)
     times = []
     for _ in range(2):  # the first one is slow: its weights are still on the disk
         start = time.perf_counter()
-        Expected(sample, config, experts)
+        Expected(sample, config, experts, fmt, product)
         times.append(time.perf_counter() - start)
     each = min(times)
     return min(config.num_experts, max(1, int(seconds / each)))

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._formats import FORMATS
 from .._methods import find_method
 from ..config import MoEConfig
 from ..experts import KTMoEWrapper
 from ..io import ExpertTensors, SafetensorsCheckpoint, expert_layers, load_experts, load_hf_config
+from ..io.manifest import manifest_path
+from . import verify_quantized
 from .machine import busy_note
 from .measure import measure
 from .progress import Progress
@@ -22,10 +25,13 @@ __all__ = ["run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check a layer; 0 when every result is within its bound, else 1."""
+    """Check a layer, or what was converted; 0 when all is right, else 1."""
+    if manifest_path(arguments.path).exists():
+        return verify_quantized.run(arguments)
     busy = busy_note()
-    if arguments.method is not None:
-        find_method(arguments.method, "inference")  # said before the reference takes its time
+    method = find_method(arguments.method, "inference")  # said before the reference takes its time
+    quantized = method.formats.get(method.resolve_group_size(None))
+    encoding = None if quantized is None else FORMATS[quantized], method.product
     path = Path(arguments.path)
     checkpoint = SafetensorsCheckpoint(path)
     layer = _first_layer(checkpoint) if arguments.layer is None else arguments.layer
@@ -34,9 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
         progress.step("asking the reference")
         experts = load_experts(checkpoint, layer, config)
         about = _describe(experts, config, path)
-        num_experts = experts_in_time(config, experts, arguments.check_seconds)
+        num_experts = experts_in_time(config, experts, arguments.check_seconds, *encoding)
         sample = draw_sample(config, num_experts)
-        expected = Expected(sample, config, experts)
+        expected = Expected(sample, config, experts, *encoding)
         del experts  # where a layout had to be copied, one copy is enough
         options = {"method": arguments.method, "cpuinfer_threads": arguments.threads}
         moe = KTMoEWrapper.from_pretrained(path, layer, **options)

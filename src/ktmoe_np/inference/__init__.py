@@ -1,6 +1,8 @@
 """The layers of experts for inference, a module a family of methods."""
 
+from .amx import AMXMoEWrapper
 from .base import BaseMoEWrapper
+from .general import GeneralMoEWrapper
 from .native import NativeMoEWrapper
 
-__all__ = ["BaseMoEWrapper", "NativeMoEWrapper"]
+__all__ = ["AMXMoEWrapper", "BaseMoEWrapper", "GeneralMoEWrapper", "NativeMoEWrapper"]

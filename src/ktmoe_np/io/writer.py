@@ -4,21 +4,72 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._safetensors_header import DTYPES
 
-__all__ = ["write_safetensors"]
+__all__ = ["remove_leftovers", "replacing", "write_safetensors"]
 
 #: Where the data begins in the file, and with it every tensor whose size is a multiple: a cache line.
 _ALIGNMENT = 64
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+#: How files end that are not complete yet; before it stands the writing process.
+_PART = "part"
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Write a file that others see complete or not at all.
+
+    What is written goes to a hidden file beside it, which takes its place when it is whole and on the disk,
+    and goes away with an exception, interrupts included. Who has mapped the old file keeps it.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "x")
+    >>> with replacing(path) as file:
+    ...     _ = file.write(b"whole")
+    >>> path.read_bytes()
+    b'whole'
+    """
+    target = Path(os.path.realpath(path))
+    part = target.with_name(f".{target.name}.{os.getpid()}.{_PART}")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(directory: str | os.PathLike[str]) -> None:
+    """Remove what `replacing` has left in a directory when its process was killed."""
+    for part in Path(directory).glob(f".*.{_PART}"):
+        pid = part.name.split(".")[-2]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            part.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_safetensors(
@@ -35,7 +86,7 @@ def write_safetensors(
     Parameters
     ----------
     path : str or path-like
-        Overwritten when it is there.
+        Replaced when it is there, all at once: see `replacing`.
     tensors : mapping of str to ndarray
         In any memory order; written in C order.
     metadata : mapping of str to str, optional
@@ -69,7 +120,7 @@ def write_safetensors(
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    with Path(path).open("wb") as file:
+    with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)

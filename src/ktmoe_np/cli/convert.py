@@ -1,0 +1,258 @@
+"""`ktmoe convert`: the experts of a checkpoint, quantised to files of their own, layer by layer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from .._arrays import Array
+from .._formats import FORMATS, QuantizedFormat
+from .._quantize import quantize_projection
+from ..config import MoEConfig
+from ..cpuinfer import _MoEBase
+from ..io import SafetensorsCheckpoint, expert_layers, load_experts, load_hf_config
+from ..io.manifest import LayerRecord, Manifest, manifest_path, read_manifest, write_manifest
+from ..io.quantized import (
+    QuantizedExperts,
+    check_codes,
+    layer_path,
+    load_quantized,
+    projection_sizes,
+    quantized_layers,
+    save_quantized,
+)
+from ..io.writer import remove_leftovers, replacing
+from .progress import Progress
+from .quantized import (
+    LayerRow,
+    file_digest,
+    find_quantizing,
+    note_on_sample,
+    render,
+    sample_experts,
+    source_matrices,
+    weight_errors,
+)
+from .table import counted, wrap
+
+__all__ = ["run"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert the layers that are not converted yet; always 0."""
+    method = find_quantizing(arguments.method)
+    group_size = method.resolve_group_size(arguments.group_size)
+    source, target = Path(arguments.source), Path(arguments.target)
+    checkpoint = SafetensorsCheckpoint(source)
+    layers = _chosen_layers(checkpoint, arguments.layers)
+    hf_config = load_hf_config(source)
+    configs = [MoEConfig.from_hf_config(hf_config, layer) for layer in layers]
+    manifest = _begin(target, Manifest(str(source.resolve()), method.name, group_size))
+    _copy_config(source, target)
+    num_steps = sum(_num_matrices(config) + 1 for config in configs)
+    with Progress(num_steps, "converting") as progress:
+        conversion = _Conversion(
+            checkpoint, target, FORMATS[method.formats[group_size]], manifest, arguments.threads, progress
+        )
+        progress.step(f"layer {layers[0]}")
+        rows = [conversion.convert(config) for config in configs]
+    if arguments.json:
+        print(json.dumps(_report(manifest, target, rows), indent=2))
+    else:
+        print(_text(manifest, target, rows, configs))
+    return 0
+
+
+class _Conversion:
+    """Converts layers."""
+
+    def __init__(
+        self,
+        checkpoint: SafetensorsCheckpoint,
+        target: Path,
+        fmt: QuantizedFormat,
+        manifest: Manifest,
+        threads: int | None,
+        progress: Progress,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._target = target
+        self._format = fmt
+        self._manifest = manifest
+        self._engine = _MoEBase._get_cpu_infer(threads)
+        self._progress = progress
+
+    def convert(self, config: MoEConfig) -> LayerRow:
+        """Convert a layer, or keep it when it is there already."""
+        layer = config.layer_idx
+        path = layer_path(self._target, layer)
+        source = load_experts(self._checkpoint, layer, config)
+        matrices = source_matrices(source)
+        record = self._manifest.layers.get(layer)
+        if record is not None and self._is_right(path, record, config, matrices):
+            self._progress.skip(_num_matrices(config) + 1, f"layer {layer}: there already")
+            return LayerRow(layer, path.stat().st_size, record.relative_error, "kept")
+        experts = self._quantize(config, matrices, _biases(source))
+        save_quantized(self._target, experts, config, self._format)
+        self._check_written(path, experts, config)
+        sample = sample_experts(config)
+        errors = weight_errors(self._format, experts, matrices, config, sample)
+        # Another process may convert other layers meanwhile; what it has recorded stays.
+        self._manifest.layers |= read_manifest(self._target).layers
+        self._manifest.layers[layer] = LayerRecord(file_digest(path), errors, sample)
+        write_manifest(self._target, self._manifest, __version__)
+        self._progress.step(f"layer {layer}: written")
+        return LayerRow(layer, path.stat().st_size, errors, "written")
+
+    def _quantize(
+        self, config: MoEConfig, matrices: dict[str, Any], biases: dict[str, Any]
+    ) -> QuantizedExperts:
+        quantized = {}
+        for name, size in projection_sizes(config).items():
+            shape = (config.num_experts, *size)
+            label = f"layer {config.layer_idx}: {name}"
+            tell = partial(self._progress.step, label)
+            quantized[name] = quantize_projection(
+                self._engine, self._format, label, matrices[name], shape, tell
+            )
+        return QuantizedExperts(quantized, biases)
+
+    def _check_written(self, path: Path, experts: QuantizedExperts, config: MoEConfig) -> None:
+        """Raise RuntimeError when the file does not hold what was to be written."""
+        found = load_quantized(path, config, self._format)
+        check_codes(path, found, config, self._format)
+        for name, matrix in experts.matrices.items():
+            for part, wanted in matrix._asdict().items():
+                if wanted is not None and not _same_bytes(getattr(found.matrices[name], part), wanted):
+                    raise RuntimeError(f"{path}: '{name}.{part}' reads otherwise than it was written")
+        for name, bias in experts.biases.items():
+            if not _same_bytes(found.biases[name], bias):
+                raise RuntimeError(f"{path}: '{name}.bias' reads otherwise than it was written")
+
+    def _is_right(self, path: Path, record: LayerRecord, config: MoEConfig, matrices: dict[str, Any]) -> bool:
+        """Whether a file is whole, what was written, and what some of the source's experts still give."""
+        try:
+            found = load_quantized(path, config, self._format)
+            check_codes(path, found, config, self._format)
+        except (OSError, ValueError):
+            return False
+        if file_digest(path) != record.sha256:
+            return False
+        expert = sample_experts(config)[0]
+        for name, size in projection_sizes(config).items():
+            again = quantize_projection(
+                self._engine, self._format, name, [matrices[name][expert]], (1, *size)
+            )
+            if not np.array_equal(again.codes[0], found.matrices[name].codes[expert]):
+                return False
+        return True
+
+
+def _chosen_layers(checkpoint: SafetensorsCheckpoint, wanted: Sequence[int] | None) -> Sequence[int]:
+    """The layers to convert, all of which have experts."""
+    there = expert_layers(checkpoint)
+    if not there:
+        raise ValueError(f"{checkpoint.path}: no layer has experts in a naming known here")
+    for layer in wanted or ():
+        if layer not in there:
+            known = ", ".join(map(str, there))
+            raise ValueError(f"{checkpoint.path}: layer {layer} has no experts; layers with experts: {known}")
+    return there if wanted is None else sorted(set(wanted))
+
+
+def _begin(target: Path, manifest: Manifest) -> Manifest:
+    """Make the directory, or go on with a conversion of the same kind that it holds."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target}: is a file, expected a directory")
+    others = sorted(
+        {*target.glob("*.safetensors")} - {layer_path(target, i) for i in quantized_layers(target)}
+    )
+    if others:
+        raise ValueError(
+            f"{target}: holds {others[0].name}, expected a directory of its own for what is converted"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target)
+    if manifest_path(target).exists():
+        found = read_manifest(target)
+        for name in ("source", "method", "group_size"):
+            got, expected = getattr(found, name), getattr(manifest, name)
+            if got != expected:
+                raise ValueError(
+                    f"{manifest_path(target)}: {name} is {got!r}, expected {expected!r}: another conversion "
+                    "is there; choose another directory"
+                )
+        return found
+    write_manifest(target, manifest, __version__)
+    return manifest
+
+
+def _copy_config(source: Path, target: Path) -> None:
+    """Copy the config.json, which says what the layers are."""
+    folder = source if source.is_dir() else source.parent
+    with replacing(target / "config.json") as file:
+        file.write((folder / "config.json").read_bytes())
+
+
+def _biases(source: Any) -> dict[str, Any]:
+    found = {"gate_proj": source.gate_bias, "up_proj": source.up_bias, "down_proj": source.down_bias}
+    return {name: bias for name, bias in found.items() if bias is not None}
+
+
+def _same_bytes(first: Array, second: Array) -> bool:
+    """Whether two contiguous arrays hold the same bytes."""
+    return first.dtype == second.dtype and np.array_equal(first.view(np.uint8), second.view(np.uint8))
+
+
+def _num_matrices(config: MoEConfig) -> int:
+    return config.num_experts * len(projection_sizes(config))
+
+
+def _report(manifest: Manifest, target: Path, rows: Sequence[LayerRow]) -> dict[str, Any]:
+    return {
+        "source": manifest.source,
+        "target": str(target),
+        "method": manifest.method,
+        "group_size": manifest.group_size,
+        "layers": [
+            {
+                "layer": row.layer,
+                "status": row.status,
+                "bytes": row.num_bytes,
+                "relative_error": dict(row.relative_error),
+                "experts_checked": list(manifest.layers[row.layer].experts_checked),
+            }
+            for row in rows
+        ],
+    }
+
+
+def _text(manifest: Manifest, target: Path, rows: Sequence[LayerRow], configs: Sequence[MoEConfig]) -> str:
+    weights = sum(
+        config.num_experts * np.prod(size, dtype=float)
+        for config in configs
+        for size in projection_sizes(config).values()
+    )
+    num_bytes = sum(row.num_bytes for row in rows)
+    num_kept = sum(row.status == "kept" for row in rows)
+    groups = "" if manifest.group_size is None else f" in groups of {manifest.group_size}"
+    said = (
+        f"{counted(len(rows), 'layer')} in {target}, {num_bytes / 1e6:.3g} MB, {8 * num_bytes / weights:.2f} "
+        f"bits a weight; {num_kept} of them were there already. Load them with weight_path={str(target)!r}, "
+        f"method={manifest.method!r}."
+    )
+    checked = len(manifest.layers[rows[0].layer].experts_checked)
+    title = f"{manifest.source} with method {manifest.method}{groups}"
+    notes = [
+        note_on_sample(checked),
+        "Every file was read back and compared.",
+        wrap(said),
+    ]
+    return "\n".join([title, "", render(rows), "", *notes])

@@ -1,0 +1,132 @@
+"""What `ktmoe convert` and `ktmoe verify` have in common: the error of quantised weights, and its table."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._formats import QuantizedFormat
+from .._methods import METHODS, Method, find_method
+from ..config import MoEConfig
+from ..io import ExpertTensors
+from ..io.quantized import QuantizedExperts, projection_sizes
+from .table import counted, wrap
+
+__all__ = [
+    "LayerRow",
+    "file_digest",
+    "find_quantizing",
+    "note_on_sample",
+    "render",
+    "sample_experts",
+    "source_matrices",
+    "weight_errors",
+]
+
+#: Of each layer, how many experts are decoded and compared, and how many weights of a projection that may be.
+_MOST_EXPERTS, _MOST_WEIGHTS = 4, 1 << 24
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer in the table."""
+
+    layer: int
+    num_bytes: int
+    relative_error: Mapping[str, float]  # projection -> error; empty where it is not known
+    status: str
+
+
+def find_quantizing(name: str) -> Method:
+    """The method of that name, which quantises.
+
+    Raises
+    ------
+    ValueError
+        Unknown, or one that takes weights as they are.
+    """
+    method = find_method(name, "inference")
+    if not method.formats:
+        known = ", ".join(other.name for other in METHODS if other.formats and other.mode == "inference")
+        raise ValueError(
+            f"method: got {name!r}, expected one of {known}: others read checkpoints as they are"
+        )
+    return method
+
+
+def sample_experts(config: MoEConfig) -> tuple[int, ...]:
+    """Choose the experts whose weights are compared: some, evenly spread, and always one.
+
+    Examples
+    --------
+    >>> sample_experts(MoEConfig(128, 8, 2048, 768))
+    (0, 42, 85, 127)
+    """
+    weights = config.hidden_size * config.moe_intermediate_size
+    count = max(1, min(config.num_experts, _MOST_EXPERTS, _MOST_WEIGHTS // weights))
+    spread = np.linspace(0, config.num_experts - 1, count).round().astype(int)
+    return tuple(spread.tolist())
+
+
+def source_matrices(experts: ExpertTensors) -> dict[str, Any]:
+    """Matrices of a checkpoint by projection."""
+    found = {"gate_proj": experts.gate, "up_proj": experts.up, "down_proj": experts.down}
+    return {name: matrices for name, matrices in found.items() if matrices is not None}
+
+
+def weight_errors(
+    fmt: QuantizedFormat,
+    quantized: QuantizedExperts,
+    source: Mapping[str, Any],
+    config: MoEConfig,
+    sample: Sequence[int],
+) -> dict[str, float]:
+    """Compute ||decoded - weights|| / ||weights|| of each projection over some experts."""
+    errors = {}
+    for name, (_, num_columns) in projection_sizes(config).items():
+        matrix = quantized.matrices[name]
+        distance = norm = 0.0
+        for e in sample:
+            scale = None if matrix.row_scale is None else matrix.row_scale[e]
+            weights = source[name][e].astype(np.float32)
+            away = fmt.decode(matrix.codes[e], scale, num_columns) - weights
+            distance += float(np.square(away, dtype=np.float64).sum())
+            norm += float(np.square(weights, dtype=np.float64).sum())
+        errors[name] = math.sqrt(distance / norm) if norm else 0.0
+    return errors
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def note_on_sample(num_checked: int) -> str:
+    """Say what the errors of the table are."""
+    return wrap(
+        "Relative error: distance of the decoded weights from those of the source, to the norm of these, "
+        f"over a sample of {counted(num_checked, 'expert')} in each layer."
+    )
+
+
+def render(rows: Sequence[LayerRow]) -> str:
+    """Set the rows as text."""
+    names = list(dict.fromkeys(name for row in rows for name in row.relative_error))
+    cells = [("layer", "MB", *names, "")]
+    for row in rows:
+        errors = (f"{row.relative_error[n]:.5f}" if n in row.relative_error else "-" for n in names)
+        cells.append((str(row.layer), f"{row.num_bytes / 1e6:.3g}", *errors, row.status))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for *numbers, status in cells:
+        line = "  ".join(f"{cell:>{width}}" for cell, width in zip(numbers, widths[:-1], strict=True))
+        lines.append(f"{line}  {status}".rstrip())
+    lines.insert(1, "-" * (sum(widths[:-1]) + 2 * (len(widths) - 2)))
+    return "\n".join(lines)

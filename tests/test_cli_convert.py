@@ -1,0 +1,516 @@
+"""`ktmoe convert`, and `ktmoe verify` of what it has written: files, tables, resuming, damage, errors."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import quantized_doubles
+from checkpoints import write_checkpoint
+from cli_runs import CONTROL, environment, only_error
+from quantized_doubles import quantized_bytes
+
+from ktmoe_np import KTMoEWrapper
+from ktmoe_np._formats import FORMATS
+from ktmoe_np.cli import convert, main
+from ktmoe_np.cpuinfer import _MoEBase
+from ktmoe_np.io import SafetensorsFile
+from ktmoe_np.io.writer import write_safetensors
+
+E, I, H = 6, 32, 64  # noqa: E741
+
+
+@pytest.fixture(autouse=True)
+def _doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized_doubles.install(monkeypatch)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leave_no_engine() -> Iterator[None]:
+    yield
+    gc.collect()
+    if not _MoEBase._loaded:
+        _MoEBase.reset_cpu_infer()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "model", "qwen3_moe", [0, 1, 2], E=E, I=I, H=H, num_shards=2)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def target(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """What three layers were converted to."""
+    assert run(source, tmp_path / "int4") == 0
+    capsys.readouterr()
+    return tmp_path / "int4"
+
+
+def run(source: Path, target: Path, *more: str, method: str = "AMXINT4") -> int:
+    return main(["convert", str(source), str(target), "--method", method, *more])
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    out, errors = capsys.readouterr()
+    assert errors == ""
+    return out
+
+
+def name_of(layer: int) -> str:
+    return f"layer-{layer:05}.safetensors"
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def corrupt(path: Path, tensor: str, at: tuple[int, ...], value: int) -> None:
+    """Change a byte of a tensor in place."""
+    info = SafetensorsFile(path).info(tensor)
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start + info.begin + int(np.ravel_multi_index(at, info.shape))] = value
+    path.write_bytes(data)
+
+
+# ---- converting ----
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "fmt"),
+    [
+        ("AMXINT8", None, "int8"),
+        ("AMXINT4", 128, "int4_group128"),
+        ("MOE_INT8", 32, "int8_group32"),
+        ("MOE_INT4", None, "int4_group32"),
+    ],
+)
+def test_convert(
+    method: str, size: int | None, fmt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, target = tmp_path / "model", tmp_path / "to" / "quantised"
+    drawn = write_checkpoint(model, "qwen3_moe", [1, 4], E=E, I=I, H=H)
+    group = [] if size is None else [f"--group-size={size}"]
+    assert run(model, target, "--json", *group, method=method) == 0
+    report = json.loads(said(capsys))
+    assert names_in(target) == ["config.json", "ktmoe.json", name_of(1), name_of(4)]
+    assert (target / "config.json").read_bytes() == (model / "config.json").read_bytes()
+    manifest = json.loads((target / "ktmoe.json").read_text())
+    assert manifest["method"] == report["method"] == method
+    assert manifest["group_size"] == report["group_size"] == FORMATS[fmt].group_size
+    assert manifest["source"] == str(model.resolve())
+    assert [(row["layer"], row["status"]) for row in report["layers"]] == [(1, "written"), (4, "written")]
+    for row in report["layers"]:
+        file = SafetensorsFile(target / name_of(row["layer"]))
+        sample = row["experts_checked"]
+        assert sample == [0, 2, 3, 5]
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            weights = drawn[row["layer"]][name]
+            assert weights is not None
+            codes, scale = quantized_bytes(fmt, weights)
+            assert np.array_equal(file.tensor(f"{name}.codes"), codes)
+            decoded = FORMATS[fmt].decode(codes, scale, weights.shape[-1])[sample]
+            exact = weights[sample].astype(np.float64)
+            error = np.linalg.norm(decoded - exact) / np.linalg.norm(exact)
+            assert row["relative_error"][name] == pytest.approx(error, rel=1e-9)
+        recorded = manifest["layers"][str(row["layer"])]
+        assert recorded["relative_error"] == row["relative_error"]
+        assert recorded["experts_checked"] == sample
+
+
+def test_what_was_converted_loads(target: Path, source: Path, tmp_path: Path) -> None:
+    moe = KTMoEWrapper.from_pretrained(target, 1)
+    assert (moe.method, moe.group_size, moe.loaded) == ("AMXINT4", 32, True)
+    saved = moe.save_weights(tmp_path / "again")  # type: ignore[attr-defined]
+    assert saved.read_bytes() == (target / name_of(1)).read_bytes()
+    fresh = KTMoEWrapper.from_pretrained(source, 1, method="AMXINT4")
+    saved = fresh.save_weights(tmp_path / "fresh")  # type: ignore[attr-defined]
+    assert saved.read_bytes() == (target / name_of(1)).read_bytes()
+    assert KTMoEWrapper.from_pretrained(target, 1, method="MOE_INT4").loaded
+
+
+def test_group_sizes_come_from_the_directory(source: Path, tmp_path: Path) -> None:
+    assert run(source, tmp_path / "64", "--group-size=64", "--layers=0") == 0
+    assert KTMoEWrapper.from_pretrained(tmp_path / "64").group_size == 64
+    assert KTMoEWrapper.from_pretrained(tmp_path / "64", method="MOE_INT4").group_size == 64
+    with pytest.raises(ValueError, match=r"gate_proj\.format is 'int4_group64', expected 'int4_group32'"):
+        KTMoEWrapper.from_pretrained(tmp_path / "64", group_size=32)
+    with pytest.raises(ValueError, match=r"gate_proj\.format is 'int4_group64', expected 'int8'"):
+        KTMoEWrapper.from_pretrained(tmp_path / "64", method="MOE_INT8")
+
+
+def test_convert_text(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "int4"
+    assert run(source, target, "--layers", "0-1") == 0
+    out = said(capsys)
+    assert CONTROL.search(out) is None
+    assert max(map(len, out.splitlines())) <= 100 + len(str(tmp_path))
+    assert out.startswith(f"{source} with method AMXINT4 in groups of 32\n")
+    assert re.search(r"^ +0  +\S+  +0\.0\d{4}  +0\.0\d{4}  +0\.0\d{4}  written$", out, re.MULTILINE)
+    text = " ".join(out.split())
+    assert "over a sample of 4 experts in each layer" in text
+    assert "Every file was read back and compared." in text
+    assert "2 layers in" in text
+    assert "bits a weight; 0 of them were there already." in text
+
+
+def test_experts_without_gate_and_with_biases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for naming, tensors in (("nemotron_h", 4), ("gpt_oss", 9)):
+        model, target = tmp_path / naming, tmp_path / f"{naming}-int8"
+        write_checkpoint(model, naming, [0], E=E, I=I, H=H)
+        assert run(model, target, method="AMXINT8") == 0
+        assert len(SafetensorsFile(target / name_of(0)).names()) == tensors
+        assert main(["verify", str(target)]) == 0
+        assert KTMoEWrapper.from_pretrained(target).loaded
+        said(capsys)
+
+
+# ---- going on ----
+
+
+def test_whole_layers_are_kept(target: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.stat().st_ino for path in target.glob("*.safetensors")}
+    content = (target / name_of(1)).read_bytes()
+    (target / name_of(1)).write_bytes(content[:-1])
+    (target / name_of(2)).unlink()
+    (target / f".{name_of(2)}.4194305.part").write_bytes(b"of a process that was killed")
+    (target / f".{name_of(2)}.1.part").write_bytes(b"of a process that runs")
+    assert run(source, target, "--json") == 0
+    report = json.loads(said(capsys))
+    assert [row["status"] for row in report["layers"]] == ["kept", "written", "written"]
+    assert (target / name_of(1)).read_bytes() == content
+    assert (target / name_of(0)).stat().st_ino == before[name_of(0)]
+    assert [name for name in names_in(target) if name.endswith(".part")] == [f".{name_of(2)}.1.part"]
+
+
+@pytest.mark.parametrize("damage", ["a byte", "no record", "another source"])
+def test_layers_that_are_not_right_are_converted_again(
+    damage: str, target: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = (target / name_of(1)).read_bytes()
+    if damage == "a byte":  # a code as good as another
+        corrupt(target / name_of(1), "up_proj.codes", (5, 3, 2), 0x11)
+    elif damage == "no record":
+        manifest = json.loads((target / "ktmoe.json").read_text())
+        del manifest["layers"]["1"]
+        (target / "ktmoe.json").write_text(json.dumps(manifest))
+    else:
+        write_checkpoint(source, "qwen3_moe", [0, 1, 2], E=E, I=I, H=H, num_shards=2, seed=1)
+    assert run(source, target, "--json") == 0
+    status = [row["status"] for row in json.loads(said(capsys))["layers"]]
+    if damage == "another source":
+        assert status == ["written"] * 3
+        assert (target / name_of(1)).read_bytes() != content
+    else:
+        assert status == ["kept", "written", "kept"]
+        assert (target / name_of(1)).read_bytes() == content
+
+
+def test_layers_come_one_range_after_the_other(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "int4"
+    for layers, expected in (("2", [2]), ("0-1", [0, 1]), ("0,1-2", [0, 1, 2])):
+        assert run(source, target, "--json", "--layers", layers) == 0
+        assert [row["layer"] for row in json.loads(said(capsys))["layers"]] == expected
+    assert sorted(json.loads((target / "ktmoe.json").read_text())["layers"]) == ["0", "1", "2"]
+
+
+def test_what_another_process_records_stays(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, right = tmp_path / "int4", convert.save_quantized
+
+    def meanwhile(*arguments: Any) -> Path:
+        monkeypatch.setattr(convert, "save_quantized", right)
+        assert run(source, target, "--layers=2") == 0
+        return right(*arguments)
+
+    monkeypatch.setattr(convert, "save_quantized", meanwhile)
+    assert run(source, target, "--layers=0-1") == 0
+    said(capsys)
+    assert main(["verify", str(target)]) == 0
+
+
+_CHILD = """
+import sys, time, pytest, quantized_doubles
+quantized_doubles.install(pytest.MonkeyPatch())
+from ktmoe_np import kt_kernel_ext as ext
+right = ext.quantize_task
+def slow(*a, **k):
+    print("begun", flush=True)
+    time.sleep(0.02)
+    return right(*a, **k)
+ext.quantize_task = slow
+from ktmoe_np.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def child_command(source: Path, target: Path) -> list[str]:
+    """A slow conversion in a process of its own."""
+    return [sys.executable, "-c", _CHILD, "convert", str(source), str(target), "--method=AMXINT4"]
+
+
+def child_environment() -> dict[str, str]:
+    here = environment()
+    return {**here, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), here["PYTHONPATH"]])}
+
+
+@pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_interrupts_leave_whole_layers_only(
+    how: signal.Signals, status: int, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "int4"
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        child_command(source, target), env=child_environment(), stdout=pipe, stderr=pipe, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        while not (target / name_of(0)).exists():
+            assert child.poll() is None
+            time.sleep(0.001)
+        child.send_signal(how)
+        errors = child.communicate()[1]
+    assert child.returncode == status
+    assert errors == ("ktmoe: interrupted\n" if how == signal.SIGINT else "")
+    assert not (target / name_of(2)).exists()
+    if how == signal.SIGINT:
+        assert not list(target.glob(".*"))
+    assert run(source, target, "--json") == 0
+    said(capsys)
+    assert names_in(target) == ["config.json", "ktmoe.json", *map(name_of, range(3))]
+    assert main(["verify", str(target)]) == 0
+
+
+def test_terminal_shows_progress(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tqdm")
+    for shows in ("layer 2: down_proj", "layer 2: there already"):
+        ours, theirs = pty.openpty()
+        child = subprocess.Popen(
+            child_command(source, tmp_path / "int4"),
+            env=child_environment(),
+            stderr=theirs,
+            stdout=subprocess.DEVNULL,
+        )
+        os.close(theirs)
+        raw = b""
+        try:
+            while chunk := os.read(ours, 4096):
+                raw += chunk
+        except OSError:  # how a terminal tells that nobody writes to it any more
+            pass
+        os.close(ours)
+        assert child.wait(60) == 0
+        assert shows.encode() in raw
+        assert f"{3 * (3 * E + 1)}/{3 * (3 * E + 1)} [".encode() in raw
+
+
+def test_what_reads_otherwise_is_said(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = convert.save_quantized
+
+    def forgetful(*arguments: Any) -> Path:
+        path = right(*arguments)
+        corrupt(path, "down_proj.codes", (0, 0, 0), 0x11)
+        return path
+
+    monkeypatch.setattr(convert, "save_quantized", forgetful)
+    assert run(source, tmp_path / "int4") == 2
+    assert "'down_proj.codes' reads otherwise than it was written" in only_error(capsys)
+    assert json.loads((tmp_path / "int4" / "ktmoe.json").read_text())["layers"] == {}
+
+
+def test_biases_that_read_otherwise_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "model", "gpt_oss", [0], E=E, I=I, H=H)
+    right = convert.save_quantized
+
+    def forgetful(*arguments: Any) -> Path:
+        path = right(*arguments)
+        corrupt(path, "up_proj.bias", (0, 0), 0x11)
+        return path
+
+    monkeypatch.setattr(convert, "save_quantized", forgetful)
+    assert run(tmp_path / "model", tmp_path / "int4") == 2
+    assert "'up_proj.bias' reads otherwise than it was written" in only_error(capsys)
+
+
+# ---- errors ----
+
+
+def test_convert_errors(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    write_safetensors(bare / "model.safetensors", {"norm": np.ones(4, np.float32)})
+    (tmp_path / "file").write_bytes(b"")
+    for arguments, message in [
+        ([tmp_path / "nowhere", tmp_path / "x"], "no such file or directory"),
+        ([bare, tmp_path / "x"], "no layer has experts in a naming known here"),
+        ([source, tmp_path / "x", "--layers=1-3"], "layer 3 has no experts; layers with experts: 0, 1, 2"),
+        ([source, source], "model-00001-of-00002.safetensors, expected a directory of its own"),
+        ([source, tmp_path / "file"], "is a file, expected a directory"),
+        ([source, tmp_path / "x", "--method=BF16"], "method: got 'BF16', expected one of AMXINT8, AMXINT4, "),
+        ([source, tmp_path / "x", "--method=INT4"], "method: got 'INT4' for mode 'inference'"),
+        (
+            [source, tmp_path / "x", "--group-size=48"],
+            "group_size: got 48, expected None, 32, 64 or 128 with",
+        ),
+        ([source, tmp_path / "x", "--layers=3-1"], "got '3-1', expected a range upwards"),
+        ([source, tmp_path / "x", "--layers=0-9999999"], "expected a range upwards, of numbers below 100000"),
+        ([source, tmp_path / "x", "--layers=a"], "got 'a', expected an integer of 0 or more"),
+    ]:
+        assert main(["convert", "--method=AMXINT4", *map(str, arguments)]) == 2
+        line = only_error(capsys)
+        assert line.startswith("ktmoe convert: ")
+        assert message in line
+    assert not (tmp_path / "x").exists()
+
+
+def test_other_conversions_are_left_alone(
+    target: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "other", "qwen3_moe", [0], E=E, I=I, H=H)
+    for arguments, message in [
+        ((tmp_path / "other", target), f"source is '{source}', expected '{tmp_path / 'other'}'"),
+        ((source, target, "--group-size=64"), "group_size is 32, expected 64: another conversion is there"),
+        ((source, target, "--method=MOE_INT4"), "method is 'AMXINT4', expected 'MOE_INT4'"),
+    ]:
+        assert run(*arguments) == 2  # type: ignore[arg-type]
+        assert message in only_error(capsys)
+
+
+def test_weights_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "model", "qwen3_moe", [0, 1], E=E, I=I, H=H)
+    file = tmp_path / "model" / "model.safetensors"
+    for byte in (126, 127):  # the second row is NaN from here on
+        corrupt_bf16(file, "model.layers.1.mlp.experts.3.up_proj.weight", 17, byte)
+    assert run(tmp_path / "model", tmp_path / "int4") == 2
+    assert "layer 1: up_proj: expert 3, row 17 holds nan, expected finite weights" in only_error(capsys)
+    assert names_in(tmp_path / "int4") == ["config.json", "ktmoe.json", name_of(0)]
+
+
+def corrupt_bf16(path: Path, tensor: str, row: int, at: int) -> None:
+    info = SafetensorsFile(path).info(tensor)
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little") + info.begin
+    data[start + row * 2 * info.shape[1] + at] = 0xFF
+    path.write_bytes(data)
+
+
+# ---- verifying ----
+
+
+def test_verify_measures_against_the_source(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(target), "--json"]) == 0
+    report = json.loads(said(capsys))
+    manifest = json.loads((target / "ktmoe.json").read_text())
+    assert report["whole"]
+    assert report["source_problem"] is None
+    for row in report["layers"]:
+        assert row["status"] == "whole"
+        assert row["relative_error"] == manifest["layers"][str(row["layer"])]["relative_error"]
+    assert main(["verify", str(target), "--layer=1"]) == 0
+    text = " ".join(said(capsys).split())
+    assert "1 layer, every file whole: header, shapes, scales, codes and SHA-256." in text
+
+
+def test_verify_without_the_source(target: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source.rename(source.with_name("elsewhere"))
+    assert main(["verify", str(target)]) == 0
+    text = " ".join(said(capsys).split())
+    assert f"Errors are those recorded, as the source cannot be read: {source}: no such file" in text
+
+
+def test_verify_finds_damage(target: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = target / name_of(1)
+    whole = file.read_bytes()
+    num_pairs = H // 2
+    for damage, status, message in [
+        (("gate_proj.codes", (3, 17, num_pairs), 0), "DAMAGED", "expert 3, row 17 holds multiplier 0, exp"),
+        (("gate_proj.codes", (3, 17, num_pairs), 16), "DAMAGED", "holds multiplier 16, expected -15 to 15"),
+        (("gate_proj.codes", (3, 17, 0), 0x11), "CHANGED", "which was recorded: its bytes have changed"),
+    ]:
+        file.write_bytes(whole)
+        corrupt(file, *damage)
+        assert main(["verify", str(target)]) == 1
+        out = said(capsys)
+        assert f"  {status}\n" in out
+        text = " ".join(out.split())
+        assert f"WRONG: {file}" in text
+        assert message in text
+    file.write_bytes(whole[:-1])
+    assert main(["verify", str(target)]) == 1
+    assert "the file is cut off" in " ".join(said(capsys).split())
+    file.unlink()
+    assert main(["verify", str(target)]) == 1
+    assert f"WRONG: {file}: no such file" in " ".join(said(capsys).split())
+
+
+def test_verify_finds_what_is_not_recorded(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads((target / "ktmoe.json").read_text())
+    del manifest["layers"]["1"]
+    (target / "ktmoe.json").write_text(json.dumps(manifest))
+    assert main(["verify", str(target)]) == 1
+    assert "is not in ktmoe.json; convert the layer again" in " ".join(said(capsys).split())
+    manifest["layers"] = {}
+    (target / "ktmoe.json").write_text(json.dumps(manifest))
+    for layer in range(3):
+        (target / name_of(layer)).unlink()
+    assert main(["verify", str(target)]) == 1
+    assert "no layer is there" in said(capsys)
+
+
+def test_verify_finds_another_source(target: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(source, "qwen3_moe", [0, 1, 2], E=E, I=I, H=H, num_shards=2, seed=1)
+    assert main(["verify", str(target), "--layer=2"]) == 1
+    text = " ".join(said(capsys).split())
+    assert "relative error of gate_proj is 1." in text
+    assert "holds other weights than those that were converted" in text
+    write_checkpoint(source, "qwen3_moe", [0, 1, 2], E=E, I=I, H=H + 32, num_shards=2)
+    assert main(["verify", str(target), "--layer=2"]) == 1
+    assert "cannot be compared with the source: " in " ".join(said(capsys).split())
+
+
+def test_verify_errors(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(target), "--layer=7"]) == 2
+    assert "layer 7 is not there; layers that are there: 0, 1, 2" in only_error(capsys)
+    path = target / "ktmoe.json"
+    whole = json.loads(path.read_text())
+    record = {"sha256": "", "relative_error": {}, "experts_checked": []}
+    for change, message in [
+        ({"format": "x"}, "format is 'x', expected 'ktmoe-quantized'"),
+        ({"version": 2}, "version is 2, expected 1"),
+        ({"source": 5}, "source is 5, expected a string"),
+        ({"method": None}, "method is None, expected a string"),
+        ({"method": "BF16"}, "method: got 'BF16', expected one of AMXINT8"),
+        ({"group_size": "32"}, "group_size is '32', expected a number or null"),
+        ({"group_size": 5}, "group_size: got 5, expected None, 32, 64 or 128"),
+        ({"layers": []}, "layers is [], expected an object"),
+        ({"layers": {"x": record}}, "layers has 'x', expected numbers of layers"),
+        ({"layers": {"1": 5}}, "layers.1 is 5, expected an object"),
+        ({"layers": {"1": {**record, "sha256": 5}}}, "layers.1.sha256 is 5, expected a string"),
+        ({"layers": {"1": {**record, "relative_error": 5}}}, "layers.1.relative_error is 5, expected an obj"),
+        ({"layers": {"1": {**record, "relative_error": {"a": "b"}}}}, "is {'a': 'b'}, expected numbers"),
+        ({"layers": {"1": {**record, "experts_checked": 5}}}, "layers.1.experts_checked is 5, expected an a"),
+        ({"layers": {"1": {**record, "experts_checked": [None]}}}, "is [None], expected numbers of experts"),
+    ]:
+        path.write_text(json.dumps({**whole, **change}))
+        assert main(["verify", str(target)]) == 2
+        assert message in only_error(capsys)
