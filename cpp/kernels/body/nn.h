@@ -19,6 +19,13 @@ struct NnBlock {
   static constexpr uint32_t kMaxSlices = 8;
   NnSlice slices[kMaxSlices];
   uint32_t num_slices = 0, num_steps = 0;
+
+  KT_INLINE uint32_t num_pairs() const {
+    uint32_t pairs = 0;
+    for (uint32_t i = 0; i < num_slices; ++i)
+      pairs += static_cast<uint32_t>(div_up(slices[i].s1 - slices[i].s0, 2));
+    return pairs;
+  }
 };
 
 // Cuts the sequence into blocks of at most `most` steps.
@@ -96,9 +103,7 @@ template <class Format>
 class BlockFill {
  public:
   KT_INLINE BlockFill(const NnBlock& block, const WeightColumns<Format>& columns, const PairsPanel& panel)
-      : block_(block), columns_(columns), panel_(panel) {
-    for (uint32_t i = 0; i < block.num_slices; ++i)
-      pairs_ += static_cast<uint32_t>(div_up(block.slices[i].s1 - block.slices[i].s0, 2));
+      : block_(block), columns_(columns), panel_(panel), pairs_(block.num_pairs()) {
     if (pairs_) row_ = block.slices[0].s0;
   }
   KT_INLINE uint32_t pairs_left() const { return pairs_; }
@@ -128,46 +133,66 @@ class BlockFill {
   const WeightColumns<Format>& columns_;
   const PairsPanel panel_;
   size_t at_ = 0;  // bytes of a group that are filled
-  uint32_t pairs_ = 0, slice_ = 0, row_ = 0;
+  uint32_t pairs_, slice_ = 0, row_ = 0;
 };
 
 // What is done while a block is multiplied, a little at a time, so that the units that multiply, those that
-// interleave and memory work at once: the next block is filled, or behind the last one the rows that the
-// caller multiplies by next are asked for, into the second-level cache.
+// interleave and memory work at once. Behind a pointer: products are the same whatever it does.
+class WorkAhead {
+ public:
+  KT_INLINE void spread_over(size_t times) { each_ = static_cast<uint32_t>(div_up(left_, times)); }
+  KT_INLINE void ask() {
+    if (left_ == 0) return;
+    const uint32_t some = smaller(each_, left_);
+    left_ -= some;
+    work_(*this, some);
+  }
+
+ protected:
+  using Work = void (*)(WorkAhead& self, uint32_t times);
+  KT_INLINE WorkAhead(Work work, uint32_t times) : work_(work), left_(times) {}
+  ~WorkAhead() = default;
+
+ private:
+  const Work work_;
+  uint32_t left_, each_ = 0;
+};
+struct NothingAhead : WorkAhead {
+  NothingAhead() : WorkAhead(nullptr, 0) {}
+};
+
+// The next block is filled, or behind the last one the rows that the caller multiplies by next are asked for,
+// into the second-level cache.
 template <class Format>
-class BlockAhead {
+class BlockAhead : public WorkAhead {
  public:
   KT_INLINE BlockAhead(const NnArgs& args, const NnBlock& next, const WeightColumns<Format>& columns,
                        const PairsPanel& panel)
-      : fill_(next, columns, panel),
+      : WorkAhead(work, next.num_steps     ? next.num_pairs()
+                        : args.next_w.data ? smaller(args.next_n, kMostAsked)
+                                           : 0),
+        fill_(next, columns, panel),
         next_w_(args.next_w),
-        next_columns_{args.next_k0, args.next_k1, nullptr},
-        num_next_(args.next_w.data && next.num_steps == 0 ? smaller(args.next_n, kMostAsked) : 0) {}
-
-  KT_INLINE void spread_over(size_t times) {
-    each_ = static_cast<uint32_t>(div_up(fill_.pairs_left() + num_next_, times));
-  }
-  KT_INLINE void ask() {
-    for (uint32_t i = 0; i < each_; ++i) {
-      if (fill_.pairs_left()) {
-        fill_.pair();
-      } else if (asked_ < num_next_) {
-        next_columns_.template prefetch<2>(next_w_, asked_++, false);
-      }
-    }
-  }
+        next_columns_{args.next_k0, args.next_k1, nullptr} {}
   KT_INLINE void finish() { fill_.finish(); }
 
  private:
+  static void work(WorkAhead& base, uint32_t times) {
+    auto& self = static_cast<BlockAhead&>(base);
+    for (uint32_t i = 0; i < times; ++i) {
+      if (self.fill_.pairs_left()) {
+        self.fill_.pair();
+      } else {
+        self.next_columns_.template prefetch<2>(self.next_w_, self.asked_++, false);
+      }
+    }
+  }
+
   static constexpr uint32_t kMostAsked = 512;  // rows: what stays in the cache until it is used
   BlockFill<Format> fill_;
   const WeightView next_w_;
   const WeightColumns<Format> next_columns_;
-  uint32_t num_next_, asked_ = 0, each_ = 0;
-};
-struct NothingAhead {
-  KT_INLINE void spread_over(size_t) {}
-  KT_INLINE void ask() {}
+  uint32_t asked_ = 0;
 };
 
 // Walks over the blocks of so many columns: product.run(block, panel, is_first, ahead) for each.

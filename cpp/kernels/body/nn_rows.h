@@ -72,8 +72,8 @@ struct PairsTile {
   }
 
   // Left rows from i on by groups from g on, summed in C at `c`.
-  template <class Ahead>
-  KT_INLINE void run(const PairsBlock& b, uint32_t i, uint32_t g, float* c, size_t c_stride, Ahead& ahead) {
+  KT_INLINE void run(const PairsBlock& b, uint32_t i, uint32_t g, float* c, size_t c_stride,
+                     WorkAhead& ahead) {
     KT_UNROLL for (int t = 0; t < kRows; ++t) {
       KT_UNROLL for (int v = 0; v < kVectors; ++v) {
         acc[t][v] = b.zero_first ? Vec::zero_acc() : Vec::load_f(c + t * c_stride + v * Vec::kWidth);
@@ -103,8 +103,8 @@ struct PairsTile {
 };
 
 // C may end inside the tile: then by way of whole vectors of its own.
-template <int kRows, int kGroups, class Ahead>
-void pairs_tile(const PairsBlock& b, uint32_t i, uint32_t g, Ahead& ahead) {
+template <int kRows, int kGroups>
+void pairs_tile(const PairsBlock& b, uint32_t i, uint32_t g, WorkAhead& ahead) {
   constexpr uint32_t kColumns = kGroups * kGroupColumns;
   float* c = b.c + i * b.c_stride + g * kGroupColumns;
   const uint32_t columns = b.columns - g * kGroupColumns;
@@ -121,8 +121,8 @@ void pairs_tile(const PairsBlock& b, uint32_t i, uint32_t g, Ahead& ahead) {
 }
 
 // The last `rows` left rows, fewer than kRows + 1.
-template <int kRows, int kGroups, class Ahead>
-KT_INLINE void last_pairs_tile(const PairsBlock& b, uint32_t i, uint32_t g, uint32_t rows, Ahead& ahead) {
+template <int kRows, int kGroups>
+KT_INLINE void last_pairs_tile(const PairsBlock& b, uint32_t i, uint32_t g, uint32_t rows, WorkAhead& ahead) {
   if constexpr (kRows > 0) {
     if (rows == kRows) return pairs_tile<kRows, kGroups>(b, i, g, ahead);
     last_pairs_tile<kRows - 1, kGroups>(b, i, g, rows, ahead);
@@ -130,16 +130,15 @@ KT_INLINE void last_pairs_tile(const PairsBlock& b, uint32_t i, uint32_t g, uint
 }
 
 // All left rows by groups from g on, which stay in the first- or second-level cache meanwhile.
-template <int kGroups, class Ahead>
-void pairs_strip(const PairsBlock& b, uint32_t g, Ahead& ahead) {
+template <int kGroups>
+void pairs_strip(const PairsBlock& b, uint32_t g, WorkAhead& ahead) {
   uint32_t i = 0;
   for (; i + Vec::kPairRows <= b.num_left; i += Vec::kPairRows)
     pairs_tile<Vec::kPairRows, kGroups>(b, i, g, ahead);
   last_pairs_tile<Vec::kPairRows - 1, kGroups>(b, i, g, b.num_left - i, ahead);
 }
 
-template <class Ahead>
-void pairs_product(const PairsBlock& b, Ahead& ahead) {
+void pairs_product(const PairsBlock& b, WorkAhead& ahead) {
   constexpr uint32_t kWide = Vec::kPairGroups;
   const uint32_t groups = num_groups(b.columns);
   ahead.spread_over(div_up(groups, kWide) * div_up(b.num_left, Vec::kPairRows) * b.num_steps);
@@ -155,8 +154,7 @@ struct NnRows {
   const NnArgs& args;
   uint32_t k0, k1;
 
-  template <class Ahead>
-  KT_INLINE void run(const NnBlock& block, const PairsPanel& panel, bool is_first, Ahead& ahead) {
+  KT_INLINE void run(const NnBlock& block, const PairsPanel& panel, bool is_first, WorkAhead& ahead) {
     PairsBlock b;
     b.num_slices = block.num_slices, b.num_steps = block.num_steps;
     for (uint32_t i = 0; i < block.num_slices; ++i) {

@@ -59,8 +59,8 @@ struct PairsTiles {
 };
 
 // Left panels p and, when kPanels is 2, p + 1, by groups g and, when kGroups is 2, g + 1.
-template <int kPanels, int kGroups, class Ahead>
-KT_INLINE void pairs_tiles(const PairsTiles& t, uint32_t p, uint32_t g, Ahead& ahead) {
+template <int kPanels, int kGroups>
+KT_INLINE void pairs_tiles(const PairsTiles& t, uint32_t p, uint32_t g, WorkAhead& ahead) {
   constexpr ptrdiff_t kRowBytes = kTileK * sizeof(bf16);
   const ptrdiff_t c_stride = static_cast<ptrdiff_t>(t.c_stride * sizeof(float));
   float* c0 = t.c + size_t{p} * kTileRows * t.c_stride + g * kGroupColumns;
@@ -110,8 +110,7 @@ KT_INLINE void pairs_tiles(const PairsTiles& t, uint32_t p, uint32_t g, Ahead& a
 }
 
 // All left panels by all columns: a pair of groups stays in the cache while the panels pass.
-template <class Ahead>
-void pairs_product(TileScope& scope, const PairsTiles& t, uint32_t columns, Ahead& ahead) {
+void pairs_product(TileScope& scope, const PairsTiles& t, uint32_t columns, WorkAhead& ahead) {
   const uint32_t panels = static_cast<uint32_t>(div_up(t.num_left, kTileRows));
   const auto height = [&](uint32_t p) { return smaller(t.num_left - p * kTileRows, kTileRows); };
   ahead.spread_over(div_up(panels, 2) * div_up(num_groups(columns), 2) * t.num_steps);
@@ -140,8 +139,7 @@ struct NnTiles {
   TileScope& scope;
   uint32_t k0, k1;
 
-  template <class Ahead>
-  KT_INLINE void run(const NnBlock& block, const PairsPanel& panel, bool is_first, Ahead& ahead) {
+  KT_INLINE void run(const NnBlock& block, const PairsPanel& panel, bool is_first, WorkAhead& ahead) {
     PairsTiles t;
     t.num_slices = block.num_slices, t.num_steps = block.num_steps;
     for (uint32_t i = 0; i < block.num_slices; ++i) {

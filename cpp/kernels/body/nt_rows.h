@@ -102,12 +102,18 @@ inline size_t nt_scratch_bytes_rows(uint32_t k) {
 }
 
 // Weights as they lie: row r of the group at its own address.
-template <class Format, class Product, int kRows>
+// kLines cache lines are asked for at each step.
+template <class Format, class Product, int kRows, int kLines>
 struct InPlace {
   using Row = typename Unpack<Format>::Row;
   Row row[kRows];
   KT_INLINE InPlace(const WeightView& w, uint32_t n) {
     for (int r = 0; r < kRows; ++r) row[r] = Row(w, n + static_cast<uint32_t>(r));
+  }
+  // What comes faster than a line in two steps would drive what is in use out of the first-level cache: it
+  // waits in the second (on Zen 4 a single token is 50 % faster so).
+  KT_INLINE void ask(const std::byte* ahead, size_t) const {
+    KT_UNROLL for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead + i * kCacheLine, 0, 2);
   }
   KT_INLINE typename Product::Segment segment(int r, size_t k) const { return Product::weights(row[r], k); }
   KT_INLINE typename Product::Segment tail(int r, size_t k, size_t count) const {
@@ -121,6 +127,9 @@ template <class Product, int kRows>
 struct Panel {
   const std::byte* data;
   size_t k0;
+  KT_INLINE void ask(const std::byte* ahead, size_t bytes) const {
+    for (size_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(ahead + i, 0, 3);
+  }
   KT_INLINE typename Product::Segment segment(int r, size_t k) const {
     return Product::load(data + (k - k0) * Product::kElementBytes * kRows + r * kSegmentBytes);
   }
@@ -146,9 +155,15 @@ struct GroupBlock {
   std::byte* lanes;  // accumulators between blocks of K
 };
 
-template <class Format, class Product, int kRows, int kTokens, int kAheadStep, class Weights>
+// What is asked for meanwhile: `step` bytes a step from `data` on, up to `bytes`.
+struct Ahead {
+  const std::byte* data;
+  size_t bytes, step;
+};
+
+template <class Product, int kRows, int kTokens, class Weights>
 KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& w, uint32_t m,
-                        const std::byte* ahead) {
+                        const Ahead& asked) {
   using Segment = typename Product::Segment;
   using Acc = typename Product::Acc;
   constexpr size_t kStep = Product::kStep, kElementBytes = Product::kElementBytes;
@@ -157,10 +172,7 @@ KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& 
     const size_t row = args.x.index ? args.x.index[m + t] : m + t;
     x[t] = args.x.data + row * args.x.stride_bytes;
   }
-  if (ahead == nullptr) ahead = x[0];  // asks for what is there
-  // What comes faster than a line in two steps would drive what is in use out of the first-level cache: it
-  // waits in the second (on Zen 4 a single token is 50 % faster so).
-  constexpr int kHint = kAheadStep >= kCacheLine ? 2 : 3;
+  const std::byte* ahead = asked.bytes > 0 ? asked.data : x[0];  // or what is there
 
   Acc acc[kTokens][kRows];
   Acc* lanes = reinterpret_cast<Acc*>(b.lanes) + size_t{m} * kRows;
@@ -169,8 +181,8 @@ KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& 
 
   size_t k = b.k0;
   for (; k + kStep <= b.k1; k += kStep) {
-    KT_UNROLL for (int i = 0; i < kAheadStep; i += kCacheLine) __builtin_prefetch(ahead + i, 0, kHint);
-    ahead += kAheadStep;
+    w.ask(ahead, asked.step);
+    ahead += asked.step;
     Segment xs[kTokens];
     KT_UNROLL for (int t = 0; t < kTokens; ++t) xs[t] = Product::load(x[t] + k * kElementBytes);
     KT_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -198,9 +210,10 @@ KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& 
     float sums[kRows];
     Product::sums(args, m + static_cast<uint32_t>(t), acc[t], sums);
     float* c = args.c + (m + t) * ld + (b.n - args.n0);
+    const float* scale = args.w.row_scale ? args.w.row_scale + b.n : nullptr;
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (Format::kHasRowScale) {
-        c[r] = args.w.row_scale[b.n + static_cast<uint32_t>(r)] * sums[r];
+      if (scale) {
+        c[r] = scale[r] * sums[r];
       } else {
         c[r] = args.accumulate ? c[r] + sums[r] : sums[r];
       }
@@ -215,45 +228,53 @@ KT_INLINE uint32_t next_token_tile(uint32_t left) {
   return left == kTile + 1 && kTile > 2 ? 2 : kTile;
 }
 
-// What is asked for while a group is multiplied: the weights behind it.
-struct Ahead {
-  const std::byte* data;
-  size_t bytes;
-};
-
 // All activation rows pass a block of a group of weight rows. While they do, the weights behind are asked
-// for, kAheadStep bytes a step, so that the next group finds them on their way from memory.
-template <class Format, class Product, int kRows, int kAheadStep, class Weights>
+// for, so that the next group finds them on their way from memory.
+template <class Product, int kRows, class Weights>
 void dot_block(const NtArgs& args, const GroupBlock& b, const Weights& w, Ahead ahead) {
   constexpr int kTwo = Vec::kTokenTile > 1 ? 2 : 1;  // of a tile for one token, 2 is never met
-  const size_t tile_asks = (b.k1 - b.k0) / Product::kStep * kAheadStep;
+  const size_t tile_asks = (b.k1 - b.k0) / Product::kStep * ahead.step;
   for (uint32_t m = 0; m < args.x.rows;) {
     const uint32_t tokens = next_token_tile(args.x.rows - m);
-    const std::byte* lines = ahead.bytes > 0 ? ahead.data : nullptr;
     if (tokens == 1)
-      dot_tile<Format, Product, kRows, 1, kAheadStep>(args, b, w, m, lines);
+      dot_tile<Product, kRows, 1>(args, b, w, m, ahead);
     else if (tokens == 2)
-      dot_tile<Format, Product, kRows, kTwo, kAheadStep>(args, b, w, m, lines);
+      dot_tile<Product, kRows, kTwo>(args, b, w, m, ahead);
     else
-      dot_tile<Format, Product, kRows, Vec::kTokenTile, kAheadStep>(args, b, w, m, lines);
+      dot_tile<Product, kRows, Vec::kTokenTile>(args, b, w, m, ahead);
     m += tokens;
     const size_t asked = tile_asks < ahead.bytes ? tile_asks : ahead.bytes;
     ahead.data += asked, ahead.bytes -= asked;
   }
 }
 
-// As slowly as still asks for all of the next group: requests in a burst wait for each other.
-template <class Format, class Product, int kRows, class Weights>
-void dot_block_asking(const NtArgs& args, const GroupBlock& b, const Weights& w, Ahead ahead) {
+// A block of a group, its weights in place or from a panel. A tile of activations asks for its part of what
+// is behind, as slowly as still asks for all of it: requests in a burst wait for each other.
+template <class Format, class Product, int kRows>
+void dot_block(const NtArgs& args, const GroupBlock& b, bool use_panel, const std::byte* behind,
+               size_t bytes) {
   // What a step takes of a group, in whole cache lines.
   constexpr int kStepBytes = static_cast<int>(
       round_up(div_up(Vec::kRowTile * Format::row_bytes(4096) * Product::kStep, size_t{4096}), kCacheLine));
+  constexpr int kLines = kStepBytes / static_cast<int>(kCacheLine);
   const size_t tiles = div_up(args.x.rows, Vec::kTokenTile);
-  if (tiles == 1) return dot_block<Format, Product, kRows, kStepBytes>(args, b, w, ahead);
-  if (tiles <= 3) return dot_block<Format, Product, kRows, kStepBytes / 2>(args, b, w, ahead);
-  if (tiles < 8) return dot_block<Format, Product, kRows, kStepBytes / 4>(args, b, w, ahead);
-  if (tiles < 16) return dot_block<Format, Product, kRows, kStepBytes / 8>(args, b, w, ahead);
-  return dot_block<Format, Product, kRows, kStepBytes / 16>(args, b, w, ahead);
+  const auto asking = [&](size_t share) { return Ahead{behind, bytes, kStepBytes / share}; };
+  if (use_panel) {
+    fill_panel<Format, Product, kRows>(args.w, b.n, b.k0, b.k1, args.scratch);
+    const Panel<Product, kRows> panel{args.scratch, b.k0};
+    const size_t share = tiles <= 3 ? 2 : tiles < 8 ? 4 : tiles < 16 ? 8 : 16;
+    return dot_block<Product, kRows>(args, b, panel, asking(share));
+  }
+  if (tiles == 1)
+    return dot_block<Product, kRows>(args, b, InPlace<Format, Product, kRows, kLines>(args.w, b.n),
+                                     asking(1));
+  if constexpr (Product::template as_stored<Format>()) {  // else more tiles have a panel
+    constexpr int kHalf = (kLines + 1) / 2, kQuarter = (kLines + 3) / 4;
+    if (tiles <= 3)
+      return dot_block<Product, kRows>(args, b, InPlace<Format, Product, kRows, kHalf>(args.w, b.n),
+                                       asking(2));
+    dot_block<Product, kRows>(args, b, InPlace<Format, Product, kRows, kQuarter>(args.w, b.n), asking(4));
+  }
 }
 
 template <class Format, class Product, int kRows>
@@ -265,17 +286,10 @@ void dot_group(const NtArgs& args, uint32_t n, bool use_panel) {
   const size_t num_blocks = k == 0 ? 1 : div_up(k, block_k);
   const size_t block = round_up(div_up(k, num_blocks), Product::kStep);
   const size_t ask = rows_adjoin ? kRows * row_bytes / num_blocks : 0;
-
   for (size_t i = 0; i < num_blocks; ++i) {
     const size_t k0 = i * block, k1 = k0 + block < k ? k0 + block : k;
     const GroupBlock b{n, k0, k1, args.scratch + kPanelBytes};
-    const Ahead ahead{args.w.row(n + kRows) + i * ask, ask};
-    if (use_panel) {
-      fill_panel<Format, Product, kRows>(args.w, n, k0, k1, args.scratch);
-      dot_block_asking<Format, Product, kRows>(args, b, Panel<Product, kRows>{args.scratch, k0}, ahead);
-    } else {
-      dot_block_asking<Format, Product, kRows>(args, b, InPlace<Format, Product, kRows>(args.w, n), ahead);
-    }
+    dot_block<Format, Product, kRows>(args, b, use_panel, args.w.row(n + kRows) + i * ask, ask);
   }
 }
 
