@@ -97,9 +97,7 @@ PythonTask quantize_task(const std::string& format, nb::object weights, nb::obje
   });
 }
 
-}  // namespace
-
-void bind_quantize(nb::module_& m) {
+void bind_row_bytes(nb::module_& m) {
   m.def("quantized_row_bytes", &row_bytes, nb::arg("format"), nb::arg("k"),
         R"(Count the bytes that hold a row of quantised weights.
 
@@ -124,6 +122,9 @@ Examples
 >>> from ktmoe_np import kt_kernel_ext as ext
 >>> ext.quantized_row_bytes("int4_group32", 2048)
 1088)");
+}
+
+void bind_task(nb::module_& m) {
   m.def("quantize_task", &quantize_task, nb::arg("format"), nb::arg("weights").none(),
         nb::arg("codes").none(), nb::arg("row_scale").none() = nb::none(), nb::kw_only(), nb::arg("pool"),
         R"(Make the task that quantises the rows of a matrix.
@@ -176,6 +177,13 @@ Examples
 >>> engine.run(ext.quantize_task("int8", weights, codes, row_scale, pool=engine.backend_))
 >>> codes.view(np.int8), row_scale
 (array([[127, -50,   0]], dtype=int8), array([0.02], dtype=float32)))");
+}
+
+}  // namespace
+
+void bind_quantize(nb::module_& m) {
+  bind_row_bytes(m);
+  bind_task(m);
 }
 
 }  // namespace ktmoe::bindings
