@@ -43,7 +43,8 @@ DType dtype_of(const nb::dlpack::dtype& type) {
   if (code == Code::Bfloat && type.bits == 16) return DType::kBf16;
   if (code == Code::Float && type.bits == 32) return DType::kFloat32;
   if (code == Code::Int && type.bits == 64) return DType::kInt64;
-  if ((code == Code::UInt || code == Code::Bool) && type.bits == 8) return DType::kUint8;
+  if (code == Code::UInt && type.bits == 8) return DType::kUint8;
+  if (code == Code::Bool && type.bits == 8) return DType::kBool;
   return DType::kOther;
 }
 
@@ -52,7 +53,8 @@ const char* label(DType dtype) {
     case DType::kBf16: return "bfloat16";
     case DType::kFloat32: return "float32";
     case DType::kInt64: return "int64";
-    case DType::kUint8: return "bool";
+    case DType::kUint8: return "uint8";
+    case DType::kBool: return "bool";
     case DType::kOther: break;
   }
   return "another dtype";
@@ -168,10 +170,19 @@ const Array& Array::expect_contiguous() const {
   return *this;
 }
 
+std::pair<const std::byte*, const std::byte*> Array::extent() const {
+  const std::byte *first = as<std::byte>(), *behind = first + item_bytes_;
+  for (size_t i = 0; i < shape_.size(); ++i)
+    (strides_[i] < 0 ? first : behind) += (shape_[i] - 1) * stride_bytes(i);
+  return {first, behind};
+}
+
 void Array::expect_disjoint(const Array& other) const {
-  const std::byte *a = as<std::byte>(), *b = other.as<std::byte>();
+  if (size() == 0 || other.size() == 0) return;
+  const auto [a, behind_a] = extent();
+  const auto [b, behind_b] = other.extent();
   const std::less<const std::byte*> before;
-  if (before(a, b + other.bytes()) && before(b, a + bytes()))
+  if (before(a, behind_b) && before(b, behind_a))
     throw_invalid(name_, ": its memory overlaps that of ", other.name_, ", expected memory of its own");
 }
 

@@ -7,13 +7,14 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace ktmoe::bindings {
 
 namespace nb = nanobind;
 
-enum class DType { kBf16, kFloat32, kInt64, kUint8, kOther };
+enum class DType { kBf16, kFloat32, kInt64, kUint8, kBool, kOther };
 
 // A dimension as it is expected: a number, or a letter for any.
 struct Dim {
@@ -37,7 +38,7 @@ class Array {
   // Checks that return the array: TypeError for the dtype or the order, ValueError for the shape.
   const Array& expect(std::initializer_list<DType> dtypes, const Dims& shape) const;
   const Array& expect_contiguous() const;
-  // ValueError when the two share memory. Both are contiguous.
+  // ValueError when the two share memory, gaps between their elements included.
   void expect_disjoint(const Array& other) const;
 
   const char* name() const { return name_; }
@@ -57,7 +58,8 @@ class Array {
  private:
   template <class Handle>
   void fill(const Handle& handle, nb::handle object, bool is_bf16);
-  std::string describe() const;  // "float32 [2, 64]"
+  std::pair<const std::byte*, const std::byte*> extent() const;  // the first byte, and behind the last
+  std::string describe() const;                                  // "float32 [2, 64]"
   std::string dtype_name() const;
 
   const char* name_ = "";

@@ -38,7 +38,9 @@ ForwardArrays::ForwardArrays(const GeneralMOEConfig& c, nb::handle hidden_states
   args_.out = y.as<void>(), args_.out_type = float_type(y);
   if (!skip_experts.is_none()) {
     const Array& skip = arrays_.emplace_back(Array::read(skip_experts, "skip_experts"));
-    skip.expect({DType::kUint8}, {c.expert_num}).expect_contiguous();
+    // Libraries that know no bool export masks as uint8.
+    const DType mask = skip.dtype() == DType::kUint8 ? DType::kUint8 : DType::kBool;
+    skip.expect({mask}, {c.expert_num}).expect_contiguous();
     args_.skip_experts = skip.as<uint8_t>();
   }
 }

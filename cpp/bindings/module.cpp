@@ -15,6 +15,7 @@ NB_MODULE(kt_kernel_ext, m) {
   init_gil();
   bind_engine(m);
   bind_machine(m);
+  bind_quantize(m);
   nanobind::module_ moe = m.def_submodule("moe", "Expert layers, a class a method.");
   bind_moe(moe);
   bind_sft(moe);

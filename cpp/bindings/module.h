@@ -10,6 +10,7 @@ namespace nb = nanobind;
 void bind_engine(nb::module_& m);
 void bind_machine(nb::module_& m);
 void bind_moe(nb::module_& m);
+void bind_quantize(nb::module_& m);
 void bind_sft(nb::module_& m);  // after bind_moe
 
 }  // namespace ktmoe::bindings

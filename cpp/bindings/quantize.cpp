@@ -1,0 +1,189 @@
+// Quantising weights in Python: the task that turns rows into codes and scales.
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+
+#include <array>
+#include <utility>
+
+#include "bindings/arrays.h"
+#include "bindings/module.h"
+#include "bindings/python_task.h"
+#include "core/error.h"
+#include "moe/quantize.h"
+
+namespace ktmoe::bindings {
+namespace {
+
+constexpr std::array<std::pair<const char*, QuantizedFormat>, 5> kFormats = {{
+    {"int8", QuantizedFormat::kInt8},
+    {"int8_group32", QuantizedFormat::kInt8Group32},
+    {"int4_group32", QuantizedFormat::kInt4Group32},
+    {"int4_group64", QuantizedFormat::kInt4Group64},
+    {"int4_group128", QuantizedFormat::kInt4Group128},
+}};
+
+QuantizedFormat format_from_name(const std::string& name) {
+  std::string known;
+  for (const auto& [other, format] : kFormats) {
+    if (name == other) return format;
+    known += (known.empty() ? "" : ", ") + std::string(other);
+  }
+  throw_invalid("format: got '", name, "', expected one of ", known);
+}
+
+size_t row_bytes(const std::string& format, int64_t k) {
+  const QuantizedFormat parsed = format_from_name(format);
+  if (k < 0 || k > INT32_MAX) throw_invalid("k: got ", k, ", expected 0 to ", INT32_MAX);
+  return quantized_row_bytes(parsed, static_cast<size_t>(k));
+}
+
+// The arrays of one call. They stay alive as long as this does.
+struct QuantizeArrays {
+  Array weights, codes, row_scale;
+  kernels::QuantizeArgs args;
+
+  void take_weights(nb::handle source) {
+    weights = Array::read(source, "weights");
+    weights.expect({DType::kBf16, DType::kFloat32}, {"N", "K"});
+    const int64_t n = weights.shape(0), k = weights.shape(1),
+                  item = static_cast<int64_t>(weights.item_bytes());
+    if (k > 1 && n > 0 && weights.stride_bytes(1) != item)
+      throw nb::type_error("weights: the last axis has gaps, expected it contiguous");
+    if (n > INT32_MAX || k > INT32_MAX)
+      throw_invalid("weights: got [", n, ", ", k, "], expected at most ", INT32_MAX, " rows and columns");
+    args.rows = weights.as<void>();
+    args.type = weights.dtype() == DType::kBf16 ? kernels::FloatType::kBf16 : kernels::FloatType::kFloat32;
+    args.stride = weights.stride_bytes(0) / item;
+    args.n = static_cast<uint32_t>(n), args.k = static_cast<uint32_t>(k);
+  }
+
+  void take_codes(nb::handle target, QuantizedFormat format) {
+    codes = Array::write(target, "codes");
+    args.codes_stride = quantized_row_bytes(format, args.k);
+    codes.expect({DType::kUint8}, {args.n, static_cast<int64_t>(args.codes_stride)}).expect_contiguous();
+    codes.expect_disjoint(weights);
+    args.codes = codes.as<std::byte>();
+  }
+
+  void take_row_scale(nb::handle target, QuantizedFormat format, const std::string& name) {
+    if (target.is_none()) {
+      if (has_row_scale(format))
+        throw_invalid("row_scale: got None, expected float32 [", args.n, "] for ", name);
+      return;
+    }
+    if (!has_row_scale(format))
+      throw_invalid("row_scale: got one, expected None: rows of ", name, " hold their scales");
+    row_scale = Array::write(target, "row_scale");
+    row_scale.expect({DType::kFloat32}, {args.n}).expect_contiguous();
+    row_scale.expect_disjoint(weights);
+    row_scale.expect_disjoint(codes);
+    args.row_scale = row_scale.as<float>();
+  }
+};
+
+PythonTask quantize_task(const std::string& format, nb::object weights, nb::object codes,
+                         nb::object row_scale, std::shared_ptr<WorkerPool> pool) {
+  const QuantizedFormat parsed = format_from_name(format);
+  QuantizeArrays arrays;
+  arrays.take_weights(weights);
+  arrays.take_codes(codes, parsed);
+  arrays.take_row_scale(row_scale, parsed, format);
+  return PythonTask([parsed, arrays = std::move(arrays), pool = std::move(pool)] {
+    try {
+      quantize_rows(parsed, arrays.args, *pool);
+    } catch (const std::invalid_argument& error) {
+      throw_invalid(arrays.weights.name(), ": ", error.what());
+    }
+  });
+}
+
+void bind_row_bytes(nb::module_& m) {
+  m.def("quantized_row_bytes", &row_bytes, nb::arg("format"), nb::arg("k"),
+        R"(Count the bytes that hold a row of quantised weights.
+
+Parameters
+----------
+format : str
+    As `quantize_task` takes it.
+k : int
+    The number of weights.
+
+Returns
+-------
+int
+
+Raises
+------
+ValueError
+    An unknown format, a negative number of weights.
+
+Examples
+--------
+>>> from ktmoe_np import kt_kernel_ext as ext
+>>> ext.quantized_row_bytes("int4_group32", 2048)
+1088)");
+}
+
+void bind_task(nb::module_& m) {
+  m.def("quantize_task", &quantize_task, nb::arg("format"), nb::arg("weights").none(),
+        nb::arg("codes").none(), nb::arg("row_scale").none() = nb::none(), nb::kw_only(), nb::arg("pool"),
+        R"(Make the task that quantises the rows of a matrix.
+
+What it computes is what `quantize_int8` and `quantize_int4` of `ktmoe_np.reference` do, and what it writes is
+what `pack_int8` and `pack_int4` make of that: the same bytes on every instruction set, with any number of
+threads.
+
+Parameters
+----------
+format : str
+    What a row of `codes` holds::
+
+        int8           K codes
+        int8_group32   K codes, the float32 scales of groups of 32
+        int4_group32   K codes, two a byte, the int8 multipliers of groups of 32
+        int4_group64   the same with groups of 64
+        int4_group128  the same with groups of 128
+
+weights : array
+    bfloat16 or float32 [N, K]. Rows may lie apart, the last axis is contiguous.
+codes : array
+    uint8 [N, quantized_row_bytes(format, K)], C-contiguous, written.
+row_scale : array, optional
+    float32 [N], written. Left out for int8_group32, needed for the others.
+pool : WorkerPool
+    The threads to run on: the `backend_` of a CPUInfer.
+
+Returns
+-------
+Task
+    It raises ValueError for the first row that holds NaN or an infinity. Of that row nothing is written, of the
+    others there may be.
+
+Raises
+------
+ValueError
+    An unknown format; a shape that does not fit; a `row_scale` missing or too many; an array that is
+    read-only or overlaps another.
+TypeError
+    Not an array; another dtype; gaps where there may be none.
+
+Examples
+--------
+>>> import numpy as np
+>>> from ktmoe_np import kt_kernel_ext as ext
+>>> engine = ext.CPUInfer(1)
+>>> codes, row_scale = np.empty((1, 3), np.uint8), np.empty(1, np.float32)
+>>> weights = np.float32([[2.54, -1.0, 0.01]])
+>>> engine.run(ext.quantize_task("int8", weights, codes, row_scale, pool=engine.backend_))
+>>> codes.view(np.int8), row_scale
+(array([[127, -50,   0]], dtype=int8), array([0.02], dtype=float32)))");
+}
+
+}  // namespace
+
+void bind_quantize(nb::module_& m) {
+  bind_row_bytes(m);
+  bind_task(m);
+}
+
+}  // namespace ktmoe::bindings
