@@ -61,7 +61,8 @@ def quantize_projection(
         try:
             engine.run(task)
         except ValueError as error:
-            raise ValueError(f"{name}: expert {e}, {error}") from None
+            where = str(error).removeprefix("weights: ")
+            raise ValueError(f"{name}: expert {e}, {where}") from None
         done()
     return QuantizedProjection(codes, scale)
 
