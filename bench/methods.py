@@ -32,6 +32,10 @@ METHODS = {
     method.name: method
     for method in (
         Method("BF16", 2.0, 0.02),
+        Method("AMXINT8", 1.0, 0.05),
+        Method("AMXINT4", 17 / 32, 0.3),
+        Method("MOE_INT8", 1.0, 0.03),
+        Method("MOE_INT4", 17 / 32, 0.3),
         Method("AMXBF16_SFT", 2.0, 0.02, "sft"),
     )
 }

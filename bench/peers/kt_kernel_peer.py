@@ -25,7 +25,13 @@ __all__ = ["LIBRARIES", "Contender", "address", "contenders"]
 LIBRARIES: tuple[str, ...] = ()
 
 #: Method -> classes of the extension, the first that it has.
-_CLASSES = {"BF16": ("AMXBF16_MOE", "AVX2BF16_MOE"), "AMXBF16_SFT": ("AMXBF16_SFT_MOE",)}
+_CLASSES = {
+    "BF16": ("AMXBF16_MOE", "AVX2BF16_MOE"),
+    "AMXINT8": ("AMXInt8_MOE",),
+    "AMXINT4": ("AMXInt4_MOE",),
+    "MOE_INT8": ("Int8_KERNEL_MOE",),
+    "AMXBF16_SFT": ("AMXBF16_SFT_MOE",),
+}
 
 #: Builds of the wheel, the most capable first, and the CPU flag that they need.
 _BUILDS = (("amx", "amx_bf16"), ("avx512_bf16", "avx512_bf16"), ("avx512_base", "avx512f"), ("avx2", "avx2"))
