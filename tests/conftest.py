@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from converted import source, target  # noqa: F401  (fixtures)
 from hypothesis import settings
 
 # No deadlines: a machine that is shared or emulated is no error.

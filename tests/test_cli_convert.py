@@ -1,4 +1,4 @@
-"""`ktmoe convert`, and `ktmoe verify` of what it has written: files, tables, resuming, damage, errors."""
+"""`ktmoe convert`: files, tables, resuming, damage, errors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import quantized_doubles
 from checkpoints import write_checkpoint
 from cli_runs import CONTROL, environment, only_error
-from quantized_doubles import quantized_bytes
+from converted import E, H, I, corrupt, name_of, names_in, run, said
+from quantized_rows import quantized_bytes
 
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np._formats import FORMATS
@@ -29,13 +29,6 @@ from ktmoe_np.cpuinfer import _MoEBase
 from ktmoe_np.io import SafetensorsFile
 from ktmoe_np.io.writer import write_safetensors
 
-E, I, H = 6, 32, 64  # noqa: E741
-
-
-@pytest.fixture(autouse=True)
-def _doubles(monkeypatch: pytest.MonkeyPatch) -> None:
-    quantized_doubles.install(monkeypatch)
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _leave_no_engine() -> Iterator[None]:
@@ -43,47 +36,6 @@ def _leave_no_engine() -> Iterator[None]:
     gc.collect()
     if not _MoEBase._loaded:
         _MoEBase.reset_cpu_infer()
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    write_checkpoint(tmp_path / "model", "qwen3_moe", [0, 1, 2], E=E, I=I, H=H, num_shards=2)
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def target(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    """What three layers were converted to."""
-    assert run(source, tmp_path / "int4") == 0
-    capsys.readouterr()
-    return tmp_path / "int4"
-
-
-def run(source: Path, target: Path, *more: str, method: str = "AMXINT4") -> int:
-    return main(["convert", str(source), str(target), "--method", method, *more])
-
-
-def said(capsys: pytest.CaptureFixture[str]) -> str:
-    out, errors = capsys.readouterr()
-    assert errors == ""
-    return out
-
-
-def name_of(layer: int) -> str:
-    return f"layer-{layer:05}.safetensors"
-
-
-def names_in(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
-
-
-def corrupt(path: Path, tensor: str, at: tuple[int, ...], value: int) -> None:
-    """Change a byte of a tensor in place."""
-    info = SafetensorsFile(path).info(tensor)
-    data = bytearray(path.read_bytes())
-    start = 8 + int.from_bytes(data[:8], "little")
-    data[start + info.begin + int(np.ravel_multi_index(at, info.shape))] = value
-    path.write_bytes(data)
 
 
 # ---- converting ----
@@ -246,8 +198,7 @@ def test_what_another_process_records_stays(
 
 
 _CHILD = """
-import sys, time, pytest, quantized_doubles
-quantized_doubles.install(pytest.MonkeyPatch())
+import sys, time
 from ktmoe_np import kt_kernel_ext as ext
 right = ext.quantize_task
 def slow(*a, **k):
@@ -412,105 +363,3 @@ def corrupt_bf16(path: Path, tensor: str, row: int, at: int) -> None:
     start = 8 + int.from_bytes(data[:8], "little") + info.begin
     data[start + row * 2 * info.shape[1] + at] = 0xFF
     path.write_bytes(data)
-
-
-# ---- verifying ----
-
-
-def test_verify_measures_against_the_source(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(target), "--json"]) == 0
-    report = json.loads(said(capsys))
-    manifest = json.loads((target / "ktmoe.json").read_text())
-    assert report["whole"]
-    assert report["source_problem"] is None
-    for row in report["layers"]:
-        assert row["status"] == "whole"
-        assert row["relative_error"] == manifest["layers"][str(row["layer"])]["relative_error"]
-    assert main(["verify", str(target), "--layer=1"]) == 0
-    text = " ".join(said(capsys).split())
-    assert "1 layer, every file whole: header, shapes, scales, codes and SHA-256." in text
-
-
-def test_verify_without_the_source(target: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source.rename(source.with_name("elsewhere"))
-    assert main(["verify", str(target)]) == 0
-    text = " ".join(said(capsys).split())
-    assert f"Errors are those recorded, as the source cannot be read: {source}: no such file" in text
-
-
-def test_verify_finds_damage(target: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = target / name_of(1)
-    whole = file.read_bytes()
-    num_pairs = H // 2
-    for damage, status, message in [
-        (("gate_proj.codes", (3, 17, num_pairs), 0), "DAMAGED", "expert 3, row 17 holds multiplier 0, exp"),
-        (("gate_proj.codes", (3, 17, num_pairs), 16), "DAMAGED", "holds multiplier 16, expected -15 to 15"),
-        (("gate_proj.codes", (3, 17, 0), 0x11), "CHANGED", "which was recorded: its bytes have changed"),
-    ]:
-        file.write_bytes(whole)
-        corrupt(file, *damage)
-        assert main(["verify", str(target)]) == 1
-        out = said(capsys)
-        assert f"  {status}\n" in out
-        text = " ".join(out.split())
-        assert f"WRONG: {file}" in text
-        assert message in text
-    file.write_bytes(whole[:-1])
-    assert main(["verify", str(target)]) == 1
-    assert "the file is cut off" in " ".join(said(capsys).split())
-    file.unlink()
-    assert main(["verify", str(target)]) == 1
-    assert f"WRONG: {file}: no such file" in " ".join(said(capsys).split())
-
-
-def test_verify_finds_what_is_not_recorded(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = json.loads((target / "ktmoe.json").read_text())
-    del manifest["layers"]["1"]
-    (target / "ktmoe.json").write_text(json.dumps(manifest))
-    assert main(["verify", str(target)]) == 1
-    assert "is not in ktmoe.json; convert the layer again" in " ".join(said(capsys).split())
-    manifest["layers"] = {}
-    (target / "ktmoe.json").write_text(json.dumps(manifest))
-    for layer in range(3):
-        (target / name_of(layer)).unlink()
-    assert main(["verify", str(target)]) == 1
-    assert "no layer is there" in said(capsys)
-
-
-def test_verify_finds_another_source(target: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_checkpoint(source, "qwen3_moe", [0, 1, 2], E=E, I=I, H=H, num_shards=2, seed=1)
-    assert main(["verify", str(target), "--layer=2"]) == 1
-    text = " ".join(said(capsys).split())
-    assert "relative error of gate_proj is 1." in text
-    assert "holds other weights than those that were converted" in text
-    write_checkpoint(source, "qwen3_moe", [0, 1, 2], E=E, I=I, H=H + 32, num_shards=2)
-    assert main(["verify", str(target), "--layer=2"]) == 1
-    assert "cannot be compared with the source: " in " ".join(said(capsys).split())
-
-
-def test_verify_errors(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(target), "--layer=7"]) == 2
-    assert "layer 7 is not there; layers that are there: 0, 1, 2" in only_error(capsys)
-    path = target / "ktmoe.json"
-    whole = json.loads(path.read_text())
-    record = {"sha256": "", "relative_error": {}, "experts_checked": []}
-    for change, message in [
-        ({"format": "x"}, "format is 'x', expected 'ktmoe-quantized'"),
-        ({"version": 2}, "version is 2, expected 1"),
-        ({"source": 5}, "source is 5, expected a string"),
-        ({"method": None}, "method is None, expected a string"),
-        ({"method": "BF16"}, "method: got 'BF16', expected one of AMXINT8"),
-        ({"group_size": "32"}, "group_size is '32', expected a number or null"),
-        ({"group_size": 5}, "group_size: got 5, expected None, 32, 64 or 128"),
-        ({"layers": []}, "layers is [], expected an object"),
-        ({"layers": {"x": record}}, "layers has 'x', expected numbers of layers"),
-        ({"layers": {"1": 5}}, "layers.1 is 5, expected an object"),
-        ({"layers": {"1": {**record, "sha256": 5}}}, "layers.1.sha256 is 5, expected a string"),
-        ({"layers": {"1": {**record, "relative_error": 5}}}, "layers.1.relative_error is 5, expected an obj"),
-        ({"layers": {"1": {**record, "relative_error": {"a": "b"}}}}, "is {'a': 'b'}, expected numbers"),
-        ({"layers": {"1": {**record, "experts_checked": 5}}}, "layers.1.experts_checked is 5, expected an a"),
-        ({"layers": {"1": {**record, "experts_checked": [None]}}}, "is [None], expected numbers of experts"),
-    ]:
-        path.write_text(json.dumps({**whole, **change}))
-        assert main(["verify", str(target)]) == 2
-        assert message in only_error(capsys)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 from cli_runs import CONTROL, QUICK, only_error, run_ktmoe
-from quantized_doubles import needs_layers
 
 from ktmoe_np._formats import FORMATS
 from ktmoe_np._methods import find_method
@@ -105,7 +104,6 @@ def test_the_reference_judges_quantised_layers(name: str, num_experts: int, tmp_
     assert unquantised.judge(right).problem is not None
 
 
-@needs_layers
 @pytest.mark.parametrize("name", ["AMXINT8", "AMXINT4", "MOE_INT8", "MOE_INT4"])
 def test_verify_quantised_layers(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(tmp_path, "qwen3_moe", [0], E=4, I=32, H=64)

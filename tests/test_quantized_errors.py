@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import quantized_doubles
 from layers import Layer, draw_layer
-from quantized_doubles import quantized_bytes
+from quantized_rows import quantized_bytes
 
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np._formats import FORMATS
@@ -29,11 +28,6 @@ ROW = {name: fmt.row_bytes(H) for name, fmt in FORMATS.items()}
 
 Tensors = dict[str, Any]
 Metadata = dict[str, str]
-
-
-@pytest.fixture(autouse=True)
-def _doubles(monkeypatch: pytest.MonkeyPatch) -> None:
-    quantized_doubles.install(monkeypatch)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -465,7 +459,6 @@ def test_saving_is_refused(layer: Layer, tmp_path: Path, monkeypatch: pytest.Mon
         moe.save_weights(tmp_path / "new")
     assert not (tmp_path / "new").exists()
     monkeypatch.undo()
-    quantized_doubles.install(monkeypatch)
     (tmp_path / "file").write_bytes(b"")
     moe = wrapper()
     moe.load_weights_from_tensors(*layer.matrices)

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import quantized_doubles
 from checkpoints import write_checkpoint
 from layers import Layer, assert_close, assert_same_bits, bf16, draw_batch, draw_layer
-from quantized_doubles import needs_layers, quantized_bytes
+from quantized_rows import quantized_bytes
 
 import ktmoe_np._formats
 import ktmoe_np._quantized
 import ktmoe_np.cli.quantized
 import ktmoe_np.io.quantized
 from ktmoe_np import AMXMoEWrapper, GeneralMoEWrapper, KTMoEWrapper
+from ktmoe_np import kt_kernel_ext as ext
 from ktmoe_np._formats import FORMATS
 from ktmoe_np._methods import find_method
 from ktmoe_np.cpuinfer import _MoEBase
@@ -39,11 +39,6 @@ METHODS = [
     ("MOE_INT4", 32, "int4_group32"),
 ]
 every_method = pytest.mark.parametrize(("method", "group_size", "fmt"), METHODS)
-
-
-@pytest.fixture(autouse=True)
-def _doubles(monkeypatch: pytest.MonkeyPatch) -> None:
-    quantized_doubles.install(monkeypatch)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -265,9 +260,9 @@ def test_an_interrupted_load_changes_nothing(layer: Layer) -> None:
 
 def test_bfloat16_is_read_in_place(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    right = quantized_doubles.ext.quantize_task
+    right = ext.quantize_task
     monkeypatch.setattr(
-        quantized_doubles.ext,
+        ext,
         "quantize_task",
         lambda f, w, *a, **k: (seen.append(w), right(f, w, *a, **k))[1],
     )
@@ -278,14 +273,11 @@ def test_bfloat16_is_read_in_place(layer: Layer, monkeypatch: pytest.MonkeyPatch
 
 
 def test_row_bytes_are_those_of_the_extension() -> None:
-    if not hasattr(quantized_doubles.ext, "quantized_row_bytes"):
-        pytest.skip("kt_kernel_ext lacks quantized_row_bytes")
     for name, fmt in FORMATS.items():
         for k in (1, 2, 31, 32, 33, 64, 127, 128, 129, 2048):
-            assert quantized_doubles.ext.quantized_row_bytes(name, k) == fmt.row_bytes(k)
+            assert ext.quantized_row_bytes(name, k) == fmt.row_bytes(k)
 
 
-@needs_layers
 @every_method
 def test_saved_and_quantised_layers_compute_the_same(
     method: str, group_size: int | None, fmt: str, layer: Layer, tmp_path: Path
@@ -309,7 +301,6 @@ def test_examples() -> None:
         assert found.failed == 0
 
 
-@needs_layers
 def test_examples_of_layers() -> None:
     assert doctest.testmod(ktmoe_np._quantized).failed == 0
 
