@@ -2,7 +2,6 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
-#include <array>
 #include <utility>
 
 #include "bindings/arrays.h"
@@ -14,27 +13,19 @@
 namespace ktmoe::bindings {
 namespace {
 
-constexpr std::array<std::pair<const char*, QuantizedFormat>, 5> kFormats = {{
-    {"int8", QuantizedFormat::kInt8},
-    {"int8_group32", QuantizedFormat::kInt8Group32},
-    {"int4_group32", QuantizedFormat::kInt4Group32},
-    {"int4_group64", QuantizedFormat::kInt4Group64},
-    {"int4_group128", QuantizedFormat::kInt4Group128},
-}};
-
-QuantizedFormat format_from_name(const std::string& name) {
+FormatId format_from_name(const std::string& name) {
   std::string known;
-  for (const auto& [other, format] : kFormats) {
-    if (name == other) return format;
-    known += (known.empty() ? "" : ", ") + std::string(other);
+  for (FormatId format : kQuantizedFormats) {
+    if (name == format_name(format)) return format;
+    known += (known.empty() ? "" : ", ") + std::string(format_name(format));
   }
   throw_invalid("format: got '", name, "', expected one of ", known);
 }
 
 size_t row_bytes(const std::string& format, int64_t k) {
-  const QuantizedFormat parsed = format_from_name(format);
+  const FormatId parsed = format_from_name(format);
   if (k < 0 || k > INT32_MAX) throw_invalid("k: got ", k, ", expected 0 to ", INT32_MAX);
-  return quantized_row_bytes(parsed, static_cast<size_t>(k));
+  return format_row_bytes(parsed, static_cast<size_t>(k));
 }
 
 // The arrays of one call. They stay alive as long as this does.
@@ -57,21 +48,21 @@ struct QuantizeArrays {
     args.n = static_cast<uint32_t>(n), args.k = static_cast<uint32_t>(k);
   }
 
-  void take_codes(nb::handle target, QuantizedFormat format) {
+  void take_codes(nb::handle target, FormatId format) {
     codes = Array::write(target, "codes");
-    args.codes_stride = quantized_row_bytes(format, args.k);
+    args.codes_stride = format_row_bytes(format, args.k);
     codes.expect({DType::kUint8}, {args.n, static_cast<int64_t>(args.codes_stride)}).expect_contiguous();
     codes.expect_disjoint(weights);
     args.codes = codes.as<std::byte>();
   }
 
-  void take_row_scale(nb::handle target, QuantizedFormat format, const std::string& name) {
+  void take_row_scale(nb::handle target, FormatId format, const std::string& name) {
     if (target.is_none()) {
-      if (has_row_scale(format))
+      if (format_has_row_scale(format))
         throw_invalid("row_scale: got None, expected float32 [", args.n, "] for ", name);
       return;
     }
-    if (!has_row_scale(format))
+    if (!format_has_row_scale(format))
       throw_invalid("row_scale: got one, expected None: rows of ", name, " hold their scales");
     row_scale = Array::write(target, "row_scale");
     row_scale.expect({DType::kFloat32}, {args.n}).expect_contiguous();
@@ -83,7 +74,7 @@ struct QuantizeArrays {
 
 PythonTask quantize_task(const std::string& format, nb::object weights, nb::object codes,
                          nb::object row_scale, std::shared_ptr<WorkerPool> pool) {
-  const QuantizedFormat parsed = format_from_name(format);
+  const FormatId parsed = format_from_name(format);
   QuantizeArrays arrays;
   arrays.take_weights(weights);
   arrays.take_codes(codes, parsed);

@@ -15,19 +15,19 @@ namespace {
 using kernels::QuantizeArgs;
 
 // Of int4 formats.
-uint32_t group_of(QuantizedFormat format) {
+uint32_t group_of(FormatId format) {
   switch (format) {
-    case QuantizedFormat::kInt4Group64: return 64;
-    case QuantizedFormat::kInt4Group128: return 128;
+    case FormatId::kInt4Group64: return 64;
+    case FormatId::kInt4Group128: return 128;
     default: return 32;
   }
 }
 
-uint32_t (*kernel_of(QuantizedFormat format))(const QuantizeArgs&) {
+uint32_t (*kernel_of(FormatId format))(const QuantizeArgs&) {
   const kernels::KernelTable& table = kernels::active_table();
   switch (format) {
-    case QuantizedFormat::kInt8: return table.quantize_int8;
-    case QuantizedFormat::kInt8Group32: return table.quantize_int8_group;
+    case FormatId::kInt8: return table.quantize_int8;
+    case FormatId::kInt8Group32: return table.quantize_int8_group;
     default: return table.quantize_int4;
   }
 }
@@ -66,13 +66,7 @@ bool holds_nan(const QuantizeArgs& a, uint32_t n) {
 
 }  // namespace
 
-size_t quantized_row_bytes(QuantizedFormat format, size_t k) {
-  if (format == QuantizedFormat::kInt8) return k;
-  if (format == QuantizedFormat::kInt8Group32) return k + div_up(k, kernels::kInt8Group) * sizeof(float);
-  return div_up(k, 2) + div_up(k, group_of(format));
-}
-
-void quantize_rows(QuantizedFormat format, const QuantizeArgs& args, WorkerPool& pool) {
+void quantize_rows(FormatId format, const QuantizeArgs& args, WorkerPool& pool) {
   // Some tens of microseconds of work, so that handing it out costs nothing.
   constexpr uint32_t kWeightsPerTask = 1u << 16;
   QuantizeArgs all = args;

@@ -14,17 +14,11 @@ namespace ktmoe::test {
 using kernels::FloatType;
 using kernels::QuantizeArgs;
 
-inline constexpr QuantizedFormat kQuantizedFormats[] = {
-    QuantizedFormat::kInt8, QuantizedFormat::kInt8Group32, QuantizedFormat::kInt4Group32,
-    QuantizedFormat::kInt4Group64, QuantizedFormat::kInt4Group128};
+inline bool is_int4(FormatId format) { return format != FormatId::kInt8 && format != FormatId::kInt8Group32; }
 
-inline bool is_int4(QuantizedFormat format) {
-  return format != QuantizedFormat::kInt8 && format != QuantizedFormat::kInt8Group32;
-}
-
-inline uint32_t group_size(QuantizedFormat format) {
-  if (format == QuantizedFormat::kInt4Group128) return 128;
-  return format == QuantizedFormat::kInt4Group64 ? 64 : 32;
+inline uint32_t group_size(FormatId format) {
+  if (format == FormatId::kInt4Group128) return 128;
+  return format == FormatId::kInt4Group64 ? 64 : 32;
 }
 
 using Rows = std::vector<std::vector<float>>;
@@ -67,23 +61,23 @@ class Weights {
 // Room for the result of a call, `gap` bytes between the rows of codes. All of it starts as 0xff.
 class Quantized {
  public:
-  Quantized(QuantizedFormat format, QuantizeArgs args, size_t gap = 0)
+  Quantized(FormatId format, QuantizeArgs args, size_t gap = 0)
       : format_(format),
         args_(args),
-        row_bytes_(quantized_row_bytes(format, args.k)),
+        row_bytes_(format_row_bytes(format, args.k)),
         codes_(args.n ? (args.n - 1) * (row_bytes_ + gap) + row_bytes_ : 0),
         row_scale_(args.n) {
     args_.group = group_size(format);
     args_.codes = codes_.data(), args_.codes_stride = row_bytes_ + gap;
-    args_.row_scale = has_row_scale(format) ? row_scale_.data() : nullptr;
+    args_.row_scale = format_has_row_scale(format) ? row_scale_.data() : nullptr;
   }
 
   const QuantizeArgs& args() const { return args_; }
 
   // By the kernel of a table; the first row that is not finite.
   uint32_t run(const KernelTable& table) {
-    if (format_ == QuantizedFormat::kInt8) return table.quantize_int8(args_);
-    if (format_ == QuantizedFormat::kInt8Group32) return table.quantize_int8_group(args_);
+    if (format_ == FormatId::kInt8) return table.quantize_int8(args_);
+    if (format_ == FormatId::kInt8Group32) return table.quantize_int8_group(args_);
     return table.quantize_int4(args_);
   }
 
@@ -104,7 +98,7 @@ class Quantized {
   }
   float decoded(uint32_t n, uint32_t i) const {
     float scale = row_scale_[n];
-    if (!has_row_scale(format_))
+    if (!format_has_row_scale(format_))
       std::memcpy(&scale, args_.codes + n * args_.codes_stride + args_.k + i / 32 * sizeof scale,
                   sizeof scale);
     return static_cast<float>(code(n, i)) * scale;
@@ -117,7 +111,7 @@ class Quantized {
   }
 
  private:
-  QuantizedFormat format_;
+  FormatId format_;
   QuantizeArgs args_;
   size_t row_bytes_;
   Guarded<std::byte> codes_;

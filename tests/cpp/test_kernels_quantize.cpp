@@ -45,7 +45,7 @@ Rows draw_rows(Random& random, uint32_t n, uint32_t k, Kind kind) {
 const KernelTable& scalar() { return *kernels::find_table(Isa::kScalar); }
 
 // Rows that differ from those of the scalar table.
-int wrong_rows(const KernelTable& table, QuantizedFormat format, const Weights& weights) {
+int wrong_rows(const KernelTable& table, FormatId format, const Weights& weights) {
   Quantized expected(format, weights.args()), got(format, weights.args(), 5);
   if (expected.run(scalar()) != weights.args().n || got.run(table) != weights.args().n) return -1;
   int wrong = !got.gaps_are_untouched();
@@ -63,7 +63,7 @@ TEST_CASE("quantize: the same bits on every instruction set, every number of col
       const Rows rows = draw_rows(random, 2, k, kind);
       for (FloatType type : kTypes) {
         const Weights weights(rows, type, kLayouts[k % 3]);
-        for (QuantizedFormat format : kQuantizedFormats) {
+        for (FormatId format : kQuantizedFormats) {
           INFO(isa_name(table->isa).data(), ": K ", k, ", kind ", static_cast<int>(kind), ", format ",
                static_cast<int>(format), ", type ", static_cast<int>(type));
           CHECK(wrong_rows(*table, format, weights) == 0);
@@ -81,7 +81,7 @@ TEST_CASE("quantize: the same bits for data of every kind, in long rows") {
         const Rows rows = draw_rows(random, 2, k, static_cast<Kind>(i));
         for (FloatType type : kTypes) {
           const Weights weights(rows, type, kLayouts[i % 3]);
-          for (QuantizedFormat format : kQuantizedFormats) {
+          for (FormatId format : kQuantizedFormats) {
             INFO(isa_name(table->isa).data(), ": K ", k, ", kind ", i, ", format ", static_cast<int>(format));
             CHECK(wrong_rows(*table, format, weights) == 0);
           }
@@ -98,7 +98,7 @@ TEST_CASE("quantize: int8 codes are the nearest multiples of amax / 127") {
     for (int i = 0; i < static_cast<int>(Kind::kCount); ++i) {
       const Rows rows = draw_rows(random, 3, 77, static_cast<Kind>(i));
       const Weights weights(rows, FloatType::kFloat32, Layout::kTight);
-      Quantized result(QuantizedFormat::kInt8, weights.args());
+      Quantized result(FormatId::kInt8, weights.args());
       REQUIRE(result.run(*table) == 3);
       int wrong = 0;
       for (uint32_t n = 0; n < 3; ++n) {
@@ -119,7 +119,7 @@ TEST_CASE("quantize: int8 codes are the nearest multiples of amax / 127") {
 TEST_CASE("quantize: int4 gives back a power of two times nibbles, and two levels of scales") {
   for (const KernelTable* table : usable_tables()) {
     Random random(63);
-    for (QuantizedFormat format : kQuantizedFormats) {
+    for (FormatId format : kQuantizedFormats) {
       if (!is_int4(format)) continue;
       for (int i = 0; i < 40; ++i) {
         const uint32_t k = 1 + random.below(300), g = group_size(format);
@@ -149,7 +149,7 @@ TEST_CASE("quantize: int4 gives back a power of two times nibbles, and two level
 TEST_CASE("quantize: a row of zeros stays one, with multipliers of 1") {
   for (const KernelTable* table : usable_tables()) {
     INFO(isa_name(table->isa).data());
-    for (QuantizedFormat format : kQuantizedFormats) {
+    for (FormatId format : kQuantizedFormats) {
       const Weights weights({std::vector<float>(77, -0.0f)}, FloatType::kBf16, Layout::kTight);
       Quantized result(format, weights.args());
       REQUIRE(result.run(*table) == 1);
@@ -158,7 +158,7 @@ TEST_CASE("quantize: a row of zeros stays one, with multipliers of 1") {
       int wrong = 0;
       for (size_t i = 0; i < bytes.size(); ++i) wrong += bytes[i] != (i < multipliers ? 0 : 1);
       CHECK(wrong == 0);
-      if (has_row_scale(format)) CHECK(same_bits(result.row_scale(0), 0.0f));
+      if (format_has_row_scale(format)) CHECK(same_bits(result.row_scale(0), 0.0f));
     }
   }
 }
@@ -169,7 +169,7 @@ TEST_CASE("quantize: no decoded weight overflows, denormal scales clip") {
     const float largest = 0x1.fep+127f, tiny = 0x1p-149f;
     const Weights huge({{largest, -largest, largest / 3}}, FloatType::kFloat32, Layout::kTight);
     const Weights small({{100 * tiny, -tiny, 0}}, FloatType::kFloat32, Layout::kTight);
-    for (QuantizedFormat format : kQuantizedFormats) {
+    for (FormatId format : kQuantizedFormats) {
       Quantized of_huge(format, huge.args()), of_small(format, small.args());
       REQUIRE(of_huge.run(*table) == 1);
       REQUIRE(of_small.run(*table) == 1);
@@ -187,7 +187,7 @@ TEST_CASE("quantize: the first row that is not finite ends the work, and nothing
     Random random(64);
     for (float bad : {kNaN, -kNaN, kInfinity, -kInfinity}) {
       for (FloatType type : kTypes) {
-        for (QuantizedFormat format : kQuantizedFormats) {
+        for (FormatId format : kQuantizedFormats) {
           const uint32_t k = 1 + random.below(150), first = random.below(4);
           Weights weights(draw_rows(random, 5, k, Kind::kUnit), type, Layout::kTight);
           weights.set(first, random.below(k), bad);
@@ -212,7 +212,7 @@ TEST_CASE("quantize: rows in reverse order, one row many times, no rows, no colu
     INFO(isa_name(table->isa).data());
     Random random(65);
     const Weights weights(draw_rows(random, 3, 50, Kind::kUnit), FloatType::kBf16, Layout::kTight);
-    for (QuantizedFormat format : kQuantizedFormats) {
+    for (FormatId format : kQuantizedFormats) {
       QuantizeArgs backwards = weights.args(), repeated = backwards, none = backwards, narrow = backwards;
       backwards.rows = static_cast<const bf16*>(backwards.rows) + 2 * 50, backwards.stride = -50;
       repeated.stride = 0, none.n = 0, narrow.k = 0;
@@ -225,7 +225,7 @@ TEST_CASE("quantize: rows in reverse order, one row many times, no rows, no colu
       CHECK(Quantized(format, none).run(*table) == 0);
       Quantized empty(format, narrow);
       CHECK(empty.run(*table) == 3);
-      if (has_row_scale(format)) CHECK(same_bits(empty.row_scale(2), 0.0f));
+      if (format_has_row_scale(format)) CHECK(same_bits(empty.row_scale(2), 0.0f));
     }
   }
 }

@@ -28,7 +28,7 @@ TEST_CASE("quantize_rows: any number of threads gives the bytes of the kernel") 
   const Weights weights(draw_rows(203, 900), FloatType::kBf16, Layout::kApart);
   for (const std::vector<int>& threads : {std::vector{1}, std::vector{3}, std::vector{1, 2}}) {
     WorkerPool pool(subpools(threads));
-    for (QuantizedFormat format : kQuantizedFormats) {
+    for (FormatId format : kQuantizedFormats) {
       Quantized expected(format, weights.args()), got(format, weights.args(), 3);
       REQUIRE(expected.run(kernels::active_table()) == 203);
       QuantizeArgs args = got.args();
@@ -49,9 +49,9 @@ TEST_CASE("quantize_rows: the first row that is not finite is named, and stays a
     for (uint32_t row : {399u, 300u, 17u, 0u}) {
       weights.set(row, row % 7, row % 2 ? nan : -inf);
       if (row == 300) weights.set(row, 999, nan);
-      Quantized result(QuantizedFormat::kInt4Group32, weights.args());
+      Quantized result(FormatId::kInt4Group32, weights.args());
       const std::string message = message_of<std::invalid_argument>(
-          [&] { quantize_rows(QuantizedFormat::kInt4Group32, result.args(), pool); });
+          [&] { quantize_rows(FormatId::kInt4Group32, result.args(), pool); });
       CHECK(message == "row " + std::to_string(row) + " holds " + (row == 0 ? "inf" : "nan") +
                            ", expected finite weights");
       CHECK(result.row(row) == result.untouched_row());
@@ -62,7 +62,7 @@ TEST_CASE("quantize_rows: the first row that is not finite is named, and stays a
 TEST_CASE("quantize_rows: no rows and no columns are no work") {
   WorkerPool pool(subpools({2}));
   Weights weights(draw_rows(2, 4), FloatType::kBf16, Layout::kTight);
-  for (QuantizedFormat format : kQuantizedFormats) {
+  for (FormatId format : kQuantizedFormats) {
     QuantizeArgs none = weights.args(), narrow = none;
     none.n = 0, narrow.k = 0;
     Quantized of_none(format, none), of_narrow(format, narrow);
@@ -71,12 +71,12 @@ TEST_CASE("quantize_rows: no rows and no columns are no work") {
   }
 }
 
-TEST_CASE("quantized_row_bytes: codes, and what lies behind them") {
-  using F = QuantizedFormat;
-  CHECK(quantized_row_bytes(F::kInt8, 77) == 77);
-  CHECK(quantized_row_bytes(F::kInt8Group32, 77) == 77 + 3 * 4);
-  CHECK(quantized_row_bytes(F::kInt4Group32, 77) == 39 + 3);
-  CHECK(quantized_row_bytes(F::kInt4Group64, 77) == 39 + 2);
-  CHECK(quantized_row_bytes(F::kInt4Group128, 77) == 39 + 1);
-  for (F format : kQuantizedFormats) CHECK(quantized_row_bytes(format, 0) == 0);
+TEST_CASE("format_row_bytes: codes, and what lies behind them") {
+  using F = FormatId;
+  CHECK(format_row_bytes(F::kInt8, 77) == 77);
+  CHECK(format_row_bytes(F::kInt8Group32, 77) == 77 + 3 * 4);
+  CHECK(format_row_bytes(F::kInt4Group32, 77) == 39 + 3);
+  CHECK(format_row_bytes(F::kInt4Group64, 77) == 39 + 2);
+  CHECK(format_row_bytes(F::kInt4Group128, 77) == 39 + 1);
+  for (F format : kQuantizedFormats) CHECK(format_row_bytes(format, 0) == 0);
 }
