@@ -23,7 +23,6 @@ KT_INLINE Float nearest_int4(const Float& t) {
 template <size_t kGroup>
 KT_INLINE Float squares_of_errors(const float* v, const Float& r) {
   LaneSum sum;
-  KT_UNROLL
   for (size_t i = 0; i < kGroup; i += kSumLanes) {
     KT_UNROLL
     for (size_t p = 0; p < kSumVectors; ++p) {
@@ -61,7 +60,6 @@ struct GroupSearch {
     }
     for (size_t g = 0; g < padded; ++g) {
       Float most = Vec::load_f(v + g * kGroup), least = most;
-      KT_UNROLL
       for (size_t i = Vec::kWidth; i < kGroup; i += Vec::kWidth) {
         const Float x = Vec::load_f(v + g * kGroup + i);
         most = Vec::clamp_below(most, x), least = Vec::clamp_above(least, x);

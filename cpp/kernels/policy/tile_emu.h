@@ -113,8 +113,9 @@ struct Tile {
     if (s.config.rows[kB] != shape.dwords) fault("K of A and B differ");
     return shape;
   }
+  // Products are not inlined: each is a page of code.
   template <int kC, int kA, int kB>
-  static void dot_bf16() {
+  static __attribute__((noinline)) void dot_bf16() {
     const auto [rows, columns, pairs] = checked_product<kC, kA, kB>("TDPBF16PS");
     State& s = state();
     for (int n = 0; n < rows; ++n) {
@@ -134,7 +135,7 @@ struct Tile {
     }
   }
   template <int kC, int kA, int kB>
-  static void dot_int8() {
+  static __attribute__((noinline)) void dot_int8() {
     const auto [rows, columns, quads] = checked_product<kC, kA, kB>("TDPBSSD");
     State& s = state();
     for (int n = 0; n < rows; ++n) {
