@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,3 +56,19 @@ def shown(raw: str) -> list[str]:
             cells[: len(part)] = part
         screen.append("".join(cells).rstrip())
     return screen
+
+
+def shown_on_terminal(command: list[str], env: dict[str, str], **streams: Any) -> bytes:
+    """What a command that ends well writes to the terminal that its standard error is."""
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(command, env=env, stderr=theirs, **{"stdout": theirs, **streams})
+    os.close(theirs)
+    raw = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            raw += chunk
+    except OSError:  # how a terminal tells that nobody writes to it any more
+        pass
+    os.close(ours)
+    assert child.wait(60) == 0
+    return raw

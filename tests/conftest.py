@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 
+import pytest
 from converted import source, target  # noqa: F401  (fixtures)
 from hypothesis import settings
+
+from ktmoe_np.cpuinfer import _MoEBase
 
 # No deadlines: a machine that is shared or emulated is no error.
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("short", deadline=None, derandomize=True, max_examples=5)
 settings.load_profile(os.environ.get("KTMOE_HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(scope="module")
+def leave_no_engine() -> Iterator[None]:
+    """For modules whose commands make the engine: the next one may ask for another."""
+    yield
+    gc.collect()
+    if not _MoEBase._loaded:
+        _MoEBase.reset_cpu_infer()

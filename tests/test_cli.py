@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import doctest
-import gc
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli_runs import COMMAND, CONTROL, QUICK, environment, only_error, run_ktmoe, shown
+from cli_runs import COMMAND, CONTROL, QUICK, environment, only_error, run_ktmoe, shown, shown_on_terminal
 
 import ktmoe_np.cli.machine
 import ktmoe_np.cli.table
@@ -25,13 +22,7 @@ from ktmoe_np import kt_kernel_ext as ext
 from ktmoe_np.cli import machine, main, progress
 from ktmoe_np.cpuinfer import _MoEBase
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _leave_no_engine() -> Iterator[None]:
-    yield
-    gc.collect()
-    if not _MoEBase._loaded:
-        _MoEBase.reset_cpu_infer()
+pytestmark = pytest.mark.usefixtures("leave_no_engine")
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,17 +115,7 @@ def test_terminal_shows_progress_and_then_only_the_result(with_tqdm: bool) -> No
     script = (
         f"import sys; {block}from ktmoe_np.cli import main; sys.exit(main(['info', '--seconds', '0.01']))"
     )
-    ours, theirs = pty.openpty()
-    child = subprocess.Popen([sys.executable, "-c", script], env=environment(), stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    raw = b""
-    try:
-        while chunk := os.read(ours, 4096):
-            raw += chunk
-    except OSError:  # how a terminal tells that nobody writes to it any more
-        pass
-    os.close(ours)
-    assert child.wait(60) == 0
+    raw = shown_on_terminal([sys.executable, "-c", script], environment())
     screen = shown(raw.decode())
     if with_tqdm:
         assert b"measuring the limits" in raw

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
-from cli_runs import CONTROL, environment, only_error
+from cli_runs import CONTROL, environment, only_error, shown_on_terminal
 from converted import E, H, I, corrupt, name_of, names_in, run, said
 from quantized_rows import quantized_bytes
 
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np._formats import FORMATS
 from ktmoe_np.cli import convert, main
-from ktmoe_np.cpuinfer import _MoEBase
 from ktmoe_np.io import SafetensorsFile
 from ktmoe_np.io.writer import write_safetensors
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _leave_no_engine() -> Iterator[None]:
-    yield
-    gc.collect()
-    if not _MoEBase._loaded:
-        _MoEBase.reset_cpu_infer()
+pytestmark = pytest.mark.usefixtures("leave_no_engine")
 
 
 # ---- converting ----
@@ -251,22 +241,9 @@ def test_interrupts_leave_whole_layers_only(
 def test_terminal_shows_progress(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("tqdm")
     for shows in ("layer 2: down_proj", "layer 2: there already"):
-        ours, theirs = pty.openpty()
-        child = subprocess.Popen(
-            child_command(source, tmp_path / "int4"),
-            env=child_environment(),
-            stderr=theirs,
-            stdout=subprocess.DEVNULL,
+        raw = shown_on_terminal(
+            child_command(source, tmp_path / "int4"), child_environment(), stdout=subprocess.DEVNULL
         )
-        os.close(theirs)
-        raw = b""
-        try:
-            while chunk := os.read(ours, 4096):
-                raw += chunk
-        except OSError:  # how a terminal tells that nobody writes to it any more
-            pass
-        os.close(ours)
-        assert child.wait(60) == 0
         assert shows.encode() in raw
         assert f"{3 * (3 * E + 1)}/{3 * (3 * E + 1)} [".encode() in raw
 

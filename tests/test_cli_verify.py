@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +17,12 @@ from ktmoe_np.cli import main
 from ktmoe_np.cli.checkpoint import write_demo_checkpoint
 from ktmoe_np.cli.sample import Expected, draw_sample
 from ktmoe_np.config import MoEConfig
-from ktmoe_np.cpuinfer import _MoEBase
 from ktmoe_np.inference import BaseMoEWrapper
 from ktmoe_np.io import load_experts, load_hf_config
 from ktmoe_np.io.writer import write_safetensors
 from ktmoe_np.reference import moe_forward
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _leave_no_engine() -> Iterator[None]:
-    yield
-    gc.collect()
-    if not _MoEBase._loaded:
-        _MoEBase.reset_cpu_infer()
+pytestmark = pytest.mark.usefixtures("leave_no_engine")
 
 
 @pytest.mark.parametrize("naming", ["qwen3_moe", "gpt_oss", "nemotron_h"])

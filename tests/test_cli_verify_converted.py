@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,15 +11,8 @@ from cli_runs import only_error
 from converted import E, H, I, corrupt, name_of, said
 
 from ktmoe_np.cli import main
-from ktmoe_np.cpuinfer import _MoEBase
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _leave_no_engine() -> Iterator[None]:
-    yield
-    gc.collect()
-    if not _MoEBase._loaded:
-        _MoEBase.reset_cpu_infer()
+pytestmark = pytest.mark.usefixtures("leave_no_engine")
 
 
 def test_verify_measures_against_the_source(target: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from ktmoe_np import KTMoEWrapper
 from ktmoe_np._formats import FORMATS
 from ktmoe_np._quantized import QuantizedWeights
 from ktmoe_np.config import MoEConfig
-from ktmoe_np.cpuinfer import _MoEBase
 from ktmoe_np.io import SafetensorsFile
 from ktmoe_np.io.quantized import check_codes, load_quantized
 from ktmoe_np.io.writer import write_safetensors
@@ -30,12 +28,7 @@ Tensors = dict[str, Any]
 Metadata = dict[str, str]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _leave_no_engine() -> Iterator[None]:
-    yield
-    gc.collect()
-    if not _MoEBase._loaded:
-        _MoEBase.reset_cpu_infer()
+pytestmark = pytest.mark.usefixtures("leave_no_engine")
 
 
 @pytest.fixture(scope="module")

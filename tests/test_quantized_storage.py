@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from ktmoe_np import AMXMoEWrapper, GeneralMoEWrapper, KTMoEWrapper
 from ktmoe_np import kt_kernel_ext as ext
 from ktmoe_np._formats import FORMATS
 from ktmoe_np._methods import find_method
-from ktmoe_np.cpuinfer import _MoEBase
 from ktmoe_np.io import SafetensorsFile
 
 E, I, H, P = 3, 24, 41, 2  # noqa: E741
@@ -41,12 +38,7 @@ METHODS = [
 every_method = pytest.mark.parametrize(("method", "group_size", "fmt"), METHODS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _leave_no_engine() -> Iterator[None]:
-    yield
-    gc.collect()
-    if not _MoEBase._loaded:
-        _MoEBase.reset_cpu_infer()
+pytestmark = pytest.mark.usefixtures("leave_no_engine")
 
 
 @pytest.fixture(scope="module")

@@ -26,58 +26,56 @@ struct Projection {
   FormatId format;
 };
 
-// The E matrices [rows, bytes of a row] of a projection: from one array [E, rows, ..] or a sequence of E
-// arrays. Only the last axis has to be contiguous. bf16 is given as such, other formats as bytes.
+// Arrays of one dtype and shape, an expert each: from one array [E, ..] or a sequence of E arrays. Calls
+// add(array, axis, data) for every expert, whose elements begin at `data` and whose axes at `axis`.
+template <class Add>
+void for_experts(nb::handle source, const char* name, int64_t num, DType dtype, const Dims& shape,
+                 Arrays& owners, Add&& add) {
+  if (nb::isinstance<nb::list>(source) || nb::isinstance<nb::tuple>(source)) {
+    const size_t got = nb::len(source);
+    if (got != static_cast<size_t>(num)) throw_invalid(name, ": got ", got, " arrays, expected ", num);
+    for (int64_t e = 0; e < num; ++e) {
+      const nb::object item = source[e];
+      const Array& one = owners.emplace_back(Array::read(item, name)).expect({dtype}, shape);
+      add(one, 0, one.as<const std::byte>());
+    }
+    return;
+  }
+  Dims stacked = {num};
+  stacked.insert(stacked.end(), shape.begin(), shape.end());
+  const Array& all = owners.emplace_back(Array::read(source, name)).expect({dtype}, stacked);
+  for (int64_t e = 0; e < num; ++e) add(all, 1, all.as<const std::byte>() + e * all.stride_bytes(0));
+}
+
+// The E matrices [rows, bytes of a row] of a projection. Only the last axis has to be contiguous. bf16 is
+// given as such, other formats as bytes.
 std::vector<WeightView> matrices(const Projection& p, Arrays& owners) {
   const bool is_bf16 = p.format == FormatId::kBf16;
   const int64_t width =
       is_bf16 ? p.columns : static_cast<int64_t>(format_row_bytes(p.format, static_cast<size_t>(p.columns)));
-  const DType dtype = is_bf16 ? DType::kBf16 : DType::kUint8;
   std::vector<WeightView> views;
-  const auto add = [&](const Array& a, size_t axis, int64_t e) {
+  const auto add = [&](const Array& a, size_t axis, const std::byte* data) {
     if (a.shape(axis + 1) > 1 && a.stride_bytes(axis + 1) != static_cast<int64_t>(a.item_bytes()))
       throw nb::type_error(str_cat(p.name, ": the last axis has gaps, expected it contiguous").c_str());
-    const int64_t offset = axis ? e * a.stride_bytes(0) : 0;
-    views.push_back({a.as<const std::byte>() + offset, static_cast<ptrdiff_t>(a.stride_bytes(axis)),
-                     static_cast<uint32_t>(p.columns)});
+    views.push_back({data, static_cast<ptrdiff_t>(a.stride_bytes(axis)), static_cast<uint32_t>(p.columns)});
   };
-  if (nb::isinstance<nb::list>(p.weights) || nb::isinstance<nb::tuple>(p.weights)) {
-    const size_t got = nb::len(p.weights);
-    if (got != static_cast<size_t>(p.num)) throw_invalid(p.name, ": got ", got, " arrays, expected ", p.num);
-    for (int64_t e = 0; e < p.num; ++e) {
-      const nb::object item = p.weights[e];
-      add(owners.emplace_back(Array::read(item, p.name)).expect({dtype}, {p.rows, width}), 0, e);
-    }
-  } else {
-    const Array& all = owners.emplace_back(Array::read(p.weights, p.name));
-    all.expect({dtype}, {p.num, p.rows, width});
-    for (int64_t e = 0; e < p.num; ++e) add(all, 1, e);
-  }
+  for_experts(p.weights, p.name, p.num, is_bf16 ? DType::kBf16 : DType::kUint8, {p.rows, width}, owners, add);
   return views;
 }
 
-// The row scales of a projection, float32 [E, rows] or E arrays [rows], of formats that have them.
+// The row scales of a projection, float32 [rows] an expert, of formats that have them.
 void add_scales(const Projection& p, Arrays& owners, std::vector<WeightView>& views) {
   if (!format_has_row_scale(p.format)) {
     if (!p.scale.is_none())
       throw_invalid(p.scale_name, ": got one, expected None: ", format_name(p.format), " has no row scales");
     return;
   }
-  if (nb::isinstance<nb::list>(p.scale) || nb::isinstance<nb::tuple>(p.scale)) {
-    const size_t got = nb::len(p.scale);
-    if (got != static_cast<size_t>(p.num))
-      throw_invalid(p.scale_name, ": got ", got, " arrays, expected ", p.num);
-    for (size_t e = 0; e < views.size(); ++e) {
-      const nb::object item = p.scale[e];
-      const Array& one = owners.emplace_back(Array::read(item, p.scale_name));
-      views[e].row_scale = one.expect({DType::kFloat32}, {p.rows}).expect_contiguous().as<float>();
-    }
-  } else {
-    const Array& all = owners.emplace_back(Array::read(p.scale, p.scale_name));
-    all.expect({DType::kFloat32}, {p.num, p.rows}).expect_contiguous();
-    for (size_t e = 0; e < views.size(); ++e)
-      views[e].row_scale = all.as<float>() + e * static_cast<size_t>(p.rows);
-  }
+  auto view = views.begin();
+  for_experts(p.scale, p.scale_name, p.num, DType::kFloat32, {p.rows}, owners,
+              [&](const Array& a, size_t, const std::byte* data) {
+                a.expect_contiguous();
+                (view++)->row_scale = reinterpret_cast<const float*>(data);
+              });
 }
 
 std::vector<WeightView> scaled_matrices(const Projection& p, Arrays& owners) {

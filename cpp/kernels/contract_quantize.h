@@ -11,9 +11,6 @@
 
 namespace ktmoe::kernels {
 
-// Columns that share a scale in a row of quantize_int8_group.
-inline constexpr uint32_t kInt8Group = 32;
-
 // Rows [n, k] of finite floats to rows of bytes. What a kernel writes of a row:
 //   quantize_int8        k int8 codes; row_scale
 //   quantize_int8_group  k int8 codes, then ceil(k / 32) fp32 scales, at any address

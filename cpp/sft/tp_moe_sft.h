@@ -284,7 +284,7 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
 
   // What workers have packed is of another matrix from here on.
   void forget_packed(TrainingPass& pass) {
-    for (WorkerScratch& worker : call_.workers) worker.packed = {};
+    Common::forget_packed();
     for (ForwardScratch& worker : pass.forward) worker.inner[0] = worker.inner[1] = {};
   }
 

@@ -12,7 +12,6 @@ from ._methods import Method
 from ._quantize import quantize_projection
 from ._quantized_arrays import are_codes, checked_biases, checked_map, given_projection, refuse_strays
 from .config import MoEConfig
-from .io import SafetensorsCheckpoint, load_experts
 from .io.quantized import (
     QuantizedExperts,
     QuantizedProjection,
@@ -91,18 +90,7 @@ class QuantizedWeights(MoELayer):
             logical = checked_map(physical_to_logical_map, self.config.num_experts)
             self._give(load_quantized(file, self.config, self._format), logical)
             return
-        self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
-        experts = load_experts(self._checkpoint, self.layer_idx, self.config)
-        self.load_weights_from_tensors(
-            experts.gate,
-            experts.up,
-            experts.down,
-            physical_to_logical_map,
-            gate_bias=experts.gate_bias,
-            up_bias=experts.up_bias,
-            down_bias=experts.down_bias,
-            progress=progress,
-        )
+        self._load_from_checkpoint(physical_to_logical_map, progress=progress)
 
     def load_weights_from_tensors(
         self,

@@ -123,6 +123,22 @@ class MoELayer(_MoEBase):
     @abstractmethod
     def _load_from_path(self, physical_to_logical_map: object) -> None: ...
 
+    def _load_from_checkpoint(self, physical_to_logical_map: object, **options: Any) -> None:
+        """Give the layer the experts of the Hugging Face checkpoint at `weight_path`."""
+        assert self.weight_path is not None
+        self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
+        experts = load_experts(self._checkpoint, self.layer_idx, self.config)
+        self.load_weights_from_tensors(
+            experts.gate,
+            experts.up,
+            experts.down,
+            physical_to_logical_map,
+            gate_bias=experts.gate_bias,
+            up_bias=experts.up_bias,
+            down_bias=experts.down_bias,
+            **options,
+        )
+
     def load_weights_from_tensors(
         self,
         gate_proj: Any,
@@ -211,14 +227,4 @@ class NativeWeights(MoELayer):
     def _load_from_path(self, physical_to_logical_map: object) -> None:
         assert self.weight_path is not None
         refuse_quantized(self.weight_path, self.method)
-        self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
-        experts = load_experts(self._checkpoint, self.layer_idx, self.config)
-        self.load_weights_from_tensors(
-            experts.gate,
-            experts.up,
-            experts.down,
-            physical_to_logical_map,
-            gate_bias=experts.gate_bias,
-            up_bias=experts.up_bias,
-            down_bias=experts.down_bias,
-        )
+        self._load_from_checkpoint(physical_to_logical_map)

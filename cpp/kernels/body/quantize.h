@@ -75,8 +75,9 @@ uint32_t quantize_int8_group_of(const QuantizeArgs& a) {
     const auto row = WeightRow<T>::of(a, n);
     if (!is_number(row.amax(0, a.k))) return n;
     std::byte *codes = a.codes + n * a.codes_stride, *scales = codes + a.k;
-    for (size_t begin = 0; begin < a.k; begin += kInt8Group, scales += sizeof(float)) {
-      const size_t end = begin + kInt8Group < a.k ? begin + kInt8Group : a.k;
+    constexpr size_t kGroup = formats::Int8Group32::kGroup;
+    for (size_t begin = 0; begin < a.k; begin += kGroup, scales += sizeof(float)) {
+      const size_t end = begin + kGroup < a.k ? begin + kGroup : a.k;
       const float scale = row.amax(begin, end) / 127.0f;
       std::memcpy(scales, &scale, sizeof scale);
       store_int8_codes(row, begin, end, scale, codes);

@@ -27,6 +27,8 @@ inline float fused_step(float a, float b, float sum) {
   return flush_denormal(in_range || a == 0 || b == 0 ? sum + product : std::fma(a, b, sum));
 }
 
+// Tile instructions are not inlined: each is a page of code, which would take minutes to compile everywhere.
+#define KT_TILE_CALL __attribute__((noinline))
 struct Tile {
   struct Register {
     std::byte bytes[16][64];
@@ -73,11 +75,11 @@ struct Tile {
     return s;
   }
   template <int kId>
-  static void zero() {
+  static KT_TILE_CALL void zero() {
     std::memset(&checked(kId).tile[kId], 0, sizeof(Register));
   }
   template <int kId>
-  static void load(const void* p, ptrdiff_t stride_bytes) {
+  static KT_TILE_CALL void load(const void* p, ptrdiff_t stride_bytes) {
     State& s = checked(kId);
     std::memset(&s.tile[kId], 0, sizeof(Register));
     for (int r = 0; r < s.config.rows[kId]; ++r)
@@ -89,7 +91,7 @@ struct Tile {
     load<kId>(p, stride_bytes);
   }
   template <int kId>
-  static void store(void* p, ptrdiff_t stride_bytes) {
+  static KT_TILE_CALL void store(void* p, ptrdiff_t stride_bytes) {
     State& s = checked(kId);
     for (int r = 0; r < s.config.rows[kId]; ++r)
       std::memcpy(static_cast<std::byte*>(p) + r * stride_bytes, s.tile[kId].bytes[r],
@@ -113,9 +115,8 @@ struct Tile {
     if (s.config.rows[kB] != shape.dwords) fault("K of A and B differ");
     return shape;
   }
-  // Products are not inlined: each is a page of code.
   template <int kC, int kA, int kB>
-  static __attribute__((noinline)) void dot_bf16() {
+  static KT_TILE_CALL void dot_bf16() {
     const auto [rows, columns, pairs] = checked_product<kC, kA, kB>("TDPBF16PS");
     State& s = state();
     for (int n = 0; n < rows; ++n) {
@@ -135,7 +136,7 @@ struct Tile {
     }
   }
   template <int kC, int kA, int kB>
-  static __attribute__((noinline)) void dot_int8() {
+  static KT_TILE_CALL void dot_int8() {
     const auto [rows, columns, quads] = checked_product<kC, kA, kB>("TDPBSSD");
     State& s = state();
     for (int n = 0; n < rows; ++n) {
@@ -157,3 +158,4 @@ struct Tile {
     return flush_denormal(to_float(x));
   }
 };
+#undef KT_TILE_CALL
