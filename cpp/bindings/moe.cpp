@@ -10,7 +10,6 @@
 #include "bindings/module.h"
 #include "bindings/python_task.h"
 #include "formats/registry.h"
-#include "moe/quantized_layer.h"
 #include "moe/tp_moe.h"
 
 namespace ktmoe::bindings {
@@ -290,9 +289,16 @@ Returns
 Task)");
 }
 
-template <class Layer>
+// A class a method.
+template <GemmKernel (*kKernel)(const GeneralMOEConfig&)>
+struct InferenceLayer final : TP_MOE {
+  explicit InferenceLayer(const GeneralMOEConfig& config) : TP_MOE(config, kKernel(config)) {}
+};
+
+template <GemmKernel (*kKernel)(const GeneralMOEConfig&)>
 void bind_layer(nb::module_& m, const char* name, const char* doc) {
-  nb::class_<Layer, MoE_Interface>(m, name, doc).def(nb::init<GeneralMOEConfig>(), nb::arg("config"));
+  nb::class_<InferenceLayer<kKernel>, MoE_Interface>(m, name, doc)
+      .def(nb::init<GeneralMOEConfig>(), nb::arg("config"));
 }
 
 }  // namespace
@@ -300,17 +306,17 @@ void bind_layer(nb::module_& m, const char* name, const char* doc) {
 void bind_moe(nb::module_& m) {
   bind_config(m);
   bind_interface(m);
-  bind_layer<TP_MOE<AMX_MOE_TP<GemmKernel224BF>>>(m, "AMXBF16_MOE",
-                                                  "Experts with bf16 weights, as they lie in memory.");
-  bind_layer<AMXInt8Layer>(m, "AMXInt8_MOE",
-                           "Experts with int8 weights, a scale a row; activations are quantised to int8.");
-  bind_layer<AMXInt4Layer>(m, "AMXInt4_MOE",
-                           "Experts with two-level int4 weights, in groups of 32, 64 or 128 (`group_size`); "
-                           "activations are quantised to int8.");
-  bind_layer<Int8Layer>(m, "Int8_MOE",
-                        "Experts with int8 weights, a scale a row or every 32 columns (`group_size`).");
-  bind_layer<Int4Layer>(m, "Int4_MOE",
-                        "Experts with two-level int4 weights, in groups of 32, 64 or 128 (`group_size`).");
+  bind_layer<amx_bf16_kernel>(m, "AMXBF16_MOE", "Experts with bf16 weights, as they lie in memory.");
+  bind_layer<amx_int8_kernel>(m, "AMXInt8_MOE",
+                              "Experts with int8 weights, a scale a row; activations are quantised to int8.");
+  bind_layer<amx_int4_kernel>(
+      m, "AMXInt4_MOE",
+      "Experts with two-level int4 weights, in groups of 32, 64 or 128 (`group_size`); "
+      "activations are quantised to int8.");
+  bind_layer<int8_kernel>(m, "Int8_MOE",
+                          "Experts with int8 weights, a scale a row or every 32 columns (`group_size`).");
+  bind_layer<int4_kernel>(m, "Int4_MOE",
+                          "Experts with two-level int4 weights, in groups of 32, 64 or 128 (`group_size`).");
 }
 
 }  // namespace ktmoe::bindings

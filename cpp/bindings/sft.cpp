@@ -243,9 +243,15 @@ Task)")
                    "The number of the next saving forward pass, which keys its dropout masks.");
 }
 
-template <class Part>
+// A class a method.
+template <GemmKernel (*kKernel)(const GeneralMOEConfig&)>
+struct TrainingLayer final : TP_MOE_SFT {
+  explicit TrainingLayer(const MOESFTConfig& config) : TP_MOE_SFT(config, kKernel(config)) {}
+};
+
+template <GemmKernel (*kKernel)(const GeneralMOEConfig&)>
 void bind_layer(nb::module_& m, const char* name, const char* doc) {
-  nb::class_<TP_MOE_SFT<Part>, MoE_SFT_Interface>(m, name, doc)
+  nb::class_<TrainingLayer<kKernel>, MoE_SFT_Interface>(m, name, doc)
       .def(nb::init<MOESFTConfig>(), nb::arg("config"));
 }
 
@@ -256,8 +262,13 @@ void bind_sft(nb::module_& m) {
   Interface interface(m, "MoE_SFT_Interface", "What a layer that trains does beyond inference.");
   bind_forward(interface);
   bind_backward(interface);
-  bind_layer<AMX_SFT_MOE_TP<GemmKernel224BF>>(m, "AMXBF16_SFT_MOE",
-                                              "Experts with bf16 weights and adapters that train.");
+  bind_layer<amx_bf16_kernel>(m, "AMXBF16_SFT_MOE", "Experts with bf16 weights and adapters that train.");
+  bind_layer<amx_int8_kernel>(m, "AMXInt8_SFT_MOE",
+                              "Experts as those of AMXInt8_MOE, and adapters that train.");
+  bind_layer<amx_int4_kernel>(m, "AMXInt4_SFT_MOE",
+                              "Experts as those of AMXInt4_MOE, and adapters that train.");
+  bind_layer<int8_kernel>(m, "Int8_SFT_MOE", "Experts as those of Int8_MOE, and adapters that train.");
+  bind_layer<int4_kernel>(m, "Int4_SFT_MOE", "Experts as those of Int4_MOE, and adapters that train.");
 }
 
 }  // namespace ktmoe::bindings

@@ -1,31 +1,37 @@
-// The kernel families by their fixed names: a weight format, and what products it enters. "224" is the shape
-// of a tile step: two weight tiles, two activation tiles, four accumulators; every family runs on every
-// instruction set.
+// What a layer multiplies with: a weight format, and what products it enters. "224" is the shape of a tile
+// step: two weight tiles, two activation tiles, four accumulators; every kernel runs on every instruction
+// set.
 #pragma once
 
-#include "formats/all.h"
+#include "kernels/contract.h"
+#include "moe/config.h"
 
 namespace ktmoe {
 
-// Products of bf16: weights are decoded on the way, whole numbers exactly.
-template <class F>
-struct Bf16Family {
-  using Format = F;
-  static constexpr FormatId kFormat = F::kId;
-  static constexpr bool kIsInteger = false;
+struct GemmKernel {
+  FormatId format;
+  // Products of int8: activations are quantised, row by row. Else of bf16: weights are decoded on the way.
+  bool is_integer;
+
+  // Bytes of an operand of m rows and k columns.
+  size_t operand_bytes(const kernels::KernelTable& table, uint32_t m, uint32_t k) const {
+    return (is_integer ? table.int8_operand_bytes : table.operand_bytes)(m, k);
+  }
+  void multiply(const kernels::KernelTable& table, const kernels::NtArgs& args) const {
+    (is_integer ? table.nt_int8 : table.nt)[static_cast<size_t>(format)](args);
+  }
 };
 
-// Products of int8: activations are quantised, row by row.
-template <class F>
-struct IntegerFamily {
-  static_assert(F::kIsInteger);
-  using Format = F;
-  static constexpr FormatId kFormat = F::kId;
-  static constexpr bool kIsInteger = true;
-};
+inline constexpr GemmKernel GemmKernel224BF{FormatId::kBf16, false};
+inline constexpr GemmKernel GemmKernel224Int8{FormatId::kInt8, true};
+inline constexpr GemmKernel GemmKernel224Int4{FormatId::kInt4Group32, true};
 
-using GemmKernel224BF = Bf16Family<formats::Bf16>;
-using GemmKernel224Int8 = IntegerFamily<formats::Int8>;
-using GemmKernel224Int4 = IntegerFamily<formats::Int4Group32>;
+// The kernels of methods, which may depend on the config's group size. Throw std::invalid_argument for one
+// that the method does not have.
+GemmKernel amx_bf16_kernel(const GeneralMOEConfig& config);  // none
+GemmKernel amx_int8_kernel(const GeneralMOEConfig& config);  // scales of rows
+GemmKernel amx_int4_kernel(const GeneralMOEConfig& config);  // groups of 32 (the default), 64, 128
+GemmKernel int8_kernel(const GeneralMOEConfig& config);      // scales of rows (the default), groups of 32
+GemmKernel int4_kernel(const GeneralMOEConfig& config);      // groups of 32 (the default), 64, 128
 
 }  // namespace ktmoe

@@ -13,19 +13,17 @@
 #include <vector>
 
 #include "core/aligned_buffer.h"
+#include "moe/gemm_kernel.h"
 #include "moe/layer_call.h"
 
 namespace ktmoe {
 
-// `T` is the kernel family (GemmKernel224BF and its kin), which names the weight format.
-template <class T, class Derived>
+template <class Derived>
 class AMX_MOE_BASE {
  public:
-  using Kernel = T;
-
   // The outputs of gate and up, and of down, that this part computes.
-  AMX_MOE_BASE(const GeneralMOEConfig& config, const OutputShare& share)
-      : config_(config), intermediate_(share.intermediate), hidden_(share.hidden) {}
+  AMX_MOE_BASE(const GeneralMOEConfig& config, const GemmKernel& kernel, const OutputShare& share)
+      : config_(config), kernel_(kernel), intermediate_(share.intermediate), hidden_(share.hidden) {}
 
   OutputShare share() const { return {intermediate_, hidden_}; }
   // Matrices that hold at least the rows of the share; biases are the whole layer's.
@@ -72,7 +70,8 @@ class AMX_MOE_BASE {
     kernels::ActivateArgs act;
     act.activation = config_.activation;
     act.n0 = task.n0, act.n1 = task.n1;
-    act.h = derived().intermediate(call, task);
+    act.kept = derived().kept_rows(call, task, task.n0);
+    act.h = intermediate(call, task, act.kept);
 
     product(call, scratch, x, matrices_->gate[e], task, scratch.c_gate);
     act.c_gate = scratch.c_gate;
@@ -82,7 +81,6 @@ class AMX_MOE_BASE {
       act.c_up = scratch.c_up;
       act.up_bias = bias_of(biases_->up, e * width + task.n0);
     }
-    if constexpr (T::kIsInteger) act.kept = intermediate_rows(call, task, task.n0);
     derived().before_activation(call, scratch, task, act);
     call.kernels->activate(act);
   }
@@ -91,7 +89,7 @@ class AMX_MOE_BASE {
     const PanelTask& task = down_tasks_[task_index];
     const auto& expert = call.plan.active[task.active];
     const size_t e = expert.expert;
-    const kernels::Operand h = derived().down_operand(call, scratch, task);
+    const kernels::Operand h = down_operand(call, scratch, task);
 
     kernels::StoreRowsArgs store;
     store.bias = bias_of(biases_->down, e * static_cast<size_t>(config_.hidden_size) + task.n0);
@@ -132,20 +130,14 @@ class AMX_MOE_BASE {
   // ---- hooks ----
   // Gate and up are in scratch.c_gate and c_up; `act` may be told of more.
   void before_activation(LayerCall&, WorkerScratch&, const PanelTask&, kernels::ActivateArgs&) {}
-  // Where the activation writes its operand, if anywhere: before an integer product rows are kept, since a
-  // row is quantised when all of it is there.
-  kernels::Operand intermediate(const LayerCall& call, const PanelTask& task) const {
-    if constexpr (T::kIsInteger)
-      return {nullptr, 0, nullptr, task.m1 - task.m0, static_cast<uint32_t>(config_.intermediate_size)};
-    return call.kernels->operand_block(call.h[task.active], call.plan.active[task.active].rows,
-                                       static_cast<uint32_t>(config_.intermediate_size), task.m0, task.m1);
-  }
-  // The intermediate as the down projection takes it.
-  kernels::Operand down_operand(LayerCall& call, WorkerScratch& scratch, const PanelTask& task) {
-    if constexpr (!T::kIsInteger) return derived().intermediate(call, task);
-    const kernels::KeptRows rows = intermediate_rows(call, task, 0);
-    return scratch.packed.pack_once(*call.kernels, {rows.h, rows.stride, nullptr}, task,
-                                    static_cast<uint32_t>(config_.intermediate_size), scratch.operand, true);
+  // The rows that the activation leaves, from a column on, in place of an operand. It leaves some before an
+  // integer product, since a row is quantised when all of it is there: in the memory of the operand.
+  kernels::KeptRows kept_rows(const LayerCall& call, const PanelTask& task, uint32_t column) const {
+    kernels::KeptRows rows;
+    if (!kernel_.is_integer) return rows;
+    rows.stride = round_up(static_cast<size_t>(config_.intermediate_size), kernels::kOutputBlock);
+    rows.h = reinterpret_cast<bf16*>(call.h[task.active]) + task.m0 * rows.stride + column;
+    return rows;
   }
   // The product with the down projection is in scratch.c_gate; only if adds_to_down() says so.
   bool adds_to_down() const { return false; }
@@ -157,6 +149,7 @@ class AMX_MOE_BASE {
   float* pass_y() const { return pass_.y; }
 
   const GeneralMOEConfig& config_;
+  const GemmKernel& kernel_;
   const Span intermediate_, hidden_;
 
  private:
@@ -180,16 +173,24 @@ class AMX_MOE_BASE {
     const int32_t* token = call.plan.token.data() + call.plan.active[task.active].begin + task.m0;
     const kernels::RowsView rows{call.args->hidden_states, static_cast<size_t>(config_.hidden_size), token};
     return scratch.packed.pack_once(*call.kernels, rows, task, static_cast<uint32_t>(config_.hidden_size),
-                                    scratch.operand, T::kIsInteger);
+                                    scratch.operand, kernel_.is_integer);
   }
 
-  // The intermediate as rows of bf16 in the memory of its operand, from a column on.
-  kernels::KeptRows intermediate_rows(const LayerCall& call, const PanelTask& task, uint32_t column) const {
-    const size_t stride = round_up(static_cast<size_t>(config_.intermediate_size), kernels::kOutputBlock);
-    kernels::KeptRows rows;
-    rows.h = reinterpret_cast<bf16*>(call.h[task.active]) + task.m0 * stride + column;
-    rows.stride = stride;
-    return rows;
+  // Where the activation writes its operand: nowhere, when it leaves rows.
+  kernels::Operand intermediate(const LayerCall& call, const PanelTask& task,
+                                const kernels::KeptRows& kept) const {
+    const auto width = static_cast<uint32_t>(config_.intermediate_size);
+    if (kept.h) return {nullptr, 0, nullptr, task.m1 - task.m0, width};
+    const uint32_t rows = call.plan.active[task.active].rows;
+    return call.kernels->operand_block(call.h[task.active], rows, width, task.m0, task.m1);
+  }
+  // The intermediate as the down projection takes it.
+  kernels::Operand down_operand(const LayerCall& call, WorkerScratch& scratch, const PanelTask& task) {
+    const kernels::KeptRows kept = derived().kept_rows(call, task, 0);
+    if (kept.h == nullptr) return intermediate(call, task, kept);
+    return scratch.packed.pack_once(*call.kernels, {kept.h, kept.stride, nullptr}, task,
+                                    static_cast<uint32_t>(config_.intermediate_size), scratch.operand,
+                                    kernel_.is_integer);
   }
 
   void product(const LayerCall& call, const WorkerScratch& scratch, const kernels::Operand& x,
@@ -198,8 +199,7 @@ class AMX_MOE_BASE {
     nt.x = x, nt.w = w;
     nt.n0 = task.n0, nt.n1 = task.n1;
     nt.c = c, nt.c_stride = c_stride, nt.scratch = scratch.nt;
-    const auto& products = T::kIsInteger ? call.kernels->nt_int8 : call.kernels->nt;
-    products[static_cast<size_t>(T::kFormat)](nt);
+    kernel_.multiply(*call.kernels, nt);
   }
 
   const ExpertMatrices* matrices_ = nullptr;

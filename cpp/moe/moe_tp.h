@@ -1,15 +1,13 @@
 // A node's share of a layer for inference: the base's steps as they are.
 #pragma once
 
-#include "moe/gemm_kernel.h"
 #include "moe/moe_base.h"
 
 namespace ktmoe {
 
-template <class Kernel>
-class AMX_MOE_TP : public AMX_MOE_BASE<Kernel, AMX_MOE_TP<Kernel>> {
+class AMX_MOE_TP : public AMX_MOE_BASE<AMX_MOE_TP> {
  public:
-  using AMX_MOE_BASE<Kernel, AMX_MOE_TP<Kernel>>::AMX_MOE_BASE;
+  using AMX_MOE_BASE<AMX_MOE_TP>::AMX_MOE_BASE;
 };
 
 }  // namespace ktmoe

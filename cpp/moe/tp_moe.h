@@ -6,10 +6,9 @@
 
 namespace ktmoe {
 
-template <class Part>
-class TP_MOE final : public TP_MOE_Common<Part> {
+class TP_MOE : public TP_MOE_Common<AMX_MOE_TP> {
  public:
-  using TP_MOE_Common<Part>::TP_MOE_Common;
+  using TP_MOE_Common<AMX_MOE_TP>::TP_MOE_Common;
 };
 
 }  // namespace ktmoe

@@ -9,7 +9,9 @@
 #include <vector>
 
 #include "core/error.h"
+#include "formats/registry.h"
 #include "kernels/table.h"
+#include "moe/gemm_kernel.h"
 #include "moe/interface.h"
 #include "moe/layer_call.h"
 #include "moe/scratch_plan.h"
@@ -20,7 +22,7 @@ namespace ktmoe {
 template <class Part, class Interface = MoE_Interface>
 class TP_MOE_Common : public Interface {
  public:
-  explicit TP_MOE_Common(GeneralMOEConfig config) : config_(std::move(config)) {
+  TP_MOE_Common(GeneralMOEConfig config, GemmKernel kernel) : config_(std::move(config)), kernel_(kernel) {
     config_.validate();
     const uint32_t parts = static_cast<uint32_t>(config_.pool->num_subpools());
     for (uint32_t i = 0; i < parts; ++i) {
@@ -28,12 +30,12 @@ class TP_MOE_Common : public Interface {
         return share_of(static_cast<uint32_t>(total), kernels::kOutputBlock, i, parts);
       };
       const OutputShare outputs{share(config_.intermediate_size), share(config_.hidden_size)};
-      parts_.push_back(std::make_unique<Part>(config_, outputs));
+      parts_.push_back(std::make_unique<Part>(config_, kernel_, outputs));
     }
   }
 
   const GeneralMOEConfig& config() const override { return config_; }
-  FormatId format() const override { return Part::Kernel::kFormat; }
+  FormatId format() const override { return kernel_.format; }
   bool loaded() const override { return loaded_; }
 
   void load_weights(ExpertWeights& weights) override {
@@ -81,6 +83,7 @@ class TP_MOE_Common : public Interface {
   }
 
   void run_gate_up() {
+    if (kernel_.is_integer) forget_packed();  // what is packed may be X in bf16
     for_parts([&](Part& part, int i) { part.cut_gate_up(call_, config_.pool->num_threads(i)); });
     run_phase(&Part::num_gate_up, [&](const Worker& worker, Part& part, uint32_t task) {
       part.gate_up(call_, call_.workers[static_cast<size_t>(worker.index)], task);
@@ -88,7 +91,7 @@ class TP_MOE_Common : public Interface {
   }
 
   void run_down(uint32_t passes) {
-    if constexpr (Part::Kernel::kIsInteger) forget_packed();  // what is packed is X, not H
+    if (kernel_.is_integer) forget_packed();  // what is packed is X, or H in bf16
     for (uint32_t pass = 0; pass < passes; ++pass) {
       for_parts([&](Part& part, int i) { part.cut_down(call_, config_.pool->num_threads(i), pass, passes); });
       run_phase(&Part::num_down, [&](const Worker& worker, Part& part, uint32_t task) {
@@ -169,6 +172,7 @@ class TP_MOE_Common : public Interface {
   }
 
   GeneralMOEConfig config_;
+  const GemmKernel kernel_;
   std::vector<std::unique_ptr<Part>> parts_;
   ExpertWeights weights_;
   std::vector<NodeMatrices> nodes_;  // of each part, when there are several nodes
@@ -194,11 +198,10 @@ class TP_MOE_Common : public Interface {
             plan.take(size_t{layer.call_.plan.num_rows()} * part->widest_pass(passes) * sizeof(float)));
 
       const uint32_t most = std::max(layer.most_rows(hidden), layer.most_rows(width));
-      operand = k.operand_bytes(layer.most_rows(hidden), hidden);
-      if constexpr (Part::Kernel::kIsInteger)
-        operand = std::max(k.int8_operand_bytes(layer.most_rows(hidden), hidden),
-                           k.int8_operand_bytes(layer.most_rows(width), width));
-      operand = round_up(operand, kCacheLine);
+      const auto operand_bytes = [&](uint32_t size) {
+        return round_up(layer.kernel_.operand_bytes(k, layer.most_rows(size), size), kCacheLine);
+      };
+      operand = std::max(operand_bytes(hidden), layer.kernel_.is_integer ? operand_bytes(width) : 0);
       c = round_up(k.c_floats(most, kernels::kMaxPanelOutputs) * sizeof(float), kCacheLine);
       per_worker = operand + 2 * c + round_up(k.nt_scratch_bytes(std::max(width, hidden)), kCacheLine);
       workers = plan.take(per_worker * static_cast<size_t>(layer.config_.pool->num_threads()));
@@ -230,13 +233,13 @@ class TP_MOE_Common : public Interface {
   }
 
   std::vector<NodeMatrices> copy_to_nodes(const ExpertMatrices& matrices) const {
-    using Format = typename Part::Kernel::Format;
     std::vector<NodeMatrices> nodes;
     for (size_t i = 0; i < parts_.size(); ++i)
-      nodes.push_back(copy_to_node(matrices, parts_[i]->share(),
-                                   Format::row_bytes(static_cast<size_t>(config_.hidden_size)),
-                                   Format::row_bytes(static_cast<size_t>(config_.intermediate_size)),
-                                   static_cast<int>(i), *config_.pool));
+      nodes.push_back(
+          copy_to_node(matrices, parts_[i]->share(),
+                       format_row_bytes(kernel_.format, static_cast<size_t>(config_.hidden_size)),
+                       format_row_bytes(kernel_.format, static_cast<size_t>(config_.intermediate_size)),
+                       static_cast<int>(i), *config_.pool));
     return nodes;
   }
 

@@ -9,8 +9,7 @@
 
 namespace ktmoe {
 
-inline void backward_activation(TrainingPass& pass, FormatId format, BackwardScratch& scratch,
-                                const PanelTask& task) {
+inline void backward_activation(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task) {
   const uint32_t rows = task.m1 - task.m0, hidden = pass.hidden(), inter = pass.inter(), rank = pass.rank();
   const size_t row = pass.first_row(task), e = pass.expert(task).expert;
   const Span columns{task.n0, task.n1};
@@ -29,7 +28,7 @@ inline void backward_activation(TrainingPass& pass, FormatId format, BackwardScr
     if (!mask.bits && pass.scale_is_exact()) {
       scratch.terms.push_back(adapter);
     } else {
-      multiply_terms(pass, format, {&adapter, 1}, columns, scratch.l, columns.size(), scratch.products);
+      multiply_terms(pass, {&adapter, 1}, columns, scratch.l, columns.size(), scratch.products);
       if (mask.bits) drop_columns(mask, pass.tokens(task), rows, columns, scratch.l);
       args.l = scratch.l, args.lora_scale = pass.scale_is_exact() ? 1.0f : pass.lora_scale;
     }
@@ -39,7 +38,7 @@ inline void backward_activation(TrainingPass& pass, FormatId format, BackwardScr
     nn.next_w = scratch.terms[0].w, nn.next_n = hidden;
     nn.next_k0 = columns.end, nn.next_k1 = std::min(columns.end + columns.size(), inter);
   }
-  multiply_terms(pass, format, scratch.terms, columns, scratch.c, columns.size(), scratch.products, nn);
+  multiply_terms(pass, scratch.terms, columns, scratch.c, columns.size(), scratch.products, nn);
 
   args.activation = pass.config->activation;
   args.m = rows, args.n = columns.size();

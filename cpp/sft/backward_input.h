@@ -24,8 +24,8 @@ inline void pack_first_gradients(TrainingPass& pass, BackwardScratch& scratch, c
 }
 
 // `pass_columns` are those of the pass over H, whose results are rows of y.
-inline void backward_input(TrainingPass& pass, FormatId format, BackwardScratch& scratch,
-                           const PanelTask& task, Span pass_columns, float* y) {
+inline void backward_input(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task,
+                           Span pass_columns, float* y) {
   const uint32_t rows = task.m1 - task.m0, rank = pass.rank();
   const size_t e = pass.expert(task).expert, row = pass.first_row(task), stride = pass_columns.size();
   const Span columns{task.n0, task.n1};
@@ -58,9 +58,9 @@ inline void backward_input(TrainingPass& pass, FormatId format, BackwardScratch&
     nn.next_k0 = columns.end, nn.next_k1 = std::min(columns.end + columns.size(), pass_columns.end);
   }
   float* to = y + row * stride + (task.n0 - pass_columns.begin);
-  multiply_terms(pass, format, terms, columns, to, stride, scratch.products, nn);
+  multiply_terms(pass, terms, columns, to, stride, scratch.products, nn);
   if (num_dropped == 0) return;
-  multiply_terms(pass, format, {dropped, num_dropped}, columns, scratch.l, columns.size(), scratch.products);
+  multiply_terms(pass, {dropped, num_dropped}, columns, scratch.l, columns.size(), scratch.products);
   drop_columns(mask, pass.tokens(task), rows, columns, scratch.l);
   for (uint32_t m = 0; m < rows; ++m)
     for (uint32_t i = 0; i < columns.size(); ++i) to[m * stride + i] += scratch.l[m * columns.size() + i];

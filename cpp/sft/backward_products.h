@@ -31,13 +31,12 @@ inline kernels::NnTerm adapter_term(const TrainingPass& pass, const kernels::Ope
 }
 
 // C[m, k - k0] = sum of the terms for columns [k0, k1); `nn` says what else there is to say.
-inline void multiply_terms(const TrainingPass& pass, FormatId format, std::span<const kernels::NnTerm> terms,
-                           Span columns, float* c, size_t c_stride, std::byte* scratch,
-                           kernels::NnArgs nn = {}) {
+inline void multiply_terms(const TrainingPass& pass, std::span<const kernels::NnTerm> terms, Span columns,
+                           float* c, size_t c_stride, std::byte* scratch, kernels::NnArgs nn = {}) {
   nn.terms = terms;
   nn.k0 = columns.begin, nn.k1 = columns.end;
   nn.c = c, nn.c_stride = c_stride, nn.scratch = scratch;
-  pass.kernels().nn[static_cast<size_t>(format)](nn);
+  pass.kernels().nn[static_cast<size_t>(pass.kernel.format)](nn);
 }
 
 // to[m, :] = bf(scale * G B) for an adapter's B [N, R], rows `stride` elements apart.
@@ -47,7 +46,7 @@ inline void rounded_product(const TrainingPass& pass, BackwardScratch& scratch, 
   const kernels::NnTerm term{g, 0, g.k, b, true};
   for (uint32_t r = 0; r < rank; r += pass.rows.columns) {
     const Span columns{r, std::min(r + pass.rows.columns, rank)};
-    multiply_terms(pass, FormatId::kBf16, {&term, 1}, columns, scratch.c, columns.size(), scratch.products);
+    multiply_terms(pass, {&term, 1}, columns, scratch.c, columns.size(), scratch.products);
     for (uint32_t m = 0; m < g.rows; ++m) {
       const float* c = scratch.c + size_t{m} * columns.size();
       for (uint32_t i = 0; i < columns.size(); ++i) to[m * stride + r + i] = to_bf16(scale * c[i]);

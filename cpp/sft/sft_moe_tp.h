@@ -2,7 +2,6 @@
 // pass that are shared out by outputs. Without a training pass it is the layer for inference.
 #pragma once
 
-#include "moe/gemm_kernel.h"
 #include "moe/moe_base.h"
 #include "sft/backward_activation.h"
 #include "sft/backward_input.h"
@@ -10,9 +9,8 @@
 
 namespace ktmoe {
 
-template <class T>
-class AMX_SFT_MOE_TP : public AMX_MOE_BASE<T, AMX_SFT_MOE_TP<T>> {
-  using Base = AMX_MOE_BASE<T, AMX_SFT_MOE_TP<T>>;
+class AMX_SFT_MOE_TP : public AMX_MOE_BASE<AMX_SFT_MOE_TP> {
+  using Base = AMX_MOE_BASE<AMX_SFT_MOE_TP>;
   friend Base;
 
  public:
@@ -23,23 +21,22 @@ class AMX_SFT_MOE_TP : public AMX_MOE_BASE<T, AMX_SFT_MOE_TP<T>> {
   // ---- steps of the backward pass ----
 
   void cut_activation(const LayerCall& call, int num_threads) {
-    cut_panels(call.plan, this->intermediate_, static_cast<uint32_t>(this->config_.hidden_size), num_threads,
-               tasks_, backward_width());
+    cut_panels(call.plan, intermediate_, static_cast<uint32_t>(config_.hidden_size), num_threads, tasks_,
+               backward_width());
   }
   // Columns of pass `i` of `passes`.
   void cut_input(const LayerCall& call, int num_threads, uint32_t i, uint32_t passes) {
-    this->begin_pass(call, num_threads, i, passes);
-    cut_panels(call.plan, this->pass_columns(), 2 * static_cast<uint32_t>(this->config_.intermediate_size),
-               num_threads, tasks_, backward_width());
+    begin_pass(call, num_threads, i, passes);
+    cut_panels(call.plan, pass_columns(), 2 * static_cast<uint32_t>(config_.intermediate_size), num_threads,
+               tasks_, backward_width());
   }
   uint32_t num_backward() const { return static_cast<uint32_t>(tasks_.size()); }
 
   void activation(uint32_t worker, uint32_t task) {
-    backward_activation(*pass_, T::kFormat, pass_->backward[worker], tasks_[task]);
+    backward_activation(*pass_, pass_->backward[worker], tasks_[task]);
   }
   void input(uint32_t worker, uint32_t task) {
-    backward_input(*pass_, T::kFormat, pass_->backward[worker], tasks_[task], this->pass_columns(),
-                   this->pass_y());
+    backward_input(*pass_, pass_->backward[worker], tasks_[task], pass_columns(), pass_y());
   }
 
  private:
@@ -49,23 +46,15 @@ class AMX_SFT_MOE_TP : public AMX_MOE_BASE<T, AMX_SFT_MOE_TP<T>> {
 
   void before_activation(LayerCall&, WorkerScratch& scratch, const PanelTask& task,
                          kernels::ActivateArgs& act) {
-    if (pass_ == nullptr) return;
-    if (pass_->rank()) {
-      act.lora_scale = pass_->lora_scale;
-      act.l_gate = adapter_output(*pass_, scratch, task, 0, 0, LoraId::kGateB);
-      if (pass_->gated()) act.l_up = adapter_output(*pass_, scratch, task, 1, 1, LoraId::kUpB);
-    }
-    act.kept = kept_from(pass_->cache->rows.kept, pass_->first_row(task), task.n0);
+    if (pass_ == nullptr || pass_->rank() == 0) return;
+    act.lora_scale = pass_->lora_scale;
+    act.l_gate = adapter_output(*pass_, scratch, task, 0, 0, LoraId::kGateB);
+    if (pass_->gated()) act.l_up = adapter_output(*pass_, scratch, task, 1, 1, LoraId::kUpB);
   }
 
-  kernels::Operand intermediate(const LayerCall& call, const PanelTask& task) const {
-    if (pass_ == nullptr) return Base::intermediate(call, task);
-    return {nullptr, 0, nullptr, task.m1 - task.m0, pass_->inter()};
-  }
-
-  kernels::Operand down_operand(LayerCall& call, WorkerScratch& scratch, const PanelTask& task) {
-    if (pass_ == nullptr) return Base::down_operand(call, scratch, task);
-    return packed_intermediate(*pass_, scratch, task);
+  kernels::KeptRows kept_rows(const LayerCall& call, const PanelTask& task, uint32_t column) const {
+    if (pass_ == nullptr) return Base::kept_rows(call, task, column);
+    return kept_from(pass_->cache->rows.kept, pass_->first_row(task), column);
   }
 
   bool adds_to_down() const { return pass_ != nullptr && pass_->rank() != 0; }

@@ -17,13 +17,13 @@
 
 namespace ktmoe {
 
-template <class Part>
-class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
+class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
+  using Part = AMX_SFT_MOE_TP;
   using Common = TP_MOE_Common<Part, MoE_SFT_Interface>;
 
  public:
-  explicit TP_MOE_SFT(MOESFTConfig config)
-      : Common((config.validate(), config)),
+  TP_MOE_SFT(MOESFTConfig config, GemmKernel kernel)
+      : Common((config.validate(), config), kernel),
         sft_config_(std::move(config)),
         lora_(std::make_shared<LoraWeights>(sft_config_)),
         caches_(static_cast<size_t>(sft_config_.max_cache_depth)) {}
@@ -99,19 +99,10 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
   }
 
  private:
-  using Common::begin;
-  using Common::call_;
-  using Common::config_;
-  using Common::for_parts;
-  using Common::most_rows;
-  using Common::parts_;
-  using Common::run_phase;
-  using Common::run_tasks;
-
   template <class Function>
-  auto locked(Function&& function) const {
-    const std::lock_guard lock(this->mutex_);
-    return function();
+  void locked(Function&& function) const {
+    const std::lock_guard lock(mutex_);
+    function();
   }
 
   void count_caches() {
@@ -198,15 +189,15 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
   TrainingPass make_pass(ForwardCache& cache) {
     TrainingPass pass;
     pass.config = &sft_config_;
+    pass.kernel = kernel_;
     pass.call = &call_;
     pass.cache = &cache;
     pass.lora_scale = sft_config_.lora_scale(/*drops=*/cache.mask_x != nullptr);
-    pass.biases = &this->weights_.biases;
-    pass.logical = &this->weights_.logical;
-    for (size_t i = 0; i < this->nodes_.size(); ++i)
-      pass.segments.push_back({parts_[i]->share(), &this->nodes_[i].matrices});
-    if (this->nodes_.empty())
-      pass.segments = {{{{0, pass.inter()}, {0, pass.hidden()}}, &this->weights_.matrices}};
+    pass.biases = &weights_.biases;
+    pass.logical = &weights_.logical;
+    for (size_t i = 0; i < nodes_.size(); ++i)
+      pass.segments.push_back({parts_[i]->share(), &nodes_[i].matrices});
+    if (nodes_.empty()) pass.segments = {{{{0, pass.inter()}, {0, pass.hidden()}}, &weights_.matrices}};
     return pass;
   }
 
@@ -257,7 +248,7 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
     own.hidden_states = cache.hidden;
     call_.args = &own;
     TrainingPass pass = make_pass(cache);
-    const uint32_t passes = to_the_end ? this->num_passes() : 0;
+    const uint32_t passes = to_the_end ? num_passes() : 0;
     ScratchPlan plan;
     const std::vector<size_t> y = take_y(plan, passes);
     const size_t threads = static_cast<size_t>(config_.pool->num_threads());
@@ -268,9 +259,9 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
     const Training training(*this, pass);
 
     run_inner(pass, pass.hidden(), first_inner);
-    this->run_gate_up();
+    run_gate_up();
     run_inner(pass, pass.inter(), down_inner);
-    if (to_the_end) this->run_down(passes);
+    if (to_the_end) run_down(passes);
   }
 
   using InnerStep = void (*)(TrainingPass&, WorkerScratch&, const PanelTask&);
@@ -297,7 +288,7 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
     call_.kernels = &kernels::active_table();
     TrainingPass pass = make_pass(cache);
     pass.args = &args;
-    const uint32_t passes = this->num_passes();
+    const uint32_t passes = num_passes();
     ScratchPlan plan;
     const std::vector<size_t> y = take_y(plan, passes);
     const size_t threads = static_cast<size_t>(config_.pool->num_threads());
@@ -342,7 +333,7 @@ class TP_MOE_SFT final : public TP_MOE_Common<Part, MoE_SFT_Interface> {
       run_phase(&Part::num_backward, [&](const Worker& worker, Part& part, uint32_t task) {
         part.input(static_cast<uint32_t>(worker.index), task);
       });
-      this->run_combine();
+      run_combine();
     }
   }
 

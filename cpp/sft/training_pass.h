@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/contract_training.h"
+#include "moe/gemm_kernel.h"
 #include "moe/layer_call.h"
 #include "sft/dropout.h"
 #include "sft/forward_cache.h"
@@ -74,7 +75,8 @@ inline size_t left_stride(uint32_t width) { return round_up(width, kernels::kOut
 
 struct TrainingPass {
   const MOESFTConfig* config = nullptr;
-  LayerCall* call = nullptr;  // routing plan, kernels, the forward pass's arrays and scratch
+  GemmKernel kernel = GemmKernel224BF;  // of the base weights
+  LayerCall* call = nullptr;            // routing plan, kernels, the forward pass's arrays and scratch
   ForwardCache* cache = nullptr;
   float lora_scale = 0;
   std::vector<ForwardScratch> forward;  // by worker

@@ -75,7 +75,11 @@ class ForwardWorkersPlan {
     const auto& k = pass.kernels();
     const uint32_t rows = std::max(rows_of_x, rows_of_h), inter = pass.inter(), hidden = pass.hidden();
     ScratchPlan own;
-    operand_ = own.take(std::max(k.operand_bytes(rows_of_x, hidden), k.operand_bytes(rows_of_h, inter)));
+    // Of the base's products, and of the adapters', which take bf16.
+    const auto operand_bytes = [&](uint32_t m, uint32_t size) {
+      return std::max(k.operand_bytes(m, size), pass.kernel.operand_bytes(k, m, size));
+    };
+    operand_ = own.take(std::max(operand_bytes(rows_of_x, hidden), operand_bytes(rows_of_h, inter)));
     for (size_t& at : c_) at = own.take(k.c_floats(rows, kernels::kMaxPanelOutputs) * sizeof(float));
     nt_ = own.take(k.nt_scratch_bytes(std::max({hidden, inter, pass.rank()})));
     for (size_t& at : inner_) at = own.take(k.operand_bytes(rows, pass.rank()));

@@ -11,7 +11,9 @@ namespace {
 
 using namespace ktmoe::test;
 
-using Layer = TP_MOE<AMX_MOE_TP<GemmKernel224BF>>;
+struct Layer : TP_MOE {
+  explicit Layer(const GeneralMOEConfig& config) : TP_MOE(config, GemmKernel224BF) {}
+};
 
 std::vector<uint16_t> forward(const Model& model, const WorkerPoolConfig& threads, const Topology& topology,
                               bool overwrite_source = false) {

@@ -12,7 +12,9 @@ namespace ktmoe {
 namespace {
 
 using namespace ktmoe::test;
-using Layer = TP_MOE_SFT<AMX_SFT_MOE_TP<GemmKernel224BF>>;
+struct Layer : TP_MOE_SFT {
+  explicit Layer(const MOESFTConfig& config) : TP_MOE_SFT(config, GemmKernel224BF) {}
+};
 
 constexpr int64_t kRank = 3;
 

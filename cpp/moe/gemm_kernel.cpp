@@ -1,0 +1,46 @@
+#include "moe/gemm_kernel.h"
+
+#include "core/error.h"
+
+namespace ktmoe {
+namespace {
+
+[[noreturn]] void refuse(const GeneralMOEConfig& config, const char* expected) {
+  throw_invalid("group_size: got ", config.group_size, ", expected ", expected);
+}
+
+FormatId int4_format(const GeneralMOEConfig& config) {
+  switch (config.group_size) {
+    case 0:
+    case 32: return FormatId::kInt4Group32;
+    case 64: return FormatId::kInt4Group64;
+    case 128: return FormatId::kInt4Group128;
+    default: refuse(config, "32, 64 or 128");
+  }
+}
+
+}  // namespace
+
+GemmKernel amx_bf16_kernel(const GeneralMOEConfig& config) {
+  if (config.group_size != 0) refuse(config, "0: bf16 weights have no scales");
+  return GemmKernel224BF;
+}
+
+GemmKernel amx_int8_kernel(const GeneralMOEConfig& config) {
+  if (config.group_size != 0) refuse(config, "0: integer products take scales of rows");
+  return GemmKernel224Int8;
+}
+
+GemmKernel amx_int4_kernel(const GeneralMOEConfig& config) { return {int4_format(config), true}; }
+
+GemmKernel int8_kernel(const GeneralMOEConfig& config) {
+  switch (config.group_size) {
+    case 0: return {FormatId::kInt8, false};
+    case 32: return {FormatId::kInt8Group32, false};
+    default: refuse(config, "0 or 32");
+  }
+}
+
+GemmKernel int4_kernel(const GeneralMOEConfig& config) { return {int4_format(config), false}; }
+
+}  // namespace ktmoe
