@@ -45,13 +45,21 @@ static_assert(WeightFormat<Int4Group32>);
 
 #ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
 
-// m q for every multiplier and nibble: unpacking is a look-up.
+// m q for every multiplier and nibble, as int8 and as bf16: unpacking is a look-up.
 struct Int4Products {
-  alignas(kCacheLine) int8_t of[31][16];
+  struct Multiples {
+    alignas(32) bf16 values[16];
+    int8_t codes[16];
+  };
+  alignas(kCacheLine) Multiples of[31];
   constexpr Int4Products() : of() {
-    for (int m = -15; m <= 15; ++m)
-      for (int nibble = 0; nibble < 16; ++nibble)
-        of[m + 15][nibble] = static_cast<int8_t>(m * (nibble < 8 ? nibble : nibble - 16));
+    for (int m = -15; m <= 15; ++m) {
+      for (int nibble = 0; nibble < 16; ++nibble) {
+        const int code = m * (nibble < 8 ? nibble : nibble - 16);
+        of[m + 15].codes[nibble] = static_cast<int8_t>(code);
+        of[m + 15].values[nibble].bits = static_cast<uint16_t>(std::bit_cast<uint32_t>(float(code)) >> 16);
+      }
+    }
   }
 };
 inline constexpr Int4Products kInt4Products;
@@ -68,14 +76,21 @@ struct Unpack<formats::Int4<kSize>> {
         : data(w.row(n)),
           multipliers(data + formats::Int4<kSize>::nibble_bytes(w.k)),
           scale(w.row_scale[n]) {}
-    KT_INLINE const int8_t* products(size_t k) const {
-      return kInt4Products.of[static_cast<int8_t>(multipliers[k / kSize]) + 15];
+    KT_INLINE const Int4Products::Multiples& products(size_t k) const {
+      return kInt4Products.of[15 + static_cast<ptrdiff_t>(static_cast<int8_t>(multipliers[k / kSize]))];
     }
-    KT_INLINE Vec::Codes codes(size_t k) const { return Vec::look_up(data + k / 2, products(k)); }
+    KT_INLINE Vec::Segment segment(size_t k) const {
+      const auto& table = products(k);
+      return Vec::look_up_segment(data + k / 2, table.codes, table.values);
+    }
+    KT_INLINE Vec::Bytes bytes(size_t k) const {
+      return Vec::look_up(data + k / 2, products(k).codes, products(k + Vec::kStep).codes);
+    }
+    KT_INLINE Vec::Codes codes(size_t k) const { return Vec::look_up(data + k / 2, products(k).codes); }
     KT_INLINE Vec::Codes codes_tail(size_t k, size_t count) const {
       std::byte full[Vec::kStep / 2] = {};
       std::memcpy(full, data + k / 2, div_up(count, 2));
-      return Vec::look_up(full, products(k));
+      return Vec::look_up(full, products(k).codes);
     }
   };
 };

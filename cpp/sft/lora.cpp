@@ -57,7 +57,7 @@ void LoraWeights::update(const LoraSources& sources, WorkerPool& pool) {
 WeightView LoraWeights::view(LoraId id, size_t expert) const {
   const LoraShape& shape = shapes_[static_cast<size_t>(id)];
   return {reinterpret_cast<const std::byte*>(matrices(id) + expert * shape.size()),
-          static_cast<ptrdiff_t>(shape.columns * sizeof(bf16))};
+          static_cast<ptrdiff_t>(shape.columns * sizeof(bf16)), shape.columns};
 }
 
 }  // namespace ktmoe

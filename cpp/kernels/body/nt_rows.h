@@ -80,8 +80,10 @@ struct Int8Product {
   template <int kRows>
   static KT_INLINE void sums(const NtArgs& args, uint32_t m, const Acc (&acc)[kRows], float* sums) {
     const QuantizedRow& x = args.x.quantized[m];
+    int32_t ints[kRows];
+    Vec::reduce_int(acc, ints);
     for (int r = 0; r < kRows; ++r)
-      sums[r] = static_cast<float>(Vec::sum_int(acc[r]) - Vec::kWeightOffset * x.sum) * x.scale;
+      sums[r] = static_cast<float>(ints[r] - Vec::kWeightOffset * x.sum) * x.scale;
   }
 };
 static_assert(sizeof(Vec::IntAcc) <= sizeof(Vec::Acc));
@@ -206,7 +208,8 @@ KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& 
     return;
   }
   const size_t ld = args.c_stride ? args.c_stride : c_stride(args.n1 - args.n0);
-  for (int t = 0; t < kTokens; ++t) {
+  // Unrolled, as every loop over accumulators has to be: an index that varies would keep them in memory.
+  KT_UNROLL for (int t = 0; t < kTokens; ++t) {
     float sums[kRows];
     Product::sums(args, m + static_cast<uint32_t>(t), acc[t], sums);
     float* c = args.c + (m + t) * ld + (b.n - args.n0);

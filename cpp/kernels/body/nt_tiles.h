@@ -4,10 +4,12 @@
 // the K-paired B operand. A step is two weight tiles by two activation panels. The product comes out
 // transposed, which after the activation function is the K-paired form that the down projection wants.
 //
-// C stays in the tiles for up to kTileBlockK elements of K. With few activations the weights are multiplied
+// C stays in the tiles for up to kTileBlockSteps steps of K. With few activations the weights are multiplied
 // in place (then memory is the limit). With many, the first pair of panels multiplies them in place and
 // leaves them in scratch, tile by tile, where the other panels find them. Rows that have to be decoded or end
-// inside a tile are brought to scratch first. Between blocks of K sums wait in C, so the order along K stays.
+// inside a tile are brought to scratch by the first pair of panels, some steps before it multiplies them:
+// tiles cannot be loaded from stores that are still on their way, and vectors and tiles work at the same
+// time. Between blocks of K sums wait in C, so the order along K stays.
 //
 // A Product says what is multiplied: bf16 pairs into fp32, or int8 quads into int32, which become fp32 when
 // all of K is done. The bytes of tiles, panels and blocks are the same for both; what counts steps counts 64
@@ -21,6 +23,8 @@ inline constexpr size_t kTileBytes = size_t{kTileRows} * kTileK * sizeof(bf16);
 // Steps of K in a block: long, since waiting in C costs as much as two steps, but 32 rows of it (128 KiB) and
 // the activations must stay in the second-level cache.
 inline constexpr uint32_t kTileBlockSteps = 64;
+// Steps that scratch holds at a time when no other panel will look for them there.
+inline constexpr size_t kRingSteps = 4;
 // Up to this many activation rows weights are multiplied in place.
 inline constexpr uint32_t kInPlaceRows = 128;
 
@@ -30,7 +34,7 @@ inline size_t c_floats_tiles(uint32_t m, uint32_t n) { return round_up(m, kPanel
 
 inline size_t nt_scratch_bytes_tiles(uint32_t k) {
   const size_t steps = div_up(k, kTileK);
-  return (steps < kTileBlockSteps ? steps : kTileBlockSteps) * 2 * kTileBytes;
+  return (steps < kTileBlockSteps ? round_up(steps, kRingSteps) : kTileBlockSteps) * 2 * kTileBytes;
 }
 
 struct TileBf16 {
@@ -44,6 +48,8 @@ struct TileBf16 {
   static KT_INLINE void dot() {
     Tile::dot_bf16<kC, kA, kB>();
   }
+  static KT_INLINE float sum(float c) { return c; }
+  static KT_INLINE Float sums(const float* c) { return Vec::load_f(c); }
   template <class Row>
   static KT_INLINE void store(std::byte* to, const Row& row, size_t k) {
     Vec::store(to, row.segment(k));
@@ -65,6 +71,8 @@ struct TileInt8 {
   static KT_INLINE void dot() {
     Tile::dot_int8<kC, kA, kB>();
   }
+  static KT_INLINE float sum(float c) { return static_cast<float>(std::bit_cast<int32_t>(c)); }
+  static KT_INLINE Float sums(const float* c) { return Vec::load_ints(c); }
   template <class Row>
   static KT_INLINE void store(std::byte* to, const Row& row, size_t k) {
     Vec::store_bytes(to, row.bytes(k));
@@ -119,8 +127,13 @@ struct TileBlock {
   }
 };
 
-// Whose tiles a block's weights are read from, and whether they are left in scratch on the way.
-enum class Weights { kPassing, kLeftInScratch, kFromScratch };
+// Where a block's weights are read from, and whether they are left in scratch on the way.
+enum class Weights { kPassing, kLeftInScratch, kFromScratch, kBrought };
+
+// Nothing has to be brought to scratch.
+struct NothingToBring {
+  KT_INLINE void operator()(size_t) const {}
+};
 
 KT_INLINE uint32_t panel_width(const Operand& x, uint32_t panel) {
   const uint32_t left = x.rows - panel * kPanelColumns;
@@ -136,7 +149,27 @@ KT_INLINE void load_weights(const std::byte* tile, ptrdiff_t row_stride) {
   }
 }
 
-// Decoding waits for memory alone: rows are asked for some steps ahead, at their end those behind them.
+// The rows behind a group, asked for a few cache lines at a step while it is multiplied. Only rows that
+// adjoin are: what lies between others is not wanted.
+class LinesAhead {
+ public:
+  KT_INLINE LinesAhead(const WeightView& w, uint32_t n, uint32_t rows, size_t row_bytes, size_t steps)
+      : next_(w.row(n)),
+        left_(w.row_stride_bytes == static_cast<ptrdiff_t>(row_bytes) ? rows * row_bytes / kCacheLine : 0),
+        each_(div_up(left_, steps)) {}
+  KT_INLINE void ask() {
+    const size_t some = each_ < left_ ? each_ : left_;
+    for (size_t i = 0; i < some; ++i, next_ += kCacheLine) __builtin_prefetch(next_, 0, 2);
+    left_ -= some;
+  }
+
+ private:
+  const std::byte* next_;
+  size_t left_;
+  const size_t each_;
+};
+
+// A single panel waits for memory alone: rows are asked for some steps ahead, at their end those behind them.
 KT_INLINE void prefetch_rows(const TileBlock& w, size_t step) {
   constexpr size_t kAhead = 8;
   const size_t at = step + kAhead;
@@ -145,11 +178,73 @@ KT_INLINE void prefetch_rows(const TileBlock& w, size_t step) {
   for (uint32_t r = 0; r < kTileRows; ++r, row += w.row_stride) __builtin_prefetch(row, 0, 3);
 }
 
+// The weights of a group of rows that are brought to tiles in scratch, zeros around them. Scratch is a ring
+// of `ring` steps, which must be a power of two or all that are brought.
+template <class Format, class Product, int kWeights>
+struct BringToScratch {
+  static constexpr size_t kRowBytes = kTileK * sizeof(bf16), kStepBytes = kWeights * kTileBytes;
+  static constexpr size_t kSegmentBytes = kRowBytes * Product::kSegment / Product::kStep;
+  static constexpr size_t kSteps = 2;  // at a time: a cache line of 4-bit numbers
+  const WeightView& w;
+  uint32_t n, rows;
+  size_t k0, k1;
+  std::byte* scratch;
+  size_t ring;
+
+  // Called before each step, from the first on.
+  KT_INLINE void operator()(size_t step) const {
+    if (step == 0) bring(0);
+    if (step % kSteps == 0) bring(step + kSteps);
+  }
+
+ private:
+  KT_INLINE void bring(size_t step) const {
+    const size_t k = k0 + step * Product::kStep;
+    if (k >= k1) return;
+    std::byte* to = scratch + step % ring * kStepBytes;
+    if (rows == kWeights * kTileRows && k + kSteps * Product::kStep <= k1) {
+      bring_whole(k, to);
+    } else {
+      bring_rest(k, to);
+    }
+  }
+  KT_INLINE void bring_whole(size_t k, std::byte* to) const {
+    WeightView rest = w.from(n);
+    for (uint32_t r = 0; r < kWeights * kTileRows; ++r, to += kRowBytes, rest.data += rest.row_stride_bytes) {
+      const typename Unpack<Format>::Row row(rest, 0);
+      KT_UNROLL for (size_t i = 0; i < kSteps * Product::kStep / Product::kSegment; ++i) {
+        constexpr size_t kOfStep = Product::kStep / Product::kSegment;
+        Product::store(to + i / kOfStep * kStepBytes + i % kOfStep * kSegmentBytes, row,
+                       k + i * Product::kSegment);
+      }
+    }
+  }
+  void bring_rest(size_t k, std::byte* to) const {
+    for (uint32_t r = 0; r < kWeights * kTileRows; ++r, to += kRowBytes) {
+      const typename Unpack<Format>::Row row(w, n + (r < rows ? r : 0));
+      for (size_t s = 0; s < kSteps && k + s * Product::kStep < k1; ++s) {
+        for (size_t i = 0; i < Product::kStep / Product::kSegment; ++i) {
+          const size_t at = k + s * Product::kStep + i * Product::kSegment, left = at < k1 ? k1 - at : 0;
+          std::byte* segment = to + s * kStepBytes + i * kSegmentBytes;
+          if (r >= rows || left == 0) {
+            std::memset(segment, 0, kSegmentBytes);
+          } else if (left < Product::kSegment) {
+            Product::store_tail(segment, row, at, left);
+          } else {
+            Product::store(segment, row, at);
+          }
+        }
+      }
+    }
+  }
+};
+
 // One block, of one or two tiles of weight rows, against panels p and, when kPanels is 2, p + 1. Scratch,
 // which no other panel needs soon, is loaded past the first-level cache; activations are not (Emerald Rapids:
 // 5 %).
-template <class Product, int kWeights, int kPanels, Weights kFrom>
-KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, uint32_t n, bool zero_first) {
+template <class Product, int kWeights, int kPanels, Weights kFrom, class Bring>
+KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, uint32_t n, bool zero_first,
+                          const Bring& bring, LinesAhead& ahead) {
   // A column is 4 bytes in both: a number of C, two or four of X.
   const ptrdiff_t stride0 = panel_width(args.x, p) * 4;
   const ptrdiff_t stride1 = kPanels == 2 ? panel_width(args.x, p + 1) * 4 : 0;
@@ -174,7 +269,15 @@ KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, ui
   const std::byte* a = w.data;
   [[maybe_unused]] std::byte* left = args.scratch;
   for (size_t s = 0; s < w.steps; ++s) {
-    if constexpr (kWeights == 1 && kPanels == 1 && kFrom == Weights::kPassing) prefetch_rows(w, s);
+    if constexpr (kWeights == 1 && kPanels == 1 && kFrom == Weights::kPassing) {
+      prefetch_rows(w, s);
+    } else {
+      ahead.ask();
+    }
+    if constexpr (kFrom == Weights::kBrought) {
+      bring(s);
+      a = w.data + s % bring.ring * w.step_bytes;
+    }
     Tile::load<6>(b0, stride0);
     load_weights<kFrom, 4>(a, w.row_stride);
     Product::template dot<0, 4, 6>();
@@ -203,73 +306,61 @@ KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, ui
   if constexpr (kWeights == 2 && kPanels == 2) Tile::store<3>(c1 + kTileRows * stride1, stride1);
 }
 
-// A block of K against panels [begin, end).
-template <class Product, int kWeights, Weights kFrom>
-void tile_panels(const NtArgs& args, TileScope& scope, const TileBlock& w, uint32_t begin, uint32_t end,
-                 uint32_t n, bool zero_first) {
-  for (uint32_t p = begin; p < end; p += 2) {
-    if (p + 1 < end) {
-      scope.use(kPanelColumns, panel_width(args.x, p + 1));
-      tile_block<Product, kWeights, 2, kFrom>(args, w, p, n, zero_first);
+// Rows [n, n + rows) of a panel whose sums are complete: whole numbers become fp32, and scales are applied.
+template <class Product>
+KT_INLINE void finish_panel(const NtArgs& args, uint32_t p, uint32_t n, uint32_t rows) {
+  const uint32_t width = panel_width(args.x, p), m = p * kPanelColumns;
+  float* c = args.c + size_t{m} * tile_n_padded(args.n1 - args.n0) + (n - args.n0) * width;
+  float scale[kPanelColumns];
+  for (uint32_t i = 0; i < width; ++i) scale[i] = Product::kIsInteger ? args.x.quantized[m + i].scale : 1.0f;
+  for (uint32_t r = 0; r < rows; ++r, c += width) {
+    const float row_scale = args.w.row_scale[n + r];
+    if (width < kPanelColumns) {
+      for (uint32_t i = 0; i < width; ++i) c[i] = row_scale * (Product::sum(c[i]) * scale[i]);
     } else {
-      scope.use(panel_width(args.x, p), 0);
-      tile_block<Product, kWeights, 1, kFrom>(args, w, p, n, zero_first);
-    }
-  }
-}
-
-// Brings elements [k0, k1) of `rows` weight rows to tiles in scratch, zeros around them.
-template <class Format, class Product, int kWeights>
-void fill_tile_block(const WeightView& w, uint32_t n, uint32_t rows, size_t k0, size_t k1, std::byte* tiles) {
-  constexpr size_t kRowBytes = kTileK * sizeof(bf16), kStepBytes = kWeights * kTileBytes;
-  constexpr size_t kSegmentBytes = kRowBytes * Product::kSegment / Product::kStep;
-  for (uint32_t r = 0; r < kWeights * kTileRows; ++r) {
-    std::byte* to = tiles + r * kRowBytes;
-    const typename Unpack<Format>::Row row(w, n + (r < rows ? r : 0));
-    for (size_t k = k0; k < k1; k += Product::kStep, to += kStepBytes) {
-      for (uint32_t i = 0; i < Product::kStep / Product::kSegment; ++i) {
-        const size_t at = k + i * Product::kSegment, left = at < k1 ? k1 - at : 0;
-        if (r >= rows || left == 0) {
-          std::memset(to + i * kSegmentBytes, 0, kSegmentBytes);
-        } else if (left < Product::kSegment) {
-          Product::store_tail(to + i * kSegmentBytes, row, at, left);
-        } else {
-          Product::store(to + i * kSegmentBytes, row, at);
-        }
+      for (uint32_t i = 0; i < kPanelColumns; i += Vec::kWidth) {
+        const Float scaled = Vec::mul(Product::sums(c + i), Vec::load_f(scale + i));
+        Vec::store_f(c + i, Vec::mul(Vec::set(row_scale), scaled));
       }
     }
   }
 }
 
-// Of weight rows [n, n + rows), all of whose K is done: whole numbers become fp32, and scales are applied.
-template <class Format, class Product>
-void finish_tile_rows(const NtArgs& args, uint32_t n, uint32_t rows) {
-  const uint32_t n_padded = tile_n_padded(args.n1 - args.n0);
-  for (uint32_t m = 0; m < args.x.rows; m += kPanelColumns) {
-    const uint32_t width = panel_width(args.x, m / kPanelColumns);
-    float* c = args.c + size_t{m} * n_padded + (n - args.n0) * width;
-    float scale[kPanelColumns];
-    for (uint32_t i = 0; i < width; ++i)
-      scale[i] = Product::kIsInteger ? args.x.quantized[m + i].scale : 1.0f;
-    for (uint32_t r = 0; r < rows; ++r, c += width) {
-      const float row_scale = args.w.row_scale[n + r];
-      for (uint32_t i = 0; i < width; ++i) {
-        if constexpr (Product::kIsInteger) {
-          c[i] = row_scale * (static_cast<float>(std::bit_cast<int32_t>(c[i])) * scale[i]);
-        } else {
-          c[i] *= row_scale;
-        }
+// What a group of weight rows is multiplied by and where it ends: blocks of K of it follow one another.
+struct TileGroup {
+  const NtArgs& args;
+  TileScope& scope;
+  uint32_t n, rows;
+  LinesAhead ahead;
+  bool zero_first, is_last;  // of this block
+
+  // A block of K against panels [begin, end).
+  template <class Product, int kWeights, Weights kFrom, class Bring = NothingToBring>
+  void multiply(const TileBlock& w, uint32_t begin, uint32_t end, const Bring& bring = {}) {
+    for (uint32_t p = begin; p < end; p += 2) {
+      if (p + 1 < end) {
+        scope.use(kPanelColumns, panel_width(args.x, p + 1));
+        tile_block<Product, kWeights, 2, kFrom>(args, w, p, n, zero_first, bring, ahead);
+      } else {
+        scope.use(panel_width(args.x, p), 0);
+        tile_block<Product, kWeights, 1, kFrom>(args, w, p, n, zero_first, bring, ahead);
       }
+      if (!is_last || args.w.row_scale == nullptr) continue;
+      for (uint32_t done = p; done < end && done < p + 2; ++done) finish_panel<Product>(args, done, n, rows);
     }
   }
-}
+};
 
 // Weight rows [n, n + rows), at most kWeights tiles of them.
 template <class Format, class Product, int kWeights>
 void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t rows) {
   constexpr size_t kStep = Product::kStep;
   const uint32_t k = args.x.k, panels = static_cast<uint32_t>(div_up(args.x.rows, kPanelColumns));
+  const uint32_t first = panels < 2 ? panels : 2;  // panels that meet the weights first
   const bool whole_tiles = Product::template as_stored<Format>() && rows == kWeights * kTileRows;
+  const LinesAhead ahead(args.w, n + kWeights * kTileRows, kWeights * kTileRows, Format::row_bytes(k),
+                         div_up(k, kStep) * div_up(panels, 2));
+  TileGroup group{args, scope, n, rows, ahead, !args.accumulate, false};
   const auto in_place = [&](size_t k0, size_t k1) {
     return TileBlock::in_place(args.w.row(n) + Format::row_bytes(k0), args.w.row_stride_bytes, k0 / kStep,
                                (k1 - k0) / kStep);
@@ -277,30 +368,32 @@ void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t ro
   const auto in_scratch = [&](size_t k0, size_t k1) {
     return TileBlock::in_scratch<kWeights>(args.scratch, k0 / kStep, div_up(k1 - k0, kStep));
   };
-  bool zero_first = !args.accumulate;
   size_t k0 = 0;
   if (whole_tiles && k >= kStep && args.x.rows <= kInPlaceRows) {
     k0 = k / kStep * kStep;
-    tile_panels<Product, kWeights, Weights::kPassing>(args, scope, in_place(0, k0), 0, panels, n, zero_first);
-    zero_first = false;
+    group.is_last = k0 == k;
+    group.multiply<Product, kWeights, Weights::kPassing>(in_place(0, k0), 0, panels);
+    group.zero_first = false;
   }
   while (k0 < k) {
+    // What nobody finds in scratch needs to be there for a moment only.
+    const bool is_shared = panels > first;
     size_t k1 = k0 + kTileBlockSteps * kStep < k ? k0 + kTileBlockSteps * kStep : k;
-    uint32_t begin = 0;  // the first panel that reads scratch
     if (whole_tiles && k1 - k0 >= kStep) {
       k1 = k0 + (k1 - k0) / kStep * kStep;
-      begin = panels < 2 ? panels : 2;
-      tile_panels<Product, kWeights, Weights::kLeftInScratch>(args, scope, in_place(k0, k1), 0, begin, n,
-                                                              zero_first);
+      group.is_last = k1 == k;
+      group.multiply<Product, kWeights, Weights::kLeftInScratch>(in_place(k0, k1), 0, first);
     } else {
-      fill_tile_block<Format, Product, kWeights>(args.w, n, rows, k0, k1, args.scratch);
+      if (!is_shared) k1 = k;
+      group.is_last = k1 == k;
+      const BringToScratch<Format, Product, kWeights> bring{
+          args.w, n, rows, k0, k1, args.scratch, is_shared ? kTileBlockSteps : kRingSteps};
+      group.multiply<Product, kWeights, Weights::kBrought>(in_scratch(k0, k1), 0, first, bring);
     }
-    tile_panels<Product, kWeights, Weights::kFromScratch>(args, scope, in_scratch(k0, k1), begin, panels, n,
-                                                          zero_first);
-    zero_first = false;
+    group.multiply<Product, kWeights, Weights::kFromScratch>(in_scratch(k0, k1), first, panels);
+    group.zero_first = false;
     k0 = k1;
   }
-  if constexpr (Format::kHasRowScale) finish_tile_rows<Format, Product>(args, n, rows);
 }
 
 template <class Format, class Product>

@@ -1,20 +1,49 @@
 // Activations in int8 (contract.h, QuantizedRow). Included inside a target's namespace, after
 // quantize.h, which rounds weights the same way.
 
+// The largest size of a row; an infinity or NaN when it is not finite. Bits without the sign order as sizes
+// do.
+inline float amax_of_row(const bf16* x, uint32_t k) {
+  uint16_t most = 0;
+  for (uint32_t i = 0; i < k; ++i) {
+    const uint16_t size = x[i].bits & 0x7fff;
+    most = size > most ? size : most;
+  }
+  return to_float(bf16{most});
+}
+
+// The sum of a row's codes; `padded` is a whole number of steps.
+inline int32_t sum_of_codes(const std::byte* codes, uint32_t padded) {
+  alignas(kCacheLine) std::byte ones[kByteStep];
+  std::memset(ones, 1, sizeof ones);
+  const Vec::Bytes one = Vec::load_bytes(ones);
+  Vec::IntAcc acc[1] = {Vec::zero_int()};
+  for (uint32_t i = 0; i < padded; i += kByteStep) Vec::dot_bytes(acc[0], one, Vec::load_bytes(codes + i));
+  int32_t sum;
+  Vec::reduce_int(acc, &sum);
+  return sum;
+}
+
 // Codes of a row, zeros behind them up to `padded`.
 inline QuantizedRow quantize_row(const bf16* x, uint32_t k, uint32_t padded, std::byte* codes) {
-  const WeightRow<bf16> row{reinterpret_cast<const std::byte*>(x), k};
-  const float amax = row.amax(0, k);
+  const float amax = amax_of_row(x, k), scale = amax / 127.0f;
   if (!is_number(amax)) {
     std::memset(codes, 0, padded);
     return {std::numeric_limits<float>::quiet_NaN(), 0};
   }
-  const float scale = amax / 127.0f;
-  store_int8_codes(row, 0, k, scale, codes);
+  const WeightRow<bf16> row{reinterpret_cast<const std::byte*>(x), k};
+  constexpr float kSmall = 0x1p-90f;
+  if (amax < kSmall) {
+    store_int8_codes(row, 0, k, scale, codes);
+  } else {
+    const Float divisor = Vec::set(scale), reciprocal = Vec::set(1.0f / scale);
+    // What reaches behind the row is padding: rows of codes are whole cache lines.
+    for (uint32_t at = 0; at < k; at += Vec::kWidth)
+      Vec::store_int8(reinterpret_cast<int8_t*>(codes + at),
+                      Vec::quotient(row.load(at), divisor, reciprocal));
+  }
   std::memset(codes + k, 0, padded - k);
-  int32_t sum = 0;
-  for (uint32_t i = 0; i < k; ++i) sum += static_cast<int8_t>(codes[i]);
-  return {scale, sum};
+  return {scale, sum_of_codes(codes, padded)};
 }
 
 // Rows of codes begin on cache lines. In memory: codes, then what became of each row.

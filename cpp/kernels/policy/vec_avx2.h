@@ -67,6 +67,18 @@ struct Vec {
     return _mm_shuffle_epi8(_mm_load_si128(reinterpret_cast<const __m128i*>(table)),
                             _mm_and_si128(spread, _mm_set1_epi8(15)));
   }
+  // The same of twice as many, the halves by tables of their own.
+  static KT_INLINE __m256i look_up(const std::byte* nibbles, const int8_t* low, const int8_t* high) {
+    const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
+    const __m256i spread = _mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4));
+    const __m256i tables = _mm256_set_m128i(_mm_load_si128(reinterpret_cast<const __m128i*>(high)),
+                                            _mm_load_si128(reinterpret_cast<const __m128i*>(low)));
+    return _mm256_shuffle_epi8(tables, _mm256_and_si256(spread, _mm256_set1_epi8(15)));
+  }
+  // The numbers of look_up(nibbles, table), given as bf16 too.
+  static KT_INLINE Segment look_up_segment(const std::byte* nibbles, const int8_t* table, const bf16*) {
+    return to_segment(look_up(nibbles, table));
+  }
   // Exact: a code has no more digits than a bf16.
   static KT_INLINE Segment to_segment(Codes codes) {
     const __m128i even = _mm_srai_epi16(_mm_slli_epi16(codes, 8), 8), odd = _mm_srai_epi16(codes, 8);
@@ -103,10 +115,13 @@ struct Vec {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  static KT_INLINE int32_t sum_int(IntAcc acc) {
-    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(acc), _mm256_extracti128_si256(acc, 1));
-    const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+  template <int kRows>
+  static KT_INLINE void reduce_int(const IntAcc (&acc)[kRows], int32_t* out) {
+    KT_UNROLL for (int r = 0; r < kRows; ++r) {
+      const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(acc[r]), _mm256_extracti128_si256(acc[r], 1));
+      const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+      out[r] = _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+    }
   }
 
   // ---- products of pairs ----
@@ -209,7 +224,18 @@ struct Vec {
     const __m128 b = _mm_max_ps(a, _mm_movehl_ps(a, a));
     return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
   }
-  // kWidth whole numbers of the range of int8.
+  // A number rounded to bf16.
+  static KT_INLINE Float nearest_bf16(Float x) {
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    return _mm256_castsi256_ps(_mm256_and_si256(rounded_number(_mm256_castps_si256(x)), high));
+  }
+  // x / divisor as a division rounds it, for x in bf16 and the 127th part of a number in bf16, neither near
+  // the smallest floats: with an exact remainder, which costs less.
+  static KT_INLINE Float quotient(Float x, Float divisor, Float reciprocal) {
+    const Float near = mul(x, reciprocal);
+    return fma(_mm256_fnmadd_ps(near, divisor, x), reciprocal, near);
+  }
+  // kWidth numbers of the range of int8, rounded to whole ones.
   static KT_INLINE void store_int8(int8_t* p, Float x) {
     const __m256i whole = _mm256_cvtps_epi32(x);
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
@@ -220,9 +246,12 @@ struct Vec {
   // The bits of x, rounded to nearest even at bit 16; NaN keeps its quiet bit.
   static KT_INLINE __m256i rounded(Float x) {
     const __m256i bits = _mm256_castps_si256(x);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    return _mm256_blendv_epi8(sum, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    return _mm256_blendv_epi8(rounded_number(bits), quiet, nan);
+  }
+  static KT_INLINE __m256i rounded_number(__m256i bits) {
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   }
 };

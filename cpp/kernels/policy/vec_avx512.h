@@ -11,7 +11,8 @@ struct Vec {
 #if KT_HAS_AVX512_BF16
   static constexpr int kTokenTile = 3;  // 24 accumulators + 3 activations + 1 weight of 32 registers
   using Segment = __m512bh;
-  static KT_INLINE Segment load(const std::byte* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static KT_INLINE Segment as_segment(__m512i pairs) { return (__m512bh)pairs; }
+  static KT_INLINE Segment load(const std::byte* p) { return as_segment(_mm512_loadu_si512(p)); }
   static KT_INLINE Segment load_partial(const std::byte* p, size_t count) {
     return (__m512bh)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
   }
@@ -26,6 +27,7 @@ struct Vec {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
             _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
   }
+  static KT_INLINE Segment as_segment(__m512i pairs) { return split(pairs); }
   static KT_INLINE Segment load(const std::byte* p) { return split(_mm512_loadu_si512(p)); }
   static KT_INLINE Segment load_partial(const std::byte* p, size_t count) {
     return split(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p));
@@ -56,8 +58,7 @@ struct Vec {
                                        as_ps(_mm512_unpackhi_pd(as_pd(abcd), as_pd(efgh))));
     // quarters [a0 a1 e0 e1] [b0 b1 f0 f1] [c .. g ..] [d .. h ..]
     const __m512 sums = _mm512_add_ps(pairs, _mm512_movehdup_ps(pairs));
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
-    _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, sums)));
+    _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(reduced_order(), sums)));
   }
 
   // ---- int8 codes ----
@@ -76,6 +77,25 @@ struct Vec {
     const __m128i values = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values),
                                _mm256_and_si256(spread, _mm256_set1_epi8(15)));
+  }
+  // The same of twice as many, the halves by tables of their own.
+  static KT_INLINE __m512i look_up(const std::byte* nibbles, const int8_t* low, const int8_t* high) {
+    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles)));
+    constexpr int kOrAnd = 0xa8;  // (a | b) & c
+    const __m512i spread =
+        _mm512_ternarylogic_epi32(bytes, _mm512_slli_epi16(bytes, 4), _mm512_set1_epi8(15), kOrAnd);
+    const __m512i first = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(low)));
+    const __m512i tables =
+        _mm512_mask_broadcast_i32x4(first, 0xff00, _mm_load_si128(reinterpret_cast<const __m128i*>(high)));
+    return _mm512_shuffle_epi8(tables, spread);
+  }
+  // The numbers of look_up(nibbles, table), given as bf16 too.
+  static KT_INLINE Segment look_up_segment(const std::byte* nibbles, const int8_t*, const bf16* table) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
+    const __m512i spread = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));  // a nibble a word
+    const __m512i index = _mm512_and_si512(spread, _mm512_set1_epi16(15));
+    const __m256i values = _mm256_load_si256(reinterpret_cast<const __m256i*>(table));
+    return as_segment(_mm512_permutexvar_epi16(index, _mm512_castsi256_si512(values)));
   }
   struct Halves {
     __m512 even, odd;
@@ -112,7 +132,20 @@ struct Vec {
   }
   static KT_INLINE Bytes as_weights(Bytes x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
   static KT_INLINE void dot_bytes(IntAcc& acc, Bytes w, Bytes x) { acc = _mm512_dpbusd_epi32(acc, w, x); }
-  static KT_INLINE int32_t sum_int(IntAcc acc) { return _mm512_reduce_add_epi32(acc); }
+  static KT_INLINE void reduce_int(const IntAcc (&acc)[1], int32_t* out) {
+    out[0] = _mm512_reduce_add_epi32(acc[0]);
+  }
+  static KT_INLINE void reduce_int(const IntAcc (&acc)[8], int32_t* out) {
+    const __m512i abcd =
+        fold_int<0x88, 0xdd>(fold_int<0x44, 0xee>(acc[0], acc[1]), fold_int<0x44, 0xee>(acc[2], acc[3]));
+    const __m512i efgh =
+        fold_int<0x88, 0xdd>(fold_int<0x44, 0xee>(acc[4], acc[5]), fold_int<0x44, 0xee>(acc[6], acc[7]));
+    const __m512i pairs =
+        _mm512_add_epi32(_mm512_unpacklo_epi64(abcd, efgh), _mm512_unpackhi_epi64(abcd, efgh));
+    const __m512i sums = _mm512_add_epi32(pairs, _mm512_srli_epi64(pairs, 32));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm512_castsi512_si256(_mm512_permutexvar_epi32(reduced_order(), sums)));
+  }
 
   // ---- products of pairs ----
   static constexpr int kPairGroups = 4;
@@ -158,6 +191,8 @@ struct Vec {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), high));
   }
   static KT_INLINE void store_f(float* p, Float x) { _mm512_storeu_ps(p, x); }
+  // int32 in the memory of floats.
+  static KT_INLINE Float load_ints(const float* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
   static KT_INLINE void store_bf16(bf16* p, Float x) {
     const __m256i bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(x), 16));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
@@ -213,7 +248,18 @@ struct Vec {
   }
   // Of numbers.
   static KT_INLINE float largest(Float x) { return _mm512_reduce_max_ps(x); }
-  // kWidth whole numbers of the range of int8.
+  // A number rounded to bf16.
+  static KT_INLINE Float nearest_bf16(Float x) {
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    return _mm512_castsi512_ps(_mm512_and_si512(rounded_number(_mm512_castps_si512(x)), high));
+  }
+  // x / divisor as a division rounds it, for x in bf16 and the 127th part of a number in bf16, neither near
+  // the smallest floats: with an exact remainder, which costs less.
+  static KT_INLINE Float quotient(Float x, Float divisor, Float reciprocal) {
+    const Float near = mul(x, reciprocal);
+    return fma(_mm512_fnmadd_ps(near, divisor, x), reciprocal, near);
+  }
+  // kWidth numbers of the range of int8, rounded to whole ones.
   static KT_INLINE void store_int8(int8_t* p, Float x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
   }
@@ -229,6 +275,10 @@ struct Vec {
     return {_mm512_castsi512_ps(low), _mm512_castsi512_ps(high)};
 #endif
   }
+  // Where reduce finds its eight sums.
+  static KT_INLINE __m512i reduced_order() {
+    return _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+  }
   static KT_INLINE __m512d as_pd(__m512 x) { return _mm512_castps_pd(x); }
   static KT_INLINE __m512 as_ps(__m512d x) { return _mm512_castpd_ps(x); }
 
@@ -240,12 +290,18 @@ struct Vec {
   static KT_INLINE __m512 fold4(__m512 ab, __m512 cd) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
   }
+  template <int kFirst, int kSecond>
+  static KT_INLINE __m512i fold_int(__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, kFirst), _mm512_shuffle_i32x4(a, b, kSecond));
+  }
   // The bits of x, rounded to nearest even at bit 16; NaN keeps its quiet bit.
   static KT_INLINE __m512i rounded(Float x) {
     const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_mask_or_epi32(sum, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_mask_or_epi32(rounded_number(bits), nan, bits, _mm512_set1_epi32(0x400000));
+  }
+  static KT_INLINE __m512i rounded_number(__m512i bits) {
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   }
 };

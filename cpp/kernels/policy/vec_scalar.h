@@ -62,6 +62,10 @@ struct Vec {
       codes.lane[i] = table[static_cast<int>(nibbles[i / 2]) >> (i % 2 * 4) & 15];
     return codes;
   }
+  // The numbers of look_up(nibbles, table), given as bf16 too.
+  static KT_INLINE Segment look_up_segment(const std::byte* nibbles, const int8_t* table, const bf16*) {
+    return to_segment(look_up(nibbles, table));
+  }
   static KT_INLINE Segment to_segment(const Codes& codes) {
     Segment s;
     for (size_t i = 0; i < kStep; ++i) s.lane[i] = codes.lane[i];
@@ -96,15 +100,21 @@ struct Vec {
     std::memcpy(bytes.lane + kStep, high.lane, kStep);
     return bytes;
   }
+  // look_up of twice as many, the halves by tables of their own.
+  static KT_INLINE Bytes look_up(const std::byte* nibbles, const int8_t* low, const int8_t* high) {
+    return join(look_up(nibbles, low), look_up(nibbles + kStep / 2, high));
+  }
   static KT_INLINE Bytes as_weights(const Bytes& x) { return x; }
   static KT_INLINE void dot_bytes(IntAcc& acc, const Bytes& w, const Bytes& x) {
     for (size_t i = 0; i < kStep; ++i)
       acc.lane[i] += w.lane[i] * x.lane[i] + w.lane[i + kStep] * x.lane[i + kStep];
   }
-  static KT_INLINE int32_t sum_int(const IntAcc& acc) {
-    int32_t sum = 0;
-    for (int32_t lane : acc.lane) sum += lane;
-    return sum;
+  template <int kRows>
+  static KT_INLINE void reduce_int(const IntAcc (&acc)[kRows], int32_t* out) {
+    for (int r = 0; r < kRows; ++r) {
+      out[r] = 0;
+      for (int32_t lane : acc[r].lane) out[r] += lane;
+    }
   }
 
   // ---- products of pairs ----
@@ -169,6 +179,10 @@ struct Vec {
     KT_MAP(to_float(bf16{bits[2 * i + first]}));
   }
   static KT_INLINE void store_f(float* p, const Float& x) { std::memcpy(p, x.lane, sizeof x.lane); }
+  // int32 in the memory of floats.
+  static KT_INLINE Float load_ints(const float* p) {
+    KT_MAP(static_cast<float>(std::bit_cast<int32_t>(p[i])));
+  }
   static KT_INLINE void store_bf16(bf16* p, const Float& x) {
     for (size_t i = 0; i < kWidth; ++i) p[i] = to_bf16(x.lane[i]);
   }
@@ -272,9 +286,20 @@ struct Vec {
     for (size_t i = 1; i < kWidth; ++i) largest = largest < x.lane[i] ? x.lane[i] : largest;
     return largest;
   }
-  // kWidth whole numbers of the range of int8.
+  // A number rounded to bf16. to_bf16 asks for NaN, and with that the compiler makes no vectors of it.
+  static KT_INLINE Float nearest_bf16(const Float& x) {
+    uint32_t bits[kWidth];
+    std::memcpy(bits, x.lane, sizeof bits);
+    for (uint32_t& b : bits) b = (b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u;
+    KT_MAP(std::bit_cast<float>(bits[i]));
+  }
+  static KT_INLINE Float quotient(const Float& x, const Float& divisor, const Float&) {
+    return div(x, divisor);
+  }
+  // kWidth numbers of the range of int8, rounded to whole ones.
   static KT_INLINE void store_int8(int8_t* p, const Float& x) {
-    for (size_t i = 0; i < kWidth; ++i) p[i] = static_cast<int8_t>(x.lane[i]);
+    const Float whole = round(x);
+    for (size_t i = 0; i < kWidth; ++i) p[i] = static_cast<int8_t>(whole.lane[i]);
   }
 #undef KT_MAP
 };
