@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .layer import Layer
@@ -27,15 +27,25 @@ class Method:
     operation: str = "forward"  #: what it is for
     encode: Callable[[Layer], dict[str, Any]] = _as_they_are  #: to the arguments of load_weights_from_tensors
 
+    @property
+    def of_bf16(self) -> float:
+        """Bytes in this encoding for each byte of the shared bf16 weights."""
+        return self.bytes_per_weight / 2.0
 
-METHODS = {
-    method.name: method
-    for method in (
-        Method("BF16", 2.0, 0.02),
-        Method("AMXINT8", 1.0, 0.05),
-        Method("AMXINT4", 17 / 32, 0.3),
-        Method("MOE_INT8", 1.0, 0.03),
-        Method("MOE_INT4", 17 / 32, 0.3),
-        Method("AMXBF16_SFT", 2.0, 0.02, "sft"),
-    )
-}
+
+_FORWARD = (
+    Method("BF16", 2.0, 0.02),
+    Method("AMXINT8", 1.0, 0.05),
+    Method("AMXINT4", 17 / 32, 0.3),
+    Method("MOE_INT8", 1.0, 0.03),
+    Method("MOE_INT4", 17 / 32, 0.3),
+)
+
+
+def _training(method: Method) -> Method:
+    """The same weights, to train adapters on; gradients may be as far from the truth as outputs."""
+    name = "AMXBF16" if method.name == "BF16" else method.name
+    return replace(method, name=f"{name}_SFT", operation="sft")
+
+
+METHODS = {method.name: method for method in (*_FORWARD, *map(_training, _FORWARD))}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from converted import source, target  # noqa: F401  (fixtures)
 from hypothesis import settings
+from layers import POOLS, engine_of
 
 from ktmoe_np.cpuinfer import _MoEBase
 
@@ -17,6 +19,15 @@ settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("short", deadline=None, derandomize=True, max_examples=5)
 settings.load_profile(os.environ.get("KTMOE_HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[list[Any]]:
+    """An engine for each of `POOLS`."""
+    made = [engine_of(*pool) for pool in POOLS]
+    yield made
+    for engine in made:
+        engine.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ __all__ = [
     "ACTIVATIONS",
     "ISA",
     "IS_SLOW",
+    "POOLS",
     "STORAGES",
     "Batch",
     "Layer",
@@ -67,6 +68,10 @@ ACTIVATIONS: tuple[Any, ...] = (
     "silu_ungated",
     "gelu_tanh_ungated",
 )
+
+
+#: Threads of each sub-pool of the engines that must all give the same bits.
+POOLS = ([1], [2], [3], [1, 1], [1, 2, 1], [2, 2], [1] * 6)
 
 
 class Batch(NamedTuple):

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from gradient_bound import gradient_balls
 from hypothesis import strategies as st
-from layers import ACTIVATIONS, AnyArray, Batch, Layer, assert_same_bits, bf16, draw, draw_batch, draw_layer
+from layers import (
+    ACTIVATIONS,
+    POOLS,
+    AnyArray,
+    Batch,
+    Layer,
+    assert_same_bits,
+    bf16,
+    draw,
+    draw_batch,
+    draw_layer,
+)
+from quantized_layers import product_of, quantized_layer
 
 from ktmoe_np import SFTGradients
 from ktmoe_np import kt_kernel_ext as ext
+from ktmoe_np._formats import FORMATS
+from ktmoe_np._methods import find_method
+from ktmoe_np._quantize import quantize_projection
 from ktmoe_np.config import parse_activation
 from ktmoe_np.reference import Dropout, LoraWeights, assert_within
 
 __all__ = [
+    "BF16",
     "RANKS",
     "SHAPES",
     "SIZES",
     "TOKENS",
+    "Method",
     "Step",
     "Student",
+    "assert_same_on_any_threads",
     "assert_same_steps",
     "assert_step_close",
     "by_name",
@@ -29,10 +48,15 @@ __all__ = [
     "draw_lora",
     "draw_student",
     "draw_training",
+    "joined",
     "low_level_sft",
+    "per_matrix",
     "train",
 ]
 
+#: A method and its group size.
+Method = tuple[str, int | None]
+BF16: Method = ("AMXBF16_SFT", None)
 
 #: What is drawn, around the steps of the kernels.
 SIZES = (1, 2, 15, 16, 17, 31, 33, 45, 64, 70, 96, 129)
@@ -57,14 +81,17 @@ SHAPES = {
 class Student:
     """A layer with adapters, which are under the names of `update_lora_weights`; none when the rank is 0."""
 
-    layer: Layer
+    layer: Layer  # before it is quantised
     lora: dict[str, AnyArray]
     rank: int
     lora_alpha: float = 5.0
+    method: Method = BF16
 
     def wrapper(self, num_slots: int, physical_to_logical_map: Any = None, **options: Any) -> Any:
         """A `KTMoEWrapper` of mode sft, loaded and with the adapters."""
-        options = {"method": "AMXBF16_SFT", "lora_rank": self.rank, "lora_alpha": self.lora_alpha, **options}
+        method, group_size = self.method
+        own = {"lora_rank": self.rank, "lora_alpha": self.lora_alpha}
+        options = {"method": method, "group_size": group_size, **own, **options}
         moe = self.layer.wrapper(num_slots, physical_to_logical_map, mode="sft", **options)
         moe.init_lora_weights(**self.lora)
         return moe
@@ -86,7 +113,8 @@ class Student:
         lora = self.lora or draw_lora(np.random.default_rng(0), self.layer, 0)
         gated = parse_activation(self.layer.activation).gated
         without = {} if gated else {"up_lora_a": None, "up_lora_b": None}
-        gate, up, down = self.layer.matrices
+        method, group_size = self.method
+        gate, up, down = quantized_layer(self.layer, method, group_size).matrices
         return {
             "hidden_states": batch.x,
             "topk_ids": ids,
@@ -94,6 +122,7 @@ class Student:
             "gate_proj": gate,
             "up_proj": up,
             "down_proj": down,
+            "product": product_of(method),
             "activation": self.layer.activation,
             "lora": LoraWeights(**lora, **without, lora_alpha=self.lora_alpha),
             "dropout": dropout,
@@ -106,6 +135,21 @@ class Step(NamedTuple):
 
     out: AnyArray
     gradients: dict[str, AnyArray]
+
+
+def per_matrix(step: Step) -> dict[str, AnyArray]:
+    """The gradients of matrices, which are sums over tokens."""
+    return {name: v for name, v in step.gradients.items() if name not in ("grad_input", "grad_weights")}
+
+
+def joined(parts: Sequence[Step]) -> Step:
+    """The step of micro-batches: rows one behind the other, gradients of matrices added."""
+    gradients = {
+        name: np.concatenate([part.gradients[name] for part in parts])
+        for name in ("grad_input", "grad_weights")
+    }
+    added = {name: sum(part.gradients[name] for part in parts) for name in per_matrix(parts[0])}
+    return Step(np.concatenate([part.out for part in parts]), gradients | added)
 
 
 def draw_lora(
@@ -132,11 +176,12 @@ def draw_student(
     *,
     lora_alpha: float = 5.0,
     dtype: Any = np.float32,
+    method: Method = BF16,
     **options: Any,
 ) -> Student:
     """A layer of `sizes` E, I and H with adapters; options are those of `draw_layer`."""
     layer = draw_layer(rng, *sizes, activation, **options)
-    return Student(layer, draw_lora(rng, layer, rank, dtype) if rank else {}, rank, lora_alpha)
+    return Student(layer, draw_lora(rng, layer, rank, dtype) if rank else {}, rank, lora_alpha, method)
 
 
 def draw_training(
@@ -166,7 +211,7 @@ class Drawn(NamedTuple):
     rate: float
 
 
-def draw_case(data: st.DataObject, rng: np.random.Generator) -> Drawn:
+def draw_case(data: st.DataObject, rng: np.random.Generator, methods: Sequence[Method] = (BF16,)) -> Drawn:
     """What hypothesis draws, by name; the numbers come from `rng`."""
     num_experts, num_slots = data.draw(st.integers(1, 5), "E"), data.draw(st.integers(1, 4), "P")
     inter, hidden = data.draw(st.sampled_from(SIZES), "I"), data.draw(st.sampled_from(SIZES), "H")
@@ -176,6 +221,7 @@ def draw_case(data: st.DataObject, rng: np.random.Generator) -> Drawn:
         data.draw(st.sampled_from(RANKS), "R"),
         data.draw(st.sampled_from(ACTIVATIONS), "activation"),
         dtype=data.draw(st.sampled_from([bf16, np.float32]), "adapters"),
+        method=data.draw(st.sampled_from(methods), "method"),
         with_biases=data.draw(st.booleans(), "biases"),
     )
     batch, grad_output = draw_training(rng, student, data.draw(st.sampled_from(TOKENS), "T"), num_slots)
@@ -225,9 +271,50 @@ def low_level_sft(engine: Any, student: Student, num_slots: int, **options: Any)
     sizes = (layer.num_experts, num_slots, layer.hidden_size, layer.inter_size)
     config = ext.moe.MOESFTConfig(*sizes, pool=engine.backend_)
     config.set_activation(spec.kind, spec.gated, spec.limit, spec.alpha, spec.beta1, spec.beta2)
-    for name, value in {"lora_rank": student.rank, "lora_alpha": student.lora_alpha, **options}.items():
+    own = {"lora_rank": student.rank, "lora_alpha": student.lora_alpha, "group_size": student.method[1] or 0}
+    for name, value in {**own, **options}.items():
         setattr(config, name, value)
-    moe = ext.moe.AMXBF16_SFT_MOE(config)
-    engine.run(moe.load_weights_task(*layer.matrices, **layer.biases))
+    moe = getattr(ext.moe, find_method(student.method[0], "sft").layer)(config)
+    engine.run(moe.load_weights_task(**_encoded(engine, student), **layer.biases))
     engine.run(moe.update_lora_weights_task(**student.lora))
     return moe
+
+
+def _encoded(engine: Any, student: Student) -> dict[str, Any]:
+    """The weights as the extension takes them: quantised by a method that does."""
+    method, group_size = student.method
+    fmt = find_method(method, "sft").formats.get(group_size)
+    encoded: dict[str, Any] = {}
+    for name, matrix in zip(("gate", "up", "down"), student.layer.matrices, strict=True):
+        if fmt is None or matrix is None:
+            encoded[f"{name}_proj"] = matrix
+        else:
+            made = quantize_projection(engine, FORMATS[fmt], name, matrix, matrix.shape)
+            encoded |= {f"{name}_proj": made.codes, f"{name}_scale": made.row_scale}
+    return encoded
+
+
+def _low_level_step(
+    engine: Any, student: Student, batch: Batch, grad_output: AnyArray, **options: Any
+) -> Step:
+    """A step with all gradients that the method has, on an engine of one's own choice."""
+    moe = low_level_sft(engine, student, batch.ids.shape[1], **options)
+    out = np.full(batch.x.shape, np.nan, np.float32)
+    engine.run(moe.forward_sft_task(*batch, out))
+    matrices = dict(student.lora)
+    if student.method == BF16:
+        gate, up, down = student.layer.matrices
+        matrices |= {"gate_proj": gate, "down_proj": down, **({} if up is None else {"up_proj": up})}
+    gradients = {name: np.full(value.shape, np.nan, np.float32) for name, value in matrices.items()}
+    grad_input, grad_weights = np.full_like(batch.x, np.nan), np.full_like(batch.weights, np.nan)
+    engine.run(moe.backward_task(grad_output, grad_input, grad_weights, **gradients))
+    return Step(out, {"grad_input": grad_input, "grad_weights": grad_weights, **gradients})
+
+
+def assert_same_on_any_threads(
+    engines: Sequence[Any], student: Student, batch: Batch, grad_output: AnyArray, **options: Any
+) -> None:
+    """A step has the same bits on the engines of `POOLS`; options are those of the extension's config."""
+    steps = [_low_level_step(engine, student, batch, grad_output, **options) for engine in engines]
+    for pool, step in zip(POOLS, steps, strict=True):
+        assert_same_steps(step, steps[0], f"threads {pool}")

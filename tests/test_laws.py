@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from layers import (
     ACTIVATIONS,
     IS_SLOW,
+    POOLS,
     STORAGES,
     Batch,
     Layer,
@@ -19,7 +19,6 @@ from layers import (
     bf16,
     draw_batch,
     draw_layer,
-    engine_of,
     low_level_moe,
     stored,
 )
@@ -120,17 +119,6 @@ def exact_added(layer: Layer, batch: Batch, out: AnyArray) -> AnyArray:
 
 
 # ---- who computes ----
-
-#: Threads of each sub-pool.
-POOLS = ([1], [2], [3], [1, 1], [1, 2, 1], [2, 2], [1] * 6)
-
-
-@pytest.fixture(scope="module")
-def engines() -> Iterator[list[Any]]:
-    made = [engine_of(*pool) for pool in POOLS]
-    yield made
-    for engine in made:
-        engine.shutdown()
 
 
 def low_level(engine: Any, layer: Layer, batch: Batch) -> AnyArray:

@@ -18,41 +18,17 @@ from layers import (
     draw_batch,
     draw_layer,
 )
-
-from ktmoe_np.reference import quantize_int4, quantize_int8
+from quantized_layers import METHODS, product_of, quantized_layer
 
 SIZES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 45, 63, 64, 65, 70, 95, 100, 128, 129, 160)
 TOKENS = (0, 1, 2, 3, 4, 5, 7, 13, 14, 16, 17, 33, 65)
 BAD_NUMBERS = (np.nan, np.inf, -np.inf)
-#: Method, group size.
-METHODS = (
-    ("AMXINT8", None),
-    ("AMXINT4", 32),
-    ("AMXINT4", 64),
-    ("AMXINT4", 128),
-    ("MOE_INT8", None),
-    ("MOE_INT8", 32),
-    ("MOE_INT4", 32),
-    ("MOE_INT4", 64),
-    ("MOE_INT4", 128),
-)
 every_method = pytest.mark.parametrize(("method", "group_size"), METHODS)
-
-
-def reference_of(layer: Layer, method: str, group_size: int | None) -> Layer:
-    """The layer with what the method makes of its weights."""
-    if method.endswith("INT4"):
-        return layer.with_matrices(lambda w: quantize_int4(w, group_size=group_size or 32))
-    return layer.with_matrices(lambda w: quantize_int8(w, group_size=group_size))
-
-
-def product_of(method: str) -> str:
-    return "int8" if method.startswith("AMX") else "bfloat16"
 
 
 def check(layer: Layer, batch: Batch, method: str, group_size: int | None, **options: Any) -> None:
     got = layer.forward(batch, method=method, group_size=group_size, **options)
-    assert_close(got, reference_of(layer, method, group_size), batch, product=product_of(method))
+    assert_close(got, quantized_layer(layer, method, group_size), batch, product=product_of(method))
 
 
 @settings(deadline=None, max_examples=60 if IS_SLOW else 200)

@@ -12,8 +12,6 @@ from sft_layers import Student, draw_student, draw_training
 
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np._arrays import as_numpy
-from ktmoe_np._methods import Method
-from ktmoe_np.sft import SFTOptions
 
 AnyArray = Any
 Error = type[BaseException]
@@ -125,16 +123,6 @@ def test_inference_has_no_options_of_training(option: dict[str, Any]) -> None:
         KTMoEWrapper(0, E, P, H, I, **option)
     with pytest.raises(TypeError, match=r"lora_rnk: unexpected keyword"):
         KTMoEWrapper(0, E, P, H, I, lora_rnk=3)
-
-
-def test_only_bf16_has_gradients_of_its_weights() -> None:
-    method = Method("AMXINT8_SFT", "sft", "sft.amx:AMXSFTMoEWrapper", "AMXInt8_SFT_MOE", weights="int8")
-    message = (
-        "full_weight_grad: got True, .* base weights of method 'AMXINT8_SFT' are int8, and only those in bf"
-    )
-    with pytest.raises(ValueError, match=message):
-        SFTOptions.of(method, {"full_weight_grad": True})
-    assert SFTOptions.of(method, {"lora_rank": 3}).lora_rank == 3
 
 
 # ---- adapters ----

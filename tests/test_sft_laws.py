@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import ACTIVATIONS, IS_SLOW, Batch, assert_same_bits, bf16, draw, draw_batch, engine_of
+from layers import ACTIVATIONS, IS_SLOW, Batch, assert_same_bits, bf16, draw, draw_batch
 from sft_layers import (
     Step,
     Student,
+    assert_same_on_any_threads,
     assert_same_steps,
     assert_step_close,
     by_name,
     draw_student,
     draw_training,
-    low_level_sft,
+    joined,
+    per_matrix,
     train,
 )
 
@@ -43,10 +44,6 @@ def drawn(
     rng = np.random.default_rng(seed)
     student = draw_student(rng, size, rank, activation, with_biases=bool(rng.integers(2)))
     return rng, student, *draw_training(rng, student, num_tokens, num_slots)
-
-
-def per_matrix(step: Step) -> dict[str, AnyArray]:
-    return {name: v for name, v in step.gradients.items() if name not in ("grad_input", "grad_weights")}
 
 
 # ---- inference ----
@@ -122,11 +119,7 @@ def test_gradients_add_over_micro_batches(
     _, student, batch, grad_output = drawn(seed, size, 30, num_slots, rank)
     moe = student.wrapper(num_slots, full_weight_grad=True)
     parts = [train(moe, batch.rows(rows), grad_output[rows]) for rows in (slice(first), slice(first, None))]
-    names = parts[0].gradients
-    joined = {name: np.concatenate([part.gradients[name] for part in parts]) for name in list(names)[:2]}
-    added = {name: per_matrix(parts[0])[name] + per_matrix(parts[1])[name] for name in per_matrix(parts[0])}
-    out = np.concatenate([part.out for part in parts])
-    assert_step_close(Step(out, {**joined, **added}), student, batch, grad_output)
+    assert_step_close(joined(parts), student, batch, grad_output)
 
 
 @law
@@ -185,32 +178,6 @@ def test_no_gradient_of_the_output_is_none_of_anything() -> None:
 
 # ---- who computes ----
 
-#: Threads of each sub-pool.
-POOLS = ([1], [2], [3], [1, 1], [1, 2, 1], [1] * 5)
-
-
-@pytest.fixture(scope="module")
-def engines() -> Iterator[list[Any]]:
-    made = [engine_of(*pool) for pool in POOLS]
-    yield made
-    for engine in made:
-        engine.shutdown()
-
-
-def low_level_step(
-    engine: Any, student: Student, batch: Batch, grad_output: AnyArray, **options: Any
-) -> Step:
-    """A step with all gradients on an engine of one's own choice."""
-    moe = low_level_sft(engine, student, batch.ids.shape[1], **options)
-    out = np.full(batch.x.shape, np.nan, np.float32)
-    engine.run(moe.forward_sft_task(*batch, out))
-    weights = dict(zip(("gate_proj", "up_proj", "down_proj"), student.layer.matrices, strict=True))
-    matrices = {**student.lora, **{name: value for name, value in weights.items() if value is not None}}
-    gradients = {name: np.full(value.shape, np.nan, np.float32) for name, value in matrices.items()}
-    grad_input, grad_weights = np.full_like(batch.x, np.nan), np.full_like(batch.weights, np.nan)
-    engine.run(moe.backward_task(grad_output, grad_input, grad_weights, **gradients))
-    return Step(out, {"grad_input": grad_input, "grad_weights": grad_weights, **gradients})
-
 
 @law
 @given(
@@ -233,18 +200,12 @@ def test_any_threads_give_the_same_bits(
     options: dict[str, Any],
 ) -> None:
     _, student, batch, grad_output = drawn(seed, size, num_tokens, num_slots, rank, activation)
-    expected = low_level_step(engines[0], student, batch, grad_output, **options)
-    for pool, engine in zip(POOLS[1:], engines[1:], strict=True):
-        step = low_level_step(engine, student, batch, grad_output, **options)
-        assert_same_steps(step, expected, f"threads {pool}")
+    assert_same_on_any_threads(engines, student, batch, grad_output, **options)
 
 
 def test_many_rows_on_any_threads(engines: list[Any]) -> None:
     _, student, batch, grad_output = drawn(1, (2, 70, 100), 300 if IS_SLOW else 700, 2, 16)
-    expected = low_level_step(engines[0], student, batch, grad_output)
-    for pool, engine in zip(POOLS[1:], engines[1:], strict=True):
-        step = low_level_step(engine, student, batch, grad_output)
-        assert_same_steps(step, expected, f"threads {pool}")
+    assert_same_on_any_threads(engines, student, batch, grad_output)
 
 
 def test_again_and_again_and_after_others() -> None:

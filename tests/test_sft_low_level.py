@@ -130,6 +130,26 @@ def test_a_config_is_refused(engine: Any, case: str) -> None:
     ext.moe.AMXBF16_SFT_MOE(config)
 
 
+#: Class without its end, a group size that it does not have, and what it expects.
+GROUP_SIZES = [
+    ("AMXBF16", 32, "0: bf16 weights have no scales"),
+    ("AMXInt8", 32, "0: integer products take scales of rows"),
+    ("AMXInt4", 48, "32, 64 or 128"),
+    ("Int8", 64, "0 or 32"),
+    ("Int4", 16, "32, 64 or 128"),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "expected"), GROUP_SIZES)
+@pytest.mark.parametrize("end", ["MOE", "SFT_MOE"])
+def test_a_group_size_is_refused(engine: Any, name: str, size: int, expected: str, end: str) -> None:
+    kind = ext.moe.MOESFTConfig if end == "SFT_MOE" else ext.moe.MOEConfig
+    config = kind(E, P, H, I, pool=engine.backend_)
+    config.group_size = size
+    with pytest.raises(ValueError, match=f"^group_size: got {size}, expected {expected}$"):
+        getattr(ext.moe, f"{name}_{end}")(config)
+
+
 def test_a_layer_that_trains_does_inference_too(engine: Any, student: Student, training: Any) -> None:
     moe, out = low_level_sft(engine, student, P), np.empty((T, H), bf16)
     batch, _ = training

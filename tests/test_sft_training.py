@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 from layers import Batch, assert_same_bits, bf16, draw, draw_batch
-from sft_layers import Student, draw_lora, draw_student, train
+from sft_layers import BF16, Method, draw_lora, draw_student, train
 
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np.cli.adam import Adam
@@ -39,10 +40,10 @@ def optimizer(weights: dict[str, AnyArray]) -> Adam:
 class Task:
     """What is to be learned: the same batches for all who learn."""
 
-    def __init__(self, activation: str) -> None:
+    def __init__(self, activation: str, method: Method = BF16) -> None:
         rng = np.random.default_rng(0)
-        self.student = draw_student(rng, (E, I, H), R, activation, scale=1.0)
-        teacher = Student(self.student.layer, draw_lora(rng, self.student.layer, R), R).wrapper(P)
+        self.student = draw_student(rng, (E, I, H), R, activation, method=method, scale=1.0)
+        teacher = replace(self.student, lora=draw_lora(rng, self.student.layer, R)).wrapper(P)
         self.batches = [draw_batch(rng, self.student.layer, T, P) for _ in range(NUM_BATCHES)]
         self.targets = [teacher.forward(*batch).astype(np.float32) for batch in self.batches]
         self.first = {k: m if k.endswith("a") else np.zeros_like(m) for k, m in self.student.lora.items()}
@@ -63,7 +64,7 @@ class Task:
         return losses
 
     def engine(self, **options: Any) -> list[float]:
-        moe = Student(self.student.layer, {}, R).wrapper(P, **options)
+        moe = replace(self.student, lora={}).wrapper(P, **options)
 
         def one_step(weights: dict[str, AnyArray], batch: Batch, step: int) -> Any:
             moe.update_lora_weights(**weights)
@@ -78,8 +79,7 @@ class Task:
         def one_step(weights: dict[str, AnyArray], batch: Batch, step: int) -> Any:
             up = {} if "up_lora_a" in weights else {"up_lora_a": None, "up_lora_b": None}
             lora = LoraWeights(**weights, **up, lora_alpha=student.lora_alpha)
-            layer, activation = student.layer, student.layer.activation
-            out, cache = moe_forward_sft(*batch, *layer.matrices, lora=lora, activation=activation)
+            out, cache = moe_forward_sft(**{**student.reference(batch), "lora": lora})
             loss, grad_output = self.loss(out, step)
             return loss, vars(moe_backward(cache, grad_output))
 
@@ -98,9 +98,12 @@ def assert_same_course(losses: list[float], expected: list[float]) -> None:
     np.testing.assert_allclose(losses, expected, rtol=APART)
 
 
-@pytest.mark.parametrize("activation", ["silu", "relu2"])
-def test_a_student_learns_as_the_reference_does(activation: str) -> None:
-    task = Task(activation)
+@pytest.mark.parametrize(
+    ("activation", "method"),
+    [("silu", BF16), ("relu2", BF16), ("silu", ("AMXINT4_SFT", 32)), ("silu", ("MOE_INT8_SFT", None))],
+)
+def test_a_student_learns_as_the_reference_does(activation: str, method: Method) -> None:
+    task = Task(activation, method)
     losses = task.engine()
     assert (np.diff(of_epochs(losses)) < 0).all()
     assert of_epochs(losses)[-1] < LEFT
@@ -115,7 +118,7 @@ def test_it_learns_with_dropout() -> None:
 
 def test_micro_batches_learn_the_same() -> None:
     task = Task("silu")
-    moe = Student(task.student.layer, {}, R).wrapper(P)
+    moe = replace(task.student, lora={}).wrapper(P)
 
     def one_step(weights: dict[str, AnyArray], batch: Batch, step: int) -> Any:
         moe.update_lora_weights(**weights)

@@ -19,7 +19,7 @@ from ..cases import Case
 from ..layer import Array, Layer, bfloat16
 from ..spec import Spec
 
-__all__ = ["LIBRARIES", "Contender", "address", "contenders"]
+__all__ = ["LIBRARIES", "Contender", "address", "aligned", "contenders"]
 
 #: Imported before the load is timed.
 LIBRARIES: tuple[str, ...] = ()
@@ -31,7 +31,12 @@ _CLASSES = {
     "AMXINT4": ("AMXInt4_MOE",),
     "MOE_INT8": ("Int8_KERNEL_MOE",),
     "AMXBF16_SFT": ("AMXBF16_SFT_MOE",),
+    "AMXINT8_SFT": ("AMXInt8_SFT_MOE",),
+    "AMXINT4_SFT": ("AMXInt4_SFT_MOE",),
 }
+
+#: It reads arrays in whole vectors; in training these must begin on a cache line.
+_ALIGNMENT = 64
 
 #: Builds of the wheel, the most capable first, and the CPU flag that they need.
 _BUILDS = (("amx", "amx_bf16"), ("avx512_bf16", "avx512_bf16"), ("avx512_base", "avx512f"), ("avx2", "avx2"))
@@ -56,7 +61,7 @@ class Contender:
         self._path = _find_extension(Path(spec.options["ext"]))
         self._ext = _import(self._path)
         self._engine = self._ext.CPUInfer(spec.threads)
-        self._map = np.arange(spec.shape.experts, dtype=np.int64)
+        self._map = aligned(np.arange(spec.shape.experts, dtype=np.int64))
         self._per_token = spec.shape.per_token
         self._moe = self._load(spec, layer)
 
@@ -110,6 +115,15 @@ class Contender:
 def address(array: Array) -> int:
     """Where an array lies."""
     return int(array.ctypes.data)
+
+
+def aligned(array: Array) -> Array:
+    """Copy an array to where a cache line begins."""
+    memory = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    start = -address(memory) % _ALIGNMENT
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def _find_extension(path: Path) -> Path:

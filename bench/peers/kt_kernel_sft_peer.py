@@ -8,8 +8,9 @@ import numpy as np
 
 from ..cases import Case
 from ..layer import Array, Layer, bfloat16
+from ..methods import METHODS
 from ..spec import Spec
-from .kt_kernel_peer import LIBRARIES, address
+from .kt_kernel_peer import LIBRARIES, address, aligned
 from .kt_kernel_peer import Contender as ForwardContender
 from .kt_kernel_peer import contenders as forward_contenders
 
@@ -18,16 +19,14 @@ __all__ = ["LIBRARIES", "Contender", "contenders"]
 #: The most tokens that it is told must be a multiple of this.
 _STEP = 32
 
-#: It reads arrays in whole vectors that must begin on a cache line.
-_ALIGNMENT = 64
-
 #: In the order of its arguments.
 _ADAPTERS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 
 
 def contenders(base: Spec, options: Any) -> list[Spec]:
     """Take the same numbers of threads as forward; weights are packed once for each direction."""
-    return [spec.but(copies=2.0) for spec in forward_contenders(base, options)]
+    copies = 2 * METHODS[base.method].of_bf16
+    return [spec.but(copies=copies) for spec in forward_contenders(base, options)]
 
 
 class Contender(ForwardContender):
@@ -42,24 +41,24 @@ class Contender(ForwardContender):
         config.lora_rank, config.lora_alpha = shape.rank, shape.alpha
         self._configure(config, spec, layer)
         config.max_len = -(-spec.max_tokens // _STEP) * _STEP
-        self._adapters = {name: _aligned(layer.lora[name]) for name in _ADAPTERS}
+        self._adapters = {name: aligned(layer.lora[name]) for name in _ADAPTERS}
         for name, adapter in self._adapters.items():
             setattr(config, name, address(adapter))
         moe = self._class(spec.method)(config)
         self._engine.submit(moe.load_weights_task())
         self._engine.sync()
-        self._gradients = {name: _aligned(np.zeros_like(layer.lora[name])) for name in _ADAPTERS}
+        self._gradients = {name: aligned(np.zeros_like(layer.lora[name])) for name in _ADAPTERS}
         return moe
 
     def prepare(self, cases: list[Case]) -> None:
         """See `bench.peers.Contender`."""
-        self._cases = cases = [Case(*(None if a is None else _aligned(a) for a in case)) for case in cases]
+        self._cases = cases = [Case(*(None if a is None else aligned(a) for a in case)) for case in cases]
         for gradient in self._gradients.values():
             gradient[...] = 0  # some are added to what is there
         x, ids, weights, _ = cases[0]
-        self._batch = np.array([len(x)], np.int32)
-        self._out, self._grad_input = (_aligned(np.empty(x.shape, bfloat16)) for _ in range(2))
-        self._grad_weights = _aligned(np.empty(weights.shape, np.float32))
+        self._batch = aligned(np.array([len(x)], np.int32))
+        self._out, self._grad_input = (aligned(np.empty(x.shape, bfloat16)) for _ in range(2))
+        self._grad_weights = aligned(np.empty(weights.shape, np.float32))
         begin, out = (address(self._batch), ids.shape[1]), address(self._out)
         self._calls = [(*begin, *map(address, (c.ids, c.weights, c.x)), out, True) for c in cases]
         matrices = [address(self._gradients[name]) for name in _ADAPTERS]
@@ -89,12 +88,3 @@ class Contender(ForwardContender):
             "adapters": sum(array.nbytes for array in self._adapters.values()),
             "gradients": sum(array.nbytes for array in self._gradients.values()),
         }
-
-
-def _aligned(array: Array) -> Array:
-    """Copy an array to where a cache line begins."""
-    memory = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
-    start = -address(memory) % _ALIGNMENT
-    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy

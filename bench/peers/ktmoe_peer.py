@@ -21,7 +21,8 @@ LIBRARIES: tuple[str, ...] = ("ktmoe_np",)
 
 def contenders(base: Spec, options: Any) -> list[Spec]:
     """One for each instruction set asked for, which also measures the machine with it."""
-    spec = base.but(peer="ktmoe")
+    of_bf16 = METHODS[base.method].of_bf16
+    spec = base.but(peer="ktmoe", copies=of_bf16 if of_bf16 < 1.0 else 0.0)
     return [
         spec.but(family=f"ktmoe {isa}", isa=isa, gives_limits=base.gives_limits and isa != "amx_emu")
         for isa in options.isa
@@ -49,7 +50,7 @@ def make_layer(spec: Spec, layer: Layer, **options: Any) -> Any:
 
 
 class Contender:
-    """A layer of ktmoe_np that uses the shared weights in place."""
+    """A layer of ktmoe_np that uses the shared weights in place, or quantises them for itself."""
 
     def __init__(self, spec: Spec, layer: Layer) -> None:
         self._spec, self._layer = spec, layer

@@ -15,7 +15,7 @@ __all__ = ["LIBRARIES", "Contender", "contenders"]
 
 
 class Contender:
-    """A layer of ktmoe_np that uses the shared weights in place, and arrays for gradients again."""
+    """A layer of ktmoe_np as in `ktmoe_peer`, with arrays for gradients that are used again."""
 
     def __init__(self, spec: Spec, layer: Layer) -> None:
         shape = spec.shape

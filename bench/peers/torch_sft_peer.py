@@ -16,9 +16,12 @@ __all__ = ["LIBRARIES", "Contender", "contenders"]
 
 
 def contenders(base: Spec, options: Any) -> list[Spec]:
-    """One."""
+    """One, of bf16 weights."""
     if base.method != "AMXBF16_SFT":
-        return []
+        raise ValueError(
+            f"torch: takes no part in {base.method}: autograd would run on weights that were decoded to bf16 "
+            "beforehand, which is AMXBF16_SFT"
+        )
     return [base.but(peer="torch", family="torch autograd", options={"way": "loop"}, gives_limits=False)]
 
 

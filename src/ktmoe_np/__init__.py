@@ -10,7 +10,7 @@ from .experts import KTMoEWrapper
 from .inference import AMXMoEWrapper, BaseMoEWrapper, GeneralMoEWrapper, NativeMoEWrapper
 from .kt_kernel_ext import isa_info
 from .masks import generate_gpu_experts_masks
-from .sft import AMXSFTMoEWrapper, BaseSFTMoEWrapper, SFTGradients
+from .sft import AMXSFTMoEWrapper, BaseSFTMoEWrapper, QuantizedSFTMoEWrapper, SFTGradients
 
 __version__ = "0.1.0"
 
@@ -26,6 +26,7 @@ __all__ = [
     "KTMoEWrapper",
     "MoEConfig",
     "NativeMoEWrapper",
+    "QuantizedSFTMoEWrapper",
     "SFTGradients",
     "config",
     "generate_gpu_experts_masks",

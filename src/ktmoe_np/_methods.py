@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["METHODS", "Method", "find_method"]
+__all__ = ["METHODS", "Method", "find_method", "training_name"]
 
 
 @dataclass(frozen=True)
@@ -50,28 +50,46 @@ class Method:
 _AMX, _GENERAL = "inference.amx:AMXMoEWrapper", "inference.general:GeneralMoEWrapper"
 
 
-def _sft(name: str, skip_lora: bool = False) -> Method:
-    return Method(name, "sft", "sft.amx:AMXSFTMoEWrapper", "AMXBF16_SFT_MOE", "bf16", skip_lora)
-
-
 def _quantized(name: str, wrapper: str, layer: str, weights: str, *group_sizes: int | None) -> Method:
     formats = {size: weights if size is None else f"{weights}_group{size}" for size in group_sizes}
     product = "int8" if wrapper == _AMX else "bfloat16"
     return Method(name, "inference", wrapper, layer, weights, formats=formats, product=product)
 
 
-#: The first of a mode is its default.
-METHODS = (
+_INFERENCE = (
     Method("BF16", "inference", "inference.native:NativeMoEWrapper", "AMXBF16_MOE"),
     _quantized("AMXINT8", _AMX, "AMXInt8_MOE", "int8", None),
     _quantized("AMXINT4", _AMX, "AMXInt4_MOE", "int4", 32, 64, 128),
     _quantized("MOE_INT8", _GENERAL, "Int8_MOE", "int8", None, 32),
     _quantized("MOE_INT4", _GENERAL, "Int4_MOE", "int4", 32, 64, 128),
-    _sft("AMXBF16_SFT"),
-    _sft("BF16_SFT"),  # the same under a shorter name
-    _sft("AMXBF16_SFT_SkipLoRA", skip_lora=True),
-    _sft("BF16_SFT_SkipLoRA", skip_lora=True),
 )
+
+
+def training_name(inference: str) -> str:
+    """The method that trains adapters on what a method for inference computes."""
+    return f"{inference}_SFT"
+
+
+def _training(method: Method) -> Iterator[Method]:
+    """The methods that train adapters on what a method for inference computes."""
+    wrapper = "sft.quantized:QuantizedSFTMoEWrapper" if method.formats else "sft.amx:AMXSFTMoEWrapper"
+    layer = method.layer.replace("_MOE", "_SFT_MOE")
+    # BF16 has two names, of which the longer one is as that of its class.
+    names = ("AMXBF16", "BF16") if method.name == "BF16" else (method.name,)
+    for suffix, skip_lora in (("", False), ("_SkipLoRA", True)):
+        for name in names:
+            yield replace(
+                method,
+                name=training_name(name) + suffix,
+                mode="sft",
+                wrapper=wrapper,
+                layer=layer,
+                skip_lora=skip_lora,
+            )
+
+
+#: The first of a mode is its default.
+METHODS = (*_INFERENCE, *(trained for method in _INFERENCE for trained in _training(method)))
 
 
 def find_method(name: str | None, mode: str) -> Method:

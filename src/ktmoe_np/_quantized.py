@@ -140,6 +140,8 @@ class QuantizedWeights(MoELayer):
             that the activation does not use.
         IndexError
             An entry of the map outside 0 to E - 1.
+        RuntimeError
+            Of a layer for training: saved forward passes wait for their backward pass.
 
         Examples
         --------

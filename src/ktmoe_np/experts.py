@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 from ._arrays import Array
-from ._methods import Method, find_method
+from ._methods import Method, find_method, training_name
 from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import MoEConfig, parse_activation
 from .inference.base import BaseMoEWrapper
@@ -52,8 +52,9 @@ class KTMoEWrapper:
     method : str
         How weights are encoded, and for training what is trained. Of mode ``inference``: ``BF16``;
         ``AMXINT8`` and ``AMXINT4``, which quantise weights and activations; ``MOE_INT8`` and ``MOE_INT4``,
-        which quantise weights alone. Of mode ``sft``: ``AMXBF16_SFT`` or ``BF16_SFT``, and
-        ``AMXBF16_SFT_SkipLoRA`` or ``BF16_SFT_SkipLoRA`` for gradients of the input and the routing weights
+        which quantise weights alone. Of mode ``sft``, which trains adapters on the same base weights:
+        ``AMXBF16_SFT`` or, shorter, ``BF16_SFT``; ``AMXINT8_SFT``, ``AMXINT4_SFT``, ``MOE_INT8_SFT`` and
+        ``MOE_INT4_SFT``. Each with ``_SkipLoRA`` behind it for gradients of the input and the routing weights
         alone.
     mode : str
         ``inference`` or ``sft``.
@@ -65,7 +66,8 @@ class KTMoEWrapper:
         See `ktmoe_np.config.parse_activation`.
     group_size : int, optional
         Of methods that quantise: how many columns of a row share a scale. ``AMXINT4`` and ``MOE_INT4``: 32
-        (which None means too), 64 or 128; ``MOE_INT8``: 32, or None for one scale a row; others: None.
+        (which None means too), 64 or 128; ``MOE_INT8``: 32, or None for one scale a row; others: None. The
+        same with ``_SFT``.
     lora_rank, lora_alpha, lora_dropout, max_cache_depth, full_weight_grad, recompute, seed, cache_dtype
         Of mode ``sft``, by keyword: see `ktmoe_np.sft.SFTOptions`.
 
@@ -177,7 +179,8 @@ class KTMoEWrapper:
             The layer.
         method : str, optional
             None takes what the checkpoint is encoded in. Of a directory that ``ktmoe convert`` has written
-            that is what it was converted for, which also gives the group size.
+            that is what it was converted for, with ``_SFT`` for training. The directory also gives the group
+            size.
         mode : str
             ``inference`` or ``sft``.
         **overrides
@@ -200,9 +203,10 @@ class KTMoEWrapper:
         }
         overrides = {**sizes, "weight_path": path, **overrides}
         physical_to_logical_map = overrides.pop("physical_to_logical_map", None)
-        if mode == "inference" and manifest_path(path).exists():
+        if manifest_path(path).exists():
             manifest = read_manifest(path)
-            method = manifest.method if method is None else method
+            if method is None:
+                method = training_name(manifest.method) if mode == "sft" else manifest.method
             if manifest.group_size in find_method(method, mode).formats:
                 overrides = {"group_size": manifest.group_size, **overrides}
         method = find_method(method, mode).name

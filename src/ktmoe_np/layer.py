@@ -173,6 +173,8 @@ class MoELayer(_MoEBase):
             Another shape or number of arrays, or an `up_proj` that the activation does not use.
         IndexError
             An entry of the map outside 0 to E - 1.
+        RuntimeError
+            Of a layer for training: saved forward passes wait for their backward pass.
         """
         if physical_to_logical_map is not None:
             physical_to_logical_map = expert_ids(physical_to_logical_map, "physical_to_logical_map")

@@ -5,10 +5,12 @@ from .amx import AMXSFTMoEWrapper
 from .base import BaseSFTMoEWrapper
 from .gradients import SFTGradients
 from .options import SFTOptions
+from .quantized import QuantizedSFTMoEWrapper
 
 __all__ = [
     "AMXSFTMoEWrapper",
     "BaseSFTMoEWrapper",
+    "QuantizedSFTMoEWrapper",
     "SFTGradients",
     "SFTOptions",
     "export_peft",

@@ -35,7 +35,7 @@ class SFTOptions:
     max_cache_depth : int
         Forward passes that may wait for their backward pass.
     full_weight_grad : bool
-        The gradients of the base weights too.
+        The gradients of the base weights too, where these are bf16.
     recompute : bool
         Keep input and routing only, and repeat the forward pass in the backward pass: the same bits, less
         memory.
