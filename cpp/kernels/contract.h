@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/aligned_buffer.h"
 #include "core/types.h"
 #include "formats/format.h"
 #include "isa/isa.h"
@@ -42,13 +43,16 @@ struct RowsView {
 //                        wide as its rows, K padded with zeros
 // For integer products, made by KernelTable::pack_int8: codes in place of bf16, twice as many in the same
 // bytes, and what became of each row.
+struct QuantizedRow;
 struct Operand {
   const std::byte* data = nullptr;
   size_t stride_bytes = 0;         // from row to row, or from panel to panel
-  const int32_t* index = nullptr;  // row-dot-row kernels only
+  const int32_t* index = nullptr;  // of rows: null for those of tile kernels that are bf16
   uint32_t rows = 0;
   uint32_t k = 0;
-  const struct QuantizedRow* quantized = nullptr;  // [rows] of int8 operands
+  const QuantizedRow* quantized = nullptr;  // of int8 operands, by the index
+
+  inline const QuantizedRow& quantized_row(uint32_t m) const;
 };
 
 // A row x of activations in int8: scale = max |x| / 127, codes = rint(x / scale) from -127 to 127, zeros for
@@ -56,6 +60,24 @@ struct Operand {
 struct QuantizedRow {
   float scale;
   int32_t sum;  // of its codes
+};
+const QuantizedRow& Operand::quantized_row(uint32_t m) const { return quantized[index ? index[m] : m]; }
+
+// Rows of activations in int8, in one piece of memory aligned to 64 bytes: codes, each row's on cache lines
+// of its own with zeros behind them, and what became of each row.
+struct Int8Rows {
+  std::byte* codes = nullptr;
+  size_t stride = 0;
+  QuantizedRow* row = nullptr;
+
+  static size_t stride_of(uint32_t k) { return round_up(k, kCacheLine); }
+  static size_t bytes(size_t rows, uint32_t k) {
+    return rows * stride_of(k) + round_up(rows * sizeof(QuantizedRow), kCacheLine);
+  }
+  static Int8Rows in(std::byte* data, size_t rows, uint32_t k) {
+    return {data, stride_of(k), reinterpret_cast<QuantizedRow*>(data + rows * stride_of(k))};
+  }
+  Int8Rows from(size_t m) const { return {codes + m * stride, stride, row + m}; }
 };
 
 // C[m, n - n0] (+)= sum_k X[m, k] W[n, k] for n in [n0, n1), in fp32. C is a block of c_floats(M, n1 - n0)
@@ -181,9 +203,11 @@ struct KernelTable {
   size_t (*nt_scratch_bytes)(uint32_t k);
   std::array<void (*)(const NtArgs&), kNumFormats> nt;
 
-  // Integer products: operands in int8, and the product by format, null for one that is not kIsInteger.
+  // Integer products: rows to int8, their operand, and the product by format, null for one that is not
+  // kIsInteger.
+  void (*quantize_rows)(const RowsView& rows, uint32_t m, uint32_t k, const Int8Rows& to);
   size_t (*int8_operand_bytes)(uint32_t m, uint32_t k);
-  Operand (*pack_int8)(const RowsView& rows, uint32_t m, uint32_t k, std::byte* data);
+  Operand (*pack_int8)(const Int8Rows& rows, const int32_t* index, uint32_t m, uint32_t k, std::byte* data);
   std::array<void (*)(const NtArgs&), kNumFormats> nt_int8;
 
   void (*activate)(const ActivateArgs&);

@@ -16,15 +16,22 @@ struct PackedRows {
   uint32_t m0 = 0;
   kernels::Operand operand;
 
-  // The rows of a task as an operand in `memory`, packed anew only when the expert or the rows change; in
-  // int8 for integer products.
-  const kernels::Operand& pack_once(const kernels::KernelTable& table, const kernels::RowsView& rows,
-                                    const PanelTask& task, uint32_t k, std::byte* memory,
-                                    bool in_int8 = false) {
+  // The rows of a task as an operand, packed anew only when the expert or the rows change: pack() does it.
+  template <class Pack>
+  const kernels::Operand& pack_once(const PanelTask& task, Pack&& pack) {
     if (active == task.active && m0 == task.m0) return operand;
-    operand = (in_int8 ? table.pack_int8 : table.pack)(rows, task.m1 - task.m0, k, memory);
+    operand = pack();
     active = task.active, m0 = task.m0;
     return operand;
+  }
+  const kernels::Operand& pack_once(const kernels::KernelTable& table, const kernels::RowsView& rows,
+                                    const PanelTask& task, uint32_t k, std::byte* memory) {
+    return pack_once(task, [&] { return table.pack(rows, task.m1 - task.m0, k, memory); });
+  }
+  const kernels::Operand& pack_once(const kernels::KernelTable& table, const kernels::Int8Rows& rows,
+                                    const int32_t* index, const PanelTask& task, uint32_t k,
+                                    std::byte* memory) {
+    return pack_once(task, [&] { return table.pack_int8(rows, index, task.m1 - task.m0, k, memory); });
   }
 };
 
@@ -50,8 +57,15 @@ struct LayerCall {
   const GeneralMOEConfig* config = nullptr;
   const ForwardArgs* args = nullptr;
   RoutingPlan plan;
-  std::vector<std::byte*> h;  // the intermediate of each active expert: an operand, or rows of bf16
+  std::vector<std::byte*> h;  // the intermediate of each active expert, an operand
+  // Before integer products instead, since a row is quantised when all of it is there:
+  bf16* h_rows = nullptr;    // the intermediate by rows of the plan, h_stride() apart
+  kernels::Int8Rows x8, h8;  // the input by token, the intermediate by rows of the plan
   std::vector<WorkerScratch> workers;
+
+  size_t h_stride() const {
+    return round_up(static_cast<size_t>(config->intermediate_size), kernels::kOutputBlock);
+  }
 };
 
 }  // namespace ktmoe

@@ -87,15 +87,14 @@ class AMX_MOE_BASE {
 
   void down(LayerCall& call, WorkerScratch& scratch, uint32_t task_index) {
     const PanelTask& task = down_tasks_[task_index];
-    const auto& expert = call.plan.active[task.active];
-    const size_t e = expert.expert;
+    const size_t e = call.plan.active[task.active].expert;
     const kernels::Operand h = down_operand(call, scratch, task);
 
     kernels::StoreRowsArgs store;
     store.bias = bias_of(biases_->down, e * static_cast<size_t>(config_.hidden_size) + task.n0);
     store.m = task.m1 - task.m0, store.n = task.n1 - task.n0;
     store.y_stride = pass_.columns.size();
-    store.y = pass_.y + size_t{expert.begin + task.m0} * store.y_stride + (task.n0 - pass_.columns.begin);
+    store.y = pass_.y + first_row(call, task) * store.y_stride + (task.n0 - pass_.columns.begin);
     if (call.kernels->c_is_rows && store.bias == nullptr && !derived().adds_to_down())
       return product(call, scratch, h, matrices_->down[e], task, static_cast<float*>(store.y),
                      store.y_stride);
@@ -130,13 +129,13 @@ class AMX_MOE_BASE {
   // ---- hooks ----
   // Gate and up are in scratch.c_gate and c_up; `act` may be told of more.
   void before_activation(LayerCall&, WorkerScratch&, const PanelTask&, kernels::ActivateArgs&) {}
-  // The rows that the activation leaves, from a column on, in place of an operand. It leaves some before an
-  // integer product, since a row is quantised when all of it is there: in the memory of the operand.
+  // The rows that the activation leaves, from a column on, in place of an operand: some before integer
+  // products.
   kernels::KeptRows kept_rows(const LayerCall& call, const PanelTask& task, uint32_t column) const {
     kernels::KeptRows rows;
     if (!kernel_.is_integer) return rows;
-    rows.stride = round_up(static_cast<size_t>(config_.intermediate_size), kernels::kOutputBlock);
-    rows.h = reinterpret_cast<bf16*>(call.h[task.active]) + task.m0 * rows.stride + column;
+    rows.stride = call.h_stride();
+    rows.h = call.h_rows + first_row(call, task) * rows.stride + column;
     return rows;
   }
   // The product with the down projection is in scratch.c_gate; only if adds_to_down() says so.
@@ -168,12 +167,19 @@ class AMX_MOE_BASE {
     return static_cast<Byte*>(base) + bytes;
   }
 
+  // The first of the task's rows in the plan.
+  static size_t first_row(const LayerCall& call, const PanelTask& task) {
+    return size_t{call.plan.active[task.active].begin} + task.m0;
+  }
+
   const kernels::Operand& packed_hidden(const LayerCall& call, WorkerScratch& scratch,
                                         const PanelTask& task) {
-    const int32_t* token = call.plan.token.data() + call.plan.active[task.active].begin + task.m0;
-    const kernels::RowsView rows{call.args->hidden_states, static_cast<size_t>(config_.hidden_size), token};
-    return scratch.packed.pack_once(*call.kernels, rows, task, static_cast<uint32_t>(config_.hidden_size),
-                                    scratch.operand, kernel_.is_integer);
+    const int32_t* token = call.plan.token.data() + first_row(call, task);
+    const auto hidden = static_cast<uint32_t>(config_.hidden_size);
+    if (kernel_.is_integer)
+      return scratch.packed.pack_once(*call.kernels, call.x8, token, task, hidden, scratch.operand);
+    return scratch.packed.pack_once(*call.kernels, {call.args->hidden_states, hidden, token}, task, hidden,
+                                    scratch.operand);
   }
 
   // Where the activation writes its operand: nowhere, when it leaves rows.
@@ -186,11 +192,14 @@ class AMX_MOE_BASE {
   }
   // The intermediate as the down projection takes it.
   kernels::Operand down_operand(const LayerCall& call, WorkerScratch& scratch, const PanelTask& task) {
+    const auto width = static_cast<uint32_t>(config_.intermediate_size);
+    if (kernel_.is_integer)
+      return scratch.packed.pack_once(*call.kernels, call.h8.from(first_row(call, task)), nullptr, task,
+                                      width, scratch.operand);
     const kernels::KeptRows kept = derived().kept_rows(call, task, 0);
     if (kept.h == nullptr) return intermediate(call, task, kept);
-    return scratch.packed.pack_once(*call.kernels, {kept.h, kept.stride, nullptr}, task,
-                                    static_cast<uint32_t>(config_.intermediate_size), scratch.operand,
-                                    kernel_.is_integer);
+    return scratch.packed.pack_once(*call.kernels, {kept.h, kept.stride, nullptr}, task, width,
+                                    scratch.operand);
   }
 
   void product(const LayerCall& call, const WorkerScratch& scratch, const kernels::Operand& x,

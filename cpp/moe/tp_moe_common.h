@@ -83,7 +83,11 @@ class TP_MOE_Common : public Interface {
   }
 
   void run_gate_up() {
-    if (kernel_.is_integer) forget_packed();  // what is packed may be X in bf16
+    if (kernel_.is_integer) {
+      const size_t hidden = static_cast<size_t>(config_.hidden_size);
+      quantize({call_.args->hidden_states, hidden, nullptr}, call_.args->num_tokens,
+               static_cast<uint32_t>(hidden), call_.x8);
+    }
     for_parts([&](Part& part, int i) { part.cut_gate_up(call_, config_.pool->num_threads(i)); });
     run_phase(&Part::num_gate_up, [&](const Worker& worker, Part& part, uint32_t task) {
       part.gate_up(call_, call_.workers[static_cast<size_t>(worker.index)], task);
@@ -91,7 +95,9 @@ class TP_MOE_Common : public Interface {
   }
 
   void run_down(uint32_t passes) {
-    if (kernel_.is_integer) forget_packed();  // what is packed is X, or H in bf16
+    if (kernel_.is_integer)
+      quantize({call_.h_rows, call_.h_stride(), nullptr}, call_.plan.num_rows(),
+               static_cast<uint32_t>(config_.intermediate_size), call_.h8);
     for (uint32_t pass = 0; pass < passes; ++pass) {
       for_parts([&](Part& part, int i) { part.cut_down(call_, config_.pool->num_threads(i), pass, passes); });
       run_phase(&Part::num_down, [&](const Worker& worker, Part& part, uint32_t task) {
@@ -99,6 +105,19 @@ class TP_MOE_Common : public Interface {
       });
       run_combine();
     }
+  }
+
+  // Rows to int8, for the integer products behind it.
+  void quantize(const kernels::RowsView& rows, uint32_t num, uint32_t k, const kernels::Int8Rows& to) {
+    forget_packed();
+    constexpr uint32_t kRows = 16;
+    const auto block = [&](uint32_t first) {
+      const kernels::RowsView some{rows.data + first * rows.stride, rows.stride, nullptr};
+      call_.kernels->quantize_rows(some, std::min(kRows, num - first), k, to.from(first));
+    };
+    if (num <= kRows) return block(0);  // waking the others would take longer
+    run_tasks(static_cast<uint32_t>(div_up(num, kRows)),
+              [&](uint32_t, uint32_t task) { block(task * kRows); });
   }
 
   void forget_packed() {
@@ -136,6 +155,26 @@ class TP_MOE_Common : public Interface {
         3 * static_cast<size_t>(config_.intermediate_size) * static_cast<size_t>(config_.hidden_size);
     return (call_.plan.active.size() + call_.plan.num_rows() / 8) * matrix * sizeof(bf16) < kTiny;
   }
+
+  // Where the rows lie that integer products take.
+  struct Int8Scratch {
+    size_t x = 0, h = 0;
+    void take(const TP_MOE_Common& layer, ScratchPlan& plan) {
+      x = plan.take(kernels::Int8Rows::bytes(layer.call_.args->num_tokens, hidden(layer)));
+      h = plan.take(kernels::Int8Rows::bytes(layer.call_.plan.num_rows(), width(layer)));
+    }
+    void place(TP_MOE_Common& layer, std::byte* base) const {
+      LayerCall& call = layer.call_;
+      call.x8 = kernels::Int8Rows::in(base + x, call.args->num_tokens, hidden(layer));
+      call.h8 = kernels::Int8Rows::in(base + h, call.plan.num_rows(), width(layer));
+    }
+    static uint32_t hidden(const TP_MOE_Common& layer) {
+      return static_cast<uint32_t>(layer.config_.hidden_size);
+    }
+    static uint32_t width(const TP_MOE_Common& layer) {
+      return static_cast<uint32_t>(layer.config_.intermediate_size);
+    }
+  };
 
   template <class Function>
   void for_parts(Function&& function) {
@@ -185,14 +224,21 @@ class TP_MOE_Common : public Interface {
   struct Scratch {
     ScratchPlan plan;
     std::vector<size_t> h, y;
+    size_t h_rows = 0;
+    Int8Scratch int8;
     size_t workers = 0, per_worker = 0, operand = 0, c = 0;
 
     Scratch(const TP_MOE_Common& layer, uint32_t passes) {
       const auto& k = *layer.call_.kernels;
       const auto width = static_cast<uint32_t>(layer.config_.intermediate_size);
       const auto hidden = static_cast<uint32_t>(layer.config_.hidden_size);
-      for (const auto& expert : layer.call_.plan.active)
-        h.push_back(plan.take(k.operand_bytes(expert.rows, width)));
+      if (layer.kernel_.is_integer) {
+        h_rows = plan.take(layer.call_.plan.num_rows() * layer.call_.h_stride() * sizeof(bf16));
+        int8.take(layer, plan);
+      } else {
+        for (const auto& expert : layer.call_.plan.active)
+          h.push_back(plan.take(k.operand_bytes(expert.rows, width)));
+      }
       for (const auto& part : layer.parts_)
         y.push_back(
             plan.take(size_t{layer.call_.plan.num_rows()} * part->widest_pass(passes) * sizeof(float)));
@@ -211,6 +257,10 @@ class TP_MOE_Common : public Interface {
       LayerCall& call = layer.call_;
       call.h.clear();
       for (size_t at : h) call.h.push_back(base + at);
+      if (layer.kernel_.is_integer) {
+        call.h_rows = reinterpret_cast<bf16*>(base + h_rows);
+        int8.place(layer, base);
+      }
       for (size_t i = 0; i < y.size(); ++i) layer.parts_[i]->set_y(reinterpret_cast<float*>(base + y[i]));
       call.workers.resize(static_cast<size_t>(layer.config_.pool->num_threads()));
       for (size_t i = 0; i < call.workers.size(); ++i) {

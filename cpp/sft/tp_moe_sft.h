@@ -252,10 +252,14 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
     ScratchPlan plan;
     const std::vector<size_t> y = take_y(plan, passes);
     const size_t threads = static_cast<size_t>(config_.pool->num_threads());
+    Int8Scratch int8;
+    if (kernel_.is_integer) int8.take(*this, plan);
     const ForwardWorkersPlan workers(pass, most_rows(pass.hidden()), most_rows(pass.inter()), threads, plan);
     const ScratchPool::Lease lease = config_.pool->scratch().lease(plan.bytes());
     place_y(y, lease.data());
     workers.place(lease.data(), pass);
+    if (kernel_.is_integer) int8.place(*this, lease.data());
+    call_.h_rows = cache.rows.kept.h;
     const Training training(*this, pass);
 
     run_inner(pass, pass.hidden(), first_inner);

@@ -75,12 +75,22 @@ class Quantized {
   Guarded<float> scales_;
 };
 
+// The operand of rows whose codes are gathered by an index.
 struct Int8Operand {
-  Guarded<std::byte> memory;
+  Guarded<std::byte> codes, memory;
+  std::vector<int32_t> index;
   Operand operand;
   Int8Operand(const KernelTable& table, const RowsView& rows, uint32_t m, uint32_t k)
-      : memory(Guarded<std::byte>::on_cache_line(table.int8_operand_bytes(m, k))),
-        operand(table.pack_int8(rows, m, k, memory.data())) {}
+      : codes(Guarded<std::byte>::on_cache_line(kernels::Int8Rows::bytes(m, k))),
+        memory(Guarded<std::byte>::on_cache_line(table.int8_operand_bytes(m, k))) {
+    const kernels::Int8Rows all = kernels::Int8Rows::in(codes.data(), m, k);
+    for (uint32_t i = 0; i < m; ++i) {  // row i of the operand is the last but i of the codes
+      const int32_t from = rows.index ? rows.index[i] : static_cast<int32_t>(i);
+      table.quantize_rows({rows.data, rows.stride, &from}, 1, k, all.from(m - 1 - i));
+      index.push_back(static_cast<int32_t>(m - 1 - i));
+    }
+    operand = table.pack_int8(all, index.data(), m, k, memory.data());
+  }
 };
 
 std::vector<float> nt_product(const KernelTable& table, FormatId format, bool integer, const Operand& x,

@@ -79,7 +79,7 @@ struct Int8Product {
   // Of activation row m, with its scale.
   template <int kRows>
   static KT_INLINE void sums(const NtArgs& args, uint32_t m, const Acc (&acc)[kRows], float* sums) {
-    const QuantizedRow& x = args.x.quantized[m];
+    const QuantizedRow& x = args.x.quantized_row(m);
     int32_t ints[kRows];
     Vec::reduce_int(acc, ints);
     for (int r = 0; r < kRows; ++r)

@@ -312,7 +312,8 @@ KT_INLINE void finish_panel(const NtArgs& args, uint32_t p, uint32_t n, uint32_t
   const uint32_t width = panel_width(args.x, p), m = p * kPanelColumns;
   float* c = args.c + size_t{m} * tile_n_padded(args.n1 - args.n0) + (n - args.n0) * width;
   float scale[kPanelColumns];
-  for (uint32_t i = 0; i < width; ++i) scale[i] = Product::kIsInteger ? args.x.quantized[m + i].scale : 1.0f;
+  for (uint32_t i = 0; i < width; ++i)
+    scale[i] = Product::kIsInteger ? args.x.quantized_row(m + i).scale : 1.0f;
   for (uint32_t r = 0; r < rows; ++r, c += width) {
     const float row_scale = args.w.row_scale[n + r];
     if (width < kPanelColumns) {

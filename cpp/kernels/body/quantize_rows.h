@@ -46,18 +46,10 @@ inline QuantizedRow quantize_row(const bf16* x, uint32_t k, uint32_t padded, std
   return {scale, sum_of_codes(codes, padded)};
 }
 
-// Rows of codes begin on cache lines. In memory: codes, then what became of each row.
-KT_INLINE uint32_t int8_stride(uint32_t k) { return static_cast<uint32_t>(round_up(k, kCacheLine)); }
-KT_INLINE size_t int8_rows_bytes(uint32_t m, uint32_t k) {
-  return m * size_t{int8_stride(k)} + round_up(m * sizeof(QuantizedRow), kCacheLine);
-}
-
-inline Operand quantize_rows(const RowsView& rows, uint32_t m, uint32_t k, std::byte* data) {
-  const uint32_t stride = int8_stride(k);
-  auto* quantized = reinterpret_cast<QuantizedRow*>(data + m * size_t{stride});
+inline void quantize_rows(const RowsView& rows, uint32_t m, uint32_t k, const Int8Rows& to) {
+  const auto padded = static_cast<uint32_t>(to.stride);
   for (uint32_t i = 0; i < m; ++i) {
     const size_t row = rows.index ? rows.index[i] : i;
-    quantized[i] = quantize_row(rows.data + row * rows.stride, k, stride, data + i * size_t{stride});
+    to.row[i] = quantize_row(rows.data + row * rows.stride, k, padded, to.codes + i * to.stride);
   }
-  return {data, stride, nullptr, m, k, quantized};
 }

@@ -24,10 +24,11 @@ inline Operand pack_rows(const RowsView& rows, uint32_t m, uint32_t k, std::byte
   return Operand{data, stride, nullptr, m, k};
 }
 
-inline size_t int8_operand_bytes_rows(uint32_t m, uint32_t k) { return int8_rows_bytes(m, k); }
+inline size_t int8_operand_bytes_rows(uint32_t, uint32_t) { return 0; }
 
-inline Operand pack_int8_rows(const RowsView& rows, uint32_t m, uint32_t k, std::byte* data) {
-  return quantize_rows(rows, m, k, data);
+inline Operand pack_int8_rows(const Int8Rows& rows, const int32_t* index, uint32_t m, uint32_t k,
+                              std::byte*) {
+  return {rows.codes, rows.stride, index, m, k, rows.row};
 }
 
 // `count` floats that may end anywhere, as a full vector; null stands for zeros.

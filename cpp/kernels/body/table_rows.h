@@ -24,6 +24,7 @@ const KernelTable& table() {
 #include "formats/formats.inc"
 #undef KT_FORMAT
           },
+      .quantize_rows = quantize_rows,
       .int8_operand_bytes = int8_operand_bytes_rows,
       .pack_int8 = pack_int8_rows,
       .nt_int8 =

@@ -60,17 +60,19 @@ inline Operand pack_tiles(const RowsView& rows, uint32_t m, uint32_t k, std::byt
 }
 
 // Rows of codes are packed as if they were rows of half as many bf16.
-KT_INLINE uint32_t int8_as_bf16(uint32_t k) { return int8_stride(k) / sizeof(bf16); }
-
-inline size_t int8_operand_bytes_tiles(uint32_t m, uint32_t k) {
-  return int8_rows_bytes(m, k) + operand_bytes_tiles(m, int8_as_bf16(k));
+KT_INLINE uint32_t int8_as_bf16(uint32_t k) {
+  return static_cast<uint32_t>(Int8Rows::stride_of(k) / sizeof(bf16));
 }
 
-inline Operand pack_int8_tiles(const RowsView& rows, uint32_t m, uint32_t k, std::byte* data) {
-  const Operand codes = quantize_rows(rows, m, k, data);
-  const RowsView view{reinterpret_cast<const bf16*>(codes.data), int8_as_bf16(k), nullptr};
-  Operand packed = pack_tiles(view, m, int8_as_bf16(k), data + int8_rows_bytes(m, k));
-  packed.k = k, packed.quantized = codes.quantized;
+inline size_t int8_operand_bytes_tiles(uint32_t m, uint32_t k) {
+  return operand_bytes_tiles(m, int8_as_bf16(k));
+}
+
+inline Operand pack_int8_tiles(const Int8Rows& rows, const int32_t* index, uint32_t m, uint32_t k,
+                               std::byte* data) {
+  const RowsView codes{reinterpret_cast<const bf16*>(rows.codes), int8_as_bf16(k), index};
+  Operand packed = pack_tiles(codes, m, int8_as_bf16(k), data);
+  packed.index = index, packed.k = k, packed.quantized = rows.row;
   return packed;
 }
 
