@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from .shapes import SHAPES
 from .spec import Spec
 
 __all__ = ["main"]
+
+#: A method that multiplies in each product.
+_METHODS = {"bfloat16": "BF16", "int8": "AMXINT8"}
 
 
 def _parse() -> argparse.Namespace:
@@ -28,18 +32,22 @@ def _parse() -> argparse.Namespace:
     p.add_argument(
         "--threads", default="1,all", help="numbers of threads; all: the CPUs that this process may use"
     )
+    p.add_argument("--product", default="bfloat16", help="some of bfloat16, int8: what is multiplied")
     p.add_argument("--out", type=Path, default=DEFAULT_PATH, help="JSON lines, appended to")
     p.add_argument("--machine", help="the machine's name in the records; default: its CPU model")
     options = p.parse_args()
     every = ext.topology()["cpu_quota"]
     options.threads = dict.fromkeys(every if n == "all" else int(n) for n in options.threads.split(","))
     options.isa = options.isa.split(",")
+    options.product = options.product.split(",")
+    if unknown := set(options.product) - set(_METHODS):
+        p.error(f"--product: got {', '.join(unknown)}, expected some of {', '.join(_METHODS)}")
     return options
 
 
-def _measure(isa: str, threads: int, seconds: float, layer: Layer) -> dict[str, Any]:
+def _measure(isa: str, product: str, threads: int, seconds: float, layer: Layer) -> dict[str, Any]:
     """Ask a process of its own, since instruction set and engine are a process's."""
-    spec = Spec("ktmoe", f"ktmoe {isa}", "BF16", layer.shape, threads, 1, isa=isa)
+    spec = Spec("ktmoe", f"ktmoe {isa}", _METHODS[product], layer.shape, threads, 1, isa=isa)
     contestant = Contestant(spec, layer.fd)
     try:
         facts = contestant.ask("load", spec, layer.fd)
@@ -48,6 +56,7 @@ def _measure(isa: str, threads: int, seconds: float, layer: Layer) -> dict[str, 
         contestant.stop()
     return {
         "isa": one["isa"],
+        "product": product,
         "threads": one["threads"],
         "version": facts["version"],
         "seconds": seconds,
@@ -61,12 +70,13 @@ def main() -> int:
     options = _parse()
     results = Results(options.out, options.machine)
     layer = Layer.create(SHAPES["tiny"])
-    print(f"{results.machine}\n{'':12} threads  read GB/s  dot TFLOP/s  step TFLOP/s")
+    print(f"{results.machine}\n{'':21} threads  read GB/s  dot TFLOP/s  step TFLOP/s")
     for threads in options.threads:
-        for isa in options.isa:
-            one = results.add("limits", **_measure(isa, threads, options.seconds, layer))
+        for isa, product in itertools.product(options.isa, options.product):
+            one = results.add("limits", **_measure(isa, product, threads, options.seconds, layer))
             read, dot, step = (one[name] for name in ("read_gb_s", "dot_tflop_s", "step_tflop_s"))
-            print(f"{isa:12} {threads:7} {read:10.1f} {dot:12.3f} {step:13.3f}", flush=True)
+            name = f"{isa} {product}"
+            print(f"{name:21} {threads:7} {read:10.1f} {dot:12.3f} {step:13.3f}", flush=True)
     layer.close()
     return 0
 

@@ -25,6 +25,7 @@ class Method:
     bytes_per_weight: float  #: in the checkpoint's encoding, scales counted in
     tolerance: float  #: relative error from which on an answer is wrong
     operation: str = "forward"  #: what it is for
+    product: str = "bfloat16"  #: whose limit counts: "bfloat16" or "int8"
     encode: Callable[[Layer], dict[str, Any]] = _as_they_are  #: to the arguments of load_weights_from_tensors
 
     @property
@@ -35,17 +36,20 @@ class Method:
 
 _FORWARD = (
     Method("BF16", 2.0, 0.02),
-    Method("AMXINT8", 1.0, 0.05),
-    Method("AMXINT4", 17 / 32, 0.3),
+    Method("AMXINT8", 1.0, 0.05, product="int8"),
+    Method("AMXINT4", 17 / 32, 0.3, product="int8"),
     Method("MOE_INT8", 1.0, 0.03),
     Method("MOE_INT4", 17 / 32, 0.3),
 )
 
 
 def _training(method: Method) -> Method:
-    """The same weights, to train adapters on; gradients may be as far from the truth as outputs."""
+    """The same weights, to train adapters on; gradients may be as far from the truth as outputs.
+
+    Of the products of a step most are of its backward pass, in bf16.
+    """
     name = "AMXBF16" if method.name == "BF16" else method.name
-    return replace(method, name=f"{name}_SFT", operation="sft")
+    return replace(method, name=f"{name}_SFT", operation="sft", product="bfloat16")
 
 
 METHODS = {method.name: method for method in (*_FORWARD, *map(_training, _FORWARD))}

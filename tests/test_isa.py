@@ -110,11 +110,14 @@ def test_the_environment_names_what_is_unknown() -> None:
 
 def test_the_limits_of_this_machine() -> None:
     engine = ext.CPUInfer(1)
-    limits = ext.measure_limits(engine, seconds=0.01, isa=ISA)
-    assert limits["isa"] == ISA
-    assert limits["threads"] == 1
-    for name in ("read_bytes_per_s", "dot_flop_per_s", "step_flop_per_s"):
-        assert limits[name] > 0
+    for product in ("bfloat16", "int8"):
+        limits = ext.measure_limits(engine, seconds=0.01, isa=ISA, product=product)
+        assert limits["isa"] == ISA
+        assert limits["threads"] == 1
+        for name in ("read_bytes_per_s", "dot_flop_per_s", "step_flop_per_s"):
+            assert limits[name] > 0
+    with pytest.raises(ValueError, match="product: got 'int4', expected 'bfloat16' or 'int8'"):
+        ext.measure_limits(engine, 0.01, product="int4")
     for seconds in (0.0, -1.0, 601.0, float("nan")):
         with pytest.raises(ValueError, match=r"seconds: got .*, expected above 0, at most 600"):
             ext.measure_limits(engine, seconds)

@@ -110,4 +110,5 @@ class Contender:
         """Measure what the machine can do with this contender's instruction set and threads."""
         from ktmoe_np import kt_kernel_ext as ext
 
-        return dict(ext.measure_limits(self._moe.cpu_infer, seconds))
+        product = METHODS[self._moe.method].product
+        return dict(ext.measure_limits(self._moe.cpu_infer, seconds, product=product))

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..cases import Case
 from ..layer import Array, Layer, bfloat16
+from ..methods import METHODS
 from ..spec import Spec
 from .ktmoe_peer import LIBRARIES, contenders, make_layer
 
@@ -70,4 +71,5 @@ class Contender:
         """Measure what the machine can do with this contender's instruction set and threads."""
         from ktmoe_np import kt_kernel_ext as ext
 
-        return dict(ext.measure_limits(self._moe.cpu_infer, seconds))
+        product = METHODS[self._moe.method].product
+        return dict(ext.measure_limits(self._moe.cpu_infer, seconds, product=product))

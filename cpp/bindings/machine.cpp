@@ -54,7 +54,8 @@ Info topology() {
   return info;
 }
 
-Info limits(CPUInfer& engine, double seconds, const std::optional<std::string>& isa) {
+Info limits(CPUInfer& engine, double seconds, const std::optional<std::string>& isa,
+            const std::string& product) {
   if (!(seconds > 0) || seconds > 600)
     throw_invalid("seconds: got ", seconds, ", expected above 0, at most 600");
   const kernels::KernelTable* table = &kernels::active_table();
@@ -64,10 +65,13 @@ Info limits(CPUInfer& engine, double seconds, const std::optional<std::string>& 
       throw_runtime("isa: '", isa_name(wanted), "' cannot run on this machine");
     table = kernels::find_table(wanted);
   }
+  const bool is_integer = product == "int8";
+  if (!is_integer && product != "bfloat16")
+    throw_invalid("product: got '", product, "', expected 'bfloat16' or 'int8'");
   MachineLimits measured;
   {
     const GilRelease release;
-    measured = measure_limits(engine.pool(), *table, seconds);
+    measured = measure_limits(engine.pool(), *table, seconds, is_integer);
   }
   nb::dict info;
   info["isa"] = std::string(isa_name(table->isa));
@@ -88,8 +92,10 @@ void bind_machine(nb::module_& m) {
         "The instruction set that a machine with these features would use.");
   m.def("topology", &topology, "CPUs that this process may use, by NUMA node, and its CPU quota.");
   m.def("measure_limits", &limits, nb::arg("engine"), nb::arg("seconds") = 0.3,
-        nb::arg("isa").none() = nb::none(),
-        "Read bandwidth and product rates of all threads of an engine, `seconds` for each of the three.");
+        nb::arg("isa").none() = nb::none(), nb::arg("product") = "bfloat16",
+        "Read bandwidth and rates of products, 'bfloat16' or 'int8', of all threads of an engine, `seconds` "
+        "for "
+        "each of the three.");
 }
 
 }  // namespace ktmoe::bindings

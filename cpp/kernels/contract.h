@@ -179,10 +179,13 @@ struct CombineArgs {
 struct LimitKernels {
   // Bytes read by summing [data, data + bytes); bytes a multiple of 1024.
   uint64_t (*read)(const std::byte* data, size_t bytes);
-  // Flop of `iterations` rounds of independent bf16 dot products in registers.
-  double (*dot)(uint64_t iterations);
-  // Flop of the same products as a kernel issues them, operands loaded from the first-level cache.
-  double (*step)(uint64_t iterations, std::byte* cached_32k);
+  struct Product {
+    // Operations of `iterations` rounds of independent dot products in registers.
+    double (*dot)(uint64_t iterations);
+    // Those of the same products as a kernel issues them, operands loaded from the first-level cache.
+    double (*step)(uint64_t iterations, std::byte* cached_32k);
+  };
+  Product bf16, int8;
 };
 
 // All kernels of one instruction set. No entry is null but where it says so.

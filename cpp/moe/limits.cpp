@@ -39,7 +39,8 @@ double total_rate(WorkerPool& pool, double seconds, FunctionRef<double(uint32_t)
 
 }  // namespace
 
-MachineLimits measure_limits(WorkerPool& pool, const kernels::KernelTable& table, double seconds) {
+MachineLimits measure_limits(WorkerPool& pool, const kernels::KernelTable& table, double seconds,
+                             bool is_integer) {
   constexpr size_t kBytes = size_t{128} << 20;  // of each thread, beyond any cache
   constexpr uint64_t kIterations = 2000;
   constexpr size_t kCachedBytes = 32 << 10;
@@ -57,9 +58,10 @@ MachineLimits measure_limits(WorkerPool& pool, const kernels::KernelTable& table
   limits.read_bytes_per_s = total_rate(pool, seconds, [&](uint32_t i) {
     return static_cast<double>(table.limits.read(memory[i].data(), kBytes));
   });
-  limits.dot_flop_per_s = total_rate(pool, seconds, [&](uint32_t) { return table.limits.dot(kIterations); });
+  const auto& product = is_integer ? table.limits.int8 : table.limits.bf16;
+  limits.dot_flop_per_s = total_rate(pool, seconds, [&](uint32_t) { return product.dot(kIterations); });
   limits.step_flop_per_s =
-      total_rate(pool, seconds, [&](uint32_t i) { return table.limits.step(kIterations, cached[i].data()); });
+      total_rate(pool, seconds, [&](uint32_t i) { return product.step(kIterations, cached[i].data()); });
   return limits;
 }
 

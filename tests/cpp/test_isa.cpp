@@ -122,7 +122,8 @@ TEST_CASE("isa: every entry of every table is there") {
     for (const auto& nt : t.nt) CHECK((nt != nullptr));
     CHECK((t.operand_bytes && t.operand_block && t.pack && t.c_floats && t.nt_scratch_bytes));
     CHECK((t.activate && t.store_rows && t.combine));
-    CHECK((t.limits.read && t.limits.dot && t.limits.step));
+    CHECK((t.limits.read && t.limits.bf16.dot && t.limits.bf16.step && t.limits.int8.dot &&
+           t.limits.int8.step));
   }
 }
 

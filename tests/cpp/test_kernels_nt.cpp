@@ -335,9 +335,11 @@ TEST_CASE("limits: the kernels that measure them count what they do") {
   for (const KernelTable* table : usable_tables()) {
     INFO(isa_name(table->isa).data());
     CHECK(table->limits.read(memory.data(), memory.size()) == memory.size());
-    CHECK(table->limits.dot(2) == 2 * table->limits.dot(1));
-    CHECK(table->limits.dot(1) > 0);
-    CHECK(table->limits.step(2, memory.data()) == 2 * table->limits.step(1, memory.data()));
-    CHECK(table->limits.step(1, memory.data()) > 0);
+    for (const auto& product : {table->limits.bf16, table->limits.int8}) {
+      CHECK(product.dot(2) == 2 * product.dot(1));
+      CHECK(product.dot(1) > 0);
+      CHECK(product.step(2, memory.data()) == 2 * product.step(1, memory.data()));
+      CHECK(product.step(1, memory.data()) > 0);
+    }
   }
 }

@@ -53,7 +53,9 @@ const KernelTable& table() {
       .quantize_int8 = quantize_int8_rows,
       .quantize_int8_group = quantize_int8_group_rows,
       .quantize_int4 = quantize_int4_rows,
-      .limits = {limit_read, limit_dot_rows, limit_step_rows},
+      .limits = {limit_read,
+                 {limit_dot_rows<Bf16Product>, limit_step_rows<Bf16Product>},
+                 {limit_dot_rows<Int8Product>, limit_step_rows<Int8Product>}},
   };
   return table;
 }

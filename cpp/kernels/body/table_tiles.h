@@ -53,7 +53,9 @@ const KernelTable& table() {
       .quantize_int8 = quantize_int8_rows,
       .quantize_int8_group = quantize_int8_group_rows,
       .quantize_int4 = quantize_int4_rows,
-      .limits = {limit_read, limit_dot_tiles, limit_step_tiles},
+      .limits = {limit_read,
+                 {limit_dot_tiles<TileBf16>, limit_step_tiles<TileBf16>},
+                 {limit_dot_tiles<TileInt8>, limit_step_tiles<TileInt8>}},
   };
   return table;
 }

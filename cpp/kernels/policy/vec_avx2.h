@@ -138,7 +138,6 @@ struct Vec {
   struct Sum {
     __m256i low, high;
   };
-  static KT_INLINE Acc add_acc(Acc a, Acc b) { return _mm256_add_ps(a, b); }
   static KT_INLINE void add_to(Sum& sum, const std::byte* p) {
     const __m256i* v = reinterpret_cast<const __m256i*>(p);
     sum.low = _mm256_xor_si256(sum.low, _mm256_loadu_si256(v));

@@ -167,7 +167,6 @@ struct Vec {
   // ---- limits ----
   static constexpr int kPeakChains = 24;
   using Sum = __m512i;
-  static KT_INLINE Acc add_acc(Acc a, Acc b) { return _mm512_add_ps(a, b); }
   static KT_INLINE void add_to(Sum& sum, const std::byte* p) {
     sum = _mm512_xor_si512(sum, _mm512_loadu_si512(p));
   }

@@ -146,10 +146,6 @@ struct Vec {
   struct Sum {
     uint64_t lane[8];
   };
-  static KT_INLINE Acc add_acc(Acc a, const Acc& b) {
-    for (int i = 0; i < 8; ++i) a.lane[i] += b.lane[i];
-    return a;
-  }
   static KT_INLINE void add_to(Sum& sum, const std::byte* p) {
     uint64_t v[8];
     std::memcpy(v, p, sizeof v);
