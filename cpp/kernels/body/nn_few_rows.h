@@ -114,7 +114,9 @@ class FewRows {
 
  private:
   static constexpr uint32_t kMaxColumns = kMaxNnColumns + kFewColumns;
-  static constexpr size_t kCopyBytes = kMaxColumns * sizeof(bf16);  // of a row of W
+  // Of a row of W; no two rows begin in the same set of the cache.
+  static constexpr uint32_t kCopyColumns = 256;
+  static constexpr size_t kCopyBytes = kCopyColumns * sizeof(bf16) + kCacheLine;
 
   template <class Function>
   KT_INLINE void each(Function function) {
@@ -161,20 +163,28 @@ class FewRows {
       for (uint32_t n = 0; n < kPairsStep; n += Vec::kWidth)
         Vec::store_f(step_.g[m] + n, Vec::load_bf16(g + n));
     }
-    const bool as_stored = Unpack<Format>::kAsStored || term.is_bf16;
-    const uint32_t whole = as_stored ? columns_.size() / kFewColumns : groups_;
-    for (uint32_t n = 0; n < kPairsStep; ++n) {
-      const bool there = n < count;
-      const std::byte* row = there ? term.w.row(s0 + n) : nullptr;
-      step_.row[n] = there ? columns_.begin(row, term.is_bf16) : kZeroRow;
-      if (!as_stored && there) {
-        columns_.decode(term.w, s0 + n, copies_ + n * kCopyBytes);
-        step_.row[n] = copies_ + n * kCopyBytes;
-      }
-    }
-    for (uint32_t j = 0; j < whole; ++j)
-      few_rows_group(step_, rows_, j * kFewColumns * sizeof(bf16), few_lanes(c_, j, rows_, 0));
+    if (!Unpack<Format>::kAsStored && !term.is_bf16) return decoded_step(term, s0, count);
+    for (uint32_t n = 0; n < kPairsStep; ++n)
+      step_.row[n] = n < count ? columns_.begin(term.w.row(s0 + n), term.is_bf16) : kZeroRow;
+    const uint32_t whole = columns_.size() / kFewColumns;
+    groups(0, whole, 0);
     if (whole < groups_) last_group(whole * kFewColumns);
+  }
+  // Groups [begin, end) of columns; rows begin with column `first`.
+  KT_INLINE void groups(uint32_t begin, uint32_t end, uint32_t first) {
+    for (uint32_t j = begin; j < end; ++j)
+      few_rows_group(step_, rows_, (j * kFewColumns - first) * sizeof(bf16), few_lanes(c_, j, rows_, 0));
+  }
+
+  // The same of rows that are decoded, as many columns at a time as stay in the first-level cache.
+  KT_INLINE void decoded_step(const NnTerm& term, uint32_t s0, uint32_t count) {
+    for (uint32_t n = 0; n < kPairsStep; ++n) step_.row[n] = n < count ? copies_ + n * kCopyBytes : kZeroRow;
+    for (uint32_t k = 0; k < columns_.size(); k += kCopyColumns) {
+      const uint32_t end = smaller(k + kCopyColumns, columns_.size());
+      const WeightColumns<Format> some{columns_.k0 + k, columns_.k0 + end, nullptr};
+      for (uint32_t n = 0; n < count; ++n) some.decode(term.w, s0 + n, copies_ + n * kCopyBytes);
+      groups(k / kFewColumns, static_cast<uint32_t>(div_up(end, kFewColumns)), k);
+    }
   }
 
   // Fewer columns than a group: rows continue with zeros.

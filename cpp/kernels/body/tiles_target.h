@@ -11,6 +11,7 @@
 #include "kernels/body/quantize.h"
 #include "kernels/body/quantize_rows.h"
 #include "kernels/body/quantize_int4.h"
+#include "kernels/body/nt_rows.h"
 #include "kernels/body/nt_tiles.h"
 #include "kernels/body/tiles.h"
 #include "kernels/body/pairs.h"

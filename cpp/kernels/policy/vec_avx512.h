@@ -97,23 +97,31 @@ struct Vec {
     const __m256i values = _mm256_load_si256(reinterpret_cast<const __m256i*>(table));
     return as_segment(_mm512_permutexvar_epi16(index, _mm512_castsi256_si512(values)));
   }
-  struct Halves {
-    __m512 even, odd;
-  };
-  static KT_INLINE Halves to_floats(Codes codes) {
+#if KT_HAS_AVX512_BF16
+  // Denormals become zeros, as they do in the products.
+  static KT_INLINE Segment to_segment(Codes codes) {
+    return _mm512_cvtne2ps_pbh(to_floats(_mm256_extracti128_si256(codes, 1)),
+                               to_floats(_mm256_castsi256_si128(codes)));
+  }
+  static KT_INLINE Segment to_segment(Codes codes, float scale) {
+    const __m512 s = _mm512_set1_ps(scale);
+    return _mm512_cvtne2ps_pbh(_mm512_mul_ps(to_floats(_mm256_extracti128_si256(codes, 1)), s),
+                               _mm512_mul_ps(to_floats(_mm256_castsi256_si128(codes)), s));
+  }
+#else
+  // Exact: a code has no more digits than a bf16.
+  static KT_INLINE Segment to_segment(Codes codes) {
     const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 8), odd = _mm256_srai_epi16(codes, 8);
     return {_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(even)), _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(odd))};
   }
-  // Exact: a code has no more digits than a bf16.
-  static KT_INLINE Segment to_segment(Codes codes) {
-    const Halves x = to_floats(codes);
-    return pair(_mm512_castps_si512(x.even), _mm512_castps_si512(x.odd));
-  }
   static KT_INLINE Segment to_segment(Codes codes, float scale) {
-    const Halves x = to_floats(codes);
+    const Segment x = to_segment(codes);
     const __m512 s = _mm512_set1_ps(scale);
-    return pair(rounded(_mm512_mul_ps(x.even, s)), rounded(_mm512_mul_ps(x.odd, s)));
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    return {_mm512_castsi512_ps(_mm512_and_si512(rounded(_mm512_mul_ps(x.even, s)), high)),
+            _mm512_castsi512_ps(_mm512_and_si512(rounded(_mm512_mul_ps(x.odd, s)), high))};
   }
+#endif
 
   // ---- integer products ----
   // Weights enter as unsigned bytes, 128 too large: kWeightOffset times the sum of the other factor is too
@@ -264,16 +272,7 @@ struct Vec {
   }
 
  private:
-  // Upper halves of fp32 bits to a segment.
-  static KT_INLINE Segment pair(__m512i even, __m512i odd) {
-    const __m512i high = _mm512_and_si512(odd, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
-#if KT_HAS_AVX512_BF16
-    return (__m512bh)_mm512_or_si512(_mm512_srli_epi32(even, 16), high);
-#else
-    const __m512i low = _mm512_and_si512(even, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
-    return {_mm512_castsi512_ps(low), _mm512_castsi512_ps(high)};
-#endif
-  }
+  static KT_INLINE __m512 to_floats(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)); }
   // Where reduce finds its eight sums.
   static KT_INLINE __m512i reduced_order() {
     return _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
