@@ -13,7 +13,7 @@ namespace ktmoe::kernels {
 
 // Rows [n, k] of finite floats to rows of bytes. What a kernel writes of a row:
 //   quantize_int8        k int8 codes; row_scale
-//   quantize_int8_group  k int8 codes, then ceil(k / 32) fp32 scales, at any address
+//   quantize_int8_group  k int8 codes, then ceil(k / 32) fp32 scales, at any address, found by search
 //   quantize_int4        ceil(k / 2) bytes of codes in -8..7, two a byte, the first in the low four bits, the
 //                        high bits behind the last of an odd k 0; then ceil(k / group) int8 multipliers;
 //                        row_scale

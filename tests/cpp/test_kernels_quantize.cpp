@@ -116,6 +116,34 @@ TEST_CASE("quantize: int8 codes are the nearest multiples of amax / 127") {
   }
 }
 
+TEST_CASE("quantize: int8 in groups gives back multiples of a scale") {
+  for (const KernelTable* table : usable_tables()) {
+    INFO(isa_name(table->isa).data());
+    Random random(66);
+    for (int i = 0; i < 40; ++i) {
+      const uint32_t k = 1 + random.below(100);
+      const int power = static_cast<int>(random.below(253)) - 149;
+      std::vector<float> row(k);
+      std::vector<int> codes(k);
+      float scale = 0;
+      for (uint32_t j = 0; j < k; ++j) {
+        // Up to 17 digits: its product with a code is a float.
+        if (j % 32 == 0) scale = std::ldexp(static_cast<float>(1 + random.below(1u << 17)), power);
+        codes[j] = j % 32 ? static_cast<int>(random.below(255)) - 127 : 127;
+        row[j] = static_cast<float>(codes[j]) * scale;
+      }
+      const Weights weights({row}, FloatType::kFloat32, kLayouts[i % 3]);
+      Quantized result(FormatId::kInt8Group32, weights.args());
+      REQUIRE(result.run(*table) == 1);
+      int wrong = 0;
+      for (uint32_t j = 0; j < k; ++j)
+        wrong += result.code(0, j) != codes[j] || result.decoded(0, j) != row[j];
+      INFO("K ", k, ", 2^", power);
+      CHECK(wrong == 0);
+    }
+  }
+}
+
 TEST_CASE("quantize: int4 gives back a power of two times nibbles, and two levels of scales") {
   for (const KernelTable* table : usable_tables()) {
     Random random(63);
@@ -168,6 +196,9 @@ TEST_CASE("quantize: no decoded weight overflows, denormal scales clip") {
     INFO(isa_name(table->isa).data());
     const float largest = 0x1.fep+127f, tiny = 0x1p-149f;
     const Weights huge({{largest, -largest, largest / 3}}, FloatType::kFloat32, Layout::kTight);
+    // bf16 takes the largest float for infinity.
+    const float most = std::numeric_limits<float>::max();
+    const Weights beyond({{most, -most, most / 3, most * 0.99f}}, FloatType::kFloat32, Layout::kTight);
     const Weights small({{100 * tiny, -tiny, 0}}, FloatType::kFloat32, Layout::kTight);
     for (FormatId format : kQuantizedFormats) {
       Quantized of_huge(format, huge.args()), of_small(format, small.args());
@@ -178,6 +209,10 @@ TEST_CASE("quantize: no decoded weight overflows, denormal scales clip") {
       CHECK(of_small.code(0, 0) > 0);
       CHECK(of_small.code(0, 2) == 0);
     }
+    Quantized of_beyond(FormatId::kInt8Group32, beyond.args());
+    REQUIRE(of_beyond.run(*table) == 1);
+    CHECK(to_bf16(of_beyond.decoded(0, 0)).bits == to_bf16(largest).bits);
+    CHECK(to_bf16(of_beyond.decoded(0, 1)).bits == to_bf16(-largest).bits);
   }
 }
 

@@ -3,17 +3,6 @@
 // side in vectors, their sums of squares are reduced together.
 // Included inside a target's namespace, after quantize.h.
 
-// Sums go over 16 lanes, added by halves at the end.
-constexpr size_t kSumLanes = 16, kSumVectors = kSumLanes / Vec::kWidth;
-
-struct LaneSum {
-  Float part[kSumVectors];
-  KT_INLINE Float halves() const {
-    if constexpr (kSumVectors == 2) return Vec::add(part[0], part[1]);
-    return part[0];
-  }
-};
-
 // Nearest code to t, from -8 to 7.
 KT_INLINE Float nearest_int4(const Float& t) {
   return Vec::clamp_above(Vec::clamp_below(Vec::round(t), Vec::set(-8.0f)), Vec::set(7.0f));
@@ -192,8 +181,8 @@ struct Int4Row {
       store_pairs(g, q);
     }
     const float best = Vec::sum(top.halves()) / Vec::sum(bottom.halves());
-    // The largest bfloat16: no decoded weight is larger.
-    const float scale = best / power, limit = 0x1.fep+127f / Vec::largest(largest);
+    // No decoded weight is larger than the largest bfloat16.
+    const float scale = best / power, limit = kLargestBf16 / Vec::largest(largest);
     return scale < limit ? scale : limit;
   }
 
@@ -222,8 +211,7 @@ uint32_t quantize_int4_of(const QuantizeArgs& a) {
       a.row_scale[n] = 0;
       continue;
     }
-    const uint32_t exponent = 255 - (std::bit_cast<uint32_t>(amax) >> 23);
-    to.power = std::bit_cast<float>((exponent < 254 ? exponent : 254) << 23);
+    to.power = normalizer(amax);
     const float s[kTries] = {amax * to.power / 128.0f, to.common_power()};
     const size_t choice = to.search(s);
     a.row_scale[n] = to.fit(s[choice], choice);
