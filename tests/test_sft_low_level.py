@@ -344,3 +344,15 @@ def test_gradients_that_are_always_written_have_to_be_given(
 def test_an_alpha_whose_scale_is_no_float32(engine: Any, student: Student) -> None:
     with pytest.raises(ValueError, match=r"lora_alpha: got 1e\+300, expected less: the scale"):
         low_level_sft(engine, student, P, lora_alpha=1e300)
+
+
+@pytest.mark.parametrize("name", ["AMXInt8_MOE", "AMXInt4_MOE", "AMXInt8_SFT_MOE", "AMXInt4_SFT_MOE"])
+@pytest.mark.parametrize("field", ["hidden_size", "intermediate_size"])
+def test_rows_whose_integer_sums_could_overflow_are_refused(engine: Any, name: str, field: str) -> None:
+    kind = ext.moe.MOESFTConfig if "SFT" in name else ext.moe.MOEConfig
+    config = kind(2, 1, 64, 64, pool=engine.backend_)
+    setattr(config, field, 133145)
+    with pytest.raises(ValueError, match=f"^{field}: got 133145, expected at most 133144: sums of int8"):
+        getattr(ext.moe, name)(config)
+    setattr(config, field, 133144)
+    assert not getattr(ext.moe, name)(config).loaded

@@ -1,4 +1,4 @@
-"""PyTorch on the CPU, bf16: a loop over the experts in use, and grouped_mm where torch has it."""
+"""PyTorch on the CPU: a loop over the experts in use, and of bf16 weights grouped_mm where torch has it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from ..cases import Case
 from ..layer import Array, Layer
 from ..spec import Spec
+from .torch_quantized import FORMATS, QuantizedLinear
 
 __all__ = ["LIBRARIES", "Contender", "contenders"]
 
@@ -17,10 +18,13 @@ LIBRARIES: tuple[str, ...] = ("torch",)
 
 
 def contenders(base: Spec, options: Any) -> list[Spec]:
-    """Two ways of writing it."""
-    if (base.operation, base.method) != ("forward", "BF16"):
-        return []
+    """Two ways of writing it with bf16 weights; with quantised ones the loop alone."""
     spec = base.but(peer="torch", gives_limits=False)
+    if base.method in FORMATS:
+        quantized = FORMATS[base.method]
+        return [spec.but(family=quantized.family, copies=quantized.copies, options={"way": "loop"})]
+    if base.method != "BF16":
+        return []
     return [
         spec.but(family="torch loop", options={"way": "loop"}),
         spec.but(family="torch grouped_mm", options={"way": "grouped"}),
@@ -28,7 +32,7 @@ def contenders(base: Spec, options: Any) -> list[Spec]:
 
 
 class Contender:
-    """The shared weights as torch tensors, not copied."""
+    """The shared bf16 weights as torch tensors, not copied; or quantised copies."""
 
     def __init__(self, spec: Spec, layer: Layer) -> None:
         import torch
@@ -37,6 +41,10 @@ class Contender:
         torch.set_grad_enabled(False)
         self._torch, self._shape = torch, spec.shape
         self._gate, self._up, self._down = map(self._tensor, (layer.gate, layer.up, layer.down))
+        self._linear: Any = torch.nn.functional.linear
+        if spec.method in FORMATS:
+            self._linear = QuantizedLinear(spec.method, spec.shape)
+            self._gate, self._up, self._down = map(self._linear.pack, (self._gate, self._up, self._down))
         biases = (layer.gate_bias, layer.up_bias, layer.down_bias)
         self._biases = [None if b is None else torch.from_numpy(b).bfloat16() for b in biases]
         weights = zip((self._gate, self._up, self._down), self._biases, strict=True)
@@ -66,7 +74,7 @@ class Contender:
 
     def _loop(self, x: Any, experts: Any, ends: Any) -> Any:
         y = self._torch.empty_like(x)
-        linear = self._torch.nn.functional.linear
+        linear = self._linear
         begin = 0
         for e, end in enumerate(ends.tolist()):
             if end > begin:

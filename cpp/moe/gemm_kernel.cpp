@@ -1,5 +1,7 @@
 #include "moe/gemm_kernel.h"
 
+#include <cstdint>
+
 #include "core/error.h"
 
 namespace ktmoe {
@@ -19,6 +21,17 @@ FormatId int4_format(const GeneralMOEConfig& config) {
   }
 }
 
+GemmKernel integer(FormatId format, const GeneralMOEConfig& config) {
+  constexpr int64_t kMost = INT32_MAX / (127 * 127);
+  const auto check = [=](const char* name, int64_t size) {
+    if (size > kMost)
+      throw_invalid(name, ": got ", size, ", expected at most ", kMost, ": sums of int8 products are int32");
+  };
+  check("hidden_size", config.hidden_size);
+  check("intermediate_size", config.intermediate_size);
+  return {format, true};
+}
+
 }  // namespace
 
 GemmKernel amx_bf16_kernel(const GeneralMOEConfig& config) {
@@ -28,10 +41,10 @@ GemmKernel amx_bf16_kernel(const GeneralMOEConfig& config) {
 
 GemmKernel amx_int8_kernel(const GeneralMOEConfig& config) {
   if (config.group_size != 0) refuse(config, "0: integer products take scales of rows");
-  return GemmKernel224Int8;
+  return integer(FormatId::kInt8, config);
 }
 
-GemmKernel amx_int4_kernel(const GeneralMOEConfig& config) { return {int4_format(config), true}; }
+GemmKernel amx_int4_kernel(const GeneralMOEConfig& config) { return integer(int4_format(config), config); }
 
 GemmKernel int8_kernel(const GeneralMOEConfig& config) {
   switch (config.group_size) {

@@ -27,7 +27,7 @@ inline constexpr GemmKernel GemmKernel224Int8{FormatId::kInt8, true};
 inline constexpr GemmKernel GemmKernel224Int4{FormatId::kInt4Group32, true};
 
 // The kernels of methods, which may depend on the config's group size. Throw std::invalid_argument for one
-// that the method does not have.
+// that the method does not have, and for rows whose integer sums could overflow.
 GemmKernel amx_bf16_kernel(const GeneralMOEConfig& config);  // none
 GemmKernel amx_int8_kernel(const GeneralMOEConfig& config);  // scales of rows
 GemmKernel amx_int4_kernel(const GeneralMOEConfig& config);  // groups of 32 (the default), 64, 128

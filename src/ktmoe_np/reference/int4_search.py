@@ -18,15 +18,15 @@ _STEPS = np.float32(128)
 _CENTRE, _OFFSETS = np.float32(8.25), (-1, 0, 1, 2)
 #: The finest power of two tried as a scale, when the row's largest is in [2, 4).
 _FINEST = np.float32(1 / 32)
-_LARGEST_BF16 = np.float32(2.0**128 - 2.0**120)
+LARGEST_BF16 = np.float32(2.0**128 - 2.0**120)
 _ONE = np.float32(1)
-_LANES = 16
+LANES = 16
 
 
 def int4_rows(w: Floats) -> tuple[NDArray[np.int8], NDArray[np.int8], Floats]:
     """Quantise groups [R, G, g] to q [R, G, g], m [R, G] and row_scale [R]; see `quantize_int4`."""
     amax = np.abs(w).max(axis=(1, 2))
-    power = _normalizer(amax)
+    power = normalizer(amax)
     with np.errstate(under="ignore", divide="ignore", invalid="ignore"):
         v = w * power[:, None, None]
         # A row of zeros may have any scale.
@@ -40,12 +40,12 @@ def int4_rows(w: Floats) -> tuple[NDArray[np.int8], NDArray[np.int8], Floats]:
         c = m[..., None] * q
         largest = np.abs(c).max(axis=(1, 2))
         s = _row_sum(v * c) / _row_sum(c * c)
-        row_scale = np.minimum(s / power, _LARGEST_BF16 / largest)
+        row_scale = np.minimum(s / power, LARGEST_BF16 / largest)
     row_scale = np.where(amax > 0, row_scale, np.float32(0))
     return q.astype(np.int8), m.astype(np.int8), row_scale
 
 
-def _normalizer(amax: Floats) -> Floats:
+def normalizer(amax: Floats) -> Floats:
     """Return 2^p, p <= 127, with amax * 2^p in [2, 4); its exponent field is 255 - that of amax."""
     exponent = amax.view(np.int32) >> 23
     power: Floats = (np.minimum(255 - exponent, 254) << 23).view(np.float32)
@@ -69,7 +69,7 @@ def _multipliers(v: Floats, s: Floats) -> tuple[Floats, Floats]:
     for offset in _OFFSETS:
         m = sign * np.clip(middle + np.float32(offset), 1, 15)
         t = v * _reciprocal(s, m)
-        error = _lane_sum(np.square(t - _codes(t))) * (m * m)
+        error = lane_sum(np.square(t - _codes(t))) * (m * m)
         better = error < best
         best, chosen = np.where(better, error, best), np.where(better, m, chosen)
     total = np.zeros(len(v), np.float32)
@@ -89,12 +89,12 @@ def _codes(t: Floats) -> Floats:
 
 def _row_sum(x: Floats) -> Floats:
     """Sum rows [R, G, g] in the lanes of the columns."""
-    return _lane_sum(x.reshape(len(x), -1))
+    return lane_sum(x.reshape(len(x), -1))
 
 
-def _lane_sum(x: NDArray[Any]) -> Floats:
+def lane_sum(x: NDArray[Any]) -> Floats:
     """Sum over the last axis: column i goes to lane i mod 16, and lanes are added by halves."""
-    blocks = x.reshape(*x.shape[:-1], -1, _LANES)
+    blocks = x.reshape(*x.shape[:-1], -1, LANES)
     lanes = blocks[..., 0, :].copy()
     for i in range(1, blocks.shape[-2]):
         lanes += blocks[..., i, :]

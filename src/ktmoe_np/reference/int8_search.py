@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .activation import round_bf16
-from .int4_search import _LANES, _LARGEST_BF16, _lane_sum, _normalizer
+from .int4_search import LANES, LARGEST_BF16, lane_sum, normalizer
 
 __all__ = ["int8_groups"]
 
@@ -17,21 +17,21 @@ Floats = NDArray[np.float32]
 #: choice for the rest of the group gains, and so does clipping, with a scale below amax / 127.5.
 _STEPS = (np.float32(127), *(np.float32(127.25 - 0.5 * i) for i in range(15)))
 #: No code times this is beyond the largest bfloat16.
-_LARGEST_SCALE = _LARGEST_BF16 / np.float32(127)
+_LARGEST_SCALE = LARGEST_BF16 / np.float32(127)
 
 
 def int8_groups(w: Floats) -> tuple[NDArray[np.int8], Floats]:
     """Quantise groups [R, G, g], none of the sizes 0, to codes [R, G, g] and scales [R, G]."""
     amax = np.abs(w).max(axis=2)
-    power = _normalizer(amax)
+    power = normalizer(amax)
     with np.errstate(under="ignore"):
-        v = np.pad(w * power[..., None], ((0, 0), (0, 0), (0, -w.shape[2] % _LANES)))
+        v = np.pad(w * power[..., None], ((0, 0), (0, 0), (0, -w.shape[2] % LANES)))
         best, scale = np.full(amax.shape, np.inf, np.float32), np.zeros_like(amax)
         for steps in _STEPS:
             tried = np.minimum(amax / steps, _LARGEST_SCALE)
             step = tried * power
             decoded = round_bf16(_codes(v, step) * step[..., None])
-            error = _lane_sum(np.square(v - decoded))
+            error = lane_sum(np.square(v - decoded))
             better = error < best
             best, scale = np.where(better, error, best), np.where(better, tried, scale)
         codes = _codes(v, scale * power)[..., : w.shape[2]]
