@@ -20,6 +20,8 @@ from layers import (
 )
 from quantized_layers import METHODS, product_of, quantized_layer
 
+from ktmoe_np import KTMoEWrapper
+
 SIZES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 45, 63, 64, 65, 70, 95, 100, 128, 129, 160)
 TOKENS = (0, 1, 2, 3, 4, 5, 7, 13, 14, 16, 17, 33, 65)
 BAD_NUMBERS = (np.nan, np.inf, -np.inf)
@@ -89,3 +91,24 @@ def test_a_row_of_zeros_and_rows_that_are_not_finite(method: str) -> None:
     assert np.isnan(got[[3, 4]]).all()
     assert np.isfinite(got[[0, 1, 2, 5]]).all()
     assert (got[1] == 0).all()
+
+
+@pytest.mark.parametrize("method", ["AMXINT4", "MOE_INT4"])
+def test_bytes_that_are_no_multipliers_stand_for_zeros(method: str) -> None:
+    rng = np.random.default_rng(5)
+    layer = draw_layer(rng, 2, 33, 96)
+    batch = draw_batch(rng, layer, 20, 1)
+
+    def rows(num: int, columns: int) -> Any:
+        codes = rng.integers(0, 256, (2, num, columns // 2 + columns % 2 + -(-columns // 32)), np.uint8)
+        codes[..., columns // 2 + columns % 2 :] = rng.choice(np.array([16, 127, 128, 240], np.uint8))
+        return codes
+
+    moe = KTMoEWrapper(0, 2, 1, 96, 33, method=method)
+    scales = {
+        f"{name}_scale": np.ones((2, num), np.float32)
+        for name, num in (("gate", 33), ("up", 33), ("down", 96))
+    }
+    moe.load_weights_from_tensors(rows(33, 96), rows(33, 96), rows(96, 33), **scales)
+    for tokens in (batch, batch.rows(slice(0, 1))):
+        assert (moe.forward(*tokens).astype(np.float32) == 0).all()

@@ -303,3 +303,17 @@ def test_what_was_there_before_does_not_come_back(method: Method) -> None:
             train(poison, poisoned.rows(slice(num)), poison_grad[:num])
             train(moe, batch.rows(slice(num)), grad_output[:num])
             assert_same_steps(train(moe, batch, grad_output), expected)
+
+
+@pytest.mark.parametrize("method", [("AMXINT8_SFT", None), ("MOE_INT8_SFT", None)], ids=name_of)
+def test_scales_that_are_denormal_count_in_few_rows_and_in_many(method: Method) -> None:
+    _, student, batch, grad_output = drawn(6, method, (1, 40, 70), 20, 1, rank=0)
+    down = (student.layer.down_proj.astype(np.float32) * np.float32(1e-36)).astype(bf16)
+    student = replace(student, layer=replace(student.layer, down_proj=down, down_bias=None))
+    grad_output = (grad_output.astype(np.float32) * np.float32(1e30)).astype(bf16)
+    moe = student.wrapper(1)
+    whole = train(moe, batch, grad_output).gradients["grad_weights"]
+    assert whole.any()
+    for rows in (slice(0, 1), slice(3, 9)):
+        part = train(moe, batch.rows(rows), grad_output[rows].copy())
+        assert_same_bits(part.gradients["grad_weights"], whole[rows])

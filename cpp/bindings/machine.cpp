@@ -93,9 +93,8 @@ void bind_machine(nb::module_& m) {
   m.def("topology", &topology, "CPUs that this process may use, by NUMA node, and its CPU quota.");
   m.def("measure_limits", &limits, nb::arg("engine"), nb::arg("seconds") = 0.3,
         nb::arg("isa").none() = nb::none(), nb::arg("product") = "bfloat16",
-        "Read bandwidth and rates of products, 'bfloat16' or 'int8', of all threads of an engine, `seconds` "
-        "for "
-        "each of the three.");
+        "Read bandwidth and rates of products, 'bfloat16' or 'int8', of all threads of an engine; `seconds` "
+        "for each.");
 }
 
 }  // namespace ktmoe::bindings

@@ -203,7 +203,12 @@ expert_num, num_experts_per_tok, hidden_size, intermediate_size : int
 layer_idx : int
     Which layer of the model this is.
 pool : WorkerPool, optional
-    The threads to run on: the `backend_` of a CPUInfer. Needed before a layer is made.)")
+    The threads to run on: the `backend_` of a CPUInfer. Needed before a layer is made.
+
+Attributes
+----------
+group_size : int
+    Of weights that are quantised by groups; 0 for what the class has by default.)")
       .def(
           "__init__",
           [](GeneralMOEConfig* self, int64_t experts, int64_t per_token, int64_t hidden, int64_t intermediate,

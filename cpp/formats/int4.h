@@ -45,19 +45,20 @@ static_assert(WeightFormat<Int4Group32>);
 
 #ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
 
-// m q for every multiplier and nibble, as int8 and as bf16: unpacking is a look-up.
+// m q for every multiplier and nibble, as int8 and as bf16: unpacking is a look-up. A byte that is no
+// multiplier, which nobody writes and nobody checks before it is read here, stands for zeros.
 struct Int4Products {
   struct Multiples {
-    alignas(32) bf16 values[16];
-    int8_t codes[16];
+    alignas(32) bf16 values[16] = {};
+    int8_t codes[16] = {};
   };
-  alignas(kCacheLine) Multiples of[31];
-  constexpr Int4Products() : of() {
+  alignas(kCacheLine) Multiples of[256];  // by the multiplier's byte
+  constexpr Int4Products() {
     for (int m = -15; m <= 15; ++m) {
       for (int nibble = 0; nibble < 16; ++nibble) {
         const int code = m * (nibble < 8 ? nibble : nibble - 16);
-        of[m + 15].codes[nibble] = static_cast<int8_t>(code);
-        of[m + 15].values[nibble].bits = static_cast<uint16_t>(std::bit_cast<uint32_t>(float(code)) >> 16);
+        of[m & 255].codes[nibble] = static_cast<int8_t>(code);
+        of[m & 255].values[nibble].bits = static_cast<uint16_t>(std::bit_cast<uint32_t>(float(code)) >> 16);
       }
     }
   }
@@ -77,7 +78,7 @@ struct Unpack<formats::Int4<kSize>> {
           multipliers(data + formats::Int4<kSize>::nibble_bytes(w.k)),
           scale(w.row_scale[n]) {}
     KT_INLINE const Int4Products::Multiples& products(size_t k) const {
-      return kInt4Products.of[15 + static_cast<ptrdiff_t>(static_cast<int8_t>(multipliers[k / kSize]))];
+      return kInt4Products.of[static_cast<uint8_t>(multipliers[k / kSize])];
     }
     KT_INLINE Vec::Segment segment(size_t k) const {
       const auto& table = products(k);

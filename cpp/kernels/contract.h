@@ -84,9 +84,10 @@ struct Int8Rows {
 // floats, in a layout that only the kernels of the same table know. With row scales s, W[n, k] = s[n] V[n,
 // k]:
 //   products of bf16      C[m, n] = s[n] sum_k X[m, k] V[n, k]
-//   integer products      C[m, n] = s[n] (scale[m] sum_k codes[m, k] V[n, k]), the sum exact in int32
+//   integer products      C[m, n] = s[n] (scale[m] sum_k codes[m, k] V[n, k]), the sum, which must fit, exact
+//   in int32
 // which do not accumulate.
-// Preconditions: n0 a multiple of kOutputBlock / 2, M <= kMaxPanelRows, n1 - n0 <= kMaxPanelOutputs,
+// Preconditions: n0 a multiple of kOutputBlock / 2, 1 <= M <= kMaxPanelRows, n1 - n0 <= kMaxPanelOutputs,
 // scratch of nt_scratch_bytes(k), C aligned to 64 bytes.
 struct NtArgs {
   Operand x;
@@ -180,7 +181,7 @@ struct LimitKernels {
   // Bytes read by summing [data, data + bytes); bytes a multiple of 1024.
   uint64_t (*read)(const std::byte* data, size_t bytes);
   struct Product {
-    // Operations of `iterations` rounds of independent dot products in registers.
+    // Operations of `iterations` rounds of independent dot products, with as few loads as they need.
     double (*dot)(uint64_t iterations);
     // Those of the same products as a kernel issues them, operands loaded from the first-level cache.
     double (*step)(uint64_t iterations, std::byte* cached_32k);

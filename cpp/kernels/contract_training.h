@@ -16,8 +16,7 @@ inline constexpr uint32_t kMaxTnRows = 64, kMaxTnColumns = 256;
 
 // The left operands of NN, rows G [M, N] in the layout that the instruction set multiplies from:
 //   pack_left            refers to the rows where that will do, else packs them into left_bytes(m, n)
-//   pack_left_in_rows    packs m rows, round_up(n, kOutputBlock) elements apart, into their own memory, by
-//   way
+//   pack_left_in_rows    packs m rows, round_up(n, kOutputBlock) elements apart, into their own memory by way
 //                        of scratch of left_bytes(m, n); they are no rows any more
 //   left_in_rows         the operand that has come out of that
 

@@ -21,7 +21,7 @@ FormatId int4_format(const GeneralMOEConfig& config) {
   }
 }
 
-GemmKernel integer(FormatId format, const GeneralMOEConfig& config) {
+GemmKernel checked(const GemmKernel& kernel, const GeneralMOEConfig& config) {
   constexpr int64_t kMost = INT32_MAX / (127 * 127);
   const auto check = [=](const char* name, int64_t size) {
     if (size > kMost)
@@ -29,7 +29,7 @@ GemmKernel integer(FormatId format, const GeneralMOEConfig& config) {
   };
   check("hidden_size", config.hidden_size);
   check("intermediate_size", config.intermediate_size);
-  return {format, true};
+  return kernel;
 }
 
 }  // namespace
@@ -41,10 +41,14 @@ GemmKernel amx_bf16_kernel(const GeneralMOEConfig& config) {
 
 GemmKernel amx_int8_kernel(const GeneralMOEConfig& config) {
   if (config.group_size != 0) refuse(config, "0: integer products take scales of rows");
-  return integer(FormatId::kInt8, config);
+  return checked(GemmKernel224Int8, config);
 }
 
-GemmKernel amx_int4_kernel(const GeneralMOEConfig& config) { return integer(int4_format(config), config); }
+GemmKernel amx_int4_kernel(const GeneralMOEConfig& config) {
+  GemmKernel kernel = GemmKernel224Int4;
+  kernel.format = int4_format(config);
+  return checked(kernel, config);
+}
 
 GemmKernel int8_kernel(const GeneralMOEConfig& config) {
   switch (config.group_size) {

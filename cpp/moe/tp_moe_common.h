@@ -83,7 +83,7 @@ class TP_MOE_Common : public Interface {
   }
 
   void run_gate_up() {
-    if (kernel_.is_integer) {
+    if (kernel_.is_integer && call_.plan.num_rows() != 0) {
       const size_t hidden = static_cast<size_t>(config_.hidden_size);
       quantize({call_.args->hidden_states, hidden, nullptr}, call_.args->num_tokens,
                static_cast<uint32_t>(hidden), call_.x8);
@@ -110,14 +110,16 @@ class TP_MOE_Common : public Interface {
   // Rows to int8, for the integer products behind it.
   void quantize(const kernels::RowsView& rows, uint32_t num, uint32_t k, const kernels::Int8Rows& to) {
     forget_packed();
+    constexpr size_t kInline = 32 << 10;  // elements: waking the others would take longer
     constexpr uint32_t kRows = 16;
-    const auto block = [&](uint32_t first) {
+    const auto block = [&](uint32_t first, uint32_t count) {
       const kernels::RowsView some{rows.data + first * rows.stride, rows.stride, nullptr};
-      call_.kernels->quantize_rows(some, std::min(kRows, num - first), k, to.from(first));
+      call_.kernels->quantize_rows(some, count, k, to.from(first));
     };
-    if (num <= kRows) return block(0);  // waking the others would take longer
-    run_tasks(static_cast<uint32_t>(div_up(num, kRows)),
-              [&](uint32_t, uint32_t task) { block(task * kRows); });
+    if (size_t{num} * k <= kInline) return block(0, num);
+    config_.pool->run(static_cast<uint32_t>(div_up(num, kRows)), [&](const Worker&, int, uint32_t task) {
+      block(task * kRows, std::min(kRows, num - task * kRows));
+    });
   }
 
   void forget_packed() {

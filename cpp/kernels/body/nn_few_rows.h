@@ -98,8 +98,7 @@ class FewRows {
         c_(reinterpret_cast<float*>(args.scratch)),
         copies_(args.scratch + sizeof(float) * kFewRows * kMaxColumns) {}
 
-  // Not inlined, so that nothing of it is moved out of the caller's FlushDenormals.
-  __attribute__((noinline)) void run() {
+  void run() {
     for (size_t i = 0; i < args_.terms.size(); ++i)
       for (uint32_t s0 = 0; s0 < args_.terms[i].size(); s0 += kPairsStep) step(i, s0);
   }
@@ -170,8 +169,14 @@ class FewRows {
     groups(0, whole, 0);
     if (whole < groups_) last_group(whole * kFewColumns);
   }
-  // Groups [begin, end) of columns; rows begin with column `first`.
-  KT_INLINE void groups(uint32_t begin, uint32_t end, uint32_t first) {
+  // Groups [begin, end) of columns; rows begin with column `first`. Products flush denormals, decoding does
+  // not.
+  void groups(uint32_t begin, uint32_t end, uint32_t first) {
+    const TileSums::FlushDenormals flush;
+    multiply(begin, end, first);
+  }
+  // Not inlined, so that nothing of it is moved out of the caller's FlushDenormals.
+  __attribute__((noinline)) void multiply(uint32_t begin, uint32_t end, uint32_t first) {
     for (uint32_t j = begin; j < end; ++j)
       few_rows_group(step_, rows_, (j * kFewColumns - first) * sizeof(bf16), few_lanes(c_, j, rows_, 0));
   }
@@ -196,7 +201,7 @@ class FewRows {
       std::memcpy(copy, step_.row[n] + k * sizeof(bf16), bytes);
       step_.row[n] = copy;
     }
-    few_rows_group(step_, rows_, 0, few_lanes(c_, k / kFewColumns, rows_, 0));
+    groups(k / kFewColumns, k / kFewColumns + 1, k);
   }
 
   const NnArgs& args_;
@@ -212,9 +217,6 @@ template <class Format>
 void nn_few_rows(const NnArgs& args) {
   FewRows<Format> product(args);
   product.load_c();
-  {
-    const TileSums::FlushDenormals flush;
-    product.run();
-  }
+  product.run();
   product.store_c();
 }

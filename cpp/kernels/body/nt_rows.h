@@ -76,14 +76,19 @@ struct Int8Product {
     return Vec::as_weights(row.bytes_tail(k, count));
   }
   static KT_INLINE void dot(Acc& acc, const Segment& w, const Segment& x) { Vec::dot_bytes(acc, w, x); }
+  // The sum of products from one whose weights were kWeightOffset too large. Modulo 2^32, as the sum of the
+  // offsets alone may be beyond int32.
+  static KT_INLINE int32_t without_offset(int32_t sum, int32_t sum_of_x) {
+    const auto offsets = static_cast<uint32_t>(Vec::kWeightOffset) * static_cast<uint32_t>(sum_of_x);
+    return static_cast<int32_t>(static_cast<uint32_t>(sum) - offsets);
+  }
   // Of activation row m, with its scale.
   template <int kRows>
   static KT_INLINE void sums(const NtArgs& args, uint32_t m, const Acc (&acc)[kRows], float* sums) {
     const QuantizedRow& x = args.x.quantized_row(m);
     int32_t ints[kRows];
     Vec::reduce_int(acc, ints);
-    for (int r = 0; r < kRows; ++r)
-      sums[r] = static_cast<float>(ints[r] - Vec::kWeightOffset * x.sum) * x.scale;
+    for (int r = 0; r < kRows; ++r) sums[r] = static_cast<float>(without_offset(ints[r], x.sum)) * x.scale;
   }
 };
 static_assert(sizeof(Vec::IntAcc) <= sizeof(Vec::Acc));

@@ -156,7 +156,7 @@ class LinesAhead {
   KT_INLINE LinesAhead(const WeightView& w, uint32_t n, uint32_t rows, size_t row_bytes, size_t steps)
       : next_(w.row(n)),
         left_(w.row_stride_bytes == static_cast<ptrdiff_t>(row_bytes) ? rows * row_bytes / kCacheLine : 0),
-        each_(div_up(left_, steps)) {}
+        each_(div_up(left_, steps ? steps : 1)) {}
   KT_INLINE void ask() {
     const size_t some = each_ < left_ ? each_ : left_;
     for (size_t i = 0; i < some; ++i, next_ += kCacheLine) __builtin_prefetch(next_, 0, 2);
@@ -179,7 +179,7 @@ KT_INLINE void prefetch_rows(const TileBlock& w, size_t step) {
 }
 
 // The weights of a group of rows that are brought to tiles in scratch, zeros around them. Scratch is a ring
-// of `ring` steps, which must be a power of two or all that are brought.
+// of `ring` steps, a power of two that is more than are brought at a time.
 template <class Format, class Product, int kWeights>
 struct BringToScratch {
   static constexpr size_t kRowBytes = kTileK * sizeof(bf16), kStepBytes = kWeights * kTileBytes;
@@ -201,7 +201,7 @@ struct BringToScratch {
   KT_INLINE void bring(size_t step) const {
     const size_t k = k0 + step * Product::kStep;
     if (k >= k1) return;
-    std::byte* to = scratch + step % ring * kStepBytes;
+    std::byte* to = scratch + (step & (ring - 1)) * kStepBytes;
     if (rows == kWeights * kTileRows && k + kSteps * Product::kStep <= k1) {
       bring_whole(k, to);
     } else {
@@ -276,7 +276,7 @@ KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, ui
     }
     if constexpr (kFrom == Weights::kBrought) {
       bring(s);
-      a = w.data + s % bring.ring * w.step_bytes;
+      a = w.data + (s & (bring.ring - 1)) * w.step_bytes;
     }
     Tile::load<6>(b0, stride0);
     load_weights<kFrom, 4>(a, w.row_stride);
@@ -402,6 +402,8 @@ void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t ro
 // a layer's token takes 0.19 ms instead of 0.3). Integer sums are exact, so the bits are the same.
 template <class Format>
 void nt_single_row(NtArgs args) {
+  static_assert(kPanelBytes + Vec::kRowTile * sizeof(Vec::Acc) <= kTileBlockSteps * 2 * kTileBytes,
+                "rows of several blocks leave their lanes in the scratch of tiles");
   const QuantizedRow& quantized = args.x.quantized_row(0);
   args.x = {args.x.data, 0, nullptr, 1, args.x.k, &quantized};
   nt_rows<Format, Int8Product>(args);

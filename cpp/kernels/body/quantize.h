@@ -100,9 +100,9 @@ uint32_t quantize_int8_of(const QuantizeArgs& a) {
 
 // The scales tried for a group are its amax over these; the reference says why these.
 constexpr size_t kScalesTried = 16;
-alignas(64) constexpr float kSteps[kScalesTried] = {127.0f,  127.25f, 126.75f, 126.25f, 125.75f, 125.25f,
-                                                    124.75f, 124.25f, 123.75f, 123.25f, 122.75f, 122.25f,
-                                                    121.75f, 121.25f, 120.75f, 120.25f};
+alignas(64) constexpr float kDivisors[kScalesTried] = {127.0f,  127.25f, 126.75f, 126.25f, 125.75f, 125.25f,
+                                                       124.75f, 124.25f, 123.75f, 123.25f, 122.75f, 122.25f,
+                                                       121.75f, 121.25f, 120.75f, 120.25f};
 
 // A group of a row while it is quantised: v = w power, with amax of v in [2, 4) unless amax is denormal.
 struct Int8Search {
@@ -125,7 +125,7 @@ struct Int8Search {
     // No decoded weight is larger than the largest bfloat16.
     const Float most = Vec::set(kLargestBf16 / 127.0f);
     for (size_t c = 0; c < kScalesTried; c += Vec::kWidth) {
-      const Float s = Vec::clamp_above(Vec::div(Vec::set(amax), Vec::load_f(kSteps + c)), most);
+      const Float s = Vec::clamp_above(Vec::div(Vec::set(amax), Vec::load_f(kDivisors + c)), most);
       const Float scaled = Vec::mul(s, factor), inverse = Vec::div(Vec::set(1.0f), scaled);
       Vec::store_f(scale + c, s);
       Vec::store_f(step + c, scaled);

@@ -32,7 +32,7 @@ inline QuantizedRow quantize_row(const bf16* x, uint32_t k, uint32_t padded, std
     return {std::numeric_limits<float>::quiet_NaN(), 0};
   }
   const WeightRow<bf16> row{reinterpret_cast<const std::byte*>(x), k};
-  constexpr float kSmall = 0x1p-90f;
+  constexpr float kSmall = 0x1p-90f;  // see Vec::quotient
   if (amax < kSmall) {
     store_int8_codes(row, 0, k, scale, codes);
   } else {

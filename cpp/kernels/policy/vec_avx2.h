@@ -228,8 +228,8 @@ struct Vec {
     const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
     return _mm256_castsi256_ps(_mm256_and_si256(rounded_number(_mm256_castps_si256(x)), high));
   }
-  // x / divisor as a division rounds it, for x in bf16 and the 127th part of a number in bf16, neither near
-  // the smallest floats: with an exact remainder, which costs less.
+  // x / divisor as a division rounds it, by an exact remainder, which costs less: of x in bf16 and the 127th
+  // part of a number in bf16 that is at least 2^-90, so that no remainder that counts is denormal.
   static KT_INLINE Float quotient(Float x, Float divisor, Float reciprocal) {
     const Float near = mul(x, reciprocal);
     return fma(_mm256_fnmadd_ps(near, divisor, x), reciprocal, near);

@@ -260,8 +260,8 @@ struct Vec {
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     return _mm512_castsi512_ps(_mm512_and_si512(rounded_number(_mm512_castps_si512(x)), high));
   }
-  // x / divisor as a division rounds it, for x in bf16 and the 127th part of a number in bf16, neither near
-  // the smallest floats: with an exact remainder, which costs less.
+  // x / divisor as a division rounds it, by an exact remainder, which costs less: of x in bf16 and the 127th
+  // part of a number in bf16 that is at least 2^-90, so that no remainder that counts is denormal.
   static KT_INLINE Float quotient(Float x, Float divisor, Float reciprocal) {
     const Float near = mul(x, reciprocal);
     return fma(_mm512_fnmadd_ps(near, divisor, x), reciprocal, near);
