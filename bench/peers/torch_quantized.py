@@ -84,7 +84,7 @@ class QuantizedLinear:
             raise NotImplementedError(reason) from error
 
     def pack(self, matrices: Any) -> list[tuple[Any, ...]]:
-        """Quantise bf16 matrices [E, N, K], one at a time: the steps in between are several times as large."""
+        """Quantise bf16 matrices [E, N, K], one at a time: steps in between are several times as large."""
         return [self._format.pack(matrix) for matrix in matrices]
 
     def __call__(self, x: Any, packed: tuple[Any, ...], bias: Any) -> Any:
