@@ -13,10 +13,11 @@ __all__ = ["FORMATS", "QuantizedLinear"]
 #: Weights that share a scale and a zero in int4.
 _GROUP = 32
 
-#: Both sizes of a matrix must be multiples of this: with others a product refuses, or reads beyond the end.
+#: Both sizes of a matrix must be multiples of this, which suits either product: with some other sizes
+#: `_weight_int8pack_mm` does not refuse but crashes.
 _STEP = 32
 
-#: Keeps a scale of zeros away from a division by zero.
+#: In place of a scale of 0, by which one cannot divide.
 _LEAST_SCALE = 1e-6
 
 
@@ -84,7 +85,7 @@ class QuantizedLinear:
             raise NotImplementedError(reason) from error
 
     def pack(self, matrices: Any) -> list[tuple[Any, ...]]:
-        """Quantise bf16 matrices [E, N, K], one at a time: steps in between are several times as large."""
+        """Quantise bf16 matrices [E, N, K], one at a time: on the way they are several times as large."""
         return [self._format.pack(matrix) for matrix in matrices]
 
     def __call__(self, x: Any, packed: tuple[Any, ...], bias: Any) -> Any:

@@ -55,26 +55,18 @@ inline void first_inner(TrainingPass& pass, WorkerScratch& scratch, const PanelT
                    pass.cache->rows.inner[1] + at);
 }
 
-// The intermediate of a block of rows as an operand.
-inline const kernels::Operand& packed_intermediate(TrainingPass& pass, WorkerScratch& scratch,
-                                                   const PanelTask& task) {
-  const kernels::RowsView h =
-      pass.rows_from(pass.cache->rows.kept.h, pass.inter_stride(), pass.first_row(task));
-  return scratch.packed.pack_once(pass.kernels(), h, task, pass.inter(), scratch.operand);
-}
-
 // ud of a block of rows.
 inline void down_inner(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task) {
   const uint32_t rows = task.m1 - task.m0, inter = pass.inter();
+  const kernels::RowsView h =
+      pass.rows_from(pass.cache->rows.kept.h, pass.inter_stride(), pass.first_row(task));
   if (const MaskView mask = mask_of_h(pass); mask.bits) {
     ForwardScratch& own = pass.forward[scratch.worker];
-    const kernels::RowsView h =
-        pass.rows_from(pass.cache->rows.kept.h, pass.inter_stride(), pass.first_row(task));
     copy_dropped(h, pass.tokens(task), rows, {0, inter}, mask, own.dropped);
     scratch.packed = {};
     scratch.packed.operand = pass.kernels().pack({own.dropped, inter, nullptr}, rows, inter, scratch.operand);
   } else {
-    packed_intermediate(pass, scratch, task);
+    scratch.packed.pack_once(pass.kernels(), h, task, inter, scratch.operand);
   }
   inner_products(pass, scratch, scratch.packed.operand, pass.adapter(LoraId::kDownA, task),
                  pass.cache->rows.inner[2] + pass.first_row(task) * pass.rank());

@@ -226,13 +226,13 @@ struct Vec {
     constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction bits
     KT_MAP((x.lane[i] + kMagic) - kMagic);
   }
-  // 2^n for integral n in [-126, 127]; anything for a NaN.
   // x 2^n for a whole n, rounded once: in two factors, since n itself may lie beyond the exponents of normal
   // numbers.
   static KT_INLINE Float scale(const Float& x, const Float& n) {
     const Float half = round(mul(n, set(0.5f)));
     return mul(mul(x, pow2(half)), pow2(sub(n, half)));
   }
+  // 2^n for integral n in [-126, 127]; anything for a NaN.
   static KT_INLINE Float pow2(const Float& n) {
     KT_MAP(
         std::bit_cast<float>((n.lane[i] == n.lane[i] ? static_cast<int32_t>(n.lane[i]) + 127 : 127) << 23));
