@@ -36,10 +36,12 @@ __all__ = [
     "RANKS",
     "SHAPES",
     "SIZES",
+    "THREAD_CASES",
     "TOKENS",
     "Method",
     "Step",
     "Student",
+    "assert_drawn_case",
     "assert_same_on_any_threads",
     "assert_same_steps",
     "assert_step_close",
@@ -309,6 +311,38 @@ def _low_level_step(
     grad_input, grad_weights = np.full_like(batch.x, np.nan), np.full_like(batch.weights, np.nan)
     engine.run(moe.backward_task(grad_output, grad_input, grad_weights, **gradients))
     return Step(out, {"grad_input": grad_input, "grad_weights": grad_weights, **gradients})
+
+
+def assert_drawn_case(case: Drawn, wrapped: Student, *, seed: int, cache_dtype: Any, **options: Any) -> None:
+    """A step of the case by the layer that `wrapped` makes is what the reference says."""
+    options |= {"seed": seed, "lora_dropout": case.rate, "cache_dtype": cache_dtype}
+    moe = wrapped.wrapper(case.num_slots, case.mapped, gpu_experts_mask=case.mask, **options)
+    step = train(moe, case.batch, case.grad_output)
+    assert (moe.num_cached, moe.step) == (0, 1)
+    assert_step_close(
+        step,
+        case.student,
+        case.batch,
+        case.grad_output,
+        float32_cache=cache_dtype == np.float32,
+        gpu_experts_mask=case.mask,
+        physical_to_logical_map=case.mapped,
+        dropout=Dropout(case.rate, seed) if case.rate else None,
+    )
+
+
+#: What the law of threads is tried on: seed, (E, I, H), T, P, R and activation; and options.
+THREAD_CASES = (
+    st.tuples(
+        st.integers(0, 2**32 - 1),
+        st.sampled_from([(3, 45, 70), (8, 96, 160), (5, 192, 130), (3, 7, 9), (2, 300, 33)]),
+        st.sampled_from([1, 2, 16, 45, 90]),
+        st.integers(1, 3),
+        st.sampled_from([0, 1, 3, 16, 33]),
+        st.sampled_from(ACTIVATIONS),
+    ),
+    st.sampled_from([{}, {"recompute": True}, {"cache_float32": True}, {"lora_dropout": 0.3}]),
+)
 
 
 def assert_same_on_any_threads(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from sft_layers import (
     SHAPES,
     Step,
     Student,
+    assert_drawn_case,
     assert_same_steps,
     assert_step_close,
     by_name,
@@ -22,8 +24,6 @@ from sft_layers import (
     train,
 )
 
-from ktmoe_np.reference import Dropout
-
 AnyArray = Any
 
 
@@ -31,36 +31,16 @@ AnyArray = Any
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    student, batch, grad_output, num_slots, mask, mapped, rate = draw_case(data, rng)
+    case = draw_case(data, rng)
     cache_dtype = data.draw(st.sampled_from([bf16, np.dtype(np.float32)]), "cache")
     options = {
-        "seed": seed,
-        "lora_dropout": rate,
-        "cache_dtype": cache_dtype,
         "full_weight_grad": data.draw(st.booleans(), "full"),
         "recompute": data.draw(st.booleans(), "recompute"),
     }
     storage = data.draw(st.sampled_from(list(STORAGES)), "storage")
-
-    as_stored = Student(
-        student.layer.with_matrices(lambda array: stored(array, storage)),
-        student.lora,
-        student.rank,
-        student.lora_alpha,
-    )
-    moe = as_stored.wrapper(num_slots, mapped, gpu_experts_mask=mask, **options)
-    step = train(moe, batch, grad_output)
-    assert (moe.num_cached, moe.step) == (0, 1)
-    assert_step_close(
-        step,
-        student,
-        batch,
-        grad_output,
-        float32_cache=cache_dtype == np.float32,
-        gpu_experts_mask=mask,
-        physical_to_logical_map=mapped,
-        dropout=Dropout(rate, seed) if rate else None,
-    )
+    layer = case.student.layer.with_matrices(lambda array: stored(array, storage))
+    as_stored = replace(case.student, layer=layer)
+    assert_drawn_case(case, as_stored, seed=seed, cache_dtype=cache_dtype, **options)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import ACTIVATIONS, IS_SLOW, Batch, assert_same_bits, bf16, draw, draw_batch
 from sft_layers import (
+    THREAD_CASES,
     Step,
     Student,
     assert_same_on_any_threads,
@@ -180,26 +181,9 @@ def test_no_gradient_of_the_output_is_none_of_anything() -> None:
 
 
 @law
-@given(
-    seeds,
-    st.sampled_from([(3, 45, 70), (8, 96, 160), (5, 192, 130), (3, 7, 9), (2, 300, 33)]),
-    slots,
-    st.sampled_from([0, 1, 3, 16, 33]),
-    st.sampled_from([1, 2, 16, 45, 90]),
-    activations,
-    st.sampled_from([{}, {"recompute": True}, {"cache_float32": True}, {"lora_dropout": 0.3}]),
-)
-def test_any_threads_give_the_same_bits(
-    engines: list[Any],
-    seed: int,
-    size: Any,
-    num_slots: int,
-    rank: int,
-    num_tokens: int,
-    activation: Any,
-    options: dict[str, Any],
-) -> None:
-    _, student, batch, grad_output = drawn(seed, size, num_tokens, num_slots, rank, activation)
+@given(*THREAD_CASES)
+def test_any_threads_give_the_same_bits(engines: list[Any], case: Any, options: dict[str, Any]) -> None:
+    _, student, batch, grad_output = drawn(*case)
     assert_same_on_any_threads(engines, student, batch, grad_output, **options)
 
 

@@ -13,9 +13,11 @@ from layers import ACTIVATIONS, IS_SLOW, Batch, assert_same_bits, bf16, draw, dr
 from quantized_layers import METHODS as INFERENCE_METHODS
 from sft_layers import (
     SHAPES,
+    THREAD_CASES,
     Method,
     Step,
     Student,
+    assert_drawn_case,
     assert_same_on_any_threads,
     assert_same_steps,
     assert_step_close,
@@ -27,7 +29,6 @@ from sft_layers import (
 )
 
 from ktmoe_np import SFTGradients
-from ktmoe_np.reference import Dropout
 
 AnyArray = Any
 
@@ -78,23 +79,10 @@ def inference(student: Student, num_slots: int, *args: Any, **options: Any) -> A
 @given(data=st.data(), seed=seeds)
 def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    student, batch, grad_output, num_slots, mask, mapped, rate = draw_case(data, rng, METHODS)
+    case = draw_case(data, rng, METHODS)
     cache_dtype = data.draw(st.sampled_from([bf16, np.dtype(np.float32)]), "cache")
     recompute = data.draw(st.booleans(), "recompute")
-    options = {"seed": seed, "lora_dropout": rate, "cache_dtype": cache_dtype, "recompute": recompute}
-    moe = student.wrapper(num_slots, mapped, gpu_experts_mask=mask, **options)
-    step = train(moe, batch, grad_output)
-    assert (moe.num_cached, moe.step) == (0, 1)
-    assert_step_close(
-        step,
-        student,
-        batch,
-        grad_output,
-        float32_cache=cache_dtype == np.float32,
-        gpu_experts_mask=mask,
-        physical_to_logical_map=mapped,
-        dropout=Dropout(rate, seed) if rate else None,
-    )
+    assert_drawn_case(case, case.student, seed=seed, cache_dtype=cache_dtype, recompute=recompute)
 
 
 @every_method
@@ -234,27 +222,12 @@ def test_gradients_add_over_micro_batches(
 
 @every_method
 @law
-@given(
-    seeds,
-    st.sampled_from([(3, 45, 70), (8, 96, 160), (5, 192, 130), (3, 7, 9), (2, 300, 33)]),
-    slots,
-    st.sampled_from([0, 3, 16, 33]),
-    st.sampled_from([1, 2, 16, 45, 90]),
-    activations,
-    st.sampled_from([{}, {"recompute": True}, {"cache_float32": True}, {"lora_dropout": 0.3}]),
-)
+@given(*THREAD_CASES)
 def test_any_threads_give_the_same_bits(
-    engines: list[Any],
-    method: Method,
-    seed: int,
-    size: Any,
-    num_slots: int,
-    rank: int,
-    num_tokens: int,
-    activation: Any,
-    options: dict[str, Any],
+    engines: list[Any], method: Method, case: Any, options: dict[str, Any]
 ) -> None:
-    _, student, batch, grad_output = drawn(seed, method, size, num_tokens, num_slots, rank, activation)
+    seed, *sizes = case
+    _, student, batch, grad_output = drawn(seed, method, *sizes)
     assert_same_on_any_threads(engines, student, batch, grad_output, **options)
 
 

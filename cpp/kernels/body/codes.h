@@ -6,7 +6,7 @@
 
 inline constexpr size_t kByteStep = 2 * Vec::kStep;
 
-// What follows from a row's `codes`, `codes_tail` and `scale`.
+// What follows from a row's `codes`, `codes_tail` and `scale`; `bytes` is the row's own.
 template <class Row>
 struct CodeRow {
   KT_INLINE const Row& row() const { return static_cast<const Row&>(*this); }
@@ -17,9 +17,6 @@ struct CodeRow {
   KT_INLINE Vec::Segment weights(size_t k) const { return Vec::to_segment(row().codes(k), row().scale); }
   KT_INLINE Vec::Segment weights_tail(size_t k, size_t count) const {
     return Vec::to_segment(row().codes_tail(k, count), row().scale);
-  }
-  KT_INLINE Vec::Bytes bytes(size_t k) const {
-    return Vec::join(row().codes(k), row().codes(k + Vec::kStep));
   }
   KT_INLINE Vec::Bytes bytes_tail(size_t k, size_t count) const {
     if (count <= Vec::kStep) return Vec::join(row().codes_tail(k, count), Vec::no_codes());

@@ -24,6 +24,20 @@ inline int32_t sum_of_codes(const std::byte* codes, uint32_t padded) {
   return sum;
 }
 
+// Divides as a division rounds, by an exact remainder, which costs less: x in bf16 by the 127th part of an
+// amax.
+struct DivideBy {
+  static constexpr float kLeastAmax = 0x1p-90f;  // from which on no remainder that counts is denormal
+  Float divisor, minus_divisor, reciprocal;
+  KT_INLINE explicit DivideBy(float d)
+      : divisor(Vec::set(d)), minus_divisor(Vec::set(-d)), reciprocal(Vec::set(1.0f / d)) {}
+  KT_INLINE Float operator()(const Float& x) const {
+    if constexpr (!Vec::kFusesFma) return Vec::div(x, divisor);
+    const Float near = Vec::mul(x, reciprocal);
+    return Vec::fma(Vec::fma(near, minus_divisor, x), reciprocal, near);
+  }
+};
+
 // Codes of a row, zeros behind them up to `padded`.
 inline QuantizedRow quantize_row(const bf16* x, uint32_t k, uint32_t padded, std::byte* codes) {
   const float amax = amax_of_row(x, k), scale = amax / 127.0f;
@@ -32,15 +46,13 @@ inline QuantizedRow quantize_row(const bf16* x, uint32_t k, uint32_t padded, std
     return {std::numeric_limits<float>::quiet_NaN(), 0};
   }
   const WeightRow<bf16> row{reinterpret_cast<const std::byte*>(x), k};
-  constexpr float kSmall = 0x1p-90f;  // see Vec::quotient
-  if (amax < kSmall) {
+  if (amax < DivideBy::kLeastAmax) {
     store_int8_codes(row, 0, k, scale, codes);
   } else {
-    const Float divisor = Vec::set(scale), reciprocal = Vec::set(1.0f / scale);
+    const DivideBy steps(scale);
     // What reaches behind the row is padding: rows of codes are whole cache lines.
     for (uint32_t at = 0; at < k; at += Vec::kWidth)
-      Vec::store_int8(reinterpret_cast<int8_t*>(codes + at),
-                      Vec::quotient(row.load(at), divisor, reciprocal));
+      Vec::store_int8(reinterpret_cast<int8_t*>(codes + at), steps(row.load(at)));
   }
   std::memset(codes + k, 0, padded - k);
   return {scale, sum_of_codes(codes, padded)};

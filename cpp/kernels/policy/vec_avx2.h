@@ -171,6 +171,7 @@ struct Vec {
   static KT_INLINE Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
   static KT_INLINE Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static KT_INLINE Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
+  static constexpr bool kFusesFma = true;  // fma rounds once
   static KT_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   // min and max give their second operand when either is NaN.
   static KT_INLINE Float clamp_above(Float x, Float limit) { return _mm256_min_ps(limit, x); }
@@ -227,12 +228,6 @@ struct Vec {
   static KT_INLINE Float nearest_bf16(Float x) {
     const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
     return _mm256_castsi256_ps(_mm256_and_si256(rounded_number(_mm256_castps_si256(x)), high));
-  }
-  // x / divisor as a division rounds it, by an exact remainder, which costs less: of x in bf16 and the 127th
-  // part of a number in bf16 that is at least 2^-90, so that no remainder that counts is denormal.
-  static KT_INLINE Float quotient(Float x, Float divisor, Float reciprocal) {
-    const Float near = mul(x, reciprocal);
-    return fma(_mm256_fnmadd_ps(near, divisor, x), reciprocal, near);
   }
   // kWidth numbers of the range of int8, rounded to whole ones.
   static KT_INLINE void store_int8(int8_t* p, Float x) {

@@ -219,6 +219,7 @@ struct Vec {
   static KT_INLINE Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static KT_INLINE Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static KT_INLINE Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
+  static constexpr bool kFusesFma = true;  // fma rounds once
   static KT_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   // min and max give their second operand when either is NaN.
   static KT_INLINE Float clamp_above(Float x, Float limit) { return _mm512_min_ps(limit, x); }
@@ -259,12 +260,6 @@ struct Vec {
   static KT_INLINE Float nearest_bf16(Float x) {
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     return _mm512_castsi512_ps(_mm512_and_si512(rounded_number(_mm512_castps_si512(x)), high));
-  }
-  // x / divisor as a division rounds it, by an exact remainder, which costs less: of x in bf16 and the 127th
-  // part of a number in bf16 that is at least 2^-90, so that no remainder that counts is denormal.
-  static KT_INLINE Float quotient(Float x, Float divisor, Float reciprocal) {
-    const Float near = mul(x, reciprocal);
-    return fma(_mm512_fnmadd_ps(near, divisor, x), reciprocal, near);
   }
   // kWidth numbers of the range of int8, rounded to whole ones.
   static KT_INLINE void store_int8(int8_t* p, Float x) {

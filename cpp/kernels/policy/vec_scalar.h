@@ -202,6 +202,7 @@ struct Vec {
   static KT_INLINE Float mul(const Float& a, const Float& b) { KT_MAP(a.lane[i] * b.lane[i]); }
   static KT_INLINE Float div(const Float& a, const Float& b) { KT_MAP(a.lane[i] / b.lane[i]); }
   // a * b + c, fused where the instruction set fuses
+  static constexpr bool kFusesFma = false;  // fma rounds once
   static KT_INLINE Float fma(const Float& a, const Float& b, const Float& c) {
     KT_MAP(a.lane[i] * b.lane[i] + c.lane[i]);
   }
@@ -288,9 +289,6 @@ struct Vec {
     std::memcpy(bits, x.lane, sizeof bits);
     for (uint32_t& b : bits) b = (b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u;
     KT_MAP(std::bit_cast<float>(bits[i]));
-  }
-  static KT_INLINE Float quotient(const Float& x, const Float& divisor, const Float&) {
-    return div(x, divisor);
   }
   // kWidth numbers of the range of int8, rounded to whole ones.
   static KT_INLINE void store_int8(int8_t* p, const Float& x) {
