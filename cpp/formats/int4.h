@@ -48,17 +48,14 @@ static_assert(WeightFormat<Int4Group32>);
 // m q for every multiplier and nibble, as int8 and as bf16: unpacking is a look-up. A byte that is no
 // multiplier, which nobody writes and nobody checks before it is read here, stands for zeros.
 struct Int4Products {
-  struct Multiples {
-    alignas(32) bf16 values[16] = {};
-    int8_t codes[16] = {};
-  };
-  alignas(kCacheLine) Multiples of[256];  // by the multiplier's byte
+  Vec::Numbers values[256] = {};  // by the multiplier's byte
+  alignas(kCacheLine) int8_t codes[256][16] = {};
   constexpr Int4Products() {
     for (int m = -15; m <= 15; ++m) {
       for (int nibble = 0; nibble < 16; ++nibble) {
         const int code = m * (nibble < 8 ? nibble : nibble - 16);
-        of[m & 255].codes[nibble] = static_cast<int8_t>(code);
-        of[m & 255].values[nibble].bits = static_cast<uint16_t>(std::bit_cast<uint32_t>(float(code)) >> 16);
+        codes[m & 255][nibble] = static_cast<int8_t>(code);
+        values[m & 255].set(nibble, static_cast<uint16_t>(std::bit_cast<uint32_t>(float(code)) >> 16));
       }
     }
   }
@@ -77,21 +74,20 @@ struct Unpack<formats::Int4<kSize>> {
         : data(w.row(n)),
           multipliers(data + formats::Int4<kSize>::nibble_bytes(w.k)),
           scale(w.row_scale[n]) {}
-    KT_INLINE const Int4Products::Multiples& products(size_t k) const {
-      return kInt4Products.of[static_cast<uint8_t>(multipliers[k / kSize])];
-    }
+    KT_INLINE size_t multiplier(size_t k) const { return static_cast<uint8_t>(multipliers[k / kSize]); }
+    KT_INLINE const int8_t* products(size_t k) const { return kInt4Products.codes[multiplier(k)]; }
     KT_INLINE Vec::Segment segment(size_t k) const {
-      const auto& table = products(k);
-      return Vec::look_up_segment(data + k / 2, table.codes, table.values);
+      const size_t m = multiplier(k);
+      return Vec::look_up_segment(data + k / 2, kInt4Products.codes[m], kInt4Products.values[m]);
     }
     KT_INLINE Vec::Bytes bytes(size_t k) const {
-      return Vec::look_up(data + k / 2, products(k).codes, products(k + Vec::kStep).codes);
+      return Vec::look_up(data + k / 2, products(k), products(k + Vec::kStep));
     }
-    KT_INLINE Vec::Codes codes(size_t k) const { return Vec::look_up(data + k / 2, products(k).codes); }
+    KT_INLINE Vec::Codes codes(size_t k) const { return Vec::look_up(data + k / 2, products(k)); }
     KT_INLINE Vec::Codes codes_tail(size_t k, size_t count) const {
       std::byte full[Vec::kStep / 2] = {};
       std::memcpy(full, data + k / 2, div_up(count, 2));
-      return Vec::look_up(full, products(k).codes);
+      return Vec::look_up(full, products(k));
     }
   };
 };

@@ -11,6 +11,8 @@
 // tiles cannot be loaded from stores that are still on their way, and vectors and tiles work at the same
 // time. Between blocks of K sums wait in C, so the order along K stays.
 //
+// The entry nt_tiles and the ways of few rows are in nt_decoded_tile.h.
+//
 // A Product says what is multiplied: bf16 pairs into fp32, or int8 quads into int32, which become fp32 when
 // all of K is done. The bytes of tiles, panels and blocks are the same for both; what counts steps counts 64
 // bytes of a row as the product takes it.
@@ -394,35 +396,5 @@ void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t ro
     group.multiply<Product, kWeights, Weights::kFromScratch>(in_scratch(k0, k1), first, panels);
     group.zero_first = false;
     k0 = k1;
-  }
-}
-
-// A single row, which is stored as it is and whose results are too: what is decoded goes straight into
-// products on vectors, which come near memory's speed where the way through scratch does not (Emerald Rapids:
-// a layer's token takes 0.19 ms instead of 0.3). Integer sums are exact, so the bits are the same.
-template <class Format>
-void nt_single_row(NtArgs args) {
-  static_assert(kPanelBytes + Vec::kRowTile * sizeof(Vec::Acc) <= kTileBlockSteps * 2 * kTileBytes,
-                "rows of several blocks leave their lanes in the scratch of tiles");
-  const QuantizedRow& quantized = args.x.quantized_row(0);
-  args.x = {args.x.data, 0, nullptr, 1, args.x.k, &quantized};
-  nt_rows<Format, Int8Product>(args);
-}
-
-template <class Format, class Product>
-void nt_tiles(const NtArgs& args) {
-  if constexpr (Product::kIsInteger && !Product::template as_stored<Format>()) {
-    if (args.x.rows == 1) return nt_single_row<Format>(args);
-  }
-  TileScope scope;
-  // A single panel takes its weights 16 rows at a time: memory serves 16 streams better than 32.
-  const uint32_t group = args.x.rows <= kPanelColumns ? kTileRows : kGroupRows;
-  for (uint32_t n = args.n0; n < args.n1; n += group) {
-    const uint32_t rows = args.n1 - n < group ? args.n1 - n : group;
-    if (rows > kTileRows) {
-      nt_tile_group<Format, Product, 2>(args, scope, n, rows);
-    } else {
-      nt_tile_group<Format, Product, 1>(args, scope, n, rows);
-    }
   }
 }

@@ -13,6 +13,7 @@
 #include "kernels/body/quantize_int4.h"
 #include "kernels/body/nt_rows.h"
 #include "kernels/body/nt_tiles.h"
+#include "kernels/body/nt_decoded_tile.h"
 #include "kernels/body/tiles.h"
 #include "kernels/body/pairs.h"
 #include "kernels/body/nn.h"

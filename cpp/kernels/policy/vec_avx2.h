@@ -75,8 +75,11 @@ struct Vec {
                                             _mm_load_si128(reinterpret_cast<const __m128i*>(low)));
     return _mm256_shuffle_epi8(tables, _mm256_and_si256(spread, _mm256_set1_epi8(15)));
   }
-  // The numbers of look_up(nibbles, table), given as bf16 too.
-  static KT_INLINE Segment look_up_segment(const std::byte* nibbles, const int8_t* table, const bf16*) {
+  // The numbers of look_up(nibbles, table), which others look up as bf16.
+  struct Numbers {
+    constexpr void set(int, uint16_t) {}
+  };
+  static KT_INLINE Segment look_up_segment(const std::byte* nibbles, const int8_t* table, const Numbers&) {
     return to_segment(look_up(nibbles, table));
   }
   // Exact: a code has no more digits than a bf16.

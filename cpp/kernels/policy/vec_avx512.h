@@ -89,14 +89,39 @@ struct Vec {
         _mm512_mask_broadcast_i32x4(first, 0xff00, _mm_load_si128(reinterpret_cast<const __m128i*>(high)));
     return _mm512_shuffle_epi8(tables, spread);
   }
-  // The numbers of look_up(nibbles, table), given as bf16 too.
-  static KT_INLINE Segment look_up_segment(const std::byte* nibbles, const int8_t*, const bf16* table) {
+  // Sixteen bf16 numbers to be looked up by nibbles.
+#if KT_HAS_AVX512_BF16
+  // The target has VBMI, whose look-up of bytes takes half of the time of one of words: a number's bytes are
+  // 16 apart, all of it twice, as the fifth bit of an index tells the bytes and the sixth is whatever it is.
+  struct Numbers {
+    alignas(64) uint8_t bytes[64];
+    constexpr void set(int nibble, uint16_t bits) {
+      bytes[nibble] = bytes[nibble + 32] = static_cast<uint8_t>(bits);
+      bytes[nibble + 16] = bytes[nibble + 48] = static_cast<uint8_t>(bits >> 8);
+    }
+  };
+  static KT_INLINE Segment look_up_segment(const std::byte* nibbles, const int8_t*, const Numbers& numbers) {
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
+    const __m512i four = _mm512_permutexvar_epi8(four_of_each(), bytes);
+    const __m512i shifted = _mm512_srlv_epi16(four, _mm512_set1_epi32(4 << 16));
+    constexpr int kAndOr = 0xea;  // (a & b) | c
+    const __m512i index =
+        _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi8(15), _mm512_set1_epi16(16 << 8), kAndOr);
+    return as_segment(_mm512_permutexvar_epi8(index, _mm512_load_si512(numbers.bytes)));
+  }
+#else
+  struct Numbers {
+    alignas(32) uint16_t words[16];
+    constexpr void set(int nibble, uint16_t bits) { words[nibble] = bits; }
+  };
+  static KT_INLINE Segment look_up_segment(const std::byte* nibbles, const int8_t*, const Numbers& numbers) {
     const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
     const __m512i spread = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));  // a nibble a word
     const __m512i index = _mm512_and_si512(spread, _mm512_set1_epi16(15));
-    const __m256i values = _mm256_load_si256(reinterpret_cast<const __m256i*>(table));
+    const __m256i values = _mm256_load_si256(reinterpret_cast<const __m256i*>(numbers.words));
     return as_segment(_mm512_permutexvar_epi16(index, _mm512_castsi256_si512(values)));
   }
+#endif
 #if KT_HAS_AVX512_BF16
   // Denormals become zeros, as they do in the products.
   static KT_INLINE Segment to_segment(Codes codes) {
@@ -268,6 +293,12 @@ struct Vec {
 
  private:
   static KT_INLINE __m512 to_floats(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)); }
+  // Bytes 0 to 15, each four times.
+  static KT_INLINE __m512i four_of_each() {
+    return _mm512_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606,
+                             0x07070707, 0x08080808, 0x09090909, 0x0a0a0a0a, 0x0b0b0b0b, 0x0c0c0c0c,
+                             0x0d0d0d0d, 0x0e0e0e0e, 0x0f0f0f0f);
+  }
   // Where reduce finds its eight sums.
   static KT_INLINE __m512i reduced_order() {
     return _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);

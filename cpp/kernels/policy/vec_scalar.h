@@ -62,8 +62,11 @@ struct Vec {
       codes.lane[i] = table[static_cast<int>(nibbles[i / 2]) >> (i % 2 * 4) & 15];
     return codes;
   }
-  // The numbers of look_up(nibbles, table), given as bf16 too.
-  static KT_INLINE Segment look_up_segment(const std::byte* nibbles, const int8_t* table, const bf16*) {
+  // The numbers of look_up(nibbles, table), which others look up as bf16.
+  struct Numbers {
+    constexpr void set(int, uint16_t) {}
+  };
+  static KT_INLINE Segment look_up_segment(const std::byte* nibbles, const int8_t* table, const Numbers&) {
     return to_segment(look_up(nibbles, table));
   }
   static KT_INLINE Segment to_segment(const Codes& codes) {
