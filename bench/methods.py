@@ -6,6 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .encoders import (
+    encode_fp8,
+    encode_fp8_perchannel,
+    encode_mxfp4,
+    encode_mxfp8,
+    encode_nvfp4,
+    encode_rawint4,
+)
 from .layer import Layer
 
 __all__ = ["METHODS", "Method"]
@@ -40,6 +48,12 @@ _FORWARD = (
     Method("AMXINT4", 17 / 32, 0.3, product="int8"),
     Method("MOE_INT8", 1.0, 0.03),
     Method("MOE_INT4", 17 / 32, 0.3),
+    Method("FP8", 1.0, 0.06, encode=encode_fp8),
+    Method("FP8_PERCHANNEL", 1.0, 0.06, encode=encode_fp8_perchannel),
+    Method("MXFP8", 33 / 32, 0.06, encode=encode_mxfp8),
+    Method("RAWINT4", 18 / 32, 0.25, encode=encode_rawint4),
+    Method("MXFP4", 17 / 32, 0.3, encode=encode_mxfp4),
+    Method("NVFP4", 9 / 16, 0.25, encode=encode_nvfp4),
 )
 
 

@@ -24,9 +24,9 @@ METHODS = (
 
 def quantized_layer(layer: Layer, method: str, group_size: int | None) -> Layer:
     """The layer with what the method, of inference or of training, makes of its weights."""
-    if "INT4" in method:
+    if method.startswith(("AMXINT4", "MOE_INT4")):
         return layer.with_matrices(lambda w: quantize_int4(w, group_size=group_size or 32))
-    if "INT8" in method:
+    if method.startswith(("AMXINT8", "MOE_INT8")):
         return layer.with_matrices(lambda w: quantize_int8(w, group_size=group_size))
     return layer
 

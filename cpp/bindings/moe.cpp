@@ -19,8 +19,8 @@ using Layer = std::shared_ptr<MoE_Interface>;
 
 // A projection's weights as they are given, and how they must be.
 struct Projection {
-  nb::handle weights, scale;
-  const char *name, *scale_name;
+  nb::handle weights, scale, scales;
+  const char *name, *scale_name, *scales_name;
   int64_t num, rows, columns;
   FormatId format;
 };
@@ -77,9 +77,31 @@ void add_scales(const Projection& p, Arrays& owners, std::vector<WeightView>& vi
               });
 }
 
+// The scales of a projection that lie apart, uint8 [rows of scales, bytes of one] an expert.
+void add_scales_apart(const Projection& p, Arrays& owners, std::vector<WeightView>& views) {
+  const int64_t serves = format_scale_rows(p.format);
+  if (serves == 0) {
+    if (!p.scales.is_none())
+      throw_invalid(p.scales_name, ": got one, expected None: ", format_name(p.format),
+                    " has no scales apart");
+    return;
+  }
+  const auto width = static_cast<int64_t>(format_scale_bytes(p.format, static_cast<size_t>(p.columns)));
+  auto view = views.begin();
+  for_experts(p.scales, p.scales_name, p.num, DType::kUint8, {(p.rows + serves - 1) / serves, width}, owners,
+              [&](const Array& a, size_t axis, const std::byte* data) {
+                if (a.shape(axis + 1) > 1 && a.stride_bytes(axis + 1) != 1)
+                  throw nb::type_error(
+                      str_cat(p.scales_name, ": the last axis has gaps, expected it contiguous").c_str());
+                view->scales = data;
+                (view++)->scales_stride_bytes = static_cast<ptrdiff_t>(a.stride_bytes(axis));
+              });
+}
+
 std::vector<WeightView> scaled_matrices(const Projection& p, Arrays& owners) {
   std::vector<WeightView> views = matrices(p, owners);
   add_scales(p, owners, views);
+  add_scales_apart(p, owners, views);
   return views;
 }
 
@@ -126,28 +148,32 @@ void apply_map(nb::handle source, const GeneralMOEConfig& c, ExpertWeights& w) {
 
 PythonTask load_weights_task(Layer layer, nb::object gate, nb::object up, nb::object down, nb::object map,
                              nb::object gate_scale, nb::object up_scale, nb::object down_scale,
+                             nb::object gate_scales, nb::object up_scales, nb::object down_scales,
                              nb::object gate_bias, nb::object up_bias, nb::object down_bias) {
   const GeneralMOEConfig& c = layer->config();
   const FormatId format = layer->format();
   const int64_t num = c.expert_num, inter = c.intermediate_size, hidden = c.hidden_size;
   auto owners = std::make_shared<Arrays>();
-  owners->reserve(6 * static_cast<size_t>(c.expert_num));
+  owners->reserve(9 * static_cast<size_t>(c.expert_num));
   auto weights = std::make_shared<ExpertWeights>();
-  weights->matrices.gate =
-      scaled_matrices({gate, gate_scale, "gate_proj", "gate_scale", num, inter, hidden, format}, *owners);
+  weights->matrices.gate = scaled_matrices(
+      {gate, gate_scale, gate_scales, "gate_proj", "gate_scale", "gate_scales", num, inter, hidden, format},
+      *owners);
   weights->biases.gate = biases(gate_bias, "gate_bias", c.expert_num, c.intermediate_size);
   if (c.activation.gated) {
-    weights->matrices.up =
-        scaled_matrices({up, up_scale, "up_proj", "up_scale", num, inter, hidden, format}, *owners);
+    weights->matrices.up = scaled_matrices(
+        {up, up_scale, up_scales, "up_proj", "up_scale", "up_scales", num, inter, hidden, format}, *owners);
     weights->biases.up = biases(up_bias, "up_bias", c.expert_num, c.intermediate_size);
-  } else if (!up.is_none() || !up_scale.is_none() || !up_bias.is_none()) {
-    throw_invalid(!up.is_none()         ? "up_proj"
-                  : !up_scale.is_none() ? "up_scale"
-                                        : "up_bias",
+  } else if (!up.is_none() || !up_scale.is_none() || !up_scales.is_none() || !up_bias.is_none()) {
+    throw_invalid(!up.is_none()          ? "up_proj"
+                  : !up_scale.is_none()  ? "up_scale"
+                  : !up_scales.is_none() ? "up_scales"
+                                         : "up_bias",
                   ": got one, expected None: the activation is not gated");
   }
-  weights->matrices.down =
-      scaled_matrices({down, down_scale, "down_proj", "down_scale", num, hidden, inter, format}, *owners);
+  weights->matrices.down = scaled_matrices(
+      {down, down_scale, down_scales, "down_proj", "down_scale", "down_scales", num, hidden, inter, format},
+      *owners);
   weights->biases.down = biases(down_bias, "down_bias", c.expert_num, c.hidden_size);
   apply_map(map, c, *weights);
   weights->owner = owners;
@@ -243,21 +269,25 @@ void bind_interface(nb::module_& m) {
       .def("load_weights_task", &load_weights_task, nb::arg("gate_proj").none(), nb::arg("up_proj").none(),
            nb::arg("down_proj").none(), nb::arg("physical_to_logical_map").none() = nb::none(), nb::kw_only(),
            nb::arg("gate_scale").none() = nb::none(), nb::arg("up_scale").none() = nb::none(),
-           nb::arg("down_scale").none() = nb::none(), nb::arg("gate_bias").none() = nb::none(),
-           nb::arg("up_bias").none() = nb::none(), nb::arg("down_bias").none() = nb::none(),
+           nb::arg("down_scale").none() = nb::none(), nb::arg("gate_scales").none() = nb::none(),
+           nb::arg("up_scales").none() = nb::none(), nb::arg("down_scales").none() = nb::none(),
+           nb::arg("gate_bias").none() = nb::none(), nb::arg("up_bias").none() = nb::none(),
+           nb::arg("down_bias").none() = nb::none(),
            R"(Make the task that gives the layer its weights. They are referred to, not copied.
 
 Parameters
 ----------
 gate_proj, up_proj : array or sequence of arrays
-    bfloat16 [E, I, H], or E arrays [I, H]. up_proj is None when the activation is not gated. Of a quantised
-    layer uint8 [E, I, B], or E arrays [I, B], B the bytes of a row (`quantized_row_bytes`).
+    bfloat16 [E, I, H], or E arrays [I, H]. up_proj is None when the activation is not gated. Of other
+    formats uint8 [E, I, B], or E arrays [I, B], B the bytes of a row (`quantized_row_bytes`).
 down_proj : array or sequence of arrays
     bfloat16 [E, H, I], or E arrays [H, I]; or uint8.
 physical_to_logical_map : array, optional
     int64 [E]: expert i uses the weights of map[i].
 gate_scale, up_scale, down_scale : array or sequence of arrays
     float32 [E, I], [E, I], [E, H], or E arrays each: the scales of rows, where the format has them.
+gate_scales, up_scales, down_scales : array or sequence of arrays
+    uint8 [E, S, B], or E arrays [S, B]: S rows of B bytes of scales, where the format has some that lie apart.
 gate_bias, up_bias, down_bias : array, optional
     float32 or bfloat16 [E, I], [E, I], [E, H].
 
@@ -311,7 +341,8 @@ void bind_layer(nb::module_& m, const char* name, const char* doc) {
 void bind_moe(nb::module_& m) {
   bind_config(m);
   bind_interface(m);
-  bind_layer<amx_bf16_kernel>(m, "AMXBF16_MOE", "Experts with bf16 weights, as they lie in memory.");
+  bind_layer<native_kernel<FormatId::kBf16>>(m, "AMXBF16_MOE",
+                                             "Experts with bf16 weights, as they lie in memory.");
   bind_layer<amx_int8_kernel>(m, "AMXInt8_MOE",
                               "Experts with int8 weights, a scale a row; activations are quantised to int8.");
   bind_layer<amx_int4_kernel>(
@@ -322,6 +353,15 @@ void bind_moe(nb::module_& m) {
                           "Experts with int8 weights, a scale a row or every 32 columns (`group_size`).");
   bind_layer<int4_kernel>(m, "Int4_MOE",
                           "Experts with two-level int4 weights, in groups of 32, 64 or 128 (`group_size`).");
+  bind_layer<native_kernel<FormatId::kFp8>>(m, "AMXFP8_MOE",
+                                            "Experts with E4M3 weights, a scale a block of 128 x 128.");
+  bind_layer<native_kernel<FormatId::kFp8Row>>(m, "AMXFP8PerChannel_MOE",
+                                               "Experts with E4M3 weights, a scale a row.");
+  bind_layer<native_kernel<FormatId::kMxFp8>>(m, "MXFP8_MOE", "Experts with MXFP8 weights.");
+  bind_layer<native_kernel<FormatId::kRawInt4>>(
+      m, "RAWINT4_MOE", "Experts with int4 weights as compressed-tensors packs them, in groups of 32.");
+  bind_layer<native_kernel<FormatId::kMxFp4>>(m, "MXFP4_MOE", "Experts with MXFP4 weights.");
+  bind_layer<native_kernel<FormatId::kNvFp4>>(m, "NVFP4_MOE", "Experts with NVFP4 weights.");
 }
 
 }  // namespace ktmoe::bindings

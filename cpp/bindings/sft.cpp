@@ -262,13 +262,26 @@ void bind_sft(nb::module_& m) {
   Interface interface(m, "MoE_SFT_Interface", "What a layer that trains does beyond inference.");
   bind_forward(interface);
   bind_backward(interface);
-  bind_layer<amx_bf16_kernel>(m, "AMXBF16_SFT_MOE", "Experts with bf16 weights and adapters that train.");
+  bind_layer<native_kernel<FormatId::kBf16>>(m, "AMXBF16_SFT_MOE",
+                                             "Experts with bf16 weights and adapters that train.");
   bind_layer<amx_int8_kernel>(m, "AMXInt8_SFT_MOE",
                               "Experts as those of AMXInt8_MOE, and adapters that train.");
   bind_layer<amx_int4_kernel>(m, "AMXInt4_SFT_MOE",
                               "Experts as those of AMXInt4_MOE, and adapters that train.");
   bind_layer<int8_kernel>(m, "Int8_SFT_MOE", "Experts as those of Int8_MOE, and adapters that train.");
   bind_layer<int4_kernel>(m, "Int4_SFT_MOE", "Experts as those of Int4_MOE, and adapters that train.");
+  bind_layer<native_kernel<FormatId::kFp8>>(m, "AMXFP8_SFT_MOE",
+                                            "Experts as those of AMXFP8_MOE, and adapters that train.");
+  bind_layer<native_kernel<FormatId::kFp8Row>>(
+      m, "AMXFP8PerChannel_SFT_MOE", "Experts as those of AMXFP8PerChannel_MOE, and adapters that train.");
+  bind_layer<native_kernel<FormatId::kMxFp8>>(m, "MXFP8_SFT_MOE",
+                                              "Experts as those of MXFP8_MOE, and adapters that train.");
+  bind_layer<native_kernel<FormatId::kRawInt4>>(m, "RAWINT4_SFT_MOE",
+                                                "Experts as those of RAWINT4_MOE, and adapters that train.");
+  bind_layer<native_kernel<FormatId::kMxFp4>>(m, "MXFP4_SFT_MOE",
+                                              "Experts as those of MXFP4_MOE, and adapters that train.");
+  bind_layer<native_kernel<FormatId::kNvFp4>>(m, "NVFP4_SFT_MOE",
+                                              "Experts as those of NVFP4_MOE, and adapters that train.");
 }
 
 }  // namespace ktmoe::bindings

@@ -3,5 +3,9 @@
 // named here and in formats.inc.
 
 #include "formats/bf16.h"
+#include "formats/fp8.h"
 #include "formats/int4.h"
 #include "formats/int8.h"
+#include "formats/mxfp4.h"
+#include "formats/nvfp4.h"
+#include "formats/rawint4.h"

@@ -9,17 +9,17 @@
 
 namespace ktmoe::formats {
 
-struct Bf16 {
+struct Bf16 : NoScalesApart {
   static constexpr FormatId kId = FormatId::kBf16;
   static constexpr std::string_view kName = "bf16";
   static constexpr bool kHasRowScale = false, kIsInteger = false;
 
   static constexpr size_t row_bytes(size_t k) { return k * sizeof(bf16); }
 
-  static void decode(const std::byte* row, size_t k, float* out) {
-    for (size_t i = 0; i < k; ++i) {
+  static void decode(const WeightView& w, size_t n, float* out) {
+    for (size_t i = 0; i < w.k; ++i) {
       bf16 value;
-      std::memcpy(&value, row + i * sizeof value, sizeof value);
+      std::memcpy(&value, w.row(n) + i * sizeof value, sizeof value);
       out[i] = to_float(value);
     }
   }

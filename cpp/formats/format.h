@@ -14,19 +14,39 @@ namespace ktmoe {
 struct WeightView {
   const std::byte* data = nullptr;
   ptrdiff_t row_stride_bytes = 0;
-  uint32_t k = 0;                    // elements of a row
-  const float* row_scale = nullptr;  // a value a row, of formats that have one
+  uint32_t k = 0;                     // elements of a row
+  const float* row_scale = nullptr;   // a value a row, of formats that have one
+  const std::byte* scales = nullptr;  // of formats whose scales lie apart: rows of them,
+  ptrdiff_t scales_stride_bytes = 0;
+  uint32_t scales_row = 0;  // and the matrix's row that row 0 here is, as one of them serves several
 
   const std::byte* row(size_t n) const { return data + static_cast<ptrdiff_t>(n) * row_stride_bytes; }
+  // The scales of row n, of which one row serves `rows` of the matrix.
+  const std::byte* scales_of(size_t n, uint32_t rows) const {
+    return scales + static_cast<ptrdiff_t>((scales_row + n) / rows) * scales_stride_bytes;
+  }
 
   // The rows from n on, row n called 0.
   WeightView from(size_t n) const {
-    return {row(n), row_stride_bytes, k, row_scale ? row_scale + n : nullptr};
+    WeightView rest = *this;
+    rest.data = row(n);
+    if (row_scale) rest.row_scale += n;
+    rest.scales_row += static_cast<uint32_t>(n);
+    return rest;
+  }
+  // What from(1) gives.
+  void next_row() {
+    data += row_stride_bytes;
+    if (row_scale) ++row_scale;
+    ++scales_row;
   }
   // The same rows, the first of them called n.
   WeightView numbered_from(size_t n) const {
-    return {data - static_cast<ptrdiff_t>(n) * row_stride_bytes, row_stride_bytes, k,
-            row_scale ? row_scale - n : nullptr};
+    WeightView same = *this;
+    same.data -= static_cast<ptrdiff_t>(n) * row_stride_bytes;
+    if (row_scale) same.row_scale -= n;
+    same.scales_row -= static_cast<uint32_t>(n);  // modulo 2^32, as row n is added again
+    return same;
   }
 };
 
@@ -42,18 +62,29 @@ inline constexpr size_t kNumFormats = static_cast<size_t>(FormatId::kCount);
 // A format F provides, all static:
 //   FormatId kId; std::string_view kName;
 //   size_t row_bytes(size_t k)                      bytes of a row of k values
-//   void decode(const std::byte* row, size_t k, float* out)    the scalar truth, before any row scale
+//   uint32_t kScaleRows     rows of the matrix that share a row of scales which lies apart; 0: there are none
+//   size_t scale_bytes(size_t k)                    bytes of a row of those scales
+//   void decode(const WeightView& w, size_t n, float* out)    row n, the scalar truth, before any row scale
 //   bool kHasRowScale       a weight is its decoded value times a float32 of its row; decoded values are then
 //                           exact in bf16
 //   bool kIsInteger         decoded values are whole numbers from -127 to 127: integer products take them
 // and, for the target regions (kernels/targets), a specialisation Unpack<F> that yields the k-th segment of a
 // row in registers, in the element order of the policy it is given.
+//
+// `NoScalesApart` gives the two of formats that have none.
+struct NoScalesApart {
+  static constexpr uint32_t kScaleRows = 0;
+  static constexpr size_t scale_bytes(size_t) { return 0; }
+};
+
 template <class F>
-concept WeightFormat = requires(const std::byte* row, size_t k, float* out) {
+concept WeightFormat = requires(const WeightView& w, size_t k, float* out) {
   { F::kId } -> std::convertible_to<FormatId>;
   { F::kName } -> std::convertible_to<std::string_view>;
   { F::row_bytes(k) } -> std::same_as<size_t>;
-  F::decode(row, k, out);
+  { F::kScaleRows } -> std::convertible_to<uint32_t>;
+  { F::scale_bytes(k) } -> std::same_as<size_t>;
+  F::decode(w, k, out);
   { F::kHasRowScale } -> std::convertible_to<bool>;
   { F::kIsInteger } -> std::convertible_to<bool>;
 };

@@ -13,7 +13,7 @@
 namespace ktmoe::formats {
 
 template <size_t kSize>
-struct Int4 {
+struct Int4 : NoScalesApart {
   static constexpr size_t kGroup = kSize;
   static constexpr FormatId kId = kSize == 32   ? FormatId::kInt4Group32
                                   : kSize == 64 ? FormatId::kInt4Group64
@@ -30,8 +30,8 @@ struct Int4 {
     const int nibble = static_cast<int>(row[i / 2]) >> (i % 2 * 4) & 15;
     return (nibble < 8 ? nibble : nibble - 16) * static_cast<int8_t>(row[nibble_bytes(k) + i / kGroup]);
   }
-  static void decode(const std::byte* row, size_t k, float* out) {
-    for (size_t i = 0; i < k; ++i) out[i] = static_cast<float>(code(row, k, i));
+  static void decode(const WeightView& w, size_t n, float* out) {
+    for (size_t i = 0; i < w.k; ++i) out[i] = static_cast<float>(code(w.row(n), w.k, i));
   }
 };
 using Int4Group32 = Int4<32>;

@@ -12,20 +12,20 @@
 
 namespace ktmoe::formats {
 
-struct Int8 {
+struct Int8 : NoScalesApart {
   static constexpr FormatId kId = FormatId::kInt8;
   static constexpr std::string_view kName = "int8";
   static constexpr bool kHasRowScale = true, kIsInteger = true;
 
   static constexpr size_t row_bytes(size_t k) { return k; }
 
-  static void decode(const std::byte* row, size_t k, float* out) {
-    for (size_t i = 0; i < k; ++i) out[i] = static_cast<float>(static_cast<int8_t>(row[i]));
+  static void decode(const WeightView& w, size_t n, float* out) {
+    for (size_t i = 0; i < w.k; ++i) out[i] = static_cast<float>(static_cast<int8_t>(w.row(n)[i]));
   }
 };
 static_assert(WeightFormat<Int8>);
 
-struct Int8Group32 {
+struct Int8Group32 : NoScalesApart {
   static constexpr FormatId kId = FormatId::kInt8Group32;
   static constexpr std::string_view kName = "int8_group32";
   static constexpr bool kHasRowScale = false, kIsInteger = false;
@@ -38,9 +38,10 @@ struct Int8Group32 {
     return scale;
   }
 
-  static void decode(const std::byte* row, size_t k, float* out) {
-    for (size_t i = 0; i < k; ++i)
-      out[i] = to_float(to_bf16(static_cast<float>(static_cast<int8_t>(row[i])) * scale(row, k, i)));
+  static void decode(const WeightView& w, size_t n, float* out) {
+    const std::byte* row = w.row(n);
+    for (size_t i = 0; i < w.k; ++i)
+      out[i] = to_float(to_bf16(static_cast<float>(static_cast<int8_t>(row[i])) * scale(row, w.k, i)));
   }
 };
 static_assert(WeightFormat<Int8Group32>);

@@ -24,6 +24,12 @@ inline size_t format_row_bytes(FormatId id, size_t k) {
 inline bool format_has_row_scale(FormatId id) {
   return with_format(id, [](auto f) { return decltype(f)::kHasRowScale; });
 }
+inline size_t format_scale_bytes(FormatId id, size_t k) {
+  return with_format(id, [&](auto f) { return decltype(f)::scale_bytes(k); });
+}
+inline uint32_t format_scale_rows(FormatId id) {
+  return with_format(id, [](auto f) { return uint32_t{decltype(f)::kScaleRows}; });
+}
 inline std::string_view format_name(FormatId id) {
   return with_format(id, [](auto f) { return decltype(f)::kName; });
 }

@@ -26,9 +26,9 @@ struct NodeMatrices {
   NodeMemory memory;
 };
 
-// Copies a share's rows to its node: `first_row_bytes` is the size of a row of gate and up, `down_row_bytes`
-// of down. The pool's threads do it, since the pages lie where they are first written.
-NodeMatrices copy_to_node(const ExpertMatrices& source, const OutputShare& share, size_t first_row_bytes,
-                          size_t down_row_bytes, int subpool, WorkerPool& pool);
+// Copies a share's rows to its node. The pool's threads do it, since the pages lie where they are first
+// written.
+NodeMatrices copy_to_node(const ExpertMatrices& source, const OutputShare& share, FormatId format,
+                          int subpool, WorkerPool& pool);
 
 }  // namespace ktmoe

@@ -34,9 +34,8 @@ GemmKernel checked(const GemmKernel& kernel, const GeneralMOEConfig& config) {
 
 }  // namespace
 
-GemmKernel amx_bf16_kernel(const GeneralMOEConfig& config) {
-  if (config.group_size != 0) refuse(config, "0: bf16 weights have no scales");
-  return GemmKernel224BF;
+void refuse_group_size(const GeneralMOEConfig& config) {
+  if (config.group_size != 0) refuse(config, "0: the encoding says what shares a scale");
 }
 
 GemmKernel amx_int8_kernel(const GeneralMOEConfig& config) {

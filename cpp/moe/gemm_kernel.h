@@ -28,10 +28,17 @@ inline constexpr GemmKernel GemmKernel224Int4{FormatId::kInt4Group32, true};
 
 // The kernels of methods, which may depend on the config's group size. Throw std::invalid_argument for one
 // that the method does not have, and for rows whose integer sums could overflow.
-GemmKernel amx_bf16_kernel(const GeneralMOEConfig& config);  // none
+void refuse_group_size(const GeneralMOEConfig& config);      // one that is given
 GemmKernel amx_int8_kernel(const GeneralMOEConfig& config);  // scales of rows
 GemmKernel amx_int4_kernel(const GeneralMOEConfig& config);  // groups of 32 (the default), 64, 128
 GemmKernel int8_kernel(const GeneralMOEConfig& config);      // scales of rows (the default), groups of 32
 GemmKernel int4_kernel(const GeneralMOEConfig& config);      // groups of 32 (the default), 64, 128
+
+// Of formats as checkpoints have them, without a choice of groups.
+template <FormatId kFormat>
+GemmKernel native_kernel(const GeneralMOEConfig& config) {
+  refuse_group_size(config);
+  return {kFormat, false};
+}
 
 }  // namespace ktmoe

@@ -288,10 +288,7 @@ class TP_MOE_Common : public Interface {
     std::vector<NodeMatrices> nodes;
     for (size_t i = 0; i < parts_.size(); ++i)
       nodes.push_back(
-          copy_to_node(matrices, parts_[i]->share(),
-                       format_row_bytes(kernel_.format, static_cast<size_t>(config_.hidden_size)),
-                       format_row_bytes(kernel_.format, static_cast<size_t>(config_.intermediate_size)),
-                       static_cast<int>(i), *config_.pool));
+          copy_to_node(matrices, parts_[i]->share(), kernel_.format, static_cast<int>(i), *config_.pool));
     return nodes;
   }
 

@@ -17,7 +17,9 @@ class Method:
     mode: str  #: "inference" or "sft"
     wrapper: str  #: module and class of the wrapper, below this package
     layer: str  #: the class in ``kt_kernel_ext.moe``
-    weights: str = "bf16"  #: what the base weights are made of
+    weights: str = (
+        "bf16"  #: what the base weights are made of: bf16, int8, int4 or a name of `_native_formats`
+    )
     skip_lora: bool = False  #: adapters are used, but have no gradients
     #: Of methods that quantise: group size -> name in `ktmoe_np._formats`; the first is the default.
     formats: Mapping[int | None, str] = field(default_factory=dict, hash=False)
@@ -48,6 +50,7 @@ class Method:
 
 
 _AMX, _GENERAL = "inference.amx:AMXMoEWrapper", "inference.general:GeneralMoEWrapper"
+_NATIVE = "inference.native:NativeMoEWrapper"
 
 
 def _quantized(name: str, wrapper: str, layer: str, weights: str, *group_sizes: int | None) -> Method:
@@ -57,12 +60,21 @@ def _quantized(name: str, wrapper: str, layer: str, weights: str, *group_sizes: 
 
 
 _INFERENCE = (
-    Method("BF16", "inference", "inference.native:NativeMoEWrapper", "AMXBF16_MOE"),
+    Method("BF16", "inference", _NATIVE, "AMXBF16_MOE"),
     _quantized("AMXINT8", _AMX, "AMXInt8_MOE", "int8", None),
     _quantized("AMXINT4", _AMX, "AMXInt4_MOE", "int4", 32, 64, 128),
     _quantized("MOE_INT8", _GENERAL, "Int8_MOE", "int8", None, 32),
     _quantized("MOE_INT4", _GENERAL, "Int4_MOE", "int4", 32, 64, 128),
+    Method("FP8", "inference", _NATIVE, "AMXFP8_MOE", "fp8"),
+    Method("FP8_PERCHANNEL", "inference", _NATIVE, "AMXFP8PerChannel_MOE", "fp8_perchannel"),
+    Method("MXFP8", "inference", _NATIVE, "MXFP8_MOE", "mxfp8"),
+    Method("RAWINT4", "inference", _NATIVE, "RAWINT4_MOE", "rawint4"),
+    Method("MXFP4", "inference", _NATIVE, "MXFP4_MOE", "mxfp4"),
+    Method("NVFP4", "inference", _NATIVE, "NVFP4_MOE", "nvfp4"),
 )
+
+#: Methods whose training has a name of its class beside its own; the first is the one that is told.
+_FAMILY_NAMES = {name: (f"AMX{name}", name) for name in ("BF16", "FP8")}
 
 
 def training_name(inference: str) -> str:
@@ -74,8 +86,7 @@ def _training(method: Method) -> Iterator[Method]:
     """The methods that train adapters on what a method for inference computes."""
     wrapper = "sft.quantized:QuantizedSFTMoEWrapper" if method.formats else "sft.amx:AMXSFTMoEWrapper"
     layer = method.layer.replace("_MOE", "_SFT_MOE")
-    # BF16 has two names, of which the longer one is as that of its class.
-    names = ("AMXBF16", "BF16") if method.name == "BF16" else (method.name,)
+    names = _FAMILY_NAMES.get(method.name, (method.name,))
     for suffix, skip_lora in (("", False), ("_SkipLoRA", True)):
         for name in names:
             yield replace(

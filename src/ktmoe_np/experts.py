@@ -12,8 +12,9 @@ from ._methods import Method, find_method, training_name
 from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import MoEConfig, parse_activation
 from .inference.base import BaseMoEWrapper
-from .io import load_hf_config
+from .io import SafetensorsCheckpoint, load_hf_config
 from .io.manifest import manifest_path, read_manifest
+from .io.native import native_method
 from .sft.base import BaseSFTMoEWrapper
 from .sft.options import SFTOptions, refuse_options
 
@@ -50,12 +51,13 @@ class KTMoEWrapper:
     chunked_prefill_size : int
         Of inference: tokens that are taken at a time; bounds the scratch memory, not the batch.
     method : str
-        How weights are encoded, and for training what is trained. Of mode ``inference``: ``BF16``;
-        ``AMXINT8`` and ``AMXINT4``, which quantise weights and activations; ``MOE_INT8`` and ``MOE_INT4``,
-        which quantise weights alone. Of mode ``sft``, which trains adapters on the same base weights:
-        ``AMXBF16_SFT`` or, shorter, ``BF16_SFT``; ``AMXINT8_SFT``, ``AMXINT4_SFT``, ``MOE_INT8_SFT`` and
-        ``MOE_INT4_SFT``. Each with ``_SkipLoRA`` behind it for gradients of the input and the routing weights
-        alone.
+        How weights are encoded, and for training what is trained. Of mode ``inference``: ``BF16``, ``FP8``,
+        ``FP8_PERCHANNEL``, ``MXFP8``, ``RAWINT4``, ``MXFP4`` and ``NVFP4``, which read a checkpoint's own
+        encoding; ``AMXINT8`` and ``AMXINT4``, which quantise weights and activations; ``MOE_INT8`` and
+        ``MOE_INT4``, which quantise weights alone. Of mode ``sft``, which trains adapters on the same base
+        weights: ``AMXBF16_SFT`` or, shorter, ``BF16_SFT``; ``AMXFP8_SFT`` or ``FP8_SFT``; the others with
+        ``_SFT`` behind their name. Each with ``_SkipLoRA`` behind it for gradients of the input and the
+        routing weights alone.
     mode : str
         ``inference`` or ``sft``.
     numa_nodes : sequence of int, optional
@@ -178,9 +180,8 @@ class KTMoEWrapper:
         layer_idx : int
             The layer.
         method : str, optional
-            None takes what the checkpoint is encoded in. Of a directory that ``ktmoe convert`` has written
-            that is what it was converted for, with ``_SFT`` for training. The directory also gives the group
-            size.
+            None takes what the layer is encoded in. Of a directory that ``ktmoe convert`` has written that is
+            what it was converted for; the directory also gives the group size. With ``_SFT`` for training.
         mode : str
             ``inference`` or ``sft``.
         **overrides
@@ -209,6 +210,10 @@ class KTMoEWrapper:
                 method = training_name(manifest.method) if mode == "sft" else manifest.method
             if manifest.group_size in find_method(method, mode).formats:
                 overrides = {"group_size": manifest.group_size, **overrides}
+        elif method is None:
+            native = native_method(SafetensorsCheckpoint.shared(path), layer_idx)
+            if native is not None:
+                method = training_name(native) if mode == "sft" else native
         method = find_method(method, mode).name
         moe: Any = cls(layer_idx=layer_idx, method=method, mode=mode, **overrides)
         moe.load_weights(physical_to_logical_map)

@@ -11,14 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import kt_kernel_ext as ext
-from ._arrays import expert_ids
 from ._methods import Method
 from .config import MoEConfig
 from .cpuinfer import _MoEBase
 from .io import SafetensorsCheckpoint, load_experts
-from .io.quantized import refuse_quantized
 
-__all__ = ["MoELayer", "NativeWeights"]
+__all__ = ["MoELayer"]
 
 ConfigT = TypeVar("ConfigT", bound=ext.moe.MOEConfig)
 
@@ -139,56 +137,16 @@ class MoELayer(_MoEBase):
             **options,
         )
 
+    @abstractmethod
     def load_weights_from_tensors(
         self,
         gate_proj: Any,
         up_proj: Any,
         down_proj: Any,
         physical_to_logical_map: Any = None,
-        *,
-        gate_bias: Any = None,
-        up_bias: Any = None,
-        down_bias: Any = None,
+        **more: Any,
     ) -> None:
-        """Give the layer its weights. They are held, not copied: do not write to them afterwards.
-
-        Parameters
-        ----------
-        gate_proj, up_proj : array of bfloat16 [E, I, H], or E arrays [I, H]
-            `up_proj` is None when the activation is not gated.
-        down_proj : array of bfloat16 [E, H, I], or E arrays [H, I]
-            Rows may lie apart in memory, the last axis must be contiguous.
-        physical_to_logical_map : array of int64 [E], optional
-            Expert i uses the weights of entry map[i].
-        gate_bias, up_bias : array of float32 or bfloat16 [E, I], optional
-            Added before the activation. Copied, unlike the weights.
-        down_bias : array of float32 or bfloat16 [E, H], optional
-            Added before the routing weight is applied.
-
-        Raises
-        ------
-        TypeError
-            Not arrays, another dtype, or a last axis with gaps.
-        ValueError
-            Another shape or number of arrays, or an `up_proj` that the activation does not use.
-        IndexError
-            An entry of the map outside 0 to E - 1.
-        RuntimeError
-            Of a layer for training: saved forward passes wait for their backward pass.
-        """
-        if physical_to_logical_map is not None:
-            physical_to_logical_map = expert_ids(physical_to_logical_map, "physical_to_logical_map")
-        task = self._layer.load_weights_task(
-            gate_proj,
-            up_proj,
-            down_proj,
-            physical_to_logical_map,
-            gate_bias=gate_bias,
-            up_bias=up_bias,
-            down_bias=down_bias,
-        )
-        self.cpu_infer.run(task)
-        self._loaded.add(self)
+        """Give the layer its weights."""
 
     def set_gpu_experts_mask(self, gpu_experts_mask: Any) -> None:
         """Name the experts that someone else computes; from the next call on they are skipped here.
@@ -221,12 +179,3 @@ class MoELayer(_MoEBase):
     def _check_stream(cuda_stream: Any) -> None:
         if cuda_stream is not None:
             raise RuntimeError(f"cuda_stream: got {cuda_stream!r}, expected None: arrays are on the CPU")
-
-
-class NativeWeights(MoELayer):
-    """A layer whose weights stay as the checkpoint has them: arrays stay the caller's, files stay mapped."""
-
-    def _load_from_path(self, physical_to_logical_map: object) -> None:
-        assert self.weight_path is not None
-        refuse_quantized(self.weight_path, self.method)
-        self._load_from_checkpoint(physical_to_logical_map)

@@ -81,7 +81,8 @@ class Matrix {
   // Row r by the scalar truth.
   std::vector<float> row(uint32_t r) const {
     std::vector<float> values(columns_);
-    formats::Bf16::decode(bytes_.data() + r * stride_, columns_, values.data());
+    formats::Bf16::decode({bytes_.data(), static_cast<ptrdiff_t>(stride_), static_cast<uint32_t>(columns_)},
+                          r, values.data());
     return values;
   }
 

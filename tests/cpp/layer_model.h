@@ -41,7 +41,8 @@ struct Model {
     const auto* data = reinterpret_cast<const std::byte*>(values.data());
     const size_t row_bytes = columns * sizeof(bf16);
     for (size_t e = 0; e < kExperts; ++e)
-      matrices.push_back({data + e * rows * row_bytes, static_cast<ptrdiff_t>(row_bytes)});
+      matrices.push_back(
+          {data + e * rows * row_bytes, static_cast<ptrdiff_t>(row_bytes), static_cast<uint32_t>(columns)});
     return matrices;
   }
 

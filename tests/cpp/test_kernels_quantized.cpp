@@ -42,8 +42,7 @@ class Quantized {
   // Row n by the scalar truth, before its scale.
   std::vector<float> row(uint32_t n) const {
     std::vector<float> values(k_);
-    with_format(format_,
-                [&](auto f) { decltype(f)::decode(bytes_.data() + n * stride_, k_, values.data()); });
+    with_format(format_, [&](auto f) { decltype(f)::decode(view(), n, values.data()); });
     return values;
   }
   float scale(uint32_t n) const { return format_has_row_scale(format_) ? scales_[n] : 1.0f; }

@@ -23,3 +23,29 @@ struct CodeRow {
     return Vec::join(row().codes(k), row().codes_tail(k + Vec::kStep, count - Vec::kStep));
   }
 };
+
+// A row of nibbles, two a byte and the low one first, that stand for whole numbers times a scale of their
+// group: what follows from its `data`, `scale(k)`, the table `kCodes` and the groups' `kGroup`.
+template <class Row, size_t kGroup>
+struct NibbleRow {
+  KT_INLINE const Row& row() const { return static_cast<const Row&>(*this); }
+  KT_INLINE Vec::Segment segment(size_t k) const { return scaled(row().data + k / 2, k, Vec::kStep); }
+  KT_INLINE Vec::Segment tail(size_t k, size_t count) const {
+    std::byte full[Vec::kStep / 2] = {};
+    std::memcpy(full, row().data + k / 2, div_up(count, 2));
+    return scaled(full, k, count);
+  }
+  KT_INLINE Vec::Segment weights(size_t k) const { return segment(k); }
+  KT_INLINE Vec::Segment weights_tail(size_t k, size_t count) const { return tail(k, count); }
+
+ private:
+  KT_INLINE Vec::Segment scaled(const std::byte* nibbles, size_t k, [[maybe_unused]] size_t count) const {
+    const Vec::Codes codes = Vec::look_up(nibbles, Row::kCodes);
+    if constexpr (Vec::kStep <= kGroup) {
+      return Vec::to_segment(codes, row().scale(k));
+    } else {
+      static_assert(Vec::kStep <= 2 * kGroup);
+      return Vec::to_segment(codes, row().scale(k), count > kGroup ? row().scale(k + kGroup) : 0.0f);
+    }
+  }
+};

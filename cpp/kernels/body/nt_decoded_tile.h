@@ -43,7 +43,7 @@ class DecodedTile {
       if (line >= 0) __builtin_prefetch(rest.data + line, 0, 2);
       KT_UNROLL for (size_t i = 0; i < kSegments; ++i)
           Product::store(to + i * kRowBytes / kSegments, row, step * Product::kStep + i * Product::kSegment);
-      to += kRowBytes, rest.data += rest.row_stride_bytes;
+      to += kRowBytes, rest.next_row();
     }
   }
   // A step's line, in bytes from the beginning of a row to that of the row a group behind; -1: none.

@@ -212,7 +212,7 @@ struct BringToScratch {
   }
   KT_INLINE void bring_whole(size_t k, std::byte* to) const {
     WeightView rest = w.from(n);
-    for (uint32_t r = 0; r < kWeights * kTileRows; ++r, to += kRowBytes, rest.data += rest.row_stride_bytes) {
+    for (uint32_t r = 0; r < kWeights * kTileRows; ++r, to += kRowBytes, rest.next_row()) {
       const typename Unpack<Format>::Row row(rest, 0);
       KT_UNROLL for (size_t i = 0; i < kSteps * Product::kStep / Product::kSegment; ++i) {
         constexpr size_t kOfStep = Product::kStep / Product::kSegment;

@@ -148,6 +148,29 @@ struct Vec {
   }
 #endif
 
+  // bf(code scale), a scale for either half.
+  static KT_INLINE Segment to_segment(Codes codes, float low, float high) {
+    const __m512 first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
+    const __m512 second = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+    return join_bf16(_mm512_mul_ps(first, _mm512_set1_ps(low)), _mm512_mul_ps(second, _mm512_set1_ps(high)));
+  }
+  // bf(x scale) of kStep numbers of E4M3. They go by half precision, whose numbers of the same bits are 2^-8
+  // as large; its conversion knows no flushing of denormals.
+  static KT_INLINE Segment e4m3_segment(const std::byte* p, float scale) {
+    const __m512i bits = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i size = _mm512_and_si512(bits, _mm512_set1_epi16(127));
+    const __mmask32 is_nan = _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(127));
+    constexpr int kOrAnd = 0xf8;  // a | (b & c)
+    const __m512i half = _mm512_ternarylogic_epi32(_mm512_slli_epi16(size, 7), _mm512_slli_epi16(bits, 8),
+                                                   _mm512_set1_epi16(-32768), kOrAnd);
+    const __m512i number = _mm512_mask_mov_epi16(half, is_nan, _mm512_set1_epi16(0x7e00));
+    const __m512 s = _mm512_set1_ps(scale), larger = _mm512_set1_ps(256);
+    const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(number));
+    const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(number, 1));
+    return join_bf16(_mm512_mul_ps(_mm512_mul_ps(low, larger), s),
+                     _mm512_mul_ps(_mm512_mul_ps(high, larger), s));
+  }
+
   // ---- integer products ----
   // Weights enter as unsigned bytes, 128 too large: kWeightOffset times the sum of the other factor is too
   // much.
@@ -293,6 +316,19 @@ struct Vec {
 
  private:
   static KT_INLINE __m512 to_floats(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)); }
+#if KT_HAS_AVX512_BF16
+  static KT_INLINE Segment join_bf16(__m512 low, __m512 high) { return _mm512_cvtne2ps_pbh(high, low); }
+#else
+  static KT_INLINE Segment join_bf16(__m512 low, __m512 high) {
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    const __m512i even = rounded(_mm512_permutex2var_ps(low, evens, high));
+    const __m512i odd = rounded(_mm512_permutex2var_ps(low, odds, high));
+    return {_mm512_castsi512_ps(_mm512_and_si512(even, mask)),
+            _mm512_castsi512_ps(_mm512_and_si512(odd, mask))};
+  }
+#endif
   // Bytes 0 to 15, each four times.
   static KT_INLINE __m512i four_of_each() {
     return _mm512_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606,

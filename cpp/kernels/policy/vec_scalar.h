@@ -81,6 +81,14 @@ struct Vec {
     return s;
   }
 
+  // bf(x scale) of kStep numbers of E4M3.
+  static KT_INLINE Segment e4m3_segment(const std::byte* p, float scale) {
+    Segment s;
+    for (size_t i = 0; i < kStep; ++i)
+      s.lane[i] = to_float(to_bf16(kE4m3[static_cast<uint8_t>(p[i])] * scale));
+    return s;
+  }
+
   // ---- integer products ----
   static constexpr int32_t kWeightOffset = 0;
   struct Bytes {

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from ..layer import NativeWeights
+from .._native import NativeWeights
 from .base import BaseMoEWrapper
 
 __all__ = ["NativeMoEWrapper"]
 
 
 class NativeMoEWrapper(NativeWeights, BaseMoEWrapper):
-    """Experts computed from a checkpoint's own encoding: method ``BF16``.
+    """Experts computed from a checkpoint's own encoding.
+
+    Methods ``BF16``, ``FP8``, ``FP8_PERCHANNEL``, ``MXFP8``, ``RAWINT4``, ``MXFP4`` and ``NVFP4``.
 
     Weights are referred to, never copied: arrays stay the caller's, files stay mapped.
     """

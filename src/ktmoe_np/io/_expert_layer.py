@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from numpy.typing import NDArray
@@ -13,7 +13,15 @@ from ..config import MoEConfig
 from ._namings import NAMINGS, PREFIXES, Naming
 from .safetensors import SafetensorsCheckpoint
 
-__all__ = ["ExpertLayer", "expert_layers", "find_layer"]
+__all__ = [
+    "BIAS_DTYPES",
+    "ExpertLayer",
+    "aligned",
+    "expert_layers",
+    "find_layer",
+    "layers_with",
+    "read_layers",
+]
 
 AnyArray = NDArray[Any]
 
@@ -106,18 +114,22 @@ class ExpertLayer:
     def tensors(self, naming: Naming, template: str, num_experts: int) -> list[AnyArray]:
         """One array for each expert."""
         if naming.per_expert:
-            return [_aligned(self.checkpoint.tensor(self.name(template, e))) for e in range(num_experts)]
-        return list(_aligned(self.checkpoint.tensor(self.name(template, 0))))
+            return [aligned(self.checkpoint.tensor(self.name(template, e))) for e in range(num_experts)]
+        return list(aligned(self.checkpoint.tensor(self.name(template, 0))))
 
 
-def _aligned(array: AnyArray) -> AnyArray:
+def aligned(array: AnyArray) -> AnyArray:
     """`array`, or a copy when its file puts it at an address that its dtype cannot have."""
     return array if array.flags.aligned else array.copy()
 
 
 def expert_layers(checkpoint: SafetensorsCheckpoint) -> tuple[int, ...]:
     """List the layers that have experts in a naming that `load_experts` knows, in order."""
-    known = {naming.tensors["down"] for naming in NAMINGS}
+    return layers_with(checkpoint, {naming.tensors["down"] for naming in NAMINGS})
+
+
+def layers_with(checkpoint: SafetensorsCheckpoint, known: Collection[str]) -> tuple[int, ...]:
+    """List the layers with a tensor of one of the `known` templates, in order."""
     stems = "|".join(re.escape(prefix).replace(re.escape("{layer}"), "[0-9]{1,9}") for prefix in PREFIXES)
     pattern = re.compile(f"(?:{stems})")
     layers = set()
@@ -136,8 +148,8 @@ def _template(name: str) -> tuple[str, int]:
     return f"{name[: match.start()]}{{e}}{name[match.end() :]}", int(match[0])
 
 
-def find_layer(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> ExpertLayer:
-    """Find the layer's tensors under the first prefix with experts."""
+def read_layers(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> list[ExpertLayer]:
+    """Sort the layer's tensors, whatever they are, by their prefixes; those without any are empty."""
     layers = {
         prefix: ExpertLayer(checkpoint, prefix) for prefix in (p.format(layer=layer_idx) for p in PREFIXES)
     }
@@ -147,12 +159,18 @@ def find_layer(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> ExpertLayer
             prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
             template, number = _template(name[len(prefix) :])
             layers[prefix].numbers[template].add(number)
-    for layer in layers.values():
+    return list(layers.values())
+
+
+def find_layer(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> ExpertLayer:
+    """Find the layer's tensors under the first prefix with experts."""
+    layers = read_layers(checkpoint, layer_idx)
+    for layer in layers:
         if layer.namings():
             return layer
     strangers = [
         f"{layer.prefix}{template}"
-        for layer in layers.values()
+        for layer in layers
         for template in layer.numbers
         if _EXPERTS.search(template)
     ]

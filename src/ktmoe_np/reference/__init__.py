@@ -4,7 +4,7 @@ Read `forward` (the layer), then `activation` (the functions in it). `bound` say
 evaluations may lie apart, so that a comparison needs no guessed tolerance; `inputs` checks the arguments.
 Training: `training` (the layer with adapters), `lora` (the adapters), `dropout` (their masks), then
 `backward` and `derivative`. Quantised weights: `quantized` (what they are), `quantize` (how they come about),
-`weights` (what is multiplied with them), `packing` (their bytes).
+`weights` (what is multiplied with them), `packing` (their bytes). Encodings of checkpoints: `native`.
 
 T tokens, E experts, P experts per token, H hidden size, I intermediate size, R LoRA rank; bf(x) rounds to
 bfloat16.
@@ -17,6 +17,14 @@ from .derivative import activate_gradients
 from .dropout import Dropout, dropout_mask, philox4x32
 from .forward import moe_forward
 from .lora import LoraWeights
+from .native import (
+    decode_fp8,
+    decode_fp8_perchannel,
+    decode_mxfp4,
+    decode_mxfp8,
+    decode_nvfp4,
+    decode_rawint4,
+)
 from .packing import pack_int4, pack_int8, unpack_int4, unpack_int8
 from .quantize import quantize_activations, quantize_int4, quantize_int8
 from .quantized import (
@@ -24,6 +32,7 @@ from .quantized import (
     Int8GroupMatrix,
     Int8Matrix,
     QuantizedMatrix,
+    ScaledMatrix,
     dequantize,
     gradient_weights,
     product_weights,
@@ -39,9 +48,16 @@ __all__ = [
     "Int8Matrix",
     "LoraWeights",
     "QuantizedMatrix",
+    "ScaledMatrix",
     "activate",
     "activate_gradients",
     "assert_within",
+    "decode_fp8",
+    "decode_fp8_perchannel",
+    "decode_mxfp4",
+    "decode_mxfp8",
+    "decode_nvfp4",
+    "decode_rawint4",
     "dequantize",
     "dropout_mask",
     "error_bound",

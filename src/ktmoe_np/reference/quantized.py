@@ -20,6 +20,7 @@ __all__ = [
     "Int8GroupMatrix",
     "Int8Matrix",
     "QuantizedMatrix",
+    "ScaledMatrix",
     "dequantize",
     "gradient_weights",
     "num_groups",
@@ -179,9 +180,48 @@ class Int4Matrix:
         return Int4Matrix(self.q[at], self.multiplier[at], self.row_scale[at], self.group_size)
 
 
-QuantizedMatrix = Int8Matrix | Int8GroupMatrix | Int4Matrix
+@dataclass(frozen=True, eq=False)
+class ScaledMatrix:
+    """w = row_scale * code, with codes of bfloat16.
+
+    Parameters
+    ----------
+    codes : ndarray of bfloat16, [..., N, K]
+    row_scale : ndarray of float32, [..., N]
+
+    Raises
+    ------
+    TypeError, ValueError
+        Another dtype or shape.
+
+    Examples
+    --------
+    >>> import ml_dtypes, numpy as np
+    >>> matrix = ScaledMatrix(np.array([[1.5, -2]], ml_dtypes.bfloat16), np.float32([3]))
+    >>> dequantize(matrix)
+    array([[ 4.5, -6. ]], dtype=float32)
+    """
+
+    codes: NDArray[Any]
+    row_scale: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        _check("codes", self.codes, ml_dtypes.bfloat16, None)
+        _check("row_scale", self.row_scale, np.float32, self.shape[:-1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., N, K]."""
+        return self.codes.shape
+
+    def __getitem__(self, at: Any) -> ScaledMatrix:
+        """Index the axes before N and K."""
+        return ScaledMatrix(self.codes[at], self.row_scale[at])
+
+
+QuantizedMatrix = Int8Matrix | Int8GroupMatrix | Int4Matrix | ScaledMatrix
 #: The members of `QuantizedMatrix`, for isinstance.
-QUANTIZED = (Int8Matrix, Int8GroupMatrix, Int4Matrix)
+QUANTIZED = (Int8Matrix, Int8GroupMatrix, Int4Matrix, ScaledMatrix)
 
 
 def dequantize(matrix: QuantizedMatrix, dtype: DTypeLike = np.float32) -> NDArray[Any]:

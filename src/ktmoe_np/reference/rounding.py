@@ -56,7 +56,8 @@ class Rounding:
             scale = weights.row_scale.astype(np.float64)
             # A scale below the normal numbers may be taken for zero.
             flushed = TINY * (magnitude + radius + 1.0)
-            centre, magnitude, radius = centre * scale, magnitude * scale, radius * scale + flushed
+            size = np.abs(scale)
+            centre, magnitude, radius = centre * scale, magnitude * size, radius * size + flushed
             num_roundings += 1
         if bias is not None:
             centre = centre + bias.astype(np.float64)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from ..layer import NativeWeights
+from .._native import NativeWeights
 from .base import BaseSFTMoEWrapper
 
 __all__ = ["AMXSFTMoEWrapper"]
 
 
 class AMXSFTMoEWrapper(NativeWeights, BaseSFTMoEWrapper):
-    """Experts with adapters on bf16 weights: method ``AMXBF16_SFT``.
+    """Experts with adapters on weights in a checkpoint's own encoding.
+
+    Methods ``AMXBF16_SFT``, ``AMXFP8_SFT``, ``FP8_PERCHANNEL_SFT``, ``MXFP8_SFT``, ``RAWINT4_SFT``,
+    ``MXFP4_SFT`` and ``NVFP4_SFT``.
 
     Weights are referred to, never copied, and the backward pass reads the same bytes as the forward pass.
     """

@@ -1,0 +1,128 @@
+// Numbers of E4M3 with scales: one float32 for every block of 128 x 128 (FP8), one for every row
+// (FP8_PERCHANNEL), or a power of two, E8M0, for every 32 of a row (MXFP8). Those of blocks and groups lie
+// apart.
+#ifndef KTMOE_FORMATS_FP8_H_
+#define KTMOE_FORMATS_FP8_H_
+
+#include <cstring>
+
+#include "core/aligned_buffer.h"
+#include "core/types.h"
+#include "formats/format.h"
+#include "formats/small_floats.h"
+
+namespace ktmoe::formats {
+
+struct Fp8 {
+  static constexpr FormatId kId = FormatId::kFp8;
+  static constexpr std::string_view kName = "fp8";
+  static constexpr bool kHasRowScale = false, kIsInteger = false;
+  static constexpr uint32_t kScaleRows = 128;
+  static constexpr size_t kGroup = 128;
+
+  static constexpr size_t row_bytes(size_t k) { return k; }
+  static constexpr size_t scale_bytes(size_t k) { return div_up(k, kGroup) * sizeof(float); }
+  static float scale(const std::byte* scales, size_t k) {
+    float value;
+    std::memcpy(&value, scales + k / kGroup * sizeof value, sizeof value);
+    return value;
+  }
+
+  static void decode(const WeightView& w, size_t n, float* out) {
+    for (size_t i = 0; i < w.k; ++i) {
+      const float value = e4m3_to_float(static_cast<uint8_t>(w.row(n)[i]));
+      out[i] = to_float(to_bf16(value * scale(w.scales_of(n, kScaleRows), i)));
+    }
+  }
+};
+static_assert(WeightFormat<Fp8>);
+
+struct Fp8Row : NoScalesApart {
+  static constexpr FormatId kId = FormatId::kFp8Row;
+  static constexpr std::string_view kName = "fp8_perchannel";
+  static constexpr bool kHasRowScale = true, kIsInteger = false;
+
+  static constexpr size_t row_bytes(size_t k) { return k; }
+
+  static void decode(const WeightView& w, size_t n, float* out) {
+    for (size_t i = 0; i < w.k; ++i) out[i] = e4m3_to_float(static_cast<uint8_t>(w.row(n)[i]));
+  }
+};
+static_assert(WeightFormat<Fp8Row>);
+
+struct MxFp8 {
+  static constexpr FormatId kId = FormatId::kMxFp8;
+  static constexpr std::string_view kName = "mxfp8";
+  static constexpr bool kHasRowScale = false, kIsInteger = false;
+  static constexpr uint32_t kScaleRows = 1;
+  static constexpr size_t kGroup = 32;
+
+  static constexpr size_t row_bytes(size_t k) { return k; }
+  static constexpr size_t scale_bytes(size_t k) { return div_up(k, kGroup); }
+  static float scale(const std::byte* scales, size_t k) {
+    return e8m0_to_float(static_cast<uint8_t>(scales[k / kGroup]));
+  }
+
+  static void decode(const WeightView& w, size_t n, float* out) {
+    for (size_t i = 0; i < w.k; ++i) {
+      const float value = e4m3_to_float(static_cast<uint8_t>(w.row(n)[i]));
+      out[i] = to_float(to_bf16(value * scale(w.scales_of(n, kScaleRows), i)));
+    }
+  }
+};
+static_assert(WeightFormat<MxFp8>);
+
+}  // namespace ktmoe::formats
+
+#endif  // KTMOE_FORMATS_FP8_H_
+
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+
+// A row of E4M3: what follows from its `data` and `scale(k)`.
+template <class Row>
+struct E4m3Row {
+  KT_INLINE const Row& row() const { return static_cast<const Row&>(*this); }
+  KT_INLINE Vec::Segment segment(size_t k) const { return Vec::e4m3_segment(row().data + k, row().scale(k)); }
+  KT_INLINE Vec::Segment tail(size_t k, size_t count) const { return tail(k, count, row().scale(k)); }
+  KT_INLINE Vec::Segment tail(size_t k, size_t count, float scale) const {
+    std::byte full[Vec::kStep] = {};
+    std::memcpy(full, row().data + k, count);
+    return Vec::e4m3_segment(full, scale);
+  }
+  KT_INLINE Vec::Segment weights(size_t k) const { return segment(k); }
+  KT_INLINE Vec::Segment weights_tail(size_t k, size_t count) const { return tail(k, count); }
+};
+
+template <class Scaled>
+struct UnpackE4m3 {
+  static constexpr bool kAsStored = false;
+  struct Row : E4m3Row<Row> {
+    const std::byte *data, *scales;
+    Row() = default;
+    KT_INLINE Row(const WeightView& w, size_t n)
+        : data(w.row(n)), scales(w.scales_of(n, Scaled::kScaleRows)) {}
+    KT_INLINE float scale(size_t k) const { return Scaled::scale(scales, k); }
+  };
+};
+template <>
+struct Unpack<formats::Fp8> : UnpackE4m3<formats::Fp8> {};
+template <>
+struct Unpack<formats::MxFp8> : UnpackE4m3<formats::MxFp8> {};
+
+template <>
+struct Unpack<formats::Fp8Row> {
+  static constexpr bool kAsStored = false;
+  struct Row : E4m3Row<Row> {
+    const std::byte* data;
+    float row_scale;
+    Row() = default;
+    KT_INLINE Row(const WeightView& w, size_t n) : data(w.row(n)), row_scale(w.row_scale[n]) {}
+    KT_INLINE float scale(size_t) const { return 1.0f; }
+    KT_INLINE Vec::Segment weights(size_t k) const { return Vec::e4m3_segment(data + k, row_scale); }
+    KT_INLINE Vec::Segment weights_tail(size_t k, size_t count) const {
+      return this->tail(k, count, row_scale);
+    }
+  };
+};
+
+#endif  // KT_TARGET_REGION

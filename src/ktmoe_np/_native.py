@@ -1,0 +1,163 @@
+"""What layers have in common whose weights stay as the checkpoint has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._arrays import expert_ids
+from ._methods import Method
+from ._native_formats import NATIVE_FORMATS
+from .config import MoEConfig
+from .io import SafetensorsCheckpoint
+from .io.native import load_native
+from .io.quantized import projection_sizes, refuse_quantized
+from .layer import MoELayer
+
+__all__ = ["NativeWeights"]
+
+
+class NativeWeights(MoELayer):
+    """A layer whose weights stay as the checkpoint has them: arrays stay the caller's, files stay mapped."""
+
+    def __init__(self, method: Method, config: MoEConfig, **layer: Any) -> None:
+        super().__init__(method, config, **layer)
+        self._format = NATIVE_FORMATS.get(method.weights)  # None: bfloat16
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of the weights of one expert, scales included."""
+        if self._format is None:
+            return super().expert_bytes
+        return sum(self._format.matrix_bytes(*size) for size in projection_sizes(self.config).values())
+
+    def load_weights_from_tensors(
+        self,
+        gate_proj: Any,
+        up_proj: Any,
+        down_proj: Any,
+        physical_to_logical_map: Any = None,
+        *,
+        gate_scale: Any = None,
+        up_scale: Any = None,
+        down_scale: Any = None,
+        gate_global_scale: Any = None,
+        up_global_scale: Any = None,
+        down_global_scale: Any = None,
+        gate_bias: Any = None,
+        up_bias: Any = None,
+        down_bias: Any = None,
+    ) -> None:
+        """Give the layer its weights. They are held, not copied: do not write to them afterwards.
+
+        With [N, K] being [I, H] of gate and up and [H, I] of down, E of each in one array or a sequence,
+        codes and scales are
+
+        ==================  ================================  ==============================================
+        ``BF16``            bfloat16 [N, K]
+        ``FP8``             float8_e4m3fn [N, K]              float32 [ceil(N / 128), ceil(K / 128)]
+        ``FP8_PERCHANNEL``  float8_e4m3fn [N, K]              float32 [N] or [N, 1]
+        ``MXFP8``           float8_e4m3fn [N, K]              uint8 or float8_e8m0fnu [N, ceil(K / 32)]
+        ``RAWINT4``         uint8 [N, ceil(K / 2)] or int32   bfloat16 [N, ceil(K / 32)]
+        ``MXFP4``           uint8 [N, ceil(K / 2)]            uint8 or float8_e8m0fnu [N, ceil(K / 32)]
+        ``NVFP4``           uint8 [N, ceil(K / 2)]            float8_e4m3fn [N, ceil(K / 16)]; global scales
+        ==================  ================================  ==============================================
+
+        float8_e4m3fn may be given as uint8. `ktmoe_np.reference` says what they stand for (``decode_fp8`` and
+        those beside it).
+
+        Parameters
+        ----------
+        gate_proj, up_proj, down_proj : array, or E arrays
+            `up_proj` is None when the activation is not gated. Rows may lie apart in memory, the last axis
+            must be contiguous.
+        physical_to_logical_map : array of int64 [E], optional
+            Expert i uses the weights of entry map[i].
+        gate_scale, up_scale, down_scale : array, or E arrays
+            None with ``BF16``.
+        gate_global_scale, up_global_scale, down_global_scale : array of float32 [E]
+            Of ``NVFP4``: what all of a matrix is multiplied by.
+        gate_bias, up_bias : array of float32 or bfloat16 [E, I], optional
+            Added before the activation. Copied, unlike the weights.
+        down_bias : array of float32 or bfloat16 [E, H], optional
+            Added before the routing weight is applied.
+
+        Raises
+        ------
+        TypeError
+            Not arrays, another dtype, or a last axis with gaps.
+        ValueError
+            Another shape or number of arrays, or an `up_proj` that the activation does not use.
+        IndexError
+            An entry of the map outside 0 to E - 1.
+        RuntimeError
+            Of a layer for training: saved forward passes wait for their backward pass.
+
+        Examples
+        --------
+        >>> import ml_dtypes, numpy as np
+        >>> from ktmoe_np import KTMoEWrapper
+        >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+        ...                    moe_intermediate_size=2, activation="relu2", method="FP8")
+        >>> first, last = (np.ones(shape, ml_dtypes.float8_e4m3fn) for shape in ((2, 2, 4), (2, 4, 2)))
+        >>> scale = np.ones((2, 1, 1), np.float32)
+        >>> moe.load_weights_from_tensors(first, None, last, gate_scale=scale, down_scale=scale)
+        >>> x = np.ones((1, 4), ml_dtypes.bfloat16)
+        >>> moe.forward(x, np.array([[1]]), np.array([[0.5]], np.float32)).astype(float).tolist()
+        [[16.0, 16.0, 16.0, 16.0]]
+        """
+        given = {
+            "gate": (gate_proj, gate_scale, gate_global_scale),
+            "up": (up_proj, up_scale, up_global_scale),
+            "down": (down_proj, down_scale, down_global_scale),
+        }
+        if physical_to_logical_map is not None:
+            physical_to_logical_map = expert_ids(physical_to_logical_map, "physical_to_logical_map")
+        task = self._layer.load_weights_task(
+            **self._as_the_engine_takes(given),
+            physical_to_logical_map=physical_to_logical_map,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            down_bias=down_bias,
+        )
+        self.cpu_infer.run(task)
+        self._loaded.add(self)
+
+    def _as_the_engine_takes(self, given: dict[str, tuple[Any, Any, Any]]) -> dict[str, Any]:
+        """Codes, scale and global scale of each projection as arguments of the engine."""
+        arguments: dict[str, Any] = {}
+        sizes = projection_sizes(self.config)
+        for name, (codes, scale, global_scale) in given.items():
+            present = f"{name}_proj" in sizes
+            for what, value in ((f"{name}_scale", scale), (f"{name}_global_scale", global_scale)):
+                if value is not None and (self._format is None or not present):
+                    why = "the activation is not gated" if not present else "bfloat16 weights have no scales"
+                    raise ValueError(f"{what}: got one, expected None: {why}")
+            if self._format is None or not present:
+                arguments[f"{name}_proj"] = codes
+                continue
+            shape = (self.config.num_experts, *sizes[f"{name}_proj"])
+            made = self._format.matrices(name, codes, scale, global_scale, shape)
+            arguments |= {
+                f"{name}_proj": made.codes,
+                f"{name}_scales": made.scales,
+                f"{name}_scale": made.row_scale,
+            }
+        return arguments
+
+    def _load_from_path(self, physical_to_logical_map: object) -> None:
+        assert self.weight_path is not None
+        refuse_quantized(self.weight_path, self.method)
+        if self._format is None:
+            self._load_from_checkpoint(physical_to_logical_map)
+            return
+        self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
+        experts = load_native(self._checkpoint, self.layer_idx, self.config, self._format.name.upper())
+        arguments: dict[str, Any] = {}
+        for name in ("gate", "up", "down"):
+            projection = experts.projections.get(f"{name}_proj")
+            arguments[f"{name}_proj"] = None if projection is None else projection.codes
+            arguments[f"{name}_bias"] = experts.biases.get(f"{name}_proj")
+            if projection is not None:
+                arguments[f"{name}_scale"] = projection.scale
+                arguments[f"{name}_global_scale"] = projection.global_scale
+        self.load_weights_from_tensors(physical_to_logical_map=physical_to_logical_map, **arguments)

@@ -1,0 +1,226 @@
+"""Finding the tensors of a layer's natively quantised experts, and what is wrong with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..config import MoEConfig
+from ._expert_layer import BIAS_DTYPES, ExpertLayer, layers_with, read_layers
+from ._namings import Naming
+from ._native_namings import FORMS, METHODS, Encoding, Part, Shapes
+from .safetensors import SafetensorsCheckpoint, TensorInfo
+
+__all__ = ["Form", "find_forms", "no_form"]
+
+#: Experts that are looked at to tell the encoding: one that is damaged is outvoted.
+_PROBED = 3
+
+#: Suffix of the weights of GPTQ and AWQ.
+_QWEIGHT = ".qweight"
+
+
+class _Wanted(NamedTuple):
+    """A tensor that must be there."""
+
+    name: str
+    dtypes: tuple[str, ...]
+    shapes: Shapes
+
+    def __str__(self) -> str:
+        shapes = " or ".join(str(list(shape)) for shape in self.shapes)
+        return f"{' or '.join(self.dtypes)} {shapes}"
+
+
+@dataclass(frozen=True)
+class Form:
+    """The layer's tensors seen as one naming and one encoding."""
+
+    layer: ExpertLayer
+    naming: Naming
+    encoding: Encoding
+
+    @property
+    def method(self) -> str:
+        """The method that multiplies the experts."""
+        return self.encoding.method
+
+    @property
+    def gated(self) -> bool:
+        """Whether an expert has two first projections."""
+        return set(self.naming.tensors) != {"gate", "down"}
+
+    def name(self, role: str, part: Part, e: int) -> str:
+        """A tensor of a projection; of fused experts, whatever the expert."""
+        return self.layer.name(self.naming.tensors[role] + part.suffix, e)
+
+    def numbers(self, role: str, part: Part) -> set[int]:
+        """The experts that have such a tensor; of fused experts, one that stands for all."""
+        return self.layer.numbers.get(self.naming.tensors[role] + part.suffix, set())
+
+    def has_codes(self) -> list[bool]:
+        """Whether any expert has codes, for each of the projections."""
+        return [bool(self.numbers(role, self.encoding.codes)) for role in self.naming.tensors]
+
+    def has_biases(self) -> bool:
+        """Whether any bias is there; then all must be."""
+        return any(template in self.layer.numbers for template in self.naming.biases.values())
+
+    def rows(self, config: MoEConfig) -> dict[str, int]:
+        """N of each projection, fused or not."""
+        inter, hidden = config.moe_intermediate_size, config.hidden_size
+        rows = {"gate": inter, "up": inter, "gate_up": 2 * inter, "down": hidden}
+        return {role: rows[role] for role in self.naming.tensors}
+
+    def misfits(self) -> tuple[bool, int]:
+        """Whether no codes are of the dtype; and how much speaks against the form, at a few experts.
+
+        Sizes are taken from the codes, so that no configuration is needed.
+        """
+        codes = self.encoding.codes
+        strange, count = True, 0
+        numbers = sorted(set().union(*(self.numbers(role, codes) for role in self.naming.tensors)))
+        for e in numbers[:_PROBED]:
+            for role in self.naming.tensors:
+                info = self._info(self.name(role, codes, e))
+                strange = strange and (info is None or info.dtype not in codes.dtypes)
+                for part in self.encoding.parts:
+                    count += self._misfits(self.name(role, part, e), part, info)
+        return strange, count
+
+    def _misfits(self, name: str, part: Part, codes: TensorInfo | None) -> int:
+        """How much speaks against one tensor, when the codes that it goes with are these."""
+        info = self._info(name)
+        if info is None:
+            return 2
+        count = int(info.dtype not in part.dtypes)
+        if codes is not None:
+            lead = 0 if self.naming.per_expert else 1
+            if len(codes.shape) < lead + 2:
+                return count + 1
+            num_columns = math.prod(codes.shape[lead + 1 :]) * self.encoding.values
+            shapes = part.shapes(codes.shape[lead], num_columns)
+            count += info.shape not in [(*codes.shape[:lead], *shape) for shape in shapes]
+        return count
+
+    def _info(self, name: str) -> TensorInfo | None:
+        return self.layer.checkpoint.info(name) if name in self.layer.checkpoint else None
+
+    def wanted(self, config: MoEConfig) -> Iterator[_Wanted]:
+        """Every tensor that the layer must have, expert by expert."""
+        count = config.num_experts if self.naming.per_expert else 1
+        lead = () if self.naming.per_expert else (config.num_experts,)
+        rows = self.rows(config)
+        for role, num_rows in rows.items():
+            num_columns = config.moe_intermediate_size if role == "down" else config.hidden_size
+            for part in self.encoding.parts:
+                shapes = tuple((*lead, *shape) for shape in part.shapes(num_rows, num_columns))
+                for e in range(count):
+                    yield _Wanted(self.name(role, part, e), part.dtypes, shapes)
+        if self.has_biases():
+            for role, template in self.naming.biases.items():
+                for e in range(count):
+                    yield _Wanted(self.layer.name(template, e), BIAS_DTYPES, ((*lead, rows[role]),))
+
+    def check(self, config: MoEConfig) -> tuple[str, ...]:
+        """Raise ValueError when a tensor is not what `config` wants it to be; otherwise list them all."""
+        checkpoint = self.layer.checkpoint
+        self._check_config(config)
+        for role in self.naming.tensors:
+            for part in self.encoding.parts:
+                more = max(self.numbers(role, part), default=-1)
+                if more >= config.num_experts:
+                    raise ValueError(
+                        f"{checkpoint.path}: tensor {self.name(role, part, more)!r} is there, "
+                        f"expected {config.num_experts} experts"
+                    )
+            for suffix in self.encoding.refused:
+                for e in self.layer.numbers.get(self.naming.tensors[role] + suffix, ()):
+                    name = self.layer.name(self.naming.tensors[role] + suffix, e)
+                    raise ValueError(
+                        f"{checkpoint.file_of(name)}: tensor {name!r} is there, but {self.method} takes only "
+                        "symmetric weights in groups of neighbours"
+                    )
+        names = []
+        for wanted in self.wanted(config):
+            info = self._info(wanted.name)
+            if info is None or info.dtype not in wanted.dtypes or info.shape not in wanted.shapes:
+                file = checkpoint.path if info is None else checkpoint.file_of(wanted.name)
+                got = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
+                raise ValueError(f"{file}: tensor {wanted.name!r} is {got}, expected {wanted}")
+            names.append(wanted.name)
+        return tuple(names)
+
+    def _check_config(self, config: MoEConfig) -> None:
+        """Raise ValueError when no tensors of this form can be what `config` describes."""
+        where = f"{self.layer.checkpoint.path}: the experts under {self.layer.prefix!r}"
+        if config.activation.gated != self.gated:
+            raise ValueError(
+                f"{where} have {'a' if self.gated else 'no'} gate, but activation {config.activation.name} "
+                f"is {'not ' if self.gated else ''}gated"
+            )
+        for size in ("hidden_size", "moe_intermediate_size"):
+            if getattr(config, size) % self.encoding.group_size:
+                raise ValueError(
+                    f"{where} are {self.method}, which needs {size} to be a multiple of "
+                    f"{self.encoding.group_size}, got {getattr(config, size)}"
+                )
+
+
+def find_forms(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> list[tuple[int, Form]]:
+    """List what the layer's experts may be, the likeliest first, each with how much speaks against it.
+
+    Raises
+    ------
+    ValueError
+        A layer of GPTQ or AWQ.
+    """
+    ranked = []
+    for form in _named_forms(read_layers(checkpoint, layer_idx)):
+        strange, count = form.misfits()
+        if not strange:
+            ranked.append((count, form))
+    return sorted(ranked, key=lambda pair: pair[0])
+
+
+def _named_forms(layers: Sequence[ExpertLayer]) -> list[Form]:
+    """List the forms whose codes are there by name, under the first prefix that has any."""
+    for layer in layers:
+        _refuse_qweight(layer)
+        part = [form for form in (Form(layer, *row) for row in FORMS) if any(form.has_codes())]
+        forms = [form for form in part if all(form.has_codes())] or part
+        # Experts with a gate are not taken for experts without one, whose one projection is up_proj too.
+        forms = [form for form in forms if form.gated] or forms
+        if forms:
+            return forms
+    return []
+
+
+def _refuse_qweight(layer: ExpertLayer) -> None:
+    """Raise ValueError for the formats whose rows are not rows of the matrix."""
+    for naming, _ in FORMS:
+        for stem in naming.tensors.values():
+            if numbers := layer.numbers.get(stem + _QWEIGHT):
+                name = layer.name(stem + _QWEIGHT, min(numbers))
+                kind = "GPTQ" if stem + ".g_idx" in layer.numbers else "GPTQ or AWQ"
+                raise ValueError(
+                    f"{layer.checkpoint.file_of(name)}: tensor {name!r} is there, but {kind} layers are not "
+                    "read in place: the codes of a row do not lie together"
+                )
+
+
+def no_form(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> str:
+    """Say why a layer has no native form."""
+    codes = {stem + encoding.codes.suffix for naming, encoding in FORMS for stem in naming.tensors.values()}
+    for layer in read_layers(checkpoint, layer_idx):
+        known = codes.union(*(naming.tensors.values() for naming in layer.namings()))
+        there = sorted(known & layer.numbers.keys())
+        if there:
+            name = layer.name(there[0], min(layer.numbers[there[0]]))
+            expected = f"expected weights of {', '.join(METHODS)}"
+            dtype = checkpoint.info(name).dtype
+            return f"{checkpoint.file_of(name)}: tensor {name!r} is {dtype}, {expected}"
+    others = ", ".join(map(str, layers_with(checkpoint, codes))) or "none"
+    return f"{checkpoint.path}: layer {layer_idx} has no known experts; layers with experts: {others}"

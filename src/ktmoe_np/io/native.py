@@ -1,0 +1,246 @@
+"""The experts of a layer in the quantised format of their checkpoint, as views of the mapped files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import MoEConfig
+from ._expert_layer import aligned
+from ._native_layer import Form, find_forms, no_form
+from ._native_namings import METHODS, Part
+from .safetensors import SafetensorsCheckpoint
+
+__all__ = ["NativeExperts", "NativeProjection", "load_native", "native_method"]
+
+AnyArray = NDArray[Any]
+
+_EVERY_ROW = slice(None)
+
+
+@dataclass(frozen=True, eq=False)
+class NativeProjection:
+    """The matrices of a projection, expert by expert, in the order of the checkpoint."""
+
+    codes: list[NDArray[np.uint8]]  # E of [N, row_bytes], views; rows may lie apart, their bytes do not
+    scale: list[AnyArray]  # E of 2-D: float32, bfloat16, or uint8 for the bytes of E8M0 and E4M3
+    global_scale: NDArray[np.float32] | None  # [E], NVFP4 only: a factor of the weights
+
+
+@dataclass(frozen=True, eq=False)
+class NativeExperts:
+    """The experts of a layer as their checkpoint has them."""
+
+    method: str  # FP8, FP8_PERCHANNEL, MXFP8, RAWINT4, MXFP4 or NVFP4
+    projections: Mapping[str, NativeProjection]  # gate_proj, up_proj when gated, down_proj
+    biases: Mapping[str, NDArray[np.float32]]  # the projections that have one -> [E, N]
+    names: tuple[str, ...]  # the tensors it was made of
+
+
+def native_method(checkpoint: SafetensorsCheckpoint | str | os.PathLike[str], layer_idx: int) -> str | None:
+    """Tell the quantised format of a layer's experts by the names, dtypes and shapes of their tensors.
+
+    Parameters
+    ----------
+    checkpoint : SafetensorsCheckpoint, str or path-like
+        Give a `SafetensorsCheckpoint` when asking about more than one layer.
+    layer_idx : int
+        The layer's number in the model.
+
+    Returns
+    -------
+    str or None
+        The method that `load_native` finds; None where there is nothing for it.
+
+    Raises
+    ------
+    FileNotFoundError
+        No checkpoint there, or a shard is missing.
+    ValueError
+        A GPTQ or AWQ layer.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> from ktmoe_np.io.writer import write_safetensors
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "model.safetensors")
+    >>> stem = "model.layers.0.mlp.experts.0.down_proj"
+    >>> codes, scale = np.zeros((128, 64), np.uint8), np.zeros((128, 4), np.uint8)
+    >>> write_safetensors(path, {f"{stem}.weight_packed": codes, f"{stem}.weight_scale": scale})
+    >>> native_method(path, 0), native_method(path, 1)
+    ('MXFP4', None)
+    """
+    forms = find_forms(_opened(checkpoint), layer_idx)
+    return forms[0][1].method if forms else None
+
+
+def load_native(
+    checkpoint: SafetensorsCheckpoint | str | os.PathLike[str],
+    layer_idx: int,
+    config: MoEConfig,
+    method: str | None = None,
+) -> NativeExperts:
+    """Find the experts of a layer in the quantised format of their checkpoint.
+
+    Codes are never copied. Scales are views too, but for those that their file misaligns or interleaves and
+    those of FP8 that are not float32.
+
+    Parameters
+    ----------
+    checkpoint : SafetensorsCheckpoint, str or path-like
+        Give a `SafetensorsCheckpoint` when loading more than one layer: it keeps its index and headers.
+    layer_idx : int
+        The layer's number in the model.
+    config : MoEConfig
+        What the layer must be.
+    method : str, optional
+        The format that it must have; otherwise that of the tensors.
+
+    Returns
+    -------
+    NativeExperts
+
+    Raises
+    ------
+    FileNotFoundError
+        No checkpoint there, or a shard is missing.
+    ValueError
+        The layer has no experts in such a format, or in another one than `method`; a tensor is missing or of
+        another dtype or shape (names the file and the tensor); or the experts are not those that `config`
+        describes.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> from ktmoe_np.io.writer import write_safetensors
+    >>> tensors = {}
+    >>> for name, shape in {"gate_proj": (160, 64), "up_proj": (160, 64), "down_proj": (64, 160)}.items():
+    ...     stem = f"model.layers.0.mlp.experts.0.{name}"
+    ...     tensors[f"{stem}.weight_packed"] = np.zeros((shape[0], shape[1] // 2), np.uint8)
+    ...     tensors[f"{stem}.weight_scale"] = np.zeros((shape[0], shape[1] // 32), np.uint8)
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "model.safetensors")
+    >>> write_safetensors(path, tensors)
+    >>> experts = load_native(path, 0, MoEConfig(1, 1, hidden_size=64, moe_intermediate_size=160))
+    >>> experts.method, experts.projections["down_proj"].codes[0].shape
+    ('MXFP4', (64, 80))
+    """
+    if method is not None and method not in METHODS:
+        raise ValueError(f"method {method!r} is not that of a native format; known: {', '.join(METHODS)}")
+    checkpoint = _opened(checkpoint)
+    forms = find_forms(checkpoint, layer_idx)
+    if not forms:
+        raise ValueError(no_form(checkpoint, layer_idx))
+    fewest, form = forms[0]
+    if method not in (None, form.method):
+        # Where what is missing leaves it open, the caller's word decides.
+        like = [other for count, other in forms if count == fewest and other.method == method]
+        if not like:
+            raise ValueError(
+                f"{checkpoint.path}: the experts of layer {layer_idx} are {form.method}, expected {method}"
+            )
+        form = like[0]
+    names = form.check(config)
+    return NativeExperts(form.method, _projections(form, config), _biases(form, config), names)
+
+
+def _opened(checkpoint: SafetensorsCheckpoint | str | os.PathLike[str]) -> SafetensorsCheckpoint:
+    if isinstance(checkpoint, SafetensorsCheckpoint):
+        return checkpoint
+    return SafetensorsCheckpoint(checkpoint)
+
+
+def _cuts(form: Form, role: str) -> dict[str, slice]:
+    """The projections in a tensor, and their rows: fused gate and up alternate."""
+    if role == "gate_up":
+        return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+    return {f"{role}_proj": _EVERY_ROW}
+
+
+def _projections(form: Form, config: MoEConfig) -> dict[str, NativeProjection]:
+    projections = {}
+    for role, num_rows in form.rows(config).items():
+        if form.encoding.shape is not None:
+            _check_shape(form, role, form.encoding.shape, config)
+        codes = [_bytes(array, num_rows) for array in _experts(form, role, form.encoding.codes, config)]
+        scales = [
+            _scale(form, array, num_rows) for array in _experts(form, role, form.encoding.scale, config)
+        ]
+        factors = _global_scale(form, role, config)
+        for name, cut in _cuts(form, role).items():
+            # Interleaved scales, small beside the codes, are copied: a matrix of scales has no row stride.
+            projections[name] = NativeProjection(
+                [array[cut] for array in codes],
+                [np.ascontiguousarray(array[cut]) for array in scales],
+                factors,
+            )
+    return projections
+
+
+def _experts(form: Form, role: str, part: Part, config: MoEConfig) -> list[AnyArray]:
+    """View a part of a projection, one array for each expert."""
+    checkpoint = form.layer.checkpoint
+    if form.naming.per_expert:
+        return [checkpoint.tensor(form.name(role, part, e)) for e in range(config.num_experts)]
+    array = checkpoint.tensor(form.name(role, part, 0))
+    return [array[e, ...] for e in range(config.num_experts)]
+
+
+def _bytes(array: AnyArray, num_rows: int) -> NDArray[np.uint8]:
+    """`array` as rows of bytes, wherever they lie."""
+    return array.view(np.uint8).reshape(num_rows, -1)
+
+
+def _scale(form: Form, array: AnyArray, num_rows: int) -> AnyArray:
+    """The scales of a matrix, in two dimensions."""
+    dtype = form.encoding.scale_dtype
+    if dtype == np.uint8:
+        return array.view(np.uint8)
+    scale = aligned(array).astype(dtype, copy=False)
+    if form.method == "FP8_PERCHANNEL":
+        return np.broadcast_to(scale.reshape(-1, 1), (num_rows, 1))
+    return scale
+
+
+def _check_shape(form: Form, role: str, part: Part, config: MoEConfig) -> None:
+    """Raise ValueError when a tensor that holds N and K holds others."""
+    num_columns = config.moe_intermediate_size if role == "down" else config.hidden_size
+    expected = [form.rows(config)[role], num_columns]
+    for e, array in enumerate(_experts(form, role, part, config)):
+        if array.tolist() != expected:
+            name = form.name(role, part, e)
+            file = form.layer.checkpoint.file_of(name)
+            raise ValueError(f"{file}: tensor {name!r} holds {array.tolist()}, expected {expected}")
+
+
+def _global_scale(form: Form, role: str, config: MoEConfig) -> NDArray[np.float32] | None:
+    """The factors of the experts' matrices, read."""
+    part = form.encoding.global_scale
+    if part is None:
+        return None
+    factors = np.array([array.item() for array in _experts(form, role, part, config)], np.float32)
+    with np.errstate(divide="ignore", over="ignore"):
+        scale = np.float32(1) / factors if form.encoding.reciprocal else factors
+    wrong = ~(np.isfinite(factors) & np.isfinite(scale))
+    if wrong.any():
+        e = int(np.argmax(wrong))
+        name = form.name(role, part, e)
+        file = form.layer.checkpoint.file_of(name)
+        expected = "a finite number" + (" with a finite reciprocal" if form.encoding.reciprocal else "")
+        raise ValueError(f"{file}: tensor {name!r} holds {factors[e]} for expert {e}, expected {expected}")
+    return scale
+
+
+def _biases(form: Form, config: MoEConfig) -> dict[str, NDArray[np.float32]]:
+    biases: dict[str, NDArray[np.float32]] = {}
+    if form.has_biases():
+        for role, template in form.naming.biases.items():
+            vectors = form.layer.tensors(form.naming, template, config.num_experts)
+            stacked = np.stack(vectors).astype(np.float32)
+            for name, cut in _cuts(form, role).items():
+                biases[name] = np.ascontiguousarray(stacked[:, cut])
+    return biases

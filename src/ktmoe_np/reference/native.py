@@ -1,0 +1,177 @@
+"""The encodings that checkpoints come in, decoded: what a layer multiplies with when it reads them in place.
+
+Codes are bytes [..., N, row_bytes], as they lie in the checkpoint; nibbles are two a byte, the low one first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from .activation import round_bf16
+from .quantized import ScaledMatrix
+
+__all__ = [
+    "decode_fp8",
+    "decode_fp8_perchannel",
+    "decode_mxfp4",
+    "decode_mxfp8",
+    "decode_nvfp4",
+    "decode_rawint4",
+]
+
+Bytes = NDArray[np.uint8]
+
+
+def decode_fp8(codes: Bytes, scale: NDArray[np.float32]) -> NDArray[Any]:
+    """Decode E4M3 with a scale for every block of 128 rows by 128 columns: w = bf(x * scale).
+
+    Parameters
+    ----------
+    codes : ndarray of uint8 or float8_e4m3fn, [..., N, K]
+    scale : ndarray of float32, [..., ceil(N / 128), ceil(K / 128)]
+        ``weight_scale_inv`` of DeepSeek's checkpoints.
+
+    Returns
+    -------
+    ndarray of bfloat16, [..., N, K]
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> decode_fp8(np.uint8([[0x38, 0x41]]), np.float32([[0.5]])).astype(np.float32)
+    array([[0.5  , 1.125]], dtype=float32)
+    """
+    num_rows = codes.shape[-2]
+    rows = np.repeat(scale, 128, axis=-2)[..., :num_rows, :]
+    return _scaled(_e4m3(codes), rows, 128)
+
+
+def decode_fp8_perchannel(codes: Bytes, scale: NDArray[np.float32]) -> ScaledMatrix:
+    """Decode E4M3 with a scale for every row, which acts on sums: w = scale * x.
+
+    Parameters
+    ----------
+    codes : ndarray of uint8 or float8_e4m3fn, [..., N, K]
+    scale : ndarray of float32, [..., N] or [..., N, 1]
+
+    Returns
+    -------
+    ScaledMatrix, [..., N, K]
+    """
+    values = _e4m3(codes)
+    return ScaledMatrix(values.astype(ml_dtypes.bfloat16), scale.reshape(values.shape[:-1]))
+
+
+def decode_mxfp8(codes: Bytes, scale: Bytes) -> NDArray[Any]:
+    """Decode E4M3 with a power of two, E8M0, for every 32 columns of a row: w = bf(x * scale).
+
+    Parameters
+    ----------
+    codes : ndarray of uint8 or float8_e4m3fn, [..., N, K]
+    scale : ndarray of uint8 or float8_e8m0fnu, [..., N, ceil(K / 32)]
+
+    Returns
+    -------
+    ndarray of bfloat16, [..., N, K]
+    """
+    return _scaled(_e4m3(codes), _e8m0(scale), 32)
+
+
+def decode_rawint4(codes: Bytes, scale: NDArray[Any], num_columns: int) -> NDArray[Any]:
+    """Decode int4 as compressed-tensors packs it: a nibble is q + 8, w = bf(q * scale).
+
+    Parameters
+    ----------
+    codes : ndarray of uint8, [..., N, ceil(K / 2)], or the same bytes as int32
+    scale : ndarray of bfloat16, [..., N, ceil(K / 32)]
+    num_columns : int
+        K.
+
+    Returns
+    -------
+    ndarray of bfloat16, [..., N, K]
+
+    Examples
+    --------
+    >>> import ml_dtypes, numpy as np
+    >>> decode_rawint4(np.uint8([[0xF0]]), np.full((1, 1), 2, ml_dtypes.bfloat16), 2).astype(np.float32)
+    array([[-16.,  14.]], dtype=float32)
+    """
+    numbers = _nibbles(codes, num_columns).astype(np.float32) - 8
+    return _scaled(numbers, scale.astype(np.float32), 32)
+
+
+def decode_mxfp4(codes: Bytes, scale: Bytes, num_columns: int) -> NDArray[Any]:
+    """Decode E2M1 with a power of two, E8M0, for every 32 columns of a row: w = bf(x * scale).
+
+    Parameters
+    ----------
+    codes : ndarray of uint8, [..., N, ceil(K / 2)]
+    scale : ndarray of uint8 or float8_e8m0fnu, [..., N, ceil(K / 32)]
+    num_columns : int
+        K.
+
+    Returns
+    -------
+    ndarray of bfloat16, [..., N, K]
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> decode_mxfp4(np.uint8([[0xF1]]), np.uint8([[128]]), 2).astype(np.float32)
+    array([[  1., -12.]], dtype=float32)
+    """
+    return _scaled(_e2m1(codes, num_columns), _e8m0(scale), 32)
+
+
+def decode_nvfp4(
+    codes: Bytes, scale: Bytes, global_scale: NDArray[np.float32], num_columns: int
+) -> ScaledMatrix:
+    """Decode E2M1 with an E4M3 scale for every 16 columns of a row and one float32 for a matrix.
+
+    Number times scale is exact in bfloat16; the matrix's scale acts on sums.
+
+    Parameters
+    ----------
+    codes : ndarray of uint8, [..., N, ceil(K / 2)]
+    scale : ndarray of uint8 or float8_e4m3fn, [..., N, ceil(K / 16)]
+    global_scale : ndarray of float32, [...]
+    num_columns : int
+        K.
+
+    Returns
+    -------
+    ScaledMatrix, [..., N, K]
+    """
+    values = _scaled(_e2m1(codes, num_columns), _e4m3(scale), 16)
+    per_row = np.repeat(np.asarray(global_scale, np.float32)[..., None], values.shape[-2], axis=-1)
+    return ScaledMatrix(values, per_row)
+
+
+def _e4m3(codes: NDArray[Any]) -> NDArray[np.float32]:
+    return codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+
+def _e8m0(scale: NDArray[Any]) -> NDArray[np.float32]:
+    return scale.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+
+
+def _nibbles(codes: NDArray[Any], num_columns: int) -> Bytes:
+    pairs = np.ascontiguousarray(codes).view(np.uint8)
+    both = np.stack([pairs & np.uint8(15), pairs >> np.uint8(4)], axis=-1)
+    return both.reshape(*pairs.shape[:-1], 2 * pairs.shape[-1])[..., :num_columns]
+
+
+def _e2m1(codes: NDArray[Any], num_columns: int) -> NDArray[np.float32]:
+    return _nibbles(codes, num_columns).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+
+
+def _scaled(values: NDArray[np.float32], scale: NDArray[np.float32], group_size: int) -> NDArray[Any]:
+    """Compute bf(value * scale), `scale` having a value for every `group_size` columns."""
+    spread = np.repeat(scale, group_size, axis=-1)[..., : values.shape[-1]]
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        return round_bf16(values * spread).astype(ml_dtypes.bfloat16)

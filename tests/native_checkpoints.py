@@ -1,0 +1,216 @@
+"""Tiny checkpoints of natively quantised experts in every encoding, written without the code under test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from checkpoints import write_safetensors
+from numpy.typing import NDArray
+
+from ktmoe_np.config import MoEConfig, parse_activation
+
+__all__ = ["ENCODINGS", "LAYER", "Layer", "config_of", "draw_layer", "put_layer"]
+
+AnyArray = NDArray[Any]
+
+LAYER = 5
+
+E4M3 = ml_dtypes.float8_e4m3fn
+E8M0 = ml_dtypes.float8_e8m0fnu
+BF16 = ml_dtypes.bfloat16
+
+
+@dataclass
+class Matrix:
+    """A matrix as its file has it, and as the loader must hand it on."""
+
+    tensors: dict[str, AnyArray]  # by what their names have behind the projection's
+    codes: AnyArray  # uint8 [N, row_bytes]
+    scale: AnyArray
+    factor: float | None = None
+
+
+@dataclass
+class Layer:
+    """A layer's tensors by name, and its matrices and biases by projection."""
+
+    method: str
+    tensors: dict[str, AnyArray] = field(default_factory=dict)
+    matrices: dict[str, list[Matrix]] = field(default_factory=dict)
+    biases: dict[str, AnyArray] = field(default_factory=dict)
+
+
+Draw = Callable[[np.random.Generator, int, int], Matrix]
+
+
+def _bytes(rng: np.random.Generator, *shape: int) -> AnyArray:
+    return rng.integers(0, 256, shape, np.uint8)
+
+
+def _floats(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> AnyArray:
+    values: AnyArray = rng.uniform(0.5, 2, shape).astype(np.float32).astype(dtype)
+    return values
+
+
+def _fp8_block(suffix: str, dtype: Any) -> Draw:
+    def draw(rng: np.random.Generator, n: int, k: int) -> Matrix:
+        codes, scale = _bytes(rng, n, k), _floats(rng, (-(-n // 128), -(-k // 128)), dtype)
+        return Matrix({".weight": codes.view(E4M3), suffix: scale}, codes, scale.astype(np.float32))
+
+    return draw
+
+
+def _fp8_channel(dtype: Any, *last: int, rows: bool = True) -> Draw:
+    def draw(rng: np.random.Generator, n: int, k: int) -> Matrix:
+        codes, scale = _bytes(rng, n, k), _floats(rng, (n, *last) if rows else last, dtype)
+        wide = np.broadcast_to(scale.astype(np.float32).reshape(-1, 1), (n, 1))
+        return Matrix({".weight": codes.view(E4M3), ".weight_scale": scale}, codes, wide)
+
+    return draw
+
+
+def _groups(codes_name: str, scale_name: str, codes_dtype: Any, scale_dtype: Any, *, bits: int) -> Draw:
+    """A byte of scale for 32 codes."""
+
+    def draw(rng: np.random.Generator, n: int, k: int) -> Matrix:
+        codes, scale = _bytes(rng, n, k * bits // 8), _bytes(rng, n, k // 32)
+        tensors = {codes_name: codes.view(codes_dtype), scale_name: scale.view(scale_dtype)}
+        return Matrix(tensors, codes, scale)
+
+    return draw
+
+
+def _rawint4(dtype: Any) -> Draw:
+    def draw(rng: np.random.Generator, n: int, k: int) -> Matrix:
+        codes, scale = _bytes(rng, n, k // 2), _floats(rng, (n, k // 32), BF16)
+        shape = np.array([n, k], dtype)
+        tensors = {".weight_packed": codes.view(np.int32), ".weight_scale": scale, ".weight_shape": shape}
+        return Matrix(tensors, codes, scale)
+
+    return draw
+
+
+def _nvfp4(codes_name: str, factor_name: str, shape: tuple[int, ...]) -> Draw:
+    def draw(rng: np.random.Generator, n: int, k: int) -> Matrix:
+        codes, scale = _bytes(rng, n, k // 2), _bytes(rng, n, k // 16)
+        factor = np.float32(rng.uniform(0.5, 2))
+        tensors = {
+            codes_name: codes,
+            ".weight_scale": scale.view(E4M3),
+            factor_name: np.full(shape, factor),
+            ".input_scale": np.ones(1, np.float32),
+        }
+        divides = factor_name == ".weight_global_scale"
+        return Matrix(tensors, codes, scale, float(np.float32(1) / factor if divides else factor))
+
+    return draw
+
+
+#: Encoding -> the method and how a matrix is drawn. All take any of the separate namings.
+ENCODINGS: dict[str, tuple[str, Draw]] = {
+    "fp8": ("FP8", _fp8_block(".weight_scale_inv", np.float32)),
+    "fp8_bf16": ("FP8", _fp8_block(".weight_scale_inv", BF16)),
+    "fp8_compressed_tensors": ("FP8", _fp8_block(".weight_scale", np.float32)),
+    "fp8_deepseek_v4": ("FP8", _fp8_block(".scale", E8M0)),
+    "fp8_channel": ("FP8_PERCHANNEL", _fp8_channel(np.float32, 1)),
+    "fp8_channel_bf16": ("FP8_PERCHANNEL", _fp8_channel(BF16)),
+    "fp8_tensor": ("FP8_PERCHANNEL", _fp8_channel(np.float32, rows=False)),
+    "mxfp8": ("MXFP8", _groups(".weight", ".weight_scale_inv", E4M3, np.uint8, bits=8)),
+    "mxfp8_e8m0": ("MXFP8", _groups(".weight", ".weight_scale", E4M3, E8M0, bits=8)),
+    "rawint4": ("RAWINT4", _rawint4(np.int64)),
+    "rawint4_i32": ("RAWINT4", _rawint4(np.int32)),
+    "mxfp4_packed": ("MXFP4", _groups(".weight_packed", ".weight_scale", np.uint8, np.uint8, bits=4)),
+    "mxfp4_packed_e8m0": ("MXFP4", _groups(".weight_packed", ".weight_scale", np.uint8, E8M0, bits=4)),
+    "mxfp4_deepseek_v4": ("MXFP4", _groups(".weight", ".scale", np.int8, E8M0, bits=4)),
+    "mxfp4_u8": ("MXFP4", _groups(".weight", ".scale", np.uint8, np.uint8, bits=4)),
+    "nvfp4_modelopt": ("NVFP4", _nvfp4(".weight", ".weight_scale_2", ())),
+    "nvfp4_packed": ("NVFP4", _nvfp4(".weight_packed", ".weight_global_scale", (1,))),
+    "gpt_oss": ("MXFP4", _groups("_blocks", "_scales", np.uint8, np.uint8, bits=4)),
+    "step": ("FP8", _fp8_block(".weight_scale_inv", np.float32)),
+}
+
+#: Naming -> what stands before an expert's number, and the names of gate, up and down; without a gate of two.
+NAMINGS = {
+    "qwen": ("model.layers", "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
+    "mixtral": ("model.layers", "block_sparse_moe.experts", ("w1", "w3", "w2")),
+    "kimi": ("language_model.model.layers", "block_sparse_moe.experts", ("w1", "w3", "w2")),
+    "kimi_k2": ("language_model.model.layers", "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
+    "deepseek_v4": ("layers", "ffn.experts", ("w1", "w3", "w2")),
+    "llama4": ("language_model.model.layers", "feed_forward.experts", ("gate_proj", "up_proj", "down_proj")),
+    "mixer": ("backbone.layers", "mixer.experts", ("gate_proj", "up_proj", "down_proj")),
+    "nemotron": ("backbone.layers", "mixer.experts", ("up_proj", "down_proj")),
+}
+
+
+def config_of(num_experts: int, inter: int, hidden: int, naming: str = "qwen") -> MoEConfig:
+    """What a layer of a naming is."""
+    activation = parse_activation("relu2" if naming == "nemotron" else "silu")
+    return MoEConfig(num_experts, 1, hidden, inter, activation, LAYER)
+
+
+def draw_layer(
+    encoding: str, num_experts: int, inter: int, hidden: int, naming: str = "qwen", *, biases: bool = False
+) -> Layer:
+    """Draw a layer; `naming` is of no account where the encoding has its own."""
+    method, draw = ENCODINGS[encoding]
+    layer = Layer(method)
+    rng = np.random.default_rng(0)
+    projections = (
+        ("gate_proj", "down_proj") if naming == "nemotron" else ("gate_proj", "up_proj", "down_proj")
+    )
+    for projection in projections:
+        n, k = (hidden, inter) if projection == "down_proj" else (inter, hidden)
+        layer.matrices[projection] = [draw(rng, n, k) for _ in range(num_experts)]
+        if biases or encoding == "gpt_oss":
+            layer.biases[projection] = _floats(rng, (num_experts, n), BF16)
+    if encoding == "gpt_oss":
+        _name_gpt_oss(layer)
+    elif encoding == "step":
+        for projection, matrices in layer.matrices.items():
+            for suffix in matrices[0].tensors:
+                stacked = np.stack([matrix.tensors[suffix] for matrix in matrices])
+                layer.tensors[f"model.layers.{LAYER}.moe.{projection}{suffix}"] = stacked
+    else:
+        prefix, container, names = NAMINGS[naming]
+        for projection, name in zip(projections, names, strict=True):
+            for e, matrix in enumerate(layer.matrices[projection]):
+                stem = f"{prefix}.{LAYER}.{container}.{e}.{name}"
+                layer.tensors |= {stem + suffix: array for suffix, array in matrix.tensors.items()}
+                if biases:
+                    layer.tensors[f"{stem}.bias"] = layer.biases[projection][e]
+    return layer
+
+
+def _name_gpt_oss(layer: Layer) -> None:
+    """Interleave the rows of gate and up, and cut rows of codes into blocks of 16 bytes."""
+
+    def stacked(projection: str, suffix: str) -> AnyArray:
+        return np.stack([matrix.tensors[suffix] for matrix in layer.matrices[projection]])
+
+    def interleaved(gate: AnyArray, up: AnyArray) -> AnyArray:
+        return np.stack([gate, up], axis=2).reshape(len(gate), 2 * gate.shape[1], *gate.shape[2:])
+
+    stem = f"model.layers.{LAYER}.mlp.experts"
+    for suffix in ("_blocks", "_scales"):
+        gate_up = interleaved(stacked("gate_proj", suffix), stacked("up_proj", suffix))
+        for name, array in (("gate_up_proj", gate_up), ("down_proj", stacked("down_proj", suffix))):
+            cut = array.reshape(*array.shape[:2], -1, 16) if suffix == "_blocks" else array
+            layer.tensors[f"{stem}.{name}{suffix}"] = cut
+    layer.tensors[f"{stem}.gate_up_proj_bias"] = interleaved(
+        layer.biases["gate_proj"], layer.biases["up_proj"]
+    )
+    layer.tensors[f"{stem}.down_proj_bias"] = layer.biases["down_proj"]
+
+
+def put_layer(directory: Path, layer: Layer) -> Path:
+    """Write a layer as a checkpoint of one file, beside a layer without experts."""
+    path = directory / "model.safetensors"
+    other = f"model.layers.{LAYER + 1}.mlp.down_proj.weight"
+    shared = f"model.layers.{LAYER}.mlp.shared_experts.down_proj.weight"
+    write_safetensors(path, {**layer.tensors, other: np.zeros((2, 2), BF16), shared: np.zeros((2, 2), BF16)})
+    return path

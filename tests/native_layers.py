@@ -1,0 +1,131 @@
+"""Layers in the encodings that checkpoints come in, and what the reference decodes them to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from layers import Layer, bf16, draw_layer
+
+from ktmoe_np.config import parse_activation
+from ktmoe_np.reference import (
+    decode_fp8,
+    decode_fp8_perchannel,
+    decode_mxfp4,
+    decode_mxfp8,
+    decode_nvfp4,
+    decode_rawint4,
+)
+
+__all__ = ["METHODS", "NativeLayer", "draw_native_layer"]
+
+AnyArray = Any
+Drawn = tuple[dict[str, AnyArray], Any]  # arguments behind the projection's name, and the decoded matrices
+
+
+@dataclass(frozen=True)
+class NativeLayer(Layer):
+    """A layer whose matrices are decoded ones, which is loaded from what they were decoded from."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.down_proj.shape[0])
+
+    def load_into(self, moe: Any, physical_to_logical_map: Any = None) -> None:
+        moe.load_weights_from_tensors(
+            physical_to_logical_map=physical_to_logical_map, **self.arguments, **self.biases
+        )
+
+
+def _e4m3(rng: np.random.Generator, *shape: int) -> AnyArray:
+    """Any bytes but those of NaN."""
+    codes = rng.integers(0, 256, shape, np.uint8)
+    return np.where(codes & 127 == 127, codes & 0x83, codes).astype(np.uint8)
+
+
+def _powers(rng: np.random.Generator, typical: float, *shape: int) -> AnyArray:
+    return (127 + round(np.log2(typical)) + rng.integers(-1, 2, shape)).astype(np.uint8)
+
+
+def _scales(rng: np.random.Generator, typical: float, *shape: int) -> AnyArray:
+    return (typical * rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape)).astype(np.float32)
+
+
+def _fp8(rng: np.random.Generator, size: float, e: int, n: int, k: int) -> Drawn:
+    codes, scale = _e4m3(rng, e, n, k), _scales(rng, size / 150, e, -(-n // 128), -(-k // 128))
+    return {"proj": codes.view(ml_dtypes.float8_e4m3fn), "scale": scale}, decode_fp8(codes, scale)
+
+
+def _fp8_perchannel(rng: np.random.Generator, size: float, e: int, n: int, k: int) -> Drawn:
+    codes, scale = _e4m3(rng, e, n, k), _scales(rng, size / 150, e, n)
+    return {"proj": codes, "scale": scale}, decode_fp8_perchannel(codes, scale)
+
+
+def _mxfp8(rng: np.random.Generator, size: float, e: int, n: int, k: int) -> Drawn:
+    codes, scale = _e4m3(rng, e, n, k), _powers(rng, size / 150, e, n, -(-k // 32))
+    return {"proj": codes, "scale": scale}, decode_mxfp8(codes, scale)
+
+
+def _nibbles(rng: np.random.Generator, e: int, n: int, k: int) -> AnyArray:
+    return rng.integers(0, 256, (e, n, -(-k // 2)), np.uint8)
+
+
+def _rawint4(rng: np.random.Generator, size: float, e: int, n: int, k: int) -> Drawn:
+    codes, scale = _nibbles(rng, e, n, k), _scales(rng, size / 4.6, e, n, -(-k // 32)).astype(bf16)
+    given = codes.view(np.int32) if codes.shape[-1] % 4 == 0 else codes
+    return {"proj": given, "scale": scale}, decode_rawint4(codes, scale, k)
+
+
+def _mxfp4(rng: np.random.Generator, size: float, e: int, n: int, k: int) -> Drawn:
+    codes, scale = _nibbles(rng, e, n, k), _powers(rng, size / 2.9, e, n, -(-k // 32))
+    given = scale.view(ml_dtypes.float8_e8m0fnu)
+    return {"proj": codes, "scale": given}, decode_mxfp4(codes, scale, k)
+
+
+def _nvfp4(rng: np.random.Generator, size: float, e: int, n: int, k: int) -> Drawn:
+    codes, scale = _nibbles(rng, e, n, k), _e4m3(rng, e, n, -(-k // 16))
+    whole = _scales(rng, size / 430, e)
+    given = {"proj": codes, "scale": scale.view(ml_dtypes.float8_e4m3fn), "global_scale": whole}
+    return given, decode_nvfp4(codes, scale, whole, k)
+
+
+_DRAW: dict[str, Callable[[np.random.Generator, float, int, int, int], Drawn]] = {
+    "FP8": _fp8,
+    "FP8_PERCHANNEL": _fp8_perchannel,
+    "MXFP8": _mxfp8,
+    "RAWINT4": _rawint4,
+    "MXFP4": _mxfp4,
+    "NVFP4": _nvfp4,
+}
+
+METHODS = tuple(_DRAW)
+
+
+def draw_native_layer(
+    rng: np.random.Generator,
+    method: str,
+    num_experts: int,
+    inter_size: int,
+    hidden_size: int,
+    activation: Any = "silu",
+    *,
+    with_biases: bool = False,
+) -> NativeLayer:
+    """Any codes, with scales that keep gate, up and outputs about as large as those of `draw_layer`."""
+    plain = draw_layer(rng, num_experts, inter_size, hidden_size, activation, with_biases=with_biases)
+    first, last = (num_experts, inter_size, hidden_size), (num_experts, hidden_size, inter_size)
+    shapes = {"gate": first, "up": first, "down": last}
+    if not parse_activation(activation).gated:
+        del shapes["up"]
+    arguments: dict[str, Any] = {"up_proj": None}
+    matrices: dict[str, Any] = {"up_proj": None}
+    for name, shape in shapes.items():
+        size = (1.0 if name == "down" else 1.5) * shape[2] ** -0.5
+        drawn, matrices[f"{name}_proj"] = _DRAW[method](rng, size, *shape)
+        arguments |= {f"{name}_{role}": array for role, array in drawn.items()}
+    return NativeLayer(**matrices, **plain.biases, activation=activation, arguments=arguments)

@@ -1,0 +1,381 @@
+"""What is wrong with native experts is said by file, tensor, what was found and what was expected."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint, write_safetensors
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from native_checkpoints import ENCODINGS, LAYER, config_of, draw_layer, put_layer
+from numpy.typing import NDArray
+
+from ktmoe_np.io.native import load_native, native_method
+
+AnyArray = NDArray[Any]
+Change = Callable[[dict[str, AnyArray]], object]
+
+E, I, H = 3, 96, 160  # noqa: E741
+
+EXPERTS = f"model.layers.{LAYER}.mlp.experts"
+UP = f"{EXPERTS}.1.up_proj"
+DOWN = f"{EXPERTS}.2.down_proj"
+
+
+def put(name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> Change:
+    return lambda tensors: tensors.update({name: np.zeros(shape, dtype)})
+
+
+def hold(name: str, *values: float, dtype: Any = np.float32) -> Change:
+    return lambda tensors: tensors.update({name: np.array(values, dtype)})
+
+
+def drop(pattern: str) -> Change:
+    """Take away every tensor whose name has the pattern."""
+    return lambda tensors: [tensors.pop(name) for name in list(tensors) if re.search(pattern, name)]
+
+
+def drop_then(pattern: str, change: Change) -> Change:
+    return lambda tensors: (drop(pattern)(tensors), change(tensors))
+
+
+WRONG_TENSORS: list[tuple[str, Change, str]] = [
+    # Missing
+    ("fp8", drop(rf"{UP}\.weight$"), r"1\.up_proj\.weight' is missing, expected F8_E4M3 \[96, 160\]"),
+    (
+        "fp8",
+        drop(rf"{UP}\.weight_scale_inv"),
+        r"1\.up_proj\.weight_scale_inv' is missing, expected F32 or BF16 or F8_E8M0 \[1, 2\]",
+    ),
+    ("fp8", drop("scale"), r"0\.gate_proj\.weight_scale_inv' is missing, expected F32 or .* \[1, 2\]"),
+    (
+        "fp8_channel",
+        drop(rf"{DOWN}\.weight_scale"),
+        r"2\.down_proj\.weight_scale' is missing, "
+        r"expected F32 or BF16 \[160, 1\] or \[160\] or \[1\] or \[\]",
+    ),
+    ("mxfp8", drop(rf"{UP}\.weight_scale"), r"scale_inv' is missing, expected U8 or F8_E8M0 \[96, 5\]"),
+    ("rawint4", drop(rf"{UP}\.weight_packed"), r"weight_packed' is missing, expected I32 \[96, 20\]"),
+    ("rawint4", drop("weight_scale"), r"0\.gate_proj\.weight_scale' is missing, expected BF16 \[96, 5\]"),
+    ("rawint4", drop(rf"{UP}\.weight_shape"), r"weight_shape' is missing, expected I64 or I32 \[2\]"),
+    (
+        "mxfp4_packed",
+        drop(rf"{UP}\.weight_scale"),
+        r"weight_scale' is missing, expected U8 or F8_E8M0 \[96, 5\]",
+    ),
+    (
+        "mxfp4_deepseek_v4",
+        drop(rf"{UP}\.scale"),
+        r"1\.up_proj\.scale' is missing, expected U8 or F8_E8M0 \[96, 5\]",
+    ),
+    ("nvfp4_modelopt", drop("weight_scale$"), r"weight_scale' is missing, expected F8_E4M3 \[96, 10\]"),
+    (
+        "nvfp4_modelopt",
+        drop(rf"{UP}\.weight_scale_2"),
+        r"weight_scale_2' is missing, expected F32 \[\] or \[1\]",
+    ),
+    ("nvfp4_packed", drop("global"), r"weight_global_scale' is missing, expected F32 \[\] or \[1\]"),
+    (
+        "gpt_oss",
+        drop("gate_up_proj_blocks"),
+        r"gate_up_proj_blocks' is missing, expected U8 \[3, 192, 5, 16\]",
+    ),
+    (
+        "gpt_oss",
+        drop("down_proj_scales"),
+        r"down_proj_scales' is missing, expected U8 or F8_E8M0 \[3, 160, 3\]",
+    ),
+    ("gpt_oss", drop("gate_up_proj_bias"), r"gate_up_proj_bias' is missing, expected BF16 .* \[3, 192\]"),
+    ("step", drop("up_proj.weight_scale_inv"), r"moe\.up_proj\.weight_scale_inv' is missing, .* \[3, 1, 2\]"),
+    ("fp8", drop(r"gate_proj"), r"0\.gate_proj\.weight' is missing"),
+    ("fp8", drop(r"experts\.1\."), r"experts\.1\.gate_proj\.weight' is missing"),
+    # Another shape
+    (
+        "fp8",
+        put(f"{UP}.weight_scale_inv", (2, 2)),
+        r"is F32 \[2, 2\], expected F32 or BF16 or F8_E8M0 \[1, 2\]",
+    ),
+    (
+        "fp8",
+        put(f"{UP}.weight", (160, 96), ml_dtypes.float8_e4m3fn),
+        r"up_proj\.weight' is F8_E4M3 \[160, 96\], expected F8_E4M3 \[96, 160\]",
+    ),
+    (
+        "fp8_channel",
+        put(f"{UP}.weight_scale", (160, 1)),
+        r"is F32 \[160, 1\], expected F32 or BF16 \[96, 1\]",
+    ),
+    (
+        "rawint4",
+        put(f"{UP}.weight_packed", (96, 40), np.int32),
+        r"is I32 \[96, 40\], expected I32 \[96, 20\]",
+    ),
+    ("rawint4", put(f"{UP}.weight_shape", (3,), np.int64), r"is I64 \[3\], expected I64 or I32 \[2\]"),
+    ("gpt_oss", put(f"{EXPERTS}.down_proj_blocks", (3, 160, 48), np.uint8), r"expected U8 \[3, 160, 3, 16\]"),
+    ("gpt_oss", put(f"{EXPERTS}.down_proj_blocks", (2, 160, 3, 16), np.uint8), r"is U8 \[2, 160, 3, 16\]"),
+    ("nvfp4_packed", put(f"{UP}.weight_global_scale", (2,)), r"is F32 \[2\], expected F32 \[\] or \[1\]"),
+    ("fp8", put(f"{UP}.bias", (96,)), r"0\.gate_proj\.bias' is missing, expected BF16 or F16 or F32 \[96\]"),
+    # Another dtype
+    ("fp8", put(f"{UP}.weight", (96, 160)), r"is F32 \[96, 160\], expected F8_E4M3 \[96, 160\]"),
+    ("fp8", put(f"{DOWN}.weight", (160, 96), ml_dtypes.bfloat16), r"is BF16 \[160, 96\], expected F8_E4M3"),
+    ("fp8", put(f"{UP}.weight_scale_inv", (1, 2), np.float16), r"is F16 \[1, 2\], expected F32 or BF16"),
+    ("mxfp8", put(f"{UP}.weight_scale_inv", (96, 5)), r"is F32 \[96, 5\], expected U8 or F8_E8M0 \[96, 5\]"),
+    ("rawint4", put(f"{UP}.weight_scale", (96, 5)), r"is F32 \[96, 5\], expected BF16 \[96, 5\]"),
+    ("nvfp4_modelopt", put(f"{UP}.weight_scale", (96, 10), np.uint8), r"is U8 \[96, 10\], expected F8_E4M3"),
+    (
+        "mxfp4_packed",
+        put(f"{UP}.weight_packed", (96, 20), np.int32),
+        r"is I32 \[96, 20\], expected U8 \[96, 80\]",
+    ),
+    # Other contents
+    (
+        "rawint4",
+        hold(f"{UP}.weight_shape", 160, 96, dtype=np.int64),
+        r"holds \[160, 96\], expected \[96, 160\]",
+    ),
+    (
+        "nvfp4_packed",
+        hold(f"{UP}.weight_global_scale", 0),
+        r"holds 0\.0 for expert 1, expected a finite number with a finite reciprocal",
+    ),
+    (
+        "nvfp4_packed",
+        hold(f"{UP}.weight_global_scale", 1e-45),
+        "expected a finite number with a finite recip",
+    ),
+    ("nvfp4_packed", hold(f"{UP}.weight_global_scale", np.inf), "holds inf for expert 1, expected a finite"),
+    (
+        "nvfp4_modelopt",
+        hold(f"{UP}.weight_scale_2", np.nan),
+        "holds nan for expert 1, expected a finite number$",
+    ),
+    # More than there should be
+    (
+        "fp8",
+        put(f"{EXPERTS}.3.up_proj.weight", (1,)),
+        r"experts\.3\.up_proj\.weight' is there, expected 3 exp",
+    ),
+    ("fp8", put(f"{EXPERTS}.7.up_proj.weight_scale_inv", (1,)), r"7\.up_proj\.weight_scale_inv' is there"),
+    (
+        "rawint4",
+        put(f"{UP}.weight_zero_point", (96, 5), np.int32),
+        r"weight_zero_point' is there, but RAWINT4 takes only symmetric weights",
+    ),
+    (
+        "rawint4",
+        put(f"{DOWN}.weight_g_idx", (96,), np.int32),
+        "weight_g_idx' is there, but RAWINT4 takes only",
+    ),
+]
+
+
+@pytest.mark.parametrize(("encoding", "change", "message"), WRONG_TENSORS)
+def test_wrong_tensors(tmp_path: Path, encoding: str, change: Change, message: str) -> None:
+    layer = draw_layer(encoding, E, I, H)
+    change(layer.tensors)
+    put_layer(tmp_path, layer)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_native(tmp_path, LAYER, config_of(E, I, H))
+    assert str(raised.value).startswith(f"{tmp_path}")
+    assert f"layers.{LAYER}." in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((E - 1, I, H), r"tensor '.*experts\.2\.gate_proj\.weight_packed' is there, expected 2 experts"),
+        (
+            (E + 1, I, H),
+            r"tensor '.*experts\.3\.gate_proj\.weight_packed' is missing, expected U8 \[96, 80\]",
+        ),
+        ((E, I + 32, H), r"gate_proj\.weight_packed' is U8 \[96, 80\], expected U8 \[128, 80\]"),
+        ((E, I, H + 32), r"gate_proj\.weight_packed' is U8 \[96, 80\], expected U8 \[96, 96\]"),
+        ((E, I + 1, H), "MXFP4, which needs moe_intermediate_size to be a multiple of 32, got 97"),
+        ((E, I, H + 1), "MXFP4, which needs hidden_size to be a multiple of 32, got 161"),
+    ],
+)
+def test_other_sizes_than_the_config(tmp_path: Path, sizes: tuple[int, int, int], message: str) -> None:
+    put_layer(tmp_path, draw_layer("mxfp4_packed", E, I, H))
+    with pytest.raises(ValueError, match=message):
+        load_native(tmp_path, LAYER, config_of(*sizes))
+
+
+def test_another_number_of_fused_experts(tmp_path: Path) -> None:
+    put_layer(tmp_path, draw_layer("gpt_oss", E, I, H))
+    message = r"gate_up_proj_blocks' is U8 \[3, 192, 5, 16\], expected U8 \[4, 192, 5, 16\]"
+    with pytest.raises(ValueError, match=message):
+        load_native(tmp_path, LAYER, config_of(E + 1, I, H))
+
+
+@pytest.mark.parametrize(
+    ("naming", "other", "message"),
+    [
+        ("mixer", "nemotron", "'backbone.layers.5.' have a gate, but activation relu2 is not gated"),
+        ("nemotron", "mixer", "'backbone.layers.5.' have no gate, but activation silu is gated"),
+    ],
+)
+def test_other_projections_than_the_activation(tmp_path: Path, naming: str, other: str, message: str) -> None:
+    put_layer(tmp_path, draw_layer("fp8", E, I, H, naming))
+    with pytest.raises(ValueError, match=message):
+        load_native(tmp_path, LAYER, config_of(E, I, H, other))
+
+
+def test_a_lost_gate_is_missed(tmp_path: Path) -> None:
+    """Experts with a gate are not read as experts without one."""
+    layer = draw_layer("fp8", E, I, H, "mixer")
+    drop(r"experts\.0\.gate_proj")(layer.tensors)
+    put_layer(tmp_path, layer)
+    with pytest.raises(ValueError, match=r"experts\.0\.gate_proj\.weight' is missing"):
+        load_native(tmp_path, LAYER, config_of(E, I, H, "mixer"))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_another_method(tmp_path: Path, encoding: str) -> None:
+    layer = draw_layer(encoding, E, I, H)
+    put_layer(tmp_path, layer)
+    methods = {method for method, _ in ENCODINGS.values()}
+    for method in methods - {layer.method}:
+        message = f"the experts of layer {LAYER} are {layer.method}, expected {method}"
+        with pytest.raises(ValueError, match=message) as raised:
+            load_native(tmp_path, LAYER, config_of(E, I, H), method)
+        assert str(tmp_path) in str(raised.value)
+
+
+def test_an_unknown_method(tmp_path: Path) -> None:
+    message = "method 'BF16' is not that of a native format; known: FP8, FP8_PERCHANNEL, MXFP8, RAWINT4"
+    with pytest.raises(ValueError, match=message):
+        load_native(tmp_path, LAYER, config_of(E, I, H), "BF16")
+
+
+def test_the_method_says_what_is_missing(tmp_path: Path) -> None:
+    """Codes without scales may be of more than one format."""
+    layer = draw_layer("fp8", E, 128, 128)
+    drop("scale")(layer.tensors)
+    put_layer(tmp_path, layer)
+    expected = {
+        "FP8": r"weight_scale_inv' is missing, expected F32 or BF16 or F8_E8M0 \[1, 1\]",
+        "FP8_PERCHANNEL": r"weight_scale' is missing, expected F32 or BF16 \[128, 1\]",
+        "MXFP8": r"weight_scale_inv' is missing, expected U8 or F8_E8M0 \[128, 4\]",
+    }
+    for method, message in expected.items():
+        with pytest.raises(ValueError, match=message):
+            load_native(tmp_path, LAYER, config_of(E, 128, 128), method)
+
+
+def test_layers_that_are_not_native(tmp_path: Path) -> None:
+    for naming in ("qwen3_moe", "qwen3_5_moe", "gpt_oss"):
+        write_checkpoint(tmp_path / naming, naming, [0], E, I, H)
+        message = r"tensor '.*layers\.0\.mlp\.experts\..*' is BF16, expected weights of FP8, .*, NVFP4"
+        for method in (None, "FP8"):
+            with pytest.raises(ValueError, match=message):
+                load_native(tmp_path / naming, 0, config_of(E, I, H), method)
+
+
+def test_layers_without_experts(tmp_path: Path) -> None:
+    put_layer(tmp_path, draw_layer("rawint4", E, I, H))
+    for number in (LAYER - 1, LAYER + 1, -1):
+        assert native_method(tmp_path, number) is None
+        message = f"layer {number} has no known experts; layers with experts: {LAYER}$"
+        with pytest.raises(ValueError, match=message):
+            load_native(tmp_path, number, config_of(E, I, H))
+    write_safetensors(tmp_path / "model.safetensors", {"a": np.zeros(1, np.float32)})
+    with pytest.raises(ValueError, match="layer 0 has no known experts; layers with experts: none"):
+        load_native(tmp_path, 0, config_of(E, I, H))
+
+
+@pytest.mark.parametrize(("suffixes", "kind"), [(("g_idx",), "GPTQ"), ((), "GPTQ or AWQ")])
+def test_gptq_and_awq(tmp_path: Path, suffixes: tuple[str, ...], kind: str) -> None:
+    tensors = {
+        f"model.layers.{LAYER}.block_sparse_moe.experts.{e}.{name}.{suffix}": np.zeros((4, 8), np.int32)
+        for e in range(2)
+        for name in ("w1", "w3", "w2")
+        for suffix in ("qweight", "qzeros", "scales", *suffixes)
+    }
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    message = (
+        rf"model\.safetensors: tensor '.*0\.w1\.qweight' is there, but {kind} layers are not read in place"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_native(tmp_path, LAYER, config_of(2, I, H))
+    with pytest.raises(ValueError, match=message):
+        native_method(tmp_path, LAYER)
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or directory"):
+        load_native(tmp_path / "nowhere", 0, config_of(E, I, H))
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or directory"):
+        native_method(tmp_path / "nowhere", 0)
+
+
+DTYPES = [np.float32, np.float16, np.int64, np.int32, np.int8, np.uint8, ml_dtypes.bfloat16]
+DTYPES += [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu]
+
+
+@given(st.data())
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damage_is_always_named(tmp_path: Path, data: st.DataObject) -> None:
+    """Whatever tensors are missing or others: nothing but a ValueError, and one unless it does not matter."""
+    encoding = data.draw(st.sampled_from(sorted(ENCODINGS)))
+    layer = draw_layer(encoding, 2, 64, 96, biases=data.draw(st.booleans()) and encoding != "step")
+    names = [name for name in layer.tensors if not name.endswith("input_scale")]
+    missing, others = [], []
+    for name in data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True)):
+        array = layer.tensors.pop(name)
+        if data.draw(st.booleans()):
+            missing.append(name)
+            continue
+        shapes = st.one_of(st.just(list(array.shape)), st.lists(st.integers(0, 5), max_size=4))
+        put(name, tuple(data.draw(shapes)), data.draw(st.sampled_from(DTYPES)))(layer.tensors)
+        if (layer.tensors[name].shape, layer.tensors[name].dtype) != (array.shape, array.dtype):
+            others.append(name)
+    put_layer(tmp_path, layer)
+    method = data.draw(st.sampled_from([None, layer.method]))
+    native_method(tmp_path, LAYER)
+    caught = None
+    try:
+        load_native(tmp_path, LAYER, config_of(2, 64, 96), method)
+    except ValueError as error:
+        caught = str(error)
+    if caught is not None:
+        assert str(tmp_path) in caught
+        return
+    # All biases may be missing together; scales and biases may have more than one dtype or shape.
+    assert all(name.endswith("bias") for name in missing), missing
+    assert all(name.endswith(("scale", "scale_inv", "scales", "scale_2", "bias")) for name in others), others
+
+
+@given(st.sampled_from(sorted(ENCODINGS)), st.data())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_file_that_is_cut_off(tmp_path: Path, encoding: str, data: st.DataObject) -> None:
+    path = put_layer(tmp_path, draw_layer(encoding, 2, 64, 96))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    with pytest.raises(ValueError, match=r"model\.safetensors: "):
+        load_native(path, LAYER, config_of(2, 64, 96))
+
+
+def test_a_missing_shard(tmp_path: Path) -> None:
+    layer = draw_layer("mxfp4_packed", E, I, H)
+    index = {"weight_map": dict.fromkeys(layer.tensors, "a.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"a\.safetensors"):
+        load_native(tmp_path, LAYER, config_of(E, I, H))
+
+
+def test_an_expert_of_another_format(tmp_path: Path) -> None:
+    """The first expert does not speak for the layer."""
+    layer, other = draw_layer("mxfp8", E, I, H), draw_layer("fp8", E, I, H)
+    layer.tensors |= {name: array for name, array in other.tensors.items() if ".experts.0." in name}
+    put_layer(tmp_path, layer)
+    assert native_method(tmp_path, LAYER) == "MXFP8"
+    message = r"0\.gate_proj\.weight_scale_inv' is F32 \[1, 2\], expected U8 or F8_E8M0 \[96, 5\]"
+    with pytest.raises(ValueError, match=message):
+        load_native(tmp_path, LAYER, config_of(E, I, H))
