@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -13,6 +14,7 @@ from layers import ACTIVATIONS, IS_SLOW, assert_close, assert_same_bits, bf16, d
 from native_layers import METHODS, draw_native_layer
 
 from ktmoe_np import KTMoEWrapper
+from ktmoe_np.reference import decode_mxfp4, decode_mxfp8, decode_rawint4
 
 SIZES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 45, 63, 64, 65, 70, 95, 100, 128, 129, 160, 257)
 TOKENS = (0, 1, 2, 3, 4, 5, 7, 13, 14, 16, 17, 33, 65)
@@ -153,6 +155,29 @@ def test_codes_of_nan_are_nan(method: str, num_tokens: int) -> None:
     out = layer.forward(draw_batch(rng, layer, num_tokens, 1), method=method).astype(np.float32)
     assert np.isnan(out[:, [7, 9]]).all()
     assert np.isfinite(np.delete(out, [7, 9], axis=1)).all()
+
+
+@pytest.mark.parametrize("method", ["MXFP8", "MXFP4", "RAWINT4"])
+@pytest.mark.parametrize("num_tokens", [1, 20])
+def test_scales_of_any_size(method: str, num_tokens: int) -> None:
+    rng = np.random.default_rng(7)
+    layer = draw_native_layer(rng, method, 1, 64, 96, "relu2")
+    moe, arguments = KTMoEWrapper(0, 1, 1, 96, 64, method=method, activation="relu2"), dict(layer.arguments)
+    one = {"MXFP8": np.full((1, 64, 96), 0x38, np.uint8), "MXFP4": np.full((1, 64, 48), 0x22, np.uint8)}
+    numbers = one.get(method, np.full((1, 64, 48), 0x99, np.uint8))
+    exponents = np.linspace(-60, 60, 64).round().astype(int)
+    exponents[:4] = (-120, -117, -61, 61)
+    powers = np.repeat((exponents + 127).astype(np.uint8)[None, :, None], 3, axis=2)
+    scale = powers if method != "RAWINT4" else np.ldexp(np.float32(1), powers.astype(int) - 127).astype(bf16)
+    moe.load_weights_from_tensors(**{**arguments, "gate_proj": numbers, "gate_scale": scale})
+    x = np.zeros((num_tokens, 96), bf16)
+    x[:, 40] = 1
+    batch = draw_batch(rng, layer, num_tokens, 1)
+    decode = {"MXFP8": decode_mxfp8, "MXFP4": lambda c, s: decode_mxfp4(c, s, 96)}
+    gate = decode.get(method, lambda c, s: decode_rawint4(c, s, 96))(numbers, scale)
+    assert_close(
+        moe.forward(x, batch.ids, batch.weights), replace(layer, gate_proj=gate), batch._replace(x=x)
+    )
 
 
 def test_bfloat16_has_no_scales() -> None:

@@ -65,7 +65,9 @@ def test_training_finds_its_method_too(tmp_path: Path, encoding: str) -> None:
     assert sft.method in (f"{layer.method}_SFT", f"AMX{layer.method}_SFT")
     sft.init_lora_weights()
     twin = from_arrays(layer, "sft", sft.method)
-    assert_same_bits(sft.forward(*batch()), twin.forward(*batch()))
+    # Scales are any bytes, so some results are NaN.
+    results = (moe.forward(*batch()).astype(np.float32) for moe in (sft, twin))
+    np.testing.assert_array_equal(*results)
 
 
 def test_another_method_than_the_checkpoints_is_refused(tmp_path: Path) -> None:

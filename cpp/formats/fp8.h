@@ -104,14 +104,75 @@ struct UnpackE4m3 {
     KT_INLINE float scale(size_t k) const { return Scaled::scale(scales, k); }
   };
 };
+inline constexpr uint32_t kRowsOfTile = 16;
+
+// A tile of rows by a table of the numbers times its scale: rows share it, as tiles do not straddle blocks.
+template <class V>
+KT_INLINE void decode_e4m3_tile(const WeightView& rows, size_t k, float scale, std::byte* to, ptrdiff_t line)
+  requires V::kLooksUpScaled
+{
+  constexpr size_t kRowBytes = V::kStep * sizeof(bf16);
+  const typename V::E4m3Table table(scale);
+  const std::byte* row = rows.data;
+  const ptrdiff_t stride = rows.row_stride_bytes;
+  for (uint32_t r = 0; r < kRowsOfTile; r += 2, row += 2 * stride, to += 2 * kRowBytes) {
+    if (line >= 0) {
+      __builtin_prefetch(row + line, 0, 2);
+      __builtin_prefetch(row + stride + line, 0, 2);
+    }
+    table.store(row + k, row + stride + k, to, to + kRowBytes);
+  }
+}
+
 template <>
-struct Unpack<formats::Fp8> : UnpackE4m3<formats::Fp8> {};
+struct Unpack<formats::Fp8> : UnpackE4m3<formats::Fp8> {
+  template <class V = Vec>
+  static KT_INLINE void decode_tile(const WeightView& rows, size_t k, std::byte* to, ptrdiff_t line)
+    requires V::kLooksUpScaled
+  {
+    const float scale = formats::Fp8::scale(rows.scales_of(0, formats::Fp8::kScaleRows), k);
+    decode_e4m3_tile<V>(rows, k, scale, to, line);
+  }
+};
+// Numbers are from 2^-9 to below 2^9: scales from 2^-117 on leave them normal, and those up to 2^117 finite.
 template <>
-struct Unpack<formats::MxFp8> : UnpackE4m3<formats::MxFp8> {};
+struct Unpack<formats::MxFp8> : UnpackE4m3<formats::MxFp8> {
+  template <class V = Vec>
+  static KT_INLINE void decode_tile(const WeightView& rows, size_t k, std::byte* to, ptrdiff_t line)
+    requires V::kLooksUpScaled
+  {
+    constexpr size_t kRowBytes = V::kStep * sizeof(bf16);
+    const typename V::E4m3Table table(1.0f);
+    const std::byte *row = rows.data, *scale = rows.scales_of(0, 1) + k / formats::MxFp8::kGroup;
+    const ptrdiff_t stride = rows.row_stride_bytes, scales_stride = rows.scales_stride_bytes;
+    for (uint32_t r = 0; r < kRowsOfTile; r += 2) {
+      if (line >= 0) {
+        __builtin_prefetch(row + line, 0, 2);
+        __builtin_prefetch(row + stride + line, 0, 2);
+      }
+      const int power0 = static_cast<int>(scale[0]) - 127,
+                power1 = static_cast<int>(scale[scales_stride]) - 127;
+      if (power0 >= -117 && power0 <= 117 && power1 >= -117 && power1 <= 117) {
+        table.store(row + k, row + stride + k, power0, power1, to, to + kRowBytes);
+      } else {
+        V::store(to, V::e4m3_segment(row + k, e8m0_to_float(static_cast<uint8_t>(scale[0]))));
+        V::store(to + kRowBytes, V::e4m3_segment(row + stride + k,
+                                                 e8m0_to_float(static_cast<uint8_t>(scale[scales_stride]))));
+      }
+      row += 2 * stride, scale += 2 * scales_stride, to += 2 * kRowBytes;
+    }
+  }
+};
 
 template <>
 struct Unpack<formats::Fp8Row> {
   static constexpr bool kAsStored = false;
+  template <class V = Vec>
+  static KT_INLINE void decode_tile(const WeightView& rows, size_t k, std::byte* to, ptrdiff_t line)
+    requires V::kLooksUpScaled
+  {
+    decode_e4m3_tile<V>(rows, k, 1.0f, to, line);
+  }
   struct Row : E4m3Row<Row> {
     const std::byte* data;
     float row_scale;

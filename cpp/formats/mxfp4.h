@@ -42,6 +42,19 @@ static_assert(WeightFormat<MxFp4>);
 
 #ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
 
+// The numbers of a scale, by its byte.
+struct MxFp4Numbers {
+  Vec::Numbers of[256] = {};
+  constexpr MxFp4Numbers() {
+    for (int scale = 0; scale < 256; ++scale) {
+      for (int nibble = 0; nibble < 16; ++nibble)
+        of[scale].set(nibble, product_in_bf16(formats::MxFp4::code(nibble),
+                                              e8m0_to_float(static_cast<uint8_t>(scale)) * 0.5f));
+    }
+  }
+};
+inline constexpr MxFp4Numbers kMxFp4Numbers;
+
 template <>
 struct Unpack<formats::MxFp4> {
   using Format = formats::MxFp4;
@@ -57,6 +70,11 @@ struct Unpack<formats::MxFp4> {
     KT_INLINE Row(const WeightView& w, size_t n)
         : data(w.row(n)), scales(w.scales_of(n, Format::kScaleRows)) {}
     KT_INLINE float scale(size_t k) const { return Format::scale(scales, k); }
+    template <class V = Vec>
+    KT_INLINE V::Segment looked_up(const std::byte* nibbles, size_t k, size_t) const {
+      const auto& numbers = kMxFp4Numbers.of[static_cast<uint8_t>(scales[k / Format::kGroup])];
+      return Vec::look_up_segment(nibbles, kCodes, numbers);
+    }
   };
 };
 

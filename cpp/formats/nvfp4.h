@@ -44,6 +44,19 @@ static_assert(WeightFormat<NvFp4>);
 
 #ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
 
+// The numbers of a scale, by its byte.
+struct NvFp4Numbers {
+  Vec::Numbers of[256] = {};
+  constexpr NvFp4Numbers() {
+    for (int scale = 0; scale < 256; ++scale) {
+      for (int nibble = 0; nibble < 16; ++nibble)
+        of[scale].set(nibble, product_in_bf16(formats::NvFp4::code(nibble),
+                                              e4m3_to_float(static_cast<uint8_t>(scale)) * 0.5f));
+    }
+  }
+};
+inline constexpr NvFp4Numbers kNvFp4Numbers;
+
 template <>
 struct Unpack<formats::NvFp4> {
   using Format = formats::NvFp4;
@@ -59,6 +72,14 @@ struct Unpack<formats::NvFp4> {
     KT_INLINE Row(const WeightView& w, size_t n)
         : data(w.row(n)), scales(w.scales_of(n, Format::kScaleRows)) {}
     KT_INLINE float scale(size_t k) const { return Format::scale(scales, k); }
+    // The second group of a segment may lie behind the row, where numbers are multiplied by zeros.
+    template <class V = Vec>
+    KT_INLINE V::Segment looked_up(const std::byte* nibbles, size_t k, size_t count) const {
+      const std::byte* of_group = scales + k / Format::kGroup;
+      const auto first = static_cast<uint8_t>(of_group[0]);
+      const auto second = count > Format::kGroup ? static_cast<uint8_t>(of_group[1]) : first;
+      return V::look_up_two(nibbles, kNvFp4Numbers.of[first], kNvFp4Numbers.of[second]);
+    }
   };
 };
 

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/types.h"
+
 namespace ktmoe {
 
 constexpr float e4m3_to_float(uint8_t bits) {
@@ -36,6 +38,14 @@ constexpr int8_t e2m1_doubled(uint8_t nibble) {
 constexpr float e8m0_to_float(uint8_t exponent) {
   if (exponent == 255) return std::numeric_limits<float>::quiet_NaN();
   return std::bit_cast<float>(exponent == 0 ? uint32_t{1} << 22 : uint32_t{exponent} << 23);
+}
+
+// The bits of bf16(code scale), when that is exact or beyond all numbers.
+constexpr uint16_t product_in_bf16(int code, float scale) {
+  const double product = static_cast<double>(code) * static_cast<double>(scale);
+  if (product >= 0x1p128) return 0x7f80;
+  if (product <= -0x1p128) return 0xff80;
+  return to_bf16(static_cast<float>(product)).bits;
 }
 
 }  // namespace ktmoe

@@ -25,7 +25,8 @@ struct CodeRow {
 };
 
 // A row of nibbles, two a byte and the low one first, that stand for whole numbers times a scale of their
-// group: what follows from its `data`, `scale(k)`, the table `kCodes` and the groups' `kGroup`.
+// group: what follows from its `data`, `scale(k)`, the table `kCodes` and the groups' `kGroup`. Where vectors
+// look up scaled numbers, `looked_up(nibbles, k, count)` does it.
 template <class Row, size_t kGroup>
 struct NibbleRow {
   KT_INLINE const Row& row() const { return static_cast<const Row&>(*this); }
@@ -40,6 +41,12 @@ struct NibbleRow {
 
  private:
   KT_INLINE Vec::Segment scaled(const std::byte* nibbles, size_t k, [[maybe_unused]] size_t count) const {
+    if constexpr (Vec::kLooksUpScaled) return row().looked_up(nibbles, k, count);
+    return by_codes(nibbles, k, count);
+  }
+
+ protected:
+  KT_INLINE Vec::Segment by_codes(const std::byte* nibbles, size_t k, [[maybe_unused]] size_t count) const {
     const Vec::Codes codes = Vec::look_up(nibbles, Row::kCodes);
     if constexpr (Vec::kStep <= kGroup) {
       return Vec::to_segment(codes, row().scale(k));

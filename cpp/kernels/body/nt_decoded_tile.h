@@ -34,17 +34,7 @@ class DecodedTile {
 
   KT_INLINE std::byte* tile(size_t step) const { return ring_ + step % 2 * kTileBytes; }
   KT_INLINE void decode(size_t step) const {
-    constexpr size_t kSegments = Product::kStep / Product::kSegment;
-    std::byte* to = tile(step);
-    WeightView rest = rows_;
-    const ptrdiff_t line = line_asked_for(step);
-    for (uint32_t r = 0; r < kTileRows; ++r) {
-      const typename Unpack<Format>::Row row(rest, 0);
-      if (line >= 0) __builtin_prefetch(rest.data + line, 0, 2);
-      KT_UNROLL for (size_t i = 0; i < kSegments; ++i)
-          Product::store(to + i * kRowBytes / kSegments, row, step * Product::kStep + i * Product::kSegment);
-      to += kRowBytes, rest.next_row();
-    }
+    decode_tile<Format, Product>(rows_, step * Product::kStep, tile(step), line_asked_for(step));
   }
   // A step's line, in bytes from the beginning of a row to that of the row a group behind; -1: none.
   KT_INLINE ptrdiff_t line_asked_for(size_t step) const {

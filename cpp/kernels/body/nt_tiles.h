@@ -180,6 +180,23 @@ KT_INLINE void prefetch_rows(const TileBlock& w, size_t step) {
   for (uint32_t r = 0; r < kTileRows; ++r, row += w.row_stride) __builtin_prefetch(row, 0, 3);
 }
 
+// A step of a tile of rows, decoded. `line`: where, from its beginning on, of each row a cache line is asked
+// for; -1: none is. A format may have a way of its own, where it pays to take several rows at once.
+template <class Format, class Product>
+KT_INLINE void decode_tile(WeightView rest, size_t k, std::byte* to, ptrdiff_t line) {
+  if constexpr (requires { Unpack<Format>::decode_tile(rest, k, to, line); }) {
+    Unpack<Format>::decode_tile(rest, k, to, line);
+  } else {
+    constexpr size_t kSegments = Product::kStep / Product::kSegment, kRowBytes = kTileK * sizeof(bf16);
+    for (uint32_t r = 0; r < kTileRows; ++r, to += kRowBytes, rest.next_row()) {
+      const typename Unpack<Format>::Row row(rest, 0);
+      if (line >= 0) __builtin_prefetch(rest.data + line, 0, 2);
+      KT_UNROLL for (size_t i = 0; i < kSegments; ++i)
+          Product::store(to + i * kRowBytes / kSegments, row, k + i * Product::kSegment);
+    }
+  }
+}
+
 // The weights of a group of rows that are brought to tiles in scratch, zeros around them. Scratch is a ring
 // of `ring` steps, a power of two that is more than are brought at a time.
 template <class Format, class Product, int kWeights>
@@ -211,14 +228,10 @@ struct BringToScratch {
     }
   }
   KT_INLINE void bring_whole(size_t k, std::byte* to) const {
-    WeightView rest = w.from(n);
-    for (uint32_t r = 0; r < kWeights * kTileRows; ++r, to += kRowBytes, rest.next_row()) {
-      const typename Unpack<Format>::Row row(rest, 0);
-      KT_UNROLL for (size_t i = 0; i < kSteps * Product::kStep / Product::kSegment; ++i) {
-        constexpr size_t kOfStep = Product::kStep / Product::kSegment;
-        Product::store(to + i / kOfStep * kStepBytes + i % kOfStep * kSegmentBytes, row,
-                       k + i * Product::kSegment);
-      }
+    for (uint32_t tile = 0; tile < kWeights; ++tile) {
+      for (size_t step = 0; step < kSteps; ++step)
+        decode_tile<Format, Product>(w.from(n + tile * kTileRows), k + step * Product::kStep,
+                                     to + step * kStepBytes + tile * kTileBytes, -1);
     }
   }
   void bring_rest(size_t k, std::byte* to) const {

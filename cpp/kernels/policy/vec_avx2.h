@@ -76,6 +76,7 @@ struct Vec {
     return _mm256_shuffle_epi8(tables, _mm256_and_si256(spread, _mm256_set1_epi8(15)));
   }
   // The numbers of look_up(nibbles, table), which others look up as bf16.
+  static constexpr bool kLooksUpScaled = false;
   struct Numbers {
     constexpr void set(int, uint16_t) {}
   };

@@ -101,15 +101,29 @@ struct Vec {
     }
   };
   static KT_INLINE Segment look_up_segment(const std::byte* nibbles, const int8_t*, const Numbers& numbers) {
-    const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
-    const __m512i four = _mm512_permutexvar_epi8(four_of_each(), bytes);
-    const __m512i shifted = _mm512_srlv_epi16(four, _mm512_set1_epi32(4 << 16));
-    constexpr int kAndOr = 0xea;  // (a & b) | c
-    const __m512i index =
-        _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi8(15), _mm512_set1_epi16(16 << 8), kAndOr);
-    return as_segment(_mm512_permutexvar_epi8(index, _mm512_load_si512(numbers.bytes)));
+    return look_up_bytes(nibbles, _mm512_load_si512(numbers.bytes), _mm512_set1_epi16(16 << 8));
+  }
+  // Scaled numbers of small formats come from tables too, rather than from codes and scales.
+  static constexpr bool kLooksUpScaled = true;
+  // Half of the numbers by one table, half by another.
+  static KT_INLINE Segment look_up_two(const std::byte* nibbles, const Numbers& low, const Numbers& high) {
+    const __m256i first = _mm256_load_si256(reinterpret_cast<const __m256i*>(low.bytes));
+    const __m256i second = _mm256_load_si256(reinterpret_cast<const __m256i*>(high.bytes));
+    const __m512i tables = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+    const __m512i upper_half = _mm512_maskz_set1_epi8(0xffffffff00000000u, 32);
+    return look_up_bytes(nibbles, tables, _mm512_or_si512(_mm512_set1_epi16(16 << 8), upper_half));
+  }
+  // Numbers times 4^shift, the sign changed when 128 is added to the shift. `zero` is the nibble of 0.
+  template <int zero>
+  static KT_INLINE Segment look_up_shifted(const std::byte* nibbles, const Numbers& numbers, int shift) {
+    constexpr uint64_t kUpperBytes = (uint64_t{0xffff} & ~(uint64_t{1} << zero)) << 16;
+    const __m512i table = _mm512_load_si512(numbers.bytes);
+    const __m512i scaled = _mm512_mask_add_epi8(table, kUpperBytes | kUpperBytes << 32, table,
+                                                _mm512_set1_epi8(static_cast<char>(shift)));
+    return look_up_bytes(nibbles, scaled, _mm512_set1_epi16(16 << 8));
   }
 #else
+  static constexpr bool kLooksUpScaled = false;
   struct Numbers {
     alignas(32) uint16_t words[16];
     constexpr void set(int nibble, uint16_t bits) { words[nibble] = bits; }
@@ -170,6 +184,66 @@ struct Vec {
     return join_bf16(_mm512_mul_ps(_mm512_mul_ps(low, larger), s),
                      _mm512_mul_ps(_mm512_mul_ps(high, larger), s));
   }
+
+#if KT_HAS_AVX512_BF16
+  // bf(x scale) for every number x of E4M3 that has no sign, its two bytes in tables of their own.
+  struct E4m3Table {
+    __m512i low[2], high[2];
+    KT_INLINE explicit E4m3Table(float scale) {
+      const __m512 s = _mm512_set1_ps(scale);
+      __m512i words[4];
+      KT_UNROLL for (int i = 0; i < 4; ++i) {
+        const float* numbers = kE4m3.data() + 32 * i;
+        words[i] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_loadu_ps(numbers + 16), s),
+                                                _mm512_mul_ps(_mm512_loadu_ps(numbers), s));
+      }
+      KT_UNROLL for (int i = 0; i < 2; ++i) {
+        const __m256i first = _mm512_cvtepi16_epi8(words[2 * i]),
+                      second = _mm512_cvtepi16_epi8(words[2 * i + 1]);
+        low[i] = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+        const __m256i upper = _mm512_cvtepi16_epi8(_mm512_srli_epi16(words[2 * i], 8));
+        high[i] = _mm512_inserti64x4(_mm512_castsi256_si512(upper),
+                                     _mm512_cvtepi16_epi8(_mm512_srli_epi16(words[2 * i + 1], 8)), 1);
+      }
+    }
+    // A step of two rows.
+    KT_INLINE void look_up(const std::byte* row0, const std::byte* row1, __m512i& out0, __m512i& out1) const {
+      const __m512i first =
+          _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row0)));
+      const __m512i rows =
+          _mm512_inserti64x4(first, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row1)), 1);
+      // Eight bytes of one row beside eight of the other, which are unpacked to words in halves of lanes.
+      const __m512i codes = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), rows);
+      const __m512i lows = _mm512_permutex2var_epi8(low[0], codes, low[1]);
+      constexpr int kXorAnd = 0x78;  // a ^ (b & c)
+      const __m512i highs = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high[0], codes, high[1]),
+                                                      codes, _mm512_set1_epi8(-128), kXorAnd);
+      out0 = _mm512_unpacklo_epi8(lows, highs), out1 = _mm512_unpackhi_epi8(lows, highs);
+    }
+    KT_INLINE void store(const std::byte* row0, const std::byte* row1, std::byte* to0, std::byte* to1) const {
+      __m512i words0, words1;
+      look_up(row0, row1, words0, words1);
+      _mm512_storeu_si512(to0, words0);
+      _mm512_storeu_si512(to1, words1);
+    }
+    // Each row times a power of two that leaves all its numbers normal.
+    KT_INLINE void store(const std::byte* row0, const std::byte* row1, int power0, int power1, std::byte* to0,
+                         std::byte* to1) const {
+      __m512i words0, words1;
+      look_up(row0, row1, words0, words1);
+      _mm512_storeu_si512(to0, times_power(words0, power0));
+      _mm512_storeu_si512(to1, times_power(words1, power1));
+    }
+    // NaN stays as it is, and so does zero.
+    static KT_INLINE __m512i times_power(__m512i words, int power) {
+      const __m512i size = _mm512_and_si512(words, _mm512_set1_epi16(0x7fff));
+      const __mmask32 is_number =
+          _mm512_cmplt_epu16_mask(_mm512_sub_epi16(size, _mm512_set1_epi16(1)), _mm512_set1_epi16(0x7f80));
+      return _mm512_mask_add_epi16(words, is_number, words,
+                                   _mm512_set1_epi16(static_cast<short>(power << 7)));
+    }
+  };
+#endif
 
   // ---- integer products ----
   // Weights enter as unsigned bytes, 128 too large: kWeightOffset times the sum of the other factor is too
@@ -317,6 +391,15 @@ struct Vec {
  private:
   static KT_INLINE __m512 to_floats(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)); }
 #if KT_HAS_AVX512_BF16
+  // Bytes of a table by nibbles; `select` has the higher bits of the indices.
+  static KT_INLINE Segment look_up_bytes(const std::byte* nibbles, __m512i table, __m512i select) {
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
+    const __m512i four = _mm512_permutexvar_epi8(four_of_each(), bytes);
+    const __m512i shifted = _mm512_srlv_epi16(four, _mm512_set1_epi32(4 << 16));
+    constexpr int kAndOr = 0xea;  // (a & b) | c
+    const __m512i index = _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi8(15), select, kAndOr);
+    return as_segment(_mm512_permutexvar_epi8(index, table));
+  }
   static KT_INLINE Segment join_bf16(__m512 low, __m512 high) { return _mm512_cvtne2ps_pbh(high, low); }
 #else
   static KT_INLINE Segment join_bf16(__m512 low, __m512 high) {

@@ -63,6 +63,7 @@ struct Vec {
     return codes;
   }
   // The numbers of look_up(nibbles, table), which others look up as bf16.
+  static constexpr bool kLooksUpScaled = false;
   struct Numbers {
     constexpr void set(int, uint16_t) {}
   };
