@@ -68,10 +68,15 @@ struct Unpack<formats::NvFp4> {
         Format::code(8),  Format::code(9),  Format::code(10), Format::code(11),
         Format::code(12), Format::code(13), Format::code(14), Format::code(15)};
     const std::byte *data, *scales;
+    float row_scale;
     Row() = default;
     KT_INLINE Row(const WeightView& w, size_t n)
-        : data(w.row(n)), scales(w.scales_of(n, Format::kScaleRows)) {}
+        : data(w.row(n)), scales(w.scales_of(n, Format::kScaleRows)), row_scale(w.row_scale[n]) {}
     KT_INLINE float scale(size_t k) const { return Format::scale(scales, k); }
+    KT_INLINE Vec::Segment weights(size_t k) const { return Vec::times(this->segment(k), row_scale); }
+    KT_INLINE Vec::Segment weights_tail(size_t k, size_t count) const {
+      return Vec::times(this->tail(k, count), row_scale);
+    }
     // The second group of a segment may lie behind the row, where numbers are multiplied by zeros.
     template <class V = Vec>
     KT_INLINE V::Segment looked_up(const std::byte* nibbles, size_t k, size_t count) const {

@@ -96,6 +96,13 @@ struct Vec {
             _mm256_castsi256_ps(_mm256_and_si256(rounded(_mm256_mul_ps(x.odd, s)), high))};
   }
 
+  // bf(x scale) of a segment's numbers.
+  static KT_INLINE Segment times(const Segment& x, float scale) {
+    const __m256 s = _mm256_set1_ps(scale);
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    return {_mm256_castsi256_ps(_mm256_and_si256(rounded(_mm256_mul_ps(x.even, s)), high)),
+            _mm256_castsi256_ps(_mm256_and_si256(rounded(_mm256_mul_ps(x.odd, s)), high))};
+  }
   // bf(x scale) of kStep numbers of E4M3. They go by half precision, whose numbers of the same bits are 2^-8
   // as large; its conversion knows no flushing of denormals.
   static KT_INLINE Segment e4m3_segment(const std::byte* p, float scale) {

@@ -168,6 +168,21 @@ struct Vec {
     const __m512 second = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
     return join_bf16(_mm512_mul_ps(first, _mm512_set1_ps(low)), _mm512_mul_ps(second, _mm512_set1_ps(high)));
   }
+  // bf(x scale) of a segment's numbers.
+  static KT_INLINE Segment times(const Segment& x, float scale) {
+    const __m512 s = _mm512_set1_ps(scale);
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+#if KT_HAS_AVX512_BF16
+    const __m512i pairs = (__m512i)x;
+    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, high));
+    const __m512i low = _mm512_srli_epi32(rounded(_mm512_mul_ps(even, s)), 16);
+    return as_segment(_mm512_or_si512(low, _mm512_and_si512(rounded(_mm512_mul_ps(odd, s)), high)));
+#else
+    return {_mm512_castsi512_ps(_mm512_and_si512(rounded(_mm512_mul_ps(x.even, s)), high)),
+            _mm512_castsi512_ps(_mm512_and_si512(rounded(_mm512_mul_ps(x.odd, s)), high))};
+#endif
+  }
   // bf(x scale) of kStep numbers of E4M3. They go by half precision, whose numbers of the same bits are 2^-8
   // as large; its conversion knows no flushing of denormals.
   static KT_INLINE Segment e4m3_segment(const std::byte* p, float scale) {

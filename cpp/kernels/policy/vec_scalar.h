@@ -82,6 +82,12 @@ struct Vec {
     return s;
   }
 
+  // bf(x scale) of a segment's numbers.
+  static KT_INLINE Segment times(const Segment& x, float scale) {
+    Segment s;
+    for (size_t i = 0; i < kStep; ++i) s.lane[i] = to_float(to_bf16(x.lane[i] * scale));
+    return s;
+  }
   // bf(x scale) of kStep numbers of E4M3.
   static KT_INLINE Segment e4m3_segment(const std::byte* p, float scale) {
     Segment s;
