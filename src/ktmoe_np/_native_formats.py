@@ -80,6 +80,10 @@ class NativeFormat:
             Another shape or number of arrays; a `global_scale` that the format does not have.
         """
         num_experts, num_rows, num_columns = shape
+        if global_scale is not None and not self.has_global_scale:
+            raise ValueError(
+                f"{projection}_global_scale: got one, expected None: {self.name} has no scale of a matrix"
+            )
         code_rows = _experts(
             f"{projection}_proj",
             codes,
@@ -93,11 +97,9 @@ class NativeFormat:
             return NativeMatrices(code_rows, None, [np.ascontiguousarray(one.reshape(-1)) for one in flat])
         size = wanted[1] * self.scale_dtypes[0].itemsize
         scales = _experts(name, scale, self.scale_dtypes, num_experts, (wanted[0], size))
-        name = f"{projection}_global_scale"
         if not self.has_global_scale:
-            if global_scale is not None:
-                raise ValueError(f"{name}: got one, expected None: {self.name} has no scale of a matrix")
             return NativeMatrices(code_rows, scales, None)
+        name = f"{projection}_global_scale"
         values = as_numpy(global_scale, name)
         if values.dtype != np.float32:
             raise TypeError(f"{name}: got {values.dtype}, expected float32 [{num_experts}]")
