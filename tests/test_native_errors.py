@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from layers import assert_same_bits, bf16, draw_batch
+from layers import assert_same_bits, bf16, draw_batch, draw_layer
 from native_layers import METHODS, NativeLayer, draw_native_layer
 
 import ktmoe_np._native
@@ -18,6 +18,33 @@ from ktmoe_np import KTMoEWrapper
 
 E, I, H = 3, 48, 96  # noqa: E741
 every_method = pytest.mark.parametrize("method", METHODS)
+
+
+#: As what codes and scales are asked for, and how many columns of codes share a scale; None: a row.
+EXPECTED: dict[str, tuple[str, str, int | None]] = {
+    "FP8": ("float8_e4m3fn", "float32", 128),
+    "FP8_PERCHANNEL": ("float8_e4m3fn", "float32", None),
+    "MXFP8": ("float8_e4m3fn", "uint8", 32),
+    "RAWINT4": ("uint8", "bfloat16", 32),
+    "MXFP4": ("uint8", "uint8", 32),
+    "NVFP4": ("uint8", "float8_e4m3fn", 16),
+}
+
+
+def expected(method: str, name: str) -> str:
+    """What the message about an argument asks for."""
+    codes, scale, group = EXPECTED[method]
+    rows, columns = (H, I) if name.startswith("down") else (I, H)
+    if name.endswith("_proj"):
+        return f"{codes} {[E, rows, columns if codes != 'uint8' else columns // 2]}"
+    shared = 128 if method == "FP8" else 1
+    return f"{scale} {[E, -(-rows // shared), -(-columns // (group or columns))]}"
+
+
+def got(method: str, name: str, array: Any) -> str:
+    """How a message calls an array; scales of rows are looked at as columns."""
+    as_column = [1] if method == "FP8_PERCHANNEL" and name.endswith("_scale") else []
+    return f"{array.dtype} {[*array.shape, *as_column]}"
 
 
 def native_layer(method: str, activation: str = "silu") -> NativeLayer:
@@ -35,11 +62,20 @@ def assert_refused(
         if loaded:
             layer.load_into(moe)
             before = moe.forward(*batch)
-        with pytest.raises(kind, match=re.escape(message)):
+        with pytest.raises(kind, match=f"^{re.escape(message)}$"):
             moe.load_weights_from_tensors(**{**layer.arguments, **changes})
         assert moe.loaded == loaded
         if loaded:
             assert_same_bits(moe.forward(*batch), before)
+
+
+def assert_same_weights(method: str, arguments: dict[str, Any]) -> None:
+    """A layer given these computes the same bits as `native_layer`."""
+    layer = native_layer(method)
+    batch = draw_batch(np.random.default_rng(3), layer, 5, 2)
+    moe = KTMoEWrapper(0, E, 2, H, I, method=method)
+    moe.load_weights_from_tensors(**arguments)
+    assert_same_bits(moe.forward(*batch), layer.forward(batch, method=method))
 
 
 def test_doctests() -> None:
@@ -47,8 +83,108 @@ def test_doctests() -> None:
         assert doctest.testmod(module).failed == 0
 
 
+# ---- every argument of every method ----
+
+arguments = pytest.mark.parametrize(
+    "name", [f"{projection}_{role}" for projection in ("gate", "up", "down") for role in ("proj", "scale")]
+)
+
+
+@every_method
+@arguments
+def test_another_dtype_is_refused(method: str, name: str) -> None:
+    array = native_layer(method).arguments[name].astype(np.float64)
+    message = f"{name}: got {got(method, name, array)}, expected {expected(method, name)}"
+    assert_refused(method, {name: array}, TypeError, message)
+
+
+@every_method
+@arguments
+def test_another_shape_is_refused(method: str, name: str) -> None:
+    array = native_layer(method).arguments[name]
+    wider = np.concatenate([array, array], axis=-1)
+    for wrong in (array[1:], array[:, :0], wider):
+        message = f"{name}: got {got(method, name, wrong)}, expected {expected(method, name)}"
+        assert_refused(method, {name: wrong}, ValueError, message)
+    of_one = expected(method, name).replace(f"[{E}, ", "[")
+    message = f"{name}: got {got(method, name, wider[0])}, expected {of_one}"
+    assert_refused(method, {name: [*array[1:], wider[0]]}, ValueError, message)
+
+
+@every_method
+@arguments
+def test_another_number_of_arrays_is_refused(method: str, name: str) -> None:
+    arrays = list(native_layer(method).arguments[name])
+    for wrong in ([], arrays[1:], (*arrays, arrays[0])):
+        message = f"{name}: got {len(wrong)} arrays, expected {E}"
+        assert_refused(method, {name: wrong}, ValueError, message)
+
+
+@every_method
+@arguments
+def test_what_is_no_array_is_refused(method: str, name: str) -> None:
+    arrays = list(native_layer(method).arguments[name])
+    for wrong in (None, [*arrays[1:], None]):
+        assert_refused(method, {name: wrong}, TypeError, f"{name}: got NoneType, expected an array")
+
+
+@every_method
+@arguments
+def test_gaps_in_the_last_axis_are_refused_where_they_matter(method: str, name: str) -> None:
+    layer = native_layer(method)
+    apart = np.repeat(layer.arguments[name], 2, axis=-1)[..., ::2]
+    if name.endswith("_scale") and method in ("FP8", "FP8_PERCHANNEL"):
+        # One number has no gaps, and scales of rows are put together.
+        assert_same_weights(method, {**layer.arguments, name: apart})
+        return
+    message = f"{name}: the last axis has gaps, expected it contiguous"
+    assert_refused(method, {name: apart}, TypeError, message)
+    assert_refused(method, {name: list(apart)}, TypeError, message)
+
+
+of_every_projection = pytest.mark.parametrize(
+    "name", [f"{projection}_global_scale" for projection in ("gate", "up", "down")]
+)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "NVFP4"])
+@of_every_projection
+def test_only_nvfp4_has_scales_of_matrices(method: str, name: str) -> None:
+    message = f"{name}: got one, expected None: {method.lower()} has no scale of a matrix"
+    assert_refused(method, {name: np.ones(E, np.float32)}, ValueError, message)
+
+
+@of_every_projection
+def test_scales_of_matrices_that_are_wrong(name: str) -> None:
+    ones = np.ones(E, np.float32)
+    for what, value in (("NoneType", None), ("list", [1.0] * E), ("float", 1.0)):
+        assert_refused("NVFP4", {name: value}, TypeError, f"{name}: got {what}, expected an array")
+    for wrong in (ones[1:], ones[:, None], np.array(1, np.float32)):
+        message = f"{name}: got float32 {list(wrong.shape)}, expected float32 [{E}]"
+        assert_refused("NVFP4", {name: wrong}, ValueError, message)
+    for dtype in (bf16, np.dtype(np.float64)):
+        message = f"{name}: got {dtype}, expected float32 [{E}]"
+        assert_refused("NVFP4", {name: ones.astype(dtype)}, TypeError, message)
+
+
+@pytest.mark.parametrize("name", [f"{p}_{w}scale" for p in ("gate", "up", "down") for w in ("", "global_")])
+def test_bfloat16_has_no_scales(name: str) -> None:
+    layer = draw_layer(np.random.default_rng(4), E, I, H)
+    batch, moe = draw_batch(np.random.default_rng(2), layer, 5, 2), KTMoEWrapper(0, E, 2, H, I, method="BF16")
+    message = f"{name}: got one, expected None: bfloat16 weights have no scales"
+    for loaded in (False, True):
+        if loaded:
+            layer.load_into(moe)
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            moe.load_weights_from_tensors(*layer.matrices, **{name: np.ones(E, np.float32)})
+        assert moe.loaded == loaded
+    assert_same_bits(moe.forward(*batch), layer.forward(batch))
+
+
+# ---- one by one ----
+
 # What is wrong with an argument, for the method that has it.
-WRONG = {
+WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "codes of another dtype": (
         "FP8",
         {"gate_proj": np.zeros((E, I, H), np.float32)},
@@ -135,6 +271,36 @@ WRONG = {
         IndexError,
         "physical_to_logical_map: got expert 3 at 2, expected 0 to 2",
     ),
+    "a map of another length": (
+        "NVFP4",
+        {"physical_to_logical_map": np.arange(2)},
+        ValueError,
+        "physical_to_logical_map: got int64 [2], expected int64 [3]",
+    ),
+    "a map of no integers": (
+        "MXFP8",
+        {"physical_to_logical_map": np.zeros(E)},
+        TypeError,
+        "physical_to_logical_map: got float64 [3], expected an integer dtype",
+    ),
+    "codes of signed bytes": (
+        "FP8",
+        {"gate_proj": np.zeros((E, I, H), np.int8)},
+        TypeError,
+        "gate_proj: got int8 [3, 48, 96], expected float8_e4m3fn [3, 48, 96]",
+    ),
+    "powers of two where E4M3 are scales": (
+        "NVFP4",
+        {"gate_scale": np.zeros((E, I, H // 16), ml_dtypes.float8_e8m0fnu)},
+        TypeError,
+        "gate_scale: got float8_e8m0fnu [3, 48, 6], expected float8_e4m3fn [3, 48, 6]",
+    ),
+    "a bias of another shape": (
+        "RAWINT4",
+        {"down_bias": np.zeros((E, I), np.float32)},
+        ValueError,
+        "down_bias: got float32 [3, 48], expected float32 or bfloat16 [3, 96]",
+    ),
 }
 
 
@@ -143,17 +309,26 @@ def test_a_wrong_argument_is_named(what: str) -> None:
     assert_refused(*WRONG[what])
 
 
-@pytest.mark.parametrize("name", ["up_scale", "up_global_scale"])
-def test_a_layer_without_a_gate_has_no_scale_of_up(name: str) -> None:
+@every_method
+@pytest.mark.parametrize("name", ["up_proj", "up_scale", "up_global_scale"])
+def test_a_layer_without_a_gate_has_no_up(method: str, name: str) -> None:
+    given = native_layer(method).arguments.get(name, np.ones(E, np.float32))
     message = f"{name}: got one, expected None: the activation is not gated"
-    assert_refused("NVFP4", {name: np.ones(E, np.float32)}, ValueError, message, "relu2")
+    assert_refused(method, {name: given}, ValueError, message, "relu2")
 
 
-def test_a_layer_without_a_gate_has_no_up() -> None:
-    codes = np.zeros((E, I, H), np.uint8)
-    message = "up_proj: got one, expected None: the activation is not gated"
-    assert_refused("FP8", {"up_proj": codes}, ValueError, message, "relu2")
+@every_method
+def test_a_layer_for_training_refuses_alike(method: str) -> None:
+    layer, name = native_layer(method), f"{method}_SFT"
+    moe = layer.wrapper(2, mode="sft", method=name, lora_rank=0)
+    batch = draw_batch(np.random.default_rng(2), layer, 5, 2)
+    before = moe.forward_sft(*batch, save_for_backward=False)
+    with pytest.raises(TypeError, match=r"^up_scale: got NoneType, expected an array$"):
+        moe.load_weights_from_tensors(**{**layer.arguments, "up_scale": None})
+    assert_same_bits(moe.forward_sft(*batch, save_for_backward=False), before)
 
+
+# ---- what is the same ----
 
 #: The same bytes under other dtypes.
 DTYPES = {
@@ -168,13 +343,18 @@ DTYPES = {
 
 @every_method
 @pytest.mark.parametrize("which", [0, 1])
-def test_bytes_under_any_dtype_are_the_same_weights(method: str, which: int) -> None:
-    layer = native_layer(method)
-    batch = draw_batch(np.random.default_rng(3), layer, 5, 2)
+@pytest.mark.parametrize("how", [np.asarray, list, tuple])
+def test_bytes_under_any_dtype_are_the_same_weights(method: str, which: int, how: Any) -> None:
     given = {}
-    for name, array in layer.arguments.items():
+    for name, array in native_layer(method).arguments.items():
         dtypes = DTYPES[method].get(name.partition("_")[2])
-        given[name] = array if dtypes is None else list(array.view(dtypes[min(which, len(dtypes) - 1)]))
-    moe = KTMoEWrapper(0, E, 2, H, I, method=method)
-    moe.load_weights_from_tensors(**given)
-    assert_same_bits(moe.forward(*batch), layer.forward(batch, method=method))
+        viewed = array if dtypes is None else array.view(dtypes[min(which, len(dtypes) - 1)])
+        given[name] = viewed if name.endswith("_global_scale") else how(viewed)
+    assert_same_weights(method, given)
+
+
+@pytest.mark.parametrize("how", [np.asarray, list])
+def test_scales_of_rows_may_be_columns(how: Any) -> None:
+    arguments = native_layer("FP8_PERCHANNEL").arguments
+    columns = {name: how(s[:, :, None]) for name, s in arguments.items() if name.endswith("_scale")}
+    assert_same_weights("FP8_PERCHANNEL", {**arguments, **columns})

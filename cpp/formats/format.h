@@ -23,7 +23,8 @@ struct WeightView {
   const std::byte* row(size_t n) const { return data + static_cast<ptrdiff_t>(n) * row_stride_bytes; }
   // The scales of row n, of which one row serves `rows` of the matrix.
   const std::byte* scales_of(size_t n, uint32_t rows) const {
-    return scales + static_cast<ptrdiff_t>((scales_row + n) / rows) * scales_stride_bytes;
+    const uint32_t numbered = scales_row + static_cast<uint32_t>(n);  // modulo 2^32, see numbered_from
+    return scales + static_cast<ptrdiff_t>(numbered / rows) * scales_stride_bytes;
   }
 
   // The rows from n on, row n called 0.
@@ -45,7 +46,7 @@ struct WeightView {
     WeightView same = *this;
     same.data -= static_cast<ptrdiff_t>(n) * row_stride_bytes;
     if (row_scale) same.row_scale -= n;
-    same.scales_row -= static_cast<uint32_t>(n);  // modulo 2^32, as row n is added again
+    same.scales_row -= static_cast<uint32_t>(n);  // modulo 2^32, as n is added again
     return same;
   }
 };
