@@ -156,6 +156,12 @@ const Array& Array::expect(std::initializer_list<DType> dtypes, const Dims& shap
   return *this;
 }
 
+const Array& Array::expect_contiguous_rows() const {
+  if (shape_.back() > 1 && strides_.back() != 1)
+    throw nb::type_error(str_cat(name_, ": the last axis has gaps, expected it contiguous").c_str());
+  return *this;
+}
+
 const Array& Array::expect_contiguous() const {
   int64_t step = 1;
   bool contiguous = true;

@@ -38,6 +38,7 @@ class Array {
   // Checks that return the array: TypeError for the dtype or the order, ValueError for the shape.
   const Array& expect(std::initializer_list<DType> dtypes, const Dims& shape) const;
   const Array& expect_contiguous() const;
+  const Array& expect_contiguous_rows() const;  // the last axis alone
   // ValueError when the two share memory, gaps between their elements included.
   void expect_disjoint(const Array& other) const;
 

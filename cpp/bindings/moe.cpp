@@ -54,8 +54,7 @@ std::vector<WeightView> matrices(const Projection& p, Arrays& owners) {
       is_bf16 ? p.columns : static_cast<int64_t>(format_row_bytes(p.format, static_cast<size_t>(p.columns)));
   std::vector<WeightView> views;
   const auto add = [&](const Array& a, size_t axis, const std::byte* data) {
-    if (a.shape(axis + 1) > 1 && a.stride_bytes(axis + 1) != static_cast<int64_t>(a.item_bytes()))
-      throw nb::type_error(str_cat(p.name, ": the last axis has gaps, expected it contiguous").c_str());
+    a.expect_contiguous_rows();
     views.push_back({data, static_cast<ptrdiff_t>(a.stride_bytes(axis)), static_cast<uint32_t>(p.columns)});
   };
   for_experts(p.weights, p.name, p.num, is_bf16 ? DType::kBf16 : DType::kUint8, {p.rows, width}, owners, add);
@@ -90,9 +89,7 @@ void add_scales_apart(const Projection& p, Arrays& owners, std::vector<WeightVie
   auto view = views.begin();
   for_experts(p.scales, p.scales_name, p.num, DType::kUint8, {(p.rows + serves - 1) / serves, width}, owners,
               [&](const Array& a, size_t axis, const std::byte* data) {
-                if (a.shape(axis + 1) > 1 && a.stride_bytes(axis + 1) != 1)
-                  throw nb::type_error(
-                      str_cat(p.scales_name, ": the last axis has gaps, expected it contiguous").c_str());
+                a.expect_contiguous_rows();
                 view->scales = data;
                 (view++)->scales_stride_bytes = static_cast<ptrdiff_t>(a.stride_bytes(axis));
               });

@@ -51,6 +51,12 @@ struct WeightView {
   }
 };
 
+// Rows of nibbles: two a byte, the low one first.
+constexpr size_t nibble_bytes(size_t k) { return (k + 1) / 2; }
+constexpr int nibble_at(const std::byte* row, size_t i) {
+  return static_cast<int>(row[i / 2]) >> (i % 2 * 4) & 15;
+}
+
 enum class FormatId : uint8_t {
 #define KT_FORMAT(id, type) id,
 #include "formats/formats.inc"

@@ -7,32 +7,20 @@
 #include <cstring>
 
 #include "core/aligned_buffer.h"
-#include "core/types.h"
-#include "formats/format.h"
-#include "formats/small_floats.h"
+#include "formats/scaled.h"
 
 namespace ktmoe::formats {
 
-struct Fp8 {
+struct Fp8 : ScaledE4m3<Fp8, 128> {
   static constexpr FormatId kId = FormatId::kFp8;
   static constexpr std::string_view kName = "fp8";
-  static constexpr bool kHasRowScale = false, kIsInteger = false;
-  static constexpr uint32_t kScaleRows = 128;
   static constexpr size_t kGroup = 128;
 
-  static constexpr size_t row_bytes(size_t k) { return k; }
   static constexpr size_t scale_bytes(size_t k) { return div_up(k, kGroup) * sizeof(float); }
   static float scale(const std::byte* scales, size_t k) {
     float value;
     std::memcpy(&value, scales + k / kGroup * sizeof value, sizeof value);
     return value;
-  }
-
-  static void decode(const WeightView& w, size_t n, float* out) {
-    for (size_t i = 0; i < w.k; ++i) {
-      const float value = e4m3_to_float(static_cast<uint8_t>(w.row(n)[i]));
-      out[i] = to_float(to_bf16(value * scale(w.scales_of(n, kScaleRows), i)));
-    }
   }
 };
 static_assert(WeightFormat<Fp8>);
@@ -45,29 +33,19 @@ struct Fp8Row : NoScalesApart {
   static constexpr size_t row_bytes(size_t k) { return k; }
 
   static void decode(const WeightView& w, size_t n, float* out) {
-    for (size_t i = 0; i < w.k; ++i) out[i] = e4m3_to_float(static_cast<uint8_t>(w.row(n)[i]));
+    for (size_t i = 0; i < w.k; ++i) out[i] = kE4m3[static_cast<uint8_t>(w.row(n)[i])];
   }
 };
 static_assert(WeightFormat<Fp8Row>);
 
-struct MxFp8 {
+struct MxFp8 : ScaledE4m3<MxFp8, 1> {
   static constexpr FormatId kId = FormatId::kMxFp8;
   static constexpr std::string_view kName = "mxfp8";
-  static constexpr bool kHasRowScale = false, kIsInteger = false;
-  static constexpr uint32_t kScaleRows = 1;
   static constexpr size_t kGroup = 32;
 
-  static constexpr size_t row_bytes(size_t k) { return k; }
   static constexpr size_t scale_bytes(size_t k) { return div_up(k, kGroup); }
   static float scale(const std::byte* scales, size_t k) {
     return e8m0_to_float(static_cast<uint8_t>(scales[k / kGroup]));
-  }
-
-  static void decode(const WeightView& w, size_t n, float* out) {
-    for (size_t i = 0; i < w.k; ++i) {
-      const float value = e4m3_to_float(static_cast<uint8_t>(w.row(n)[i]));
-      out[i] = to_float(to_bf16(value * scale(w.scales_of(n, kScaleRows), i)));
-    }
   }
 };
 static_assert(WeightFormat<MxFp8>);

@@ -23,11 +23,10 @@ struct Int4 : NoScalesApart {
                                                           : "int4_group128";
   static constexpr bool kHasRowScale = true, kIsInteger = true;
 
-  static constexpr size_t nibble_bytes(size_t k) { return div_up(k, 2); }
   static constexpr size_t row_bytes(size_t k) { return nibble_bytes(k) + div_up(k, kGroup); }
 
   static int code(const std::byte* row, size_t k, size_t i) {
-    const int nibble = static_cast<int>(row[i / 2]) >> (i % 2 * 4) & 15;
+    const int nibble = nibble_at(row, i);
     return (nibble < 8 ? nibble : nibble - 16) * static_cast<int8_t>(row[nibble_bytes(k) + i / kGroup]);
   }
   static void decode(const WeightView& w, size_t n, float* out) {
@@ -71,9 +70,7 @@ struct Unpack<formats::Int4<kSize>> {
     float scale;
     Row() = default;
     KT_INLINE Row(const WeightView& w, size_t n)
-        : data(w.row(n)),
-          multipliers(data + formats::Int4<kSize>::nibble_bytes(w.k)),
-          scale(w.row_scale[n]) {}
+        : data(w.row(n)), multipliers(data + nibble_bytes(w.k)), scale(w.row_scale[n]) {}
     KT_INLINE size_t multiplier(size_t k) const { return static_cast<uint8_t>(multipliers[k / kSize]); }
     KT_INLINE const int8_t* products(size_t k) const { return kInt4Products.codes[multiplier(k)]; }
     KT_INLINE Vec::Segment segment(size_t k) const {

@@ -6,20 +6,16 @@
 #include <cstring>
 
 #include "core/aligned_buffer.h"
-#include "core/types.h"
-#include "formats/format.h"
-#include "formats/small_floats.h"
+#include "formats/scaled.h"
 
 namespace ktmoe::formats {
 
-struct RawInt4 {
+struct RawInt4 : ScaledNibbles<RawInt4> {
   static constexpr FormatId kId = FormatId::kRawInt4;
   static constexpr std::string_view kName = "rawint4";
-  static constexpr bool kHasRowScale = false, kIsInteger = false;
-  static constexpr uint32_t kScaleRows = 1;
+  static constexpr bool kHasRowScale = false;
   static constexpr size_t kGroup = 32;
 
-  static constexpr size_t row_bytes(size_t k) { return div_up(k, 2); }
   static constexpr size_t scale_bytes(size_t k) { return div_up(k, kGroup) * sizeof(bf16); }
 
   // A nibble is its number and 8.
@@ -28,13 +24,6 @@ struct RawInt4 {
     bf16 value;
     std::memcpy(&value, scales + k / kGroup * sizeof value, sizeof value);
     return to_float(value);
-  }
-
-  static void decode(const WeightView& w, size_t n, float* out) {
-    for (size_t i = 0; i < w.k; ++i) {
-      const int nibble = static_cast<int>(w.row(n)[i / 2]) >> (i % 2 * 4) & 15;
-      out[i] = to_float(to_bf16(static_cast<float>(code(nibble)) * scale(w.scales_of(n, kScaleRows), i)));
-    }
   }
 };
 static_assert(WeightFormat<RawInt4>);
@@ -64,17 +53,9 @@ template <>
 struct Unpack<formats::RawInt4> {
   using Format = formats::RawInt4;
   static constexpr bool kAsStored = false;
-  struct Row : NibbleRow<Row, Format::kGroup> {
-    alignas(16) static constexpr int8_t kCodes[16] = {
-        Format::code(0),  Format::code(1),  Format::code(2),  Format::code(3),
-        Format::code(4),  Format::code(5),  Format::code(6),  Format::code(7),
-        Format::code(8),  Format::code(9),  Format::code(10), Format::code(11),
-        Format::code(12), Format::code(13), Format::code(14), Format::code(15)};
-    const std::byte *data, *scales;
+  struct Row : NibbleRow<Row, Format> {
     Row() = default;
-    KT_INLINE Row(const WeightView& w, size_t n)
-        : data(w.row(n)), scales(w.scales_of(n, Format::kScaleRows)) {}
-    KT_INLINE float scale(size_t k) const { return Format::scale(scales, k); }
+    KT_INLINE Row(const WeightView& w, size_t n) : NibbleRow<Row, Format>(w, n) {}
     template <class V = Vec>
     KT_INLINE V::Segment looked_up(const std::byte* nibbles, size_t k, size_t count) const {
       const std::byte* scale = scales + k / Format::kGroup * sizeof(bf16);

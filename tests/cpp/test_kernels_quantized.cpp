@@ -58,7 +58,7 @@ class Quantized {
       }
       return;
     }
-    const size_t nibbles = formats::Int4Group32::nibble_bytes(k_);
+    const size_t nibbles = nibble_bytes(k_);
     for (size_t i = 0; i < nibbles; ++i) row[i] = static_cast<std::byte>(random.below(256));
     if (k_ % 2 != 0) row[nibbles - 1] &= std::byte{15};
     for (size_t i = nibbles; i < format_row_bytes(format_, k_); ++i) {

@@ -24,35 +24,69 @@ struct CodeRow {
   }
 };
 
-// A row of nibbles, two a byte and the low one first, that stand for whole numbers times a scale of their
-// group: what follows from its `data`, `scale(k)`, the table `kCodes` and the groups' `kGroup`. Where vectors
-// look up scaled numbers, `looked_up(nibbles, k, count)` does it.
-template <class Row, size_t kGroup>
+// The whole numbers of a format's nibbles.
+template <class Format>
+struct NibbleCodes {
+  alignas(16) int8_t of[16] = {};
+  constexpr NibbleCodes() {
+    for (int nibble = 0; nibble < 16; ++nibble) of[nibble] = Format::code(nibble);
+  }
+};
+template <class Format>
+inline constexpr NibbleCodes<Format> kNibbleCodes;
+
+// Those times a scale of a byte, by the byte, where that is exact.
+template <class Format>
+struct ScaledNumbers {
+  Vec::Numbers of[256] = {};
+  constexpr ScaledNumbers() {
+    for (int bits = 0; bits < 256; ++bits) {
+      const std::byte scale{static_cast<unsigned char>(bits)};
+      for (int nibble = 0; nibble < 16; ++nibble)
+        of[bits].set(nibble, product_in_bf16(Format::code(nibble), Format::scale(&scale, 0)));
+    }
+  }
+};
+template <class Format>
+inline constexpr ScaledNumbers<Format> kScaledNumbers;
+
+// A row of nibbles whose scales lie apart. Where vectors look up scaled numbers, the row's own
+// `looked_up(nibbles, k, count)` does it.
+template <class Row, class Format>
 struct NibbleRow {
-  KT_INLINE const Row& row() const { return static_cast<const Row&>(*this); }
-  KT_INLINE Vec::Segment segment(size_t k) const { return scaled(row().data + k / 2, k, Vec::kStep); }
+  const std::byte *data, *scales;
+  NibbleRow() = default;
+  KT_INLINE NibbleRow(const WeightView& w, size_t n)
+      : data(w.row(n)), scales(w.scales_of(n, Format::kScaleRows)) {}
+
+  KT_INLINE Vec::Segment segment(size_t k) const { return scaled(data + k / 2, k, Vec::kStep); }
   KT_INLINE Vec::Segment tail(size_t k, size_t count) const {
     std::byte full[Vec::kStep / 2] = {};
-    std::memcpy(full, row().data + k / 2, div_up(count, 2));
+    std::memcpy(full, data + k / 2, nibble_bytes(count));
     return scaled(full, k, count);
   }
   KT_INLINE Vec::Segment weights(size_t k) const { return segment(k); }
   KT_INLINE Vec::Segment weights_tail(size_t k, size_t count) const { return tail(k, count); }
 
- private:
-  KT_INLINE Vec::Segment scaled(const std::byte* nibbles, size_t k, [[maybe_unused]] size_t count) const {
-    if constexpr (Vec::kLooksUpScaled) return row().looked_up(nibbles, k, count);
-    return by_codes(nibbles, k, count);
-  }
-
  protected:
   KT_INLINE Vec::Segment by_codes(const std::byte* nibbles, size_t k, [[maybe_unused]] size_t count) const {
-    const Vec::Codes codes = Vec::look_up(nibbles, Row::kCodes);
-    if constexpr (Vec::kStep <= kGroup) {
-      return Vec::to_segment(codes, row().scale(k));
+    const Vec::Codes codes = Vec::look_up(nibbles, kNibbleCodes<Format>.of);
+    const float scale = Format::scale(scales, k);
+    if constexpr (Vec::kStep <= Format::kGroup) {
+      return Vec::to_segment(codes, scale);
     } else {
-      static_assert(Vec::kStep <= 2 * kGroup);
-      return Vec::to_segment(codes, row().scale(k), count > kGroup ? row().scale(k + kGroup) : 0.0f);
+      static_assert(Vec::kStep <= 2 * Format::kGroup);
+      const bool has_second = count > Format::kGroup;
+      return Vec::to_segment(codes, scale, has_second ? Format::scale(scales, k + Format::kGroup) : 0.0f);
+    }
+  }
+
+ private:
+  KT_INLINE Vec::Segment scaled(const std::byte* nibbles, size_t k, size_t count) const {
+    if constexpr (Vec::kLooksUpScaled) {
+      return static_cast<const Row&>(*this).looked_up(nibbles, k, count);
+    } else {
+      return by_codes(nibbles, k, count);
     }
   }
 };
