@@ -62,7 +62,7 @@ def _training(method: Method) -> Method:
 
     Of the products of a step most are of its backward pass, in bf16.
     """
-    name = "AMXBF16" if method.name == "BF16" else method.name
+    name = f"AMX{method.name}" if method.name in ("BF16", "FP8") else method.name
     return replace(method, name=f"{name}_SFT", operation="sft", product="bfloat16")
 
 
