@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..config import MoEConfig
 from ._namings import NAMINGS, PREFIXES, Naming
-from .safetensors import SafetensorsCheckpoint
+from .safetensors import SafetensorsCheckpoint, TensorInfo
 
 __all__ = [
     "BIAS_DTYPES",
@@ -21,6 +21,7 @@ __all__ = [
     "find_layer",
     "layers_with",
     "read_layers",
+    "rows_of_roles",
 ]
 
 AnyArray = NDArray[Any]
@@ -78,27 +79,55 @@ class ExpertLayer:
         """Say what is wrong with the layer's tensors as `naming` wants them; None if nothing."""
         num_experts = sizes[0]
         for template in naming.tensors.values():
-            more = max(self.numbers.get(template, ()), default=_ALL)
-            if more >= num_experts:
-                name = self.name(template, more)
-                return f"{self.checkpoint.path}: tensor {name!r} is there, expected {num_experts} experts"
+            problem = self.too_many(template, num_experts)
+            if problem is not None:
+                return problem
         for template, shape, dtypes in self.wanted(naming, sizes):
             for e in range(num_experts if naming.per_expert else 1):
-                name = self.name(template, e)
-                info = self.checkpoint.info(name) if name in self.checkpoint else None
-                if info is None or info.dtype not in dtypes or info.shape != shape:
-                    file = self.checkpoint.path if info is None else self.checkpoint.file_of(name)
-                    got = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
-                    expected = f"{' or '.join(dtypes)} {list(shape)}"
-                    return f"{file}: tensor {name!r} is {got}, expected {expected}"
+                problem = self.tensor_problem(self.name(template, e), dtypes, (shape,))
+                if problem is not None:
+                    return problem
         return None
+
+    def too_many(self, template: str, num_experts: int) -> str | None:
+        """Say which tensor there is of an expert beyond the last; None if there is none."""
+        more = max(self.numbers.get(template, ()), default=_ALL)
+        if more < num_experts:
+            return None
+        name = self.name(template, more)
+        return f"{self.checkpoint.path}: tensor {name!r} is there, expected {num_experts} experts"
+
+    def info(self, name: str) -> TensorInfo | None:
+        """Look a tensor up; None when it is not there."""
+        return self.checkpoint.info(name) if name in self.checkpoint else None
+
+    def tensor_problem(
+        self, name: str, dtypes: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]
+    ) -> str | None:
+        """Say what is wrong with a tensor that must have one of those dtypes and shapes; None if nothing."""
+        info = self.info(name)
+        if info is not None and info.dtype in dtypes and info.shape in shapes:
+            return None
+        file = self.checkpoint.path if info is None else self.checkpoint.file_of(name)
+        got = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
+        expected = f"{' or '.join(dtypes)} {' or '.join(str(list(shape)) for shape in shapes)}"
+        return f"{file}: tensor {name!r} is {got}, expected {expected}"
+
+    def check_gated(self, naming: Naming, config: MoEConfig) -> None:
+        """Raise ValueError when experts have another number of projections than the activation needs."""
+        if config.activation.gated != naming.gated:
+            raise ValueError(
+                f"{self.checkpoint.path}: the experts under {self.prefix!r} have "
+                f"{'a' if naming.gated else 'no'} gate, but activation {config.activation.name} is "
+                f"{'not ' if naming.gated else ''}gated"
+            )
 
     def wanted(
         self, naming: Naming, sizes: tuple[int, int, int]
     ) -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
         """Template, shape and dtypes of each of the naming's weights, and of its biases if there are some."""
         num_experts, inter, hidden = sizes
-        rows = {"gate": inter, "up": inter, "gate_up": 2 * inter, "down": hidden}
+        rows = rows_of_roles(inter, hidden)
         lead = () if naming.per_expert else (num_experts,)
         for role, template in naming.tensors.items():
             matrix = (rows[role], inter if role == "down" else hidden)
@@ -116,6 +145,11 @@ class ExpertLayer:
         if naming.per_expert:
             return [aligned(self.checkpoint.tensor(self.name(template, e))) for e in range(num_experts)]
         return list(aligned(self.checkpoint.tensor(self.name(template, 0))))
+
+
+def rows_of_roles(inter: int, hidden: int) -> dict[str, int]:
+    """N of the matrices of a role, fused or not."""
+    return {"gate": inter, "up": inter, "gate_up": 2 * inter, "down": hidden}
 
 
 def aligned(array: AnyArray) -> AnyArray:

@@ -49,6 +49,11 @@ class Naming:
     needs_biases: bool = False
 
     @property
+    def gated(self) -> bool:
+        """Whether an expert has two first projections."""
+        return set(self.tensors) != {"gate", "down"}
+
+    @property
     def per_expert(self) -> bool:
         """Whether every expert has tensors of its own."""
         return "{e}" in self.tensors["down"]

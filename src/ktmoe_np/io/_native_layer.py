@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..config import MoEConfig
-from ._expert_layer import BIAS_DTYPES, ExpertLayer, layers_with, read_layers
+from ._expert_layer import BIAS_DTYPES, ExpertLayer, layers_with, read_layers, rows_of_roles
 from ._namings import Naming
 from ._native_namings import FORMS, METHODS, Encoding, Part, Shapes
 from .safetensors import SafetensorsCheckpoint, TensorInfo
@@ -29,10 +29,6 @@ class _Wanted(NamedTuple):
     dtypes: tuple[str, ...]
     shapes: Shapes
 
-    def __str__(self) -> str:
-        shapes = " or ".join(str(list(shape)) for shape in self.shapes)
-        return f"{' or '.join(self.dtypes)} {shapes}"
-
 
 @dataclass(frozen=True)
 class Form:
@@ -47,11 +43,6 @@ class Form:
         """The method that multiplies the experts."""
         return self.encoding.method
 
-    @property
-    def gated(self) -> bool:
-        """Whether an expert has two first projections."""
-        return set(self.naming.tensors) != {"gate", "down"}
-
     def name(self, role: str, part: Part, e: int) -> str:
         """A tensor of a projection; of fused experts, whatever the expert."""
         return self.layer.name(self.naming.tensors[role] + part.suffix, e)
@@ -64,14 +55,9 @@ class Form:
         """Whether any expert has codes, for each of the projections."""
         return [bool(self.numbers(role, self.encoding.codes)) for role in self.naming.tensors]
 
-    def has_biases(self) -> bool:
-        """Whether any bias is there; then all must be."""
-        return any(template in self.layer.numbers for template in self.naming.biases.values())
-
     def rows(self, config: MoEConfig) -> dict[str, int]:
         """N of each projection, fused or not."""
-        inter, hidden = config.moe_intermediate_size, config.hidden_size
-        rows = {"gate": inter, "up": inter, "gate_up": 2 * inter, "down": hidden}
+        rows = rows_of_roles(config.moe_intermediate_size, config.hidden_size)
         return {role: rows[role] for role in self.naming.tensors}
 
     def misfits(self) -> tuple[bool, int]:
@@ -84,7 +70,7 @@ class Form:
         numbers = sorted(set().union(*(self.numbers(role, codes) for role in self.naming.tensors)))
         for e in numbers[:_PROBED]:
             for role in self.naming.tensors:
-                info = self._info(self.name(role, codes, e))
+                info = self.layer.info(self.name(role, codes, e))
                 strange = strange and (info is None or info.dtype not in codes.dtypes)
                 for part in self.encoding.parts:
                     count += self._misfits(self.name(role, part, e), part, info)
@@ -92,7 +78,7 @@ class Form:
 
     def _misfits(self, name: str, part: Part, codes: TensorInfo | None) -> int:
         """How much speaks against one tensor, when the codes that it goes with are these."""
-        info = self._info(name)
+        info = self.layer.info(name)
         if info is None:
             return 2
         count = int(info.dtype not in part.dtypes)
@@ -105,9 +91,6 @@ class Form:
             count += info.shape not in [(*codes.shape[:lead], *shape) for shape in shapes]
         return count
 
-    def _info(self, name: str) -> TensorInfo | None:
-        return self.layer.checkpoint.info(name) if name in self.layer.checkpoint else None
-
     def wanted(self, config: MoEConfig) -> Iterator[_Wanted]:
         """Every tensor that the layer must have, expert by expert."""
         count = config.num_experts if self.naming.per_expert else 1
@@ -119,7 +102,7 @@ class Form:
                 shapes = tuple((*lead, *shape) for shape in part.shapes(num_rows, num_columns))
                 for e in range(count):
                     yield _Wanted(self.name(role, part, e), part.dtypes, shapes)
-        if self.has_biases():
+        if self.layer.has_biases(self.naming):
             for role, template in self.naming.biases.items():
                 for e in range(count):
                     yield _Wanted(self.layer.name(template, e), BIAS_DTYPES, ((*lead, rows[role]),))
@@ -130,12 +113,9 @@ class Form:
         self._check_config(config)
         for role in self.naming.tensors:
             for part in self.encoding.parts:
-                more = max(self.numbers(role, part), default=-1)
-                if more >= config.num_experts:
-                    raise ValueError(
-                        f"{checkpoint.path}: tensor {self.name(role, part, more)!r} is there, "
-                        f"expected {config.num_experts} experts"
-                    )
+                problem = self.layer.too_many(self.naming.tensors[role] + part.suffix, config.num_experts)
+                if problem is not None:
+                    raise ValueError(problem)
             for suffix in self.encoding.refused:
                 for e in self.layer.numbers.get(self.naming.tensors[role] + suffix, ()):
                     name = self.layer.name(self.naming.tensors[role] + suffix, e)
@@ -145,22 +125,16 @@ class Form:
                     )
         names = []
         for wanted in self.wanted(config):
-            info = self._info(wanted.name)
-            if info is None or info.dtype not in wanted.dtypes or info.shape not in wanted.shapes:
-                file = checkpoint.path if info is None else checkpoint.file_of(wanted.name)
-                got = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
-                raise ValueError(f"{file}: tensor {wanted.name!r} is {got}, expected {wanted}")
+            problem = self.layer.tensor_problem(*wanted)
+            if problem is not None:
+                raise ValueError(problem)
             names.append(wanted.name)
         return tuple(names)
 
     def _check_config(self, config: MoEConfig) -> None:
         """Raise ValueError when no tensors of this form can be what `config` describes."""
+        self.layer.check_gated(self.naming, config)
         where = f"{self.layer.checkpoint.path}: the experts under {self.layer.prefix!r}"
-        if config.activation.gated != self.gated:
-            raise ValueError(
-                f"{where} have {'a' if self.gated else 'no'} gate, but activation {config.activation.name} "
-                f"is {'not ' if self.gated else ''}gated"
-            )
         for size in ("hidden_size", "moe_intermediate_size"):
             if getattr(config, size) % self.encoding.group_size:
                 raise ValueError(
@@ -192,7 +166,7 @@ def _named_forms(layers: Sequence[ExpertLayer]) -> list[Form]:
         part = [form for form in (Form(layer, *row) for row in FORMS) if any(form.has_codes())]
         forms = [form for form in part if all(form.has_codes())] or part
         # Experts with a gate are not taken for experts without one, whose one projection is up_proj too.
-        forms = [form for form in forms if form.gated] or forms
+        forms = [form for form in forms if form.naming.gated] or forms
         if forms:
             return forms
     return []

@@ -98,28 +98,17 @@ def load_experts(
     >>> experts.num_experts, experts.gate[1].shape, experts.gate[1].dtype.name
     (2, (2, 2), 'bfloat16')
     """
-    if not isinstance(checkpoint, SafetensorsCheckpoint):
-        checkpoint = SafetensorsCheckpoint(checkpoint)
-    layer = find_layer(checkpoint, layer_idx)
+    layer = find_layer(SafetensorsCheckpoint.opened(checkpoint), layer_idx)
     problems = []
     for naming in layer.namings():
         sizes = layer.sizes(naming, config)
         problem = layer.problem(naming, sizes)
         if problem is None:
-            _check_gated(layer, naming, config)
+            if config is not None:
+                layer.check_gated(naming, config)
             return _build(layer, naming, sizes)
         problems.append(problem)
     raise ValueError(problems[0])
-
-
-def _check_gated(layer: ExpertLayer, naming: Naming, config: MoEConfig | None) -> None:
-    """Raise ValueError when the experts have another number of projections than the activation needs."""
-    gated = set(naming.tensors) != {"gate", "down"}
-    if config is not None and config.activation.gated != gated:
-        raise ValueError(
-            f"{layer.checkpoint.path}: the experts under {layer.prefix!r} have {'a' if gated else 'no'} "
-            f"gate, but activation {config.activation.name} is {'not ' if gated else ''}gated"
-        )
 
 
 def _build(layer: ExpertLayer, naming: Naming, sizes: tuple[int, int, int]) -> ExpertTensors:

@@ -75,7 +75,7 @@ def native_method(checkpoint: SafetensorsCheckpoint | str | os.PathLike[str], la
     >>> native_method(path, 0), native_method(path, 1)
     ('MXFP4', None)
     """
-    forms = find_forms(_opened(checkpoint), layer_idx)
+    forms = find_forms(SafetensorsCheckpoint.opened(checkpoint), layer_idx)
     return forms[0][1].method if forms else None
 
 
@@ -131,7 +131,7 @@ def load_native(
     """
     if method is not None and method not in METHODS:
         raise ValueError(f"method {method!r} is not that of a native format; known: {', '.join(METHODS)}")
-    checkpoint = _opened(checkpoint)
+    checkpoint = SafetensorsCheckpoint.opened(checkpoint)
     forms = find_forms(checkpoint, layer_idx)
     if not forms:
         raise ValueError(no_form(checkpoint, layer_idx))
@@ -146,12 +146,6 @@ def load_native(
         form = like[0]
     names = form.check(config)
     return NativeExperts(form.method, _projections(form, config), _biases(form, config), names)
-
-
-def _opened(checkpoint: SafetensorsCheckpoint | str | os.PathLike[str]) -> SafetensorsCheckpoint:
-    if isinstance(checkpoint, SafetensorsCheckpoint):
-        return checkpoint
-    return SafetensorsCheckpoint(checkpoint)
 
 
 def _cuts(form: Form, role: str) -> dict[str, slice]:
@@ -237,7 +231,7 @@ def _global_scale(form: Form, role: str, config: MoEConfig) -> NDArray[np.float3
 
 def _biases(form: Form, config: MoEConfig) -> dict[str, NDArray[np.float32]]:
     biases: dict[str, NDArray[np.float32]] = {}
-    if form.has_biases():
+    if form.layer.has_biases(form.naming):
         for role, template in form.naming.biases.items():
             vectors = form.layer.tensors(form.naming, template, config.num_experts)
             stacked = np.stack(vectors).astype(np.float32)

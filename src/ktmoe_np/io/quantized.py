@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from .._formats import QuantizedFormat
 from ..config import MoEConfig
+from ._expert_layer import aligned
 from .safetensors import SafetensorsFile
 from .writer import write_safetensors
 
@@ -203,7 +204,7 @@ def load_quantized(path: str | os.PathLike[str], config: MoEConfig, fmt: Quantiz
         name: QuantizedProjection(file.tensor(f"{name}.codes"), _row_scale(file, name, fmt))
         for name in projections
     }
-    return QuantizedExperts(matrices, {name: _aligned(file.tensor(f"{name}.bias")) for name in biased})
+    return QuantizedExperts(matrices, {name: aligned(file.tensor(f"{name}.bias")) for name in biased})
 
 
 def check_codes(
@@ -271,7 +272,7 @@ def _wanted(
 def _row_scale(file: SafetensorsFile, name: str, fmt: QuantizedFormat) -> AnyArray | None:
     if not fmt.has_row_scale:
         return None
-    scale = _aligned(file.tensor(f"{name}.row_scale"))
+    scale = aligned(file.tensor(f"{name}.row_scale"))
     wrong = ~np.isfinite(scale)
     if wrong.any():
         e, row = np.argwhere(wrong)[0]
@@ -284,8 +285,3 @@ def _row_scale(file: SafetensorsFile, name: str, fmt: QuantizedFormat) -> AnyArr
 
 def _stacked(source: Any) -> AnyArray:
     return np.stack(source) if isinstance(source, list | tuple) else np.asarray(source)
-
-
-def _aligned(array: AnyArray) -> AnyArray:
-    """`array`, or a copy when its file puts it at an address that its dtype cannot have."""
-    return array if array.flags.aligned else array.copy()

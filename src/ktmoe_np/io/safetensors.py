@@ -171,6 +171,11 @@ class SafetensorsCheckpoint:
                 checkpoint = _shared[key] = cls(path)
             return checkpoint
 
+    @classmethod
+    def opened(cls, checkpoint: SafetensorsCheckpoint | str | os.PathLike[str]) -> SafetensorsCheckpoint:
+        """A checkpoint as it is, or that of a path."""
+        return checkpoint if isinstance(checkpoint, SafetensorsCheckpoint) else cls(checkpoint)
+
     def _read_headers(self, paths: Iterable[Path]) -> dict[str, Path]:
         file_of: dict[str, Path] = {}
         for path in paths:
