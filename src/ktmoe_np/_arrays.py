@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "as_numpy", "at_least", "bfloat16", "expert_ids", "num_tokens", "routing_weights"]
+__all__ = [
+    "Array",
+    "as_numpy",
+    "at_least",
+    "bfloat16",
+    "described",
+    "each_expert",
+    "expert_ids",
+    "num_tokens",
+    "routing_weights",
+]
 
 Array = NDArray[Any]
 
@@ -85,6 +96,30 @@ def as_numpy(value: Any, name: str) -> Array:
         raise TypeError(
             f"{name}: got {type(value).__name__}, expected an array that NumPy can read: {error}"
         ) from error
+
+
+def described(array: Array) -> str:
+    """Dtype and shape, as messages have them."""
+    return f"{array.dtype} {list(array.shape)}"
+
+
+def each_expert(
+    name: str, source: Any, num_experts: int, check: Callable[[Array, tuple[int, ...]], Array]
+) -> Array | list[Array]:
+    """One array for all experts, or a sequence of one for each, checked one by one.
+
+    `check` takes an array and the axes that it has before those of an expert's.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not arrays, another number of them, and what `check` raises.
+    """
+    if not isinstance(source, list | tuple):
+        return check(as_numpy(source, name), (num_experts,))
+    if len(source) != num_experts:
+        raise ValueError(f"{name}: got {len(source)} arrays, expected {num_experts}")
+    return [check(as_numpy(item, name), ()) for item in source]
 
 
 def at_least(name: str, value: Any, least: int) -> int:

@@ -17,9 +17,7 @@ class Method:
     mode: str  #: "inference" or "sft"
     wrapper: str  #: module and class of the wrapper, below this package
     layer: str  #: the class in ``kt_kernel_ext.moe``
-    weights: str = (
-        "bf16"  #: what the base weights are made of: bf16, int8, int4 or a name of `_native_formats`
-    )
+    weights: str = "bf16"  #: of the base: bf16, int8, int4, or a name in `ktmoe_np._native_formats`
     skip_lora: bool = False  #: adapters are used, but have no gradients
     #: Of methods that quantise: group size -> name in `ktmoe_np._formats`; the first is the default.
     formats: Mapping[int | None, str] = field(default_factory=dict, hash=False)

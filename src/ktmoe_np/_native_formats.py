@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ._arrays import Array, as_numpy, bfloat16
+from ._arrays import Array, as_numpy, bfloat16, described, each_expert
 
 __all__ = ["NATIVE_FORMATS", "NativeFormat", "NativeMatrices"]
 
@@ -31,7 +31,7 @@ class NativeMatrices:
 class NativeFormat:
     """One encoding."""
 
-    name: str
+    name: str  #: that of its method for inference, in small letters
     bits: int  #: of a code
     code_dtypes: tuple[np.dtype[Any], ...]  #: as which codes may be given; all mean the same bytes
     scale_dtypes: tuple[np.dtype[Any], ...]
@@ -125,16 +125,14 @@ def _experts(
     as_bytes: bool = True,
 ) -> list[Array]:
     """E arrays of a shape, in bytes or as they are, from one array or a sequence of them."""
-    if isinstance(source, list | tuple):
-        if len(source) != num_experts:
-            raise ValueError(f"{name}: got {len(source)} arrays, expected {num_experts}")
-        items = [as_numpy(item, name) for item in source]
-        wanted: tuple[int, ...] = shape
-    else:
-        whole = as_numpy(source, name)
-        items, wanted = [whole], (num_experts, *shape)
-    views = [_checked(name, item, dtypes, wanted, as_bytes) for item in items]
-    return views if isinstance(source, list | tuple) else list(views[0])
+    return list(
+        each_expert(
+            name,
+            source,
+            num_experts,
+            lambda array, lead: _checked(name, array, dtypes, (*lead, *shape), as_bytes),
+        )
+    )
 
 
 def _checked(
@@ -142,7 +140,7 @@ def _checked(
 ) -> Array:
     """The array, or its bytes, when its dtype is one of those and its shape is that, in bytes or not."""
     size = array.dtype.itemsize if as_bytes else 1
-    got = f"{array.dtype} {list(array.shape)}"
+    got = described(array)
     if array.dtype not in dtypes:
         raise TypeError(f"{name}: got {got}, expected {_expected(dtypes, shape, as_bytes)}")
     if array.ndim != len(shape) or (*array.shape[:-1], array.shape[-1] * size) != shape:

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import kt_kernel_ext as ext
-from ._arrays import Array, as_numpy, bfloat16
+from ._arrays import Array, as_numpy, bfloat16, described
 from ._formats import QuantizedFormat
 from .io.quantized import QuantizedProjection
 
-__all__ = ["described", "quantize_projection"]
+__all__ = ["quantize_projection"]
 
 _DTYPES = "bfloat16 or float32"
 
@@ -65,11 +64,6 @@ def quantize_projection(
             raise ValueError(f"{name}: expert {e}, {where}") from None
         done()
     return QuantizedProjection(codes, scale)
-
-
-def described(array: NDArray[Any]) -> str:
-    """Dtype and shape, as messages have them."""
-    return f"{array.dtype} {list(array.shape)}"
 
 
 def _check_number(name: str, source: Any, shape: tuple[int, int, int]) -> None:

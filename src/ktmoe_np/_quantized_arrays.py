@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import Array, as_numpy, bfloat16, expert_ids
+from ._arrays import Array, as_numpy, bfloat16, described, each_expert, expert_ids
 from ._formats import QuantizedFormat
-from ._quantize import described
 from .io.quantized import QuantizedProjection
 
 __all__ = ["are_codes", "checked_biases", "checked_map", "given_projection", "refuse_strays"]
@@ -121,15 +120,11 @@ def _dtype(source: Any) -> str:
 def _held(name: str, source: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array | list[Array]:
     """Arrays of the caller as those of NumPy."""
 
-    def checked(item: Any, shape: tuple[int, ...]) -> Array:
-        array = as_numpy(item, name)
-        if array.dtype != dtype or array.shape != shape:
+    def checked(array: Array, lead: tuple[int, ...]) -> Array:
+        wanted = (*lead, *shape[1:])
+        if array.dtype != dtype or array.shape != wanted:
             kind = TypeError if array.dtype != dtype else ValueError
-            raise kind(f"{name}: got {described(array)}, expected {dtype} {list(shape)}")
+            raise kind(f"{name}: got {described(array)}, expected {dtype} {list(wanted)}")
         return array
 
-    if not isinstance(source, list | tuple):
-        return checked(source, shape)
-    if len(source) != shape[0]:
-        raise ValueError(f"{name}: got {len(source)} arrays, expected {shape[0]}")
-    return [checked(item, shape[1:]) for item in source]
+    return each_expert(name, source, shape[0], checked)

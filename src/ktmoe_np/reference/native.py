@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .activation import round_bf16
-from .quantized import ScaledMatrix
+from .packing import unpack_nibbles
+from .quantized import ScaledMatrix, spread
 
 __all__ = [
     "decode_fp8",
@@ -161,9 +162,7 @@ def _e8m0(scale: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _nibbles(codes: NDArray[Any], num_columns: int) -> Bytes:
-    pairs = np.ascontiguousarray(codes).view(np.uint8)
-    both = np.stack([pairs & np.uint8(15), pairs >> np.uint8(4)], axis=-1)
-    return both.reshape(*pairs.shape[:-1], 2 * pairs.shape[-1])[..., :num_columns]
+    return unpack_nibbles(np.ascontiguousarray(codes).view(np.uint8), num_columns)
 
 
 def _e2m1(codes: NDArray[Any], num_columns: int) -> NDArray[np.float32]:
@@ -172,6 +171,5 @@ def _e2m1(codes: NDArray[Any], num_columns: int) -> NDArray[np.float32]:
 
 def _scaled(values: NDArray[np.float32], scale: NDArray[np.float32], group_size: int) -> NDArray[Any]:
     """Compute bf(value * scale), `scale` having a value for every `group_size` columns."""
-    spread = np.repeat(scale, group_size, axis=-1)[..., : values.shape[-1]]
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        return round_bf16(values * spread).astype(ml_dtypes.bfloat16)
+        return round_bf16(values * spread(scale, group_size, values.shape[-1])).astype(ml_dtypes.bfloat16)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .quantized import Int4Matrix, Int8GroupMatrix, Int8Matrix, check_int4_group_size, num_groups
 
-__all__ = ["pack_int4", "pack_int8", "unpack_int4", "unpack_int8"]
+__all__ = ["pack_int4", "pack_int8", "unpack_int4", "unpack_int8", "unpack_nibbles"]
 
 Bytes = NDArray[np.uint8]
 
@@ -79,12 +79,16 @@ def unpack_int4(
     check_int4_group_size(group_size)
     num_pairs = -(-num_columns // 2)
     _check_rows(rows, num_pairs + num_groups(num_columns, group_size))
-    pairs = rows[..., :num_pairs]
-    nibbles = np.stack([pairs & np.uint8(15), pairs >> np.uint8(4)], axis=-1)
-    nibbles = nibbles.reshape(*pairs.shape[:-1], 2 * num_pairs)[..., :num_columns].astype(np.int8)
+    nibbles = unpack_nibbles(rows[..., :num_pairs], num_columns).astype(np.int8)
     q = (nibbles ^ np.int8(8)) - np.int8(8)
     multiplier = np.ascontiguousarray(rows[..., num_pairs:]).view(np.int8)
     return Int4Matrix(q, multiplier, row_scale, group_size)
+
+
+def unpack_nibbles(pairs: Bytes, num_columns: int) -> Bytes:
+    """Take bytes [..., ceil(K / 2)] apart into nibbles [..., K], the low one of a byte first."""
+    nibbles = np.stack([pairs & np.uint8(15), pairs >> np.uint8(4)], axis=-1)
+    return nibbles.reshape(*pairs.shape[:-1], 2 * pairs.shape[-1])[..., :num_columns]
 
 
 def pack_int8(matrix: Int8Matrix | Int8GroupMatrix) -> Bytes:

@@ -25,6 +25,7 @@ __all__ = [
     "gradient_weights",
     "num_groups",
     "product_weights",
+    "spread",
 ]
 
 #: Group sizes that an `Int4Matrix` may have.
@@ -172,7 +173,7 @@ class Int4Matrix:
     @property
     def codes(self) -> NDArray[np.int8]:
         """The products m * q, [..., N, K]: from -120 to 120."""
-        products: NDArray[np.int8] = self.q * _spread(self.multiplier, self.group_size, self.shape[-1])
+        products: NDArray[np.int8] = self.q * spread(self.multiplier, self.group_size, self.shape[-1])
         return products
 
     def __getitem__(self, at: Any) -> Int4Matrix:
@@ -244,7 +245,7 @@ def dequantize(matrix: QuantizedMatrix, dtype: DTypeLike = np.float32) -> NDArra
     array([[42.]], dtype=float32)
     """
     if isinstance(matrix, Int8GroupMatrix):
-        scale = _spread(matrix.group_scale, matrix.group_size, matrix.shape[-1])
+        scale = spread(matrix.group_scale, matrix.group_size, matrix.shape[-1])
     else:
         scale = matrix.row_scale[..., None]
     with np.errstate(over="ignore", under="ignore"):
@@ -302,7 +303,7 @@ def check_int4_group_size(group_size: int) -> None:
         raise ValueError(f"group_size must be 32, 64 or 128, got {group_size}")
 
 
-def _spread(per_group: NDArray[Any], group_size: int, num_columns: int) -> NDArray[Any]:
+def spread(per_group: NDArray[Any], group_size: int, num_columns: int) -> NDArray[Any]:
     """Repeat the value of each group for its columns."""
     return np.repeat(per_group, group_size, axis=-1)[..., :num_columns]
 
