@@ -21,12 +21,15 @@ from layers import (
     draw_batch,
     draw_layer,
 )
+from native_layers import METHODS as NATIVE_METHODS
+from native_layers import NativeLayer, draw_native_layer
 from quantized_layers import product_of, quantized_layer
 
 from ktmoe_np import SFTGradients
 from ktmoe_np import kt_kernel_ext as ext
 from ktmoe_np._formats import FORMATS
 from ktmoe_np._methods import find_method
+from ktmoe_np._native_formats import NATIVE_FORMATS, NativeFormat
 from ktmoe_np._quantize import quantize_projection
 from ktmoe_np.config import parse_activation
 from ktmoe_np.reference import Dropout, LoraWeights, assert_within
@@ -181,8 +184,12 @@ def draw_student(
     method: Method = BF16,
     **options: Any,
 ) -> Student:
-    """A layer of `sizes` E, I and H with adapters; options are those of `draw_layer`."""
-    layer = draw_layer(rng, *sizes, activation, **options)
+    """A layer of `sizes` E, I and H with adapters; options are those of the function that draws it."""
+    inference = method[0].partition("_SFT")[0]
+    if inference in NATIVE_METHODS:
+        layer: Layer = draw_native_layer(rng, inference, *sizes, activation, **options)
+    else:
+        layer = draw_layer(rng, *sizes, activation, **options)
     return Student(layer, draw_lora(rng, layer, rank, dtype) if rank else {}, rank, lora_alpha, method)
 
 
@@ -283,16 +290,29 @@ def low_level_sft(engine: Any, student: Student, num_slots: int, **options: Any)
 
 
 def _encoded(engine: Any, student: Student) -> dict[str, Any]:
-    """The weights as the extension takes them: quantised by a method that does."""
+    """The weights as the extension takes them: quantised by a method that does, or in their encoding."""
     method, group_size = student.method
     fmt = find_method(method, "sft").formats.get(group_size)
     encoded: dict[str, Any] = {}
+    if isinstance(student.layer, NativeLayer):
+        return _in_encoding(NATIVE_FORMATS[find_method(method, "sft").weights], student.layer)
     for name, matrix in zip(("gate", "up", "down"), student.layer.matrices, strict=True):
         if fmt is None or matrix is None:
             encoded[f"{name}_proj"] = matrix
         else:
             made = quantize_projection(engine, FORMATS[fmt], name, matrix, matrix.shape)
             encoded |= {f"{name}_proj": made.codes, f"{name}_scale": made.row_scale}
+    return encoded
+
+
+def _in_encoding(fmt: NativeFormat, layer: NativeLayer) -> dict[str, Any]:
+    encoded: dict[str, Any] = {"up_proj": None}
+    for name, matrix in zip(("gate", "up", "down"), layer.matrices, strict=True):
+        if matrix is not None:
+            given = (layer.arguments.get(f"{name}_{role}") for role in ("proj", "scale", "global_scale"))
+            made = fmt.matrices(name, *given, matrix.shape)
+            parts = {"proj": made.codes, "scales": made.scales, "scale": made.row_scale}
+            encoded |= {f"{name}_{role}": part for role, part in parts.items()}
     return encoded
 
 
