@@ -138,15 +138,8 @@ class MoELayer(_MoEBase):
         )
 
     @abstractmethod
-    def load_weights_from_tensors(
-        self,
-        gate_proj: Any,
-        up_proj: Any,
-        down_proj: Any,
-        physical_to_logical_map: Any = None,
-        **more: Any,
-    ) -> None:
-        """Give the layer its weights."""
+    def load_weights_from_tensors(self, *weights: Any, **more: Any) -> None:
+        """Give the layer its weights: gate, up and down, perhaps a map, and what its method takes besides."""
 
     def set_gpu_experts_mask(self, gpu_experts_mask: Any) -> None:
         """Name the experts that someone else computes; from the next call on they are skipped here.

@@ -154,11 +154,13 @@ def decode_nvfp4(
 
 
 def _e4m3(codes: NDArray[Any]) -> NDArray[np.float32]:
-    return codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    values: NDArray[np.float32] = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return values
 
 
 def _e8m0(scale: NDArray[Any]) -> NDArray[np.float32]:
-    return scale.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    values: NDArray[np.float32] = scale.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    return values
 
 
 def _nibbles(codes: NDArray[Any], num_columns: int) -> Bytes:
@@ -166,7 +168,9 @@ def _nibbles(codes: NDArray[Any], num_columns: int) -> Bytes:
 
 
 def _e2m1(codes: NDArray[Any], num_columns: int) -> NDArray[np.float32]:
-    return _nibbles(codes, num_columns).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    codes = _nibbles(codes, num_columns)
+    values: NDArray[np.float32] = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    return values
 
 
 def _scaled(values: NDArray[np.float32], scale: NDArray[np.float32], group_size: int) -> NDArray[Any]:
