@@ -18,7 +18,7 @@ struct MxFp4 : ScaledNibbles<MxFp4> {
   // Numbers are doubled, scales halved.
   static constexpr int8_t code(int nibble) { return e2m1_doubled(static_cast<uint8_t>(nibble)); }
   static constexpr float scale(const std::byte* scales, size_t k) {
-    return e8m0_to_float(static_cast<uint8_t>(scales[k / kGroup])) * 0.5f;
+    return halved(e8m0_to_float(static_cast<uint8_t>(scales[k / kGroup])));
   }
 };
 static_assert(WeightFormat<MxFp4>);
@@ -37,7 +37,7 @@ struct Unpack<formats::MxFp4> {
     Row() = default;
     KT_INLINE Row(const WeightView& w, size_t n) : NibbleRow<Row, Format>(w, n) {}
     template <class V = Vec>
-    KT_INLINE V::Segment looked_up(const std::byte* nibbles, size_t k, size_t) const {
+    KT_INLINE typename V::Segment looked_up(const std::byte* nibbles, size_t k, size_t) const {
       const auto& numbers = kScaledNumbers<Format>.of[static_cast<uint8_t>(scales[k / Format::kGroup])];
       return Vec::look_up_segment(nibbles, kNibbleCodes<Format>.of, numbers);
     }

@@ -20,7 +20,7 @@ struct NvFp4 : ScaledNibbles<NvFp4> {
   // Numbers are doubled, scales halved.
   static constexpr int8_t code(int nibble) { return e2m1_doubled(static_cast<uint8_t>(nibble)); }
   static constexpr float scale(const std::byte* scales, size_t k) {
-    return kE4m3[static_cast<uint8_t>(scales[k / kGroup])] * 0.5f;
+    return halved(kE4m3[static_cast<uint8_t>(scales[k / kGroup])]);
   }
 };
 static_assert(WeightFormat<NvFp4>);
@@ -45,7 +45,7 @@ struct Unpack<formats::NvFp4> {
     }
     // The second group of a segment may lie behind the row, where numbers are multiplied by zeros.
     template <class V = Vec>
-    KT_INLINE V::Segment looked_up(const std::byte* nibbles, size_t k, size_t count) const {
+    KT_INLINE typename V::Segment looked_up(const std::byte* nibbles, size_t k, size_t count) const {
       const std::byte* of_group = scales + k / Format::kGroup;
       const auto first = static_cast<uint8_t>(of_group[0]);
       const auto second = count > Format::kGroup ? static_cast<uint8_t>(of_group[1]) : first;

@@ -57,7 +57,7 @@ struct Unpack<formats::RawInt4> {
     Row() = default;
     KT_INLINE Row(const WeightView& w, size_t n) : NibbleRow<Row, Format>(w, n) {}
     template <class V = Vec>
-    KT_INLINE V::Segment looked_up(const std::byte* nibbles, size_t k, size_t count) const {
+    KT_INLINE typename V::Segment looked_up(const std::byte* nibbles, size_t k, size_t count) const {
       const std::byte* scale = scales + k / Format::kGroup * sizeof(bf16);
       const int low = static_cast<int>(scale[0]), high = static_cast<int>(scale[1]);
       // Scales whose multiples are not all normal numbers: zero, and beyond 2^120.

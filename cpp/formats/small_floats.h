@@ -40,8 +40,13 @@ constexpr float e8m0_to_float(uint8_t exponent) {
   return std::bit_cast<float>(exponent == 0 ? uint32_t{1} << 22 : uint32_t{exponent} << 23);
 }
 
+// Constant expressions may not compute with a NaN, so these say what comes of one.
+constexpr bool is_nan(float x) { return x != x; }
+constexpr float halved(float x) { return is_nan(x) ? x : x * 0.5f; }
+
 // The bits of bf16(code scale), when that is exact or beyond all numbers.
 constexpr uint16_t product_in_bf16(int code, float scale) {
+  if (is_nan(scale)) return to_bf16(scale).bits;
   const double product = static_cast<double>(code) * static_cast<double>(scale);
   if (product >= 0x1p128) return 0x7f80;
   if (product <= -0x1p128) return 0xff80;

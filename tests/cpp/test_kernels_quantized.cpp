@@ -24,7 +24,6 @@ class Quantized {
  public:
   Quantized(FormatId format, uint32_t rows, uint32_t k, uint32_t gap, Random& random)
       : format_(format),
-        rows_(rows),
         k_(k),
         stride_(format_row_bytes(format, k) + gap),
         bytes_(rows * stride_ - gap),
@@ -68,7 +67,7 @@ class Quantized {
   }
 
   FormatId format_;
-  uint32_t rows_, k_;
+  uint32_t k_;
   size_t stride_;
   Guarded<std::byte> bytes_;
   Guarded<float> scales_;
