@@ -49,13 +49,19 @@ void for_experts(nb::handle source, const char* name, int64_t num, DType dtype, 
 // The E matrices [rows, bytes of a row] of a projection. Only the last axis has to be contiguous. bf16 is
 // given as such, other formats as bytes.
 std::vector<WeightView> matrices(const Projection& p, Arrays& owners) {
+  const auto block = static_cast<int64_t>(format_block(p.format));
+  if (p.columns % block != 0)
+    throw_invalid(p.name, ": got rows of ", p.columns, " values, expected a multiple of ", block,
+                  ", a block of ", format_name(p.format));
   const bool is_bf16 = p.format == FormatId::kBf16;
   const int64_t width =
       is_bf16 ? p.columns : static_cast<int64_t>(format_row_bytes(p.format, static_cast<size_t>(p.columns)));
   std::vector<WeightView> views;
   const auto add = [&](const Array& a, size_t axis, const std::byte* data) {
     a.expect_contiguous_rows();
-    views.push_back({data, static_cast<ptrdiff_t>(a.stride_bytes(axis)), static_cast<uint32_t>(p.columns)});
+    WeightView view{data, static_cast<ptrdiff_t>(a.stride_bytes(axis)), static_cast<uint32_t>(p.columns)};
+    view.format = p.format;
+    views.push_back(view);
   };
   for_experts(p.weights, p.name, p.num, is_bf16 ? DType::kBf16 : DType::kUint8, {p.rows, width}, owners, add);
   return views;
@@ -143,34 +149,59 @@ void apply_map(nb::handle source, const GeneralMOEConfig& c, ExpertWeights& w) {
   b.down = permuted(b.down, map, hidden);
 }
 
+// The format of a projection: that of the layer, or, where projections have some of their own, the one named.
+FormatId projection_format(const GemmKernel& kernel, const std::optional<std::string>& given,
+                           const char* name) {
+  if (kernel.format) {
+    if (given) throw_invalid(name, ": got '", *given, "', expected None: the layer has one format");
+    return *kernel.format;
+  }
+  std::string known = "bf16";
+  for (size_t i = 0; i < kNumFormats; ++i) {
+    const auto id = static_cast<FormatId>(i);
+    if (id != FormatId::kBf16 && !format_is_blocks(id)) continue;
+    if (given && *given == format_name(id)) return id;
+    if (id != FormatId::kBf16) known += str_cat(", ", format_name(id));
+  }
+  throw_invalid(name, ": got ", given ? str_cat("'", *given, "'") : std::string("None"), ", expected one of ",
+                known);
+}
+
 PythonTask load_weights_task(Layer layer, nb::object gate, nb::object up, nb::object down, nb::object map,
                              nb::object gate_scale, nb::object up_scale, nb::object down_scale,
                              nb::object gate_scales, nb::object up_scales, nb::object down_scales,
-                             nb::object gate_bias, nb::object up_bias, nb::object down_bias) {
+                             nb::object gate_bias, nb::object up_bias, nb::object down_bias,
+                             std::optional<std::string> gate_format, std::optional<std::string> up_format,
+                             std::optional<std::string> down_format) {
   const GeneralMOEConfig& c = layer->config();
-  const FormatId format = layer->format();
+  const GemmKernel& kernel = layer->kernel();
   const int64_t num = c.expert_num, inter = c.intermediate_size, hidden = c.hidden_size;
   auto owners = std::make_shared<Arrays>();
   owners->reserve(9 * static_cast<size_t>(c.expert_num));
   auto weights = std::make_shared<ExpertWeights>();
-  weights->matrices.gate = scaled_matrices(
-      {gate, gate_scale, gate_scales, "gate_proj", "gate_scale", "gate_scales", num, inter, hidden, format},
-      *owners);
+  weights->matrices.gate =
+      scaled_matrices({gate, gate_scale, gate_scales, "gate_proj", "gate_scale", "gate_scales", num, inter,
+                       hidden, projection_format(kernel, gate_format, "gate_format")},
+                      *owners);
   weights->biases.gate = biases(gate_bias, "gate_bias", c.expert_num, c.intermediate_size);
   if (c.activation.gated) {
-    weights->matrices.up = scaled_matrices(
-        {up, up_scale, up_scales, "up_proj", "up_scale", "up_scales", num, inter, hidden, format}, *owners);
+    weights->matrices.up = scaled_matrices({up, up_scale, up_scales, "up_proj", "up_scale", "up_scales", num,
+                                            inter, hidden, projection_format(kernel, up_format, "up_format")},
+                                           *owners);
     weights->biases.up = biases(up_bias, "up_bias", c.expert_num, c.intermediate_size);
-  } else if (!up.is_none() || !up_scale.is_none() || !up_scales.is_none() || !up_bias.is_none()) {
+  } else if (!up.is_none() || !up_scale.is_none() || !up_scales.is_none() || !up_bias.is_none() ||
+             up_format) {
     throw_invalid(!up.is_none()          ? "up_proj"
                   : !up_scale.is_none()  ? "up_scale"
                   : !up_scales.is_none() ? "up_scales"
-                                         : "up_bias",
+                  : !up_bias.is_none()   ? "up_bias"
+                                         : "up_format",
                   ": got one, expected None: the activation is not gated");
   }
-  weights->matrices.down = scaled_matrices(
-      {down, down_scale, down_scales, "down_proj", "down_scale", "down_scales", num, hidden, inter, format},
-      *owners);
+  weights->matrices.down =
+      scaled_matrices({down, down_scale, down_scales, "down_proj", "down_scale", "down_scales", num, hidden,
+                       inter, projection_format(kernel, down_format, "down_format")},
+                      *owners);
   weights->biases.down = biases(down_bias, "down_bias", c.expert_num, c.hidden_size);
   apply_map(map, c, *weights);
   weights->owner = owners;
@@ -269,7 +300,8 @@ void bind_interface(nb::module_& m) {
            nb::arg("down_scale").none() = nb::none(), nb::arg("gate_scales").none() = nb::none(),
            nb::arg("up_scales").none() = nb::none(), nb::arg("down_scales").none() = nb::none(),
            nb::arg("gate_bias").none() = nb::none(), nb::arg("up_bias").none() = nb::none(),
-           nb::arg("down_bias").none() = nb::none(),
+           nb::arg("down_bias").none() = nb::none(), nb::arg("gate_format").none() = nb::none(),
+           nb::arg("up_format").none() = nb::none(), nb::arg("down_format").none() = nb::none(),
            R"(Make the task that gives the layer its weights. They are referred to, not copied.
 
 Parameters
@@ -287,6 +319,8 @@ gate_scales, up_scales, down_scales : array or sequence of arrays
     uint8 [E, S, B], or E arrays [S, B]: S rows of B bytes of scales, where the format has some that lie apart.
 gate_bias, up_bias, down_bias : array, optional
     float32 or bfloat16 [E, I], [E, I], [E, H].
+gate_format, up_format, down_format : str, optional
+    Of a layer whose projections each have a format: its name, "q4_k" for example.
 
 Returns
 -------
@@ -359,6 +393,10 @@ void bind_moe(nb::module_& m) {
       m, "RAWINT4_MOE", "Experts with int4 weights as compressed-tensors packs them, in groups of 32.");
   bind_layer<native_kernel<FormatId::kMxFp4>>(m, "MXFP4_MOE", "Experts with MXFP4 weights.");
   bind_layer<native_kernel<FormatId::kNvFp4>>(m, "NVFP4_MOE", "Experts with NVFP4 weights.");
+  bind_layer<native_kernel<FormatId::kQ4_0>>(
+      m, "GPTQ_INT4_MOE", "Experts with GPTQ's symmetric int4 weights, as rows of blocks of Q4_0.");
+  bind_layer<llamafile_kernel>(
+      m, "Llamafile_MOE", "Experts with weights as GGUF has them, every projection in a format of its own.");
 }
 
 }  // namespace ktmoe::bindings

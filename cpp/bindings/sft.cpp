@@ -282,6 +282,10 @@ void bind_sft(nb::module_& m) {
                                               "Experts as those of MXFP4_MOE, and adapters that train.");
   bind_layer<native_kernel<FormatId::kNvFp4>>(m, "NVFP4_SFT_MOE",
                                               "Experts as those of NVFP4_MOE, and adapters that train.");
+  bind_layer<native_kernel<FormatId::kQ4_0>>(m, "GPTQ_INT4_SFT_MOE",
+                                             "Experts as those of GPTQ_INT4_MOE, and adapters that train.");
+  bind_layer<llamafile_kernel>(m, "Llamafile_SFT_MOE",
+                               "Experts as those of Llamafile_MOE, and adapters that train.");
 }
 
 }  // namespace ktmoe::bindings

@@ -21,6 +21,13 @@ constexpr bf16 to_bf16(float x) {
   return bf16{static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
+// A float16 of these bits. Its exponent is moved by a product, which makes denormal numbers normal.
+constexpr float half_to_float(uint16_t bits) {
+  const uint32_t size = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
+  if (size >= 0x7c00u << 13) return std::bit_cast<float>(sign | 0x7f800000u | (size & 0x7fffffu));
+  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(std::bit_cast<float>(size) * 0x1p112f));
+}
+
 inline bool is_finite(bf16 x) { return (x.bits & 0x7f80u) != 0x7f80u; }
 
 }  // namespace ktmoe

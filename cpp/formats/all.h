@@ -4,6 +4,9 @@
 
 #include "formats/bf16.h"
 #include "formats/fp8.h"
+#include "formats/gguf_32.h"
+#include "formats/gguf_floats.h"
+#include "formats/gguf_k.h"
 #include "formats/int4.h"
 #include "formats/int8.h"
 #include "formats/mxfp4.h"

@@ -9,6 +9,15 @@
 
 namespace ktmoe {
 
+enum class FormatId : uint8_t {
+#define KT_FORMAT(id, type) id,
+#include "formats/formats.inc"
+#undef KT_FORMAT
+  kCount
+};
+
+inline constexpr size_t kNumFormats = static_cast<size_t>(FormatId::kCount);
+
 // One expert's weight matrix [N, K] as it lies in the checkpoint. Rows are output neurons, K is contiguous
 // within a row; rows may lie apart (interleaved or fused projections), so the stride is its own.
 struct WeightView {
@@ -19,6 +28,7 @@ struct WeightView {
   const std::byte* scales = nullptr;  // of formats whose scales lie apart: rows of them,
   ptrdiff_t scales_stride_bytes = 0;
   uint32_t scales_row = 0;  // and the matrix's row that row 0 here is, as one of them serves several
+  FormatId format = FormatId::kBf16;
 
   const std::byte* row(size_t n) const { return data + static_cast<ptrdiff_t>(n) * row_stride_bytes; }
   // The scales of row n, of which one row serves `rows` of the matrix.
@@ -57,15 +67,6 @@ constexpr int nibble_at(const std::byte* row, size_t i) {
   return static_cast<int>(row[i / 2]) >> (i % 2 * 4) & 15;
 }
 
-enum class FormatId : uint8_t {
-#define KT_FORMAT(id, type) id,
-#include "formats/formats.inc"
-#undef KT_FORMAT
-  kCount
-};
-
-inline constexpr size_t kNumFormats = static_cast<size_t>(FormatId::kCount);
-
 // A format F provides, all static:
 //   FormatId kId; std::string_view kName;
 //   size_t row_bytes(size_t k)                      bytes of a row of k values
@@ -77,6 +78,8 @@ inline constexpr size_t kNumFormats = static_cast<size_t>(FormatId::kCount);
 //   bool kIsInteger         decoded values are whole numbers from -127 to 127: integer products take them
 // and, for the target regions (kernels/targets), a specialisation Unpack<F> that yields the k-th segment of a
 // row in registers, in the element order of the policy it is given.
+//
+// A row of a format of blocks, which has `kBlock` too, is whole blocks of so many values (blocks.h).
 //
 // `NoScalesApart` gives the two of formats that have none.
 struct NoScalesApart {

@@ -30,6 +30,16 @@ inline size_t format_scale_bytes(FormatId id, size_t k) {
 inline uint32_t format_scale_rows(FormatId id) {
   return with_format(id, [](auto f) { return uint32_t{decltype(f)::kScaleRows}; });
 }
+// Values that a row's length is a multiple of.
+inline size_t format_block(FormatId id) {
+  return with_format(id, [](auto f) -> size_t {
+    if constexpr (requires { decltype(f)::kBlock; }) return decltype(f)::kBlock;
+    return 1;
+  });
+}
+inline bool format_is_blocks(FormatId id) {
+  return with_format(id, [](auto f) { return requires { decltype(f)::kBlock; }; });
+}
 inline std::string_view format_name(FormatId id) {
   return with_format(id, [](auto f) { return decltype(f)::kName; });
 }

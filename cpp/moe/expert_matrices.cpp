@@ -37,6 +37,7 @@ void copy_expert(const Block& block, size_t e, std::byte* to) {
   for (uint32_t n = block.rows.begin; n < block.rows.end; ++n)
     std::memcpy(to + (n - block.rows.begin) * block.row_bytes, source.row(n), block.row_bytes);
   WeightView copy{to, static_cast<ptrdiff_t>(block.row_bytes), source.k};
+  copy.format = source.format;
   if (source.row_scale) {
     auto* scales = reinterpret_cast<float*>(to + block.rows_bytes());
     std::copy(source.row_scale + block.rows.begin, source.row_scale + block.rows.end, scales);
@@ -56,18 +57,19 @@ void copy_expert(const Block& block, size_t e, std::byte* to) {
 
 }  // namespace
 
-NodeMatrices copy_to_node(const ExpertMatrices& source, const OutputShare& share, FormatId format,
-                          int subpool, WorkerPool& pool) {
+NodeMatrices copy_to_node(const ExpertMatrices& source, const OutputShare& share, int subpool,
+                          WorkerPool& pool) {
   NodeMatrices node;
   ExpertMatrices& target = node.matrices;
   const auto block = [&](const std::vector<WeightView>& from, std::vector<WeightView>& to, const Span& rows) {
-    const size_t k = from.empty() ? 0 : from.front().k;
+    const WeightView like = from.empty() ? WeightView{} : from.front();
+    const size_t k = like.k;
     return Block{&from,
                  &to,
                  rows,
-                 format_row_bytes(format, k),
-                 format_scale_bytes(format, k),
-                 format_scale_rows(format)};
+                 format_row_bytes(like.format, k),
+                 format_scale_bytes(like.format, k),
+                 format_scale_rows(like.format)};
   };
   const std::vector<Block> blocks = {block(source.gate, target.gate, share.intermediate),
                                      block(source.up, target.up, share.intermediate),

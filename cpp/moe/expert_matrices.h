@@ -28,7 +28,7 @@ struct NodeMatrices {
 
 // Copies a share's rows to its node. The pool's threads do it, since the pages lie where they are first
 // written.
-NodeMatrices copy_to_node(const ExpertMatrices& source, const OutputShare& share, FormatId format,
-                          int subpool, WorkerPool& pool);
+NodeMatrices copy_to_node(const ExpertMatrices& source, const OutputShare& share, int subpool,
+                          WorkerPool& pool);
 
 }  // namespace ktmoe

@@ -57,6 +57,11 @@ GemmKernel int8_kernel(const GeneralMOEConfig& config) {
   }
 }
 
+GemmKernel llamafile_kernel(const GeneralMOEConfig& config) {
+  refuse_group_size(config);
+  return {std::nullopt, false};
+}
+
 GemmKernel int4_kernel(const GeneralMOEConfig& config) { return {int4_format(config), false}; }
 
 }  // namespace ktmoe

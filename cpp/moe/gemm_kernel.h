@@ -3,13 +3,18 @@
 // set.
 #pragma once
 
+#include <algorithm>
+#include <optional>
+
 #include "kernels/contract.h"
+#include "kernels/contract_training.h"
 #include "moe/config.h"
 
 namespace ktmoe {
 
 struct GemmKernel {
-  FormatId format;
+  // None: every projection has one of its own, which are among those of blocks and bf16.
+  std::optional<FormatId> format;
   // Products of int8: activations are quantised, row by row. Else of bf16: weights are decoded on the way.
   bool is_integer;
 
@@ -18,7 +23,14 @@ struct GemmKernel {
     return (is_integer ? table.int8_operand_bytes : table.operand_bytes)(m, k);
   }
   void multiply(const kernels::KernelTable& table, const kernels::NtArgs& args) const {
-    (is_integer ? table.nt_int8 : table.nt)[static_cast<size_t>(format)](args);
+    (is_integer ? table.nt_int8 : table.nt)[static_cast<size_t>(args.w.format)](args);
+  }
+  // Of terms that are bf16 or all of formats that one kernel takes.
+  void multiply(const kernels::KernelTable& table, const kernels::NnArgs& args) const {
+    const auto encoded = std::ranges::find_if(
+        args.terms, [](const kernels::NnTerm& term) { return term.w.format != FormatId::kBf16; });
+    const FormatId nn = encoded == args.terms.end() ? FormatId::kBf16 : encoded->w.format;
+    table.nn[static_cast<size_t>(nn)](args);
   }
 };
 
@@ -33,6 +45,9 @@ GemmKernel amx_int8_kernel(const GeneralMOEConfig& config);  // scales of rows
 GemmKernel amx_int4_kernel(const GeneralMOEConfig& config);  // groups of 32 (the default), 64, 128
 GemmKernel int8_kernel(const GeneralMOEConfig& config);      // scales of rows (the default), groups of 32
 GemmKernel int4_kernel(const GeneralMOEConfig& config);      // groups of 32 (the default), 64, 128
+
+// Formats of each projection, as GGUF files have them.
+GemmKernel llamafile_kernel(const GeneralMOEConfig& config);
 
 // Of formats as checkpoints have them, without a choice of groups.
 template <FormatId kFormat>

@@ -6,6 +6,7 @@
 
 #include "moe/config.h"
 #include "moe/expert_matrices.h"
+#include "moe/gemm_kernel.h"
 
 namespace ktmoe {
 
@@ -42,7 +43,7 @@ class MoE_Interface {
   MoE_Interface& operator=(const MoE_Interface&) = delete;
 
   virtual const GeneralMOEConfig& config() const = 0;
-  virtual FormatId format() const = 0;
+  virtual const GemmKernel& kernel() const = 0;
   virtual bool loaded() const = 0;
 
   // Takes the weights and leaves in `weights` what the layer no longer holds, for the caller to release.

@@ -35,7 +35,7 @@ class TP_MOE_Common : public Interface {
   }
 
   const GeneralMOEConfig& config() const override { return config_; }
-  FormatId format() const override { return kernel_.format; }
+  const GemmKernel& kernel() const override { return kernel_; }
   bool loaded() const override { return loaded_; }
 
   void load_weights(ExpertWeights& weights) override {
@@ -287,8 +287,7 @@ class TP_MOE_Common : public Interface {
   std::vector<NodeMatrices> copy_to_nodes(const ExpertMatrices& matrices) const {
     std::vector<NodeMatrices> nodes;
     for (size_t i = 0; i < parts_.size(); ++i)
-      nodes.push_back(
-          copy_to_node(matrices, parts_[i]->share(), kernel_.format, static_cast<int>(i), *config_.pool));
+      nodes.push_back(copy_to_node(matrices, parts_[i]->share(), static_cast<int>(i), *config_.pool));
     return nodes;
   }
 

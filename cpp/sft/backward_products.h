@@ -27,7 +27,7 @@ inline void add_terms(const TrainingPass& pass, const kernels::Operand& g,
 // The term of an adapter's A [R, K].
 inline kernels::NnTerm adapter_term(const TrainingPass& pass, const kernels::Operand& g, LoraId a,
                                     const PanelTask& task) {
-  return {g, 0, pass.rank(), pass.adapter(a, task), true};
+  return {g, 0, pass.rank(), pass.adapter(a, task)};
 }
 
 // C[m, k - k0] = sum of the terms for columns [k0, k1); `nn` says what else there is to say.
@@ -36,14 +36,14 @@ inline void multiply_terms(const TrainingPass& pass, std::span<const kernels::Nn
   nn.terms = terms;
   nn.k0 = columns.begin, nn.k1 = columns.end;
   nn.c = c, nn.c_stride = c_stride, nn.scratch = scratch;
-  pass.kernels().nn[static_cast<size_t>(pass.kernel.format)](nn);
+  pass.kernel.multiply(pass.kernels(), nn);
 }
 
 // to[m, :] = bf(scale * G B) for an adapter's B [N, R], rows `stride` elements apart.
 inline void rounded_product(const TrainingPass& pass, BackwardScratch& scratch, const kernels::Operand& g,
                             const WeightView& b, float scale, bf16* to, size_t stride) {
   const uint32_t rank = pass.rank();
-  const kernels::NnTerm term{g, 0, g.k, b, true};
+  const kernels::NnTerm term{g, 0, g.k, b};
   for (uint32_t r = 0; r < rank; r += pass.rows.columns) {
     const Span columns{r, std::min(r + pass.rows.columns, rank)};
     multiply_terms(pass, {&term, 1}, columns, scratch.c, columns.size(), scratch.products);

@@ -326,7 +326,7 @@ TEST_CASE("nn: a sum of terms, whole or parts of products, has the bits of one a
           w.emplace_back(n, width, kWeightLayouts[random.below(4)], [&] { return random.wide(); });
           left.push_back(std::make_unique<Left>(*table, g.back().activations(), m, n));
           const WeightView all = w.back().weights();
-          terms.push_back({left.back()->operand, n0, n, {all.row(n0), all.row_stride_bytes}, i % 2 == 0});
+          terms.push_back({left.back()->operand, n0, n, {all.row(n0), all.row_stride_bytes}});
         }
         Output at_once(*table, m, 0, width), in_turn(*table, m, 0, width);
         at_once.multiply(terms);

@@ -36,7 +36,9 @@ class Quantized {
 
   WeightView view() const {
     const float* scales = format_has_row_scale(format_) ? scales_.data() : nullptr;
-    return {bytes_.data(), static_cast<ptrdiff_t>(stride_), k_, scales};
+    WeightView w{bytes_.data(), static_cast<ptrdiff_t>(stride_), k_, scales};
+    w.format = format_;
+    return w;
   }
   // Row n by the scalar truth, before its scale.
   std::vector<float> row(uint32_t n) const {

@@ -82,6 +82,7 @@ TEST_CASE("scales that several rows share go to every node that has one of the r
     TP_MOE layer(config, native_kernel<FormatId::kFp8>(config));
     const auto view = [](const std::vector<std::byte>& codes, const std::vector<float>& s, int64_t columns) {
       WeightView w{codes.data(), static_cast<ptrdiff_t>(columns), static_cast<uint32_t>(columns)};
+      w.format = FormatId::kFp8;
       w.scales = reinterpret_cast<const std::byte*>(s.data());
       w.scales_stride_bytes = static_cast<ptrdiff_t>((columns + 127) / 128 * 4);
       return w;

@@ -66,33 +66,41 @@ struct WeightColumns {
   std::byte* decoded;
 
   KT_INLINE uint32_t size() const { return k1 - k0; }
+  static KT_INLINE bool is_stored(const WeightView& w) {
+    return Unpack<Format>::kAsStored || w.format == FormatId::kBf16;
+  }
   // Valid until the next row of the same parity is asked for.
   KT_INLINE const std::byte* of(const NnTerm& term, uint32_t s) const {
-    const std::byte* row = term.w.row(s);
-    if (Unpack<Format>::kAsStored || term.is_bf16) return begin(row, term.is_bf16);
+    if (is_stored(term.w)) return begin(term.w, s);
     std::byte* to = decoded + s % 2 * (kPanelColumnsMost * sizeof(bf16));
     decode(term.w, s, to);
     return to;
   }
   // Where the columns of a row begin.
-  KT_INLINE const std::byte* begin(const std::byte* row, bool is_bf16) const {
-    return row + (is_bf16 ? k0 * sizeof(bf16) : Format::row_bytes(k0));
-  }
+  KT_INLINE const std::byte* begin(const WeightView& w, uint32_t s) const { return w.row(s) + offset(w, k0); }
   KT_INLINE void decode(const WeightView& w, uint32_t s, std::byte* to) const {
-    const typename Unpack<Format>::Row row(w, s);
-    uint32_t k = k0;
-    for (; k + Vec::kStep <= k1; k += Vec::kStep, to += Vec::kStep * sizeof(bf16))
-      Vec::store(to, row.weights(k));
-    if (k < k1) Vec::store(to, row.weights_tail(k, k1 - k));
+    if constexpr (std::is_same_v<Format, AnyBlocks>) {
+      AnyBlocks::unpack(w, s, k0, k1, to, kRunElements * sizeof(bf16));
+    } else {
+      const typename Unpack<Format>::Row row(w, s);
+      uint32_t k = k0;
+      for (; k + Vec::kStep <= k1; k += Vec::kStep, to += Vec::kStep * sizeof(bf16))
+        Vec::store(to, row.weights(k));
+      if (k < k1) Vec::store(to, row.weights_tail(k, k1 - k));
+    }
   }
   // Asks for what of() reads.
   template <int kHint>
-  KT_INLINE void prefetch(const WeightView& w, uint32_t s, bool is_bf16) const {
-    prefetch_bytes<kHint>(begin(w.row(s), is_bf16), bytes(is_bf16));
+  KT_INLINE void prefetch(const WeightView& w, uint32_t s) const {
+    prefetch_bytes<kHint>(begin(w, s), bytes(w));
   }
   // As they are stored.
-  KT_INLINE size_t bytes(bool is_bf16) const {
-    return is_bf16 ? size() * sizeof(bf16) : Format::row_bytes(k1) - Format::row_bytes(k0);
+  KT_INLINE size_t bytes(const WeightView& w) const { return offset(w, k1) - offset(w, k0); }
+
+ private:
+  // Of column k in a row, or of the end of its block.
+  static KT_INLINE size_t offset(const WeightView& w, uint32_t k) {
+    return w.format == FormatId::kBf16 ? k * sizeof(bf16) : row_bytes_of<Format>(w, k);
   }
 };
 inline constexpr size_t kDecodedBytes = 2 * kPanelColumnsMost * sizeof(bf16);
@@ -112,8 +120,8 @@ class BlockFill {
     const NnSlice& slice = block_.slices[slice_];
     const NnTerm& term = *slice.term;
     const uint32_t ahead = row_ + kRowsAhead;
-    if (ahead < slice.s1) columns_.template prefetch<3>(term.w, ahead, term.is_bf16);
-    if (ahead + 1 < slice.s1) columns_.template prefetch<3>(term.w, ahead + 1, term.is_bf16);
+    if (ahead < slice.s1) columns_.template prefetch<3>(term.w, ahead);
+    if (ahead + 1 < slice.s1) columns_.template prefetch<3>(term.w, ahead + 1);
     const std::byte* even = columns_.of(term, row_);
     const std::byte* odd = row_ + 1 < slice.s1 ? columns_.of(term, row_ + 1) : kZeroRow;
     interleave_pair(even, odd, columns_.size(), panel_, at_);
@@ -183,7 +191,7 @@ class BlockAhead : public WorkAhead {
       if (self.fill_.pairs_left()) {
         self.fill_.pair();
       } else {
-        self.next_columns_.template prefetch<2>(self.next_w_, self.asked_++, false);
+        self.next_columns_.template prefetch<2>(self.next_w_, self.asked_++);
       }
     }
   }

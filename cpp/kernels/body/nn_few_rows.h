@@ -134,18 +134,18 @@ class FewRows {
     if (s0 >= args_.terms[i].size()) ++i, s0 = 0;
     if (i < args_.terms.size()) {
       const NnTerm& term = args_.terms[i];
-      ask_for(term.w, s0, term.size(), columns_, term.is_bf16);
+      ask_for(term.w, s0, term.size(), columns_);
     } else {
       const bool any = args_.next_w.data != nullptr;
-      ask_for(args_.next_w, 0, any ? args_.next_n : 0, {args_.next_k0, args_.next_k1, nullptr}, false);
+      ask_for(args_.next_w, 0, any ? args_.next_n : 0, {args_.next_k0, args_.next_k1, nullptr});
     }
   }
-  KT_INLINE void ask_for(const WeightView& w, uint32_t s0, uint32_t end, const WeightColumns<Format>& columns,
-                         bool is_bf16) {
+  KT_INLINE void ask_for(const WeightView& w, uint32_t s0, uint32_t end,
+                         const WeightColumns<Format>& columns) {
     RowsAhead& ahead = step_.ahead;
     ahead.num_rows = smaller(end - s0, kPairsStep);
-    for (uint32_t n = 0; n < ahead.num_rows; ++n) ahead.row[n] = columns.begin(w.row(s0 + n), is_bf16);
-    ahead.row_bytes = columns.bytes(is_bf16);
+    for (uint32_t n = 0; n < ahead.num_rows; ++n) ahead.row[n] = columns.begin(w, s0 + n);
+    ahead.row_bytes = columns.bytes(w);
     ahead.restart();
   }
 
@@ -162,9 +162,9 @@ class FewRows {
       for (uint32_t n = 0; n < kPairsStep; n += Vec::kWidth)
         Vec::store_f(step_.g[m] + n, Vec::load_bf16(g + n));
     }
-    if (!Unpack<Format>::kAsStored && !term.is_bf16) return decoded_step(term, s0, count);
+    if (!columns_.is_stored(term.w)) return decoded_step(term, s0, count);
     for (uint32_t n = 0; n < kPairsStep; ++n)
-      step_.row[n] = n < count ? columns_.begin(term.w.row(s0 + n), term.is_bf16) : kZeroRow;
+      step_.row[n] = n < count ? columns_.begin(term.w, s0 + n) : kZeroRow;
     const uint32_t whole = columns_.size() / kFewColumns;
     groups(0, whole, 0);
     if (whole < groups_) last_group(whole * kFewColumns);

@@ -146,12 +146,16 @@ struct Panel {
 template <class Format, class Product, int kRows>
 void fill_panel(const WeightView& w, uint32_t n, size_t k0, size_t k1, std::byte* panel) {
   for (int r = 0; r < kRows; ++r) {
-    const typename Unpack<Format>::Row row(w, n + static_cast<uint32_t>(r));
     std::byte* to = panel + r * kSegmentBytes;
-    size_t k = k0;
-    for (; k + Product::kStep <= k1; k += Product::kStep, to += kRows * kSegmentBytes)
-      Product::store(to, Product::weights(row, k));
-    if (k < k1) Product::store(to, Product::weights_tail(row, k, k1 - k));
+    if constexpr (std::is_same_v<Format, AnyBlocks>) {
+      AnyBlocks::unpack(w, n + static_cast<uint32_t>(r), k0, k1, to, kRows * kSegmentBytes);
+    } else {
+      const typename Unpack<Format>::Row row(w, n + static_cast<uint32_t>(r));
+      size_t k = k0;
+      for (; k + Product::kStep <= k1; k += Product::kStep, to += kRows * kSegmentBytes)
+        Product::store(to, Product::weights(row, k));
+      if (k < k1) Product::store(to, Product::weights_tail(row, k, k1 - k));
+    }
   }
 }
 
@@ -264,18 +268,20 @@ void dot_block(const NtArgs& args, const GroupBlock& b, bool use_panel, const st
   // What a step takes of a group, in whole cache lines.
   constexpr int kStepBytes = static_cast<int>(
       round_up(div_up(Vec::kRowTile * Format::row_bytes(4096) * Product::kStep, size_t{4096}), kCacheLine));
-  constexpr int kLines = kStepBytes / static_cast<int>(kCacheLine);
+  [[maybe_unused]] constexpr int kLines = kStepBytes / static_cast<int>(kCacheLine);
   const size_t tiles = div_up(args.x.rows, Vec::kTokenTile);
   const auto asking = [&](size_t share) { return Ahead{behind, bytes, kStepBytes / share}; };
   if (use_panel) {
     fill_panel<Format, Product, kRows>(args.w, b.n, b.k0, b.k1, args.scratch);
     const Panel<Product, kRows> panel{args.scratch, b.k0};
-    const size_t share = tiles <= 3 ? 2 : tiles < 8 ? 4 : tiles < 16 ? 8 : 16;
+    const size_t share = tiles == 1 ? 1 : tiles <= 3 ? 2 : tiles < 8 ? 4 : tiles < 16 ? 8 : 16;
     return dot_block<Product, kRows>(args, b, panel, asking(share));
   }
-  if (tiles == 1)
-    return dot_block<Product, kRows>(args, b, InPlace<Format, Product, kRows, kLines>(args.w, b.n),
-                                     asking(1));
+  if constexpr (!std::is_same_v<Format, AnyBlocks>) {  // which always have a panel
+    if (tiles == 1)
+      return dot_block<Product, kRows>(args, b, InPlace<Format, Product, kRows, kLines>(args.w, b.n),
+                                       asking(1));
+  }
   if constexpr (Product::template as_stored<Format>()) {  // else more tiles have a panel
     constexpr int kHalf = (kLines + 1) / 2, kQuarter = (kLines + 3) / 4;
     if (tiles <= 3)
@@ -288,7 +294,7 @@ void dot_block(const NtArgs& args, const GroupBlock& b, bool use_panel, const st
 template <class Format, class Product, int kRows>
 void dot_group(const NtArgs& args, uint32_t n, bool use_panel) {
   const uint32_t k = args.x.k;
-  const size_t row_bytes = Format::row_bytes(k);
+  const size_t row_bytes = row_bytes_of<Format>(args.w, k);
   const bool rows_adjoin = args.w.row_stride_bytes == static_cast<ptrdiff_t>(row_bytes);
   const size_t block_k = (use_panel ? kPanelBlockBytes : kBlockBytes) / Product::kElementBytes;
   const size_t num_blocks = k == 0 ? 1 : div_up(k, block_k);
@@ -304,8 +310,10 @@ void dot_group(const NtArgs& args, uint32_t n, bool use_panel) {
 template <class Format, class Product>
 void nt_rows(const NtArgs& args) {
   // What has to be decoded is decoded once.
-  const bool use_panel =
-      args.x.rows >= (Product::template as_stored<Format>() ? kPanelRows : Vec::kTokenTile + 1);
+  constexpr uint32_t kFrom = std::is_same_v<Format, AnyBlocks>       ? 1
+                             : Product::template as_stored<Format>() ? kPanelRows
+                                                                     : Vec::kTokenTile + 1;
+  const bool use_panel = args.x.rows >= kFrom;
   uint32_t n = args.n0;
   for (; n + Vec::kRowTile <= args.n1; n += Vec::kRowTile)
     dot_group<Format, Product, Vec::kRowTile>(args, n, use_panel);

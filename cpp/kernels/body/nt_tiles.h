@@ -25,8 +25,8 @@ inline constexpr size_t kTileBytes = size_t{kTileRows} * kTileK * sizeof(bf16);
 // Steps of K in a block: long, since waiting in C costs as much as two steps, but 32 rows of it (128 KiB) and
 // the activations must stay in the second-level cache.
 inline constexpr uint32_t kTileBlockSteps = 64;
-// Steps that scratch holds at a time when no other panel will look for them there.
-inline constexpr size_t kRingSteps = 4;
+// The most steps that scratch holds at a time when no other panel will look for them there.
+inline constexpr size_t kMostRingSteps = 16;
 // Up to this many activation rows weights are multiplied in place.
 inline constexpr uint32_t kInPlaceRows = 128;
 
@@ -36,7 +36,7 @@ inline size_t c_floats_tiles(uint32_t m, uint32_t n) { return round_up(m, kPanel
 
 inline size_t nt_scratch_bytes_tiles(uint32_t k) {
   const size_t steps = div_up(k, kTileK);
-  return (steps < kTileBlockSteps ? round_up(steps, kRingSteps) : kTileBlockSteps) * 2 * kTileBytes;
+  return (steps < kTileBlockSteps ? round_up(steps, kMostRingSteps) : kTileBlockSteps) * 2 * kTileBytes;
 }
 
 struct TileBf16 {
@@ -201,6 +201,7 @@ KT_INLINE void decode_tile(WeightView rest, size_t k, std::byte* to, ptrdiff_t l
 // of `ring` steps, a power of two that is more than are brought at a time.
 template <class Format, class Product, int kWeights>
 struct BringToScratch {
+  static constexpr size_t kRingSteps = 4;
   static constexpr size_t kRowBytes = kTileK * sizeof(bf16), kStepBytes = kWeights * kTileBytes;
   static constexpr size_t kSegmentBytes = kRowBytes * Product::kSegment / Product::kStep;
   static constexpr size_t kSteps = 2;  // at a time: a cache line of 4-bit numbers
@@ -374,8 +375,8 @@ void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t ro
   const uint32_t k = args.x.k, panels = static_cast<uint32_t>(div_up(args.x.rows, kPanelColumns));
   const uint32_t first = panels < 2 ? panels : 2;  // panels that meet the weights first
   const bool whole_tiles = Product::template as_stored<Format>() && rows == kWeights * kTileRows;
-  const LinesAhead ahead(args.w, n + kWeights * kTileRows, kWeights * kTileRows, Format::row_bytes(k),
-                         div_up(k, kStep) * div_up(panels, 2));
+  const LinesAhead ahead(args.w, n + kWeights * kTileRows, kWeights * kTileRows,
+                         row_bytes_of<Format>(args.w, k), div_up(k, kStep) * div_up(panels, 2));
   TileGroup group{args, scope, n, rows, ahead, !args.accumulate, false};
   const auto in_place = [&](size_t k0, size_t k1) {
     return TileBlock::in_place(args.w.row(n) + Format::row_bytes(k0), args.w.row_stride_bytes, k0 / kStep,
@@ -402,8 +403,9 @@ void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t ro
     } else {
       if (!is_shared) k1 = k;
       group.is_last = k1 == k;
-      const BringToScratch<Format, Product, kWeights> bring{
-          args.w, n, rows, k0, k1, args.scratch, is_shared ? kTileBlockSteps : kRingSteps};
+      using Bring = BringToScratch<Format, Product, kWeights>;
+      const Bring bring{
+          args.w, n, rows, k0, k1, args.scratch, is_shared ? kTileBlockSteps : Bring::kRingSteps};
       group.multiply<Product, kWeights, Weights::kBrought>(in_scratch(k0, k1), 0, first, bring);
     }
     group.multiply<Product, kWeights, Weights::kFromScratch>(in_scratch(k0, k1), first, panels);

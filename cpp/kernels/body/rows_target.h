@@ -3,6 +3,7 @@
 #define KT_TARGET_REGION
 #include "kernels/body/codes.h"
 #include "formats/all.h"
+#include "kernels/body/blocks.h"
 #include "kernels/body/math.h"
 #include "kernels/body/elements.h"
 #include "kernels/body/activation.h"

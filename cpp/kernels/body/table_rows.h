@@ -20,7 +20,7 @@ const KernelTable& table() {
       .nt_scratch_bytes = nt_scratch_bytes_rows,
       .nt =
           {
-#define KT_FORMAT(id, type) nt_rows<formats::type, Bf16Product>,
+#define KT_FORMAT(id, type) nt_rows<LoopFormat<formats::type>, Bf16Product>,
 #include "formats/formats.inc"
 #undef KT_FORMAT
           },
@@ -43,7 +43,7 @@ const KernelTable& table() {
       .nn_scratch_bytes = nn_scratch_bytes_rows,
       .nn =
           {
-#define KT_FORMAT(id, type) nn_rows<formats::type>,
+#define KT_FORMAT(id, type) nn_rows<LoopFormat<formats::type>>,
 #include "formats/formats.inc"
 #undef KT_FORMAT
           },

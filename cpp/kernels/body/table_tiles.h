@@ -20,7 +20,7 @@ const KernelTable& table() {
       .nt_scratch_bytes = nt_scratch_bytes_tiles,
       .nt =
           {
-#define KT_FORMAT(id, type) nt_tiles<formats::type, TileBf16>,
+#define KT_FORMAT(id, type) nt_tiles<LoopFormat<formats::type>, TileBf16>,
 #include "formats/formats.inc"
 #undef KT_FORMAT
           },
@@ -43,7 +43,7 @@ const KernelTable& table() {
       .nn_scratch_bytes = nn_scratch_bytes_tiles,
       .nn =
           {
-#define KT_FORMAT(id, type) nn_tiles<formats::type>,
+#define KT_FORMAT(id, type) nn_tiles<LoopFormat<formats::type>>,
 #include "formats/formats.inc"
 #undef KT_FORMAT
           },

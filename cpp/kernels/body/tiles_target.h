@@ -1,8 +1,10 @@
 // The bodies of a tile target, in order. Included inside a target's namespace, after its policies.
 
 #define KT_TARGET_REGION
+#define KT_HAS_TILES
 #include "kernels/body/codes.h"
 #include "formats/all.h"
+#include "kernels/body/blocks.h"
 #include "kernels/body/math.h"
 #include "kernels/body/elements.h"
 #include "kernels/body/activation.h"
@@ -14,6 +16,7 @@
 #include "kernels/body/nt_rows.h"
 #include "kernels/body/nt_tiles.h"
 #include "kernels/body/nt_decoded_tile.h"
+#include "kernels/body/nt_blocks.h"
 #include "kernels/body/tiles.h"
 #include "kernels/body/pairs.h"
 #include "kernels/body/nn.h"
@@ -24,4 +27,5 @@
 #include "kernels/body/limits.h"
 #include "kernels/body/limits_tiles.h"
 #include "kernels/body/table_tiles.h"
+#undef KT_HAS_TILES
 #undef KT_TARGET_REGION

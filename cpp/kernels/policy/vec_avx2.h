@@ -67,6 +67,10 @@ struct Vec {
     return _mm_shuffle_epi8(_mm_load_si128(reinterpret_cast<const __m128i*>(table)),
                             _mm_and_si128(spread, _mm_set1_epi8(15)));
   }
+  // table[code] for each code, which is a nibble.
+  static KT_INLINE Codes look_up_each(Codes codes, const int8_t* table) {
+    return _mm_shuffle_epi8(_mm_load_si128(reinterpret_cast<const __m128i*>(table)), codes);
+  }
   // The same of twice as many, the halves by tables of their own.
   static KT_INLINE __m256i look_up(const std::byte* nibbles, const int8_t* low, const int8_t* high) {
     const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
@@ -207,6 +211,15 @@ struct Vec {
   static KT_INLINE Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
   static constexpr bool kFusesFma = true;  // fma rounds once
   static KT_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  // Codes in their order, and as many numbers rounded to bf16.
+  static KT_INLINE void to_floats(Codes codes, Float (&x)[2]) {
+    x[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+    x[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(codes, 8)));
+  }
+  static KT_INLINE void store_rounded(std::byte* p, const Float (&x)[2]) {
+    store_bf16(reinterpret_cast<bf16*>(p), x[0]);
+    store_bf16(reinterpret_cast<bf16*>(p) + kWidth, x[1]);
+  }
   // min and max give their second operand when either is NaN.
   static KT_INLINE Float clamp_above(Float x, Float limit) { return _mm256_min_ps(limit, x); }
   static KT_INLINE Float clamp_below(Float x, Float limit) { return _mm256_max_ps(limit, x); }

@@ -89,6 +89,11 @@ struct Vec {
         _mm512_mask_broadcast_i32x4(first, 0xff00, _mm_load_si128(reinterpret_cast<const __m128i*>(high)));
     return _mm512_shuffle_epi8(tables, spread);
   }
+  // table[code] for each code, which is a nibble.
+  static KT_INLINE Codes look_up_each(Codes codes, const int8_t* table) {
+    const __m128i values = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), codes);
+  }
   // Sixteen bf16 numbers to be looked up by nibbles.
 #if KT_HAS_AVX512_BF16
   // The target has VBMI, whose look-up of bytes takes half of the time of one of words: a number's bytes are
@@ -358,6 +363,18 @@ struct Vec {
   static KT_INLINE Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
   static constexpr bool kFusesFma = true;  // fma rounds once
   static KT_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  // Codes in their order, and as many numbers rounded to bf16.
+  static KT_INLINE void to_floats(Codes codes, Float (&x)[2]) {
+    x[0] = to_floats(_mm256_castsi256_si128(codes)), x[1] = to_floats(_mm256_extracti128_si256(codes, 1));
+  }
+  static KT_INLINE void store_rounded(std::byte* p, const Float (&x)[2]) {
+#if KT_HAS_AVX512_BF16
+    store(p, join_bf16(x[0], x[1]));
+#else
+    store_bf16(reinterpret_cast<bf16*>(p), x[0]);
+    store_bf16(reinterpret_cast<bf16*>(p) + kWidth, x[1]);
+#endif
+  }
   // min and max give their second operand when either is NaN.
   static KT_INLINE Float clamp_above(Float x, Float limit) { return _mm512_min_ps(limit, x); }
   static KT_INLINE Float clamp_below(Float x, Float limit) { return _mm512_max_ps(limit, x); }

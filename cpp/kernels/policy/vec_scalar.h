@@ -62,6 +62,11 @@ struct Vec {
       codes.lane[i] = table[static_cast<int>(nibbles[i / 2]) >> (i % 2 * 4) & 15];
     return codes;
   }
+  // table[code] for each code, which is a nibble.
+  static KT_INLINE Codes look_up_each(Codes codes, const int8_t* table) {
+    for (int8_t& code : codes.lane) code = table[code];
+    return codes;
+  }
   // The numbers of look_up(nibbles, table), which others look up as bf16.
   static constexpr bool kLooksUpScaled = false;
   struct Numbers {
@@ -199,6 +204,13 @@ struct Vec {
   }
   static KT_INLINE void store_bf16(bf16* p, const Float& x) {
     for (size_t i = 0; i < kWidth; ++i) p[i] = to_bf16(x.lane[i]);
+  }
+  // Codes in their order, and as many numbers rounded to bf16.
+  static KT_INLINE void to_floats(const Codes& codes, Float (&x)[1]) {
+    for (size_t i = 0; i < kWidth; ++i) x[0].lane[i] = codes.lane[i];
+  }
+  static KT_INLINE void store_rounded(std::byte* p, const Float (&x)[1]) {
+    store_bf16(reinterpret_cast<bf16*>(p), x[0]);
   }
   // p[2 i] = even[i], p[2 i + 1] = odd[i]
   static KT_INLINE void store_bf16_pairs(bf16* p, const Float& even, const Float& odd) {

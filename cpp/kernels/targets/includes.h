@@ -15,6 +15,7 @@
 #include "core/aligned_buffer.h"
 #include "core/types.h"
 #include "formats/all.h"
+#include "formats/registry.h"
 #include "kernels/contract.h"
 #include "kernels/contract_quantize.h"
 #include "kernels/contract_training.h"

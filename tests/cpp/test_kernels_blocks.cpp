@@ -1,0 +1,173 @@
+// Products by weights in blocks: those of their decoded rows in bf16, to the bit, on every instruction set.
+#include <numeric>
+
+#include "formats/registry.h"
+#include "kernel_helpers.h"
+#include "kernels/contract_training.h"
+
+using namespace ktmoe;
+using namespace ktmoe::test;
+
+namespace {
+
+// A format, and where its blocks have numbers in float16.
+struct BlockKind {
+  FormatId format;
+  std::vector<size_t> halves;
+};
+const std::vector<BlockKind> kKinds = {
+    {FormatId::kF32, {}},    {FormatId::kF16, {0}},     {FormatId::kQ4_0, {0}},   {FormatId::kQ4_1, {0, 2}},
+    {FormatId::kQ5_0, {0}},  {FormatId::kQ5_1, {0, 2}}, {FormatId::kQ8_0, {0}},   {FormatId::kQ2K, {80, 82}},
+    {FormatId::kQ3K, {108}}, {FormatId::kQ4K, {0, 2}},  {FormatId::kQ5K, {0, 2}}, {FormatId::kQ6K, {208}},
+    {FormatId::kIq4Nl, {0}}, {FormatId::kIq4Xs, {0}},
+};
+
+// Rows of any codes, their numbers in float16 of sizes between 2^-14 and 2.
+class BlockMatrix {
+ public:
+  BlockMatrix(const BlockKind& kind, uint32_t rows, uint32_t k, uint32_t gap, Random& random)
+      : format_(kind.format),
+        k_(k),
+        stride_(format_row_bytes(kind.format, k) + gap),
+        bytes_(rows * stride_ - gap) {
+    const size_t block = format_block(format_), block_bytes = format_row_bytes(format_, block);
+    for (uint32_t n = 0; n < rows; ++n) {
+      std::byte* row = bytes_.data() + n * stride_;
+      for (size_t i = 0; i < format_row_bytes(format_, k); ++i)
+        row[i] = static_cast<std::byte>(random.below(256));
+      for (size_t at = 0; at < k; at += block, row += block_bytes) {
+        for (size_t half : kind.halves) row[half + 1] = static_cast<std::byte>(random.bits() & 0xbf);
+        if (format_ == FormatId::kF32) row[3] = static_cast<std::byte>((random.bits() & 0x83) | 0x3c);
+      }
+    }
+  }
+  WeightView view() const {
+    WeightView w{bytes_.data(), static_cast<ptrdiff_t>(stride_), k_};
+    w.format = format_;
+    return w;
+  }
+  // The same weights in bf16, by the scalar truth.
+  Matrix decoded(uint32_t rows) const {
+    std::vector<float> values(size_t{rows} * k_);
+    for (uint32_t n = 0; n < rows; ++n)
+      with_format(format_, [&](auto f) { decltype(f)::decode(view(), n, values.data() + size_t{n} * k_); });
+    return Matrix(rows, k_, Layout::kTight, [&, i = size_t{0}]() mutable { return values[i++]; });
+  }
+
+ private:
+  FormatId format_;
+  uint32_t k_;
+  size_t stride_;
+  Guarded<std::byte> bytes_;
+};
+
+std::vector<float> nt_product(const KernelTable& table, const Operand& x, const WeightView& w, uint32_t n0,
+                              uint32_t n1) {
+  const Guarded<float> c = Guarded<float>::on_cache_line(table.c_floats(x.rows, n1 - n0));
+  const auto scratch = Guarded<std::byte>::on_cache_line(table.nt_scratch_bytes(x.k));
+  kernels::NtArgs args;
+  args.x = x, args.w = w, args.n0 = n0, args.n1 = n1, args.c = c.data(), args.scratch = scratch.data();
+  table.nt[static_cast<size_t>(w.format)](args);
+  const Guarded<float> y(size_t{x.rows} * (n1 - n0));
+  kernels::StoreRowsArgs store;
+  store.c = c.data(), store.m = x.rows, store.n = n1 - n0, store.y = y.data(), store.y_stride = n1 - n0;
+  table.store_rows(store);
+  return {y.begin(), y.end()};
+}
+
+std::vector<float> nn_product(const KernelTable& table, FormatId format,
+                              std::span<const kernels::NnTerm> terms, uint32_t k0, uint32_t k1) {
+  const auto scratch = Guarded<std::byte>::on_cache_line(table.nn_scratch_bytes());
+  const uint32_t m = terms[0].g.rows;
+  const Guarded<float> c(size_t{m} * (k1 - k0));
+  kernels::NnArgs args;
+  args.terms = terms, args.k0 = k0, args.k1 = k1;
+  args.c = c.data(), args.c_stride = k1 - k0, args.scratch = scratch.data();
+  table.nn[static_cast<size_t>(format)](args);
+  return {c.begin(), c.end()};
+}
+
+// Rows of this length and others of whole blocks.
+std::vector<uint32_t> lengths(FormatId format) {
+  if (format_block(format) == 256) return {256, 512, 768, 2304};
+  if (format_block(format) == 32) return {32, 64, 96, 256, 288, 704, 2080};
+  return {1, 31, 32, 33, 100, 256, 257, 513, 2050};
+}
+
+std::string text(const KernelTable& table, FormatId format, uint32_t m, uint32_t n, uint32_t k) {
+  return std::string(isa_name(table.isa)) + ", " + std::string(format_name(format)) + ": M " +
+         std::to_string(m) + ", N " + std::to_string(n) + ", K " + std::to_string(k);
+}
+
+}  // namespace
+
+TEST_CASE("blocks: the kinds that are tested are all there are") {
+  size_t count = 0;
+  for (size_t i = 0; i < kNumFormats; ++i) count += format_is_blocks(static_cast<FormatId>(i));
+  CHECK(count == kKinds.size());
+}
+
+TEST_CASE("blocks: rows dot rows are those of the decoded weights") {
+  for (const KernelTable* table : usable_tables()) {
+    Random random(50);
+    for (const BlockKind& kind : kKinds) {
+      for (uint32_t k : lengths(kind.format)) {
+        for (uint32_t m : {1u, 3u, 16u, 17u, 40u}) {
+          const uint32_t n = 16 + random.below(49), n0 = n > 32 ? 32 : 0;
+          INFO(text(*table, kind.format, m, n, k));
+          const Matrix x(m, k, Layout::kAligned, [&] { return random.wide(); });
+          const BlockMatrix w(kind, n, k, random.below(2) * 5, random);
+          const Matrix decoded = w.decoded(n);
+          WeightView in_bf16 = decoded.weights();
+          in_bf16.k = k;
+          const Packed packed(*table, x.activations(), m, k);
+          CHECK(first_difference(nt_product(*table, packed.operand, w.view(), n0, n),
+                                 nt_product(*table, packed.operand, in_bf16, n0, n)) == -1);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("blocks: sums over rows are those of the decoded weights, bf16 and other blocks beside them") {
+  for (const KernelTable* table : usable_tables()) {
+    Random random(51);
+    for (size_t i = 0; i < kKinds.size(); ++i) {
+      const BlockKind &kind = kKinds[i], &beside = kKinds[(i + 1) % kKinds.size()];
+      for (uint32_t m : {1u, 5u, 13u, 40u}) {
+        const uint32_t n = 1 + random.below(100), k = 768, k0 = random.below(20) * kernels::kOutputBlock,
+                       k1 = k0 + 1 + random.below(k - k0);
+        INFO(text(*table, kind.format, m, n, k), ", columns ", k0, " to ", k1);
+        const Matrix g(m, n, Layout::kAligned, [&] { return random.wide(); });
+        const BlockMatrix first(kind, n, k, 0, random), second(beside, n, k, 3, random);
+        const Matrix first_bf16 = first.decoded(n), second_bf16 = second.decoded(n);
+        const Matrix adapter(n, k, Layout::kTight, [&] { return random.wide(); });
+        const auto memory = Guarded<std::byte>::on_cache_line(table->left_bytes(m, n));
+        const Operand left = table->pack_left(g.activations(), m, n, memory.data());
+        const kernels::NnTerm encoded[] = {
+            {left, 0, n, first.view()}, {left, 0, n, adapter.weights()}, {left, 0, n, second.view()}};
+        const kernels::NnTerm plain[] = {{left, 0, n, first_bf16.weights()},
+                                         {left, 0, n, adapter.weights()},
+                                         {left, 0, n, second_bf16.weights()}};
+        CHECK(first_difference(nn_product(*table, kind.format, encoded, k0, k1),
+                               nn_product(*table, FormatId::kBf16, plain, k0, k1)) == -1);
+      }
+    }
+  }
+}
+
+TEST_CASE("float16: every number is what it is defined to be") {
+  int wrong = 0;
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    const uint32_t exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const float value = half_to_float(static_cast<uint16_t>(bits)), sign = bits & 0x8000 ? -1.0f : 1.0f;
+    if (exponent == 31) {
+      wrong += fraction ? !std::isnan(value) : value != sign * INFINITY;
+    } else {
+      const float size = exponent ? static_cast<float>(1024 + fraction) : static_cast<float>(fraction);
+      const float expected = sign * std::ldexp(size, static_cast<int>(exponent ? exponent : 1) - 25);
+      wrong += !same_bits(value, expected);
+    }
+  }
+  CHECK(wrong == 0);
+}
