@@ -30,7 +30,7 @@ class Matrix:
     """A matrix as its file has it, and as the loader must hand it on."""
 
     tensors: dict[str, AnyArray]  # by what their names have behind the projection's
-    codes: AnyArray  # uint8 [N, row_bytes]
+    codes: AnyArray  # uint8 [N, row_bytes]; of GPTQ int32 [K / 8, N]
     scale: AnyArray
     factor: float | None = None
 
@@ -95,6 +95,22 @@ def _rawint4(dtype: Any) -> Draw:
     return draw
 
 
+def _gptq(group_size: int, dtype: Any, zero: int, *, order: bool = True) -> Draw:
+    """A group size of -1 is all of K; `zero` is what is stored for the zero 8."""
+
+    def draw(rng: np.random.Generator, n: int, k: int) -> Matrix:
+        size = k if group_size == -1 else group_size
+        codes = rng.integers(-(2**31), 2**31, (k // 8, n), np.int32)
+        scale = _floats(rng, (-(-k // size), n), BF16).astype(dtype)
+        zeros = np.full((len(scale), n // 2), zero * 0x11, np.uint8).view(np.int32)
+        tensors = {".qweight": codes, ".scales": scale, ".qzeros": zeros}
+        if order:
+            tensors[".g_idx"] = (np.arange(k) // size).astype(np.int32)
+        return Matrix(tensors, codes, scale.astype(np.float16))
+
+    return draw
+
+
 def _nvfp4(codes_name: str, factor_name: str, shape: tuple[int, ...]) -> Draw:
     def draw(rng: np.random.Generator, n: int, k: int) -> Matrix:
         codes, scale = _bytes(rng, n, k // 2), _bytes(rng, n, k // 16)
@@ -124,6 +140,9 @@ ENCODINGS: dict[str, tuple[str, Draw]] = {
     "mxfp8_e8m0": ("MXFP8", _groups(".weight", ".weight_scale", E4M3, E8M0, bits=8)),
     "rawint4": ("RAWINT4", _rawint4(np.int64)),
     "rawint4_i32": ("RAWINT4", _rawint4(np.int32)),
+    "gptq": ("GPTQ_INT4", _gptq(64, np.float16, 7)),
+    "gptq_bf16": ("GPTQ_INT4", _gptq(32, BF16, 7, order=False)),
+    "gptq_v2": ("GPTQ_INT4", _gptq(-1, np.float16, 8)),
     "mxfp4_packed": ("MXFP4", _groups(".weight_packed", ".weight_scale", np.uint8, np.uint8, bits=4)),
     "mxfp4_packed_e8m0": ("MXFP4", _groups(".weight_packed", ".weight_scale", np.uint8, E8M0, bits=4)),
     "mxfp4_deepseek_v4": ("MXFP4", _groups(".weight", ".scale", np.int8, E8M0, bits=4)),

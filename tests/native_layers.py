@@ -14,13 +14,23 @@ from ktmoe_np.config import parse_activation
 from ktmoe_np.reference import (
     decode_fp8,
     decode_fp8_perchannel,
+    decode_gguf,
+    decode_gptq_int4,
     decode_mxfp4,
     decode_mxfp8,
     decode_nvfp4,
     decode_rawint4,
 )
 
-__all__ = ["METHODS", "NativeLayer", "draw_native_layer"]
+__all__ = [
+    "GGUF_BLOCKS",
+    "IN_PLACE",
+    "METHODS",
+    "WITH_SCALES",
+    "NativeLayer",
+    "draw_gguf",
+    "draw_native_layer",
+]
 
 AnyArray = Any
 Drawn = tuple[dict[str, AnyArray], Any]  # arguments behind the projection's name, and the decoded matrices
@@ -81,6 +91,15 @@ def _rawint4(rng: np.random.Generator, size: float, e: int, n: int, k: int) -> D
     return {"proj": given, "scale": scale}, decode_rawint4(codes, scale, k)
 
 
+def _gptq_int4(rng: np.random.Generator, size: float, e: int, n: int, k: int) -> Drawn:
+    """Groups of one of the sizes that there are, and scales in either dtype."""
+    group_size = int(rng.choice([32, 64, 128, k]))
+    codes = rng.integers(-(2**31), 2**31, (e, k // 8, n), np.int32)
+    scale = _scales(rng, size / 4.6, e, -(-k // group_size), n)
+    scale = scale.astype((np.float16, bf16)[rng.integers(2)])
+    return {"proj": codes, "scale": scale}, decode_gptq_int4(codes, scale)
+
+
 def _mxfp4(rng: np.random.Generator, size: float, e: int, n: int, k: int) -> Drawn:
     codes, scale = _nibbles(rng, e, n, k), _powers(rng, size / 2.9, e, n, -(-k // 32))
     given = scale.view(ml_dtypes.float8_e8m0fnu)
@@ -94,16 +113,63 @@ def _nvfp4(rng: np.random.Generator, size: float, e: int, n: int, k: int) -> Dra
     return given, decode_nvfp4(codes, scale, whole, k)
 
 
+#: Of GGUF's types: values and bytes of a block, where its numbers in float16 are, and about how large a
+#: weight is when those are 1.
+GGUF_BLOCKS: dict[str, tuple[int, int, tuple[int, ...], float]] = {
+    "q4_0": (32, 18, (0,), 4.6),
+    "q4_1": (32, 20, (0, 2), 8.8),
+    "q5_0": (32, 22, (0,), 9.2),
+    "q5_1": (32, 24, (0, 2), 18.0),
+    "q8_0": (32, 34, (0,), 74.0),
+    "iq4_nl": (32, 18, (0,), 63.0),
+    "q2_k": (256, 84, (80, 82), 18.0),
+    "q3_k": (256, 110, (108,), 42.0),
+    "q4_k": (256, 144, (0, 2), 330.0),
+    "q5_k": (256, 176, (0, 2), 660.0),
+    "q6_k": (256, 210, (208,), 1360.0),
+    "iq4_xs": (256, 136, (0,), 1160.0),
+}
+
+
+def draw_gguf(rng: np.random.Generator, name: str, size: float, e: int, n: int, k: int) -> Drawn:
+    """Any codes of a type; with it, the arguments that it is loaded from."""
+    if name in ("f32", "f16", "bf16"):
+        values = size * rng.standard_normal((e, n, k), np.float32)
+        rows = values.astype({"f32": np.float32, "f16": np.float16, "bf16": bf16}[name]).view(np.uint8)
+        return {"proj": rows, "format": name}, decode_gguf(rows, name)
+    block, block_bytes, halves, typical = GGUF_BLOCKS[name]
+    rows = rng.integers(0, 256, (e, n, k // block, block_bytes), np.uint8)
+    for at in halves:
+        scale = _scales(rng, size / typical, *rows.shape[:3]).astype("<f2")
+        rows[..., at : at + 2] = scale[..., None].view(np.uint8)
+    rows = rows.reshape(e, n, -1)
+    return {"proj": rows, "format": name.upper()}, decode_gguf(rows, name)
+
+
+def _llamafile(rng: np.random.Generator, size: float, e: int, n: int, k: int) -> Drawn:
+    """One of the types whose blocks rows can be made of."""
+    fitting = ["f32", "f16", "bf16", *(name for name in GGUF_BLOCKS if k % GGUF_BLOCKS[name][0] == 0)]
+    return draw_gguf(rng, str(rng.choice(fitting)), size, e, n, k)
+
+
 _DRAW: dict[str, Callable[[np.random.Generator, float, int, int, int], Drawn]] = {
     "FP8": _fp8,
     "FP8_PERCHANNEL": _fp8_perchannel,
     "MXFP8": _mxfp8,
     "RAWINT4": _rawint4,
+    "GPTQ_INT4": _gptq_int4,
     "MXFP4": _mxfp4,
     "NVFP4": _nvfp4,
+    "LLAMAFILE": _llamafile,
 }
 
 METHODS = tuple(_DRAW)
+
+#: The methods that hold the arrays that they are given; of the other, rows are converted.
+IN_PLACE = tuple(method for method in METHODS if method != "GPTQ_INT4")
+
+#: The methods of `NativeMoEWrapper`, whose scales are arrays of their own.
+WITH_SCALES = tuple(method for method in METHODS if method != "LLAMAFILE")
 
 
 def draw_native_layer(
@@ -116,7 +182,12 @@ def draw_native_layer(
     *,
     with_biases: bool = False,
 ) -> NativeLayer:
-    """Any codes, with scales that keep gate, up and outputs about as large as those of `draw_layer`."""
+    """Any codes, with scales that keep gate, up and outputs about as large as those of `draw_layer`.
+
+    Sizes are those asked for, or the next that the method takes.
+    """
+    if method in ("GPTQ_INT4", "LLAMAFILE"):
+        inter_size, hidden_size = -(-inter_size // 32) * 32, -(-hidden_size // 32) * 32
     plain = draw_layer(rng, num_experts, inter_size, hidden_size, activation, with_biases=with_biases)
     first, last = (num_experts, inter_size, hidden_size), (num_experts, hidden_size, inter_size)
     shapes = {"gate": first, "up": first, "down": last}

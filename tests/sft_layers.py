@@ -295,7 +295,10 @@ def _encoded(engine: Any, student: Student) -> dict[str, Any]:
     fmt = find_method(method, "sft").formats.get(group_size)
     encoded: dict[str, Any] = {}
     if isinstance(student.layer, NativeLayer):
-        return _in_encoding(NATIVE_FORMATS[find_method(method, "sft").weights], student.layer)
+        weights = find_method(method, "sft").weights
+        if weights == "gguf":
+            return _in_blocks(student.layer)
+        return _in_encoding(NATIVE_FORMATS[weights], student.layer)
     for name, matrix in zip(("gate", "up", "down"), student.layer.matrices, strict=True):
         if fmt is None or matrix is None:
             encoded[f"{name}_proj"] = matrix
@@ -313,6 +316,16 @@ def _in_encoding(fmt: NativeFormat, layer: NativeLayer) -> dict[str, Any]:
             made = fmt.matrices(name, *given, matrix.shape)
             parts = {"proj": made.codes, "scales": made.scales, "scale": made.row_scale}
             encoded |= {f"{name}_{role}": part for role, part in parts.items()}
+    return encoded
+
+
+def _in_blocks(layer: NativeLayer) -> dict[str, Any]:
+    encoded = dict(layer.arguments)
+    for name in ("gate", "up", "down"):
+        if f"{name}_format" in encoded:
+            encoded[f"{name}_format"] = encoded[f"{name}_format"].lower()
+            if encoded[f"{name}_format"] == "bf16":
+                encoded[f"{name}_proj"] = encoded[f"{name}_proj"].view(bf16)
     return encoded
 
 

@@ -10,17 +10,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 from layers import assert_same_bits, bf16, draw_batch, draw_layer
-from native_layers import METHODS, NativeLayer, draw_native_layer
+from native_layers import IN_PLACE, NativeLayer, draw_native_layer
+from native_layers import WITH_SCALES as METHODS
 
 import ktmoe_np._native
 import ktmoe_np._native_formats
 from ktmoe_np import KTMoEWrapper
 
-E, I, H = 3, 48, 96  # noqa: E741
+E, I, H = 3, 64, 96  # noqa: E741
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
-#: As what codes and scales are asked for, and how many columns of codes share a scale; None: a row.
+#: As what codes and scales are asked for, and how many columns of codes share a scale; None: a row. Not of
+#: GPTQ_INT4, whose rows do not lie together.
 EXPECTED: dict[str, tuple[str, str, int | None]] = {
     "FP8": ("float8_e4m3fn", "float32", 128),
     "FP8_PERCHANNEL": ("float8_e4m3fn", "float32", None),
@@ -33,8 +35,12 @@ EXPECTED: dict[str, tuple[str, str, int | None]] = {
 
 def expected(method: str, name: str) -> str:
     """What the message about an argument asks for."""
-    codes, scale, group = EXPECTED[method]
     rows, columns = (H, I) if name.startswith("down") else (I, H)
+    if method == "GPTQ_INT4":
+        if name.endswith("_proj"):
+            return f"int32 {[E, columns // 8, rows]}"
+        return f"float16 [{E}, G, {rows}] with G = {'2 or 1' if columns == 64 else '3 or 2 or 1'}"
+    codes, scale, group = EXPECTED[method]
     if name.endswith("_proj"):
         return f"{codes} {[E, rows, columns if codes != 'uint8' else columns // 2]}"
     shared = 128 if method == "FP8" else 1
@@ -133,8 +139,8 @@ def test_what_is_no_array_is_refused(method: str, name: str) -> None:
 def test_gaps_in_the_last_axis_are_refused_where_they_matter(method: str, name: str) -> None:
     layer = native_layer(method)
     apart = np.repeat(layer.arguments[name], 2, axis=-1)[..., ::2]
-    if name.endswith("_scale") and method in ("FP8", "FP8_PERCHANNEL"):
-        # One number has no gaps, and scales of rows are put together.
+    if method not in IN_PLACE or (name.endswith("_scale") and method in ("FP8", "FP8_PERCHANNEL")):
+        # What is converted may lie anyhow, one number has no gaps, and scales of rows are put together.
         assert_same_weights(method, {**layer.arguments, name: apart})
         return
     message = f"{name}: the last axis has gaps, expected it contiguous"
@@ -189,19 +195,19 @@ WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         "FP8",
         {"gate_proj": np.zeros((E, I, H), np.float32)},
         TypeError,
-        "gate_proj: got float32 [3, 48, 96], expected float8_e4m3fn [3, 48, 96]",
+        "gate_proj: got float32 [3, 64, 96], expected float8_e4m3fn [3, 64, 96]",
     ),
     "codes of another width": (
         "MXFP4",
         {"up_proj": np.zeros((E, I, H), np.uint8)},
         ValueError,
-        "up_proj: got uint8 [3, 48, 96], expected uint8 [3, 48, 48]",
+        "up_proj: got uint8 [3, 64, 96], expected uint8 [3, 64, 48]",
     ),
     "packed codes of another width": (
         "RAWINT4",
         {"down_proj": np.zeros((E, H, 5), np.int32)},
         ValueError,
-        "down_proj: got int32 [3, 96, 5], expected uint8 [3, 96, 24]",
+        "down_proj: got int32 [3, 96, 5], expected uint8 [3, 96, 32]",
     ),
     "another number of arrays": (
         "MXFP8",
@@ -221,7 +227,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         "RAWINT4",
         {"up_scale": np.ones((E, I, H // 32), np.float32)},
         TypeError,
-        "up_scale: got float32 [3, 48, 3], expected bfloat16 [3, 48, 3]",
+        "up_scale: got float32 [3, 64, 3], expected bfloat16 [3, 64, 3]",
     ),
     "a scale of another shape": (
         "FP8",
@@ -233,7 +239,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         "FP8_PERCHANNEL",
         {"down_scale": np.ones((E, I), np.float32)},
         ValueError,
-        "down_scale: got float32 [3, 48, 1], expected float32 [3, 96, 1]",
+        "down_scale: got float32 [3, 64, 1], expected float32 [3, 96, 1]",
     ),
     "a scale of matrices where there is none": (
         "MXFP4",
@@ -265,6 +271,24 @@ WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         ValueError,
         "up_global_scale: got float32 [3, 1], expected float32 [3]",
     ),
+    "a scale that float16 does not have": (
+        "GPTQ_INT4",
+        {"gate_scale": np.full((E, 3, I), 2.0**20, bf16)},
+        ValueError,
+        "gate_scale: got 1.04858e+06 in bfloat16, expected numbers that float16 has",
+    ),
+    "groups of 16": (
+        "GPTQ_INT4",
+        {"up_scale": np.ones((E, 6, I), np.float16)},
+        ValueError,
+        "up_scale: got float16 [3, 6, 64], expected float16 [3, G, 64] with G = 3 or 2 or 1",
+    ),
+    "GPTQ of eight bits": (
+        "GPTQ_INT4",
+        {"gate_proj": np.zeros((E, H // 4, I), np.int32)},
+        ValueError,
+        "gate_proj: got int32 [3, 24, 64], expected int32 [3, 12, 64]",
+    ),
     "a map beyond the experts": (
         "FP8",
         {"physical_to_logical_map": np.array([0, 1, 3])},
@@ -287,19 +311,19 @@ WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         "FP8",
         {"gate_proj": np.zeros((E, I, H), np.int8)},
         TypeError,
-        "gate_proj: got int8 [3, 48, 96], expected float8_e4m3fn [3, 48, 96]",
+        "gate_proj: got int8 [3, 64, 96], expected float8_e4m3fn [3, 64, 96]",
     ),
     "powers of two where E4M3 are scales": (
         "NVFP4",
         {"gate_scale": np.zeros((E, I, H // 16), ml_dtypes.float8_e8m0fnu)},
         TypeError,
-        "gate_scale: got float8_e8m0fnu [3, 48, 6], expected float8_e4m3fn [3, 48, 6]",
+        "gate_scale: got float8_e8m0fnu [3, 64, 6], expected float8_e4m3fn [3, 64, 6]",
     ),
     "a bias of another shape": (
         "RAWINT4",
         {"down_bias": np.zeros((E, I), np.float32)},
         ValueError,
-        "down_bias: got float32 [3, 48], expected float32 or bfloat16 [3, 96]",
+        "down_bias: got float32 [3, 64], expected float32 or bfloat16 [3, 96]",
     ),
 }
 
@@ -336,6 +360,7 @@ DTYPES = {
     "FP8_PERCHANNEL": {"proj": (np.uint8, ml_dtypes.float8_e4m3fn)},
     "MXFP8": {"proj": (np.uint8, ml_dtypes.float8_e4m3fn), "scale": (np.uint8, ml_dtypes.float8_e8m0fnu)},
     "RAWINT4": {"proj": (np.uint8, np.int32), "scale": (bf16,)},
+    "GPTQ_INT4": {},
     "MXFP4": {"proj": (np.uint8, np.int8), "scale": (np.uint8, ml_dtypes.float8_e8m0fnu)},
     "NVFP4": {"proj": (np.uint8, np.int8), "scale": (np.uint8, ml_dtypes.float8_e4m3fn)},
 }

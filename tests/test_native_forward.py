@@ -14,7 +14,7 @@ from layers import ACTIVATIONS, IS_SLOW, assert_close, assert_same_bits, bf16, d
 from native_layers import METHODS, draw_native_layer
 
 from ktmoe_np import KTMoEWrapper
-from ktmoe_np.reference import decode_mxfp4, decode_mxfp8, decode_rawint4
+from ktmoe_np.reference import decode_gptq_int4, decode_mxfp4, decode_mxfp8, decode_rawint4
 
 SIZES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 45, 63, 64, 65, 70, 95, 100, 128, 129, 160, 257)
 TOKENS = (0, 1, 2, 3, 4, 5, 7, 13, 14, 16, 17, 33, 65)
@@ -71,16 +71,16 @@ def test_an_expert_that_another_map_names_is_that_expert(method: str) -> None:
 @every_method
 def test_arrays_for_each_expert_with_rows_apart(method: str) -> None:
     rng = np.random.default_rng(4)
-    layer = draw_native_layer(rng, method, 3, 48, 96)
+    layer = draw_native_layer(rng, method, 3, 64, 96)
     batch = draw_batch(rng, layer, 9, 2)
     apart = {}
     for name, array in layer.arguments.items():
         apart[name] = array
-        if array.ndim == 3 and name.endswith("_proj"):
+        if name.endswith("_proj") and array.ndim == 3:
             wide = np.zeros((3, array.shape[1], 2, array.shape[2]), array.dtype)
             wide[:, :, 1] = array
             apart[name] = list(wide[:, :, 1])
-    moe = KTMoEWrapper(0, 3, 2, 96, 48, method=method)
+    moe = KTMoEWrapper(0, 3, 2, 96, 64, method=method)
     moe.load_weights_from_tensors(**apart)
     assert_same_bits(moe.forward(*batch), layer.forward(batch, method=method))
 
@@ -178,6 +178,37 @@ def test_scales_of_any_size(method: str, num_tokens: int) -> None:
     assert_close(
         moe.forward(x, batch.ids, batch.weights), replace(layer, gate_proj=gate), batch._replace(x=x)
     )
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20])
+def test_scales_of_all_of_float16(num_tokens: int) -> None:
+    """From the smallest that is not normal to the largest, times all codes."""
+    rng = np.random.default_rng(8)
+    layer = draw_native_layer(rng, "GPTQ_INT4", 1, 64, 96, "relu2")
+    bits = np.linspace(1, 0x7BFF, 64).round().astype(np.uint16)
+    scale = np.repeat(bits.view(np.float16)[None, None], 3, axis=1)
+    numbers = rng.integers(-(2**31), 2**31, (1, 12, 64), np.int32)
+    moe = KTMoEWrapper(0, 1, 1, 96, 64, method="GPTQ_INT4", activation="relu2")
+    moe.load_weights_from_tensors(**{**layer.arguments, "gate_proj": numbers, "gate_scale": scale})
+    batch = draw_batch(rng, layer, num_tokens, 1)
+    x = np.zeros((num_tokens, 96), bf16)
+    x[np.arange(num_tokens), rng.integers(0, 96, num_tokens)] = 1
+    assert_close(
+        moe.forward(x, batch.ids, batch.weights),
+        replace(layer, gate_proj=decode_gptq_int4(numbers, scale)),
+        batch._replace(x=x),
+    )
+
+
+def test_what_is_converted_may_be_written_to_afterwards() -> None:
+    rng = np.random.default_rng(9)
+    layer = draw_native_layer(rng, "GPTQ_INT4", 2, 64, 96)
+    batch = draw_batch(rng, layer, 5, 2)
+    moe = layer.wrapper(2, method="GPTQ_INT4")
+    before = moe.forward(*batch)
+    for array in layer.arguments.values():
+        array[...] = 0
+    assert_same_bits(moe.forward(*batch), before)
 
 
 def test_bfloat16_has_no_scales() -> None:

@@ -36,8 +36,8 @@ def assert_same(experts: NativeExperts, layer: Layer) -> None:
         projection = experts.projections[name]
         assert len(projection.codes) == len(projection.scale) == len(matrices)
         for codes, scale, matrix in zip(projection.codes, projection.scale, matrices, strict=True):
-            assert codes.dtype == np.uint8
-            assert codes.strides[1] == 1
+            assert codes.dtype == matrix.codes.dtype
+            assert codes.strides[1] == codes.itemsize
             assert np.array_equal(codes, matrix.codes)
             assert scale.dtype == matrix.scale.dtype
             assert scale.shape == matrix.scale.shape
@@ -72,7 +72,7 @@ def test_every_encoding(tmp_path: Path, encoding: str) -> None:
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
-@pytest.mark.parametrize("encoding", ["fp8", "rawint4", "mxfp4_deepseek_v4", "nvfp4_modelopt"])
+@pytest.mark.parametrize("encoding", ["fp8", "rawint4", "gptq", "mxfp4_deepseek_v4", "nvfp4_modelopt"])
 def test_every_naming(tmp_path: Path, encoding: str, naming: str) -> None:
     layer = draw_layer(encoding, E, I, H, naming)
     put_layer(tmp_path, layer)
@@ -112,13 +112,14 @@ def test_nothing_is_copied(tmp_path: Path, encoding: str) -> None:
     def is_view(array: np.ndarray) -> bool:
         return any(np.shares_memory(array, tensor) for tensor in files)
 
-    converted = encoding in ("fp8_bf16", "fp8_channel_bf16", "fp8_deepseek_v4", "fp8_tensor")
+    converted = encoding in ("fp8_bf16", "fp8_channel_bf16", "fp8_deepseek_v4", "fp8_tensor", "gptq_bf16")
     for name, projection in experts.projections.items():
         assert all(is_view(codes) and not codes.flags.writeable for codes in projection.codes)
         interleaved = encoding == "gpt_oss" and name != "down_proj"
         assert [is_view(scale) for scale in projection.scale] == [not (converted or interleaved)] * E
-        row_bytes = projection.codes[0].shape[1]
-        assert projection.codes[0].strides == ((2 if interleaved else 1) * row_bytes, 1)
+        first = projection.codes[0]
+        row_bytes = first.shape[1] * first.itemsize
+        assert first.strides == ((2 if interleaved else 1) * row_bytes, first.itemsize)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -135,9 +136,18 @@ def test_misaligned_tensors(tmp_path: Path, encoding: str) -> None:
             assert all(any(np.shares_memory(c, file) for file in files) for c in projection.codes)
 
 
-@pytest.mark.parametrize("encoding", ["fp8", "rawint4", "nvfp4_packed"])
+@pytest.mark.parametrize("encoding", ["fp8", "rawint4", "gptq", "nvfp4_packed"])
 def test_biases_of_separate_experts(tmp_path: Path, encoding: str) -> None:
     layer = draw_layer(encoding, E, I, H, biases=True)
+    put_layer(tmp_path, layer)
+    assert_same(load_native(tmp_path, LAYER, config_of(E, I, H)), layer)
+
+
+def test_biases_of_several_dtypes(tmp_path: Path) -> None:
+    layer = draw_layer("fp8", E, I, H, biases=True)
+    for e, dtype in enumerate((np.float16, np.float32)):
+        name = f"model.layers.{LAYER}.mlp.experts.{e}.up_proj.bias"
+        layer.tensors[name] = layer.tensors[name].astype(dtype)
     put_layer(tmp_path, layer)
     assert_same(load_native(tmp_path, LAYER, config_of(E, I, H)), layer)
 
@@ -151,6 +161,14 @@ def test_scalars_of_both_shapes(tmp_path: Path, encoding: str, shape: tuple[int,
             layer.tensors[name] = array.reshape(shape)
     put_layer(tmp_path, layer)
     assert_same(load_native(tmp_path, LAYER, config_of(E, I, H)), layer)
+
+
+@pytest.mark.parametrize("encoding", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize(("inter", "hidden"), [(704, 288), (32, 64)])
+def test_last_groups_in_part(tmp_path: Path, encoding: str, inter: int, hidden: int) -> None:
+    layer = draw_layer(encoding, 2, inter, hidden)
+    put_layer(tmp_path, layer)
+    assert_same(load_native(tmp_path, LAYER, config_of(2, inter, hidden)), layer)
 
 
 def test_a_factor_of_zero_stays_zero(tmp_path: Path) -> None:

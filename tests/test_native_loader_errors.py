@@ -46,6 +46,20 @@ def drop_then(pattern: str, change: Change) -> Change:
     return lambda tensors: (drop(pattern)(tensors), change(tensors))
 
 
+def hold_all(name: str, shape: tuple[int, ...], value: float, dtype: Any = np.int32) -> Change:
+    """Of one value everywhere."""
+    return lambda tensors: tensors.update({name: np.full(shape, value, dtype)})
+
+
+NOT_SYMMETRIC = (
+    r"2\.down_proj\.qzeros' holds zeros of weights that are not symmetric, expected 7 in every nibble, or 8 "
+    r"in every nibble \(checkpoint_format gptq_v2\)$"
+)
+DESC_ACT = (
+    r"1\.up_proj\.g_idx' holds another order than groups of 64 neighbours, expected arange\(K\) // 64: "
+    r"weights quantised with desc_act are not supported$"
+)
+
 WRONG_TENSORS: list[tuple[str, Change, str]] = [
     # Missing
     ("fp8", drop(rf"{UP}\.weight$"), r"1\.up_proj\.weight' is missing, expected F8_E4M3 \[96, 160\]"),
@@ -65,6 +79,15 @@ WRONG_TENSORS: list[tuple[str, Change, str]] = [
     ("rawint4", drop(rf"{UP}\.weight_packed"), r"weight_packed' is missing, expected I32 \[96, 20\]"),
     ("rawint4", drop("weight_scale"), r"0\.gate_proj\.weight_scale' is missing, expected BF16 \[96, 5\]"),
     ("rawint4", drop(rf"{UP}\.weight_shape"), r"weight_shape' is missing, expected I64 or I32 \[2\]"),
+    ("gptq", drop(rf"{UP}\.qweight"), r"1\.up_proj\.qweight' is missing, expected I32 \[20, 96\]"),
+    (
+        "gptq",
+        drop("scales"),
+        r"0\.gate_proj\.scales' is missing, "
+        r"expected F16 or BF16 \[5, 96\] or \[3, 96\] or \[2, 96\] or \[1, 96\]$",
+    ),
+    ("gptq", drop("qzeros"), r"qzeros' is missing, expected I32 \[5, 12\] or \[3, 12\] or \[2, 12\] or "),
+    ("gptq", drop(rf"{UP}\.g_idx"), r"1\.up_proj\.g_idx' is missing, expected I32 \[160\]"),
     (
         "mxfp4_packed",
         drop(rf"{UP}\.weight_scale"),
@@ -122,7 +145,28 @@ WRONG_TENSORS: list[tuple[str, Change, str]] = [
     ("gpt_oss", put(f"{EXPERTS}.down_proj_blocks", (2, 160, 3, 16), np.uint8), r"is U8 \[2, 160, 3, 16\]"),
     ("nvfp4_packed", put(f"{UP}.weight_global_scale", (2,)), r"is F32 \[2\], expected F32 \[\] or \[1\]"),
     ("fp8", put(f"{UP}.bias", (96,)), r"0\.gate_proj\.bias' is missing, expected BF16 or F16 or F32 \[96\]"),
+    # GPTQ of another number of bits: 2, 3 and 8
+    ("gptq", put(f"{UP}.qweight", (10, 96), np.int32), r"is I32 \[10, 96\], expected I32 \[20, 96\]"),
+    ("gptq", put(f"{UP}.qweight", (15, 96), np.int32), r"is I32 \[15, 96\], expected I32 \[20, 96\]"),
+    ("gptq", put(f"{UP}.qweight", (40, 96), np.int32), r"is I32 \[40, 96\], expected I32 \[20, 96\]"),
+    # Groups of another size than any that is taken
+    (
+        "gptq",
+        put(f"{UP}.scales", (10, 96), np.float16),
+        r"up_proj\.scales' is F16 \[10, 96\], expected F16 or",
+    ),
+    (
+        "gptq",
+        put(f"{UP}.qzeros", (3, 24), np.int32),
+        r"up_proj\.qzeros' is I32 \[3, 24\], expected I32 \[5, 12",
+    ),
     # Another dtype
+    (
+        "gptq",
+        put(f"{UP}.scales", (3, 96)),
+        r"up_proj\.scales' is F32 \[3, 96\], expected F16 or BF16 \[5, 96\]",
+    ),
+    ("gptq", put(f"{UP}.g_idx", (160,), np.int64), r"g_idx' is I64 \[160\], expected I32 \[160\]"),
     ("fp8", put(f"{UP}.weight", (96, 160)), r"is F32 \[96, 160\], expected F8_E4M3 \[96, 160\]"),
     ("fp8", put(f"{DOWN}.weight", (160, 96), ml_dtypes.bfloat16), r"is BF16 \[160, 96\], expected F8_E4M3"),
     ("fp8", put(f"{UP}.weight_scale_inv", (1, 2), np.float16), r"is F16 \[1, 2\], expected F32 or BF16"),
@@ -155,6 +199,21 @@ WRONG_TENSORS: list[tuple[str, Change, str]] = [
         "nvfp4_modelopt",
         hold(f"{UP}.weight_scale_2", np.nan),
         "holds nan for expert 1, expected a finite number$",
+    ),
+    (
+        "gptq",
+        hold_all(f"{UP}.qzeros", (2, 12), 0x77777777),
+        r"qzeros' has 2 groups, expected 3 as of the scales",
+    ),
+    ("gptq", hold_all(f"{DOWN}.qzeros", (2, 20), 0x66666666), NOT_SYMMETRIC),
+    ("gptq", hold_all(f"{DOWN}.qzeros", (2, 20), 0x77777778), NOT_SYMMETRIC),
+    ("gptq_v2", lambda tensors: tensors[f"{DOWN}.qzeros"].put(3, 0x77777777), NOT_SYMMETRIC),
+    ("gptq", lambda tensors: tensors[f"{UP}.g_idx"].put([0, 159], [2, 0]), DESC_ACT),
+    ("gptq", hold_all(f"{UP}.g_idx", (160,), 0), DESC_ACT),
+    (
+        "gptq_bf16",
+        hold_all(f"{UP}.scales", (5, 96), 2.0**20, ml_dtypes.bfloat16),
+        r"up_proj\.scales' holds 1\.04858e\+06, expected numbers that float16 has$",
     ),
     # More than there should be
     (
@@ -290,20 +349,20 @@ def test_layers_without_experts(tmp_path: Path) -> None:
         load_native(tmp_path, 0, config_of(E, I, H))
 
 
-@pytest.mark.parametrize(("suffixes", "kind"), [(("g_idx",), "GPTQ"), ((), "GPTQ or AWQ")])
-def test_gptq_and_awq(tmp_path: Path, suffixes: tuple[str, ...], kind: str) -> None:
-    tensors = {
-        f"model.layers.{LAYER}.block_sparse_moe.experts.{e}.{name}.{suffix}": np.zeros((4, 8), np.int32)
-        for e in range(2)
-        for name in ("w1", "w3", "w2")
-        for suffix in ("qweight", "qzeros", "scales", *suffixes)
-    }
-    write_safetensors(tmp_path / "model.safetensors", tensors)
+@pytest.mark.parametrize("naming", ["qwen", "mixtral"])
+def test_awq(tmp_path: Path, naming: str) -> None:
+    layer = draw_layer("gptq", E, I, H, naming)
+    for name, array in layer.tensors.items():
+        if name.endswith(".qweight"):
+            layer.tensors[name] = np.zeros((array.shape[0] * 8, array.shape[1] // 8), np.int32)
+    drop("g_idx")(layer.tensors)
+    put_layer(tmp_path, layer)
     message = (
-        rf"model\.safetensors: tensor '.*0\.w1\.qweight' is there, but {kind} layers are not read in place"
+        r"model\.safetensors: tensor '.*experts\.0\..*\.qweight' is there, but AWQ layers are not read: the "
+        r"codes of a row do not lie together, nor in their order$"
     )
     with pytest.raises(ValueError, match=message):
-        load_native(tmp_path, LAYER, config_of(2, I, H))
+        load_native(tmp_path, LAYER, config_of(E, I, H))
     with pytest.raises(ValueError, match=message):
         native_method(tmp_path, LAYER)
 
@@ -347,8 +406,9 @@ def test_damage_is_always_named(tmp_path: Path, data: st.DataObject) -> None:
     if caught is not None:
         assert str(tmp_path) in caught
         return
-    # All biases may be missing together; scales and biases may have more than one dtype or shape.
-    assert all(name.endswith("bias") for name in missing), missing
+    # All biases, or orders of a projection, may be missing together; scales and biases may have more than one
+    # dtype or shape.
+    assert all(name.endswith(("bias", "g_idx")) for name in missing), missing
     assert all(name.endswith(("scale", "scale_inv", "scales", "scale_2", "bias")) for name in others), others
 
 

@@ -35,6 +35,8 @@ AnyArray = Any
 
 QUANTIZED: tuple[Method, ...] = tuple((f"{name}_SFT", size) for name, size in INFERENCE_METHODS)
 #: Those that quantise, and those that read a checkpoint's own encoding.
+WRAPPERS = {"LLAMAFILE_SFT": "LlamafileSFTMoEWrapper"}
+
 METHODS: tuple[Method, ...] = (*QUANTIZED, *((f"{name}_SFT", None) for name in NATIVE_METHODS))
 
 
@@ -95,7 +97,7 @@ def test_shapes(shape: str, method: Method) -> None:
     rng = np.random.default_rng(1)
     student = draw_student(rng, (num_experts, inter, hidden), rank, method=method, with_biases=True)
     batch = draw_batch(rng, student.layer, num_tokens, num_slots)
-    grad_output = draw(rng, num_tokens, hidden)
+    grad_output = draw(rng, *batch.x.shape)
     assert_step_close(train(student.wrapper(num_slots), batch, grad_output), student, batch, grad_output)
 
 
@@ -149,11 +151,11 @@ def test_a_row_that_is_not_finite_spoils_itself_and_its_experts(
 def test_what_a_method_gives(method: Method, activation: str, rank: int) -> None:
     _, student, batch, grad_output = drawn(4, method, rank=rank, activation=activation)
     moe = student.wrapper(2)
-    wrapper = "QuantizedSFTMoEWrapper" if method in QUANTIZED else "AMXSFTMoEWrapper"
+    wrapper = WRAPPERS.get(method[0], "QuantizedSFTMoEWrapper" if method in QUANTIZED else "AMXSFTMoEWrapper")
     assert (type(moe).__name__, moe.method, moe.group_size) == (wrapper, *method)
     assert moe.expert_bytes == inference(student, 2).expert_bytes
     every = train(moe, batch, grad_output)
-    shapes = {"grad_input": (20, 130), "grad_weights": (20, 2)}
+    shapes = {"grad_input": batch.x.shape, "grad_weights": (20, 2)}
     of_adapters = {name: matrix.shape for name, matrix in student.lora.items()}
     assert {name: value.shape for name, value in every.gradients.items()} == shapes | of_adapters
     skipping = replace(student, method=(f"{method[0]}_SkipLoRA", method[1]))

@@ -48,7 +48,15 @@ class Method:
 
 
 _AMX, _GENERAL = "inference.amx:AMXMoEWrapper", "inference.general:GeneralMoEWrapper"
-_NATIVE = "inference.native:NativeMoEWrapper"
+_NATIVE, _LLAMAFILE = "inference.native:NativeMoEWrapper", "inference.llamafile:LlamafileMoEWrapper"
+
+#: Wrapper for inference -> that for training.
+_TRAINING_WRAPPERS = {
+    _AMX: "sft.quantized:QuantizedSFTMoEWrapper",
+    _GENERAL: "sft.quantized:QuantizedSFTMoEWrapper",
+    _NATIVE: "sft.amx:AMXSFTMoEWrapper",
+    _LLAMAFILE: "sft.llamafile:LlamafileSFTMoEWrapper",
+}
 
 
 def _quantized(name: str, wrapper: str, layer: str, weights: str, *group_sizes: int | None) -> Method:
@@ -67,8 +75,10 @@ _INFERENCE = (
     Method("FP8_PERCHANNEL", "inference", _NATIVE, "AMXFP8PerChannel_MOE", "fp8_perchannel"),
     Method("MXFP8", "inference", _NATIVE, "MXFP8_MOE", "mxfp8"),
     Method("RAWINT4", "inference", _NATIVE, "RAWINT4_MOE", "rawint4"),
+    Method("GPTQ_INT4", "inference", _NATIVE, "GPTQ_INT4_MOE", "gptq_int4"),
     Method("MXFP4", "inference", _NATIVE, "MXFP4_MOE", "mxfp4"),
     Method("NVFP4", "inference", _NATIVE, "NVFP4_MOE", "nvfp4"),
+    Method("LLAMAFILE", "inference", _LLAMAFILE, "Llamafile_MOE", "gguf"),
 )
 
 #: Methods whose training has a name of its class beside its own; the first is the one that is told.
@@ -82,7 +92,6 @@ def training_name(inference: str) -> str:
 
 def _training(method: Method) -> Iterator[Method]:
     """The methods that train adapters on what a method for inference computes."""
-    wrapper = "sft.quantized:QuantizedSFTMoEWrapper" if method.formats else "sft.amx:AMXSFTMoEWrapper"
     layer = method.layer.replace("_MOE", "_SFT_MOE")
     names = _FAMILY_NAMES.get(method.name, (method.name,))
     for suffix, skip_lora in (("", False), ("_SkipLoRA", True)):
@@ -91,7 +100,7 @@ def _training(method: Method) -> Iterator[Method]:
                 method,
                 name=training_name(name) + suffix,
                 mode="sft",
-                wrapper=wrapper,
+                wrapper=_TRAINING_WRAPPERS[method.wrapper],
                 layer=layer,
                 skip_lora=skip_lora,
             )

@@ -1,4 +1,4 @@
-"""What layers have in common whose weights stay as the checkpoint has them."""
+"""What layers have in common whose weights are in their checkpoint's own encoding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ __all__ = ["NativeWeights"]
 
 
 class NativeWeights(MoELayer):
-    """A layer whose weights stay as the checkpoint has them: arrays stay the caller's, files stay mapped."""
+    """A layer whose weights stay as the checkpoint has them: arrays stay the caller's, files stay mapped.
+
+    But for those of an encoding whose rows do not lie together: they are converted, once.
+    """
 
     def __init__(self, method: Method, config: MoEConfig, **layer: Any) -> None:
         super().__init__(method, config, **layer)
@@ -49,6 +52,9 @@ class NativeWeights(MoELayer):
     ) -> None:
         """Give the layer its weights. They are held, not copied: do not write to them afterwards.
 
+        Those of ``GPTQ_INT4`` are converted instead, once: rows are made of them and held, of the same
+        weights to the bit, and the arrays given are let go.
+
         With [N, K] being [I, H] of gate and up and [H, I] of down, E of each in one array or a sequence,
         codes and scales are
 
@@ -58,12 +64,15 @@ class NativeWeights(MoELayer):
         ``FP8_PERCHANNEL``  float8_e4m3fn [N, K]              float32 [N] or [N, 1]
         ``MXFP8``           float8_e4m3fn [N, K]              uint8 or float8_e8m0fnu [N, ceil(K / 32)]
         ``RAWINT4``         uint8 [N, ceil(K / 2)] or int32   bfloat16 [N, ceil(K / 32)]
+        ``GPTQ_INT4``       int32 [K / 8, N]; converted       float16 or bfloat16 [ceil(K / g), N]
         ``MXFP4``           uint8 [N, ceil(K / 2)]            uint8 or float8_e8m0fnu [N, ceil(K / 32)]
         ``NVFP4``           uint8 [N, ceil(K / 2)]            float8_e4m3fn [N, ceil(K / 16)]; global scales
         ==================  ================================  ==============================================
 
         float8_e4m3fn may be given as uint8. `ktmoe_np.reference` says what they stand for (``decode_fp8`` and
-        those beside it).
+        those beside it). With ``GPTQ_INT4``, K is a multiple of 32 and weights are symmetric in groups of
+        neighbours; g is a power of two from 32 on, or K. Scales in bfloat16 must be numbers that float16
+        has.
 
         Parameters
         ----------
@@ -86,7 +95,8 @@ class NativeWeights(MoELayer):
         TypeError
             Not arrays, another dtype, or a last axis with gaps.
         ValueError
-            Another shape or number of arrays, or an `up_proj` that the activation does not use.
+            Another shape or number of arrays, or an `up_proj` that the activation does not use. Of
+            ``GPTQ_INT4``: sizes that are no multiples of 32, or a scale that float16 does not have.
         IndexError
             An entry of the map outside 0 to E - 1.
         RuntimeError

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from ._arrays import Array, as_numpy, bfloat16, described, each_expert
+from ._gptq import BLOCK_BYTES, BLOCK_SIZE, first_not_float16, group_sizes, q4_0_rows
 
 __all__ = ["NATIVE_FORMATS", "NativeFormat", "NativeMatrices"]
 
@@ -80,10 +81,7 @@ class NativeFormat:
             Another shape or number of arrays; a `global_scale` that the format does not have.
         """
         num_experts, num_rows, num_columns = shape
-        if global_scale is not None and not self.has_global_scale:
-            raise ValueError(
-                f"{projection}_global_scale: got one, expected None: {self.name} has no scale of a matrix"
-            )
+        self._check_global_scale(projection, global_scale)
         code_rows = _experts(
             f"{projection}_proj",
             codes,
@@ -106,6 +104,78 @@ class NativeFormat:
         if values.shape != (num_experts,):
             raise ValueError(f"{name}: got float32 {list(values.shape)}, expected float32 [{num_experts}]")
         return NativeMatrices(code_rows, scales, [np.full(num_rows, value, np.float32) for value in values])
+
+    def _check_global_scale(self, projection: str, global_scale: Any) -> None:
+        """Raise ValueError when there is one that the format does not have."""
+        if global_scale is not None and not self.has_global_scale:
+            raise ValueError(
+                f"{projection}_global_scale: got one, expected None: {self.name} has no scale of a matrix"
+            )
+
+
+@dataclass(frozen=True)
+class GptqFormat(NativeFormat):
+    """The encoding whose rows do not lie together: they are converted, and what is made of them is held."""
+
+    def row_bytes(self, num_columns: int) -> int:
+        """Count the bytes of a row that is held, scales included."""
+        return -(-num_columns // BLOCK_SIZE) * BLOCK_BYTES
+
+    def matrix_bytes(self, num_rows: int, num_columns: int) -> int:
+        """Count the bytes of a matrix that is held, scales included.
+
+        Examples
+        --------
+        >>> NATIVE_FORMATS["gptq_int4"].matrix_bytes(10, 64)
+        360
+        """
+        return num_rows * self.row_bytes(num_columns)
+
+    def matrices(
+        self, projection: str, codes: Any, scale: Any, global_scale: Any, shape: tuple[int, int, int]
+    ) -> NativeMatrices:
+        """Rows made of arrays of the caller, when they are what they should be.
+
+        `shape` is E, N and K.
+
+        Raises
+        ------
+        TypeError
+            Not arrays, or another dtype.
+        ValueError
+            A K that is no multiple of 32, another shape or number of arrays, a scale in bfloat16 that float16
+            does not have, or a `global_scale`.
+        """
+        num_experts, num_rows, num_columns = shape
+        self._check_global_scale(projection, global_scale)
+        if num_columns % BLOCK_SIZE:
+            raise ValueError(
+                f"{projection}_proj: the layer's matrices have {num_columns} columns, expected a multiple of "
+                f"{BLOCK_SIZE} with {self.name}"
+            )
+        words = (num_columns // 8, num_rows)
+        packed = _experts(f"{projection}_proj", codes, self.code_dtypes, num_experts, words, as_bytes=False)
+        name = f"{projection}_scale"
+        scales = each_expert(
+            name, scale, num_experts, lambda array, lead: self._checked_scale(name, array, lead, shape)
+        )
+        return NativeMatrices(list(q4_0_rows(packed, scales)), None, None)
+
+    def _checked_scale(
+        self, name: str, array: Array, lead: tuple[int, ...], shape: tuple[int, int, int]
+    ) -> Array:
+        """The scales of one expert or of all, when they are what they should be."""
+        counts = group_sizes(shape[2])
+        right = {(*lead, count, shape[1]) for count in counts}
+        if array.dtype not in self.scale_dtypes or array.shape not in right:
+            groups = " or ".join(map(str, counts))
+            expected = f"float16 {[*lead, 'G', shape[1]]}".replace("'", "") + f" with G = {groups}"
+            kind = ValueError if array.dtype in self.scale_dtypes else TypeError
+            raise kind(f"{name}: got {described(array)}, expected {expected}")
+        strange = first_not_float16(array)
+        if strange is not None:
+            raise ValueError(f"{name}: got {strange:g} in {array.dtype}, expected numbers that float16 has")
+        return array
 
 
 def _as_columns(scale: Any) -> Any:
@@ -140,11 +210,10 @@ def _checked(
 ) -> Array:
     """The array, or its bytes, when its dtype is one of those and its shape is that, in bytes or not."""
     size = array.dtype.itemsize if as_bytes else 1
-    got = described(array)
-    if array.dtype not in dtypes:
-        raise TypeError(f"{name}: got {got}, expected {_expected(dtypes, shape, as_bytes)}")
-    if array.ndim != len(shape) or (*array.shape[:-1], array.shape[-1] * size) != shape:
-        raise ValueError(f"{name}: got {got}, expected {_expected(dtypes, shape, as_bytes)}")
+    has_shape = array.ndim == len(shape) and (*array.shape[:-1], array.shape[-1] * size) == shape
+    if array.dtype not in dtypes or not has_shape:
+        kind = ValueError if array.dtype in dtypes else TypeError
+        raise kind(f"{name}: got {described(array)}, expected {_expected(dtypes, shape, as_bytes)}")
     if not as_bytes:
         return array
     if array.shape[-1] > 1 and array.strides[-1] != size:
@@ -170,5 +239,6 @@ NATIVE_FORMATS: Mapping[str, NativeFormat] = {
         NativeFormat(
             "nvfp4", 4, (_UINT8, np.dtype(np.int8)), (_E4M3, _UINT8), group_size=16, has_global_scale=True
         ),
+        GptqFormat("gptq_int4", 4, (np.dtype(np.int32),), (np.dtype(np.float16), bfloat16)),
     )
 }

@@ -13,6 +13,7 @@ from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import MoEConfig, parse_activation
 from .inference.base import BaseMoEWrapper
 from .io import SafetensorsCheckpoint, load_hf_config
+from .io.gguf import GgufCheckpoint, gguf_config, is_gguf
 from .io.manifest import manifest_path, read_manifest
 from .io.native import native_method
 from .sft.base import BaseSFTMoEWrapper
@@ -52,12 +53,12 @@ class KTMoEWrapper:
         Of inference: tokens that are taken at a time; bounds the scratch memory, not the batch.
     method : str
         How weights are encoded, and for training what is trained. Of mode ``inference``: ``BF16``, ``FP8``,
-        ``FP8_PERCHANNEL``, ``MXFP8``, ``RAWINT4``, ``MXFP4`` and ``NVFP4``, which read a checkpoint's own
-        encoding; ``AMXINT8`` and ``AMXINT4``, which quantise weights and activations; ``MOE_INT8`` and
-        ``MOE_INT4``, which quantise weights alone. Of mode ``sft``, which trains adapters on the same base
-        weights: ``AMXBF16_SFT`` or, shorter, ``BF16_SFT``; ``AMXFP8_SFT`` or ``FP8_SFT``; the others with
-        ``_SFT`` behind their name. Each with ``_SkipLoRA`` behind it for gradients of the input and the
-        routing weights alone.
+        ``FP8_PERCHANNEL``, ``MXFP8``, ``RAWINT4``, ``GPTQ_INT4``, ``MXFP4`` and ``NVFP4``, which read a
+        checkpoint's own encoding; ``LLAMAFILE``, which reads GGUF's; ``AMXINT8`` and ``AMXINT4``, which
+        quantise weights and activations; ``MOE_INT8`` and ``MOE_INT4``, which quantise weights alone. Of mode
+        ``sft``, which trains adapters on the same base weights: ``AMXBF16_SFT`` or, shorter, ``BF16_SFT``;
+        ``AMXFP8_SFT`` or ``FP8_SFT``; the others with ``_SFT`` behind their name. Each with ``_SkipLoRA``
+        behind it for gradients of the input and the routing weights alone.
     mode : str
         ``inference`` or ``sft``.
     numa_nodes : sequence of int, optional
@@ -171,12 +172,13 @@ class KTMoEWrapper:
         mode: str = "inference",
         **overrides: Any,
     ) -> BaseMoEWrapper | BaseSFTMoEWrapper:
-        """Make and load a layer of a Hugging Face checkpoint; ``config.json`` gives the sizes.
+        """Make and load a layer of a checkpoint, whose ``config.json`` or GGUF header gives the sizes.
 
         Parameters
         ----------
         path : str or path-like
-            The directory of the checkpoint, or one that ``ktmoe convert`` has written.
+            The directory of a Hugging Face checkpoint, or one that ``ktmoe convert`` has written; or a GGUF
+            file, any file of a split one, or a directory with one.
         layer_idx : int
             The layer.
         method : str, optional
@@ -194,7 +196,7 @@ class KTMoEWrapper:
         ValueError
             A config or a layer that is not what it should be.
         """
-        config = MoEConfig.from_hf_config(load_hf_config(path), layer_idx)
+        config, native, group_size = _described(path, layer_idx, method is None)
         sizes = {
             "num_experts": config.num_experts,
             "num_experts_per_tok": config.num_experts_per_tok,
@@ -204,18 +206,12 @@ class KTMoEWrapper:
         }
         overrides = {**sizes, "weight_path": path, **overrides}
         physical_to_logical_map = overrides.pop("physical_to_logical_map", None)
-        if manifest_path(path).exists():
-            manifest = read_manifest(path)
-            if method is None:
-                method = training_name(manifest.method) if mode == "sft" else manifest.method
-            if manifest.group_size in find_method(method, mode).formats:
-                overrides = {"group_size": manifest.group_size, **overrides}
-        elif method is None:
-            native = native_method(SafetensorsCheckpoint.shared(path), layer_idx)
-            if native is not None:
-                method = training_name(native) if mode == "sft" else native
-        method = find_method(method, mode).name
-        moe: Any = cls(layer_idx=layer_idx, method=method, mode=mode, **overrides)
+        if method is None and native is not None:
+            method = training_name(native) if mode == "sft" else native
+        found = find_method(method, mode)
+        if group_size in found.formats:
+            overrides = {"group_size": group_size, **overrides}
+        moe: Any = cls(layer_idx=layer_idx, method=found.name, mode=mode, **overrides)
         moe.load_weights(physical_to_logical_map)
         made: BaseMoEWrapper | BaseSFTMoEWrapper = moe
         return made
@@ -244,6 +240,24 @@ class KTMoEWrapper:
     def drain_deferred() -> Array | None:
         """See `BaseMoEWrapper.drain_deferred`."""
         return BaseMoEWrapper.drain_deferred()
+
+
+def _described(
+    path: str | os.PathLike[str], layer_idx: int, look_at_layer: bool
+) -> tuple[MoEConfig, str | None, int | None]:
+    """What a checkpoint says of a layer: its config, and, when asked, the method and the group size.
+
+    No method is that of the mode; the group size is that of a directory that ``ktmoe convert`` has written.
+    """
+    if is_gguf(path):
+        return gguf_config(GgufCheckpoint.shared(path), layer_idx), "LLAMAFILE", None
+    config = MoEConfig.from_hf_config(load_hf_config(path), layer_idx)
+    if manifest_path(path).exists():
+        manifest = read_manifest(path)
+        return config, manifest.method, manifest.group_size
+    if not look_at_layer:
+        return config, None, None
+    return config, native_method(SafetensorsCheckpoint.shared(path), layer_idx), None
 
 
 def _of_mode(method: Method, chunk_size: Any, num_deferred: Any, sft: dict[str, Any]) -> dict[str, Any]:

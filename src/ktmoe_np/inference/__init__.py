@@ -3,6 +3,13 @@
 from .amx import AMXMoEWrapper
 from .base import BaseMoEWrapper
 from .general import GeneralMoEWrapper
+from .llamafile import LlamafileMoEWrapper
 from .native import NativeMoEWrapper
 
-__all__ = ["AMXMoEWrapper", "BaseMoEWrapper", "GeneralMoEWrapper", "NativeMoEWrapper"]
+__all__ = [
+    "AMXMoEWrapper",
+    "BaseMoEWrapper",
+    "GeneralMoEWrapper",
+    "LlamafileMoEWrapper",
+    "NativeMoEWrapper",
+]

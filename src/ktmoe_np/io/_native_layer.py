@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..config import MoEConfig
+from ._encoding import Encoding, Part, Shapes
 from ._expert_layer import BIAS_DTYPES, ExpertLayer, layers_with, read_layers, rows_of_roles
 from ._namings import Naming
-from ._native_namings import FORMS, METHODS, Encoding, Part, Shapes
+from ._native_namings import FORMS, METHODS
 from .safetensors import SafetensorsCheckpoint, TensorInfo
 
 __all__ = ["Form", "find_forms", "no_form"]
@@ -18,8 +18,8 @@ __all__ = ["Form", "find_forms", "no_form"]
 #: Experts that are looked at to tell the encoding: one that is damaged is outvoted.
 _PROBED = 3
 
-#: Suffix of the weights of GPTQ and AWQ.
-_QWEIGHT = ".qweight"
+#: Suffixes of AWQ, which it shares with GPTQ.
+_QWEIGHT, _SCALES = ".qweight", ".scales"
 
 
 class _Wanted(NamedTuple):
@@ -51,6 +51,11 @@ class Form:
         """The experts that have such a tensor; of fused experts, one that stands for all."""
         return self.layer.numbers.get(self.naming.tensors[role] + part.suffix, set())
 
+    def parts(self, role: str) -> tuple[Part, ...]:
+        """The tensors that a projection's matrices are made of, those included that it may have and has."""
+        parts = self.encoding.parts
+        return tuple(part for part in parts if not part.optional or self.numbers(role, part))
+
     def has_codes(self) -> list[bool]:
         """Whether any expert has codes, for each of the projections."""
         return [bool(self.numbers(role, self.encoding.codes)) for role in self.naming.tensors]
@@ -72,7 +77,7 @@ class Form:
             for role in self.naming.tensors:
                 info = self.layer.info(self.name(role, codes, e))
                 strange = strange and (info is None or info.dtype not in codes.dtypes)
-                for part in self.encoding.parts:
+                for part in self.parts(role):
                     count += self._misfits(self.name(role, part, e), part, info)
         return strange, count
 
@@ -86,8 +91,7 @@ class Form:
             lead = 0 if self.naming.per_expert else 1
             if len(codes.shape) < lead + 2:
                 return count + 1
-            num_columns = math.prod(codes.shape[lead + 1 :]) * self.encoding.values
-            shapes = part.shapes(codes.shape[lead], num_columns)
+            shapes = part.shapes(*self.encoding.size(codes.shape[lead:]))
             count += info.shape not in [(*codes.shape[:lead], *shape) for shape in shapes]
         return count
 
@@ -98,7 +102,7 @@ class Form:
         rows = self.rows(config)
         for role, num_rows in rows.items():
             num_columns = config.moe_intermediate_size if role == "down" else config.hidden_size
-            for part in self.encoding.parts:
+            for part in self.parts(role):
                 shapes = tuple((*lead, *shape) for shape in part.shapes(num_rows, num_columns))
                 for e in range(count):
                     yield _Wanted(self.name(role, part, e), part.dtypes, shapes)
@@ -149,7 +153,7 @@ def find_forms(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> list[tuple[
     Raises
     ------
     ValueError
-        A layer of GPTQ or AWQ.
+        A layer of AWQ.
     """
     ranked = []
     for form in _named_forms(read_layers(checkpoint, layer_idx)):
@@ -162,7 +166,7 @@ def find_forms(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> list[tuple[
 def _named_forms(layers: Sequence[ExpertLayer]) -> list[Form]:
     """List the forms whose codes are there by name, under the first prefix that has any."""
     for layer in layers:
-        _refuse_qweight(layer)
+        _refuse_awq(layer)
         part = [form for form in (Form(layer, *row) for row in FORMS) if any(form.has_codes())]
         forms = [form for form in part if all(form.has_codes())] or part
         # Experts with a gate are not taken for experts without one, whose one projection is up_proj too.
@@ -172,17 +176,24 @@ def _named_forms(layers: Sequence[ExpertLayer]) -> list[Form]:
     return []
 
 
-def _refuse_qweight(layer: ExpertLayer) -> None:
-    """Raise ValueError for the formats whose rows are not rows of the matrix."""
+def _refuse_awq(layer: ExpertLayer) -> None:
+    """Raise ValueError for the format that has GPTQ's names, but packs codes of eight rows in a number."""
     for naming, _ in FORMS:
         for stem in naming.tensors.values():
             if numbers := layer.numbers.get(stem + _QWEIGHT):
                 name = layer.name(stem + _QWEIGHT, min(numbers))
-                kind = "GPTQ" if stem + ".g_idx" in layer.numbers else "GPTQ or AWQ"
-                raise ValueError(
-                    f"{layer.checkpoint.file_of(name)}: tensor {name!r} is there, but {kind} layers are not "
-                    "read in place: the codes of a row do not lie together"
-                )
+                codes = layer.info(name)
+                scales = layer.info(layer.name(stem + _SCALES, min(numbers)))
+                if codes and scales and _packs_rows(codes.shape, scales.shape):
+                    raise ValueError(
+                        f"{layer.checkpoint.file_of(name)}: tensor {name!r} is there, but AWQ layers are not "
+                        "read: the codes of a row do not lie together, nor in their order"
+                    )
+
+
+def _packs_rows(codes: tuple[int, ...], scales: tuple[int, ...]) -> bool:
+    """Whether there is a number for the codes of eight scales, or more of a group."""
+    return bool(codes and scales) and 0 < codes[-1] * 8 == scales[-1]
 
 
 def no_form(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> str:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from ._encoding import AnyArray, Encoding, Part, Shapes, Sizes
+from ._gptq_tensors import GPTQ_INT4
 from ._namings import NAMINGS, Naming
 
-__all__ = ["ENCODINGS", "FORMS", "METHODS", "Encoding", "Part"]
-
-Shapes = tuple[tuple[int, ...], ...]
+__all__ = ["ENCODINGS", "FORMS", "METHODS"]
 
 _FP8_BLOCK = 128
 
@@ -24,69 +22,6 @@ _UINT8 = np.dtype(np.uint8)
 
 #: E8M0 scales are bytes to torch versions without a dtype for them.
 _E8M0 = ("U8", "F8_E8M0")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of the tensors that make up a matrix.
-
-    Parameters
-    ----------
-    suffix : str
-        What its name has behind the projection's.
-    dtypes : tuple of str
-        Safetensors dtypes that it may have.
-    shapes : callable
-        N and K of the matrix -> the shapes that it may have.
-    """
-
-    suffix: str
-    dtypes: tuple[str, ...]
-    shapes: Callable[[int, int], Shapes]
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """One way of storing a quantised matrix `[N, K]`.
-
-    Parameters
-    ----------
-    method : str
-        The method that multiplies it.
-    codes, scale : Part
-        The weights, row by row, and their scales.
-    scale_dtype : numpy.dtype
-        What the scales are handed on as.
-    values : int
-        Weights in an element of `codes`.
-    group_size : int
-        K must be a multiple of it.
-    global_scale : Part, optional
-        A factor of the whole matrix.
-    reciprocal : bool
-        Whether weights are divided by `global_scale`, not multiplied.
-    shape : Part, optional
-        N and K, as a tensor.
-    refused : tuple of str
-        Suffixes of tensors that would change what the codes mean.
-    """
-
-    method: str
-    codes: Part
-    scale: Part
-    scale_dtype: np.dtype[Any]
-    values: int = 1
-    group_size: int = 1
-    global_scale: Part | None = None
-    reciprocal: bool = False
-    shape: Part | None = None
-    refused: tuple[str, ...] = ()
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """The tensors of a matrix, codes first."""
-        parts = (self.codes, self.scale, self.global_scale, self.shape)
-        return tuple(part for part in parts if part is not None)
 
 
 def _elements(values: int, num_rows: int, num_columns: int) -> Shapes:
@@ -115,6 +50,12 @@ def _one(num_rows: int, num_columns: int) -> Shapes:
 
 def _two(num_rows: int, num_columns: int) -> Shapes:
     return ((2,),)
+
+
+def _other_size(array: AnyArray, sizes: Sizes) -> str | None:
+    """What is wrong with a tensor that holds N and K."""
+    expected = [sizes.num_rows, sizes.num_columns]
+    return None if array.tolist() == expected else f"holds {array.tolist()}, expected {expected}"
 
 
 def _groups(suffix: str, dtypes: tuple[str, ...], size: int) -> Part:
@@ -165,9 +106,10 @@ ENCODINGS = (
         _BFLOAT16,
         values=8,
         group_size=32,
-        shape=Part(".weight_shape", ("I64", "I32"), _two),
+        others=(Part(".weight_shape", ("I64", "I32"), _two, _other_size),),
         refused=(".weight_zero_point", ".weight_g_idx"),
     ),
+    GPTQ_INT4,
     _nvfp4(".weight", ".weight_scale_2", reciprocal=False),  # ModelOpt
     _nvfp4(".weight_packed", ".weight_global_scale", reciprocal=True),  # compressed-tensors
     _mxfp4(Part(".weight_packed", ("U8",), partial(_elements, 2)), ".weight_scale"),  # Kimi-K3

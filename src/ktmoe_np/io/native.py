@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import MoEConfig
+from ._encoding import Part, Sizes
 from ._expert_layer import aligned
 from ._native_layer import Form, find_forms, no_form
-from ._native_namings import METHODS, Part
+from ._native_namings import METHODS
 from .safetensors import SafetensorsCheckpoint
 
 __all__ = ["NativeExperts", "NativeProjection", "load_native", "native_method"]
@@ -27,8 +28,10 @@ _EVERY_ROW = slice(None)
 class NativeProjection:
     """The matrices of a projection, expert by expert, in the order of the checkpoint."""
 
-    codes: list[NDArray[np.uint8]]  # E of [N, row_bytes], views; rows may lie apart, their bytes do not
-    scale: list[AnyArray]  # E of 2-D: float32, bfloat16, or uint8 for the bytes of E8M0 and E4M3
+    #: E of uint8 [N, row_bytes], or of int32 [K / 8, N] of GPTQ_INT4; views, whose rows may lie apart.
+    codes: list[AnyArray]
+    #: E of 2-D: float32, bfloat16, float16, or uint8 for the bytes of E8M0 and E4M3.
+    scale: list[AnyArray]
     global_scale: NDArray[np.float32] | None  # [E], NVFP4 only: a factor of the weights
 
 
@@ -36,7 +39,7 @@ class NativeProjection:
 class NativeExperts:
     """The experts of a layer as their checkpoint has them."""
 
-    method: str  # FP8, FP8_PERCHANNEL, MXFP8, RAWINT4, MXFP4 or NVFP4
+    method: str  # FP8, FP8_PERCHANNEL, MXFP8, RAWINT4, GPTQ_INT4, MXFP4 or NVFP4
     projections: Mapping[str, NativeProjection]  # gate_proj, up_proj when gated, down_proj
     biases: Mapping[str, NDArray[np.float32]]  # the projections that have one -> [E, N]
     names: tuple[str, ...]  # the tensors it was made of
@@ -62,7 +65,7 @@ def native_method(checkpoint: SafetensorsCheckpoint | str | os.PathLike[str], la
     FileNotFoundError
         No checkpoint there, or a shard is missing.
     ValueError
-        A GPTQ or AWQ layer.
+        An AWQ layer.
 
     Examples
     --------
@@ -87,8 +90,8 @@ def load_native(
 ) -> NativeExperts:
     """Find the experts of a layer in the quantised format of their checkpoint.
 
-    Codes are never copied. Scales are views too, but for those that their file misaligns or interleaves and
-    those of FP8 that are not float32.
+    Codes are never copied. Scales are views too, but for those that their file misaligns or interleaves,
+    those of FP8 that are not float32 and those of GPTQ that are not float16.
 
     Parameters
     ----------
@@ -111,8 +114,8 @@ def load_native(
         No checkpoint there, or a shard is missing.
     ValueError
         The layer has no experts in such a format, or in another one than `method`; a tensor is missing or of
-        another dtype or shape (names the file and the tensor); or the experts are not those that `config`
-        describes.
+        another dtype or shape (names the file and the tensor), or of GPTQ its zeros, order or scales are what
+        `GPTQ_INT4` does not take; or the experts are not those that `config` describes.
 
     Examples
     --------
@@ -158,9 +161,8 @@ def _cuts(form: Form, role: str) -> dict[str, slice]:
 def _projections(form: Form, config: MoEConfig) -> dict[str, NativeProjection]:
     projections = {}
     for role, num_rows in form.rows(config).items():
-        if form.encoding.shape is not None:
-            _check_shape(form, role, form.encoding.shape, config)
-        codes = [_bytes(array, num_rows) for array in _experts(form, role, form.encoding.codes, config)]
+        _check_contents(form, role, config)
+        codes = [_codes(form, array, num_rows) for array in _experts(form, role, form.encoding.codes, config)]
         scales = [
             _scale(form, array, num_rows) for array in _experts(form, role, form.encoding.scale, config)
         ]
@@ -184,9 +186,9 @@ def _experts(form: Form, role: str, part: Part, config: MoEConfig) -> list[AnyAr
     return [array[e, ...] for e in range(config.num_experts)]
 
 
-def _bytes(array: AnyArray, num_rows: int) -> NDArray[np.uint8]:
-    """`array` as rows of bytes, wherever they lie."""
-    return array.view(np.uint8).reshape(num_rows, -1)
+def _codes(form: Form, array: AnyArray, num_rows: int) -> AnyArray:
+    """The codes of a matrix: rows of bytes, wherever they lie, or numbers whose rows are not the matrix's."""
+    return array if form.encoding.transposed else array.view(np.uint8).reshape(num_rows, -1)
 
 
 def _scale(form: Form, array: AnyArray, num_rows: int) -> AnyArray:
@@ -200,15 +202,20 @@ def _scale(form: Form, array: AnyArray, num_rows: int) -> AnyArray:
     return scale
 
 
-def _check_shape(form: Form, role: str, part: Part, config: MoEConfig) -> None:
-    """Raise ValueError when a tensor that holds N and K holds others."""
+def _check_contents(form: Form, role: str, config: MoEConfig) -> None:
+    """Raise ValueError when a tensor whose contents matter has others."""
     num_columns = config.moe_intermediate_size if role == "down" else config.hidden_size
-    expected = [form.rows(config)[role], num_columns]
-    for e, array in enumerate(_experts(form, role, part, config)):
-        if array.tolist() != expected:
-            name = form.name(role, part, e)
-            file = form.layer.checkpoint.file_of(name)
-            raise ValueError(f"{file}: tensor {name!r} holds {array.tolist()}, expected {expected}")
+    num_rows = form.rows(config)[role]
+    for part in form.parts(role):
+        if part.problem is None:
+            continue
+        scales = _experts(form, role, form.encoding.scale, config)
+        for e, array in enumerate(_experts(form, role, part, config)):
+            problem = part.problem(array, Sizes(num_rows, num_columns, scales[e].shape))
+            if problem is not None:
+                name = form.name(role, part, e)
+                file = form.layer.checkpoint.file_of(name)
+                raise ValueError(f"{file}: tensor {name!r} {problem}")
 
 
 def _global_scale(form: Form, role: str, config: MoEConfig) -> NDArray[np.float32] | None:
@@ -234,7 +241,7 @@ def _biases(form: Form, config: MoEConfig) -> dict[str, NDArray[np.float32]]:
     if form.layer.has_biases(form.naming):
         for role, template in form.naming.biases.items():
             vectors = form.layer.tensors(form.naming, template, config.num_experts)
-            stacked = np.stack(vectors).astype(np.float32)
+            stacked = np.stack([vector.astype(np.float32) for vector in vectors])  # dtypes may differ
             for name, cut in _cuts(form, role).items():
                 biases[name] = np.ascontiguousarray(stacked[:, cut])
     return biases

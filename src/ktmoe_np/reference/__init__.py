@@ -16,10 +16,12 @@ from .bound import assert_within, error_bound
 from .derivative import activate_gradients
 from .dropout import Dropout, dropout_mask, philox4x32
 from .forward import moe_forward
+from .gguf import decode_gguf
 from .lora import LoraWeights
 from .native import (
     decode_fp8,
     decode_fp8_perchannel,
+    decode_gptq_int4,
     decode_mxfp4,
     decode_mxfp8,
     decode_nvfp4,
@@ -54,6 +56,8 @@ __all__ = [
     "assert_within",
     "decode_fp8",
     "decode_fp8_perchannel",
+    "decode_gguf",
+    "decode_gptq_int4",
     "decode_mxfp4",
     "decode_mxfp8",
     "decode_nvfp4",

@@ -1,6 +1,7 @@
 """The encodings that checkpoints come in, decoded: what a layer multiplies with when it reads them in place.
 
 Codes are bytes [..., N, row_bytes], as they lie in the checkpoint; nibbles are two a byte, the low one first.
+GPTQ alone packs columns of the transposed matrix.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .quantized import ScaledMatrix, spread
 __all__ = [
     "decode_fp8",
     "decode_fp8_perchannel",
+    "decode_gptq_int4",
     "decode_mxfp4",
     "decode_mxfp8",
     "decode_nvfp4",
@@ -104,6 +106,36 @@ def decode_rawint4(codes: Bytes, scale: NDArray[Any], num_columns: int) -> NDArr
     """
     numbers = _nibbles(codes, num_columns).astype(np.float32) - 8
     return _scaled(numbers, scale.astype(np.float32), 32)
+
+
+def decode_gptq_int4(qweight: NDArray[np.int32], scales: NDArray[Any]) -> NDArray[Any]:
+    """Decode int4 as GPTQ packs it, symmetric, in groups of neighbours: a nibble is q + 8, w = bf(q * scale).
+
+    Parameters
+    ----------
+    qweight : ndarray of int32, [..., K / 8, N]
+        Column 8 r + j of row n is in bits 4 j to 4 j + 3 of [r, n].
+    scales : ndarray of float16 or bfloat16, [..., G, N]
+        Column k of row n has scale [k // g, n], g being the power of two from 32 on of which K has G, the
+        last one maybe in part; or K when G is 1.
+
+    Returns
+    -------
+    ndarray of bfloat16, [..., N, K]
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> decode_gptq_int4(np.int32([[-1], [0], [0], [0]]), np.float16([[0.5]]))[:, 6:10].astype(np.float32)
+    array([[ 3.5,  3.5, -4. , -4. ]], dtype=float32)
+    """
+    num_columns, num_groups = 8 * qweight.shape[-2], scales.shape[-2]
+    group_size = next(2**bit for bit in range(5, 31) if num_columns <= 2**bit * num_groups)
+    shifts = 4 * np.arange(8, dtype=np.int32)[:, None]
+    nibbles = (qweight[..., None, :] >> shifts) & 15
+    numbers = nibbles.reshape(*qweight.shape[:-2], num_columns, -1).astype(np.float32) - 8
+    per_row = scales.astype(np.float32).swapaxes(-1, -2)
+    return _scaled(numbers.swapaxes(-1, -2), per_row, group_size)
 
 
 def decode_mxfp4(codes: Bytes, scale: Bytes, num_columns: int) -> NDArray[Any]:

@@ -4,12 +4,14 @@ from .adapters import export_peft, import_peft
 from .amx import AMXSFTMoEWrapper
 from .base import BaseSFTMoEWrapper
 from .gradients import SFTGradients
+from .llamafile import LlamafileSFTMoEWrapper
 from .options import SFTOptions
 from .quantized import QuantizedSFTMoEWrapper
 
 __all__ = [
     "AMXSFTMoEWrapper",
     "BaseSFTMoEWrapper",
+    "LlamafileSFTMoEWrapper",
     "QuantizedSFTMoEWrapper",
     "SFTGradients",
     "SFTOptions",

@@ -1,0 +1,103 @@
+"""What a row of the table of encodings is: the tensors that make up a matrix, and what each must be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["AnyArray", "Encoding", "Part", "Shapes", "Sizes"]
+
+AnyArray = NDArray[Any]
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class Sizes(NamedTuple):
+    """What the contents of a tensor are held against."""
+
+    num_rows: int
+    num_columns: int
+    scale: tuple[int, ...]  # the shape of the matrix's scales
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the tensors that make up a matrix.
+
+    Parameters
+    ----------
+    suffix : str
+        What its name has behind the projection's.
+    dtypes : tuple of str
+        Safetensors dtypes that it may have.
+    shapes : callable
+        N and K of the matrix -> the shapes that it may have.
+    problem : callable, optional
+        Of a tensor whose contents matter: the array, and what it is held against -> what is wrong, None if
+        nothing.
+    optional : bool
+        Whether a projection may be without it; of one that has it, every expert must have it.
+    """
+
+    suffix: str
+    dtypes: tuple[str, ...]
+    shapes: Callable[[int, int], Shapes]
+    problem: Callable[[AnyArray, Sizes], str | None] | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One way of storing a quantised matrix `[N, K]`.
+
+    Parameters
+    ----------
+    method : str
+        The method that multiplies it.
+    codes, scale : Part
+        The weights and their scales.
+    scale_dtype : numpy.dtype
+        What the scales are handed on as.
+    values : int
+        Weights in an element of `codes`.
+    group_size : int
+        K must be a multiple of it.
+    global_scale : Part, optional
+        A factor of the whole matrix.
+    reciprocal : bool
+        Whether weights are divided by `global_scale`, not multiplied.
+    others : tuple of Part
+        Tensors that are checked and not handed on.
+    transposed : bool
+        Whether codes are rows of K; otherwise they are rows of N.
+    refused : tuple of str
+        Suffixes of tensors that would change what the codes mean.
+    """
+
+    method: str
+    codes: Part
+    scale: Part
+    scale_dtype: np.dtype[Any]
+    values: int = 1
+    group_size: int = 1
+    global_scale: Part | None = None
+    reciprocal: bool = False
+    others: tuple[Part, ...] = ()
+    transposed: bool = False
+    refused: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The tensors of a matrix, codes first."""
+        parts = (self.codes, self.scale, self.global_scale, *self.others)
+        return tuple(part for part in parts if part is not None)
+
+    def size(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """N and K of the matrix whose codes have this shape of two or more axes."""
+        if self.transposed:
+            return shape[1], shape[0] * self.values
+        return shape[0], math.prod(shape[1:]) * self.values

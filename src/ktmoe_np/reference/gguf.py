@@ -1,0 +1,193 @@
+"""The tensor types of GGUF, decoded: blocks of 32 or 256 values with their scales among them.
+
+A row is whole blocks; a value is scale * number + offset in float32, rounded to bfloat16. The layouts are
+those of ggml, where the types come from. A function a type takes blocks [n, bytes] apart: numbers
+[n, groups, values of a group], scales [n, groups, 1] and, where there are some, offsets like them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from .activation import round_bf16
+
+__all__ = ["decode_gguf"]
+
+Bytes = NDArray[np.uint8]
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+Blocks = tuple[Ints, Floats] | tuple[Ints, Floats, Floats]
+
+#: What the nibbles of IQ4_NL and IQ4_XS stand for.
+_NON_LINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int32)
+
+
+def decode_gguf(data: Bytes, type_name: str) -> NDArray[Any]:
+    """Decode rows of a tensor type of GGUF: w = bf(scale * number + offset).
+
+    Parameters
+    ----------
+    data : ndarray of uint8, [..., bytes of a row]
+    type_name : str
+        ``f32``, ``f16``, ``bf16``, ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q8_0``, ``q2_k`` to ``q6_k``,
+        ``iq4_nl`` or ``iq4_xs``.
+
+    Returns
+    -------
+    ndarray of bfloat16, [..., K]
+
+    Raises
+    ------
+    ValueError
+        Another type, or rows that are not whole blocks.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> block = np.frombuffer(np.float16(0.5).tobytes() + bytes([0x19] * 16), np.uint8)
+    >>> decode_gguf(block, "q4_0").reshape(2, 16)[:, 0].astype(float).tolist()
+    [0.5, -3.5]
+    """
+    if type_name in _PLAIN:
+        return _rounded(_PLAIN[type_name](np.ascontiguousarray(data)))
+    if type_name not in _BLOCKS:
+        known = ", ".join([*_PLAIN, *_BLOCKS])
+        raise ValueError(f"type_name: got {type_name!r}, expected one of {known}")
+    block_bytes, take_apart = _BLOCKS[type_name]
+    if data.shape[-1] % block_bytes:
+        raise ValueError(
+            f"data: got rows of {data.shape[-1]} bytes, expected a multiple of {block_bytes} of {type_name}"
+        )
+    parts = take_apart(np.ascontiguousarray(data).reshape(-1, block_bytes))
+    with np.errstate(invalid="ignore", over="ignore"):
+        values = parts[1] * parts[0].astype(np.float32)  # exact
+        if len(parts) == 3:
+            values = values + parts[2]
+    return _rounded(values.reshape(*data.shape[:-1], -1))
+
+
+def _rounded(values: Floats) -> NDArray[Any]:
+    return round_bf16(values).astype(ml_dtypes.bfloat16)
+
+
+def _half(data: Bytes) -> Floats:
+    """Float16 in two bytes [n, 2] as [n, 1, 1]."""
+    return np.ascontiguousarray(data).view("<f2").astype(np.float32)[:, :, None]
+
+
+def _nibbles(data: Bytes) -> Ints:
+    """The low nibbles of bytes [..., b], then the high ones: [..., 2 b]."""
+    return np.concatenate([data & 15, data >> 4], axis=-1).astype(np.int32)
+
+
+def _bits(data: Bytes, width: int) -> Ints:
+    """Numbers of `width` bits, the lowest first, behind the bytes that they are in: [..., b, 8 / width]."""
+    shifts = np.arange(0, 8, width, dtype=np.uint8)
+    return (data[..., None] >> shifts & ((1 << width) - 1)).astype(np.int32)
+
+
+def _fives(high_bits: Bytes, nibbles: Bytes) -> Ints:
+    return _nibbles(nibbles) | _bits(high_bits, 1).reshape(-1, 32) << 4
+
+
+def _q4_0(b: Bytes) -> Blocks:
+    return _nibbles(b[:, None, 2:]) - 8, _half(b[:, :2])
+
+
+def _q4_1(b: Bytes) -> Blocks:
+    return _nibbles(b[:, None, 4:]), _half(b[:, :2]), _half(b[:, 2:4])
+
+
+def _q5_0(b: Bytes) -> Blocks:
+    return _fives(b[:, 2:6], b[:, 6:])[:, None] - 16, _half(b[:, :2])
+
+
+def _q5_1(b: Bytes) -> Blocks:
+    return _fives(b[:, 4:8], b[:, 8:])[:, None], _half(b[:, :2]), _half(b[:, 2:4])
+
+
+def _q8_0(b: Bytes) -> Blocks:
+    return b[:, None, 2:].view(np.int8).astype(np.int32), _half(b[:, :2])
+
+
+def _iq4_nl(b: Bytes) -> Blocks:
+    return _NON_LINEAR[_nibbles(b[:, None, 2:])], _half(b[:, :2])
+
+
+def _twos(data: Bytes) -> Ints:
+    """64 bytes of 256 numbers of two bits, those of equal shift side by side: [n, 256]."""
+    return _bits(data.reshape(-1, 2, 32), 2).swapaxes(2, 3).reshape(-1, 256)
+
+
+def _q2_k(b: Bytes) -> Blocks:
+    scales = b[:, :16, None]
+    offset = -(_half(b[:, 82:]) * (scales >> 4).astype(np.float32))
+    numbers = _twos(b[:, 16:80]).reshape(-1, 16, 16)
+    return numbers, _half(b[:, 80:82]) * (scales & 15).astype(np.float32), offset
+
+
+def _q3_k(b: Bytes) -> Blocks:
+    third = _bits(b[:, :32], 1).swapaxes(1, 2).reshape(-1, 256)
+    numbers = (_twos(b[:, 32:96]) | third << 2) - 4
+    low = _nibbles(b[:, 96:104])
+    high = _bits(b[:, 104:108], 2).swapaxes(1, 2).reshape(-1, 16)
+    scales = ((low | high << 4) - 32).astype(np.float32)[:, :, None]
+    return numbers.reshape(-1, 16, 16), _half(b[:, 108:]) * scales
+
+
+def _eight_scales(b: Bytes) -> tuple[Floats, Floats]:
+    """Scales and offsets of Q4_K and Q5_K, of six bits each: four whole ones, four with upper bits apart."""
+    first, second, rest = b[:, 4:8], b[:, 8:12], b[:, 12:16]
+    scales = np.concatenate([first & 63, rest & 15 | first >> 6 << 4], axis=1)
+    minima = np.concatenate([second & 63, rest >> 4 | second >> 6 << 4], axis=1)
+    scale = _half(b[:, :2]) * scales.astype(np.float32)[:, :, None]
+    return scale, -(_half(b[:, 2:4]) * minima.astype(np.float32)[:, :, None])
+
+
+def _q4_k(b: Bytes) -> Blocks:
+    return _nibbles(b[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32), *_eight_scales(b)
+
+
+def _q5_k(b: Bytes) -> Blocks:
+    nibbles = _nibbles(b[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    return nibbles | _bits(b[:, 16:48], 1).swapaxes(1, 2) << 4, *_eight_scales(b)
+
+
+def _q6_k(b: Bytes) -> Blocks:
+    nibbles = _nibbles(b[:, :128].reshape(-1, 2, 64)).reshape(-1, 256)
+    numbers = (nibbles | _twos(b[:, 128:192]) << 4) - 32
+    scales = b[:, 192:208].view(np.int8).astype(np.float32)[:, :, None]
+    return numbers.reshape(-1, 16, 16), _half(b[:, 208:]) * scales
+
+
+def _iq4_xs(b: Bytes) -> Blocks:
+    low, high = _bits(b[:, 4:8], 4).reshape(-1, 8), _bits(b[:, 2:4], 2).reshape(-1, 8)
+    scales = ((low | high << 4) - 32).astype(np.float32)[:, :, None]
+    return _NON_LINEAR[_nibbles(b[:, 8:].reshape(-1, 8, 16))], _half(b[:, :2]) * scales
+
+
+_PLAIN: dict[str, Callable[[Bytes], Floats]] = {
+    "f32": lambda data: data.view("<f4"),
+    "f16": lambda data: data.view("<f2").astype(np.float32),
+    "bf16": lambda data: (data.view("<u2").astype(np.uint32) << 16).view(np.float32),
+}
+
+_BLOCKS: dict[str, tuple[int, Callable[[Bytes], Blocks]]] = {
+    "q4_0": (18, _q4_0),
+    "q4_1": (20, _q4_1),
+    "q5_0": (22, _q5_0),
+    "q5_1": (24, _q5_1),
+    "q8_0": (34, _q8_0),
+    "q2_k": (84, _q2_k),
+    "q3_k": (110, _q3_k),
+    "q4_k": (144, _q4_k),
+    "q5_k": (176, _q5_k),
+    "q6_k": (210, _q6_k),
+    "iq4_nl": (18, _iq4_nl),
+    "iq4_xs": (136, _iq4_xs),
+}

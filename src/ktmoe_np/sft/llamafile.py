@@ -1,0 +1,15 @@
+"""Training on base weights that are blocks of GGUF."""
+
+from __future__ import annotations
+
+from .._gguf import GgufWeights
+from .base import BaseSFTMoEWrapper
+
+__all__ = ["LlamafileSFTMoEWrapper"]
+
+
+class LlamafileSFTMoEWrapper(GgufWeights, BaseSFTMoEWrapper):
+    """Experts with adapters on weights of GGUF: method ``LLAMAFILE_SFT``.
+
+    Weights are referred to, never copied, and the backward pass reads the same bytes as the forward pass.
+    """
