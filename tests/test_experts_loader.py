@@ -129,6 +129,12 @@ def test_biases_of_separate_experts(tmp_path: Path) -> None:
     tensors = {f"model.layers.0.{name}": array for name, array in tensors.items()}
     write_safetensors(tmp_path / "model.safetensors", tensors)
     assert_same(load_experts(tmp_path, 0), layer)
+    for e, dtype in enumerate((np.float16, np.float32)):  # whatever the others are
+        name = f"model.layers.0.mlp.experts.{e}.down_proj.bias"
+        tensors[name] = np.full(H, e + 0.5, dtype)
+        layer["down_bias"][e] = e + 0.5
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    assert_same(load_experts(tmp_path, 0), layer)
     del tensors["model.layers.0.mlp.experts.1.up_proj.bias"]
     write_safetensors(tmp_path / "model.safetensors", tensors)
     missing = (

@@ -26,6 +26,8 @@ _FIRST_SIZE_NAMES = {
     "moe_intermediate_size": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
 }
 
+_NUM_LAYERS_NAMES = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+
 _ACTIVATION_NAMES = ("mlp_hidden_act", "hidden_activation", "hidden_act", "activation_function")
 
 #: Hugging Face's activation -> ours.
@@ -82,6 +84,25 @@ def read_hf_layer(config: Mapping[str, Any], layer_idx: int) -> tuple[dict[str, 
     sizes = {size: _agreed(part, size, names, layer_idx) for size, names in _SAME_SIZE_NAMES.items()}
     sizes |= {size: _first(part, size, names, layer_idx) for size, names in _FIRST_SIZE_NAMES.items()}
     return sizes, _read_activation(part, layer_idx)
+
+
+def read_hf_model(config: Mapping[str, Any]) -> tuple[str | None, str | None, int | None]:
+    """Read model_type, architecture and number of layers of a model; None where the config does not say.
+
+    Examples
+    --------
+    >>> read_hf_model({"model_type": "qwen3_moe", "num_experts": 8, "num_hidden_layers": 48})
+    ('qwen3_moe', None, 48)
+    """
+    part = _find_moe_part(config) or config
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    num_layers = next((part[name] for name in _NUM_LAYERS_NAMES if type(part.get(name)) is int), None)
+    return (
+        model_type if isinstance(model_type, str) else None,
+        first if isinstance(first, str) else None,
+        num_layers,
+    )
 
 
 def _find_moe_part(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

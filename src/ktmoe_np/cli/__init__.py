@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from .. import __version__
-from . import convert, demo, finetune_demo, info, measure, verify
+from . import convert, demo, finetune_demo, info, inspect, measure, verify
 
 __all__ = ["main"]
 
@@ -26,6 +26,11 @@ _FINETUNE_DEMO = (
     "A small layer learns, by Adam in NumPy, what a teacher with other adapters does. The first losses are "
     "compared with those of the NumPy reference. Takes some seconds; the exit status is 1 when they differ "
     "or the loss does not fall as it should."
+)
+_INSPECT = (
+    "Reads the headers of a checkpoint of Hugging Face, of GGUF files or of a directory that 'ktmoe convert' "
+    "has written: layers, sizes, formats, bytes, and whether this machine's memory holds the experts. How "
+    "fast memory is read is measured: reading the experts of each token is what limits decoding."
 )
 _CONVERT = (
     "Quantises the experts of a Hugging Face checkpoint, a file a layer, and copies its config.json; other "
@@ -132,6 +137,19 @@ def _parser() -> _Parser:
     command.add_argument("--plot", metavar="FILE.png", help="draw the curve of the loss (needs matplotlib)")
     _add_threads_and_json(command)
 
+    _add_checkpoint_commands(add)
+    return parser
+
+
+def _add_checkpoint_commands(add: Callable[..., _Parser]) -> None:
+    """Add the commands that are about a checkpoint of the user's."""
+    command = add("inspect", inspect.run, "what experts a checkpoint has, and how fast they can be", _INSPECT)
+    command.add_argument("path", help="directory of the checkpoint, or a file of it")
+    command.add_argument(
+        "--no-measure", action="store_true", help="leave out how fast memory is read, and what that allows"
+    )
+    _add_common(command, seconds=0.6, meaning="time for measuring the limits")
+
     command = add("convert", convert.run, "a checkpoint's experts, quantised to files", _CONVERT)
     command.add_argument("source", metavar="SRC", help="directory of the checkpoint")
     command.add_argument("target", metavar="DST", help="directory for the files; made when it is not there")
@@ -167,7 +185,6 @@ def _parser() -> _Parser:
         help="time for the reference, which is slow: decides how many experts are checked (default 4)",
     )
     _add_common(command, seconds=0.5, meaning="time for each batch")
-    return parser
 
 
 def _child_parser() -> _Parser:

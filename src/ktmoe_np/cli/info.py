@@ -14,11 +14,11 @@ import numpy as np
 from .. import __version__
 from .. import kt_kernel_ext as ext
 from ..cpuinfer import _MoEBase
-from .machine import busy_note, cpu_ranges, describe_machine
+from .machine import busy_note, describe_machine, number_ranges
 from .progress import Progress
 from .table import counted, wrap
 
-__all__ = ["run"]
+__all__ = ["measure_limits", "run"]
 
 #: Rounds of measuring, of which the best counts: others may use the machine too.
 _ROUNDS = 3
@@ -35,13 +35,13 @@ def run(arguments: argparse.Namespace) -> int:
         "numpy": np.__version__,
         "ml_dtypes": ml_dtypes.__version__,
         **describe_machine(),
-        "limits": _measure(arguments.seconds, arguments.threads),
+        "limits": measure_limits(arguments.seconds, arguments.threads),
     }
     print(json.dumps(report, indent=2) if arguments.json else _text(report, busy))
     return 0
 
 
-def _measure(seconds: float, threads: int | None) -> dict[str, Any]:
+def measure_limits(seconds: float, threads: int | None) -> dict[str, Any]:
     """Take the best of a few rounds, which last `seconds` in all, apart from the preparations."""
     with Progress(_ROUNDS) as progress:
         engine = _MoEBase._get_cpu_infer(threads)
@@ -87,8 +87,8 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     forced = " (forced by KTMOE_ISA)" if os.environ.get("KTMOE_ISA") else ""
     facts = [
         ("CPU", report["cpu"]),
-        ("Cores", f"{len(cpus)} allowed ({cpu_ranges(cpus)}), quota {report['cpu_quota']}"),
-        ("NUMA nodes", "; ".join(f"{node} with cores {cpu_ranges(at)}" for node, at in nodes.items())),
+        ("Cores", f"{len(cpus)} allowed ({number_ranges(cpus)}), quota {report['cpu_quota']}"),
+        ("NUMA nodes", "; ".join(f"{node} with cores {number_ranges(at)}" for node, at in nodes.items())),
         ("Caches", ", ".join(caches) or "unknown"),
         ("Memory", ", ".join(sizes)),
         ("Instruction sets", f"{isa['active']} is used{forced}"),

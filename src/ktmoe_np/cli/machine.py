@@ -10,12 +10,13 @@ from typing import Any
 
 from .. import kt_kernel_ext as ext
 
-__all__ = ["busy_note", "cpu_ranges", "describe_machine"]
+__all__ = ["busy_note", "describe_machine", "memory_sizes", "number_ranges"]
 
 #: Runnable threads for each CPU from which times say little.
 _BUSY = 0.6
 
-_CGROUP_MEMORY = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+#: Where control groups and their limits of memory are, of version 2 and of version 1.
+_CGROUPS = (("/sys/fs/cgroup", "memory.max"), ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"))
 
 
 def describe_machine() -> dict[str, Any]:
@@ -33,25 +34,25 @@ def describe_machine() -> dict[str, Any]:
         "cpu_quota": topology["cpu_quota"],
         "numa_nodes": {str(node): cpus for node, cpus in topology["node_cpus"].items()},
         "caches": _caches(topology["cpus"][0]),
-        "memory": _memory(),
+        "memory": memory_sizes(),
         "isa": ext.isa_info(),
     }
 
 
-def cpu_ranges(cpus: Iterable[int]) -> str:
-    """Write a list of CPUs the short way.
+def number_ranges(numbers: Iterable[int]) -> str:
+    """Write a list of numbers the short way.
 
     Examples
     --------
-    >>> cpu_ranges([0, 1, 2, 7])
+    >>> number_ranges([0, 1, 2, 7])
     '0-2,7'
     """
     spans: list[list[int]] = []
-    for cpu in sorted(cpus):
-        if spans and cpu == spans[-1][1] + 1:
-            spans[-1][1] = cpu
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
         else:
-            spans.append([cpu, cpu])
+            spans.append([number, number])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
@@ -98,15 +99,26 @@ def _caches(cpu: int) -> dict[str, int]:
     return caches
 
 
-def _memory() -> dict[str, int | None]:
-    """Bytes of memory: of the machine, still available, and the limit that a container sets."""
+def memory_sizes() -> dict[str, int | None]:
+    """Bytes of memory: of the machine, still available, and the limit that a control group sets, if lower."""
     fields = _fields("/proc/meminfo")
     sizes = {
         name: int(fields[key].split()[0]) * 1024 if fields.get(key) else None
         for name, key in (("total_bytes", "MemTotal"), ("available_bytes", "MemAvailable"))
     }
-    limits = [int(text) for text in (_read(path).strip() for path in _CGROUP_MEMORY) if text.isdecimal()]
+    limits = [int(text) for text in (_read(path).strip() for path in _limit_files()) if text.isdecimal()]
     total = sizes["total_bytes"]
     limit = min(limits, default=None)
     sizes["limit_bytes"] = limit if limit is not None and total is not None and limit < total else None
     return sizes
+
+
+def _limit_files() -> list[Path]:
+    """List the files with the limits of this process's control groups and of those that they are in."""
+    # A container may see its own group as the root, or only that one: the root is always looked at.
+    groups = {Path("/")}
+    for line in _read("/proc/self/cgroup").splitlines():
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if path.startswith("/") and (not controllers or "memory" in controllers.split(",")):
+            groups |= {Path(path), *Path(path).parents}
+    return [Path(f"{root}{group}", name) for root, name in _CGROUPS for group in sorted(groups)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -26,14 +25,11 @@ __all__ = [
 
 AnyArray = NDArray[Any]
 
-#: Position of an expert's number in a name.
-_EXPERT_NUMBER = re.compile(r"(?<=\bexperts\.)[0-9]{1,9}(?=\.)")
-
 #: A name that speaks of routed experts.
 _EXPERTS = re.compile(r"\bexperts\.")
 
-#: The expert number under which tensors of all experts are kept.
-_ALL = -1
+#: The number of a layer in a name.
+_LAYER_NUMBER = re.compile("[0-9]{1,9}")
 
 BIAS_DTYPES = ("BF16", "F16", "F32")
 
@@ -44,7 +40,7 @@ class ExpertLayer:
     def __init__(self, checkpoint: SafetensorsCheckpoint, prefix: str) -> None:
         self.checkpoint = checkpoint
         self.prefix = prefix
-        self.numbers: dict[str, set[int]] = defaultdict(set)  # template -> experts that have it
+        self.numbers = checkpoint.layers.of(prefix)  # template -> experts that have it
 
     def namings(self) -> list[Naming]:
         """List the rows of the table that are there in full; if none is, those there in part."""
@@ -73,7 +69,14 @@ class ExpertLayer:
 
     def name(self, template: str, e: int) -> str:
         """Complete a tensor's name."""
-        return self.prefix + template.format(e=e)
+        return self.prefix + template.replace("{e}", str(e))
+
+    def names(self, naming: Naming, sizes: tuple[int, int, int]) -> tuple[str, ...]:
+        """List the tensors that the layer must have, biases included if there are some."""
+        count = sizes[0] if naming.per_expert else 1
+        return tuple(
+            self.name(template, e) for template, _, _ in self.wanted(naming, sizes) for e in range(count)
+        )
 
     def problem(self, naming: Naming, sizes: tuple[int, int, int]) -> str | None:
         """Say what is wrong with the layer's tensors as `naming` wants them; None if nothing."""
@@ -91,7 +94,7 @@ class ExpertLayer:
 
     def too_many(self, template: str, num_experts: int) -> str | None:
         """Say which tensor there is of an expert beyond the last; None if there is none."""
-        more = max(self.numbers.get(template, ()), default=_ALL)
+        more = max(self.numbers.get(template, ()), default=-1)
         if more < num_experts:
             return None
         name = self.name(template, more)
@@ -99,7 +102,7 @@ class ExpertLayer:
 
     def info(self, name: str) -> TensorInfo | None:
         """Look a tensor up; None when it is not there."""
-        return self.checkpoint.info(name) if name in self.checkpoint else None
+        return self.checkpoint.find(name)
 
     def tensor_problem(
         self, name: str, dtypes: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]
@@ -164,36 +167,22 @@ def expert_layers(checkpoint: SafetensorsCheckpoint) -> tuple[int, ...]:
 
 def layers_with(checkpoint: SafetensorsCheckpoint, known: Collection[str]) -> tuple[int, ...]:
     """List the layers with a tensor of one of the `known` templates, in order."""
-    stems = "|".join(re.escape(prefix).replace(re.escape("{layer}"), "[0-9]{1,9}") for prefix in PREFIXES)
-    pattern = re.compile(f"(?:{stems})")
     layers = set()
-    for name in checkpoint.names():
-        match = pattern.match(name)
-        if match and _template(name[match.end() :])[0] in known:
-            layers.add(int(match[0].rstrip(".").rpartition(".")[2]))
+    for prefix in checkpoint.layers.prefixes():
+        number = prefix.removesuffix(".").rpartition(".")[2]
+        is_layer = _LAYER_NUMBER.fullmatch(number) and prefix in _prefixes(int(number))
+        if is_layer and not checkpoint.layers.of(prefix).keys().isdisjoint(known):
+            layers.add(int(number))
     return tuple(sorted(layers))
-
-
-def _template(name: str) -> tuple[str, int]:
-    """`name` with {e} for the expert's number, and the number."""
-    match = _EXPERT_NUMBER.search(name)
-    if match is None:
-        return name, _ALL
-    return f"{name[: match.start()]}{{e}}{name[match.end() :]}", int(match[0])
 
 
 def read_layers(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> list[ExpertLayer]:
     """Sort the layer's tensors, whatever they are, by their prefixes; those without any are empty."""
-    layers = {
-        prefix: ExpertLayer(checkpoint, prefix) for prefix in (p.format(layer=layer_idx) for p in PREFIXES)
-    }
-    prefixes = tuple(layers)
-    for name in checkpoint.names():
-        if name.startswith(prefixes):
-            prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
-            template, number = _template(name[len(prefix) :])
-            layers[prefix].numbers[template].add(number)
-    return list(layers.values())
+    return [ExpertLayer(checkpoint, prefix) for prefix in _prefixes(layer_idx)]
+
+
+def _prefixes(layer_idx: int) -> list[str]:
+    return [prefix.format(layer=layer_idx) for prefix in PREFIXES]
 
 
 def find_layer(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> ExpertLayer:

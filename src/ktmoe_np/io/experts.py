@@ -14,7 +14,7 @@ from ._expert_layer import ExpertLayer, expert_layers, find_layer
 from ._namings import Naming
 from .safetensors import SafetensorsCheckpoint
 
-__all__ = ["ExpertTensors", "expert_layers", "load_experts"]
+__all__ = ["ExpertTensors", "expert_layers", "find_experts", "load_experts"]
 
 AnyArray = NDArray[Any]
 
@@ -98,7 +98,17 @@ def load_experts(
     >>> experts.num_experts, experts.gate[1].shape, experts.gate[1].dtype.name
     (2, (2, 2), 'bfloat16')
     """
-    layer = find_layer(SafetensorsCheckpoint.opened(checkpoint), layer_idx)
+    return _build(*find_experts(SafetensorsCheckpoint.opened(checkpoint), layer_idx, config))
+
+
+def find_experts(
+    checkpoint: SafetensorsCheckpoint, layer_idx: int, config: MoEConfig | None = None
+) -> tuple[ExpertLayer, Naming, tuple[int, int, int]]:
+    """Find what `load_experts` reads, by the headers alone: the layer, its naming, and E, I and H.
+
+    Errors are those of `load_experts`.
+    """
+    layer = find_layer(checkpoint, layer_idx)
     problems = []
     for naming in layer.namings():
         sizes = layer.sizes(naming, config)
@@ -106,7 +116,7 @@ def load_experts(
         if problem is None:
             if config is not None:
                 layer.check_gated(naming, config)
-            return _build(layer, naming, sizes)
+            return layer, naming, sizes
         problems.append(problem)
     raise ValueError(problems[0])
 
@@ -124,9 +134,7 @@ def _build(layer: ExpertLayer, naming: Naming, sizes: tuple[int, int, int]) -> E
     if layer.has_biases(naming):
         for role, template in naming.biases.items():
             _store(biases, role, layer.tensors(naming, template, num_experts), 0, naming.interleaved)
-    stacked = {role: np.stack(vectors).astype(np.float32) for role, vectors in biases.items()}
-    count = num_experts if naming.per_expert else 1
-    names = [layer.name(template, e) for template, _, _ in layer.wanted(naming, sizes) for e in range(count)]
+    stacked = {role: np.stack([v.astype(np.float32) for v in vectors]) for role, vectors in biases.items()}
     return ExpertTensors(
         gate=weights["gate"],
         up=weights.get("up"),
@@ -134,7 +142,7 @@ def _build(layer: ExpertLayer, naming: Naming, sizes: tuple[int, int, int]) -> E
         gate_bias=stacked.get("gate"),
         up_bias=stacked.get("up"),
         down_bias=stacked.get("down"),
-        names=tuple(names),
+        names=layer.names(naming, sizes),
     )
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "find_quantized",
     "layer_path",
     "load_quantized",
+    "open_quantized",
     "projection_sizes",
     "quantized_layers",
     "refuse_quantized",
@@ -183,9 +184,32 @@ def load_quantized(path: str | os.PathLike[str], config: MoEConfig, fmt: Quantiz
         Not such a file, cut off, or of another layer: names the file, and the field or tensor, what came and
         what was expected.
     """
+    file, biased = open_quantized(path, config, fmt)
+    matrices = {
+        name: QuantizedProjection(file.tensor(f"{name}.codes"), _row_scale(file, name, fmt))
+        for name in projection_sizes(config)
+    }
+    return QuantizedExperts(matrices, {name: aligned(file.tensor(f"{name}.bias")) for name in biased})
+
+
+def open_quantized(
+    path: str | os.PathLike[str], config: MoEConfig, fmt: QuantizedFormat
+) -> tuple[SafetensorsFile, list[str]]:
+    """Open the file of a layer and check its header, which is all that is read.
+
+    Returns
+    -------
+    file : SafetensorsFile
+    biased : list of str
+        The projections that have a bias.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Those of `load_quantized`, but for its scales.
+    """
     file = SafetensorsFile(path)
-    projections = projection_sizes(config)
-    biased = [name for name in projections if f"{name}.bias" in file]
+    biased = [name for name in projection_sizes(config) if f"{name}.bias" in file]
     _check_metadata(file, _metadata(config, fmt, biased))
     wanted = dict(_wanted(config, fmt, biased))
     for name, (dtype, shape) in wanted.items():
@@ -200,11 +224,7 @@ def load_quantized(path: str | os.PathLike[str], config: MoEConfig, fmt: Quantiz
     for name in file.names():
         if name not in wanted:
             raise ValueError(f"{file.path}: tensor {name!r} is there, expected only {', '.join(wanted)}")
-    matrices = {
-        name: QuantizedProjection(file.tensor(f"{name}.codes"), _row_scale(file, name, fmt))
-        for name in projections
-    }
-    return QuantizedExperts(matrices, {name: aligned(file.tensor(f"{name}.bias")) for name in biased})
+    return file, biased
 
 
 def check_codes(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import threading
 import weakref
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ._layer_names import LayerNames
 from ._safetensors_header import DTYPES, MAX_HEADER_BYTES, TensorInfo, parse_header, parse_json_object
 
 __all__ = ["SafetensorsCheckpoint", "SafetensorsFile", "TensorInfo", "load_hf_config"]
@@ -79,9 +80,10 @@ class SafetensorsFile:
 
     def info(self, name: str) -> TensorInfo:
         """Return dtype, shape and place of a tensor; ValueError when there is none of that name."""
-        if name not in self._tensors:
+        info = self._tensors.get(name)
+        if info is None:
             raise ValueError(f"{self.path}: no tensor {name!r}")
-        return self._tensors[name]
+        return info
 
     def tensor(self, name: str) -> NDArray[Any]:
         """View a tensor.
@@ -104,12 +106,7 @@ class SafetensorsFile:
         if info.dtype not in DTYPES:
             known = ", ".join(DTYPES)
             raise ValueError(f"{self.path}: tensor {name!r} has dtype {info.dtype!r}; known: {known}")
-        count = math.prod(info.shape)
-        if count:
-            flat = np.frombuffer(self._map, DTYPES[info.dtype], count, self._start + info.begin)
-        else:
-            flat = np.frombuffer(b"", DTYPES[info.dtype])
-        return flat.reshape(info.shape)
+        return np.ndarray(info.shape, DTYPES[info.dtype], self._map, self._start + info.begin)
 
 
 class SafetensorsCheckpoint:
@@ -186,9 +183,15 @@ class SafetensorsCheckpoint:
         return file_of
 
     def _open(self, path: Path) -> SafetensorsFile:
-        if path not in self._files:
-            self._files[path] = SafetensorsFile(path)
-        return self._files[path]
+        file = self._files.get(path)
+        if file is None:
+            file = self._files[path] = SafetensorsFile(path)
+        return file
+
+    @cached_property
+    def layers(self) -> LayerNames:
+        """The tensors' names by layer."""
+        return LayerNames(self._file_of)
 
     def names(self) -> tuple[str, ...]:
         """List all tensors."""
@@ -200,9 +203,15 @@ class SafetensorsCheckpoint:
 
     def file_of(self, name: str) -> Path:
         """Return the file that holds `name`; ValueError when none does."""
-        if name not in self._file_of:
+        path = self._file_of.get(name)
+        if path is None:
             raise ValueError(f"{self.path}: no tensor {name!r}")
-        return self._file_of[name]
+        return path
+
+    def find(self, name: str) -> TensorInfo | None:
+        """Return what `info` does; None when there is no tensor of that name."""
+        path = self._file_of.get(name)
+        return None if path is None else self._open(path).info(name)
 
     def info(self, name: str) -> TensorInfo:
         """Return dtype, shape and place of a tensor; opens its file."""

@@ -1,0 +1,272 @@
+"""What experts a checkpoint has, in which formats and how large, told by its headers alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .._formats import FORMATS
+from .._hf_config import read_hf_model
+from .._methods import Method, find_method
+from ..config import MoEConfig
+from ._expert_layer import layers_with
+from ._namings import NAMINGS
+from ._native_layer import find_forms
+from ._native_namings import FORMS
+from .experts import find_experts
+from .gguf import GgufCheckpoint, gguf_config, gguf_layers, is_gguf, load_gguf
+from .manifest import manifest_path, read_manifest
+from .quantized import find_quantized, open_quantized, projection_sizes, quantized_layers
+from .safetensors import SafetensorsCheckpoint, load_hf_config
+
+__all__ = ["CheckpointReport", "LayerReport", "inspect_checkpoint"]
+
+_PLAIN, _GGUF = "BF16", "LLAMAFILE"
+
+#: A name that speaks of routed experts.
+_EXPERTS = re.compile(r"\bexperts\.")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """The experts of a layer.
+
+    Parameters
+    ----------
+    config : MoEConfig
+        The layer's number, sizes and activation.
+    formats : mapping of str to str
+        ``gate_proj``, ``up_proj`` when gated and ``down_proj`` -> what the weights are encoded in.
+    method : str
+        The method that `KTMoEWrapper.from_pretrained` takes when it is given none.
+    group_size : int or None
+        Of files that ``ktmoe convert`` has written: the columns that share a scale.
+    num_bytes : int
+        Bytes of all experts, scales and biases included, as the files have them.
+    """
+
+    config: MoEConfig
+    formats: Mapping[str, str]
+    method: str
+    group_size: int | None
+    num_bytes: int
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the experts that one token is sent to."""
+        return self.num_bytes * self.config.num_experts_per_tok // self.config.num_experts
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What `inspect_checkpoint` finds.
+
+    Parameters
+    ----------
+    path : Path
+    kind : str
+        ``safetensors``, ``converted`` (a directory that ``ktmoe convert`` has written) or ``gguf``.
+    model_type : str or None
+        What the checkpoint calls the kind of model; of GGUF, its architecture.
+    architecture : str or None
+        The class of the model.
+    num_layers : int or None
+        Layers of the model, with or without experts.
+    layers : tuple of LayerReport
+        Those with experts, in order.
+    further_layers : tuple of LayerReport
+        Layers behind the model's last one, which predict further tokens: no pass over the model reads them.
+    """
+
+    path: Path
+    kind: str
+    model_type: str | None
+    architecture: str | None
+    num_layers: int | None
+    layers: tuple[LayerReport, ...]
+    further_layers: tuple[LayerReport, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the experts of `layers`."""
+        return sum(layer.num_bytes for layer in self.layers)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the experts that one token is sent to in all of `layers`."""
+        return sum(layer.token_bytes for layer in self.layers)
+
+
+def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
+    """Tell what experts a checkpoint has.
+
+    Headers are read and checked, as when a layer is loaded; weights are not.
+
+    Parameters
+    ----------
+    path : str or path-like
+        A directory of Hugging Face safetensors, or one of its files; a directory that ``ktmoe convert`` has
+        written; a GGUF file or a directory of one model's.
+
+    Returns
+    -------
+    CheckpointReport
+
+    Raises
+    ------
+    FileNotFoundError
+        No checkpoint there, or without config.json, or a shard is missing.
+    ValueError
+        No layer has experts; a file that is damaged, or a layer that is not what the configuration says
+        (names the file and the tensor).
+
+    Examples
+    --------
+    >>> import json, pathlib, tempfile
+    >>> import ml_dtypes, numpy as np
+    >>> from ktmoe_np.io.writer import write_safetensors
+    >>> path = pathlib.Path(tempfile.mkdtemp())
+    >>> config = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 1, "hidden_size": 8,
+    ...           "moe_intermediate_size": 8, "num_hidden_layers": 2}
+    >>> _ = (path / "config.json").write_text(json.dumps(config))
+    >>> names = [f"{e}.{name}_proj" for e in range(4) for name in ("gate", "up", "down")]
+    >>> matrix = np.zeros((8, 8), ml_dtypes.bfloat16)
+    >>> tensors = {f"model.layers.1.mlp.experts.{name}.weight": matrix for name in names}
+    >>> write_safetensors(path / "model.safetensors", tensors)
+    >>> report = inspect_checkpoint(path)
+    >>> report.num_layers, [layer.config.layer_idx for layer in report.layers]
+    (2, [1])
+    >>> report.layers[0].method, report.num_bytes, report.token_bytes
+    ('BF16', 1536, 384)
+    """
+    where = Path(path)
+    if not where.exists():
+        raise FileNotFoundError(f"{where}: no such file or directory")
+    if is_gguf(where):
+        return _inspect_gguf(where)
+    if manifest_path(where).exists():
+        return _inspect_converted(where)
+    return _inspect_safetensors(where)
+
+
+def _report(
+    path: Path,
+    kind: str,
+    about: tuple[str | None, str | None, int | None],
+    layers: list[LayerReport],
+) -> CheckpointReport:
+    """A report of layers, in order; those beyond the number of layers are further ones."""
+    num_layers, count = about[2], len(layers)
+    if num_layers is not None:
+        count = sum(layer.config.layer_idx < num_layers for layer in layers)
+    return CheckpointReport(path, kind, *about, tuple(layers[:count]), tuple(layers[count:]))
+
+
+# ---- Hugging Face safetensors ----
+
+
+def _inspect_safetensors(path: Path) -> CheckpointReport:
+    if quantized_layers(path):
+        raise ValueError(
+            f"{path}: holds files of quantised layers, but no {manifest_path(path).name} that says for which "
+            "method"
+        )
+    checkpoint = SafetensorsCheckpoint(path)
+    config = load_hf_config(path)
+    about = read_hf_model(config)
+    numbers = layers_with(checkpoint, _known_templates())
+    if not numbers:
+        raise ValueError(_no_experts(checkpoint, about[0]))
+    layers = [_safetensors_layer(checkpoint, MoEConfig.from_hf_config(config, number)) for number in numbers]
+    return _report(path, "safetensors", about, layers)
+
+
+def _known_templates() -> set[str]:
+    """What experts' tensors are called, in any format."""
+    plain = {name for naming in NAMINGS for name in naming.tensors.values()}
+    return plain.union(
+        stem + encoding.codes.suffix for naming, encoding in FORMS for stem in naming.tensors.values()
+    )
+
+
+def _no_experts(checkpoint: SafetensorsCheckpoint, model_type: str | None) -> str:
+    """Say that no layer has experts, and why that may be."""
+    strangers = (name for name in checkpoint.names() if _EXPERTS.search(name))
+    name = next(strangers, None)
+    if name is not None:
+        return f"{checkpoint.path}: has experts, but in no naming known here, e.g. {name!r}"
+    return f"{checkpoint.path}: no layer has experts: a dense model (model_type {model_type!r})"
+
+
+def _safetensors_layer(checkpoint: SafetensorsCheckpoint, config: MoEConfig) -> LayerReport:
+    forms = find_forms(checkpoint, config.layer_idx)
+    if forms:
+        form = forms[0][1]
+        method, names = form.method, form.check(config)
+    else:
+        layer, naming, sizes = find_experts(checkpoint, config.layer_idx, config)
+        method, names = _PLAIN, layer.names(naming, sizes)
+    infos = map(checkpoint.info, names)
+    formats = dict.fromkeys(projection_sizes(config), find_method(method, "inference").weights)
+    return LayerReport(config, formats, method, None, sum(info.end - info.begin for info in infos))
+
+
+# ---- directories that were converted ----
+
+
+def _inspect_converted(path: Path) -> CheckpointReport:
+    manifest = read_manifest(path)
+    method = find_method(manifest.method, "inference")
+    if not method.formats:
+        raise ValueError(
+            f"{manifest_path(path)}: method is {manifest.method!r}, expected one that quantises weights"
+        )
+    group_size = method.resolve_group_size(manifest.group_size)
+    config = load_hf_config(path)
+    numbers = sorted({*manifest.layers, *quantized_layers(path)})
+    if not numbers:
+        raise ValueError(f"{path}: no layer is converted yet")
+    layers = [
+        _converted_layer(path, MoEConfig.from_hf_config(config, number), method, group_size)
+        for number in numbers
+    ]
+    return _report(path, "converted", read_hf_model(config), layers)
+
+
+def _converted_layer(path: Path, config: MoEConfig, method: Method, group_size: int | None) -> LayerReport:
+    fmt = FORMATS[method.formats[group_size]]
+    found = find_quantized(path, config.layer_idx)
+    if found is None:
+        raise FileNotFoundError(f"{path}: none of the layers of {manifest_path(path).name} is there")
+    file, _ = open_quantized(found, config, fmt)
+    infos = map(file.info, file.names())
+    formats = dict.fromkeys(projection_sizes(config), fmt.name)
+    return LayerReport(config, formats, method.name, group_size, sum(info.end - info.begin for info in infos))
+
+
+# ---- GGUF ----
+
+
+def _inspect_gguf(path: Path) -> CheckpointReport:
+    checkpoint = GgufCheckpoint(path)
+    numbers = gguf_layers(checkpoint)
+    model_type = checkpoint.metadata("general.architecture")
+    if not numbers:
+        raise ValueError(f"{path}: no layer has experts: a dense model (architecture {model_type!r})")
+    layers = [_gguf_layer(checkpoint, gguf_config(checkpoint, number)) for number in numbers]
+    num_layers = checkpoint.metadata(f"{model_type}.block_count")
+    further = checkpoint.metadata(f"{model_type}.nextn_predict_layers")
+    if type(num_layers) is int and type(further) is int:
+        num_layers -= further
+    about = (model_type, None, num_layers if type(num_layers) is int else None)
+    return _report(path, "gguf", about, layers)
+
+
+def _gguf_layer(checkpoint: GgufCheckpoint, config: MoEConfig) -> LayerReport:
+    experts = load_gguf(checkpoint, config.layer_idx, config)
+    formats = {name: projection.format for name, projection in experts.projections.items()}
+    num_bytes = sum(checkpoint.info(name).num_bytes for name in experts.names)
+    return LayerReport(config, formats, _GGUF, None, num_bytes)
