@@ -15,6 +15,7 @@ from .layer import Layer, to_float32
 __all__ = [
     "encode_fp8",
     "encode_fp8_perchannel",
+    "encode_gptq_int4",
     "encode_mxfp4",
     "encode_mxfp8",
     "encode_nvfp4",
@@ -106,6 +107,14 @@ def _rawint4(weights: Array) -> Encoded:
     return {"proj": _nibbles(numbers, weights.shape[1]), "scale": scale}
 
 
+def _gptq_int4(weights: Array) -> Encoded:
+    groups = _groups(weights, 128)
+    scale = (np.abs(groups).max(axis=2) / np.float32(7)).astype(np.float16)
+    numbers = np.clip(np.rint(groups / scale.astype(np.float32)[..., None]), -8, 7) + 8
+    codes = _nibbles(numbers, weights.shape[1]).view(np.int32)  # eight of a row in a word
+    return {"proj": np.ascontiguousarray(codes.T), "scale": np.ascontiguousarray(scale.T)}
+
+
 def _mxfp4(weights: Array) -> Encoded:
     groups = _groups(weights, 32)
     scale = _powers(np.abs(groups).max(axis=2), 2)
@@ -126,5 +135,6 @@ encode_fp8 = _each_expert(_fp8)
 encode_fp8_perchannel = _each_expert(_fp8_perchannel)
 encode_mxfp8 = _each_expert(_mxfp8)
 encode_rawint4 = _each_expert(_rawint4)
+encode_gptq_int4 = _each_expert(_gptq_int4)
 encode_mxfp4 = _each_expert(_mxfp4)
 encode_nvfp4 = _each_expert(_nvfp4)

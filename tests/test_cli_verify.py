@@ -15,6 +15,7 @@ from ktmoe_np._formats import FORMATS
 from ktmoe_np._methods import find_method
 from ktmoe_np.cli import main
 from ktmoe_np.cli.checkpoint import write_demo_checkpoint
+from ktmoe_np.cli.expert_source import TensorSource
 from ktmoe_np.cli.sample import Expected, draw_sample
 from ktmoe_np.config import MoEConfig
 from ktmoe_np.inference import BaseMoEWrapper
@@ -87,7 +88,7 @@ def test_the_reference_judges_quantised_layers(name: str, num_experts: int, tmp_
     biases = {side: getattr(experts, side) for side in ("gate_bias", "up_bias", "down_bias")}
     inputs = (sample.hidden_states, sample.ids, sample.weights, *matrices)
     right = moe_forward(*inputs, **biases, activation=config.activation, product=method.product)
-    expected = Expected(sample, config, experts, fmt, method.product)
+    expected = Expected(sample, config, TensorSource(experts, fmt, method.product))
     assert expected.num_experts == num_experts
     assert expected.judge(right).problem is None
     unquantised = Expected(sample, config, experts)
@@ -113,7 +114,7 @@ def test_verify_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         ([str(tmp_path)], "no *.safetensors file"),
         ([str(bare)], "no layer has experts"),
         ([str(bare), "--layer=0"], "config.json: no such file or directory"),
-        ([str(model), "--layer=7"], "layer 7 has no experts; layers with experts: 1"),
+        ([str(model), "--layer=7"], "layer 7 has no experts in a naming known here; layers with experts: 1"),
         ([str(model), "--method=FP5"], "method: got 'FP5'"),
     ]:
         assert main(["verify", *arguments]) == 2

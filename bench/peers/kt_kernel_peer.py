@@ -8,7 +8,6 @@ KTMOE_BENCH_KT_PYTHON names another interpreter than the one that runs the bench
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,19 @@ from typing import Any
 import numpy as np
 
 from ..cases import Case
+from ..encoders_gguf import GGUF_FORMATS
 from ..layer import Array, Layer, bfloat16
+from ..methods import METHODS
 from ..spec import Spec
+from .kt_kernel_memory import address, aligned
+from .kt_kernel_weights import GGUF_CLASS, GGUF_WITHOUT, GROUPS, give_gguf, give_groups
 
-__all__ = ["LIBRARIES", "Contender", "address", "aligned", "contenders"]
+__all__ = ["LIBRARIES", "Contender", "contenders"]
 
 #: Imported before the load is timed.
 LIBRARIES: tuple[str, ...] = ()
 
-#: Method -> classes of the extension, the first that it has.
+#: Method -> classes of the extension, the first that it and the CPU have.
 _CLASSES = {
     "BF16": ("AMXBF16_MOE", "AVX2BF16_MOE"),
     "AMXINT8": ("AMXInt8_MOE",),
@@ -33,10 +36,12 @@ _CLASSES = {
     "AMXBF16_SFT": ("AMXBF16_SFT_MOE",),
     "AMXINT8_SFT": ("AMXInt8_SFT_MOE",),
     "AMXINT4_SFT": ("AMXInt4_SFT_MOE",),
+    **{method: groups.classes for method, groups in GROUPS.items()},
+    **{f"LLAMAFILE-{name}": (GGUF_CLASS,) for name in GGUF_FORMATS if name not in GGUF_WITHOUT},
 }
 
-#: It reads arrays in whole vectors; in training these must begin on a cache line.
-_ALIGNMENT = 64
+#: Classes for a CPU flag that their build does not ask for.
+_FLAGS = {"AMXMXFP8_KGroup_MOE": "amx_bf16", "AVXVNNI256GPTQInt4Packed_MOE": "avx_vnni"}
 
 #: Builds of the wheel, the most capable first, and the CPU flag that they need.
 _BUILDS = (("amx", "amx_bf16"), ("avx512_bf16", "avx512_bf16"), ("avx512_base", "avx512f"), ("avx2", "avx2"))
@@ -48,12 +53,15 @@ def contenders(base: Spec, options: Any) -> list[Spec]:
         raise ValueError("kt-kernel: expected its extension, by --kt-ext or KTMOE_BENCH_KT_EXT")
     counts = [base.threads - less for less in (0, 1, 2) if base.threads - less >= 1]
     spec = base.but(peer="kt-kernel", family="kt-kernel", python=options.kt_python or "", gives_limits=False)
-    spec = spec.but(options={"ext": options.kt_ext}, copies=1.0, best_of_family=True)
+    copies = 1.0
+    if base.method in GROUPS:  # what they are packed from is there too while they are loaded
+        copies = max(copies, 2.5 * METHODS[base.method].of_bf16)
+    spec = spec.but(options={"ext": options.kt_ext}, copies=copies, best_of_family=True)
     return [spec.but(threads=count) for count in (counts if base.threads > 2 else counts[:2])]
 
 
 class Contender:
-    """A layer of kt-kernel; it packs a copy of the weights for itself."""
+    """A layer of kt-kernel; it packs a copy of the weights for itself, but for those in blocks of GGUF."""
 
     def __init__(self, spec: Spec, layer: Layer) -> None:
         if spec.shape.biased or spec.shape.activation != "silu":
@@ -66,17 +74,24 @@ class Contender:
         self._moe = self._load(spec, layer)
 
     def _load(self, spec: Spec, layer: Layer) -> Any:
-        shape = spec.shape
+        shape, make = spec.shape, self._class(spec.method)
         config = self._ext.moe.MOEConfig(shape.experts, shape.per_token, shape.hidden, shape.inter, 0)
         self._configure(config, spec, layer)
-        moe = self._class(spec.method)(config)
+        given: Any = None
+        if spec.method in GROUPS:
+            given = give_groups(config, spec.method, layer)
+        elif METHODS[spec.method].library_name == "LLAMAFILE":
+            self._blocks = give_gguf(config, self._ext.kvcache.ggml_type, spec.method, layer)
+        moe = make(config)
         self._engine.submit(moe.load_weights_task(address(self._map)))
         self._engine.sync()
+        del given
         return moe
 
     def _class(self, method: str) -> Any:
+        flags = _cpu_flags()
         for name in _CLASSES.get(method, ()):
-            if hasattr(self._ext.moe, name):
+            if hasattr(self._ext.moe, name) and (name not in _FLAGS or _FLAGS[name] in flags):
                 return getattr(self._ext.moe, name)
         raise NotImplementedError(f"kt-kernel: no class for {method} in {self._path.name}")
 
@@ -112,31 +127,21 @@ class Contender:
         return {"version": _version(self._path), "isa": isa}
 
 
-def address(array: Array) -> int:
-    """Where an array lies."""
-    return int(array.ctypes.data)
-
-
-def aligned(array: Array) -> Array:
-    """Copy an array to where a cache line begins."""
-    memory = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
-    start = -address(memory) % _ALIGNMENT
-    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
-
-
 def _find_extension(path: Path) -> Path:
     """Take the file itself; of a directory, the best build for this machine and this interpreter."""
     if path.is_file():
         return path
     tag = f"cpython-{sys.version_info[0]}{sys.version_info[1]}-"
-    flags = set(re.findall(r"\S+", Path("/proc/cpuinfo").read_text()))
+    flags = _cpu_flags()
     for build, flag in _BUILDS:
         found = sorted(path.rglob(f"_kt_kernel_ext_{build}.{tag}*.so"))
         if found and flag in flags:
             return found[0]
     raise FileNotFoundError(f"kt-kernel: no build in {path} for {tag[:-1]} and this CPU")
+
+
+def _cpu_flags() -> set[str]:
+    return set(Path("/proc/cpuinfo").read_text().split())
 
 
 def _import(path: Path) -> Any:

@@ -10,7 +10,8 @@ from ..cases import Case
 from ..layer import Array, Layer, bfloat16
 from ..methods import METHODS
 from ..spec import Spec
-from .kt_kernel_peer import LIBRARIES, address, aligned
+from .kt_kernel_memory import address, aligned
+from .kt_kernel_peer import LIBRARIES
 from .kt_kernel_peer import Contender as ForwardContender
 from .kt_kernel_peer import contenders as forward_contenders
 

@@ -33,7 +33,7 @@ def make_layer(spec: Spec, layer: Layer, **options: Any) -> Any:
     """Make a `KTMoEWrapper` with the shared weights; `options` are those of its mode."""
     from ktmoe_np import KTMoEWrapper
 
-    shape = spec.shape
+    shape, method = spec.shape, METHODS[spec.method]
     moe = KTMoEWrapper(
         layer_idx=0,
         num_experts=shape.experts,
@@ -42,10 +42,10 @@ def make_layer(spec: Spec, layer: Layer, **options: Any) -> Any:
         moe_intermediate_size=shape.inter,
         cpuinfer_threads=spec.threads,
         activation=shape.activation,
-        method=spec.method,
+        method=method.library_name,
         **options,
     )
-    moe.load_weights_from_tensors(**METHODS[spec.method].encode(layer))
+    moe.load_weights_from_tensors(**method.encode(layer))
     return moe
 
 
@@ -69,7 +69,8 @@ class Contender:
         spec = self._spec
         if "checkpoint" in spec.options:
             path = spec.options["checkpoint"]
-            return KTMoEWrapper.from_pretrained(path, method=spec.method, cpuinfer_threads=spec.threads)
+            method = METHODS[spec.method].library_name
+            return KTMoEWrapper.from_pretrained(path, method=method, cpuinfer_threads=spec.threads)
         return make_layer(spec, self._layer)
 
     def load_again(self) -> float:
@@ -110,5 +111,5 @@ class Contender:
         """Measure what the machine can do with this contender's instruction set and threads."""
         from ktmoe_np import kt_kernel_ext as ext
 
-        product = METHODS[self._moe.method].product
+        product = METHODS[self._spec.method].product
         return dict(ext.measure_limits(self._moe.cpu_infer, seconds, product=product))

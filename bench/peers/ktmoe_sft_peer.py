@@ -19,7 +19,7 @@ class Contender:
     """A layer of ktmoe_np as in `ktmoe_peer`, with arrays for gradients that are used again."""
 
     def __init__(self, spec: Spec, layer: Layer) -> None:
-        shape = spec.shape
+        shape, self._method = spec.shape, spec.method
         options = {"mode": "sft", "lora_rank": shape.rank, "lora_alpha": shape.alpha}
         self._moe = make_layer(spec, layer, **options)
         self._moe.init_lora_weights(**layer.lora)
@@ -71,5 +71,5 @@ class Contender:
         """Measure what the machine can do with this contender's instruction set and threads."""
         from ktmoe_np import kt_kernel_ext as ext
 
-        product = METHODS[self._moe.method].product
+        product = METHODS[self._method].product
         return dict(ext.measure_limits(self._moe.cpu_infer, seconds, product=product))

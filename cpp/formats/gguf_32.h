@@ -8,99 +8,114 @@
 namespace ktmoe::formats {
 
 template <class F, size_t kBytes>
-using Block32 = Blocks<F, 32, kBytes, 32>;
+struct OneScale : Blocks<F, 32, kBytes, 32> {
+  static constexpr bool kHasOffset = false;
+  static void scales(const std::byte* block, BlockScales<1>& scales) { scales.scale[0] = half_at(block); }
+};
+template <class F, size_t kBytes>
+struct ScaleAndOffset : Blocks<F, 32, kBytes, 32> {
+  static constexpr bool kHasOffset = true;
+  static void scales(const std::byte* block, BlockScales<1>& scales) {
+    scales.scale[0] = half_at(block), scales.offset[0] = half_at(block + 2);
+  }
+};
 
-// number = nibble - 8
-struct Q4_0 : Block32<Q4_0, 18> {
+// What nibbles stand for: numbers from -8 or 0 on, or about those of a normal distribution.
+alignas(16) inline constexpr int8_t kFromMinusEight[16] = {-8, -7, -6, -5, -4, -3, -2, -1,
+                                                           0,  1,  2,  3,  4,  5,  6,  7};
+alignas(16) inline constexpr int8_t kFromZero[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+alignas(16) inline constexpr int8_t kNonLinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                                      1,    13,   25,  38,  53,  69,  89,  113};
+
+// [scale][nibbles: 16]
+struct Q4_0 : OneScale<Q4_0, 18> {
   static constexpr FormatId kId = FormatId::kQ4_0;
   static constexpr std::string_view kName = "q4_0";
-  static constexpr bool kHasOffset = false;
-
-  [[gnu::always_inline]] static void unpack(const std::byte* block, Values& values) {
-    values.scale[0] = half_at(block);
-    split_nibbles<16>(block + 2, values.number, values.number + 16);
-    for (int8_t& number : values.number) number = static_cast<int8_t>(number - 8);
-  }
+  static int number(const std::byte* block, size_t i) { return kFromMinusEight[nibble_of_16(block + 2, i)]; }
 };
 static_assert(WeightFormat<Q4_0>);
 
-struct Q4_1 : Block32<Q4_1, 20> {
+// [scale][offset][nibbles: 16]
+struct Q4_1 : ScaleAndOffset<Q4_1, 20> {
   static constexpr FormatId kId = FormatId::kQ4_1;
   static constexpr std::string_view kName = "q4_1";
-  static constexpr bool kHasOffset = true;
-
-  [[gnu::always_inline]] static void unpack(const std::byte* block, Values& values) {
-    values.scale[0] = half_at(block);
-    values.offset[0] = half_at(block + 2);
-    split_nibbles<16>(block + 4, values.number, values.number + 16);
-  }
+  static int number(const std::byte* block, size_t i) { return nibble_of_16(block + 4, i); }
 };
 static_assert(WeightFormat<Q4_1>);
 
 // Nibbles, and 32 bits that stand above them.
-[[gnu::always_inline]] inline void unpack_fives(const std::byte* high_bits, const std::byte* nibbles,
-                                                int8_t* number) {
-  split_nibbles<16>(nibbles, number, number + 16);
-  for (size_t i = 0; i < 32; ++i)
-    number[i] = static_cast<int8_t>(number[i] | (byte_at(high_bits, i / 8) >> (i % 8) & 1) << 4);
+inline int five_bits(const std::byte* high, const std::byte* nibbles, size_t i) {
+  return nibble_of_16(nibbles, i) | (byte_at(high, i / 8) >> (i % 8) & 1) << 4;
 }
 
-// number = five bits - 16
-struct Q5_0 : Block32<Q5_0, 22> {
+// [scale][fifth bits: 4][nibbles: 16]; number = five bits - 16
+struct Q5_0 : OneScale<Q5_0, 22> {
   static constexpr FormatId kId = FormatId::kQ5_0;
   static constexpr std::string_view kName = "q5_0";
-  static constexpr bool kHasOffset = false;
-
-  [[gnu::always_inline]] static void unpack(const std::byte* block, Values& values) {
-    values.scale[0] = half_at(block);
-    unpack_fives(block + 2, block + 6, values.number);
-    for (int8_t& number : values.number) number = static_cast<int8_t>(number - 16);
-  }
+  static int number(const std::byte* block, size_t i) { return five_bits(block + 2, block + 6, i) - 16; }
 };
 static_assert(WeightFormat<Q5_0>);
 
-struct Q5_1 : Block32<Q5_1, 24> {
+// [scale][offset][fifth bits: 4][nibbles: 16]
+struct Q5_1 : ScaleAndOffset<Q5_1, 24> {
   static constexpr FormatId kId = FormatId::kQ5_1;
   static constexpr std::string_view kName = "q5_1";
-  static constexpr bool kHasOffset = true;
-
-  [[gnu::always_inline]] static void unpack(const std::byte* block, Values& values) {
-    values.scale[0] = half_at(block);
-    values.offset[0] = half_at(block + 2);
-    unpack_fives(block + 4, block + 8, values.number);
-  }
+  static int number(const std::byte* block, size_t i) { return five_bits(block + 4, block + 8, i); }
 };
 static_assert(WeightFormat<Q5_1>);
 
-struct Q8_0 : Block32<Q8_0, 34> {
+// [scale][int8: 32]
+struct Q8_0 : OneScale<Q8_0, 34> {
   static constexpr FormatId kId = FormatId::kQ8_0;
   static constexpr std::string_view kName = "q8_0";
-  static constexpr bool kHasOffset = false;
-
-  [[gnu::always_inline]] static void unpack(const std::byte* block, Values& values) {
-    values.scale[0] = half_at(block);
-    std::memcpy(values.number, block + 2, sizeof values.number);
-  }
+  static int number(const std::byte* block, size_t i) { return static_cast<int8_t>(block[2 + i]); }
 };
 static_assert(WeightFormat<Q8_0>);
 
-// The numbers that nibbles of IQ4_NL and IQ4_XS stand for: about those of a normal distribution.
-inline constexpr BlockNumbers kNonLinear{
-    {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}};
-
-struct Iq4Nl : Block32<Iq4Nl, 18> {
+// [scale][nibbles: 16]
+struct Iq4Nl : OneScale<Iq4Nl, 18> {
   static constexpr FormatId kId = FormatId::kIq4Nl;
   static constexpr std::string_view kName = "iq4_nl";
-  static constexpr bool kHasOffset = false;
-  static constexpr const BlockNumbers& kNumbers = kNonLinear;
-
-  [[gnu::always_inline]] static void unpack(const std::byte* block, Values& values) {
-    values.scale[0] = half_at(block);
-    split_nibbles<16>(block + 2, values.number, values.number + 16);
-  }
+  static int number(const std::byte* block, size_t i) { return kNonLinear[nibble_of_16(block + 2, i)]; }
 };
 static_assert(WeightFormat<Iq4Nl>);
 
 }  // namespace ktmoe::formats
 
 #endif  // KTMOE_FORMATS_GGUF_32_H_
+
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+
+template <>
+struct Unpack<formats::Q4_0> {
+  static constexpr const auto& kTable = formats::kFromMinusEight;
+  static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t) { return packed_in_16(block + 2); }
+};
+template <>
+struct Unpack<formats::Q4_1> {
+  static constexpr const auto& kTable = formats::kFromZero;
+  static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t) { return packed_in_16(block + 4); }
+};
+template <>
+struct Unpack<formats::Q5_0> {
+  static KT_INLINE Bytes32 numbers(const std::byte* block, size_t) {
+    return minus(with_bits<4>(nibbles_of_16(block + 6), spread_bits(block + 2)), 16);
+  }
+};
+template <>
+struct Unpack<formats::Q5_1> {
+  static KT_INLINE Bytes32 numbers(const std::byte* block, size_t) {
+    return with_bits<4>(nibbles_of_16(block + 8), spread_bits(block + 4));
+  }
+};
+template <>
+struct Unpack<formats::Q8_0> {
+  static KT_INLINE Bytes32 numbers(const std::byte* block, size_t) { return load_32(block + 2); }
+};
+template <>
+struct Unpack<formats::Iq4Nl> {
+  static constexpr const auto& kTable = formats::kNonLinear;
+  static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t) { return packed_in_16(block + 2); }
+};
+
+#endif  // KT_TARGET_REGION

@@ -22,7 +22,7 @@ struct F16 : PlainNumbers<F16, 2> {
   static constexpr FormatId kId = FormatId::kF16;
   static constexpr std::string_view kName = "f16";
 
-  [[gnu::always_inline]] static float value_at(const std::byte* p) { return half_at(p); }
+  static float value_at(const std::byte* p) { return half_at(p); }
 };
 static_assert(WeightFormat<F16>);
 
@@ -30,7 +30,7 @@ struct F32 : PlainNumbers<F32, 4> {
   static constexpr FormatId kId = FormatId::kF32;
   static constexpr std::string_view kName = "f32";
 
-  [[gnu::always_inline]] static float value_at(const std::byte* p) {
+  static float value_at(const std::byte* p) {
     float value;
     std::memcpy(&value, p, sizeof value);
     return value;

@@ -8,143 +8,158 @@
 
 namespace ktmoe::formats {
 
-template <class F, size_t kBytes, size_t kGroupValues>
-using Block256 = Blocks<F, 256, kBytes, kGroupValues>;
-
-// 64 bytes of four numbers of two bits: value 128 h + 32 j + i has bits 2 j of byte 32 h + i.
-[[gnu::always_inline]] inline void unpack_twos(const std::byte* bytes, int8_t* number) {
-  for (size_t half = 0; half < 2; ++half)
-    for (size_t j = 0; j < 4; ++j)
-      for (size_t i = 0; i < 32; ++i)
-        number[128 * half + 32 * j + i] = static_cast<int8_t>(byte_at(bytes, 32 * half + i) >> (2 * j) & 3);
+// Whole numbers by which a block's scale, and what its offsets are made of, count for its groups: int8, four
+// in a word, that of the first group lowest.
+struct GroupNumbers {
+  uint32_t scale[4] = {}, offset[4] = {};
+};
+constexpr float number_of_group(const uint32_t* words, size_t g) {
+  return static_cast<float>(static_cast<int8_t>(words[g / 4] >> 8 * (g % 4)));
 }
 
-// [scales of 4 bits, minima above them: 16][numbers of 2 bits: 64][scale, minimum: 2 of float16]
-struct Q2K : Block256<Q2K, 84, 16> {
+// F::group_numbers(block, GroupNumbers& numbers), inlined, so that a target compiles it for itself, gives
+// them; the block has its scale in float16 at kScaleAt and, for offsets, another at kOffsetAt:
+//   scale = scale of the block * number        offset = -other * number
+template <class F, size_t kBytes, size_t kGroupValues, size_t kScale, size_t kOffset = 0>
+struct ScaledGroups : Blocks<F, 256, kBytes, kGroupValues> {
+  static constexpr bool kHasOffset = kOffset != 0;
+  static constexpr size_t kScaleAt = kScale, kOffsetAt = kOffset, kGroups = 256 / kGroupValues;
+
+  static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
+    GroupNumbers numbers;
+    F::group_numbers(block, numbers);
+    for (size_t g = 0; g < kGroups; ++g) {
+      scales.scale[g] = half_at(block + kScaleAt) * number_of_group(numbers.scale, g);
+      if (kHasOffset) scales.offset[g] = -half_at(block + kOffsetAt) * number_of_group(numbers.offset, g);
+    }
+  }
+};
+
+// Four numbers of a byte each.
+[[gnu::always_inline]] inline uint32_t word_at(const std::byte* p) {
+  uint32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return word;
+}
+inline constexpr uint32_t kLowFour = 0x0f0f0f0f, kLowSix = 0x3f3f3f3f, kLowTwo = 0x03030303;
+// 32 less than each of four numbers of six bits.
+constexpr uint32_t minus_32(uint32_t numbers) { return ((numbers | 0x80808080) - 0x20202020) ^ 0x80808080; }
+
+// Value 128 h + 32 j + i of 64 bytes is bits 2 j and 2 j + 1 of byte 32 h + i.
+inline int two_bits(const std::byte* bytes, size_t i) {
+  return byte_at(bytes, i / 128 * 32 + i % 32) >> (i % 128 / 32 * 2) & 3;
+}
+
+// [scales of 4 bits, minima above them: 16][numbers of 2 bits: 64][scale, minimum: float16]
+struct Q2K : ScaledGroups<Q2K, 84, 16, 80, 82> {
   static constexpr FormatId kId = FormatId::kQ2K;
   static constexpr std::string_view kName = "q2_k";
-  static constexpr bool kHasOffset = true;
 
-  [[gnu::always_inline]] static void unpack(const std::byte* block, Values& values) {
-    const float scale = half_at(block + 80), minimum = half_at(block + 82);
-    for (size_t g = 0; g < Values::kGroups; ++g) {
-      values.scale[g] = scale * static_cast<float>(byte_at(block, g) & 15);
-      values.offset[g] = -(minimum * static_cast<float>(byte_at(block, g) >> 4));
+  [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
+    for (size_t i = 0; i < 4; ++i) {
+      numbers.scale[i] = word_at(block + 4 * i) & kLowFour;
+      numbers.offset[i] = word_at(block + 4 * i) >> 4 & kLowFour;
     }
-    unpack_twos(block + 16, values.number);
   }
+  static int number(const std::byte* block, size_t i) { return two_bits(block + 16, i); }
 };
 static_assert(WeightFormat<Q2K>);
 
-// [third bits: 32][numbers of 2 bits: 64][scales of 6 bits: 12][scale: float16]; number = three bits - 4
-struct Q3K : Block256<Q3K, 110, 16> {
+// [third bits: 32][numbers of 2 bits: 64][scales of 6 bits: 12][scale: float16]; number = three bits - 4. Bit
+// g of byte i of the third bits is that of value 32 g + i.
+struct Q3K : ScaledGroups<Q3K, 110, 16, 108> {
   static constexpr FormatId kId = FormatId::kQ3K;
   static constexpr std::string_view kName = "q3_k";
-  static constexpr bool kHasOffset = false;
 
-  [[gnu::always_inline]] static void unpack(const std::byte* block, Values& values) {
-    const float scale = half_at(block + 108);
-    const std::byte* packed = block + 96;  // four bits of each in eight bytes, two in four
-    for (size_t g = 0; g < Values::kGroups; ++g) {
-      const int low = byte_at(packed, g % 8) >> (g / 8 * 4) & 15;
-      const int high = byte_at(packed, 8 + g % 4) >> (g / 4 * 2) & 3;
-      values.scale[g] = scale * static_cast<float>((low | high << 4) - 32);
-    }
-    unpack_twos(block + 32, values.number);
-    for (size_t j = 0; j < 8; ++j)
-      for (size_t i = 0; i < 32; ++i)
-        values.number[32 * j + i] =
-            static_cast<int8_t>(values.number[32 * j + i] + (byte_at(block, i) >> j & 1) * 4 - 4);
+  [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
+    // Four bits of each in eight bytes, two in four.
+    const std::byte* packed = block + 96;
+    const uint32_t low0 = word_at(packed), low1 = word_at(packed + 4), high = word_at(packed + 8);
+    numbers.scale[0] = minus_32((low0 & kLowFour) | (high & kLowTwo) << 4);
+    numbers.scale[1] = minus_32((low1 & kLowFour) | (high >> 2 & kLowTwo) << 4);
+    numbers.scale[2] = minus_32((low0 >> 4 & kLowFour) | (high >> 4 & kLowTwo) << 4);
+    numbers.scale[3] = minus_32((low1 >> 4 & kLowFour) | (high >> 6 & kLowTwo) << 4);
+  }
+  static int number(const std::byte* block, size_t i) {
+    return (two_bits(block + 32, i) | (byte_at(block, i % 32) >> (i / 32) & 1) << 2) - 4;
   }
 };
 static_assert(WeightFormat<Q3K>);
 
-// Scales and minima of Q4_K and Q5_K: [scale, minimum: 2 of float16][six bits of each of 8 and 8: 12]. The
-// first four of both have bytes of their own, whose upper two bits belong to the others.
-template <class Values>
-[[gnu::always_inline]] inline void unpack_scales_of_8(const std::byte* block, Values& values) {
-  const float scale = half_at(block), minimum = half_at(block + 2);
-  const std::byte* packed = block + 4;
-  for (size_t g = 0; g < 4; ++g) {
-    const int s = byte_at(packed, g), m = byte_at(packed, g + 4), both = byte_at(packed, g + 8);
-    values.scale[g] = scale * static_cast<float>(s & 63);
-    values.offset[g] = -(minimum * static_cast<float>(m & 63));
-    values.scale[g + 4] = scale * static_cast<float>((both & 15) | s >> 6 << 4);
-    values.offset[g + 4] = -(minimum * static_cast<float>(both >> 4 | m >> 6 << 4));
+// Scales and minima of Q4_K and Q5_K: [scale, minimum: float16][six bits of each of 8 and 8: 12]. The first
+// four of both have bytes of their own, whose upper two bits belong to the others.
+template <class F, size_t kBytes>
+struct EightScales : ScaledGroups<F, kBytes, 32, 0, 2> {
+  [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
+    const uint32_t s = word_at(block + 4), m = word_at(block + 8), both = word_at(block + 12);
+    numbers.scale[0] = s & kLowSix;
+    numbers.scale[1] = (both & kLowFour) | (s >> 6 & kLowTwo) << 4;
+    numbers.offset[0] = m & kLowSix;
+    numbers.offset[1] = (both >> 4 & kLowFour) | (m >> 6 & kLowTwo) << 4;
   }
+};
+
+// 32 bytes have the nibbles of a group and of the next.
+inline int nibble_of_groups(const std::byte* bytes, size_t i) {
+  return byte_at(bytes, i / 64 * 32 + i % 32) >> (i / 32 % 2 * 4) & 15;
 }
 
-// 128 bytes: 32 have the nibbles of a group and of the next.
-[[gnu::always_inline]] inline void unpack_nibbles_of_8(const std::byte* bytes, int8_t* number) {
-  for (size_t g = 0; g < 8; g += 2) split_nibbles<32>(bytes + 16 * g, number + 32 * g, number + 32 * (g + 1));
-}
-
-struct Q4K : Block256<Q4K, 144, 32> {
+// [scales][nibbles: 128]
+struct Q4K : EightScales<Q4K, 144> {
   static constexpr FormatId kId = FormatId::kQ4K;
   static constexpr std::string_view kName = "q4_k";
-  static constexpr bool kHasOffset = true;
-
-  [[gnu::always_inline]] static void unpack(const std::byte* block, Values& values) {
-    unpack_scales_of_8(block, values);
-    unpack_nibbles_of_8(block + 16, values.number);
-  }
+  static int number(const std::byte* block, size_t i) { return nibble_of_groups(block + 16, i); }
 };
 static_assert(WeightFormat<Q4K>);
 
-// As Q4_K, with [fifth bits: 32] before the nibbles: bit g of byte i is that of value i of group g.
-struct Q5K : Block256<Q5K, 176, 32> {
+// [scales][fifth bits: 32][nibbles: 128]; bit g of byte i is that of value 32 g + i
+struct Q5K : EightScales<Q5K, 176> {
   static constexpr FormatId kId = FormatId::kQ5K;
   static constexpr std::string_view kName = "q5_k";
-  static constexpr bool kHasOffset = true;
-
-  [[gnu::always_inline]] static void unpack(const std::byte* block, Values& values) {
-    unpack_scales_of_8(block, values);
-    unpack_nibbles_of_8(block + 48, values.number);
-    for (size_t g = 0; g < 8; ++g)
-      for (size_t i = 0; i < 32; ++i)
-        values.number[32 * g + i] =
-            static_cast<int8_t>(values.number[32 * g + i] | (byte_at(block + 16, i) >> g & 1) << 4);
+  static int number(const std::byte* block, size_t i) {
+    return nibble_of_groups(block + 48, i) | (byte_at(block + 16, i % 32) >> (i / 32) & 1) << 4;
   }
 };
 static_assert(WeightFormat<Q5K>);
 
-// [nibbles: 128][upper two bits: 64][scales, int8: 16][scale: float16]; number = six bits - 32
-struct Q6K : Block256<Q6K, 210, 16> {
+// [nibbles: 128][upper two bits: 64][scales, int8: 16][scale: float16]; number = six bits - 32. Nibbles of 64
+// bytes: the low ones, then the high ones.
+struct Q6K : ScaledGroups<Q6K, 210, 16, 208> {
   static constexpr FormatId kId = FormatId::kQ6K;
   static constexpr std::string_view kName = "q6_k";
-  static constexpr bool kHasOffset = false;
 
-  [[gnu::always_inline]] static void unpack(const std::byte* block, Values& values) {
-    const float scale = half_at(block + 208);
-    for (size_t g = 0; g < Values::kGroups; ++g)
-      values.scale[g] = scale * static_cast<float>(static_cast<int8_t>(block[192 + g]));
-    for (size_t half = 0; half < 2; ++half) {
-      int8_t* number = values.number + 128 * half;
-      split_nibbles<64>(block + 64 * half, number, number + 64);
-      for (size_t j = 0; j < 4; ++j)
-        for (size_t i = 0; i < 32; ++i)
-          number[32 * j + i] = static_cast<int8_t>(
-              (number[32 * j + i] | (byte_at(block, 128 + 32 * half + i) >> (2 * j) & 3) << 4) - 32);
-    }
+  [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
+    for (size_t i = 0; i < 4; ++i) numbers.scale[i] = word_at(block + 192 + 4 * i);
+  }
+  static int number(const std::byte* block, size_t i) {
+    const int nibble = byte_at(block, i / 128 * 64 + i % 64) >> (i % 128 / 64 * 4) & 15;
+    return (nibble | two_bits(block + 128, i) << 4) - 32;
   }
 };
 static_assert(WeightFormat<Q6K>);
 
+// Four nibbles, and four numbers of two bits, each in a byte of its own.
+constexpr uint32_t spread_nibbles(uint32_t x) {
+  x = (x | x << 8) & 0x00ff00ff;
+  return (x | x << 4) & kLowFour;
+}
+constexpr uint32_t spread_twos(uint32_t x) {
+  x = (x | x << 12) & 0x000f000f;
+  return (x | x << 6) & kLowTwo;
+}
+
 // [scale: float16][upper two bits of scales: 2][lower four: 4][nibbles: 128], groups as blocks of IQ4_NL
-struct Iq4Xs : Block256<Iq4Xs, 136, 32> {
+struct Iq4Xs : ScaledGroups<Iq4Xs, 136, 32, 0> {
   static constexpr FormatId kId = FormatId::kIq4Xs;
   static constexpr std::string_view kName = "iq4_xs";
-  static constexpr bool kHasOffset = false;
-  static constexpr const BlockNumbers& kNumbers = kNonLinear;
 
-  [[gnu::always_inline]] static void unpack(const std::byte* block, Values& values) {
-    const float scale = half_at(block);
-    for (size_t g = 0; g < Values::kGroups; ++g) {
-      const int low = byte_at(block, 4 + g / 2) >> (g % 2 * 4) & 15;
-      const int high = byte_at(block, 2 + g / 4) >> (g % 4 * 2) & 3;
-      values.scale[g] = scale * static_cast<float>((low | high << 4) - 32);
-      split_nibbles<16>(block + 8 + 16 * g, values.number + 32 * g, values.number + 32 * g + 16);
-    }
+  [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
+    const uint32_t first = word_at(block), low = word_at(block + 4);
+    numbers.scale[0] = minus_32(spread_nibbles(low & 0xffff) | spread_twos(first >> 16 & 255) << 4);
+    numbers.scale[1] = minus_32(spread_nibbles(low >> 16) | spread_twos(first >> 24) << 4);
+  }
+  static int number(const std::byte* block, size_t i) {
+    return kNonLinear[nibble_of_16(block + 8 + i / 32 * 16, i % 32)];
   }
 };
 static_assert(WeightFormat<Iq4Xs>);
@@ -152,3 +167,50 @@ static_assert(WeightFormat<Iq4Xs>);
 }  // namespace ktmoe::formats
 
 #endif  // KTMOE_FORMATS_GGUF_K_H_
+
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+
+template <>
+struct Unpack<formats::Q2K> {
+  static KT_INLINE Bytes32 numbers(const std::byte* block, size_t g) {
+    return bits_of(load_32(block + 16 + g / 4 * 32), g % 4 * 2, 3);
+  }
+};
+template <>
+struct Unpack<formats::Q3K> {
+  static KT_INLINE Bytes32 numbers(const std::byte* block, size_t g) {
+    const Bytes32 low = bits_of(load_32(block + 32 + g / 4 * 32), g % 4 * 2, 3);
+    return minus(with_bits<2>(low, bits_of(load_32(block), g, 1)), 4);
+  }
+};
+template <>
+struct Unpack<formats::Q4K> {
+  static constexpr const auto& kTable = formats::kFromZero;
+  static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t g) {
+    return packed_in_32(block + 16 + g / 2 * 32, g % 2 == 1);
+  }
+};
+template <>
+struct Unpack<formats::Q5K> {
+  static KT_INLINE Bytes32 numbers(const std::byte* block, size_t g) {
+    const Bytes32 low = bits_of(load_32(block + 48 + g / 2 * 32), g % 2 * 4, 15);
+    return with_bits<4>(low, bits_of(load_32(block + 16), g, 1));
+  }
+};
+template <>
+struct Unpack<formats::Q6K> {
+  static KT_INLINE Bytes32 numbers(const std::byte* block, size_t g) {
+    const Bytes32 low = bits_of(load_32(block + g / 4 * 64 + g % 2 * 32), g % 4 / 2 * 4, 15);
+    const Bytes32 high = bits_of(load_32(block + 128 + g / 4 * 32), g % 4 * 2, 3);
+    return minus(with_bits<4>(low, high), 32);
+  }
+};
+template <>
+struct Unpack<formats::Iq4Xs> {
+  static constexpr const auto& kTable = formats::kNonLinear;
+  static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t g) {
+    return packed_in_16(block + 8 + 16 * g);
+  }
+};
+
+#endif  // KT_TARGET_REGION

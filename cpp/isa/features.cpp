@@ -54,7 +54,7 @@ CpuFeatures detect() {
   f.avx2 = ymm && has(l1.c, 12) /*fma*/ && has(l1.c, 29) /*f16c*/ && has(l7.b, 5);
   f.avx512 = f.avx2 && zmm && has(l7.b, 16) /*f*/ && has(l7.b, 17) /*dq*/ && has(l7.b, 30) /*bw*/ &&
              has(l7.b, 31) /*vl*/ && has(l7.c, 11) /*vnni*/;
-  f.avx512_bf16 = f.avx512 && has(l71.a, 5) && has(l7.c, 1) /*vbmi*/;
+  f.avx512_bf16 = f.avx512 && has(l71.a, 5) && has(l7.c, 1) /*vbmi*/ && has(l7.c, 6) /*vbmi2*/;
   f.amx = f.avx512_bf16 && (states & kTileState) == kTileState && has(l7.d, 22) /*bf16*/ &&
           has(l7.d, 24) /*tile*/ && has(l7.d, 25) /*int8*/ && request_tile_permission();
   return f;

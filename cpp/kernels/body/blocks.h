@@ -14,34 +14,92 @@ inline constexpr uint32_t kBlockElements = 256;
 
 template <class Format>
 concept BlockFormat = requires { Format::kBlock; };
-
-// One pass of a vector of numbers, of one group or, when it is wider, of two.
 template <class Format>
-KT_INLINE void store_numbers(const typename Format::Values& values, size_t i, std::byte* to) {
-  constexpr size_t kParts = Vec::kStep / Vec::kWidth, kGroup = Format::Values::kGroup;
-  static_assert(kGroup % Vec::kWidth == 0);
-  Vec::Codes codes = Vec::load_codes(reinterpret_cast<const std::byte*>(values.number + i));
-  if constexpr (requires { Format::kNumbers; }) codes = Vec::look_up_each(codes, Format::kNumbers.of);
-  Vec::Float x[kParts];
-  Vec::to_floats(codes, x);
-  KT_UNROLL for (size_t part = 0; part < kParts; ++part) {
-    const size_t group = (i + part * Vec::kWidth) / kGroup;
-    const Vec::Float scale = Vec::set(values.scale[group]);
-    if constexpr (Format::kHasOffset) {
-      x[part] = Vec::fma(x[part], scale, Vec::set(values.offset[group]));
+concept PlainFormat = BlockFormat<Format> && Format::kBlock == 1;
+
+// Scale and offset of the values from i on of group g of a block.
+template <class Format>
+struct GroupScale {
+  Vec::Float scale, offset;
+  KT_INLINE GroupScale(const std::byte* block, const typename Format::Scales& scales, size_t g, size_t i) {
+    if constexpr (Format::kBlock == 32) {  // they begin the block
+      scale = Vec::half(block);
+      if constexpr (Format::kHasOffset) offset = Vec::half(block + 2);
     } else {
-      x[part] = Vec::mul(x[part], scale);
+      const size_t at = (32 * g + i) / Format::kGroup;
+      scale = Vec::set(scales.scale[at]);
+      if constexpr (Format::kHasOffset) offset = Vec::set(scales.offset[at]);
     }
   }
-  Vec::store_rounded(to, x);
+  KT_INLINE Vec::Float of(Vec::Float number) const {
+    if constexpr (Format::kHasOffset) return Vec::fma(number, scale, offset);
+    return Vec::mul(number, scale);
+  }
+};
+
+KT_INLINE void scale_numbers(Vec::Float scale, const uint32_t* numbers, size_t count, float* to) {
+  for (size_t g = 0; g < count; g += Vec::kWidth)
+    Vec::store_f(to + g, Vec::mul(scale, Vec::int8_of(numbers, g)));
+}
+
+// The scales of a block, of formats that do not read them where they are.
+template <class Format>
+KT_INLINE void open_block(const std::byte* block, typename Format::Scales& scales) {
+  if constexpr (Format::kBlock != 32) {
+    formats::GroupNumbers numbers;
+    Format::group_numbers(block, numbers);
+    scale_numbers(Vec::half(block + Format::kScaleAt), numbers.scale, Format::kGroups, scales.scale);
+    if constexpr (Format::kHasOffset) {
+      const Vec::Float minus = Vec::sub(Vec::set(0.0f), Vec::half(block + Format::kOffsetAt));
+      scale_numbers(minus, numbers.offset, Format::kGroups, scales.offset);
+    }
+  }
+}
+
+// The numbers of a table in float32.
+template <const auto& kTable>
+struct FloatTable {
+  alignas(kCacheLine) float of[16] = {};
+  constexpr FloatTable() {
+    for (int i = 0; i < 16; ++i) of[i] = kTable[i];
+  }
+};
+template <const auto& kTable>
+inline constexpr FloatTable<kTable> kFloatTable;
+
+// Values of group g of a block, kStep of them at every place that `next` gives.
+template <class Format, class Next>
+KT_INLINE void store_group(const std::byte* block, const typename Format::Scales& scales, size_t g,
+                           Next& next) {
+  using Of = Unpack<Format>;
+  if constexpr (Vec::kLooksUpScaled && requires { Of::kTable; }) {
+    const GroupScale<Format> by(block, scales, g, 0);
+    store_looked_up(next.place(), Of::nibbles(block, g), by.of(Vec::load_f(kFloatTable<Of::kTable>.of)));
+  } else {
+    Bytes32 numbers;
+    if constexpr (requires { Of::kTable; }) {
+      numbers = look_up_32(Of::nibbles(block, g), Of::kTable);
+    } else {
+      numbers = Of::numbers(block, g);
+    }
+    constexpr size_t kParts = Vec::kStep / Vec::kWidth;
+    static_assert(Format::kGroup % Vec::kWidth == 0 && 32 % Vec::kStep == 0);
+    KT_UNROLL for (size_t i = 0; i < 32; i += Vec::kStep) {
+      Vec::Float x[kParts];
+      Vec::to_floats(codes_of(numbers, i), x);
+      KT_UNROLL for (size_t part = 0; part < kParts; ++part) x[part] =
+          GroupScale<Format>(block, scales, g, i + part * Vec::kWidth).of(x[part]);
+      Vec::store_rounded(next.place(), x);
+    }
+  }
 }
 
 // Where runs of a row go.
 class RunWriter {
  public:
   KT_INLINE RunWriter(std::byte* to, ptrdiff_t stride) : to_(to), stride_(stride) {}
-  // The place of the next kStep elements.
-  KT_INLINE std::byte* next() {
+  // That of the next kStep elements.
+  KT_INLINE std::byte* place() {
     std::byte* place = to_ + at_ * sizeof(bf16);
     at_ += Vec::kStep;
     if (at_ == kRunElements) at_ = 0, to_ += stride_;
@@ -63,16 +121,21 @@ struct UnpackRun {
     for (size_t k = k0; k < k1;) {
       const size_t block = k / Format::kBlock, begin = block * Format::kBlock;
       const size_t end = begin + Format::kBlock < k1 ? begin + Format::kBlock : k1;
-      typename Format::Values values;
-      Format::unpack(row + block * Format::kBlockBytes, values);
-      for (; k < end; k += Vec::kStep) store_numbers<Format>(values, k - begin, out.next());
+      const std::byte* data = row + block * Format::kBlockBytes;
+      typename Format::Scales scales;
+      open_block<Format>(data, scales);
+      if (k == begin && end == begin + Format::kBlock) {
+        KT_UNROLL for (size_t g = 0; g < Format::kBlock / 32; ++g) store_group<Format>(data, scales, g, out);
+        k = end;
+      }
+      for (; k < end; k += 32) store_group<Format>(data, scales, (k - begin) / 32, out);
     }
   }
 };
 
 // Of plain numbers, by the compiler's vectors.
 template <class Format>
-  requires(Format::kBlock == 1)
+  requires PlainFormat<Format>
 struct UnpackRun<Format> {
   static void run(const std::byte* row, size_t k0, size_t k1, std::byte* to, ptrdiff_t stride) {
     RunWriter out(to, stride);
@@ -81,10 +144,11 @@ struct UnpackRun<Format> {
       bf16 values[Vec::kStep] = {};
       const size_t count = k1 - k < Vec::kStep ? k1 - k : Vec::kStep;
       for (size_t i = 0; i < count; ++i) values[i] = to_bf16(Format::value_at(row + (k + i) * kBytes));
-      std::memcpy(out.next(), values, sizeof values);
+      std::memcpy(out.place(), values, sizeof values);
     }
   }
 };
+
 using UnpackFunction = void (*)(const std::byte* row, size_t k0, size_t k1, std::byte* to, ptrdiff_t stride);
 template <class Format>
 constexpr UnpackFunction unpack_function() {

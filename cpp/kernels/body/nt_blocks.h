@@ -50,46 +50,67 @@ struct BringToScratch<AnyBlocks, Product, kWeights> {
   }
 };
 
-template <class Product>
-class DecodedTile<AnyBlocks, Product> {
+// A single panel of activations by a tile of rows in blocks: a step is decoded while the one before is
+// multiplied.
+template <BlockFormat Format, class Product>
+class DecodedTile<Format, Product> {
  public:
   static KT_INLINE bool takes(const NtArgs& args, uint32_t rows) {
     return args.x.rows <= kPanelColumns && rows == kTileRows && args.x.k % kTileK == 0 && args.x.k > 0;
   }
-  KT_INLINE DecodedTile(const NtArgs& args, uint32_t n) : args_(args), n_(n) {}
+  KT_INLINE DecodedTile(const NtArgs& args, uint32_t n)
+      : data_(args.w.row(n)),
+        stride_(args.w.row_stride_bytes),
+        steps_(args.x.k / kTileK),
+        tiles_(args.scratch) {}
 
   KT_INLINE void multiply(const std::byte* x, ptrdiff_t x_stride) {
-    bring(0, 0, kTileRows);
-    for (size_t step = 0; step < args_.x.k / kTileK; ++step, x += kTileRows * x_stride) {
-      const auto first = static_cast<uint32_t>(step % kRunSteps * kRowsAStep);
-      bring((step / kRunSteps + 1) * kRunSteps, first, first + kRowsAStep);
+    decode(0);
+    for (size_t step = 0; step < steps_; ++step, x += kTileRows * x_stride) {
+      if (step + 1 < steps_) decode(step + 1);
       Tile::load<6>(x, x_stride);
-      Tile::load<4>(tile(step), kRowBytes);
+      Tile::load<4>(tile(step), kTileK * sizeof(bf16));
       Product::template dot<0, 4, 6>();
     }
   }
 
  private:
-  static constexpr ptrdiff_t kRowBytes = kTileK * sizeof(bf16);
-  static constexpr uint32_t kRowsAStep = kTileRows / kRunSteps;
+  static constexpr size_t kBlockSteps = Format::kBlock / kTileK;  // 1 or 8
 
-  KT_INLINE std::byte* tile(size_t step) const { return args_.scratch + step % (2 * kRunSteps) * kTileBytes; }
-  // The run that begins with a step, of rows [r, end); and the same of the rows a group behind is asked for.
-  KT_INLINE void bring(size_t step, uint32_t r, uint32_t end) const {
-    const size_t k = step * kTileK;
-    if (k >= args_.x.k) return;
-    const size_t last = k + kBlockElements < args_.x.k ? k + kBlockElements : args_.x.k;
-    const size_t begin_bytes = format_row_bytes(args_.w.format, k),
-                 bytes = format_row_bytes(args_.w.format, last) - begin_bytes;
-    for (; r < end; ++r) {
-      prefetch_lines(args_.w.row(n_ + kTileRows + r) + begin_bytes, bytes);
-      AnyBlocks::unpack(args_.w, n_ + r, k, last, tile(step) + r * kRowBytes, kTileBytes);
+  // Where a row of a tile goes.
+  struct RowPlace {
+    std::byte* to;
+    KT_INLINE std::byte* place() {
+      std::byte* here = to;
+      to += Vec::kStep * sizeof(bf16);
+      return here;
+    }
+  };
+
+  KT_INLINE std::byte* tile(size_t step) const { return tiles_ + step % 2 * kTileBytes; }
+  KT_INLINE void decode(size_t step) {
+    const size_t g = step % kBlockSteps, at = step / kBlockSteps * Format::kBlockBytes;
+    const ptrdiff_t line = line_asked_for(at + g * Format::kBlockBytes / kBlockSteps);
+    const std::byte* row = data_;
+    RowPlace to{tile(step)};
+    for (uint32_t r = 0; r < kTileRows; ++r, row += stride_) {
+      if (line >= 0) __builtin_prefetch(row + line, 0, 2);
+      auto& scales = scales_[kBlockSteps == 1 ? 0 : r];
+      if (g == 0) open_block<Format>(row + at, scales);
+      store_group<Format>(row + at, scales, g, to);
     }
   }
-  static KT_INLINE void prefetch_lines(const std::byte* data, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(data + i, 0, 2);
+  // The line that a step's bytes of the row a group behind begin, from the beginning of a row on; -1: another
+  // step has asked for it.
+  KT_INLINE ptrdiff_t line_asked_for(size_t at) const {
+    constexpr size_t kStepBytes = Format::kBlockBytes / kBlockSteps;
+    if (at / kCacheLine == (at + kStepBytes) / kCacheLine) return -1;
+    return kTileRows * stride_ + static_cast<ptrdiff_t>(at);
   }
 
-  const NtArgs& args_;
-  const uint32_t n_;
+  const std::byte* const data_;
+  const ptrdiff_t stride_;
+  const size_t steps_;
+  std::byte* const tiles_;
+  typename Format::Scales scales_[kBlockSteps == 1 ? 1 : kTileRows];
 };

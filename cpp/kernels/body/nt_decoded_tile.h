@@ -78,7 +78,8 @@ void nt_single_row(NtArgs args) {
 // The product: whole groups by nt_tile_group, few rows by the ways above.
 template <class Format, class Product>
 void nt_tiles(const NtArgs& args) {
-  if constexpr (Product::kIsInteger && !Product::template as_stored<Format>()) {
+  using Loop = LoopFormat<Format>;
+  if constexpr (Product::kIsInteger && !Product::template as_stored<Loop>()) {
     if (args.x.rows == 1) return nt_single_row<Format>(args);
   }
   TileScope scope;
@@ -86,16 +87,16 @@ void nt_tiles(const NtArgs& args) {
   const uint32_t group = args.x.rows <= kPanelColumns ? kTileRows : kGroupRows;
   for (uint32_t n = args.n0; n < args.n1; n += group) {
     const uint32_t rows = args.n1 - n < group ? args.n1 - n : group;
-    if constexpr (!Product::template as_stored<Format>()) {
+    if constexpr (!Product::template as_stored<Loop>() && !PlainFormat<Format>) {
       if (DecodedTile<Format, Product>::takes(args, rows)) {
         nt_decoded_tile<Format, Product>(args, scope, n);
         continue;
       }
     }
     if (rows > kTileRows) {
-      nt_tile_group<Format, Product, 2>(args, scope, n, rows);
+      nt_tile_group<Loop, Product, 2>(args, scope, n, rows);
     } else {
-      nt_tile_group<Format, Product, 1>(args, scope, n, rows);
+      nt_tile_group<Loop, Product, 1>(args, scope, n, rows);
     }
   }
 }

@@ -298,7 +298,8 @@ void dot_group(const NtArgs& args, uint32_t n, bool use_panel) {
   const bool rows_adjoin = args.w.row_stride_bytes == static_cast<ptrdiff_t>(row_bytes);
   const size_t block_k = (use_panel ? kPanelBlockBytes : kBlockBytes) / Product::kElementBytes;
   const size_t num_blocks = k == 0 ? 1 : div_up(k, block_k);
-  const size_t block = round_up(div_up(k, num_blocks), Product::kStep);
+  // Whole steps, and what AnyBlocks takes apart at a time.
+  const size_t block = round_up(div_up(k, num_blocks), Product::kStep < 32 ? 32 : Product::kStep);
   const size_t ask = rows_adjoin ? kRows * row_bytes / num_blocks : 0;
   for (size_t i = 0; i < num_blocks; ++i) {
     const size_t k0 = i * block, k1 = k0 + block < k ? k0 + block : k;

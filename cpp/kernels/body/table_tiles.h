@@ -20,7 +20,7 @@ const KernelTable& table() {
       .nt_scratch_bytes = nt_scratch_bytes_tiles,
       .nt =
           {
-#define KT_FORMAT(id, type) nt_tiles<LoopFormat<formats::type>, TileBf16>,
+#define KT_FORMAT(id, type) nt_tiles<formats::type, TileBf16>,
 #include "formats/formats.inc"
 #undef KT_FORMAT
           },

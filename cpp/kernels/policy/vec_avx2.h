@@ -67,10 +67,6 @@ struct Vec {
     return _mm_shuffle_epi8(_mm_load_si128(reinterpret_cast<const __m128i*>(table)),
                             _mm_and_si128(spread, _mm_set1_epi8(15)));
   }
-  // table[code] for each code, which is a nibble.
-  static KT_INLINE Codes look_up_each(Codes codes, const int8_t* table) {
-    return _mm_shuffle_epi8(_mm_load_si128(reinterpret_cast<const __m128i*>(table)), codes);
-  }
   // The same of twice as many, the halves by tables of their own.
   static KT_INLINE __m256i look_up(const std::byte* nibbles, const int8_t* low, const int8_t* high) {
     const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
@@ -211,6 +207,25 @@ struct Vec {
   static KT_INLINE Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
   static constexpr bool kFusesFma = true;  // fma rounds once
   static KT_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static KT_INLINE __m256i shift_right(__m256i x, int bits) {
+    return _mm256_srl_epi16(x, _mm_cvtsi32_si128(bits));
+  }
+  // A float16 in memory, in all lanes.
+  static KT_INLINE Float half(const std::byte* p) {
+    int16_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return _mm256_cvtph_ps(_mm_set1_epi16(bits));
+  }
+  // Bytes [i, i + 16).
+  static KT_INLINE Codes codes_of(__m256i bytes, size_t i) {
+    return i == 0 ? _mm256_castsi256_si128(bytes) : _mm256_extracti128_si256(bytes, 1);
+  }
+  // Numbers of int8 from i on, four in a word.
+  static KT_INLINE Float int8_of(const uint32_t* words, size_t i) {
+    const __m128i numbers =
+        _mm_setr_epi32(static_cast<int>(words[i / 4]), static_cast<int>(words[i / 4 + 1]), 0, 0);
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(numbers));
+  }
   // Codes in their order, and as many numbers rounded to bf16.
   static KT_INLINE void to_floats(Codes codes, Float (&x)[2]) {
     x[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));

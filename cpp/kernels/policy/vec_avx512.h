@@ -89,11 +89,6 @@ struct Vec {
         _mm512_mask_broadcast_i32x4(first, 0xff00, _mm_load_si128(reinterpret_cast<const __m128i*>(high)));
     return _mm512_shuffle_epi8(tables, spread);
   }
-  // table[code] for each code, which is a nibble.
-  static KT_INLINE Codes look_up_each(Codes codes, const int8_t* table) {
-    const __m128i values = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), codes);
-  }
   // Sixteen bf16 numbers to be looked up by nibbles.
 #if KT_HAS_AVX512_BF16
   // The target has VBMI, whose look-up of bytes takes half of the time of one of words: a number's bytes are
@@ -363,6 +358,21 @@ struct Vec {
   static KT_INLINE Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
   static constexpr bool kFusesFma = true;  // fma rounds once
   static KT_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static KT_INLINE Codes codes_of(__m256i bytes, size_t) { return bytes; }
+  static KT_INLINE __m256i shift_right(__m256i x, int bits) {
+    return _mm256_srlv_epi16(x, _mm256_set1_epi16(static_cast<short>(bits)));
+  }
+  // A float16 in memory, in all lanes.
+  static KT_INLINE Float half(const std::byte* p) {
+    int16_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return _mm512_cvtph_ps(_mm256_set1_epi16(bits));
+  }
+  // Numbers of int8 from i on, four in a word.
+  static KT_INLINE Float int8_of(const uint32_t* words, size_t) {
+    return to_floats(_mm_setr_epi32(static_cast<int>(words[0]), static_cast<int>(words[1]),
+                                    static_cast<int>(words[2]), static_cast<int>(words[3])));
+  }
   // Codes in their order, and as many numbers rounded to bf16.
   static KT_INLINE void to_floats(Codes codes, Float (&x)[2]) {
     x[0] = to_floats(_mm256_castsi256_si128(codes)), x[1] = to_floats(_mm256_extracti128_si256(codes, 1));

@@ -62,11 +62,6 @@ struct Vec {
       codes.lane[i] = table[static_cast<int>(nibbles[i / 2]) >> (i % 2 * 4) & 15];
     return codes;
   }
-  // table[code] for each code, which is a nibble.
-  static KT_INLINE Codes look_up_each(Codes codes, const int8_t* table) {
-    for (int8_t& code : codes.lane) code = table[code];
-    return codes;
-  }
   // The numbers of look_up(nibbles, table), which others look up as bf16.
   static constexpr bool kLooksUpScaled = false;
   struct Numbers {
@@ -204,6 +199,12 @@ struct Vec {
   }
   static KT_INLINE void store_bf16(bf16* p, const Float& x) {
     for (size_t i = 0; i < kWidth; ++i) p[i] = to_bf16(x.lane[i]);
+  }
+  // A float16 in memory, in all lanes.
+  static KT_INLINE Float half(const std::byte* p) { return set(formats::half_at(p)); }
+  // Numbers of int8 from `first` on, four in a word.
+  static KT_INLINE Float int8_of(const uint32_t* words, size_t first) {
+    KT_MAP(formats::number_of_group(words, first + i));
   }
   // Codes in their order, and as many numbers rounded to bf16.
   static KT_INLINE void to_floats(const Codes& codes, Float (&x)[1]) {

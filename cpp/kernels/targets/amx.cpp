@@ -6,12 +6,12 @@
 #if defined(__clang__)
 #pragma clang attribute push(                                                                                              \
     __attribute__((target(                                                                                                 \
-        "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,amx-tile,amx-bf16,amx-int8"))), \
+        "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,avx512vbmi2,amx-tile,amx-bf16,amx-int8"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target( \
-    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,amx-tile,amx-bf16,amx-int8")
+    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,avx512vbmi2,amx-tile,amx-bf16,amx-int8")
 #endif
 
 namespace ktmoe::kernels::amx {
@@ -21,6 +21,7 @@ constexpr Isa kIsa = Isa::kAmx;
 #include "kernels/body/region.h"
 #include "kernels/policy/tile_amx.h"
 #include "kernels/policy/vec_avx512.h"
+#include "kernels/policy/bytes_avx2.h"
 #include "kernels/policy/tile_sums_amx.h"
 #include "kernels/body/transpose_avx512.h"
 #include "kernels/body/interleave_avx512.h"

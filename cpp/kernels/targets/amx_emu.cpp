@@ -7,6 +7,7 @@ constexpr Isa kIsa = Isa::kAmxEmu;
 #include "kernels/body/region.h"
 #include "kernels/policy/tile_emu.h"
 #include "kernels/policy/vec_scalar.h"
+#include "kernels/policy/bytes_portable.h"
 #include "kernels/policy/tile_sums_emu.h"
 #include "kernels/body/transpose_portable.h"
 #include "kernels/body/interleave_portable.h"

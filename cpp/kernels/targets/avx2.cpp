@@ -16,6 +16,7 @@ constexpr Isa kIsa = Isa::kAvx2;
 
 #include "kernels/body/region.h"
 #include "kernels/policy/vec_avx2.h"
+#include "kernels/policy/bytes_avx2.h"
 #include "kernels/body/transpose_portable.h"
 #include "kernels/body/interleave_avx2.h"
 #include "kernels/body/rows_target.h"

@@ -18,6 +18,7 @@ constexpr Isa kIsa = Isa::kAvx512;
 #define KT_HAS_AVX512_BF16 0
 #include "kernels/body/region.h"
 #include "kernels/policy/vec_avx512.h"
+#include "kernels/policy/bytes_avx2.h"
 #include "kernels/body/transpose_avx512.h"
 #include "kernels/body/interleave_avx512.h"
 #include "kernels/body/rows_target.h"

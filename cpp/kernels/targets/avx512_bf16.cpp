@@ -6,11 +6,11 @@
 #if defined(__clang__)
 #pragma clang attribute push(                                                                          \
     __attribute__((                                                                                    \
-        target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi"))), \
+        target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,avx512vbmi2"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,avx512vbmi2")
 #endif
 
 namespace ktmoe::kernels::avx512_bf16 {
@@ -19,6 +19,7 @@ constexpr Isa kIsa = Isa::kAvx512Bf16;
 #define KT_HAS_AVX512_BF16 1
 #include "kernels/body/region.h"
 #include "kernels/policy/vec_avx512.h"
+#include "kernels/policy/bytes_avx2.h"
 #include "kernels/body/transpose_avx512.h"
 #include "kernels/body/interleave_avx512.h"
 #include "kernels/body/rows_target.h"

@@ -6,6 +6,7 @@ namespace ktmoe::kernels::scalar {
 constexpr Isa kIsa = Isa::kScalar;
 #include "kernels/body/region.h"
 #include "kernels/policy/vec_scalar.h"
+#include "kernels/policy/bytes_portable.h"
 #include "kernels/body/transpose_portable.h"
 #include "kernels/body/interleave_portable.h"
 #include "kernels/body/rows_target.h"

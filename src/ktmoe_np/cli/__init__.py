@@ -38,10 +38,11 @@ _CONVERT = (
     "goes on. Every file is read back and compared, and the error of the weights measured on some experts."
 )
 _VERIFY = (
-    "Maps the layer's experts, runs random tokens through them and compares some of the results with the "
-    "NumPy reference. The exit status is 1 when one lies outside its computed bound. Of a directory that "
-    "'ktmoe convert' has written, every file is checked, and the error of the weights measured against the "
-    "source if that is still there; the exit status is 1 when a file is damaged."
+    "Maps the layer's experts, in bfloat16, in an encoding of their own or in GGUF, runs random tokens "
+    "through them and compares some of the results with the NumPy reference. The exit status is 1 when one "
+    "lies outside its computed bound. Of a directory that 'ktmoe convert' has written, every file is "
+    "checked, and the error of the weights measured against the source if that is still there; the exit "
+    "status is 1 when a file is damaged."
 )
 
 #: Exit statuses: 0 and 1 are a command's own answer (is every result within its bound?).
@@ -166,7 +167,9 @@ def _add_checkpoint_commands(add: Callable[..., _Parser]) -> None:
     _add_threads_and_json(command)
 
     command = add("verify", verify.run, "a layer of your own checkpoint, checked and timed", _VERIFY)
-    command.add_argument("path", help="directory of the checkpoint, with config.json and *.safetensors")
+    command.add_argument(
+        "path", help="directory of the checkpoint, with config.json and *.safetensors; or a GGUF model"
+    )
     command.add_argument(
         "--layer",
         type=_count(0),

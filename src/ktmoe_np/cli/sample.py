@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from .._arrays import Array
-from .._formats import QuantizedFormat
 from ..config import MoEConfig
 from ..io import ExpertTensors
 from ..reference import assert_within, error_bound, moe_forward
+from .expert_source import ExpertSource, TensorSource
 
 __all__ = [
     "Batch",
@@ -137,35 +135,19 @@ class Expected:
     ----------
     sample : Sample
     config : MoEConfig
-    experts : ExpertTensors
-    fmt : QuantizedFormat, optional
-        What the weights are quantised to before they are used.
-    product : str
-        Of `moe_forward`.
+    experts : ExpertSource or ExpertTensors
+        Tensors are used as they are, in bfloat16.
     """
 
-    def __init__(
-        self,
-        sample: Sample,
-        config: MoEConfig,
-        experts: ExpertTensors,
-        fmt: QuantizedFormat | None = None,
-        product: str = "bfloat16",
-    ) -> None:
-        # Of the experts only those in use are quantised, and so they are numbered anew.
+    def __init__(self, sample: Sample, config: MoEConfig, experts: ExpertSource | ExpertTensors) -> None:
+        if isinstance(experts, ExpertTensors):
+            experts = TensorSource(experts)
+        # Only the experts in use are decoded or quantised, and so they are numbered anew.
         used, ids = np.unique(sample.ids, return_inverse=True)
         used, ids = used[used >= 0], ids.reshape(sample.ids.shape) - int((used < 0).any())
-
-        def encoded(matrices: Sequence[Array] | None) -> Any:
-            picked = None if matrices is None else [matrices[e] for e in used]
-            return picked if fmt is None or picked is None else fmt.quantize(np.stack(picked))
-
-        matrices = encoded(experts.gate), encoded(experts.up), encoded(experts.down)
-        layer = (sample.hidden_states, ids, sample.weights, *matrices)
-        biases = {name: getattr(experts, name) for name in ("gate_bias", "up_bias", "down_bias")}
-        options: dict[str, Any] = {"activation": config.activation, "product": product}
-        options |= {name: None if bias is None else bias[used] for name, bias in biases.items()}
-        self.num_experts = len(np.unique(sample.ids[sample.ids >= 0]))
+        layer = (sample.hidden_states, ids, sample.weights)
+        options = {"activation": config.activation, **experts.arguments(used.tolist())}
+        self.num_experts = len(used)
         values = moe_forward(*layer, accumulate_dtype=np.float64, **options)
         self._values = values.astype(np.float64)
         self._bound = error_bound(*layer, sigmas=_SIGMAS, **options)
@@ -184,19 +166,13 @@ class Expected:
         return Verdict(float(error), float(np.linalg.norm(bound) / norm), problem)
 
 
-def experts_in_time(
-    config: MoEConfig,
-    experts: ExpertTensors,
-    seconds: float,
-    fmt: QuantizedFormat | None = None,
-    product: str = "bfloat16",
-) -> int:
+def experts_in_time(config: MoEConfig, experts: ExpertSource, seconds: float) -> int:
     """Count the experts, at least one, that the reference can do in that time, from trials with one."""
     sample = draw_sample(config, 1)
     times = []
     for _ in range(2):  # the first one is slow: its weights are still on the disk
         start = time.perf_counter()
-        Expected(sample, config, experts, fmt, product)
+        Expected(sample, config, experts)
         times.append(time.perf_counter() - start)
     each = min(times)
     return min(config.num_experts, max(1, int(seconds / each)))

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .._formats import FORMATS
-from .._methods import find_method
-from ..config import MoEConfig
 from ..experts import KTMoEWrapper
-from ..io import ExpertTensors, SafetensorsCheckpoint, expert_layers, load_experts, load_hf_config
+from ..inference import BaseMoEWrapper
+from ..io.gguf import is_gguf
 from ..io.manifest import manifest_path
 from . import verify_quantized
+from .expert_source import open_layer
 from .machine import busy_note
 from .measure import measure
 from .progress import Progress
@@ -26,28 +25,20 @@ __all__ = ["run"]
 
 def run(arguments: argparse.Namespace) -> int:
     """Check a layer, or what was converted; 0 when all is right, else 1."""
-    if manifest_path(arguments.path).exists():
+    path = Path(arguments.path)
+    if not is_gguf(path) and manifest_path(path).exists():
         return verify_quantized.run(arguments)
     busy = busy_note()
-    method = find_method(arguments.method, "inference")  # said before the reference takes its time
-    quantized = method.formats.get(method.resolve_group_size(None))
-    encoding = None if quantized is None else FORMATS[quantized], method.product
-    path = Path(arguments.path)
-    checkpoint = SafetensorsCheckpoint(path)
-    layer = _first_layer(checkpoint) if arguments.layer is None else arguments.layer
-    config = MoEConfig.from_hf_config(load_hf_config(path), layer)
+    config, experts = open_layer(path, arguments.layer, arguments.method)
     with Progress(3 + len(arguments.tokens)) as progress:
         progress.step("asking the reference")
-        experts = load_experts(checkpoint, layer, config)
-        about = _describe(experts, config, path)
-        num_experts = experts_in_time(config, experts, arguments.check_seconds, *encoding)
-        sample = draw_sample(config, num_experts)
-        expected = Expected(sample, config, experts, *encoding)
+        sample = draw_sample(config, experts_in_time(config, experts, arguments.check_seconds))
+        expected = Expected(sample, config, experts)
         del experts  # where a layout had to be copied, one copy is enough
         options = {"method": arguments.method, "cpuinfer_threads": arguments.threads}
-        moe = KTMoEWrapper.from_pretrained(path, layer, **options)
+        moe = KTMoEWrapper.from_pretrained(path, config.layer_idx, **options)
         run = measure([moe], sample, arguments.tokens, arguments.seconds, progress.step)
-    about |= {"method": moe.method, "threads": run.threads, "checked_experts": expected.num_experts}
+    about = _describe(moe, path) | {"threads": run.threads, "checked_experts": expected.num_experts}
     limits = machine_limits([run])
     rows = make_rows([run], expected, limits)
     right = all(row.within_bound for row in rows)
@@ -58,15 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if right else 1
 
 
-def _first_layer(checkpoint: SafetensorsCheckpoint) -> int:
-    layers = expert_layers(checkpoint)
-    if not layers:
-        raise ValueError(f"{checkpoint.path}: no layer has experts in a naming known here")
-    return layers[0]
-
-
-def _describe(experts: ExpertTensors, config: MoEConfig, path: Path) -> dict[str, Any]:
-    matrices = [*experts.gate, *(experts.up or ()), *experts.down]
+def _describe(moe: BaseMoEWrapper, path: Path) -> dict[str, Any]:
+    config = moe.config
     return {
         "path": str(path),
         "layer": config.layer_idx,
@@ -75,7 +59,8 @@ def _describe(experts: ExpertTensors, config: MoEConfig, path: Path) -> dict[str
         "hidden_size": config.hidden_size,
         "moe_intermediate_size": config.moe_intermediate_size,
         "activation": config.activation.name,
-        "weight_bytes": sum(matrix.nbytes for matrix in matrices),
+        "weight_bytes": moe.expert_bytes * config.num_experts,  # as they are computed with, scales included
+        "method": moe.method,
     }
 
 

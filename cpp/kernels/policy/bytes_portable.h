@@ -1,0 +1,45 @@
+// 32 whole numbers of a byte each, in plain arrays. Included inside a target's namespace, after Vec.
+
+struct Bytes32 {
+  uint8_t lane[32];
+};
+
+#define KT_MAP_32(expression)                                                   \
+  Bytes32 r;                                                                    \
+  for (size_t i = 0; i < 32; ++i) r.lane[i] = static_cast<uint8_t>(expression); \
+  return r
+
+KT_INLINE Bytes32 load_32(const std::byte* p) { KT_MAP_32(p[i]); }
+// The nibbles of 16 bytes: the low ones, then the high ones.
+KT_INLINE Bytes32 nibbles_of_16(const std::byte* p) {
+  KT_MAP_32(static_cast<int>(p[i % 16]) >> (i / 16 * 4) & 15);
+}
+// Bits of each from `shift` on, those of a mask.
+KT_INLINE Bytes32 bits_of(const Bytes32& x, size_t shift, int mask) { KT_MAP_32(x.lane[i] >> shift & mask); }
+// Every bit of 4 bytes.
+KT_INLINE Bytes32 spread_bits(const std::byte* p) { KT_MAP_32(static_cast<int>(p[i / 8]) >> (i % 8) & 1); }
+// low | high << kShift, where that has no more than a byte.
+template <int kShift>
+KT_INLINE Bytes32 with_bits(const Bytes32& low, const Bytes32& high) {
+  KT_MAP_32(low.lane[i] | high.lane[i] << kShift);
+}
+KT_INLINE Bytes32 minus(const Bytes32& x, int n) { KT_MAP_32(x.lane[i] - n); }
+// table[x] for nibbles x.
+KT_INLINE Bytes32 look_up_32(const Bytes32& x, const int8_t* table) { KT_MAP_32(table[x.lane[i]]); }
+// Numbers [i, i + kStep) as the codes of a segment.
+KT_INLINE Vec::Codes codes_of(const Bytes32& x, size_t i) {
+  Vec::Codes codes;
+  std::memcpy(codes.lane, x.lane + i, sizeof codes.lane);
+  return codes;
+}
+
+// Nibbles as they are packed, to be looked up.
+using Nibbles32 = Bytes32;
+// Of 16 bytes: the low ones, then the high ones.
+KT_INLINE Nibbles32 packed_in_16(const std::byte* p) { return nibbles_of_16(p); }
+// The low or the high ones of 32 bytes.
+KT_INLINE Nibbles32 packed_in_32(const std::byte* p, bool high) {
+  return bits_of(load_32(p), high ? 4 : 0, 15);
+}
+
+#undef KT_MAP_32

@@ -1,0 +1,199 @@
+"""Where the reference's matrices of a layer's experts come from: numbers, or a checkpoint's own encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from .._arrays import Array
+from .._formats import FORMATS, QuantizedFormat
+from .._methods import find_method
+from .._native_formats import NATIVE_FORMATS
+from ..config import MoEConfig
+from ..io import ExpertTensors, SafetensorsCheckpoint, load_experts, load_hf_config
+from ..io._expert_layer import layers_with
+from ..io.gguf import GgufCheckpoint, GgufExperts, gguf_config, gguf_layers, is_gguf, load_gguf
+from ..io.inspect import _known_templates
+from ..io.native import NativeExperts, load_native, native_method
+from ..reference import (
+    decode_fp8,
+    decode_fp8_perchannel,
+    decode_gguf,
+    decode_gptq_int4,
+    decode_mxfp4,
+    decode_mxfp8,
+    decode_nvfp4,
+    decode_rawint4,
+)
+
+__all__ = ["ExpertSource", "GgufSource", "Layer", "NativeSource", "TensorSource", "open_layer"]
+
+
+class ExpertSource(Protocol):
+    """The experts of a layer as the reference takes them, made of those that are asked for alone.
+
+    All of a layer, decoded, may be more than memory holds.
+    """
+
+    def arguments(self, experts: Sequence[int]) -> dict[str, Any]:
+        """What `moe_forward` takes for these experts: weights, biases, and the product where it matters."""
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSource:
+    """Weights in bfloat16, quantised where the method quantises them.
+
+    Parameters
+    ----------
+    tensors : ExpertTensors
+    fmt : QuantizedFormat, optional
+        What the weights are quantised to before they are used.
+    product : str
+        Of `moe_forward`.
+    """
+
+    tensors: ExpertTensors
+    fmt: QuantizedFormat | None = None
+    product: str = "bfloat16"
+
+    def arguments(self, experts: Sequence[int]) -> dict[str, Any]:
+        """See `ExpertSource`."""
+        made: dict[str, Any] = {"product": self.product}
+        for role in ("gate", "up", "down"):
+            matrices, bias = getattr(self.tensors, role), getattr(self.tensors, f"{role}_bias")
+            made[f"{role}_proj"] = None if matrices is None else self._encoded([matrices[e] for e in experts])
+            made[f"{role}_bias"] = None if bias is None else bias[experts]
+        return made
+
+    def _encoded(self, matrices: list[Array]) -> Any:
+        return matrices if self.fmt is None else self.fmt.quantize(np.stack(matrices))
+
+
+@dataclass(frozen=True, eq=False)
+class NativeSource:
+    """Codes and scales of a Hugging Face checkpoint."""
+
+    experts: NativeExperts
+
+    def arguments(self, experts: Sequence[int]) -> dict[str, Any]:
+        """See `ExpertSource`."""
+        decode = _DECODE[self.experts.method]
+        made: dict[str, Any] = {"up_proj": None, **_biases(self.experts.biases, experts)}
+        for name, projection in self.experts.projections.items():
+            codes = np.stack([projection.codes[e] for e in experts])
+            scale = np.stack([projection.scale[e] for e in experts])
+            factors = projection.global_scale
+            made[name] = decode(codes, scale, None if factors is None else factors[experts])
+        return made
+
+
+@dataclass(frozen=True, eq=False)
+class GgufSource:
+    """Blocks of a GGUF model, each projection in a type of its own."""
+
+    experts: GgufExperts
+
+    def arguments(self, experts: Sequence[int]) -> dict[str, Any]:
+        """See `ExpertSource`."""
+        made: dict[str, Any] = {"up_proj": None, **_biases(self.experts.biases, experts)}
+        for name, projection in self.experts.projections.items():
+            made[name] = decode_gguf(np.stack([projection.data[e] for e in experts]), projection.format)
+        return made
+
+
+def _biases(biases: Mapping[str, Array], experts: Sequence[int]) -> dict[str, Array]:
+    return {f"{name.removesuffix('_proj')}_bias": bias[experts] for name, bias in biases.items()}
+
+
+#: Method -> what decodes codes and scales [E, ..], and factors [E] where it has some. K of codes that are two
+#: a byte is even: it is a multiple of a group.
+_DECODE: Mapping[str, Callable[[Array, Array, Any], Any]] = {
+    "FP8": lambda codes, scale, _: decode_fp8(codes, scale),
+    "FP8_PERCHANNEL": lambda codes, scale, _: decode_fp8_perchannel(codes, scale),
+    "MXFP8": lambda codes, scale, _: decode_mxfp8(codes, scale),
+    "RAWINT4": lambda codes, scale, _: decode_rawint4(codes, scale, 2 * codes.shape[-1]),
+    "GPTQ_INT4": lambda codes, scale, _: decode_gptq_int4(codes, scale),
+    "MXFP4": lambda codes, scale, _: decode_mxfp4(codes, scale, 2 * codes.shape[-1]),
+    "NVFP4": lambda codes, scale, factors: decode_nvfp4(codes, scale, factors, 2 * codes.shape[-1]),
+}
+
+
+# ---- finding it ----
+
+
+class Layer(NamedTuple):
+    """A layer of a checkpoint, and what the reference is to make of its experts."""
+
+    config: MoEConfig
+    experts: ExpertSource
+
+
+def open_layer(path: Path, layer_idx: int | None, method: str | None) -> Layer:
+    """Find a layer, and what its experts are to `method`, as `KTMoEWrapper.from_pretrained` does.
+
+    Parameters
+    ----------
+    path : Path
+        Of a Hugging Face checkpoint or of a GGUF model.
+    layer_idx : int, optional
+        None takes the first layer with experts.
+    method : str, optional
+        Of mode ``inference``; None takes what the layer is encoded in.
+
+    Raises
+    ------
+    FileNotFoundError
+        No checkpoint there, or without config.json, or a shard is missing.
+    ValueError
+        An unknown method, or one for weights in another encoding; a layer without experts, or with others
+        than the configuration says.
+    """
+    opened = _open_gguf if is_gguf(path) else _open_safetensors
+    return opened(path, layer_idx, method)
+
+
+def _open_gguf(path: Path, layer_idx: int | None, method: str | None) -> Layer:
+    if find_method(method or "LLAMAFILE", "inference").weights != "gguf":
+        raise ValueError(f"method: got {method!r}, expected 'LLAMAFILE': {path} is GGUF")
+    checkpoint = GgufCheckpoint.shared(path)
+    layer = _choose(path, gguf_layers(checkpoint), layer_idx)
+    config = gguf_config(checkpoint, layer)
+    return Layer(config, GgufSource(load_gguf(checkpoint, layer, config)))
+
+
+def _open_safetensors(path: Path, layer_idx: int | None, method: str | None) -> Layer:
+    find_method(method, "inference")  # an unknown one is told before the files are looked at
+    checkpoint = SafetensorsCheckpoint.shared(path)
+    layer = _choose(path, layers_with(checkpoint, _known_templates()), layer_idx)
+    config = MoEConfig.from_hf_config(load_hf_config(path), layer)
+    native = native_method(checkpoint, layer)
+    found = find_method(method or native, "inference")
+    if found.weights == "gguf":
+        raise ValueError(f"method: got {method!r}, which reads GGUF: {path} is none")
+    if found.weights in NATIVE_FORMATS:
+        return Layer(config, NativeSource(load_native(checkpoint, layer, config, found.name)))
+    if native is not None:
+        raise ValueError(
+            f"{path}: the experts of layer {layer} are {native}, expected bfloat16 with method {found.name!r}"
+        )
+    fmt = found.formats.get(found.resolve_group_size(None))
+    tensors = load_experts(checkpoint, layer, config)
+    return Layer(config, TensorSource(tensors, None if fmt is None else FORMATS[fmt], found.product))
+
+
+def _choose(path: Path, layers: Sequence[int], layer_idx: int | None) -> int:
+    """The layer that is asked for, or the first; where no layer is known, the loader says why."""
+    if layer_idx is None:
+        if not layers:
+            raise ValueError(f"{path}: no layer has experts in a naming known here")
+        return layers[0]
+    if layers and layer_idx not in layers:
+        known = ", ".join(map(str, layers))
+        raise ValueError(
+            f"{path}: layer {layer_idx} has no experts in a naming known here; layers with experts: {known}"
+        )
+    return layer_idx
