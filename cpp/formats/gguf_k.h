@@ -8,13 +8,13 @@
 
 namespace ktmoe::formats {
 
-// Whole numbers by which a block's scale, and what its offsets are made of, count for its groups: int8, four
+// Whole numbers by which a block's scale, and what its offsets are made of, count for its groups: int8, eight
 // in a word, that of the first group lowest.
 struct GroupNumbers {
-  uint32_t scale[4] = {}, offset[4] = {};
+  uint64_t scale[2] = {}, offset[2] = {};
 };
-constexpr float number_of_group(const uint32_t* words, size_t g) {
-  return static_cast<float>(static_cast<int8_t>(words[g / 4] >> 8 * (g % 4)));
+constexpr float number_of_group(const uint64_t* words, size_t g) {
+  return static_cast<float>(static_cast<int8_t>(words[g / 8] >> 8 * (g % 8)));
 }
 
 // F::group_numbers(block, GroupNumbers& numbers), inlined, so that a target compiles it for itself, gives
@@ -35,15 +35,22 @@ struct ScaledGroups : Blocks<F, 256, kBytes, kGroupValues> {
   }
 };
 
-// Four numbers of a byte each.
-[[gnu::always_inline]] inline uint32_t word_at(const std::byte* p) {
+// Eight numbers of a byte each.
+[[gnu::always_inline]] inline uint64_t eight_at(const std::byte* p) {
+  uint64_t word;
+  std::memcpy(&word, p, sizeof word);
+  return word;
+}
+[[gnu::always_inline]] inline uint32_t four_at(const std::byte* p) {
   uint32_t word;
   std::memcpy(&word, p, sizeof word);
   return word;
 }
-inline constexpr uint32_t kLowFour = 0x0f0f0f0f, kLowSix = 0x3f3f3f3f, kLowTwo = 0x03030303;
-// 32 less than each of four numbers of six bits.
-constexpr uint32_t minus_32(uint32_t numbers) { return ((numbers | 0x80808080) - 0x20202020) ^ 0x80808080; }
+constexpr uint64_t joined(uint32_t first, uint32_t second) { return first | uint64_t{second} << 32; }
+inline constexpr uint64_t kLowFour = 0x0f0f0f0f0f0f0f0f, kLowTwo = 0x0303030303030303,
+                          kSigns = 0x8080808080808080;
+// 32 less than each of eight numbers of six bits.
+constexpr uint64_t minus_32(uint64_t numbers) { return ((numbers | kSigns) - 0x2020202020202020) ^ kSigns; }
 
 // Value 128 h + 32 j + i of 64 bytes is bits 2 j and 2 j + 1 of byte 32 h + i.
 inline int two_bits(const std::byte* bytes, size_t i) {
@@ -56,9 +63,9 @@ struct Q2K : ScaledGroups<Q2K, 84, 16, 80, 82> {
   static constexpr std::string_view kName = "q2_k";
 
   [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
-    for (size_t i = 0; i < 4; ++i) {
-      numbers.scale[i] = word_at(block + 4 * i) & kLowFour;
-      numbers.offset[i] = word_at(block + 4 * i) >> 4 & kLowFour;
+    for (size_t i = 0; i < 2; ++i) {
+      numbers.scale[i] = eight_at(block + 8 * i) & kLowFour;
+      numbers.offset[i] = eight_at(block + 8 * i) >> 4 & kLowFour;
     }
   }
   static int number(const std::byte* block, size_t i) { return two_bits(block + 16, i); }
@@ -73,12 +80,10 @@ struct Q3K : ScaledGroups<Q3K, 110, 16, 108> {
 
   [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
     // Four bits of each in eight bytes, two in four.
-    const std::byte* packed = block + 96;
-    const uint32_t low0 = word_at(packed), low1 = word_at(packed + 4), high = word_at(packed + 8);
-    numbers.scale[0] = minus_32((low0 & kLowFour) | (high & kLowTwo) << 4);
-    numbers.scale[1] = minus_32((low1 & kLowFour) | (high >> 2 & kLowTwo) << 4);
-    numbers.scale[2] = minus_32((low0 >> 4 & kLowFour) | (high >> 4 & kLowTwo) << 4);
-    numbers.scale[3] = minus_32((low1 >> 4 & kLowFour) | (high >> 6 & kLowTwo) << 4);
+    const uint64_t low = eight_at(block + 96);
+    const uint32_t high = four_at(block + 104);
+    numbers.scale[0] = minus_32((low & kLowFour) | (joined(high, high >> 2) & kLowTwo) << 4);
+    numbers.scale[1] = minus_32((low >> 4 & kLowFour) | (joined(high >> 4, high >> 6) & kLowTwo) << 4);
   }
   static int number(const std::byte* block, size_t i) {
     return (two_bits(block + 32, i) | (byte_at(block, i % 32) >> (i / 32) & 1) << 2) - 4;
@@ -91,11 +96,9 @@ static_assert(WeightFormat<Q3K>);
 template <class F, size_t kBytes>
 struct EightScales : ScaledGroups<F, kBytes, 32, 0, 2> {
   [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
-    const uint32_t s = word_at(block + 4), m = word_at(block + 8), both = word_at(block + 12);
-    numbers.scale[0] = s & kLowSix;
-    numbers.scale[1] = (both & kLowFour) | (s >> 6 & kLowTwo) << 4;
-    numbers.offset[0] = m & kLowSix;
-    numbers.offset[1] = (both >> 4 & kLowFour) | (m >> 6 & kLowTwo) << 4;
+    const uint32_t s = four_at(block + 4), m = four_at(block + 8), both = four_at(block + 12);
+    numbers.scale[0] = joined(s & 0x3f3f3f3f, (both & 0x0f0f0f0f) | (s >> 6 & 0x03030303) << 4);
+    numbers.offset[0] = joined(m & 0x3f3f3f3f, (both >> 4 & 0x0f0f0f0f) | (m >> 6 & 0x03030303) << 4);
   }
 };
 
@@ -129,7 +132,7 @@ struct Q6K : ScaledGroups<Q6K, 210, 16, 208> {
   static constexpr std::string_view kName = "q6_k";
 
   [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
-    for (size_t i = 0; i < 4; ++i) numbers.scale[i] = word_at(block + 192 + 4 * i);
+    for (size_t i = 0; i < 2; ++i) numbers.scale[i] = eight_at(block + 192 + 8 * i);
   }
   static int number(const std::byte* block, size_t i) {
     const int nibble = byte_at(block, i / 128 * 64 + i % 64) >> (i % 128 / 64 * 4) & 15;
@@ -138,13 +141,15 @@ struct Q6K : ScaledGroups<Q6K, 210, 16, 208> {
 };
 static_assert(WeightFormat<Q6K>);
 
-// Four nibbles, and four numbers of two bits, each in a byte of its own.
-constexpr uint32_t spread_nibbles(uint32_t x) {
-  x = (x | x << 8) & 0x00ff00ff;
+// Eight nibbles, and eight numbers of two bits, each in a byte of its own.
+constexpr uint64_t spread_nibbles(uint64_t x) {
+  x = (x | x << 16) & 0x0000ffff0000ffff;
+  x = (x | x << 8) & 0x00ff00ff00ff00ff;
   return (x | x << 4) & kLowFour;
 }
-constexpr uint32_t spread_twos(uint32_t x) {
-  x = (x | x << 12) & 0x000f000f;
+constexpr uint64_t spread_twos(uint64_t x) {
+  x = (x | x << 24) & 0x000000ff000000ff;
+  x = (x | x << 12) & 0x000f000f000f000f;
   return (x | x << 6) & kLowTwo;
 }
 
@@ -154,9 +159,7 @@ struct Iq4Xs : ScaledGroups<Iq4Xs, 136, 32, 0> {
   static constexpr std::string_view kName = "iq4_xs";
 
   [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
-    const uint32_t first = word_at(block), low = word_at(block + 4);
-    numbers.scale[0] = minus_32(spread_nibbles(low & 0xffff) | spread_twos(first >> 16 & 255) << 4);
-    numbers.scale[1] = minus_32(spread_nibbles(low >> 16) | spread_twos(first >> 24) << 4);
+    numbers.scale[0] = minus_32(spread_nibbles(four_at(block + 4)) | spread_twos(four_at(block) >> 16) << 4);
   }
   static int number(const std::byte* block, size_t i) {
     return kNonLinear[nibble_of_16(block + 8 + i / 32 * 16, i % 32)];

@@ -34,21 +34,6 @@ static_assert(WeightFormat<RawInt4>);
 
 #ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
 
-// The numbers of scales from 0.5 to below 2, by the lower byte of their bf16: those of others are powers of
-// four times these.
-struct RawInt4Numbers {
-  static constexpr int kUpperByte = 0x3f;
-  Vec::Numbers of[256] = {};
-  constexpr RawInt4Numbers() {
-    for (int low = 0; low < 256; ++low) {
-      const float scale = to_float(bf16{static_cast<uint16_t>(kUpperByte << 8 | low)});
-      for (int nibble = 0; nibble < 16; ++nibble)
-        of[low].set(nibble, to_bf16(static_cast<float>(formats::RawInt4::code(nibble)) * scale).bits);
-    }
-  }
-};
-inline constexpr RawInt4Numbers kRawInt4Numbers;
-
 template <>
 struct Unpack<formats::RawInt4> {
   using Format = formats::RawInt4;
@@ -57,13 +42,9 @@ struct Unpack<formats::RawInt4> {
     Row() = default;
     KT_INLINE Row(const WeightView& w, size_t n) : NibbleRow<Row, Format>(w, n) {}
     template <class V = Vec>
-    KT_INLINE typename V::Segment looked_up(const std::byte* nibbles, size_t k, size_t count) const {
-      const std::byte* scale = scales + k / Format::kGroup * sizeof(bf16);
-      const int low = static_cast<int>(scale[0]), high = static_cast<int>(scale[1]);
-      // Scales whose multiples are not all normal numbers: zero, and beyond 2^120.
-      if ((high & 127) < 1 || (high & 127) > 123) return this->by_codes(nibbles, k, count);
-      return V::template look_up_shifted<8>(nibbles, kRawInt4Numbers.of[low],
-                                            high - RawInt4Numbers::kUpperByte);
+    KT_INLINE typename V::Segment looked_up(const std::byte* nibbles, size_t k, size_t) const {
+      const auto numbers = V::load_f(kFloatTable<kNibbleCodes<Format>.of>.of);
+      return V::look_up_floats(nibbles, V::mul(numbers, V::set(Format::scale(scales, k))));
     }
   };
 };

@@ -37,7 +37,7 @@ struct GroupScale {
   }
 };
 
-KT_INLINE void scale_numbers(Vec::Float scale, const uint32_t* numbers, size_t count, float* to) {
+KT_INLINE void scale_numbers(Vec::Float scale, const uint64_t* numbers, size_t count, float* to) {
   for (size_t g = 0; g < count; g += Vec::kWidth)
     Vec::store_f(to + g, Vec::mul(scale, Vec::int8_of(numbers, g)));
 }
@@ -55,17 +55,6 @@ KT_INLINE void open_block(const std::byte* block, typename Format::Scales& scale
     }
   }
 }
-
-// The numbers of a table in float32.
-template <const auto& kTable>
-struct FloatTable {
-  alignas(kCacheLine) float of[16] = {};
-  constexpr FloatTable() {
-    for (int i = 0; i < 16; ++i) of[i] = kTable[i];
-  }
-};
-template <const auto& kTable>
-inline constexpr FloatTable<kTable> kFloatTable;
 
 // Values of group g of a block, kStep of them at every place that `next` gives.
 template <class Format, class Next>

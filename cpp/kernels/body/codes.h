@@ -35,6 +35,17 @@ struct NibbleCodes {
 template <class Format>
 inline constexpr NibbleCodes<Format> kNibbleCodes;
 
+// The numbers of a table in float32.
+template <const auto& kTable>
+struct FloatTable {
+  alignas(kCacheLine) float of[16] = {};
+  constexpr FloatTable() {
+    for (int i = 0; i < 16; ++i) of[i] = kTable[i];
+  }
+};
+template <const auto& kTable>
+inline constexpr FloatTable<kTable> kFloatTable;
+
 // Those times a scale of a byte, by the byte, where that is exact.
 template <class Format>
 struct ScaledNumbers {

@@ -67,11 +67,7 @@ KT_INLINE Nibbles32 packed_in_32(const std::byte* p, bool high) {
 // bf(table[nibble]) of each.
 KT_INLINE void store_looked_up(std::byte* to, const Nibbles32& x, Vec::Float table) {
   const __m512i turned = _mm512_shldv_epi16(x.twice, x.twice, x.left);
-  constexpr int kAndOr = 0xea;  // (a & b) | c
-  const __m512i index =
-      _mm512_ternarylogic_epi32(turned, _mm512_set1_epi8(30), _mm512_set1_epi16(1 << 8), kAndOr);
-  const __m512i words = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(table));
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi8(index, words));
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi8(Vec::word_index(turned), Vec::words_of(table)));
 }
 #else
 using Nibbles32 = Bytes32;

@@ -220,10 +220,9 @@ struct Vec {
   static KT_INLINE Codes codes_of(__m256i bytes, size_t i) {
     return i == 0 ? _mm256_castsi256_si128(bytes) : _mm256_extracti128_si256(bytes, 1);
   }
-  // Numbers of int8 from i on, four in a word.
-  static KT_INLINE Float int8_of(const uint32_t* words, size_t i) {
-    const __m128i numbers =
-        _mm_setr_epi32(static_cast<int>(words[i / 4]), static_cast<int>(words[i / 4 + 1]), 0, 0);
+  // Numbers of int8 from i on, eight in a word.
+  static KT_INLINE Float int8_of(const uint64_t* words, size_t i) {
+    const __m128i numbers = _mm_cvtsi64_si128(static_cast<int64_t>(words[i / 8]));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(numbers));
   }
   // Codes in their order, and as many numbers rounded to bf16.

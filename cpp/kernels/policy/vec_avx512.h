@@ -113,14 +113,21 @@ struct Vec {
     const __m512i upper_half = _mm512_maskz_set1_epi8(0xffffffff00000000u, 32);
     return look_up_bytes(nibbles, tables, _mm512_or_si512(_mm512_set1_epi16(16 << 8), upper_half));
   }
-  // Numbers times 4^shift, the sign changed when 128 is added to the shift. `zero` is the nibble of 0.
-  template <int zero>
-  static KT_INLINE Segment look_up_shifted(const std::byte* nibbles, const Numbers& numbers, int shift) {
-    constexpr uint64_t kUpperBytes = (uint64_t{0xffff} & ~(uint64_t{1} << zero)) << 16;
-    const __m512i table = _mm512_load_si512(numbers.bytes);
-    const __m512i scaled = _mm512_mask_add_epi8(table, kUpperBytes | kUpperBytes << 32, table,
-                                                _mm512_set1_epi8(static_cast<char>(shift)));
-    return look_up_bytes(nibbles, scaled, _mm512_set1_epi16(16 << 8));
+  // Numbers of float32 by nibbles, rounded: each byte's are turned to where they index words of a table.
+  static KT_INLINE Segment look_up_floats(const std::byte* nibbles, __m512 numbers) {
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
+    const __m512i four = _mm512_permutexvar_epi8(four_of_each(), bytes);
+    const __m512i turned = _mm512_shldv_epi16(four, four, _mm512_set1_epi32(13 << 16 | 1));
+    return as_segment(_mm512_permutexvar_epi8(word_index(turned), words_of(numbers)));
+  }
+  // Of words whose bits 1 to 4 are a nibble in either byte, the indices of a table's bytes.
+  static KT_INLINE __m512i word_index(__m512i turned) {
+    constexpr int kAndOr = 0xea;  // (a & b) | c
+    return _mm512_ternarylogic_epi32(turned, _mm512_set1_epi8(30), _mm512_set1_epi16(1 << 8), kAndOr);
+  }
+  // Sixteen numbers rounded to bf16, as a table.
+  static KT_INLINE __m512i words_of(__m512 numbers) {
+    return _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(numbers));
   }
 #else
   static constexpr bool kLooksUpScaled = false;
@@ -368,10 +375,9 @@ struct Vec {
     std::memcpy(&bits, p, sizeof bits);
     return _mm512_cvtph_ps(_mm256_set1_epi16(bits));
   }
-  // Numbers of int8 from i on, four in a word.
-  static KT_INLINE Float int8_of(const uint32_t* words, size_t) {
-    return to_floats(_mm_setr_epi32(static_cast<int>(words[0]), static_cast<int>(words[1]),
-                                    static_cast<int>(words[2]), static_cast<int>(words[3])));
+  // Numbers of int8 from i on, eight in a word.
+  static KT_INLINE Float int8_of(const uint64_t* words, size_t) {
+    return to_floats(_mm_set_epi64x(static_cast<int64_t>(words[1]), static_cast<int64_t>(words[0])));
   }
   // Codes in their order, and as many numbers rounded to bf16.
   static KT_INLINE void to_floats(Codes codes, Float (&x)[2]) {

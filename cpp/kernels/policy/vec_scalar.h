@@ -202,8 +202,8 @@ struct Vec {
   }
   // A float16 in memory, in all lanes.
   static KT_INLINE Float half(const std::byte* p) { return set(formats::half_at(p)); }
-  // Numbers of int8 from `first` on, four in a word.
-  static KT_INLINE Float int8_of(const uint32_t* words, size_t first) {
+  // Numbers of int8 from `first` on, eight in a word.
+  static KT_INLINE Float int8_of(const uint64_t* words, size_t first) {
     KT_MAP(formats::number_of_group(words, first + i));
   }
   // Codes in their order, and as many numbers rounded to bf16.
