@@ -67,6 +67,11 @@ constexpr int nibble_at(const std::byte* row, size_t i) {
   return static_cast<int>(row[i / 2]) >> (i % 2 * 4) & 15;
 }
 
+// What nibbles may stand for: numbers from -8 or from 0 on.
+alignas(16) inline constexpr int8_t kFromMinusEight[16] = {-8, -7, -6, -5, -4, -3, -2, -1,
+                                                           0,  1,  2,  3,  4,  5,  6,  7};
+alignas(16) inline constexpr int8_t kFromZero[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 // A format F provides, all static:
 //   FormatId kId; std::string_view kName;
 //   size_t row_bytes(size_t k)                      bytes of a row of k values

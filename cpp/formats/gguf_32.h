@@ -20,10 +20,7 @@ struct ScaleAndOffset : Blocks<F, 32, kBytes, 32> {
   }
 };
 
-// What nibbles stand for: numbers from -8 or 0 on, or about those of a normal distribution.
-alignas(16) inline constexpr int8_t kFromMinusEight[16] = {-8, -7, -6, -5, -4, -3, -2, -1,
-                                                           0,  1,  2,  3,  4,  5,  6,  7};
-alignas(16) inline constexpr int8_t kFromZero[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+// What those of IQ4_NL and IQ4_XS stand for: about the numbers of a normal distribution.
 alignas(16) inline constexpr int8_t kNonLinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                                       1,    13,   25,  38,  53,  69,  89,  113};
 
@@ -88,12 +85,12 @@ static_assert(WeightFormat<Iq4Nl>);
 
 template <>
 struct Unpack<formats::Q4_0> {
-  static constexpr const auto& kTable = formats::kFromMinusEight;
+  static constexpr const auto& kTable = kFromMinusEight;
   static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t) { return packed_in_16(block + 2); }
 };
 template <>
 struct Unpack<formats::Q4_1> {
-  static constexpr const auto& kTable = formats::kFromZero;
+  static constexpr const auto& kTable = kFromZero;
   static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t) { return packed_in_16(block + 4); }
 };
 template <>

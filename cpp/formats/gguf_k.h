@@ -188,7 +188,7 @@ struct Unpack<formats::Q3K> {
 };
 template <>
 struct Unpack<formats::Q4K> {
-  static constexpr const auto& kTable = formats::kFromZero;
+  static constexpr const auto& kTable = kFromZero;
   static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t g) {
     return packed_in_32(block + 16 + g / 2 * 32, g % 2 == 1);
   }

@@ -43,7 +43,7 @@ struct Unpack<formats::RawInt4> {
     KT_INLINE Row(const WeightView& w, size_t n) : NibbleRow<Row, Format>(w, n) {}
     template <class V = Vec>
     KT_INLINE typename V::Segment looked_up(const std::byte* nibbles, size_t k, size_t) const {
-      const auto numbers = V::load_f(kFloatTable<kNibbleCodes<Format>.of>.of);
+      const auto numbers = V::load_f(kFloatTable<kFromMinusEight>.of);
       return V::look_up_floats(nibbles, V::mul(numbers, V::set(Format::scale(scales, k))));
     }
   };
