@@ -91,7 +91,7 @@ def test_the_reference_judges_quantised_layers(name: str, num_experts: int, tmp_
     expected = Expected(sample, config, TensorSource(experts, fmt, method.product))
     assert expected.num_experts == num_experts
     assert expected.judge(right).problem is None
-    unquantised = Expected(sample, config, experts)
+    unquantised = Expected(sample, config, TensorSource(experts))
     assert unquantised.num_experts == num_experts
     assert unquantised.judge(right).problem is not None
 

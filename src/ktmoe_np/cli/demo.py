@@ -14,6 +14,7 @@ from .. import kt_kernel_ext as ext
 from ..config import MoEConfig
 from ..io import load_experts
 from .checkpoint import CONFIG, NUM_LAYERS, write_demo_checkpoint
+from .expert_source import TensorSource
 from .machine import busy_note, describe_machine
 from .measure import Measured, measure_in_child
 from .plot import check_plot, draw_plot
@@ -79,7 +80,9 @@ def _work(path: Path, arguments: argparse.Namespace) -> tuple[int, Expected, lis
         weight_bytes = write_demo_checkpoint(path)
         progress.step("asking the reference")
         config = MoEConfig.from_hf_config(CONFIG, layer_idx=0)
-        expected = Expected(draw_sample(config, _NUM_CHECKED), config, load_experts(path, 0, config))
+        expected = Expected(
+            draw_sample(config, _NUM_CHECKED), config, TensorSource(load_experts(path, 0, config))
+        )
         for isa in isas:
             progress.step(f"running on {isa}")
             tokens, seconds = (_EMULATED_TOKENS, 0.0) if isa == _EMULATED else (_TOKENS, arguments.seconds)

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from .._arrays import Array
 from ..config import MoEConfig
-from ..io import ExpertTensors
 from ..reference import assert_within, error_bound, moe_forward
-from .expert_source import ExpertSource, TensorSource
+from .expert_source import ExpertSource
 
 __all__ = [
     "Batch",
@@ -135,13 +134,10 @@ class Expected:
     ----------
     sample : Sample
     config : MoEConfig
-    experts : ExpertSource or ExpertTensors
-        Tensors are used as they are, in bfloat16.
+    experts : ExpertSource
     """
 
-    def __init__(self, sample: Sample, config: MoEConfig, experts: ExpertSource | ExpertTensors) -> None:
-        if isinstance(experts, ExpertTensors):
-            experts = TensorSource(experts)
+    def __init__(self, sample: Sample, config: MoEConfig, experts: ExpertSource) -> None:
         # Only the experts in use are decoded or quantised, and so they are numbered anew.
         used, ids = np.unique(sample.ids, return_inverse=True)
         used, ids = used[used >= 0], ids.reshape(sample.ids.shape) - int((used < 0).any())

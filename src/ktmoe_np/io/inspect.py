@@ -22,7 +22,7 @@ from .manifest import manifest_path, read_manifest
 from .quantized import find_quantized, open_quantized, projection_sizes, quantized_layers
 from .safetensors import SafetensorsCheckpoint, load_hf_config
 
-__all__ = ["CheckpointReport", "LayerReport", "inspect_checkpoint"]
+__all__ = ["CheckpointReport", "LayerReport", "inspect_checkpoint", "known_templates"]
 
 _PLAIN, _GGUF = "BF16", "LLAMAFILE"
 
@@ -177,14 +177,14 @@ def _inspect_safetensors(path: Path) -> CheckpointReport:
     checkpoint = SafetensorsCheckpoint(path)
     config = load_hf_config(path)
     about = read_hf_model(config)
-    numbers = layers_with(checkpoint, _known_templates())
+    numbers = layers_with(checkpoint, known_templates())
     if not numbers:
         raise ValueError(_no_experts(checkpoint, about[0]))
     layers = [_safetensors_layer(checkpoint, MoEConfig.from_hf_config(config, number)) for number in numbers]
     return _report(path, "safetensors", about, layers)
 
 
-def _known_templates() -> set[str]:
+def known_templates() -> set[str]:
     """What experts' tensors are called, in any format."""
     plain = {name for naming in NAMINGS for name in naming.tensors.values()}
     return plain.union(
