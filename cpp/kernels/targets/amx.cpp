@@ -4,8 +4,8 @@
 #include "kernels/targets/includes.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(                                                                                              \
-    __attribute__((target(                                                                                                 \
+#pragma clang attribute push(                                                                                                          \
+    __attribute__((target(                                                                                                             \
         "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,avx512vbmi2,amx-tile,amx-bf16,amx-int8"))), \
     apply_to = function)
 #else

@@ -4,13 +4,14 @@
 #include "kernels/targets/includes.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(                                                                          \
-    __attribute__((                                                                                    \
-        target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,avx512vbmi2"))), \
+#pragma clang attribute push(                                                                               \
+    __attribute__((target(                                                                                  \
+        "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,avx512vbmi2"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,avx512vbmi2")
+#pragma GCC target( \
+    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,avx512vbmi2")
 #endif
 
 namespace ktmoe::kernels::avx512_bf16 {
