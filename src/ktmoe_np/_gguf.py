@@ -148,8 +148,8 @@ class GgufWeights(MoELayer):
 
     def _load_from_path(self, physical_to_logical_map: object) -> None:
         assert self.weight_path is not None
-        self._checkpoint = GgufCheckpoint.shared(self.weight_path)
-        experts = load_gguf(self._checkpoint, self.layer_idx, self.config)
+        self._gguf = GgufCheckpoint.shared(self.weight_path)  # other layers find its headers read
+        experts = load_gguf(self._gguf, self.layer_idx, self.config)
         arguments: dict[str, Any] = {"up_proj": None}
         for name, projection in experts.projections.items():
             role = name.removesuffix("_proj")
