@@ -58,8 +58,8 @@ KT_INLINE void open_block(const std::byte* block, typename Format::Scales& scale
 
 // Values of group g of a block, kStep of them at every place that `next` gives.
 template <class Format, class Next>
-KT_INLINE void store_group(const std::byte* block, const typename Format::Scales& scales, size_t g,
-                           Next& next) {
+KT_INLINE_GROUP void store_group(const std::byte* block, const typename Format::Scales& scales, size_t g,
+                                 Next& next) {
   using Of = Unpack<Format>;
   if constexpr (Vec::kLooksUpScaled && requires { Of::kTable; }) {
     const GroupScale<Format> by(block, scales, g, 0);

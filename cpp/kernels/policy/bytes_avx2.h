@@ -1,5 +1,8 @@
 // 32 whole numbers of a byte each, in a vector of 256 bits. Included inside a target's namespace, after Vec.
 
+#undef KT_INLINE_GROUP
+#define KT_INLINE_GROUP KT_INLINE
+
 using Bytes32 = __m256i;
 
 KT_INLINE Bytes32 load_32(const std::byte* p) {

@@ -1,5 +1,9 @@
 // 32 whole numbers of a byte each, in plain arrays. Included inside a target's namespace, after Vec.
 
+// What is done with them is a function: inlined, it would take compilers minutes.
+#undef KT_INLINE_GROUP
+#define KT_INLINE_GROUP __attribute__((noinline))
+
 struct Bytes32 {
   uint8_t lane[32];
 };
