@@ -10,6 +10,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from native_layers import GGUF_BLOCKS
 from numpy.typing import NDArray
 
 from ktmoe_np.config import MoEConfig, parse_activation
@@ -37,17 +38,6 @@ LAYER = 5
 QUANTIZED = ("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 RANDOM = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 
-#: Where a block of a drawn type has float16.
-_SCALES = {
-    "q2_k": (80, 82),
-    "q3_k": (108,),
-    "q4_k": (0, 2),
-    "q5_k": (0, 2),
-    "q6_k": (208,),
-    "iq4_nl": (0,),
-    "iq4_xs": (0,),
-}
-
 
 @dataclass
 class GgufLayer:
@@ -70,10 +60,10 @@ def draw_blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> 
     if kind in QUANTIZED:
         weights = rng.standard_normal(shape).astype(np.float32)
         return gguf.quants.quantize(weights, number).view(np.uint8)
-    block, block_bytes = gguf.GGML_QUANT_SIZES[number]
+    block, block_bytes, halves, _ = GGUF_BLOCKS[kind]
     count = shape[-1] // block
     blocks = rng.integers(0, 256, (*shape[:-1], count, block_bytes), np.uint8)
-    for place in _SCALES[kind]:
+    for place in halves:
         scales = rng.uniform(-0.1, 0.1, (*shape[:-1], count, 1)).astype(np.float16)
         blocks[..., place : place + 2] = scales.view(np.uint8)
     return blocks.reshape(*shape[:-1], count * block_bytes)

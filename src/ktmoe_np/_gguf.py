@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import Array, bfloat16, each_expert, expert_ids
+from ._arrays import Array, bfloat16, each_expert
 from ._gguf_formats import GGUF_FORMATS
 from .io.gguf import GgufCheckpoint, load_gguf
 from .io.quantized import projection_sizes
@@ -116,18 +116,14 @@ class GgufWeights(MoELayer):
                 if fmt is not None:
                     formats[f"{name}_proj"] = fmt
             arguments |= {f"{name}_proj": array, f"{name}_format": fmt}
-        if physical_to_logical_map is not None:
-            physical_to_logical_map = expert_ids(physical_to_logical_map, "physical_to_logical_map")
-        task = self._layer.load_weights_task(
+        self._give_to_engine(
+            physical_to_logical_map,
             **arguments,
-            physical_to_logical_map=physical_to_logical_map,
             gate_bias=gate_bias,
             up_bias=up_bias,
             down_bias=down_bias,
         )
-        self.cpu_infer.run(task)
         self._formats = formats
-        self._loaded.add(self)
 
     def _as_the_engine_takes(self, name: str, rows: Any, fmt: str | None) -> tuple[Any, str | None]:
         """Rows as bytes or, of the format bf16, as numbers; and the format, which numbers say themselves."""

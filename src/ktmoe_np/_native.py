@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._arrays import expert_ids
 from ._methods import Method
 from ._native_formats import NATIVE_FORMATS
 from .config import MoEConfig
@@ -120,17 +119,13 @@ class NativeWeights(MoELayer):
             "up": (up_proj, up_scale, up_global_scale),
             "down": (down_proj, down_scale, down_global_scale),
         }
-        if physical_to_logical_map is not None:
-            physical_to_logical_map = expert_ids(physical_to_logical_map, "physical_to_logical_map")
-        task = self._layer.load_weights_task(
+        self._give_to_engine(
+            physical_to_logical_map,
             **self._as_the_engine_takes(given),
-            physical_to_logical_map=physical_to_logical_map,
             gate_bias=gate_bias,
             up_bias=up_bias,
             down_bias=down_bias,
         )
-        self.cpu_infer.run(task)
-        self._loaded.add(self)
 
     def _as_the_engine_takes(self, given: dict[str, tuple[Any, Any, Any]]) -> dict[str, Any]:
         """Codes, scale and global scale of each projection as arguments of the engine."""

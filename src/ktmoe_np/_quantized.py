@@ -188,11 +188,11 @@ class QuantizedWeights(MoELayer):
         absent = QuantizedProjection(None, None)
         gate, up, down = (experts.matrices.get(name, absent) for name in _PROJECTIONS)
         gate_bias, up_bias, down_bias = (experts.biases.get(name) for name in _PROJECTIONS)
-        task = self._layer.load_weights_task(
-            gate.codes,
-            up.codes,
-            down.codes,
+        self._give_to_engine(
             physical_to_logical_map,
+            gate_proj=gate.codes,
+            up_proj=up.codes,
+            down_proj=down.codes,
             gate_scale=gate.row_scale,
             up_scale=up.row_scale,
             down_scale=down.row_scale,
@@ -200,8 +200,6 @@ class QuantizedWeights(MoELayer):
             up_bias=up_bias,
             down_bias=down_bias,
         )
-        self.cpu_infer.run(task)
-        self._loaded.add(self)
         self._experts = None if self._spans_nodes() else experts
 
     def _spans_nodes(self) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import kt_kernel_ext as ext
+from ._arrays import expert_ids
 from ._methods import Method
 from .config import MoEConfig
 from .cpuinfer import _MoEBase
@@ -136,6 +137,14 @@ class MoELayer(_MoEBase):
             down_bias=experts.down_bias,
             **options,
         )
+
+    def _give_to_engine(self, physical_to_logical_map: Any, **weights: Any) -> None:
+        """Give the engine's layer its weights, as its class takes them."""
+        if physical_to_logical_map is not None:
+            physical_to_logical_map = expert_ids(physical_to_logical_map, "physical_to_logical_map")
+        task = self._layer.load_weights_task(physical_to_logical_map=physical_to_logical_map, **weights)
+        self.cpu_infer.run(task)
+        self._loaded.add(self)
 
     @abstractmethod
     def load_weights_from_tensors(self, *weights: Any, **more: Any) -> None:

@@ -21,17 +21,22 @@ __all__ = [
     "layers_with",
     "read_layers",
     "rows_of_roles",
+    "speaks_of_experts",
 ]
 
 AnyArray = NDArray[Any]
 
-#: A name that speaks of routed experts.
 _EXPERTS = re.compile(r"\bexperts\.")
 
 #: The number of a layer in a name.
 _LAYER_NUMBER = re.compile("[0-9]{1,9}")
 
 BIAS_DTYPES = ("BF16", "F16", "F32")
+
+
+def speaks_of_experts(name: str) -> bool:
+    """Whether a tensor's name speaks of routed experts."""
+    return _EXPERTS.search(name) is not None
 
 
 class ExpertLayer:
@@ -195,7 +200,7 @@ def find_layer(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> ExpertLayer
         f"{layer.prefix}{template}"
         for layer in layers
         for template in layer.numbers
-        if _EXPERTS.search(template)
+        if speaks_of_experts(template)
     ]
     if strangers:
         where = f"{checkpoint.path}: layer {layer_idx}"

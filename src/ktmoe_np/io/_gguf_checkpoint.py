@@ -5,8 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import re
-import threading
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._gguf_header import GGUF_TYPES, GgufTensorInfo, parse_gguf_header
+from ._held import Held
 
-__all__ = ["GgufCheckpoint", "GgufTensorInfo"]
+__all__ = ["GgufCheckpoint", "GgufTensorInfo", "is_gguf"]
 
 #: Checkpoints that someone holds, by their files and their times of change.
-_shared: weakref.WeakValueDictionary[tuple[tuple[str, int], ...], GgufCheckpoint] = (
-    weakref.WeakValueDictionary()
-)
-_shared_lock = threading.Lock()
+_shared: Held[GgufCheckpoint] = Held()
 
 #: The name of a file of a model of several: the model, the file's number from 1, and how many there are.
 _SPLIT_NAME = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
@@ -109,11 +105,7 @@ class GgufCheckpoint:
         A changed file is read anew. Errors are those of the class.
         """
         key = tuple((str(file.resolve()), file.stat().st_mtime_ns) for file in _model_files(Path(path)))
-        with _shared_lock:
-            checkpoint = _shared.get(key)
-            if checkpoint is None:
-                checkpoint = _shared[key] = cls(path)
-            return checkpoint
+        return _shared.get(key, lambda: cls(path))
 
     @classmethod
     def opened(cls, checkpoint: GgufCheckpoint | str | os.PathLike[str]) -> GgufCheckpoint:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from .._formats import FORMATS
 from .._hf_config import read_hf_model
 from .._methods import Method, find_method
 from ..config import MoEConfig
-from ._expert_layer import layers_with
+from ._expert_layer import layers_with, speaks_of_experts
 from ._namings import NAMINGS
 from ._native_layer import find_forms
 from ._native_namings import FORMS
@@ -25,9 +24,6 @@ from .safetensors import SafetensorsCheckpoint, load_hf_config
 __all__ = ["CheckpointReport", "LayerReport", "inspect_checkpoint", "known_templates"]
 
 _PLAIN, _GGUF = "BF16", "LLAMAFILE"
-
-#: A name that speaks of routed experts.
-_EXPERTS = re.compile(r"\bexperts\.")
 
 
 @dataclass(frozen=True)
@@ -194,7 +190,7 @@ def known_templates() -> set[str]:
 
 def _no_experts(checkpoint: SafetensorsCheckpoint, model_type: str | None) -> str:
     """Say that no layer has experts, and why that may be."""
-    strangers = (name for name in checkpoint.names() if _EXPERTS.search(name))
+    strangers = filter(speaks_of_experts, checkpoint.names())
     name = next(strangers, None)
     if name is not None:
         return f"{checkpoint.path}: has experts, but in no naming known here, e.g. {name!r}"

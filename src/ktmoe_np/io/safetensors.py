@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
-import weakref
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._held import Held
 from ._layer_names import LayerNames
 from ._safetensors_header import DTYPES, MAX_HEADER_BYTES, TensorInfo, parse_header, parse_json_object
 
 __all__ = ["SafetensorsCheckpoint", "SafetensorsFile", "TensorInfo", "load_hf_config"]
 
 #: Checkpoints that someone holds, by path and time of change.
-_shared: weakref.WeakValueDictionary[tuple[str, int], SafetensorsCheckpoint] = weakref.WeakValueDictionary()
-_shared_lock = threading.Lock()
+_shared: Held[SafetensorsCheckpoint] = Held()
 
 _INDEX_NAME = "model.safetensors.index.json"
 
@@ -162,11 +160,7 @@ class SafetensorsCheckpoint:
         index = where / _INDEX_NAME
         stamp = index if index.exists() else where
         key = (str(where.resolve()), stamp.stat().st_mtime_ns if stamp.exists() else 0)
-        with _shared_lock:
-            checkpoint = _shared.get(key)
-            if checkpoint is None:
-                checkpoint = _shared[key] = cls(path)
-            return checkpoint
+        return _shared.get(key, lambda: cls(path))
 
     @classmethod
     def opened(cls, checkpoint: SafetensorsCheckpoint | str | os.PathLike[str]) -> SafetensorsCheckpoint:
