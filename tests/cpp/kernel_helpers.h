@@ -157,7 +157,7 @@ class Block {
     args.x = x, args.w = w;
     args.n0 = n0_, args.n1 = n1_;
     args.c = c_.data(), args.accumulate = accumulate, args.scratch = scratch.data();
-    table_.nt[static_cast<size_t>(FormatId::kBf16)](args);
+    (x.quantized ? table_.nt_int8 : table_.nt)[static_cast<size_t>(w.format)](args);
   }
 
   const float* c() const { return c_.data(); }

@@ -2,8 +2,7 @@
 #include <numeric>
 
 #include "formats/registry.h"
-#include "kernel_helpers.h"
-#include "kernels/contract_training.h"
+#include "nn_helpers.h"
 
 using namespace ktmoe;
 using namespace ktmoe::test;
@@ -61,32 +60,6 @@ class BlockMatrix {
   Guarded<std::byte> bytes_;
 };
 
-std::vector<float> nt_product(const KernelTable& table, const Operand& x, const WeightView& w, uint32_t n0,
-                              uint32_t n1) {
-  const Guarded<float> c = Guarded<float>::on_cache_line(table.c_floats(x.rows, n1 - n0));
-  const auto scratch = Guarded<std::byte>::on_cache_line(table.nt_scratch_bytes(x.k));
-  kernels::NtArgs args;
-  args.x = x, args.w = w, args.n0 = n0, args.n1 = n1, args.c = c.data(), args.scratch = scratch.data();
-  table.nt[static_cast<size_t>(w.format)](args);
-  const Guarded<float> y(size_t{x.rows} * (n1 - n0));
-  kernels::StoreRowsArgs store;
-  store.c = c.data(), store.m = x.rows, store.n = n1 - n0, store.y = y.data(), store.y_stride = n1 - n0;
-  table.store_rows(store);
-  return {y.begin(), y.end()};
-}
-
-std::vector<float> nn_product(const KernelTable& table, FormatId format,
-                              std::span<const kernels::NnTerm> terms, uint32_t k0, uint32_t k1) {
-  const auto scratch = Guarded<std::byte>::on_cache_line(table.nn_scratch_bytes());
-  const uint32_t m = terms[0].g.rows;
-  const Guarded<float> c(size_t{m} * (k1 - k0));
-  kernels::NnArgs args;
-  args.terms = terms, args.k0 = k0, args.k1 = k1;
-  args.c = c.data(), args.c_stride = k1 - k0, args.scratch = scratch.data();
-  table.nn[static_cast<size_t>(format)](args);
-  return {c.begin(), c.end()};
-}
-
 // Rows of this length and others of whole blocks.
 std::vector<uint32_t> lengths(FormatId format) {
   if (format_block(format) == 256) return {256, 512, 768, 2304};
@@ -121,8 +94,8 @@ TEST_CASE("blocks: rows dot rows are those of the decoded weights") {
           WeightView in_bf16 = decoded.weights();
           in_bf16.k = k;
           const Packed packed(*table, x.activations(), m, k);
-          CHECK(first_difference(nt_product(*table, packed.operand, w.view(), n0, n),
-                                 nt_product(*table, packed.operand, in_bf16, n0, n)) == -1);
+          CHECK(first_difference(product(*table, packed.operand, w.view(), n0, n),
+                                 product(*table, packed.operand, in_bf16, n0, n)) == -1);
         }
       }
     }
@@ -142,15 +115,17 @@ TEST_CASE("blocks: sums over rows are those of the decoded weights, bf16 and oth
         const BlockMatrix first(kind, n, k, 0, random), second(beside, n, k, 3, random);
         const Matrix first_bf16 = first.decoded(n), second_bf16 = second.decoded(n);
         const Matrix adapter(n, k, Layout::kTight, [&] { return random.wide(); });
-        const auto memory = Guarded<std::byte>::on_cache_line(table->left_bytes(m, n));
-        const Operand left = table->pack_left(g.activations(), m, n, memory.data());
+        const Left left_rows(*table, g.activations(), m, n);
+        const Operand& left = left_rows.operand;
         const kernels::NnTerm encoded[] = {
             {left, 0, n, first.view()}, {left, 0, n, adapter.weights()}, {left, 0, n, second.view()}};
         const kernels::NnTerm plain[] = {{left, 0, n, first_bf16.weights()},
                                          {left, 0, n, adapter.weights()},
                                          {left, 0, n, second_bf16.weights()}};
-        CHECK(first_difference(nn_product(*table, kind.format, encoded, k0, k1),
-                               nn_product(*table, FormatId::kBf16, plain, k0, k1)) == -1);
+        Output of_blocks(*table, m, k0, k1), of_bf16(*table, m, k0, k1);
+        of_blocks.multiply(encoded);
+        of_bf16.multiply(plain);
+        CHECK(first_difference(of_blocks.rows(), of_bf16.rows()) == -1);
       }
     }
   }

@@ -8,6 +8,7 @@
 
 #include "formats/registry.h"
 #include "kernel_helpers.h"
+#include "nn_helpers.h"
 #include "kernels/contract_training.h"
 
 using namespace ktmoe;
@@ -93,20 +94,6 @@ struct Int8Operand {
   }
 };
 
-std::vector<float> nt_product(const KernelTable& table, FormatId format, bool integer, const Operand& x,
-                              const WeightView& w, uint32_t n0, uint32_t n1) {
-  const Guarded<float> c = Guarded<float>::on_cache_line(table.c_floats(x.rows, n1 - n0));
-  const auto scratch = Guarded<std::byte>::on_cache_line(table.nt_scratch_bytes(x.k));
-  kernels::NtArgs args;
-  args.x = x, args.w = w, args.n0 = n0, args.n1 = n1, args.c = c.data(), args.scratch = scratch.data();
-  (integer ? table.nt_int8 : table.nt)[static_cast<size_t>(format)](args);
-  const Guarded<float> y(size_t{x.rows} * (n1 - n0));
-  kernels::StoreRowsArgs store;
-  store.c = c.data(), store.m = x.rows, store.n = n1 - n0, store.y = y.data(), store.y_stride = n1 - n0;
-  table.store_rows(store);
-  return {y.begin(), y.end()};
-}
-
 // What quantising a row means, element by element.
 struct TrueCodes {
   float scale = 0;
@@ -150,7 +137,7 @@ TEST_CASE("quantised: products of bf16 are exact where they can be, in every for
         const Quantized w(format, s.n, s.k, random.below(2) * 5, random);
         const Packed packed(*table, x.activations(), s.m, s.k);
         const uint32_t n0 = s.n > 32 ? 32 : 0;
-        const auto y = nt_product(*table, format, false, packed.operand, w.view(), n0, s.n);
+        const auto y = product(*table, packed.operand, w.view(), n0, s.n);
         int wrong = 0;
         for (uint32_t n = n0; n < s.n; ++n) {
           const auto row = w.row(n);
@@ -181,7 +168,7 @@ TEST_CASE("quantised: integer products are what they are defined to be, on every
         const std::vector<int32_t> index = random_index(random, s.m, s.m + 2);
         const Quantized w(format, s.n, s.k, random.below(2) * 5, random);
         const Int8Operand packed(*table, x.activations(index.data()), s.m, s.k);
-        const auto y = nt_product(*table, format, true, packed.operand, w.view(), 0, s.n);
+        const auto y = product(*table, packed.operand, w.view(), 0, s.n);
         std::vector<TrueCodes> codes;
         for (int32_t i : index) codes.emplace_back(x.row(static_cast<uint32_t>(i)));
         int wrong = 0;
@@ -212,7 +199,7 @@ TEST_CASE("quantised: a row of zeros gives zeros, one that is not finite NaN, an
         return row == 1 ? 0.0f : row == 3 && column == 40 ? bad : random.unit();
       });
       const Int8Operand packed(*table, x.activations(), m, k);
-      const auto y = nt_product(*table, FormatId::kInt8, true, packed.operand, w.view(), 0, n);
+      const auto y = product(*table, packed.operand, w.view(), 0, n);
       for (uint32_t i = 0; i < m * n; ++i) {
         CHECK(std::isnan(y[i]) == (i / n == 3));
         if (i / n == 1) CHECK(y[i] == 0);
@@ -231,14 +218,8 @@ TEST_CASE("quantised: products over rows take bf(code * scale), in every format"
         INFO(text(*table, format, {m, n, k}), ", columns ", k0, " to ", k1);
         const Matrix g(m, n, Layout::kAligned, [&] { return static_cast<float>(random.below(9)) - 4; });
         const Quantized w(format, n, k, 0, random);
-        const auto memory = Guarded<std::byte>::on_cache_line(table->left_bytes(m, n));
-        const auto scratch = Guarded<std::byte>::on_cache_line(table->nn_scratch_bytes());
-        const kernels::NnTerm term{table->pack_left(g.activations(), m, n, memory.data()), 0, n, w.view()};
-        const Guarded<float> c(size_t{m} * (k1 - k0));
-        kernels::NnArgs args;
-        args.terms = {&term, 1}, args.k0 = k0, args.k1 = k1;
-        args.c = c.data(), args.c_stride = k1 - k0, args.scratch = scratch.data();
-        table->nn[static_cast<size_t>(format)](args);
+        const Left left(*table, g.activations(), m, n);
+        const auto c = nn_product(*table, left.operand, w.view(), k0, k1);
         std::vector<double> sums(size_t{m} * (k1 - k0));
         for (uint32_t i = 0; i < n; ++i) {
           const auto row = w.row(i);
