@@ -24,6 +24,17 @@ struct CodeRow {
   }
 };
 
+#if !KT_HAS_AVX512_BF16  // of whose vectors bytes_avx2.h has better
+// Nibbles as they are packed, to be looked up.
+using Nibbles32 = Bytes32;
+// Of 16 bytes: the low ones, then the high ones.
+KT_INLINE Nibbles32 packed_in_16(const std::byte* p) { return nibbles_of_16(p); }
+// The low or the high ones of 32 bytes.
+KT_INLINE Nibbles32 packed_in_32(const std::byte* p, bool high) {
+  return bits_of(load_32(p), high ? 4 : 0, 15);
+}
+#endif
+
 // The whole numbers of a format's nibbles.
 template <class Format>
 struct NibbleCodes {

@@ -50,67 +50,25 @@ struct BringToScratch<AnyBlocks, Product, kWeights> {
   }
 };
 
-// A single panel of activations by a tile of rows in blocks: a step is decoded while the one before is
-// multiplied.
+// A block's scales serve the steps of its groups.
 template <BlockFormat Format, class Product>
-class DecodedTile<Format, Product> {
- public:
-  static KT_INLINE bool takes(const NtArgs& args, uint32_t rows) {
-    return args.x.rows <= kPanelColumns && rows == kTileRows && args.x.k % kTileK == 0 && args.x.k > 0;
-  }
-  KT_INLINE DecodedTile(const NtArgs& args, uint32_t n)
-      : data_(args.w.row(n)),
-        stride_(args.w.row_stride_bytes),
-        steps_(args.x.k / kTileK),
-        tiles_(args.scratch) {}
+struct TileDecoder<Format, Product> {
+  static constexpr size_t kBlockSteps = Format::kBlock / kTileK;  // 1 or 8
 
-  KT_INLINE void multiply(const std::byte* x, ptrdiff_t x_stride) {
-    decode(0);
-    for (size_t step = 0; step < steps_; ++step, x += kTileRows * x_stride) {
-      if (step + 1 < steps_) decode(step + 1);
-      Tile::load<6>(x, x_stride);
-      Tile::load<4>(tile(step), kTileK * sizeof(bf16));
-      Product::template dot<0, 4, 6>();
+  KT_INLINE void decode(const WeightView& rows, size_t step, std::byte* to, ptrdiff_t line) {
+    const size_t g = step % kBlockSteps, at = step / kBlockSteps * Format::kBlockBytes;
+    const std::byte* row = rows.data;
+    RunWriter out(to, kTileK * sizeof(bf16));
+    for (uint32_t r = 0; r < kTileRows; ++r, row += rows.row_stride_bytes) {
+      if (line >= 0) __builtin_prefetch(row + line, 0, 2);
+      auto& scales = scales_[kBlockSteps == 1 ? 0 : r];
+      // Here, and not for all rows before: gcc 12 would make vectors of that loop, and read behind the last
+      // row.
+      if (g == 0) open_block<Format>(row + at, scales);
+      store_group<Format>(row + at, scales, g, out);
     }
   }
 
  private:
-  static constexpr size_t kBlockSteps = Format::kBlock / kTileK;  // 1 or 8
-
-  // Where a row of a tile goes.
-  struct RowPlace {
-    std::byte* to;
-    KT_INLINE std::byte* place() {
-      std::byte* here = to;
-      to += Vec::kStep * sizeof(bf16);
-      return here;
-    }
-  };
-
-  KT_INLINE std::byte* tile(size_t step) const { return tiles_ + step % 2 * kTileBytes; }
-  KT_INLINE void decode(size_t step) {
-    const size_t g = step % kBlockSteps, at = step / kBlockSteps * Format::kBlockBytes;
-    const ptrdiff_t line = line_asked_for(at + g * Format::kBlockBytes / kBlockSteps);
-    const std::byte* row = data_;
-    RowPlace to{tile(step)};
-    for (uint32_t r = 0; r < kTileRows; ++r, row += stride_) {
-      if (line >= 0) __builtin_prefetch(row + line, 0, 2);
-      auto& scales = scales_[kBlockSteps == 1 ? 0 : r];
-      if (g == 0) open_block<Format>(row + at, scales);
-      store_group<Format>(row + at, scales, g, to);
-    }
-  }
-  // The line that a step's bytes of the row a group behind begin, from the beginning of a row on; -1: another
-  // step has asked for it.
-  KT_INLINE ptrdiff_t line_asked_for(size_t at) const {
-    constexpr size_t kStepBytes = Format::kBlockBytes / kBlockSteps;
-    if (at / kCacheLine == (at + kStepBytes) / kCacheLine) return -1;
-    return kTileRows * stride_ + static_cast<ptrdiff_t>(at);
-  }
-
-  const std::byte* const data_;
-  const ptrdiff_t stride_;
-  const size_t steps_;
-  std::byte* const tiles_;
   typename Format::Scales scales_[kBlockSteps == 1 ? 1 : kTileRows];
 };

@@ -1,6 +1,15 @@
 // NT on the tile unit for up to 16 rows of activations by weights that are decoded: what takes the time is
 // decoding and memory. Included inside a target's namespace, after nt_tiles.h.
 
+// Decodes steps of a tile of rows, which follow one another, and asks for a line of each row where there is
+// one to ask for (decode_tile in nt_tiles.h). A format may keep something from step to step.
+template <class Format, class Product>
+struct TileDecoder {
+  KT_INLINE void decode(const WeightView& rows, size_t step, std::byte* to, ptrdiff_t line) {
+    decode_tile<Format, Product>(rows, step * Product::kStep, to, line);
+  }
+};
+
 // A single panel of activations by a tile of weight rows that are decoded, K whole steps: what the general
 // way does, without what it provides for. A step is decoded while the one before is multiplied, so that
 // vectors, tiles and memory work at once; further ahead, or several at a time, is slower. Rows a group behind
@@ -33,9 +42,7 @@ class DecodedTile {
   static constexpr size_t kRowBytes = kTileK * sizeof(bf16);
 
   KT_INLINE std::byte* tile(size_t step) const { return ring_ + step % 2 * kTileBytes; }
-  KT_INLINE void decode(size_t step) const {
-    decode_tile<Format, Product>(rows_, step * Product::kStep, tile(step), line_asked_for(step));
-  }
+  KT_INLINE void decode(size_t step) { decoder_.decode(rows_, step, tile(step), line_asked_for(step)); }
   // A step's line, in bytes from the beginning of a row to that of the row a group behind; -1: none.
   KT_INLINE ptrdiff_t line_asked_for(size_t step) const {
     const size_t at = step * step_bytes_;
@@ -46,6 +53,7 @@ class DecodedTile {
   const WeightView rows_;
   const size_t steps_, step_bytes_;
   std::byte* const ring_;
+  TileDecoder<Format, Product> decoder_;
 };
 
 template <class Format, class Product>

@@ -72,12 +72,4 @@ KT_INLINE void store_looked_up(std::byte* to, const Nibbles32& x, Vec::Float tab
   const __m512i turned = _mm512_shldv_epi16(x.twice, x.twice, x.left);
   _mm512_storeu_si512(to, _mm512_permutexvar_epi8(Vec::word_index(turned), Vec::words_of(table)));
 }
-#else
-using Nibbles32 = Bytes32;
-// Of 16 bytes: the low ones, then the high ones.
-KT_INLINE Nibbles32 packed_in_16(const std::byte* p) { return nibbles_of_16(p); }
-// The low or the high ones of 32 bytes.
-KT_INLINE Nibbles32 packed_in_32(const std::byte* p, bool high) {
-  return bits_of(load_32(p), high ? 4 : 0, 15);
-}
 #endif

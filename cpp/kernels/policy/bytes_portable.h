@@ -37,13 +37,4 @@ KT_INLINE Vec::Codes codes_of(const Bytes32& x, size_t i) {
   return codes;
 }
 
-// Nibbles as they are packed, to be looked up.
-using Nibbles32 = Bytes32;
-// Of 16 bytes: the low ones, then the high ones.
-KT_INLINE Nibbles32 packed_in_16(const std::byte* p) { return nibbles_of_16(p); }
-// The low or the high ones of 32 bytes.
-KT_INLINE Nibbles32 packed_in_32(const std::byte* p, bool high) {
-  return bits_of(load_32(p), high ? 4 : 0, 15);
-}
-
 #undef KT_MAP_32
