@@ -46,6 +46,7 @@ def parser(name: str, description: str | None, operation: str, tokens: list[int]
     p.add_argument(
         "--kt-ext", default=os.environ.get("KTMOE_BENCH_KT_EXT"), help="see peers/kt_kernel_peer.py"
     )
+    p.add_argument("--ggml", default=os.environ.get("KTMOE_BENCH_GGML"), help="see peers/ggml_peer.py")
     p.add_argument("--kt-python", default=os.environ.get("KTMOE_BENCH_KT_PYTHON"))
     return p
 

@@ -23,6 +23,7 @@ PEERS = {
         "torch": "torch_peer",
         "numpy": "numpy_peer",
         "kt-kernel": "kt_kernel_peer",
+        "ggml": "ggml_peer",
     },
     "sft": {"ktmoe": "ktmoe_sft_peer", "torch": "torch_sft_peer", "kt-kernel": "kt_kernel_sft_peer"},
 }
