@@ -46,6 +46,7 @@ class ExpertLayer:
         self.checkpoint = checkpoint
         self.prefix = prefix
         self.numbers = checkpoint.layers.of(prefix)  # template -> experts that have it
+        self._names: dict[tuple[str, int], list[str]] = {}
 
     def namings(self) -> list[Naming]:
         """List the rows of the table that are there in full; if none is, those there in part."""
@@ -76,12 +77,19 @@ class ExpertLayer:
         """Complete a tensor's name."""
         return self.prefix + template.replace("{e}", str(e))
 
+    def names_of(self, template: str, num_experts: int) -> list[str]:
+        """List the names of a tensor of each expert, or the one name of a tensor of all of them."""
+        key = template, num_experts
+        if key not in self._names:
+            head, of_each, tail = template.partition("{e}")
+            numbers = range(num_experts) if of_each else [""]
+            self._names[key] = [f"{self.prefix}{head}{e}{tail}" for e in numbers]
+        return self._names[key]
+
     def names(self, naming: Naming, sizes: tuple[int, int, int]) -> tuple[str, ...]:
         """List the tensors that the layer must have, biases included if there are some."""
-        count = sizes[0] if naming.per_expert else 1
-        return tuple(
-            self.name(template, e) for template, _, _ in self.wanted(naming, sizes) for e in range(count)
-        )
+        wanted = self.wanted(naming, sizes)
+        return tuple(name for template, _, _ in wanted for name in self.names_of(template, sizes[0]))
 
     def problem(self, naming: Naming, sizes: tuple[int, int, int]) -> str | None:
         """Say what is wrong with the layer's tensors as `naming` wants them; None if nothing."""
@@ -91,8 +99,8 @@ class ExpertLayer:
             if problem is not None:
                 return problem
         for template, shape, dtypes in self.wanted(naming, sizes):
-            for e in range(num_experts if naming.per_expert else 1):
-                problem = self.tensor_problem(self.name(template, e), dtypes, (shape,))
+            for name in self.names_of(template, num_experts):
+                problem = self.tensor_problem(name, dtypes, (shape,))
                 if problem is not None:
                     return problem
         return None
@@ -150,9 +158,8 @@ class ExpertLayer:
 
     def tensors(self, naming: Naming, template: str, num_experts: int) -> list[AnyArray]:
         """One array for each expert."""
-        if naming.per_expert:
-            return [aligned(self.checkpoint.tensor(self.name(template, e))) for e in range(num_experts)]
-        return list(aligned(self.checkpoint.tensor(self.name(template, 0))))
+        tensors = [aligned(self.checkpoint.tensor(name)) for name in self.names_of(template, num_experts)]
+        return tensors if naming.per_expert else list(tensors[0])
 
 
 def rows_of_roles(inter: int, hidden: int) -> dict[str, int]:

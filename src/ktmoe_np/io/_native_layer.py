@@ -23,9 +23,9 @@ _QWEIGHT, _SCALES = ".qweight", ".scales"
 
 
 class _Wanted(NamedTuple):
-    """A tensor that must be there."""
+    """Tensors that must be there, all alike."""
 
-    name: str
+    names: list[str]
     dtypes: tuple[str, ...]
     shapes: Shapes
 
@@ -46,6 +46,10 @@ class Form:
     def name(self, role: str, part: Part, e: int) -> str:
         """A tensor of a projection; of fused experts, whatever the expert."""
         return self.layer.name(self.naming.tensors[role] + part.suffix, e)
+
+    def names_of(self, role: str, part: Part, config: MoEConfig) -> list[str]:
+        """The tensors of a projection, one for each expert or one for all of them."""
+        return self.layer.names_of(self.naming.tensors[role] + part.suffix, config.num_experts)
 
     def numbers(self, role: str, part: Part) -> set[int]:
         """The experts that have such a tensor; of fused experts, one that stands for all."""
@@ -96,20 +100,18 @@ class Form:
         return count
 
     def wanted(self, config: MoEConfig) -> Iterator[_Wanted]:
-        """Every tensor that the layer must have, expert by expert."""
-        count = config.num_experts if self.naming.per_expert else 1
+        """The tensors that the layer must have."""
         lead = () if self.naming.per_expert else (config.num_experts,)
         rows = self.rows(config)
         for role, num_rows in rows.items():
             num_columns = config.moe_intermediate_size if role == "down" else config.hidden_size
             for part in self.parts(role):
                 shapes = tuple((*lead, *shape) for shape in part.shapes(num_rows, num_columns))
-                for e in range(count):
-                    yield _Wanted(self.name(role, part, e), part.dtypes, shapes)
+                yield _Wanted(self.names_of(role, part, config), part.dtypes, shapes)
         if self.layer.has_biases(self.naming):
             for role, template in self.naming.biases.items():
-                for e in range(count):
-                    yield _Wanted(self.layer.name(template, e), BIAS_DTYPES, ((*lead, rows[role]),))
+                names = self.layer.names_of(template, config.num_experts)
+                yield _Wanted(names, BIAS_DTYPES, ((*lead, rows[role]),))
 
     def check(self, config: MoEConfig) -> tuple[str, ...]:
         """Raise ValueError when a tensor is not what `config` wants it to be; otherwise list them all."""
@@ -127,12 +129,13 @@ class Form:
                         f"{checkpoint.file_of(name)}: tensor {name!r} is there, but {self.method} takes only "
                         "symmetric weights in groups of neighbours"
                     )
-        names = []
+        names: list[str] = []
         for wanted in self.wanted(config):
-            problem = self.layer.tensor_problem(*wanted)
-            if problem is not None:
-                raise ValueError(problem)
-            names.append(wanted.name)
+            for name in wanted.names:
+                problem = self.layer.tensor_problem(name, wanted.dtypes, wanted.shapes)
+                if problem is not None:
+                    raise ValueError(problem)
+            names += wanted.names
         return tuple(names)
 
     def _check_config(self, config: MoEConfig) -> None:

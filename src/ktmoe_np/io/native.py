@@ -161,11 +161,10 @@ def _cuts(form: Form, role: str) -> dict[str, slice]:
 def _projections(form: Form, config: MoEConfig) -> dict[str, NativeProjection]:
     projections = {}
     for role, num_rows in form.rows(config).items():
-        _check_contents(form, role, config)
+        stored = _experts(form, role, form.encoding.scale, config)
+        _check_contents(form, role, config, stored)
         codes = [_codes(form, array, num_rows) for array in _experts(form, role, form.encoding.codes, config)]
-        scales = [
-            _scale(form, array, num_rows) for array in _experts(form, role, form.encoding.scale, config)
-        ]
+        scales = [_scale(form, array, num_rows) for array in stored]
         factors = _global_scale(form, role, config)
         for name, cut in _cuts(form, role).items():
             # Interleaved scales, small beside the codes, are copied: a matrix of scales has no row stride.
@@ -179,11 +178,8 @@ def _projections(form: Form, config: MoEConfig) -> dict[str, NativeProjection]:
 
 def _experts(form: Form, role: str, part: Part, config: MoEConfig) -> list[AnyArray]:
     """View a part of a projection, one array for each expert."""
-    checkpoint = form.layer.checkpoint
-    if form.naming.per_expert:
-        return [checkpoint.tensor(form.name(role, part, e)) for e in range(config.num_experts)]
-    array = checkpoint.tensor(form.name(role, part, 0))
-    return [array[e, ...] for e in range(config.num_experts)]
+    arrays = [form.layer.checkpoint.tensor(name) for name in form.names_of(role, part, config)]
+    return arrays if form.naming.per_expert else [arrays[0][e, ...] for e in range(config.num_experts)]
 
 
 def _codes(form: Form, array: AnyArray, num_rows: int) -> AnyArray:
@@ -202,14 +198,13 @@ def _scale(form: Form, array: AnyArray, num_rows: int) -> AnyArray:
     return scale
 
 
-def _check_contents(form: Form, role: str, config: MoEConfig) -> None:
+def _check_contents(form: Form, role: str, config: MoEConfig, scales: list[AnyArray]) -> None:
     """Raise ValueError when a tensor whose contents matter has others."""
     num_columns = config.moe_intermediate_size if role == "down" else config.hidden_size
     num_rows = form.rows(config)[role]
     for part in form.parts(role):
         if part.problem is None:
             continue
-        scales = _experts(form, role, form.encoding.scale, config)
         for e, array in enumerate(_experts(form, role, part, config)):
             problem = part.problem(array, Sizes(num_rows, num_columns, scales[e].shape))
             if problem is not None:

@@ -107,6 +107,17 @@ class SafetensorsFile:
         return np.ndarray(info.shape, DTYPES[info.dtype], self._map, self._start + info.begin)
 
 
+class _Shard:
+    """A file of a checkpoint, opened when something of it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def file(self) -> SafetensorsFile:
+        return SafetensorsFile(self.path)
+
+
 class SafetensorsCheckpoint:
     """The tensors of one file or of a directory of files; a file is opened when a tensor of it is asked for.
 
@@ -135,20 +146,19 @@ class SafetensorsCheckpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._files: dict[Path, SafetensorsFile] = {}
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such file or directory")
         index = self.path / _INDEX_NAME
         single = self.path / "model.safetensors"
         if not self.path.is_dir():
-            self._file_of = self._read_headers([self.path])
+            self._shard_of = self._read_headers([self.path])
         elif single.exists() or not index.exists():
             paths = [single] if single.exists() else sorted(self.path.glob("*.safetensors"))
             if not paths:
                 raise FileNotFoundError(f"{self.path}: no *.safetensors file and no {_INDEX_NAME}")
-            self._file_of = self._read_headers(paths)
+            self._shard_of = self._read_headers(paths)
         else:
-            self._file_of = _read_index(index)
+            self._shard_of = _read_index(index)
 
     @classmethod
     def shared(cls, path: str | os.PathLike[str]) -> SafetensorsCheckpoint:
@@ -167,53 +177,51 @@ class SafetensorsCheckpoint:
         """A checkpoint as it is, or that of a path."""
         return checkpoint if isinstance(checkpoint, SafetensorsCheckpoint) else cls(checkpoint)
 
-    def _read_headers(self, paths: Iterable[Path]) -> dict[str, Path]:
-        file_of: dict[str, Path] = {}
+    def _read_headers(self, paths: Iterable[Path]) -> dict[str, _Shard]:
+        shard_of: dict[str, _Shard] = {}
         for path in paths:
-            for name in self._open(path).names():
-                if name in file_of:
-                    raise ValueError(f"{path}: tensor {name!r} is in {file_of[name]} too")
-                file_of[name] = path
-        return file_of
+            shard = _Shard(path)
+            for name in shard.file.names():
+                if name in shard_of:
+                    raise ValueError(f"{path}: tensor {name!r} is in {shard_of[name].path} too")
+                shard_of[name] = shard
+        return shard_of
 
-    def _open(self, path: Path) -> SafetensorsFile:
-        file = self._files.get(path)
-        if file is None:
-            file = self._files[path] = SafetensorsFile(path)
-        return file
+    def _shard(self, name: str) -> _Shard:
+        shard = self._shard_of.get(name)
+        if shard is None:
+            raise ValueError(f"{self.path}: no tensor {name!r}")
+        return shard
 
     @cached_property
     def layers(self) -> LayerNames:
         """The tensors' names by layer."""
-        return LayerNames(self._file_of)
+        return LayerNames(self._shard_of)
 
     def names(self) -> tuple[str, ...]:
         """List all tensors."""
-        return tuple(self._file_of)
+        return tuple(self._shard_of)
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a tensor called `name`."""
-        return name in self._file_of
+        return name in self._shard_of
 
     def file_of(self, name: str) -> Path:
         """Return the file that holds `name`; ValueError when none does."""
-        path = self._file_of.get(name)
-        if path is None:
-            raise ValueError(f"{self.path}: no tensor {name!r}")
-        return path
+        return self._shard(name).path
 
     def find(self, name: str) -> TensorInfo | None:
         """Return what `info` does; None when there is no tensor of that name."""
-        path = self._file_of.get(name)
-        return None if path is None else self._open(path).info(name)
+        shard = self._shard_of.get(name)
+        return None if shard is None else shard.file.info(name)
 
     def info(self, name: str) -> TensorInfo:
         """Return dtype, shape and place of a tensor; opens its file."""
-        return self._open(self.file_of(name)).info(name)
+        return self._shard(name).file.info(name)
 
     def tensor(self, name: str) -> NDArray[Any]:
         """View a tensor; see `SafetensorsFile.tensor`. FileNotFoundError when its shard is missing."""
-        return self._open(self.file_of(name)).tensor(name)
+        return self._shard(name).file.tensor(name)
 
 
 def load_hf_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -243,19 +251,19 @@ def load_hf_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return parse_json_object(config.read_bytes(), str(config))
 
 
-def _read_index(path: Path) -> dict[str, Path]:
-    """Read the file of every tensor from an index; no file is opened."""
+def _read_index(path: Path) -> dict[str, _Shard]:
+    """Read the shard of every tensor from an index; no file is opened."""
     weight_map = parse_json_object(path.read_bytes(), str(path)).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{path}: weight_map must be an object, got {type(weight_map).__name__}")
-    paths: dict[str, Path] = {}
-    file_of: dict[str, Path] = {}
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str):
-            raise ValueError(f"{path}: the shard of tensor {name!r} must be a string, got {shard!r:.80}")
-        if shard not in paths:
-            if not shard or Path(shard).is_absolute() or ".." in Path(shard).parts:
-                raise ValueError(f"{path}: shard {shard!r} is not a file name inside the checkpoint")
-            paths[shard] = path.parent / shard
-        file_of[name] = paths[shard]
-    return file_of
+    shards: dict[str, _Shard] = {}
+    shard_of: dict[str, _Shard] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise ValueError(f"{path}: the shard of tensor {name!r} must be a string, got {file!r:.80}")
+        if file not in shards:
+            if not file or Path(file).is_absolute() or ".." in Path(file).parts:
+                raise ValueError(f"{path}: shard {file!r} is not a file name inside the checkpoint")
+            shards[file] = _Shard(path.parent / file)
+        shard_of[name] = shards[file]
+    return shard_of
