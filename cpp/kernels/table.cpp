@@ -11,17 +11,23 @@ namespace ktmoe::kernels {
 const KernelTable* find_table(Isa isa) {
   switch (isa) {
     case Isa::kScalar: return &scalar::table();
-    case Isa::kAmxEmu: return &amx_emu::table();
-#if defined(__x86_64__)
+#if defined(KTMOE_HAS_AVX2)
     case Isa::kAvx2: return &avx2::table();
-    case Isa::kAvx512: return &avx512::table();
-    case Isa::kAvx512Bf16: return &avx512_bf16::table();
-    case Isa::kAmx: return &amx::table();
-#else
-    default: break;
 #endif
+#if defined(KTMOE_HAS_AVX512)
+    case Isa::kAvx512: return &avx512::table();
+#endif
+#if defined(KTMOE_HAS_AVX512_BF16)
+    case Isa::kAvx512Bf16: return &avx512_bf16::table();
+#endif
+#if defined(KTMOE_HAS_AMX)
+    case Isa::kAmx: return &amx::table();
+#endif
+#if defined(KTMOE_HAS_AMX_EMU)
+    case Isa::kAmxEmu: return &amx_emu::table();
+#endif
+    default: return nullptr;
   }
-  return nullptr;
 }
 
 std::vector<Isa> compiled_isas() {

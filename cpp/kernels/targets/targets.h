@@ -1,4 +1,4 @@
-// The kernel tables of the targets; which of them a build has is KTMOE_X86.
+// The kernel tables of the targets; a build has those of KTMOE_ISAS.
 #pragma once
 
 #include "kernels/contract.h"
