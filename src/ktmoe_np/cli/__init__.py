@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from .. import __version__
-from . import convert, demo, finetune_demo, info, inspect, measure, verify
+from . import convert, demo, evaluate, finetune_demo, generate, info, inspect, measure, verify
 
 __all__ = ["main"]
 
@@ -43,6 +43,15 @@ _VERIFY = (
     "lies outside its computed bound. Of a directory that 'ktmoe convert' has written, every file is "
     "checked, and the error of the weights measured against the source if that is still there; the exit "
     "status is 1 when a file is damaged."
+)
+
+_GENERATE = (
+    "Loads a Qwen3-MoE, Mixtral or OLMoE checkpoint, or the small model that comes with the package, and "
+    "goes on with the prompt; the text appears as it is computed."
+)
+_EVAL = (
+    "Measures how well a model expects a text, in bits a byte, less being better, with its experts computed "
+    "by several methods: what quantising them costs."
 )
 
 #: Exit statuses: 0 and 1 are a command's own answer (is every result within its bound?).
@@ -81,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
-    except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, MemoryError, ImportError) as error:
         _complain(f"ktmoe {arguments.command}: {_message(error)}")
         return _FAILED
     return status
@@ -138,8 +147,48 @@ def _parser() -> _Parser:
     command.add_argument("--plot", metavar="FILE.png", help="draw the curve of the loss (needs matplotlib)")
     _add_threads_and_json(command)
 
+    _add_model_commands(add)
     _add_checkpoint_commands(add)
     return parser
+
+
+def _add_model_commands(add: Callable[..., _Parser]) -> None:
+    """Add the commands that run a whole model."""
+    command = add("generate", generate.run, "a text, gone on with by a model", _GENERATE)
+    _add_model(command)
+    command.add_argument("--prompt", default="In the beginning", help="default: %(default)s")
+    command.add_argument("--method", help="how to compute the experts; default what they are encoded in")
+    command.add_argument("--tokens", type=_count(1), default=200, metavar="N", help="at most (default 200)")
+    command.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest token (default), 1 draws as the model expects them",
+    )
+    command.add_argument("--seed", type=_count(0), default=0, metavar="N", help="of the draws")
+    _add_threads_and_json(command)
+
+    command = add("eval", evaluate.run, "how well a model expects a text, by each method", _EVAL)
+    _add_model(command)
+    command.add_argument("--text", metavar="FILE", help="in UTF-8; default Alice in Wonderland")
+    command.add_argument(
+        "--bytes", type=_count(2), default=16384, metavar="N", help="of the text, at most (default 16384)"
+    )
+    command.add_argument(
+        "--methods",
+        type=_names,
+        default=["BF16", "AMXINT8", "AMXINT4", "MOE_INT4"],
+        metavar="M,...",
+        help="default BF16,AMXINT8,AMXINT4,MOE_INT4",
+    )
+    _add_threads_and_json(command)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "path", nargs="?", help="directory of a checkpoint; default the model that comes with the package"
+    )
 
 
 def _add_checkpoint_commands(add: Callable[..., _Parser]) -> None:
@@ -251,6 +300,25 @@ def _ranges(text: str) -> list[int]:
             )
         numbers += range(ends[0], ends[-1] + 1)
     return numbers
+
+
+def _names(text: str) -> list[str]:
+    """Argument type: names with commas between them."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected names with commas between them")
+    return names
+
+
+def _temperature(text: str) -> float:
+    """Argument type: a temperature."""
+    try:
+        temperature = float(text)
+    except ValueError:
+        temperature = math.nan
+    if not 0 <= temperature <= 100:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 0 to 100")
+    return temperature
 
 
 def _seconds(text: str) -> float:

@@ -1,0 +1,66 @@
+"""`ktmoe eval`: how well a model expects a text with its experts computed by one method or another."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..models import EMBEDDED_MODEL, EMBEDDED_TEXT, MoEDecoder, bits_per_token, load_tokenizer
+from .progress import Progress
+
+__all__ = ["run"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print; always 0."""
+    path = EMBEDDED_MODEL if arguments.path is None else arguments.path
+    file = EMBEDDED_TEXT if arguments.text is None else Path(arguments.text)
+    text = _beginning(file, arguments.bytes)
+    tokens = np.array(load_tokenizer(path).encode(text))
+    if len(tokens) < 2:
+        raise ValueError(f"{file}: has {len(tokens)} tokens, expected at least 2")
+    rows = []
+    with Progress(len(arguments.methods), "evaluating") as progress:
+        for method in arguments.methods:
+            progress.step(method)
+            rows.append(_measure(path, method, tokens, len(text.encode()), arguments.threads))
+    value = {"model": str(path), "text": str(file), "bytes": len(text.encode()), "methods": rows}
+    print(json.dumps(value, indent=2) if arguments.json else _table(value))
+    return 0
+
+
+def _beginning(file: Path, num_bytes: int) -> str:
+    """Read as much of a text, without half a letter at its end."""
+    with file.open("rb") as opened:
+        data = opened.read(num_bytes)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(data) - 3:
+            raise ValueError(f"{file}: is not UTF-8: {error.reason} at byte {error.start}") from error
+        return data[: error.start].decode()
+
+
+def _measure(path: Any, method: str, tokens: Any, num_bytes: int, threads: int | None) -> dict[str, Any]:
+    model = MoEDecoder.from_pretrained(path, method, cpuinfer_threads=threads)
+    started = time.perf_counter()
+    bits = bits_per_token(model, tokens)
+    return {
+        "method": method,
+        "bits_per_byte": bits * len(tokens) / num_bytes,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _table(value: dict[str, Any]) -> str:
+    first = value["methods"][0]["bits_per_byte"]
+    lines = [f"{value['bytes']} bytes of {value['text']}", f"{'method':<16}{'bits a byte':>12}{'more':>10}"]
+    for row in value["methods"]:
+        more = row["bits_per_byte"] - first
+        lines.append(f"{row['method']:<16}{row['bits_per_byte']:>12.4f}{more:>+10.4f}")
+    return "\n".join(lines)

@@ -1,0 +1,68 @@
+"""`ktmoe generate`: a model goes on with a text, which appears as it is computed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+
+from ..models import EMBEDDED_MODEL, MoEDecoder, Tokenizer, generate, load_tokenizer
+
+__all__ = ["run"]
+
+#: What stands for bytes that are no UTF-8, as those of a letter are that is not finished.
+_UNFINISHED = "\ufffd"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the text; always 0."""
+    path = EMBEDDED_MODEL if arguments.path is None else arguments.path
+    tokenizer = load_tokenizer(path)
+    prompt = tokenizer.encode(arguments.prompt)
+    if not prompt:
+        raise ValueError("--prompt: got an empty text, expected at least one token")
+    model = MoEDecoder.from_pretrained(path, arguments.method, cpuinfer_threads=arguments.threads)
+    tokens: list[int] = []
+    started = time.perf_counter()
+    following = generate(
+        model, prompt, arguments.tokens, temperature=arguments.temperature, seed=arguments.seed
+    )
+    if not arguments.json:
+        sys.stdout.write(arguments.prompt)
+    for piece in _pieces(tokenizer, following, tokens):
+        if not arguments.json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    seconds = time.perf_counter() - started
+
+    value = {
+        "prompt": arguments.prompt,
+        "text": tokenizer.decode(tokens),
+        "method": model.experts[0].method,
+        "tokens": len(tokens),
+        "seconds": seconds,
+        "tokens_per_s": len(tokens) / seconds,
+        "experts_of_time": model.seconds_in_experts / seconds,
+    }
+    if arguments.json:
+        print(json.dumps(value, indent=2))
+    else:
+        print(
+            f"\n\n{value['tokens']} tokens, {value['tokens_per_s']:.1f} a second with {value['method']}; "
+            f"{value['experts_of_time']:.0%} of the time in the experts"
+        )
+    return 0
+
+
+def _pieces(tokenizer: Tokenizer, following: Iterator[int], tokens: list[int]) -> Iterator[str]:
+    """Yield the text of tokens, which are kept in `tokens`, as soon as its letters are whole."""
+    shown = ""
+    for token in following:
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        if not text.endswith(_UNFINISHED):
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(tokens)[len(shown) :]

@@ -1,0 +1,133 @@
+"""What a decoder is, read from a checkpoint's config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["DecoderConfig"]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How models of a type differ in what is not in their config.json."""
+
+    router: str  #: its tensor within a layer
+    qk_norm: str = ""  #: queries and keys are normed by "head", as a whole ("all"), or not
+    always_renormalise: bool = False  #: weights of a token's experts sum to 1 whatever the configuration says
+
+
+_FAMILIES = {
+    "qwen3_moe": _Family("mlp.gate.weight", qk_norm="head"),
+    "mixtral": _Family("block_sparse_moe.gate.weight", always_renormalise=True),
+    "olmoe": _Family("mlp.gate.weight", qk_norm="all"),
+}
+
+#: Settings that change what a model computes, and the values that are computed here.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "decoder_sparse_step": (1, None),
+    "hidden_act": ("silu", "swish", None),
+    "mlp_only_layers": ([], None),
+    "sliding_window": (None,),
+}
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and switches of a decoder; of its experts, what the router needs.
+
+    Raises
+    ------
+    ValueError
+        From `from_hf_config`: a model type or a setting that is not one of those known here, or a size that
+        is missing or not a positive number.
+
+    Examples
+    --------
+    >>> from ktmoe_np.io import load_hf_config
+    >>> from ktmoe_np.models import EMBEDDED_MODEL
+    >>> DecoderConfig.from_hf_config(load_hf_config(EMBEDDED_MODEL)).num_layers
+    4
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    rms_norm_eps: float
+    rope_theta: float
+    norm_topk_prob: bool
+    tie_word_embeddings: bool
+    clip_qkv: float | None
+    router: str
+    qk_norm: str
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any]) -> DecoderConfig:
+        """Read the parsed file of a Qwen3-MoE, Mixtral or OLMoE checkpoint."""
+        family = _FAMILIES.get(config.get("model_type", ""))
+        if family is None:
+            known = ", ".join(_FAMILIES)
+            raise ValueError(f"model_type: got {config.get('model_type')!r}, expected one of {known}")
+        for name, allowed in _ONLY.items():
+            value = config.get(name)
+            if name == "sliding_window" and config.get("use_sliding_window") is False:
+                continue
+            if value not in allowed:
+                raise ValueError(f"{name}: got {value!r}, expected {allowed[0]!r}")
+        heads = _size(config, "num_attention_heads")
+        hidden = _size(config, "hidden_size")
+        return cls(
+            vocab_size=_size(config, "vocab_size"),
+            hidden_size=hidden,
+            num_layers=_size(config, "num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=_size(config, "num_key_value_heads", default=heads),
+            head_dim=_size(config, "head_dim", default=hidden // heads),
+            num_experts=_size(
+                config, "num_local_experts" if "num_local_experts" in config else "num_experts"
+            ),
+            num_experts_per_tok=_size(config, "num_experts_per_tok"),
+            rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
+            rope_theta=_rope_theta(config),
+            norm_topk_prob=family.always_renormalise or bool(config.get("norm_topk_prob", False)),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            clip_qkv=None if config.get("clip_qkv") is None else _number(config, "clip_qkv", 0.0),
+            router=family.router,
+            qk_norm=family.qk_norm,
+        )
+
+
+def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = config.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, expected a positive integer")
+    return value
+
+
+def _number(config: Mapping[str, Any], name: str, default: float) -> float:
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise ValueError(f"{name}: got {value!r}, expected a positive number")
+    return float(value)
+
+
+def _rope_theta(config: Mapping[str, Any]) -> float:
+    """The base of the rotary angles; positions that are scaled are refused."""
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.get(name)
+        if not isinstance(rope, Mapping):
+            continue
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{name}: got rope type {kind!r}, expected 'default'")
+        if "rope_theta" in rope:
+            return _number(rope, "rope_theta", 10000.0)
+    return _number(config, "rope_theta", 10000.0)

@@ -1,0 +1,141 @@
+"""Going on with a text, and measuring how well a model expects one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .decoder import MoEDecoder
+
+__all__ = ["bits_per_token", "generate"]
+
+
+def generate(
+    model: MoEDecoder,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: Collection[int] = (),
+) -> Iterator[int]:
+    """Yield what follows a prompt, token by token.
+
+    Parameters
+    ----------
+    model : MoEDecoder
+    prompt : sequence of int
+        At least one token.
+    max_new_tokens : int
+    temperature : float
+        0 takes the likeliest token, 1 draws as the model expects them.
+    seed : int
+        Of the draws.
+    stop : collection of int
+        Tokens that end the text; they are not yielded.
+
+    Raises
+    ------
+    ValueError
+        An empty prompt, or a negative number or temperature.
+    IndexError
+        A token that the vocabulary does not have.
+
+    Examples
+    --------
+    >>> model = MoEDecoder.from_pretrained()
+    >>> bytes(generate(model, b"And God said, Let there be light: and there was", 27)).decode()
+    ' no more a man that is with'
+    """
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected at least 0")
+    if not temperature >= 0 or math.isinf(temperature):
+        raise ValueError(f"temperature: got {temperature}, expected a number from 0 on")
+    rng = np.random.default_rng(seed)
+    cache = model.new_cache()
+    given = list(prompt)
+    for _ in range(max_new_tokens):
+        (logits,) = model.forward([given], [cache])
+        token = _choose(logits[-1], temperature, rng)
+        if token in stop:
+            return
+        yield token
+        given = [token]
+
+
+def _choose(logits: NDArray[np.float32], temperature: float, rng: np.random.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = (logits - logits.max()).astype(np.float64) / temperature
+    chances = np.exp(scaled)
+    return int(rng.choice(len(chances), p=chances / chances.sum()))
+
+
+def bits_per_token(
+    model: MoEDecoder,
+    tokens: Sequence[int] | NDArray[Any],
+    *,
+    window: int = 512,
+    batch: int = 8,
+    progress: Callable[[int], object] | None = None,
+) -> float:
+    """Measure how well a text is expected: minus the mean log2 of the chances given to its tokens.
+
+    The text is cut into windows, each of which is expected from its own beginning on; the first token of
+    each has nothing to be expected from and does not count.
+
+    Parameters
+    ----------
+    model : MoEDecoder
+    tokens : sequence of int
+        At least two.
+    window : int
+        Tokens that are looked at together.
+    batch : int
+        Windows that are computed together. The result does not depend on it.
+    progress : callable, optional
+        Called with the number of tokens that have been done since the last call.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two tokens, a window below two, or a batch below one.
+    IndexError
+        A token that the vocabulary does not have.
+
+    Examples
+    --------
+    >>> model = MoEDecoder.from_pretrained()
+    >>> round(bits_per_token(model, list(b"And God saw the light, that it was good")), 1)
+    1.3
+    """
+    array = np.asarray(tokens)
+    if array.ndim != 1 or len(array) < 2:
+        raise ValueError(f"tokens: got shape {list(array.shape)}, expected [T], at least 2")
+    for name, value, least in (("window", window, 2), ("batch", batch, 1)):
+        if value < least:
+            raise ValueError(f"{name}: got {value}, expected at least {least}")
+    parts = [array[i : i + window] for i in range(0, len(array), window)]
+    parts = [part for part in parts if len(part) > 1]
+    total, count = 0.0, 0
+    for i in range(0, len(parts), batch):
+        some = parts[i : i + batch]
+        caches = [model.new_cache() for _ in some]
+        for part, logits in zip(some, model.forward([part[:-1] for part in some], caches), strict=True):
+            total += float(_surprise(logits, part[1:]).sum())
+            count += len(part) - 1
+        if progress is not None:
+            progress(sum(map(len, some)))
+    return total / count
+
+
+def _surprise(logits: NDArray[np.float32], tokens: NDArray[Any]) -> NDArray[np.float64]:
+    """Bits of each token: -log2 softmax(logits)[token]."""
+    shifted = (logits - logits.max(axis=-1, keepdims=True)).astype(np.float64)
+    expected = np.take_along_axis(shifted, tokens[:, None].astype(np.int64), -1)[:, 0]
+    bits: NDArray[np.float64] = (np.log(np.exp(shifted).sum(axis=-1)) - expected) / math.log(2)
+    return bits

@@ -1,0 +1,116 @@
+"""`ktmoe generate` and `ktmoe eval`: what they print, as text and as JSON, and their errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_runs import run_ktmoe
+
+from ktmoe_np.cli import main
+from ktmoe_np.models import EMBEDDED_MODEL, EMBEDDED_TEXT
+
+PROMPT = "And God said, Let there be light: and there was"
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_generate_streams_a_text_and_says_how_fast() -> None:
+    done = run_ktmoe("generate", "--prompt", PROMPT, "--tokens", "12")
+    assert (done.returncode, done.stderr) == (0, "")
+    text, facts = done.stdout.rsplit("\n\n", 1)
+    assert text == f"{PROMPT} no more a m"
+    assert facts.startswith("12 tokens, ")
+    assert "a second with BF16" in facts
+    assert "in the experts" in facts
+
+
+def test_generate_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    value = as_json(
+        capsys, "generate", str(EMBEDDED_MODEL), "--prompt", PROMPT, "--tokens=12", "--method=AMXINT4"
+    )
+    assert (value["tokens"], value["method"], value["prompt"]) == (12, "AMXINT4", PROMPT)
+    assert len(value["text"]) == 12
+    assert 0 < value["experts_of_time"] < 1
+    assert value["tokens_per_s"] == pytest.approx(12 / value["seconds"])
+
+
+def test_draws_depend_on_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("generate", "--tokens=20", "--temperature=1")
+    texts = [as_json(capsys, *options, f"--seed={seed}")["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_letters_appear_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [*"é€!".encode(), 0xC3]
+    monkeypatch.setattr("ktmoe_np.cli.generate.generate", lambda *_, **__: iter(said))
+    pieces: list[str] = []
+    monkeypatch.setattr("sys.stdout.write", lambda text: pieces.append(text) or len(text))
+    assert main(["generate", "--prompt=x"]) == 0
+    assert pieces[:5] == ["x", "é", "€", "!", "�"]
+
+
+def test_eval_measures_every_method(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(EMBEDDED_TEXT.read_bytes()[:900] + "é".encode())
+    value = as_json(capsys, "eval", "--text", str(text), "--methods=BF16,AMXINT8")
+    assert [row["method"] for row in value["methods"]] == ["BF16", "AMXINT8"]
+    assert all(2 < row["bits_per_byte"] < 4 for row in value["methods"])
+    assert value["bytes"] == 902
+    assert as_json(capsys, "eval", "--text", str(text), "--methods=BF16", "--bytes=901")["bytes"] == 900
+
+
+def test_eval_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--bytes=600", "--methods=BF16,MOE_INT4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"600 bytes of {EMBEDDED_TEXT}"
+    assert lines[1].split() == ["method", "bits", "a", "byte", "more"]
+    assert [line.split()[0] for line in lines[2:]] == ["BF16", "MOE_INT4"]
+    assert lines[2].split()[2] == "+0.0000"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--prompt="], "--prompt: got an empty text"),
+        (["generate", "/nowhere"], "/nowhere"),
+        (["generate", "--method=NONE"], "NONE"),
+        (["generate", "--temperature=-1"], "got '-1', expected a number from 0 to 100"),
+        (["generate", "--temperature=hot"], "got 'hot', expected a number from 0 to 100"),
+        (["generate", "--tokens=0"], "got '0', expected an integer of 1 or more"),
+        (["eval", "--methods=BF16,"], "got 'BF16,', expected names with commas between them"),
+        (["eval", "--text=/nowhere.txt"], "/nowhere.txt"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_texts_that_cannot_be_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "text.txt"
+    for content, message in (
+        (b"", "has 0 tokens, expected at least 2"),
+        (b"ab\xff" + b"c" * 9, "is not UTF-8"),
+    ):
+        file.write_bytes(content)
+        assert main(["eval", "--text", str(file)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_needs_a_package(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert main(["generate", str(tmp_path)]) == 2
+    assert "pip install tokenizers" in capsys.readouterr().err
