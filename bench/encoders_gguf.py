@@ -116,6 +116,33 @@ def _q4_0(blocks: Array) -> tuple[Array, ...]:
     return scale, _planes(_nearest(blocks, d[:, None], -8, 7).reshape(-1, 2, 16), 4)
 
 
+def _both_ends(blocks: Array, highest: int) -> tuple[Array, Array, Array]:
+    """Scale and least value in float16, and codes up to `highest` from there."""
+    low = blocks.min(axis=1)
+    scale, d = _half((blocks.max(axis=1) - low) / np.float32(highest))
+    least, m = _half(low)
+    return scale, least, _nearest(blocks - m[:, None], d[:, None], 0, highest)
+
+
+def _q4_1(blocks: Array) -> tuple[Array, ...]:
+    scale, least, codes = _both_ends(blocks, 15)
+    return scale, least, _planes(codes.reshape(-1, 2, 16), 4)
+
+
+def _q5_1(blocks: Array) -> tuple[Array, ...]:
+    scale, least, codes = _both_ends(blocks, 31)
+    fifth = np.packbits(codes >> 4, axis=1, bitorder="little")
+    return scale, least, fifth, _planes((codes & 15).reshape(-1, 2, 16), 4)
+
+
+def _f16(blocks: Array) -> tuple[Array, ...]:
+    return (blocks.astype("<f2").view(np.uint8),)
+
+
+def _f32(blocks: Array) -> tuple[Array, ...]:
+    return (blocks.view(np.uint8),)
+
+
 def _q5_0(blocks: Array) -> tuple[Array, ...]:
     scale, d = _half(_extreme(blocks) / np.float32(-16))
     codes = _nearest(blocks, d[:, None], -16, 15)
@@ -212,8 +239,12 @@ def _iq4_xs(blocks: Array) -> tuple[Array, ...]:
 GGUF_FORMATS = {
     name: GgufFormat(name, block, block_bytes, encode_blocks)
     for name, block, block_bytes, encode_blocks in (
+        ("F32", 32, 128, _f32),
+        ("F16", 32, 64, _f16),
         ("Q4_0", 32, 18, _q4_0),
+        ("Q4_1", 32, 20, _q4_1),
         ("Q5_0", 32, 22, _q5_0),
+        ("Q5_1", 32, 24, _q5_1),
         ("Q8_0", 32, 34, _q8_0),
         ("Q2_K", 256, 84, _q2_k),
         ("Q3_K", 256, 110, _q3_k),
