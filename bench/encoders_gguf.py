@@ -129,10 +129,15 @@ def _q4_1(blocks: Array) -> tuple[Array, ...]:
     return scale, least, _planes(codes.reshape(-1, 2, 16), 4)
 
 
+def _five_bits(codes: Array) -> tuple[Array, Array]:
+    """32 codes of five bits: the fifth ones in 4 bytes, the nibbles in 16."""
+    fifth = np.packbits(codes >> 4, axis=1, bitorder="little")
+    return fifth, _planes((codes & 15).reshape(-1, 2, 16), 4)
+
+
 def _q5_1(blocks: Array) -> tuple[Array, ...]:
     scale, least, codes = _both_ends(blocks, 31)
-    fifth = np.packbits(codes >> 4, axis=1, bitorder="little")
-    return scale, least, fifth, _planes((codes & 15).reshape(-1, 2, 16), 4)
+    return scale, least, *_five_bits(codes)
 
 
 def _f16(blocks: Array) -> tuple[Array, ...]:
@@ -145,9 +150,7 @@ def _f32(blocks: Array) -> tuple[Array, ...]:
 
 def _q5_0(blocks: Array) -> tuple[Array, ...]:
     scale, d = _half(_extreme(blocks) / np.float32(-16))
-    codes = _nearest(blocks, d[:, None], -16, 15)
-    fifth = np.packbits(codes >> 4, axis=1, bitorder="little")
-    return scale, fifth, _planes((codes & 15).reshape(-1, 2, 16), 4)
+    return scale, *_five_bits(_nearest(blocks, d[:, None], -16, 15))
 
 
 def _q8_0(blocks: Array) -> tuple[Array, ...]:

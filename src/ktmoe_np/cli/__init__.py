@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from .. import __version__
+from ..models import EMBEDDED_MODEL, EMBEDDED_TEXT
 from . import convert, demo, evaluate, finetune_demo, generate, info, inspect, measure, verify
 
 __all__ = ["main"]
@@ -171,7 +172,9 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
 
     command = add("eval", evaluate.run, "how well a model expects a text, by each method", _EVAL)
     _add_model(command)
-    command.add_argument("--text", metavar="FILE", help="in UTF-8; default Alice in Wonderland")
+    command.add_argument(
+        "--text", default=EMBEDDED_TEXT, metavar="FILE", help="in UTF-8; default Alice in Wonderland"
+    )
     command.add_argument(
         "--bytes", type=_count(2), default=16384, metavar="N", help="of the text, at most (default 16384)"
     )
@@ -187,7 +190,10 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "path", nargs="?", help="directory of a checkpoint; default the model that comes with the package"
+        "path",
+        nargs="?",
+        default=EMBEDDED_MODEL,
+        help="directory of a checkpoint; default the model that comes with the package",
     )
 
 
@@ -310,12 +316,17 @@ def _names(text: str) -> list[str]:
     return names
 
 
+def _float(text: str) -> float:
+    """The number that a text is, or NaN, which lies in no range."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def _temperature(text: str) -> float:
     """Argument type: a temperature."""
-    try:
-        temperature = float(text)
-    except ValueError:
-        temperature = math.nan
+    temperature = _float(text)
     if not 0 <= temperature <= 100:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 0 to 100")
     return temperature
@@ -323,10 +334,7 @@ def _temperature(text: str) -> float:
 
 def _seconds(text: str) -> float:
     """Argument type: a time."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
+    seconds = _float(text)
     if not 0 < seconds <= 600:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0, at most 600")
     return seconds

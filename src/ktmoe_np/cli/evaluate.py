@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..models import EMBEDDED_MODEL, EMBEDDED_TEXT, MoEDecoder, bits_per_token, load_tokenizer
+from ..models import MoEDecoder, bits_per_token, load_tokenizer
 from .progress import Progress
 
 __all__ = ["run"]
@@ -18,9 +18,9 @@ __all__ = ["run"]
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; always 0."""
-    path = EMBEDDED_MODEL if arguments.path is None else arguments.path
-    file = EMBEDDED_TEXT if arguments.text is None else Path(arguments.text)
+    path, file = arguments.path, Path(arguments.text)
     text = _beginning(file, arguments.bytes)
+    num_bytes = len(text.encode())
     tokens = np.array(load_tokenizer(path).encode(text))
     if len(tokens) < 2:
         raise ValueError(f"{file}: has {len(tokens)} tokens, expected at least 2")
@@ -28,8 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
     with Progress(len(arguments.methods), "evaluating") as progress:
         for method in arguments.methods:
             progress.step(method)
-            rows.append(_measure(path, method, tokens, len(text.encode()), arguments.threads))
-    value = {"model": str(path), "text": str(file), "bytes": len(text.encode()), "methods": rows}
+            rows.append(_measure(path, method, tokens, num_bytes, arguments.threads))
+    value = {"model": str(path), "text": str(file), "bytes": num_bytes, "methods": rows}
     print(json.dumps(value, indent=2) if arguments.json else _table(value))
     return 0
 

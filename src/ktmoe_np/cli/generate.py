@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from ..models import EMBEDDED_MODEL, MoEDecoder, Tokenizer, generate, load_tokenizer
+from ..models import MoEDecoder, Tokenizer, generate, load_tokenizer
 
 __all__ = ["run"]
 
@@ -18,12 +18,11 @@ _UNFINISHED = "\ufffd"
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the text; always 0."""
-    path = EMBEDDED_MODEL if arguments.path is None else arguments.path
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(arguments.path)
     prompt = tokenizer.encode(arguments.prompt)
     if not prompt:
         raise ValueError("--prompt: got an empty text, expected at least one token")
-    model = MoEDecoder.from_pretrained(path, arguments.method, cpuinfer_threads=arguments.threads)
+    model = MoEDecoder.from_pretrained(arguments.path, arguments.method, cpuinfer_threads=arguments.threads)
     tokens: list[int] = []
     started = time.perf_counter()
     following = generate(

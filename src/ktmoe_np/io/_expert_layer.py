@@ -100,7 +100,7 @@ class ExpertLayer:
                 return problem
         for template, shape, dtypes in self.wanted(naming, sizes):
             for name in self.names_of(template, num_experts):
-                problem = self.tensor_problem(name, dtypes, (shape,))
+                problem = self.checkpoint.problem(name, dtypes, (shape,))
                 if problem is not None:
                     return problem
         return None
@@ -116,18 +116,6 @@ class ExpertLayer:
     def info(self, name: str) -> TensorInfo | None:
         """Look a tensor up; None when it is not there."""
         return self.checkpoint.find(name)
-
-    def tensor_problem(
-        self, name: str, dtypes: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]
-    ) -> str | None:
-        """Say what is wrong with a tensor that must have one of those dtypes and shapes; None if nothing."""
-        info = self.info(name)
-        if info is not None and info.dtype in dtypes and info.shape in shapes:
-            return None
-        file = self.checkpoint.path if info is None else self.checkpoint.file_of(name)
-        got = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
-        expected = f"{' or '.join(dtypes)} {' or '.join(str(list(shape)) for shape in shapes)}"
-        return f"{file}: tensor {name!r} is {got}, expected {expected}"
 
     def check_gated(self, naming: Naming, config: MoEConfig) -> None:
         """Raise ValueError when experts have another number of projections than the activation needs."""

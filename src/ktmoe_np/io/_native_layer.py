@@ -132,7 +132,7 @@ class Form:
         names: list[str] = []
         for wanted in self.wanted(config):
             for name in wanted.names:
-                problem = self.layer.tensor_problem(name, wanted.dtypes, wanted.shapes)
+                problem = checkpoint.problem(name, wanted.dtypes, wanted.shapes)
                 if problem is not None:
                     raise ValueError(problem)
             names += wanted.names

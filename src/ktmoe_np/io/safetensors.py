@@ -219,6 +219,16 @@ class SafetensorsCheckpoint:
         """Return dtype, shape and place of a tensor; opens its file."""
         return self._shard(name).file.info(name)
 
+    def problem(self, name: str, dtypes: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> str | None:
+        """Say what is wrong with a tensor that must have one of those dtypes and shapes; None if nothing."""
+        info = self.find(name)
+        if info is not None and info.dtype in dtypes and info.shape in shapes:
+            return None
+        file = self.path if info is None else self.file_of(name)
+        got = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
+        expected = f"{' or '.join(dtypes)} {' or '.join(str(list(shape)) for shape in shapes)}"
+        return f"{file}: tensor {name!r} is {got}, expected {expected}"
+
     def tensor(self, name: str) -> NDArray[Any]:
         """View a tensor; see `SafetensorsFile.tensor`. FileNotFoundError when its shard is missing."""
         return self._shard(name).file.tensor(name)

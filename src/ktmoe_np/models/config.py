@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..config import MoEConfig
+
 __all__ = ["DecoderConfig"]
 
 
@@ -43,6 +45,8 @@ class DecoderConfig:
     ValueError
         From `from_hf_config`: a model type or a setting that is not one of those known here, or a size that
         is missing or not a positive number.
+    TypeError
+        A size of the experts of another type (see `MoEConfig.from_hf_config`).
 
     Examples
     --------
@@ -81,19 +85,17 @@ class DecoderConfig:
                 continue
             if value not in allowed:
                 raise ValueError(f"{name}: got {value!r}, expected {allowed[0]!r}")
+        experts = MoEConfig.from_hf_config(config, 0)
         heads = _size(config, "num_attention_heads")
-        hidden = _size(config, "hidden_size")
         return cls(
             vocab_size=_size(config, "vocab_size"),
-            hidden_size=hidden,
+            hidden_size=experts.hidden_size,
             num_layers=_size(config, "num_hidden_layers"),
             num_heads=heads,
             num_kv_heads=_size(config, "num_key_value_heads", default=heads),
-            head_dim=_size(config, "head_dim", default=hidden // heads),
-            num_experts=_size(
-                config, "num_local_experts" if "num_local_experts" in config else "num_experts"
-            ),
-            num_experts_per_tok=_size(config, "num_experts_per_tok"),
+            head_dim=_size(config, "head_dim", default=experts.hidden_size // heads),
+            num_experts=experts.num_experts,
+            num_experts_per_tok=experts.num_experts_per_tok,
             rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
             rope_theta=_rope_theta(config),
             norm_topk_prob=family.always_renormalise or bool(config.get("norm_topk_prob", False)),

@@ -38,11 +38,19 @@ class _Layer:
     key: _Floats
     value: _Floats
     output: _Floats
-    query_norm: _Floats | None
-    key_norm: _Floats | None
+    qk_norm: tuple[_Floats, _Floats] | None
     expert_norm: _Floats
     router: _Floats
     experts: BaseMoEWrapper
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What attention must know of where tokens stand in their sequence; the same in every layer."""
+
+    cos: _Floats  #: [T, D / 2], of the angles by which queries and keys are turned
+    sin: _Floats
+    mask: _Floats  #: [T, tokens so far], minus infinity where a token would look ahead
 
 
 class MoEDecoder:
@@ -109,16 +117,16 @@ class MoEDecoder:
         """
         path = EMBEDDED_MODEL if path is None else path
         config = DecoderConfig.from_hf_config(load_hf_config(path))
-        weights = _Weights(SafetensorsCheckpoint.shared(path))
-        embedding = weights.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        checkpoint = SafetensorsCheckpoint.shared(path)
+        embedding = _read(checkpoint, "model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         layers = []
         for i in range(config.num_layers):
             experts = KTMoEWrapper.from_pretrained(path, i, method=method, **overrides)
-            layers.append(_read_layer(weights, config, f"model.layers.{i}.", experts))
-        norm = weights.vector("model.norm.weight", config.hidden_size)
+            layers.append(_read_layer(checkpoint, config, f"model.layers.{i}.", experts))
+        norm = _read(checkpoint, "model.norm.weight", config.hidden_size)
         head = embedding
         if not config.tie_word_embeddings:
-            head = weights.matrix("lm_head.weight", config.vocab_size, config.hidden_size)
+            head = _read(checkpoint, "lm_head.weight", config.vocab_size, config.hidden_size)
         return cls(config, embedding, layers, norm, head.T)
 
     @property
@@ -155,9 +163,10 @@ class MoEDecoder:
         """
         ids = self._checked(tokens, caches)
         hidden = [self._embedding[row] for row in ids]
+        places = [self._place(cache.length, len(row)) for row, cache in zip(ids, caches, strict=True)]
         for i, layer in enumerate(self._layers):
             for s, cache in enumerate(caches):
-                hidden[s] = hidden[s] + self._attention(layer, i, hidden[s], cache)
+                hidden[s] = hidden[s] + self._attention(layer, i, hidden[s], cache, places[s])
             self._add_experts(layer, hidden)
         for row, cache in zip(ids, caches, strict=True):
             cache.advance(len(row))
@@ -181,32 +190,37 @@ class MoEDecoder:
             ids.append(array.astype(np.int64))
         return ids
 
+    def _place(self, begin: int, length: int) -> _Place:
+        positions = np.arange(begin, begin + length)
+        angles = positions.astype(np.float32)[:, None] * self._frequencies
+        ahead = np.arange(begin + length) > positions[:, None]
+        mask = np.where(ahead, -np.inf, 0).astype(np.float32)
+        return _Place(np.cos(angles), np.sin(angles), mask)
+
     def _normed(self, x: _Floats, weight: _Floats) -> _Floats:
         """Divide by the root of the mean square of the last axis, and multiply by weights."""
         mean = np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32)
         root = np.sqrt(mean + np.float32(self.config.rms_norm_eps)).astype(np.float32, copy=False)
         return x / root * weight
 
-    def _attention(self, layer: _Layer, i: int, x: _Floats, cache: KVCache) -> _Floats:
+    def _attention(self, layer: _Layer, i: int, x: _Floats, cache: KVCache, place: _Place) -> _Floats:
         """Causal attention of the heads: softmax(q k^T / sqrt(D)) v, through the output projection."""
         c = self.config
         x = self._normed(x, layer.input_norm)
         query, key, value = x @ layer.query, x @ layer.key, x @ layer.value
-        if c.qk_norm == "all" and layer.query_norm is not None and layer.key_norm is not None:
-            query, key = self._normed(query, layer.query_norm), self._normed(key, layer.key_norm)
+        if layer.qk_norm and c.qk_norm == "all":
+            query, key = map(self._normed, (query, key), layer.qk_norm)
         if c.clip_qkv is not None:
             query, key, value = (np.clip(part, -c.clip_qkv, c.clip_qkv) for part in (query, key, value))
         query, key, value = self._heads(query), self._heads(key), self._heads(value)
-        if c.qk_norm == "head" and layer.query_norm is not None and layer.key_norm is not None:
-            query, key = self._normed(query, layer.query_norm), self._normed(key, layer.key_norm)
-        angles = np.arange(cache.length, cache.length + len(x), dtype=np.float32)[:, None] * self._frequencies
-        keys, values = cache.append(i, _rotated(key, angles), value)
+        if layer.qk_norm and c.qk_norm == "head":
+            query, key = map(self._normed, (query, key), layer.qk_norm)
+        keys, values = cache.append(i, _rotated(key, place), value)
 
         # Heads in groups that share keys and values: [kv heads, group, T, D].
-        query = _rotated(query, angles).reshape(c.num_kv_heads, -1, len(x), c.head_dim)
+        query = _rotated(query, place).reshape(c.num_kv_heads, -1, len(x), c.head_dim)
         scores = query @ keys[:, None].swapaxes(-1, -2) * np.float32(c.head_dim**-0.5)
-        ahead = np.arange(keys.shape[1]) > cache.length + np.arange(len(x))[:, None]
-        scores += np.where(ahead, -np.inf, 0).astype(np.float32)
+        scores += place.mask
         mixed = (_softmax(scores) @ values[:, None]).reshape(c.num_heads, len(x), c.head_dim)
         joined = mixed.swapaxes(0, 1).reshape(len(x), -1) @ layer.output
         return joined.astype(np.float32, copy=False)
@@ -240,45 +254,38 @@ class MoEDecoder:
         return ids, weights
 
 
-class _Weights:
-    """Tensors of a checkpoint in float32, with their checks."""
-
-    def __init__(self, checkpoint: SafetensorsCheckpoint) -> None:
-        self._checkpoint = checkpoint
-
-    def vector(self, name: str, size: int) -> _Floats:
-        return self._read(name, (size,))
-
-    def matrix(self, name: str, rows: int, columns: int) -> _Floats:
-        return self._read(name, (rows, columns))
-
-    def _read(self, name: str, shape: tuple[int, ...]) -> _Floats:
-        info = self._checkpoint.info(name)
-        if info.dtype not in ("BF16", "F16", "F32") or info.shape != shape:
-            file = self._checkpoint.file_of(name)
-            got = f"{info.dtype} {list(info.shape)}"
-            raise ValueError(f"{file}: tensor {name!r} is {got}, expected BF16 or F16 or F32 {list(shape)}")
-        return self._checkpoint.tensor(name).astype(np.float32)
+def _read(checkpoint: SafetensorsCheckpoint, name: str, *shape: int) -> _Floats:
+    """Read a tensor in float32, of that shape in the checkpoint."""
+    checkpoint.info(name)  # says so when there is none
+    problem = checkpoint.problem(name, ("BF16", "F16", "F32"), (shape,))
+    if problem is not None:
+        raise ValueError(problem)
+    return checkpoint.tensor(name).astype(np.float32)
 
 
-def _read_layer(weights: _Weights, c: DecoderConfig, stem: str, experts: BaseMoEWrapper) -> _Layer:
-    attention = f"{stem}self_attn."
+def _read_layer(
+    checkpoint: SafetensorsCheckpoint, c: DecoderConfig, stem: str, experts: BaseMoEWrapper
+) -> _Layer:
+    def read(name: str, *shape: int) -> _Floats:
+        return _read(checkpoint, f"{stem}{name}", *shape)
+
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    query_norm = key_norm = None
+    qk_norm = None
     if c.qk_norm:
-        by_head = c.qk_norm == "head"
-        query_norm = weights.vector(f"{attention}q_norm.weight", c.head_dim if by_head else queries)
-        key_norm = weights.vector(f"{attention}k_norm.weight", c.head_dim if by_head else keys)
+        widths = (c.head_dim, c.head_dim) if c.qk_norm == "head" else (queries, keys)
+        qk_norm = (
+            read("self_attn.q_norm.weight", widths[0]),
+            read("self_attn.k_norm.weight", widths[1]),
+        )
     return _Layer(
-        input_norm=weights.vector(f"{stem}input_layernorm.weight", c.hidden_size),
-        query=weights.matrix(f"{attention}q_proj.weight", queries, c.hidden_size).T,
-        key=weights.matrix(f"{attention}k_proj.weight", keys, c.hidden_size).T,
-        value=weights.matrix(f"{attention}v_proj.weight", keys, c.hidden_size).T,
-        output=weights.matrix(f"{attention}o_proj.weight", c.hidden_size, queries).T,
-        query_norm=query_norm,
-        key_norm=key_norm,
-        expert_norm=weights.vector(f"{stem}post_attention_layernorm.weight", c.hidden_size),
-        router=weights.matrix(f"{stem}{c.router}", c.num_experts, c.hidden_size).T,
+        input_norm=read("input_layernorm.weight", c.hidden_size),
+        query=read("self_attn.q_proj.weight", queries, c.hidden_size).T,
+        key=read("self_attn.k_proj.weight", keys, c.hidden_size).T,
+        value=read("self_attn.v_proj.weight", keys, c.hidden_size).T,
+        output=read("self_attn.o_proj.weight", c.hidden_size, queries).T,
+        qk_norm=qk_norm,
+        expert_norm=read("post_attention_layernorm.weight", c.hidden_size),
+        router=read(c.router, c.num_experts, c.hidden_size).T,
         experts=experts,
     )
 
@@ -289,8 +296,8 @@ def _softmax(x: _Floats) -> _Floats:
     return result
 
 
-def _rotated(x: _Floats, angles: _Floats) -> _Floats:
-    """Turn pairs (i, i + D / 2) of [heads, T, D] by the angles [T, D / 2] of their positions."""
+def _rotated(x: _Floats, place: _Place) -> _Floats:
+    """Turn pairs (i, i + D / 2) of [heads, T, D] by the angles of their positions."""
     first, second = np.split(x, 2, axis=-1)
-    cos, sin = np.cos(angles), np.sin(angles)
-    return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+    turned = first * place.cos - second * place.sin, second * place.cos + first * place.sin
+    return np.concatenate(turned, axis=-1)
