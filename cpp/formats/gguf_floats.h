@@ -41,3 +41,17 @@ static_assert(WeightFormat<F32>);
 }  // namespace ktmoe::formats
 
 #endif  // KTMOE_FORMATS_GGUF_FLOATS_H_
+
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+
+template <>
+struct Unpack<formats::F16> {
+  static KT_INLINE Vec::Float load(const std::byte* p) { return Vec::load_half_at(p); }
+};
+
+template <>
+struct Unpack<formats::F32> {
+  static KT_INLINE Vec::Float load(const std::byte* p) { return Vec::load_f_at(p); }
+};
+
+#endif  // KT_TARGET_REGION

@@ -102,8 +102,8 @@ void InNumaPool::worker_main(int position) {
   uint32_t seen = 0;
   while (true) {
     const bool has_slept = wait_for_epoch_after(seen);
-    if (stopping_.load()) return;
     seen = epoch_.load();
+    if (stopping_.load()) return;  // looked at after the epoch: who has seen that of the end sees this too
     if (!is_open(seen)) continue;
     slot.inside.store(true);
     if (epoch_.load() == seen) {

@@ -70,6 +70,14 @@ TEST_CASE("worker pool: a worker makes way for the caller on its CPU") {
 }
 
 #if !defined(KT_UNDER_TSAN)
+// The end comes at any moment of a worker's way: between jobs, late for one, about to sleep.
+TEST_CASE("worker pool: it ends whatever its workers are about to do") {
+  for (int i = 0; i < 6000; ++i) {
+    WorkerPool pool(subpools({2 + i % 4}));
+    for (int job = 0; job < i % 8; ++job) CHECK(works(pool));
+  }
+}
+
 TEST_CASE("worker pool: a forked child is told, and can make a pool of its own") {
   auto pool = std::make_unique<WorkerPool>(subpools({3}));
   CHECK(works(*pool));

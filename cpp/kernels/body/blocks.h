@@ -122,19 +122,26 @@ struct UnpackRun {
   }
 };
 
-// Of plain numbers, by the compiler's vectors.
-template <class Format>
-  requires PlainFormat<Format>
+// kStep plain numbers, rounded.
+template <PlainFormat Format>
+KT_INLINE void store_plain(const std::byte* numbers, std::byte* to) {
+  constexpr size_t kParts = Vec::kStep / Vec::kWidth;
+  Vec::Float x[kParts];
+  KT_UNROLL for (size_t part = 0; part < kParts; ++part) x[part] =
+      Unpack<Format>::load(numbers + Format::row_bytes(part * Vec::kWidth));
+  Vec::store_rounded(to, x);
+}
+
+template <PlainFormat Format>
 struct UnpackRun<Format> {
   static void run(const std::byte* row, size_t k0, size_t k1, std::byte* to, ptrdiff_t stride) {
     RunWriter out(to, stride);
-    constexpr size_t kBytes = Format::row_bytes(1);
-    for (size_t k = k0; k < k1; k += Vec::kStep) {
-      bf16 values[Vec::kStep] = {};
-      const size_t count = k1 - k < Vec::kStep ? k1 - k : Vec::kStep;
-      for (size_t i = 0; i < count; ++i) values[i] = to_bf16(Format::value_at(row + (k + i) * kBytes));
-      std::memcpy(out.place(), values, sizeof values);
-    }
+    size_t k = k0;
+    for (; k + Vec::kStep <= k1; k += Vec::kStep) store_plain<Format>(row + Format::row_bytes(k), out.place());
+    if (k == k1) return;
+    std::byte last[Format::row_bytes(Vec::kStep)] = {};
+    std::memcpy(last, row + Format::row_bytes(k), Format::row_bytes(k1 - k));
+    store_plain<Format>(last, out.place());
   }
 };
 

@@ -72,3 +72,21 @@ struct TileDecoder<Format, Product> {
  private:
   typename Format::Scales scales_[kBlockSteps == 1 ? 1 : kTileRows];
 };
+
+// A step of float32 is two lines of a row.
+template <PlainFormat Format, class Product>
+struct TileDecoder<Format, Product> {
+  KT_INLINE void decode(const WeightView& rows, size_t step, std::byte* to, ptrdiff_t line) {
+    const size_t at = Format::row_bytes(step * kTileK);
+    const std::byte* row = rows.data;
+    RunWriter out(to, kTileK * sizeof(bf16));
+    for (uint32_t r = 0; r < kTileRows; ++r, row += rows.row_stride_bytes) {
+      if (line >= 0) {
+        for (size_t i = 0; i < Format::row_bytes(kTileK); i += kCacheLine)
+          __builtin_prefetch(row + line + i, 0, 2);
+      }
+      for (size_t i = 0; i < kTileK; i += Vec::kStep)
+        store_plain<Format>(row + at + Format::row_bytes(i), out.place());
+    }
+  }
+};

@@ -212,9 +212,10 @@ struct Vec {
   }
   // A float16 in memory, in all lanes.
   static KT_INLINE Float half(const std::byte* p) {
-    int16_t bits;
-    std::memcpy(&bits, p, sizeof bits);
-    return _mm256_cvtph_ps(_mm_set1_epi16(bits));
+    return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(formats::half_bits_at(p))));
+  }
+  static KT_INLINE Float load_half_at(const std::byte* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   // Bytes [i, i + 16).
   static KT_INLINE Codes codes_of(__m256i bytes, size_t i) {

@@ -371,9 +371,10 @@ struct Vec {
   }
   // A float16 in memory, in all lanes.
   static KT_INLINE Float half(const std::byte* p) {
-    int16_t bits;
-    std::memcpy(&bits, p, sizeof bits);
-    return _mm512_cvtph_ps(_mm256_set1_epi16(bits));
+    return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(formats::half_bits_at(p))));
+  }
+  static KT_INLINE Float load_half_at(const std::byte* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   // Numbers of int8 from i on, eight in a word.
   static KT_INLINE Float int8_of(const uint64_t* words, size_t) {

@@ -202,6 +202,7 @@ struct Vec {
   }
   // A float16 in memory, in all lanes.
   static KT_INLINE Float half(const std::byte* p) { return set(formats::half_at(p)); }
+  static KT_INLINE Float load_half_at(const std::byte* p) { KT_MAP(formats::half_at(p + 2 * i)); }
   // Numbers of int8 from `first` on, eight in a word.
   static KT_INLINE Float int8_of(const uint64_t* words, size_t first) {
     KT_MAP(formats::number_of_group(words, first + i));
