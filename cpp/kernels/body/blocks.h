@@ -137,7 +137,8 @@ struct UnpackRun<Format> {
   static void run(const std::byte* row, size_t k0, size_t k1, std::byte* to, ptrdiff_t stride) {
     RunWriter out(to, stride);
     size_t k = k0;
-    for (; k + Vec::kStep <= k1; k += Vec::kStep) store_plain<Format>(row + Format::row_bytes(k), out.place());
+    for (; k + Vec::kStep <= k1; k += Vec::kStep)
+      store_plain<Format>(row + Format::row_bytes(k), out.place());
     if (k == k1) return;
     std::byte last[Format::row_bytes(Vec::kStep)] = {};
     std::memcpy(last, row + Format::row_bytes(k), Format::row_bytes(k1 - k));
