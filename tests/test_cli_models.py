@@ -47,6 +47,14 @@ def test_draws_depend_on_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_text_ends_where_the_checkpoint_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).symlink_to(EMBEDDED_MODEL / name)
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {ord("m")}}}')
+    value = as_json(capsys, "generate", str(tmp_path), "--prompt", PROMPT, "--tokens=12")
+    assert value["text"] == " no "
+
+
 def test_letters_appear_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     said = [*"é€!".encode(), 0xC3]
     monkeypatch.setattr("ktmoe_np.cli.generate.generate", lambda *_, **__: iter(said))

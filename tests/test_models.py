@@ -24,6 +24,7 @@ from ktmoe_np.models import (
     MoEDecoder,
     bits_per_token,
     generate,
+    load_stop_tokens,
     load_tokenizer,
 )
 
@@ -260,6 +261,19 @@ def test_tokenizers_that_are_not_there(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: no such file"):
         load_tokenizer(checkpoint)
+
+
+def test_what_ends_a_text(checkpoint: Path) -> None:
+    assert load_stop_tokens(checkpoint) == frozenset()
+    configure(checkpoint, eos_token_id=3)
+    assert load_stop_tokens(checkpoint) == {3}
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert load_stop_tokens(checkpoint) == {5, 6}
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": "end"}')
+    with pytest.raises(
+        ValueError, match=r"generation_config.json: eos_token_id is 'end', expected an integer"
+    ):
+        load_stop_tokens(checkpoint)
 
 
 def test_other_tokenizers_need_their_package(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from sft_layers import Student, draw_student, draw_training
 
 from ktmoe_np.io import SafetensorsFile
 from ktmoe_np.io.writer import write_safetensors
-from ktmoe_np.sft import export_peft, import_peft
+from ktmoe_np.sft import export_peft, import_peft, peft_scale
 
 AnyArray = Any
 
@@ -312,6 +312,27 @@ def test_files_of_peft_that_are_not_there(exported: Any, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"adapter_config\.json must be a JSON object, got list"):
         import_peft(path, [moe])
     assert_has(moe, students[3])
+
+
+def test_rank_and_scale_of_adapters(exported: Any) -> None:
+    path, students = exported
+    assert peft_scale(path) == (R, students[3].lora_alpha)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("r", 0, "r is 0, expected a positive integer"),
+        ("r", "4", "r is '4', expected a positive integer"),
+        ("lora_alpha", None, "lora_alpha is None, expected a number"),
+        ("lora_alpha", float("nan"), "lora_alpha is nan, expected a number"),
+    ],
+)
+def test_wrong_ranks_and_scales(exported: Any, name: str, value: Any, message: str) -> None:
+    path = exported[0] / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(ValueError, match=f"adapter_config.json: {message}"):
+        peft_scale(exported[0])
 
 
 def test_layers_that_do_not_belong_together(tmp_path: Path) -> None:

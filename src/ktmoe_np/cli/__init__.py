@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..models import EMBEDDED_MODEL, EMBEDDED_TEXT
-from . import convert, demo, evaluate, finetune_demo, generate, info, inspect, measure, verify
+from . import convert, demo, evaluate, finetune, finetune_demo, generate, info, inspect, measure, verify
 
 __all__ = ["main"]
 
@@ -53,6 +53,11 @@ _GENERATE = (
 _EVAL = (
     "Measures how well a model expects a text, in bits a byte, less being better, with its experts computed "
     "by several methods: what quantising them costs."
+)
+_FINETUNE = (
+    "Adapters (LoRA) of all experts learn nine tenths of a text; the last tenth is held out, to measure by. "
+    "The directory gets the adapters as PEFT has them, the losses as CSV and as picture, and a state: after "
+    "Ctrl-C, or with more --steps, the same command goes on as if it had not stopped."
 )
 
 #: Exit statuses: 0 and 1 are a command's own answer (is every result within its bound?).
@@ -168,6 +173,7 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
         help="0 takes the likeliest token (default), 1 draws as the model expects them",
     )
     command.add_argument("--seed", type=_count(0), default=0, metavar="N", help="of the draws")
+    _add_adapter(command)
     _add_threads_and_json(command)
 
     command = add("eval", evaluate.run, "how well a model expects a text, by each method", _EVAL)
@@ -185,7 +191,44 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
         metavar="M,...",
         help="default BF16,AMXINT8,AMXINT4,MOE_INT4",
     )
+    _add_adapter(command)
     _add_threads_and_json(command)
+
+    command = add("finetune", finetune.run, "adapters of a model's experts that learn a text", _FINETUNE)
+    _add_model(command)
+    command.add_argument(
+        "--text", default=EMBEDDED_TEXT, metavar="FILE", help="in UTF-8; default Alice in Wonderland"
+    )
+    command.add_argument("--out", default="ktmoe-adapter", metavar="DIR", help="default %(default)s")
+    command.add_argument("--method", help="how to compute the experts; default what they are encoded in")
+    command.add_argument("--steps", type=_count(1), default=200, metavar="N", help="in all (default 200)")
+    command.add_argument(
+        "--rank", type=_count(1), default=16, metavar="R", help="of the adapters (default 16)"
+    )
+    command.add_argument("--alpha", type=_rate, metavar="A", help="scale times rank; default twice the rank")
+    command.add_argument("--batch", type=_count(1), default=8, metavar="N", help="texts a step (default 8)")
+    command.add_argument(
+        "--window", type=_count(2), default=256, metavar="N", help="tokens each (default 256)"
+    )
+    command.add_argument("--rate", type=_rate, default=1e-3, metavar="X", help="of learning (default 1e-3)")
+    command.add_argument(
+        "--optimizer",
+        default="adam",
+        metavar="NAME",
+        help="adam (default), or one of optax, as in optax.adamw",
+    )
+    command.add_argument(
+        "--every", type=_count(1), default=20, metavar="N", help="steps to measure after (default 20)"
+    )
+    command.add_argument("--seed", type=_count(0), default=0, metavar="N", help="of everything that is drawn")
+    command.add_argument("--prompt", help="of the sample; default how the held-out text begins")
+    _add_threads_and_json(command)
+
+
+def _add_adapter(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--adapter", metavar="DIR", help="adapters that 'ktmoe finetune' or PEFT has written"
+    )
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -330,6 +373,14 @@ def _temperature(text: str) -> float:
     if not 0 <= temperature <= 100:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 0 to 100")
     return temperature
+
+
+def _rate(text: str) -> float:
+    """Argument type: a number above 0."""
+    rate = _float(text)
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
+    return rate
 
 
 def _seconds(text: str) -> float:

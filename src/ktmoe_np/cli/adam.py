@@ -51,6 +51,19 @@ class Adam:
         self._second = {name: np.zeros_like(value) for name, value in self._parameters.items()}
         self._num_steps = 0
 
+    def state(self) -> dict[str, Array]:
+        """What `restore` needs to go on: the moments and the number of steps; not copied."""
+        moments = (("first", self._first), ("second", self._second))
+        named = {f"{kind}.{name}": value for kind, of in moments for name, value in of.items()}
+        return {**named, "num_steps": np.array([self._num_steps])}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Go on from a state of the same parameters."""
+        for name in self._parameters:
+            self._first[name][:] = state[f"first.{name}"]
+            self._second[name][:] = state[f"second.{name}"]
+        self._num_steps = int(state["num_steps"][0])
+
     def step(self, gradients: Mapping[str, Array]) -> None:
         """Take one step by the gradients of all parameters."""
         self._num_steps += 1

@@ -28,7 +28,10 @@ def run(arguments: argparse.Namespace) -> int:
     with Progress(len(arguments.methods), "evaluating") as progress:
         for method in arguments.methods:
             progress.step(method)
-            rows.append(_measure(path, method, tokens, num_bytes, arguments.threads))
+            model = MoEDecoder.from_pretrained(
+                path, method, adapter=arguments.adapter, cpuinfer_threads=arguments.threads
+            )
+            rows.append(_measure(model, method, tokens, num_bytes))
     value = {"model": str(path), "text": str(file), "bytes": num_bytes, "methods": rows}
     print(json.dumps(value, indent=2) if arguments.json else _table(value))
     return 0
@@ -46,8 +49,7 @@ def _beginning(file: Path, num_bytes: int) -> str:
         return data[: error.start].decode()
 
 
-def _measure(path: Any, method: str, tokens: Any, num_bytes: int, threads: int | None) -> dict[str, Any]:
-    model = MoEDecoder.from_pretrained(path, method, cpuinfer_threads=threads)
+def _measure(model: MoEDecoder, method: str, tokens: Any, num_bytes: int) -> dict[str, Any]:
     started = time.perf_counter()
     bits = bits_per_token(model, tokens)
     return {

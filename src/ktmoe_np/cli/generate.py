@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from ..models import MoEDecoder, Tokenizer, generate, load_tokenizer
+from ..models import MoEDecoder, Tokenizer, generate, load_stop_tokens, load_tokenizer
 
 __all__ = ["run"]
 
@@ -22,11 +22,18 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = tokenizer.encode(arguments.prompt)
     if not prompt:
         raise ValueError("--prompt: got an empty text, expected at least one token")
-    model = MoEDecoder.from_pretrained(arguments.path, arguments.method, cpuinfer_threads=arguments.threads)
+    model = MoEDecoder.from_pretrained(
+        arguments.path, arguments.method, adapter=arguments.adapter, cpuinfer_threads=arguments.threads
+    )
     tokens: list[int] = []
     started = time.perf_counter()
     following = generate(
-        model, prompt, arguments.tokens, temperature=arguments.temperature, seed=arguments.seed
+        model,
+        prompt,
+        arguments.tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        stop=load_stop_tokens(arguments.path),
     )
     if not arguments.json:
         sys.stdout.write(arguments.prompt)

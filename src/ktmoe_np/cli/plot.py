@@ -1,16 +1,17 @@
-"""Pictures: the fraction of the machine's limits that each batch of a demo reaches, and losses."""
+"""Pictures: the fraction of the machine's limits that each batch of a demo reaches, and curves of losses."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .progress import EXTRA_HINT
 from .table import Row, counted
 
-__all__ = ["check_plot", "draw_loss", "draw_plot"]
+__all__ = ["can_draw", "check_plot", "draw_course", "draw_loss", "draw_plot"]
 
 _LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 _SUFFIXES = (".png", ".svg", ".pdf")
@@ -33,6 +34,11 @@ def check_plot(path: str) -> None:
     if not Path(path).absolute().parent.is_dir():
         raise FileNotFoundError(f"--plot: the directory of {path!r} does not exist")
     _figure_module()
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _figure_module() -> Any:
@@ -96,6 +102,35 @@ def draw_loss(path: str, losses: Sequence[float], reference_losses: Sequence[flo
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.set_title("Adapters learn what a teacher's do", fontsize=11)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def draw_course(path: str | Path, losses: Sequence[float], held_out: Mapping[int, float], title: str) -> None:
+    """Draw bits a byte by step: of each batch before the step, and of a held-out text after some steps.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The file; its ending says of which kind.
+    losses : sequence of float
+        From step 1 on.
+    held_out : mapping of int to float
+        Number of steps -> bits a byte.
+    title : str
+    """
+    figure = _figure_module().Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(len(losses)), losses, color="#9ecae1", linewidth=1.0, label="batches")
+    axes.plot(held_out.keys(), held_out.values(), "o-", color="#08519c", markersize=4, label="held-out text")
+    for step, bits in (min(held_out.items()), max(held_out.items())):
+        axes.annotate(
+            f"{bits:.2f}", (step, bits), (0, 7), textcoords="offset points", ha="center", fontsize=8
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits a byte")
+    axes.set_title(title, fontsize=11)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -5,19 +5,24 @@
 
 from .cache import KVCache
 from .config import DecoderConfig
-from .decoder import MoEDecoder
+from .decoder import MoEDecoder, TrainingPass
 from .embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
 from .generation import bits_per_token, generate
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import Tokenizer, load_stop_tokens, load_tokenizer
+from .training import Loss, loss_and_gradients
 
 __all__ = [
     "EMBEDDED_MODEL",
     "EMBEDDED_TEXT",
     "DecoderConfig",
     "KVCache",
+    "Loss",
     "MoEDecoder",
     "Tokenizer",
+    "TrainingPass",
     "bits_per_token",
     "generate",
+    "load_stop_tokens",
     "load_tokenizer",
+    "loss_and_gradients",
 ]

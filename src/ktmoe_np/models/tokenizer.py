@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from ..io._safetensors_header import parse_json_object
 
-__all__ = ["Tokenizer", "load_tokenizer"]
+__all__ = ["Tokenizer", "load_stop_tokens", "load_tokenizer"]
 
 
 class Tokenizer(Protocol):
@@ -83,6 +83,30 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file")
     return _Bytes() if _is_bytes(parse_json_object(file.read_bytes(), str(file))) else _Library(file)
+
+
+def load_stop_tokens(path: str | os.PathLike[str]) -> frozenset[int]:
+    """The tokens that end a text: those of generation_config.json where there are some, or of config.json.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The checkpoint's directory.
+
+    Raises
+    ------
+    ValueError
+        Not a JSON object, or something else than an integer or a list of them.
+    """
+    for file in (Path(path) / "generation_config.json", Path(path) / "config.json"):
+        value = parse_json_object(file.read_bytes(), str(file)).get("eos_token_id") if file.exists() else None
+        if value is None:
+            continue
+        tokens = value if isinstance(value, list) else [value]
+        if any(type(token) is not int for token in tokens):
+            raise ValueError(f"{file}: eos_token_id is {value!r:.80}, expected an integer or a list of them")
+        return frozenset(tokens)
+    return frozenset()
 
 
 def _is_bytes(content: dict[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """The layers of experts for training, their gradients, and adapters in files."""
 
-from .adapters import export_peft, import_peft
+from .adapters import export_peft, import_peft, peft_scale
 from .amx import AMXSFTMoEWrapper
 from .base import BaseSFTMoEWrapper
 from .gradients import SFTGradients
@@ -17,4 +17,5 @@ __all__ = [
     "SFTOptions",
     "export_peft",
     "import_peft",
+    "peft_scale",
 ]

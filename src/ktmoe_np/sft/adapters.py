@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from .gradients import lora_shapes
 if TYPE_CHECKING:
     from .lora import LoraLayer
 
-__all__ = ["export_peft", "import_peft", "load_lora_weights", "save_lora_weights"]
+__all__ = ["export_peft", "import_peft", "load_lora_weights", "peft_scale", "save_lora_weights"]
 
 _FORMAT = {"format": "ktmoe_np.lora", "format_version": "1"}
 
@@ -189,6 +190,26 @@ def import_peft(directory: str | os.PathLike[str], layers: Sequence[LoraLayer]) 
     ]
     for layer, matrices in zip(layers, read, strict=True):
         layer.update_lora_weights(**matrices)
+
+
+def peft_scale(directory: str | os.PathLike[str]) -> tuple[int, float]:
+    """The rank and alpha of adapters that PEFT or `export_peft` wrote: what layers must be made with.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such directory or file.
+    ValueError
+        No such file, or numbers that are none: names it.
+    """
+    path = Path(directory) / _PEFT_CONFIG
+    config = parse_json_object(path.read_bytes(), str(path))
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"{path}: r is {rank!r:.80}, expected a positive integer")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise ValueError(f"{path}: lora_alpha is {alpha!r:.80}, expected a number")
+    return rank, float(alpha)
 
 
 def _common_scale(layers: Sequence[LoraLayer]) -> tuple[int, float]:

@@ -1,0 +1,65 @@
+"""The parts of a decoder that have no matrices, each with its derivative: softmax, norm, rotation.
+
+A function `f_backward` takes what `f` took or gave, and a gradient by the result of `f`; it gives that by the
+first argument of `f`. The dtype is that of the arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "Floats",
+    "rms_norm",
+    "rms_norm_backward",
+    "rotate",
+    "rotate_backward",
+    "softmax",
+    "softmax_backward",
+]
+
+Floats = NDArray[Any]  #: float32; tests of derivatives take float64 too
+
+
+def softmax(x: Floats) -> Floats:
+    """Give exp(x) over the sum of its last axis."""
+    powers = np.exp(x - x.max(axis=-1, keepdims=True))
+    result: Floats = powers / powers.sum(axis=-1, keepdims=True)
+    return result
+
+
+def softmax_backward(chances: Floats, grad: Floats) -> Floats:
+    """Give p (grad - sum p grad), p being the result of `softmax`."""
+    result: Floats = chances * (grad - (chances * grad).sum(axis=-1, keepdims=True))
+    return result
+
+
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
+    """Give x / r weight, r^2 being the mean square of the last axis plus eps (Zhang and Sennrich, 2019)."""
+    return x / _root(x, eps) * weight
+
+
+def rms_norm_backward(x: Floats, weight: Floats, eps: float, grad: Floats) -> Floats:
+    """Give g / r - x mean(g x) / r^3 with g = grad weight."""
+    root, grad = _root(x, eps), grad * weight
+    result: Floats = grad / root - x * (np.mean(grad * x, axis=-1, keepdims=True) / root**3)
+    return result
+
+
+def _root(x: Floats, eps: float) -> Floats:
+    root: Floats = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps))
+    return root
+
+
+def rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
+    """Turn pairs (i, i + D / 2) of [..., T, D] by angles of their positions [T, D / 2] (Su et al., 2021)."""
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+
+
+def rotate_backward(cos: Floats, sin: Floats, grad: Floats) -> Floats:
+    """Turn back."""
+    return rotate(grad, cos, -sin)

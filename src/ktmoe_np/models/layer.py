@@ -1,0 +1,110 @@
+"""A layer of a decoder: attention, then experts, each on its normed input and added to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import ml_dtypes
+import numpy as np
+
+from ..inference.base import BaseMoEWrapper
+from ..sft.base import BaseSFTMoEWrapper
+from ..sft.gradients import SFTGradients
+from ._arithmetic import Floats, rms_norm, rms_norm_backward
+from .attention import Attention, AttentionPass, Place
+from .cache import KVCache
+from .router import Route, Router
+
+__all__ = ["DecoderLayer", "LayerPass"]
+
+
+@dataclass(frozen=True)
+class LayerPass:
+    """What the backward pass needs of a forward pass, an entry for each sequence; experts keep their own."""
+
+    inputs: list[Floats]
+    attention: list[AttentionPass]
+    middles: list[Floats]  #: between attention and experts
+    routes: list[Route]
+
+
+@dataclass
+class DecoderLayer:
+    """The weights of a layer and its experts."""
+
+    index: int
+    eps: float  #: of the norms
+    input_norm: Floats
+    attention: Attention
+    expert_norm: Floats
+    router: Router
+    experts: BaseMoEWrapper | BaseSFTMoEWrapper
+    seconds_in_experts: float = 0.0
+
+    def forward(
+        self,
+        hidden: Sequence[Floats],
+        places: Sequence[Place],
+        caches: Sequence[KVCache],
+        tape: list[LayerPass] | None = None,
+    ) -> list[Floats]:
+        """Carry sequences [T, H] on; with a tape, to which what was done is added, to go back afterwards."""
+        middles, passes = [], []
+        for x, place, cache in zip(hidden, places, caches, strict=True):
+            normed = rms_norm(x, self.input_norm, self.eps)
+            attended, kept = self.attention.forward(normed, place, partial(cache.append, self.index))
+            middles.append(x + attended)
+            if tape is not None:
+                passes.append(kept)
+        normed_middles = [rms_norm(x, self.expert_norm, self.eps) for x in middles]
+        routes = [self.router.forward(x) for x in normed_middles]
+        parts = self._experts(normed_middles, routes, saved=tape is not None)
+        if tape is not None:
+            tape.append(LayerPass(list(hidden), passes, middles, routes))
+        return [x + part for x, part in zip(middles, parts, strict=True)]
+
+    def _experts(self, hidden: list[Floats], routes: list[Route], saved: bool) -> list[Floats]:
+        """What the experts give for the rows of all sequences, in one call."""
+        rows = np.concatenate(hidden).astype(ml_dtypes.bfloat16)
+        ids = np.concatenate([route.ids for route in routes])
+        weights = np.concatenate([route.weights for route in routes])
+        out = np.empty(rows.shape, np.float32)
+        started = time.perf_counter()
+        if isinstance(self.experts, BaseSFTMoEWrapper):
+            self.experts.forward_sft(rows, ids, weights, save_for_backward=saved, out=out)
+        else:
+            self.experts.forward(rows, ids, weights, out=out)
+        self.seconds_in_experts += time.perf_counter() - started
+        return _split(out, hidden)
+
+    def backward(
+        self, kept: LayerPass, grads: Sequence[Floats], to_input: bool
+    ) -> tuple[list[Floats], SFTGradients]:
+        """Go back: gradients by the inputs, of those by the results, and those of the adapters.
+
+        Without `to_input` the former are left out.
+        """
+        assert isinstance(self.experts, BaseSFTMoEWrapper)
+        rows = np.concatenate(list(grads)).astype(ml_dtypes.bfloat16)
+        started = time.perf_counter()
+        found = self.experts.backward(rows)
+        self.seconds_in_experts += time.perf_counter() - started
+        if not to_input:
+            return [], found
+        by_rows = _split(found.grad_input.astype(np.float32), kept.middles)
+        by_weights = _split(found.grad_weights, kept.middles)
+        results = []
+        for i, grad in enumerate(grads):
+            by_normed = by_rows[i] + self.router.backward(kept.routes[i], by_weights[i])
+            grad = grad + rms_norm_backward(kept.middles[i], self.expert_norm, self.eps, by_normed)
+            by_normed = self.attention.backward(kept.attention[i], grad)
+            results.append(grad + rms_norm_backward(kept.inputs[i], self.input_norm, self.eps, by_normed))
+        return results, found
+
+
+def _split(rows: Floats, like: Sequence[Floats]) -> list[Floats]:
+    """Rows of all sequences, apart by the lengths of others."""
+    return np.split(rows, np.cumsum([len(x) for x in like])[:-1])

@@ -1,0 +1,87 @@
+"""A step of training: how badly a model expects some texts, and the gradients by its adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..sft.gradients import SFTGradients
+from ._arithmetic import Floats
+from .decoder import MoEDecoder
+
+__all__ = ["Loss", "loss_and_gradients"]
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """What a step gives."""
+
+    bits_per_token: float  #: minus the mean log2 of the chances given to the tokens
+    num_tokens: int  #: that were expected
+    layers: list[SFTGradients]  #: of the mean of the natural logarithms, by the adapters of each layer
+
+
+def loss_and_gradients(model: MoEDecoder, sequences: Sequence[Any]) -> Loss:
+    """Measure the cross-entropy of sequences and differentiate it by the adapters of all experts.
+
+    The loss is minus the mean, over all tokens but the first of each sequence, of log softmax(logits)[token];
+    its gradient by logits is softmax(logits) less 1 at the token, over the number of tokens.
+
+    Parameters
+    ----------
+    model : MoEDecoder
+        Loaded with ``mode="sft"``.
+    sequences : sequence of arrays of integers [T]
+        At least two tokens each.
+
+    Returns
+    -------
+    Loss
+
+    Raises
+    ------
+    ValueError
+        No sequences, one that is too short, or a model that was not loaded for training.
+    IndexError
+        A token that the vocabulary does not have.
+
+    Examples
+    --------
+    >>> model = MoEDecoder.from_pretrained(mode="sft", lora_rank=2)
+    >>> loss = loss_and_gradients(model, [list(b"And God saw the light, that it was good")])
+    >>> round(loss.bits_per_token, 1), loss.num_tokens, loss.layers[0].gate_lora_a.shape
+    (1.3, 38, (16, 2, 256))
+    """
+    arrays = [np.asarray(sequence) for sequence in sequences]
+    if not arrays or any(array.ndim != 1 or len(array) < 2 for array in arrays):
+        shapes = [list(array.shape) for array in arrays]
+        raise ValueError(f"sequences: got shapes {shapes}, expected one or more of [T], at least 2")
+    count = sum(len(array) - 1 for array in arrays)
+    try:
+        logits, kept = model.forward_sft([array[:-1] for array in arrays])
+        found = [_cross_entropy(x, array[1:], count) for x, array in zip(logits, arrays, strict=True)]
+        layers = model.backward(kept, [grad for _, grad in found])
+    except BaseException:  # also an interrupt: what experts keep would be in the way of the next step
+        model.clear_cache()
+        raise
+    return Loss(sum(nats for nats, _ in found) / math.log(2), count, layers)
+
+
+def _cross_entropy(logits: Floats, tokens: NDArray[Any], count: int) -> tuple[float, Floats]:
+    """Share of a sequence in the mean over `count` tokens, in nats, and its gradient by the logits."""
+    if tokens.min() < 0 or tokens.max() >= logits.shape[-1]:
+        wrong = tokens[(tokens < 0) | (tokens >= logits.shape[-1])][0]
+        raise IndexError(f"tokens: got {wrong}, expected 0 to {logits.shape[-1] - 1}")
+    at = tokens[:, None].astype(np.int64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    powers = np.exp(shifted)
+    sums = powers.sum(axis=-1, keepdims=True)
+    nats = np.log(sums.astype(np.float64)) - np.take_along_axis(shifted, at, -1)
+    grad = powers / sums
+    np.put_along_axis(grad, at, np.take_along_axis(grad, at, -1) - 1, -1)
+    return float(nats.sum()) / count, grad / np.float32(count)
