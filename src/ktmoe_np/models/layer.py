@@ -68,9 +68,9 @@ class DecoderLayer:
 
     def _experts(self, hidden: list[Floats], routes: list[Route], saved: bool) -> list[Floats]:
         """What the experts give for the rows of all sequences, in one call."""
-        rows = np.concatenate(hidden).astype(ml_dtypes.bfloat16)
-        ids = np.concatenate([route.ids for route in routes])
-        weights = np.concatenate([route.weights for route in routes])
+        rows = _together(hidden).astype(ml_dtypes.bfloat16)
+        ids = _together([route.ids for route in routes])
+        weights = _together([route.weights for route in routes])
         out = np.empty(rows.shape, np.float32)
         started = time.perf_counter()
         if isinstance(self.experts, BaseSFTMoEWrapper):
@@ -88,7 +88,7 @@ class DecoderLayer:
         Without `to_input` the former are left out.
         """
         assert isinstance(self.experts, BaseSFTMoEWrapper)
-        rows = np.concatenate(list(grads)).astype(ml_dtypes.bfloat16)
+        rows = _together(grads).astype(ml_dtypes.bfloat16)
         started = time.perf_counter()
         found = self.experts.backward(rows)
         self.seconds_in_experts += time.perf_counter() - started
@@ -105,6 +105,11 @@ class DecoderLayer:
         return results, found
 
 
+def _together(parts: Sequence[Floats]) -> Floats:
+    """The rows of all sequences; those of a single one as they are."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
 def _split(rows: Floats, like: Sequence[Floats]) -> list[Floats]:
     """Rows of all sequences, apart by the lengths of others."""
-    return np.split(rows, np.cumsum([len(x) for x in like])[:-1])
+    return [rows] if len(like) == 1 else np.split(rows, np.cumsum([len(x) for x in like])[:-1])

@@ -43,9 +43,9 @@ class Router:
         """Route tokens [T, H]."""
         chances = softmax(x @ self.weight)
         ids = np.argsort(-chances, axis=-1, kind="stable")[:, : self.num_experts_per_tok]
-        weights = np.take_along_axis(chances, ids, -1)
+        weights = chances[np.arange(len(x))[:, None], ids]
         if self.renormalise:
-            weights = weights / weights.sum(-1, keepdims=True)
+            weights = weights / np.add.reduce(weights, axis=-1, keepdims=True)
         return Route(ids, weights, chances)
 
     def backward(self, route: Route, grad: Floats) -> Floats:
