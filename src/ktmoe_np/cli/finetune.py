@@ -150,7 +150,7 @@ class _Training:
                 if course.num_steps % arguments.every == 0 or course.num_steps == arguments.steps:
                     course.held_out[course.num_steps] = self._measure()
                     self._save()
-        finished = course.num_steps >= arguments.steps
+        finished = bool(course.num_steps >= arguments.steps)
         if not finished:
             self._save()
         return finished

@@ -207,7 +207,7 @@ def peft_scale(directory: str | os.PathLike[str]) -> tuple[int, float]:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
         raise ValueError(f"{path}: r is {rank!r:.80}, expected a positive integer")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise ValueError(f"{path}: lora_alpha is {alpha!r:.80}, expected a number")
     return rank, float(alpha)
 
