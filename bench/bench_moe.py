@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 
 from .contest import Plan, note, run_contest
 from .loading import run_loading
@@ -48,7 +49,7 @@ def _tiny_specs(options: argparse.Namespace) -> list[Spec]:
         if spec.peer != "ktmoe":
             specs.append(spec)
             continue
-        for call in ("out", "forward", "submit"):
+        for call in ("out", "forward", "submit", *(["jax"] if find_spec("jax") else [])):
             way = spec.but(family=f"{spec.family} {call}", options={"call": call}, gives_limits=False)
             specs += [way.but(threads=n) for n in sorted({1, options.threads})]
     return specs

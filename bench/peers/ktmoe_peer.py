@@ -1,4 +1,4 @@
-"""ktmoe_np itself. Options: ``call`` is out, forward or submit; ``checkpoint`` a directory to load from."""
+"""ktmoe_np itself. Options: ``call`` is out, forward, submit or jax; ``checkpoint`` a directory to load."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ class Contender:
             "out": self._out,
             "forward": self._forward,
             "submit": self._submit,
+            "jax": self._jax,
         }[call]
 
     def _load(self) -> Any:
@@ -83,6 +84,8 @@ class Contender:
         """See `bench.peers.Contender`."""
         self._cases = cases
         self._result = np.empty(cases[0].x.shape, bfloat16)
+        if self.run == self._jax:
+            self._prepare_jax()
 
     def _out(self, i: int) -> None:
         case = self._cases[i]
@@ -97,9 +100,21 @@ class Contender:
         self._moe.submit_forward(case.x, case.ids, case.weights, out=self._result)
         self._moe.sync_forward()
 
+    def _prepare_jax(self) -> None:
+        """Compile the program, and make its arrays, which JAX has with ids of 32 bits."""
+        import jax
+
+        from ktmoe_np.jax import moe_forward
+
+        self._program = jax.jit(lambda *case: moe_forward(self._moe, *case))
+        self._jax_cases = [tuple(map(jax.numpy.asarray, case[:3])) for case in self._cases]
+
+    def _jax(self, i: int) -> None:
+        self._result = self._program(*self._jax_cases[i]).block_until_ready()
+
     def answer(self) -> dict[str, Array]:
         """See `bench.peers.Contender`."""
-        return {"y": self._result}
+        return {"y": np.asarray(self._result)}
 
     def about(self) -> dict[str, Any]:
         """See `bench.peers.Contender`."""

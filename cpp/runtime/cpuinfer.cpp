@@ -169,7 +169,11 @@ void CPUInfer::execute(std::unique_ptr<Task> task) {
   } catch (...) {
     errors_.add(ticket, std::current_exception());
   }
-  finished_.push(std::move(task));
+  if (task->ends_anywhere()) {
+    task.reset();
+  } else {
+    finished_.push(std::move(task));
+  }
   num_completed_.store(ticket);
   if (lowest_awaited_.load() <= ticket) wake_waiters();
 }

@@ -20,6 +20,9 @@ class Task {
 
   virtual void run() = 0;
 
+  // Whether it holds nothing that needs a lock to be let go: then it is destroyed as soon as it has run.
+  virtual bool ends_anywhere() const { return false; }
+
  private:
   friend class TaskList;
   friend class TaskStack;

@@ -1,0 +1,56 @@
+// A call from XLA: its arguments and results, each checked when it is taken.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "core/types.h"
+#include "xla/abi.h"
+
+namespace ktmoe::xla {
+
+// A dimension of an array, as messages call it, and what it has to be.
+struct Dimension {
+  const char* name;
+  int64_t size;
+};
+
+// An array [.., columns], whose leading dimensions count as rows.
+struct Rows {
+  const Buffer* buffer = nullptr;
+  int64_t num = 0;
+
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(buffer->data);
+  }
+};
+
+// Takes arguments, then results, one after the other. Errors are std::invalid_argument that names the array.
+class Call {
+ public:
+  explicit Call(const CallFrame& frame) : frame_(frame) {}
+
+  int64_t num_args() const { return frame_.args.size; }
+  int64_t num_results() const { return frame_.rets.size; }
+
+  const Buffer& next_arg(const char* name) { return next(frame_.args, arg_++, name); }
+  const Buffer& next_result(const char* name) { return next(frame_.rets, result_++, name); }
+
+ private:
+  static const Buffer& next(const Buffers& all, int64_t i, const char* name);
+
+  const CallFrame& frame_;
+  int64_t arg_ = 0, result_ = 0;
+};
+
+// The rows of an array of that dtype and width; -1: any number.
+Rows rows_of(const Buffer& buffer, const char* name, DataType dtype, int64_t width, int64_t num = -1);
+// An array of that dtype with as many elements.
+void* elements_of(const Buffer& buffer, const char* name, DataType dtype, int64_t num);
+
+// Answers what XLA asks of a handler before it calls, or else does `work`, whose exceptions become XLA's
+// errors and begin with `name`.
+Error* handle(CallFrame* frame, const char* name, void (*work)(Call&));
+
+}  // namespace ktmoe::xla

@@ -1,0 +1,37 @@
+// What XLA's programs call: forward passes, those with adapters, and backward passes.
+#pragma once
+
+#include "xla/abi.h"
+
+namespace ktmoe::xla {
+
+// Arguments, T being the product of leading dimensions:
+//   layer int32 [], hidden_states bf16 [.., H], topk_ids int32 or int64 [.., P], topk_weights float32 [.., P]
+// Results: out bf16 [.., H].
+Error* forward(CallFrame* frame);
+
+// The same and then the adapters, float32 or bf16, those of up only with a gate:
+//   gate_lora_a [E, R, H], gate_lora_b [E, I, R], up_lora_a, up_lora_b, down_lora_a [E, R, I],
+//   down_lora_b [E, H, R]
+Error* forward_sft(CallFrame* frame);
+
+// The same, and the pass is kept for its backward pass until the layer is called again. Results: out, and
+// pass uint32 [], its number.
+Error* forward_saved(CallFrame* frame);
+
+// Arguments: those of forward_sft, pass uint32 [], grad_output bf16 [.., H]. The pass is computed again when
+// it is kept no longer. Results: grad_input bf16 [.., H], grad_weights float32 [.., P], then float32
+// gradients of all adapters, or of none.
+Error* backward(CallFrame* frame);
+
+// Where the last call has found hidden_states and grad_output, and put out and grad_input; to tell whether
+// anything was copied on the way.
+struct Addresses {
+  const void* hidden_states = nullptr;
+  const void* out = nullptr;
+  const void* grad_output = nullptr;
+  const void* grad_input = nullptr;
+};
+Addresses last_addresses();
+
+}  // namespace ktmoe::xla
