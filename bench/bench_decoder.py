@@ -164,7 +164,7 @@ def main() -> int:
         model = MoEDecoder.from_pretrained(directory, options.method, cpuinfer_threads=options.threads)
         engine = model.experts[0].cpu_infer
         limits = [float(ext.measure_limits(engine, options.limit_seconds)["read_bytes_per_s"])]
-        alone = _alone(model, shape, options.tokens)
+        alone = _alone(model, shape, options.tokens + _WARM_UP)
         times = _decode(model, options.tokens + _WARM_UP)
         limits.append(float(ext.measure_limits(engine, options.limit_seconds)["read_bytes_per_s"]))
     limit = statistics.mean(limits)

@@ -53,7 +53,9 @@ def test_a_state_goes_on(name: str) -> None:
         assert value.tobytes() == parts[key].tobytes()
 
 
-@pytest.mark.parametrize("name", ["no_such", "apply_updates", "exponential_decay"])
+@pytest.mark.parametrize(
+    "name", ["no_such", "apply_updates", "exponential_decay", "lbfgs", "noisy_sgd", "clip", "scale"]
+)
 def test_other_names(name: str) -> None:
     with pytest.raises(ValueError, match=f"--optimizer: got optax.{name}, expected the name of an optimiser"):
         make_optimizer(f"optax.{name}", begin(), 0.1)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["METHODS", "Method", "find_method", "training_name"]
+__all__ = ["METHODS", "Method", "find_method", "main_name", "training_name"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,11 @@ _FAMILY_NAMES = {name: (f"AMX{name}", name) for name in ("BF16", "FP8")}
 def training_name(inference: str) -> str:
     """The method that trains adapters on what a method for inference computes."""
     return f"{inference}_SFT"
+
+
+def main_name(method: Method) -> str:
+    """The first name of a method that has several."""
+    return next(m.name for m in METHODS if replace(m, name=method.name) == method)
 
 
 def _training(method: Method) -> Iterator[Method]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -82,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         done, and one line on stderr says why; 130: interrupted.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # letters that the terminal does not know
     try:
         hidden = argv[:1] == ["_measure"]
         arguments = _child_parser().parse_args(argv[1:]) if hidden else _parser().parse_args(argv)

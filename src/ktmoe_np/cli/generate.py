@@ -22,6 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = tokenizer.encode(arguments.prompt)
     if not prompt:
         raise ValueError("--prompt: got an empty text, expected at least one token")
+    stop = load_stop_tokens(arguments.path)
     model = MoEDecoder.from_pretrained(
         arguments.path, arguments.method, adapter=arguments.adapter, cpuinfer_threads=arguments.threads
     )
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.tokens,
         temperature=arguments.temperature,
         seed=arguments.seed,
-        stop=load_stop_tokens(arguments.path),
+        stop=stop,
     )
     if not arguments.json:
         sys.stdout.write(arguments.prompt)

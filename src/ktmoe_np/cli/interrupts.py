@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 
@@ -10,7 +11,9 @@ __all__ = ["Interrupts"]
 
 
 class Interrupts:
-    """Within it a first interrupt only sets `asked`; a second one is as it is without. A context manager.
+    """Within it a first interrupt only sets `asked`, and says so; a second one is as it is without.
+
+    A context manager.
 
     Nothing is changed outside the main thread, or where interrupts are ignored.
     """
@@ -21,6 +24,7 @@ class Interrupts:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        sys.stderr.write("\nstopping in a moment; once more to stop at once\n")
         self._restore()
 
     def _restore(self) -> None:

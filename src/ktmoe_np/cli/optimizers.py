@@ -32,10 +32,22 @@ class Optimizer(Protocol):
 def make_optimizer(name: str, parameters: Mapping[str, Array], rate: float) -> Optimizer:
     """Make ``adam``, or ``optax.NAME``.
 
+    Parameters
+    ----------
+    name : str
+    parameters : mapping of str to ndarray of float32
+        Changed in place by its steps.
+    rate : float
+        The learning rate.
+
+    Returns
+    -------
+    Optimizer
+
     Raises
     ------
     ValueError
-        Another name, or one that optax does not have.
+        Another name, or not that of an optimiser of optax.
     ImportError
         optax is not installed; says how to get it.
     """
@@ -54,16 +66,29 @@ class _Optax:
             optax, self._jax = importlib.import_module("optax"), importlib.import_module("jax")
         except ImportError as error:
             raise ImportError(f"--optimizer {_OPTAX}{name}: needs: pip install optax jax") from error
-        try:
-            made = getattr(optax, name)(rate)
-        except (AttributeError, TypeError):  # none of that name, or one that wants something else
-            made = None
-        if not isinstance(made, optax.GradientTransformation):
-            raise ValueError(f"--optimizer: got {_OPTAX}{name}, expected the name of an optimiser of optax")
         self._apply = optax.apply_updates
+        if not self._descends(getattr(optax, name, None)):
+            expected = "the name of an optimiser of optax that needs a learning rate and gradients alone"
+            raise ValueError(f"--optimizer: got {_OPTAX}{name}, expected {expected}")
+        made = getattr(optax, name)(rate)
         self._update = self._jax.jit(made.update)
         self._parameters = dict(parameters)
         self._state: Any = made.init(self._parameters)
+
+    def _descends(self, make: Any) -> bool:
+        """Whether it can be used here: two steps of it go down x^2 / 2, and its state is arrays."""
+        x = np.full(3, 2.0, np.float32)
+        try:
+            made = make(1e-3)
+            state = made.init(x)
+            for _ in range(2):
+                updates, state = made.update(x, state, x)
+                x = np.asarray(self._apply(x, updates))
+            for leaf in self._jax.tree_util.tree_leaves(state):
+                np.asarray(leaf)
+        except Exception:  # whatever other things of optax want
+            return False
+        return bool((np.abs(x) < 2).all())
 
     def step(self, gradients: Mapping[str, Array]) -> None:
         updates, self._state = self._update(dict(gradients), self._state, self._parameters)

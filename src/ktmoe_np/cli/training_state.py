@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .._arrays import Array
+from .._arrays import Array, described
 from ..io import SafetensorsFile
 from ..io._safetensors_header import parse_json_object
 from ..io.writer import replacing, write_safetensors
 
-__all__ = ["Course", "read_state", "state_path", "write_csv", "write_state"]
+__all__ = ["Course", "fingerprint", "read_state", "state_path", "write_csv", "write_state"]
 
 _FORMAT = {"format": "ktmoe_np.finetune", "format_version": "1"}
 _PARAMETER, _OPTIMIZER = "parameter.", "optimizer."
+
+#: How much of a file of weights is looked at to tell a model by, from its beginning.
+_LOOKED_AT = 1 << 20
 
 
 @dataclass
@@ -34,6 +39,15 @@ class Course:
         return len(self.losses)
 
 
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """What tells a checkpoint from others, wherever it lies: its config, and the beginnings of its files."""
+    digest = hashlib.sha256((Path(path) / "config.json").read_bytes())
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with file.open("rb") as opened:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(_LOOKED_AT))
+    return digest.hexdigest()
+
+
 def state_path(directory: Path) -> Path:
     """The file in a directory."""
     return directory / "state.safetensors"
@@ -47,21 +61,37 @@ def write_state(
     optimizer: Mapping[str, Array],
 ) -> None:
     """Write the file, all at once."""
-    tensors = {f"{_PARAMETER}{name}": value for name, value in parameters.items()}
-    tensors |= {f"{_OPTIMIZER}{name}": value for name, value in optimizer.items()}
     told = {"settings": json.dumps(settings), "course": json.dumps(asdict(course))}
-    write_safetensors(state_path(directory), tensors, {**_FORMAT, **told})
+    write_safetensors(state_path(directory), _named(parameters, optimizer), {**_FORMAT, **told})
 
 
 def read_state(
-    directory: Path, settings: Mapping[str, Any], parameters: Mapping[str, Array]
+    directory: Path,
+    settings: Mapping[str, Any],
+    parameters: Mapping[str, Array],
+    optimizer: Mapping[str, Array],
 ) -> tuple[Course, dict[str, Array]]:
-    """Read what was written with the same settings: the course, the optimiser's; parameters in place.
+    """Read what was written with the same settings.
+
+    Parameters
+    ----------
+    directory : path
+    settings : mapping of str to JSON values
+    parameters : mapping of str to ndarray
+        Overwritten.
+    optimizer : mapping of str to ndarray
+        A state of the same optimiser, to compare with.
+
+    Returns
+    -------
+    Course
+    dict of str to ndarray
+        The optimiser's state.
 
     Raises
     ------
     ValueError
-        Other settings, or not such a file: names it.
+        Other settings, or not such a file: names it. Parameters are as they were.
     """
     path = state_path(directory)
     file = SafetensorsFile(path)
@@ -72,13 +102,30 @@ def read_state(
         if begun.get(name) != value:
             what = f"was begun with {name} {begun.get(name)!r}, not {value!r}"
             raise ValueError(f"{directory}: {what}: give what it was begun with, or another --out")
-    told = parse_json_object(file.metadata.get("course", "").encode(), f"{path}: course")
-    held_out = {int(step): bits for step, bits in told.pop("held_out").items()}
-    for name, value in parameters.items():
-        value[:] = file.tensor(f"{_PARAMETER}{name}")
-    names = [name for name in file.names() if name.startswith(_OPTIMIZER)]
-    state = {name.removeprefix(_OPTIMIZER): file.tensor(name).copy() for name in names}
-    return Course(held_out=held_out, **told), state
+    course = _course(parse_json_object(file.metadata.get("course", "").encode(), f"{path}: course"), path)
+    expected = _named(parameters, optimizer)
+    if sorted(file.names()) != sorted(expected):
+        raise ValueError(f"{path}: has other tensors than a state of this model and optimiser")
+    found = {name: file.tensor(name) for name in expected}
+    for name, value in found.items():
+        if described(value) != described(expected[name]):
+            raise ValueError(f"{path}: {name} is {described(value)}, expected {described(expected[name])}")
+    for name, parameter in parameters.items():
+        parameter[:] = found[f"{_PARAMETER}{name}"]
+    return course, {name: found[f"{_OPTIMIZER}{name}"].copy() for name in optimizer}
+
+
+def _named(parameters: Mapping[str, Array], optimizer: Mapping[str, Array]) -> dict[str, Array]:
+    named = {f"{_PARAMETER}{name}": value for name, value in parameters.items()}
+    return named | {f"{_OPTIMIZER}{name}": value for name, value in optimizer.items()}
+
+
+def _course(told: dict[str, Any], path: Path) -> Course:
+    try:
+        held_out = {int(step): float(bits) for step, bits in told.pop("held_out").items()}
+        return Course(held_out=held_out, **told)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: its course is not one of ktmoe finetune: {error}") from error
 
 
 def write_csv(path: Path, course: Course) -> None:

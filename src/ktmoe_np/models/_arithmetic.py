@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "Floats",
+    "cross_entropy",
     "rms_norm",
     "rms_norm_backward",
     "rotate",
@@ -30,6 +31,16 @@ def softmax(x: Floats) -> Floats:
     powers = np.exp(x - np.maximum.reduce(x, axis=-1, keepdims=True))
     result: Floats = powers / np.add.reduce(powers, axis=-1, keepdims=True)
     return result
+
+
+def cross_entropy(logits: Floats, tokens: NDArray[Any]) -> tuple[NDArray[np.float64], Floats]:
+    """Give -log softmax(logits)[token] of rows, and softmax(logits): the gradient but for 1 at the token."""
+    at = tokens[:, None].astype(np.int64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    powers = np.exp(shifted)
+    sums = powers.sum(axis=-1, keepdims=True)
+    nats: NDArray[np.float64] = np.log(sums.astype(np.float64)) - np.take_along_axis(shifted, at, -1)
+    return nats[:, 0], powers / sums
 
 
 def softmax_backward(chances: Floats, grad: Floats) -> Floats:

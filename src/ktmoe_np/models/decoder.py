@@ -8,7 +8,8 @@ goes back too: to the adapters of the experts, which are all that is trained.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +32,14 @@ from .embedded import EMBEDDED_MODEL
 from .layer import DecoderLayer, LayerPass
 from .reading import read_layer, read_tensor
 
-__all__ = ["MoEDecoder", "TrainingPass"]
+__all__ = ["MoEDecoder", "TrainingPass", "checked_tokens"]
 
 
 @dataclass(frozen=True)
 class TrainingPass:
     """What `MoEDecoder.backward` needs of a forward pass."""
 
+    number: int  #: of the pass, among those of its model
     layers: list[LayerPass]
     hidden: list[Floats]  #: what the last layer gave
 
@@ -73,6 +75,8 @@ class MoEDecoder:
         self._head = head
         half = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
         self._frequencies = np.float32(config.rope_theta) ** -half
+        self._num_passes = 0
+        self._waiting: list[int] = []  # the passes that have not been gone back
 
     @classmethod
     def from_pretrained(
@@ -189,14 +193,15 @@ class MoEDecoder:
         IndexError
             A token that the vocabulary does not have.
         """
-        hidden = self._hidden(self._checked(tokens, caches), caches)
+        hidden = self._hidden(_checked(tokens, caches, self.config.vocab_size), caches)
         return [self._normed(x) @ self._head for x in hidden]
 
     def forward_sft(self, tokens: Sequence[Any]) -> tuple[list[Floats], TrainingPass]:
         """Compute the logits of whole sequences, and keep what `backward` needs.
 
         Experts keep theirs too, until the backward pass of this one or `clear_cache`; so passes are gone back
-        in the reverse of their order, `max_cache_depth` of them at most.
+        in the reverse of their order, `max_cache_depth` of them at most. An exception within a pass forgets
+        all that wait.
 
         Parameters
         ----------
@@ -211,17 +216,30 @@ class MoEDecoder:
         Raises
         ------
         ValueError
-            A sequence without tokens, or a model that was not loaded with ``mode="sft"``.
+            No sequences, one without tokens, or a model that was not loaded with ``mode="sft"``.
         IndexError
             A token that the vocabulary does not have.
         RuntimeError
             `max_cache_depth` passes wait for their backward pass.
         """
-        self.trained_experts()
+        trained = self.trained_experts()
+        if len(tokens) == 0:
+            raise ValueError("tokens: got no sequences, expected one or more")
         caches = [self.new_cache() for _ in tokens]
+        ids = _checked(tokens, caches, self.config.vocab_size)
+        depth = trained[0].options.max_cache_depth
+        if len(self._waiting) >= depth:
+            raise RuntimeError(
+                f"forward_sft: {len(self._waiting)} passes wait for their backward pass, expected fewer than "
+                f"max_cache_depth, {depth}"
+            )
         tape: list[LayerPass] = []
-        hidden = self._hidden(self._checked(tokens, caches), caches, tape)
-        return [self._normed(x) @ self._head for x in hidden], TrainingPass(tape, hidden)
+        with self._forgetting_when_broken():
+            hidden = self._hidden(ids, caches, tape)
+            logits = [self._normed(x) @ self._head for x in hidden]
+        self._num_passes += 1
+        self._waiting.append(self._num_passes)
+        return logits, TrainingPass(self._num_passes, tape, hidden)
 
     def backward(self, kept: TrainingPass, grad_logits: Sequence[Floats]) -> list[SFTGradients]:
         """Differentiate the sum of logits * grad_logits by the adapters.
@@ -244,26 +262,41 @@ class MoEDecoder:
         ValueError
             Other shapes than those of the logits.
         RuntimeError
-            No forward pass is kept.
+            It is not the last forward pass that waits.
         """
+        if not self._waiting or self._waiting[-1] != kept.number:
+            last = f"{self._waiting[-1]}, the last that waits" if self._waiting else "none: none waits"
+            raise RuntimeError(f"kept: got pass {kept.number}, expected {last}")
         shapes = [(len(x), self.config.vocab_size) for x in kept.hidden]
         if [np.shape(grad) for grad in grad_logits] != shapes:
             raise ValueError(f"grad_logits: got {[np.shape(x) for x in grad_logits]}, expected {shapes}")
         eps = self.config.rms_norm_eps
         grads = [
-            rms_norm_backward(x, self._norm, eps, grad.astype(np.float32, copy=False) @ self._head.T)
+            rms_norm_backward(x, self._norm, eps, np.asarray(grad, np.float32) @ self._head.T)
             for x, grad in zip(kept.hidden, grad_logits, strict=True)
         ]
         results = []
-        for layer, layer_pass in zip(self._layers[::-1], kept.layers[::-1], strict=True):
-            grads, found = layer.backward(layer_pass, grads, to_input=layer.index > 0)
-            results.append(found)
+        with self._forgetting_when_broken():
+            for layer, layer_pass in zip(self._layers[::-1], kept.layers[::-1], strict=True):
+                grads, found = layer.backward(layer_pass, grads, to_input=layer.index > 0)
+                results.append(found)
+        self._waiting.pop()
         return results[::-1]
 
     def clear_cache(self) -> None:
         """Forget forward passes that were not gone back."""
+        self._waiting.clear()
         for experts in self.trained_experts():
             experts.clear_cache()
+
+    @contextmanager
+    def _forgetting_when_broken(self) -> Iterator[None]:
+        """Layers have kept different passes when an exception, or an interrupt, comes between them."""
+        try:
+            yield
+        except BaseException:
+            self.clear_cache()
+            raise
 
     def _hidden(
         self, ids: Sequence[NDArray[np.int64]], caches: Sequence[KVCache], tape: list[LayerPass] | None = None
@@ -277,24 +310,6 @@ class MoEDecoder:
             cache.advance(len(row))
         return hidden
 
-    def _checked(self, tokens: Sequence[Any], caches: Sequence[KVCache]) -> list[NDArray[np.int64]]:
-        if len(tokens) != len(caches):
-            raise ValueError(f"caches: got {len(caches)}, expected one for each of {len(tokens)} sequences")
-        if len({id(cache) for cache in caches}) < len(caches):
-            raise ValueError("caches: got one twice, expected one for each sequence")
-        ids = []
-        for row in tokens:
-            array = np.asarray(row)
-            if array.ndim != 1 or len(array) == 0 or array.dtype.kind not in "iu":
-                got = f"{array.dtype} {list(array.shape)}"
-                raise ValueError(f"tokens: got {got}, expected integers [T], at least one")
-            wrong = (array < 0) | (array >= self.config.vocab_size)
-            if wrong.any():
-                limit = self.config.vocab_size
-                raise IndexError(f"tokens: got {array[wrong][0]}, expected 0 to {limit - 1}")
-            ids.append(array.astype(np.int64))
-        return ids
-
     def _place(self, begin: int, length: int) -> Place:
         positions = np.arange(begin, begin + length)
         angles = positions.astype(np.float32)[:, None] * self._frequencies
@@ -304,3 +319,34 @@ class MoEDecoder:
 
     def _normed(self, x: Floats) -> Floats:
         return rms_norm(x, self._norm, self.config.rms_norm_eps)
+
+
+def _checked(tokens: Sequence[Any], caches: Sequence[KVCache], vocab_size: int) -> list[NDArray[np.int64]]:
+    if len(tokens) != len(caches):
+        raise ValueError(f"caches: got {len(caches)}, expected one for each of {len(tokens)} sequences")
+    if len({id(cache) for cache in caches}) < len(caches):
+        raise ValueError("caches: got one twice, expected one for each sequence")
+    return checked_tokens(tokens, vocab_size)
+
+
+def checked_tokens(tokens: Sequence[Any], vocab_size: int) -> list[NDArray[np.int64]]:
+    """Sequences of tokens as int64.
+
+    Raises
+    ------
+    ValueError
+        Not integers [T], at least one.
+    IndexError
+        A token that the vocabulary does not have.
+    """
+    ids = []
+    for row in tokens:
+        array = np.asarray(row)
+        if array.ndim != 1 or len(array) == 0 or array.dtype.kind not in "iu":
+            got = f"{array.dtype} {list(array.shape)}"
+            raise ValueError(f"tokens: got {got}, expected integers [T], at least one")
+        wrong = (array < 0) | (array >= vocab_size)
+        if wrong.any():
+            raise IndexError(f"tokens: got {array[wrong][0]}, expected 0 to {vocab_size - 1}")
+        ids.append(array.astype(np.int64))
+    return ids

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .decoder import MoEDecoder
+from ._arithmetic import cross_entropy
+from .decoder import MoEDecoder, checked_tokens
 
 __all__ = ["bits_per_token", "generate"]
 
@@ -121,21 +122,14 @@ def bits_per_token(
             raise ValueError(f"{name}: got {value}, expected at least {least}")
     parts = [array[i : i + window] for i in range(0, len(array), window)]
     parts = [part for part in parts if len(part) > 1]
+    checked_tokens([array], model.config.vocab_size)  # also those that are only expected
     total, count = 0.0, 0
     for i in range(0, len(parts), batch):
         some = parts[i : i + batch]
         caches = [model.new_cache() for _ in some]
         for part, logits in zip(some, model.forward([part[:-1] for part in some], caches), strict=True):
-            total += float(_surprise(logits, part[1:]).sum())
+            total += float(cross_entropy(logits, part[1:])[0].sum())
             count += len(part) - 1
         if progress is not None:
             progress(sum(map(len, some)))
-    return total / count
-
-
-def _surprise(logits: NDArray[np.float32], tokens: NDArray[Any]) -> NDArray[np.float64]:
-    """Bits of each token: -log2 softmax(logits)[token]."""
-    shifted = (logits - logits.max(axis=-1, keepdims=True)).astype(np.float64)
-    expected = np.take_along_axis(shifted, tokens[:, None].astype(np.int64), -1)[:, 0]
-    bits: NDArray[np.float64] = (np.log(np.exp(shifted).sum(axis=-1)) - expected) / math.log(2)
-    return bits
+    return total / count / math.log(2)

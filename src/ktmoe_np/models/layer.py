@@ -59,6 +59,7 @@ class DecoderLayer:
             middles.append(x + attended)
             if tape is not None:
                 passes.append(kept)
+            del kept  # its chances are large
         normed_middles = [rms_norm(x, self.expert_norm, self.eps) for x in middles]
         routes = [self.router.forward(x) for x in normed_middles]
         parts = self._experts(normed_middles, routes, saved=tape is not None)
@@ -73,8 +74,9 @@ class DecoderLayer:
         weights = _together([route.weights for route in routes])
         out = np.empty(rows.shape, np.float32)
         started = time.perf_counter()
-        if isinstance(self.experts, BaseSFTMoEWrapper):
-            self.experts.forward_sft(rows, ids, weights, save_for_backward=saved, out=out)
+        if saved:
+            assert isinstance(self.experts, BaseSFTMoEWrapper)
+            self.experts.forward_sft(rows, ids, weights, out=out)
         else:
             self.experts.forward(rows, ids, weights, out=out)
         self.seconds_in_experts += time.perf_counter() - started

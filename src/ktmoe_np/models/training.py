@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..sft.gradients import SFTGradients
-from ._arithmetic import Floats
-from .decoder import MoEDecoder
+from ._arithmetic import cross_entropy
+from .decoder import MoEDecoder, checked_tokens
 
 __all__ = ["Loss", "loss_and_gradients"]
 
@@ -61,27 +60,18 @@ def loss_and_gradients(model: MoEDecoder, sequences: Sequence[Any]) -> Loss:
     if not arrays or any(array.ndim != 1 or len(array) < 2 for array in arrays):
         shapes = [list(array.shape) for array in arrays]
         raise ValueError(f"sequences: got shapes {shapes}, expected one or more of [T], at least 2")
+    arrays = checked_tokens(arrays, model.config.vocab_size)
     count = sum(len(array) - 1 for array in arrays)
+    logits, kept = model.forward_sft([array[:-1] for array in arrays])
     try:
-        logits, kept = model.forward_sft([array[:-1] for array in arrays])
-        found = [_cross_entropy(x, array[1:], count) for x, array in zip(logits, arrays, strict=True)]
-        layers = model.backward(kept, [grad for _, grad in found])
+        nats, grads = 0.0, []
+        for found, array in zip(logits, arrays, strict=True):
+            losses, grad = cross_entropy(found, array[1:])
+            grad[np.arange(len(grad)), array[1:]] -= 1
+            nats += float(losses.sum())
+            grads.append(grad / np.float32(count))
+        layers = model.backward(kept, grads)
     except BaseException:  # also an interrupt: what experts keep would be in the way of the next step
         model.clear_cache()
         raise
-    return Loss(sum(nats for nats, _ in found) / math.log(2), count, layers)
-
-
-def _cross_entropy(logits: Floats, tokens: NDArray[Any], count: int) -> tuple[float, Floats]:
-    """Share of a sequence in the mean over `count` tokens, in nats, and its gradient by the logits."""
-    if tokens.min() < 0 or tokens.max() >= logits.shape[-1]:
-        wrong = tokens[(tokens < 0) | (tokens >= logits.shape[-1])][0]
-        raise IndexError(f"tokens: got {wrong}, expected 0 to {logits.shape[-1] - 1}")
-    at = tokens[:, None].astype(np.int64)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    powers = np.exp(shifted)
-    sums = powers.sum(axis=-1, keepdims=True)
-    nats = np.log(sums.astype(np.float64)) - np.take_along_axis(shifted, at, -1)
-    grad = powers / sums
-    np.put_along_axis(grad, at, np.take_along_axis(grad, at, -1) - 1, -1)
-    return float(nats.sum()) / count, grad / np.float32(count)
+    return Loss(nats / count / math.log(2), count, layers)

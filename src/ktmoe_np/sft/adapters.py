@@ -15,7 +15,7 @@ import numpy as np
 from .._arrays import Array
 from ..io import SafetensorsFile
 from ..io._safetensors_header import parse_json_object
-from ..io.writer import write_safetensors
+from ..io.writer import replacing, write_safetensors
 from .gradients import lora_shapes
 
 if TYPE_CHECKING:
@@ -152,7 +152,8 @@ def export_peft(directory: str | os.PathLike[str], layers: Sequence[LoraLayer]) 
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     write_safetensors(target / _PEFT_TENSORS, tensors, {"format": "pt"})
-    (target / _PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    with replacing(target / _PEFT_CONFIG) as file:
+        file.write((json.dumps(config, indent=2) + "\n").encode())
 
 
 def import_peft(directory: str | os.PathLike[str], layers: Sequence[LoraLayer]) -> None:
@@ -195,12 +196,21 @@ def import_peft(directory: str | os.PathLike[str], layers: Sequence[LoraLayer]) 
 def peft_scale(directory: str | os.PathLike[str]) -> tuple[int, float]:
     """The rank and alpha of adapters that PEFT or `export_peft` wrote: what layers must be made with.
 
+    Parameters
+    ----------
+    directory : str or path-like
+        With ``adapter_config.json``.
+
+    Returns
+    -------
+    int, float
+
     Raises
     ------
     FileNotFoundError
         No such directory or file.
     ValueError
-        No such file, or numbers that are none: names it.
+        Not such a file, or numbers that are none: names it.
     """
     path = Path(directory) / _PEFT_CONFIG
     config = parse_json_object(path.read_bytes(), str(path))

@@ -1,0 +1,251 @@
+"""The training loop of `ktmoe finetune`, with what it leaves in a directory and goes on from."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from .._arrays import Array
+from .._methods import find_method, main_name
+from ..io.writer import remove_leftovers
+from ..models import MoEDecoder, Tokenizer, bits_per_token, generate, load_stop_tokens, loss_and_gradients
+from ..sft.adapters import export_peft
+from .interrupts import Interrupts
+from .optimizers import Optimizer, make_optimizer
+from .plot import can_draw, draw_course
+from .progress import Progress
+from .training_state import Course, fingerprint, read_state, state_path, write_csv, write_state
+from .training_text import TrainingText
+
+__all__ = ["TrainingRun"]
+
+#: The sample: tokens that it goes on from and that it has, and how freely they are drawn.
+_PROMPT_TOKENS, _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE = 48, 160, 0.5
+
+
+class TrainingRun:
+    """Adapters on their way.
+
+    Parameters
+    ----------
+    arguments : argparse.Namespace
+        Those of the command.
+    model : MoEDecoder
+        Loaded for training.
+    tokenizer : Tokenizer
+    text : TrainingText
+
+    Attributes
+    ----------
+    parameters : dict of str to ndarray of float32
+        The adapters, under the layer's number and their names.
+    course : Course
+    drawn : bool
+        Whether there is a picture.
+
+    Raises
+    ------
+    ValueError
+        A method that trains no adapters, an optimiser that is none, or an empty prompt.
+    """
+
+    def __init__(
+        self, arguments: argparse.Namespace, model: MoEDecoder, tokenizer: Tokenizer, text: TrainingText
+    ) -> None:
+        self._arguments, self._model, self._tokenizer, self._text = arguments, model, tokenizer, text
+        self._directory = Path(arguments.out)
+        self._experts = model.trained_experts()
+        method = find_method(self._experts[0].method, "sft")
+        if method.skip_lora:
+            raise ValueError(f"--method: got {method.name!r}, expected one that trains adapters")
+        self.parameters: dict[str, Array] = {
+            f"{experts.layer_idx}.{name}": np.array(matrix, np.float32)
+            for experts in self._experts
+            for name, matrix in experts.lora_weights.items()
+        }
+        self._optimizer: Optimizer = make_optimizer(arguments.optimizer, self.parameters, arguments.rate)
+        given = arguments.prompt
+        self._prompt = (
+            text.held_out.tokens[:_PROMPT_TOKENS].tolist() if given is None else tokenizer.encode(given)
+        )
+        if not self._prompt:
+            raise ValueError("--prompt: got an empty text, expected at least one token")
+        self._settings = {
+            "model (sha256)": fingerprint(arguments.path),
+            "method": main_name(method),
+            "text (sha256)": text.sha256,
+            "rank": arguments.rank,
+            "alpha": self._experts[0].options.lora_alpha,
+            "batch": arguments.batch,
+            "window": arguments.window,
+            "rate": arguments.rate,
+            "optimizer": arguments.optimizer,
+            "seed": arguments.seed,
+            "prompt": given,
+        }
+        self.course = Course()
+        self.drawn = False
+        self._is_whole = True  # parameters, moments and course are those of one step
+
+    def begin(self) -> None:
+        """Go on from what is in the directory, or from nothing.
+
+        Raises
+        ------
+        ValueError
+            It is of a run with other settings, or of something else.
+        OSError
+            It cannot be made.
+        """
+        remove_leftovers(self._directory)
+        if state_path(self._directory).exists():
+            expected = self._optimizer.state()
+            self.course, state = read_state(self._directory, self._settings, self.parameters, expected)
+            self._optimizer.restore(state)
+            self._give()
+            self._drop_ends_of_earlier_runs()
+        elif self._directory.exists() and any(self._directory.iterdir()):
+            where = self._directory
+            raise ValueError(f"{where}: is not empty and has no state to go on from: give another --out")
+        self._directory.mkdir(parents=True, exist_ok=True)
+
+    def _drop_ends_of_earlier_runs(self) -> None:
+        """Forget measurements that a run of all steps at once would not have made."""
+        arguments, held_out = self._arguments, self.course.held_out
+        for step in list(held_out):
+            if step % arguments.every and step != arguments.steps:
+                del held_out[step]
+
+    def run(self) -> bool:
+        """Take the steps that are left; false when interrupted, what was done being saved.
+
+        A first interrupt ends the step under way, a second one ends at once.
+
+        Raises
+        ------
+        ValueError
+            The loss is not finite any more; what was saved before stays.
+        KeyboardInterrupt
+            Before the first step, or within one.
+        """
+        course, steps = self.course, self._arguments.steps
+        first = course.num_steps
+        if not course.held_out:
+            course.before = self.sample()
+            course.held_out[0] = self._measure()
+        try:
+            for step in self._with_progress(range(first, steps)):
+                with Interrupts() as interrupts:
+                    self._step(step)
+                if interrupts.asked:
+                    raise KeyboardInterrupt
+                if course.num_steps % self._arguments.every == 0 or course.num_steps == steps:
+                    course.held_out[course.num_steps] = self._measure()
+                    self._save()
+        except KeyboardInterrupt:
+            if not self._is_whole or course.num_steps == 0:
+                raise
+            self._save()
+            return False
+        if course.num_steps == first:  # perhaps an earlier one could not write all
+            self._write_results()
+        return True
+
+    def _with_progress(self, steps: range) -> Iterator[int]:
+        course = self.course
+        with Progress(self._arguments.steps, "fine-tuning") as progress:
+            if steps.start:
+                progress.step("going on")
+            for step in steps:
+                label = "first step"
+                if course.losses:
+                    label = (
+                        f"{course.losses[-1]:.3f} bits a byte, held out {max(course.held_out.items())[1]:.3f}"
+                    )
+                if step and step == steps.start:
+                    progress.skip(step, label)
+                else:
+                    progress.step(label)
+                yield step
+
+    def _step(self, step: int) -> None:
+        began = time.perf_counter()
+        learnt, window = self._text.learnt, self._arguments.window
+        rng = np.random.default_rng((self._arguments.seed, step))
+        begins = rng.integers(0, len(learnt.tokens) - window, self._arguments.batch)
+        loss = loss_and_gradients(self._model, [learnt.tokens[at : at + window + 1] for at in begins])
+        self._check_finite(loss.bits_per_token)
+        self._is_whole = False
+        self._optimizer.step(
+            {
+                f"{experts.layer_idx}.{name}": matrix
+                for experts, layer in zip(self._experts, loss.layers, strict=True)
+                for name, matrix in layer.matrices.items()
+            }
+        )
+        self._give()
+        self.course.losses.append(loss.bits_per_token * learnt.tokens_per_byte)
+        self.course.seconds.append(time.perf_counter() - began)
+        self._is_whole = True
+
+    def _give(self) -> None:
+        """Give the experts their adapters."""
+        for experts in self._experts:
+            names = experts.lora_weights
+            experts.update_lora_weights(**{n: self.parameters[f"{experts.layer_idx}.{n}"] for n in names})
+
+    def _measure(self) -> float:
+        """Bits a byte of the held-out text."""
+        held_out = self._text.held_out
+        bits = bits_per_token(self._model, held_out.tokens, window=self._arguments.window)
+        self._check_finite(bits)
+        return bits * held_out.tokens_per_byte
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            after = f"after step {self.course.num_steps} the loss is {loss}"
+            raise ValueError(f"{after}, expected a number: a smaller --rate may help")
+
+    def sample(self) -> str:
+        """What the model makes of the prompt, or of how the held-out text begins."""
+        said = generate(
+            self._model,
+            self._prompt,
+            _SAMPLE_TOKENS,
+            temperature=_SAMPLE_TEMPERATURE,
+            seed=self._arguments.seed,
+            stop=load_stop_tokens(self._arguments.path),
+        )
+        return self._tokenizer.decode([*self._prompt, *said])
+
+    def _save(self) -> None:
+        """Write all; the state last, so that what it speaks of is there."""
+        if not all(np.isfinite(value).all() for value in self.parameters.values()):
+            raise ValueError(
+                f"after step {self.course.num_steps} adapters are not finite: try a smaller --rate"
+            )
+        with Interrupts() as interrupts:
+            self._write_results()
+            write_state(
+                self._directory, self._settings, self.course, self.parameters, self._optimizer.state()
+            )
+        if interrupts.asked:
+            raise KeyboardInterrupt
+
+    def _write_results(self) -> None:
+        """Write the adapters as PEFT has them, the losses, and a picture where it can be drawn."""
+        arguments, course = self._arguments, self.course
+        export_peft(self._directory, self._experts)
+        write_csv(self._directory / "loss.csv", course)
+        self.drawn = False
+        if can_draw():
+            title = f"Adapters of rank {arguments.rank} learn {Path(arguments.text).name}"
+            with contextlib.suppress(OSError):  # the rest is worth more than a picture
+                draw_course(self._directory / "loss.png", course.losses, course.held_out, title)
+                self.drawn = True
