@@ -14,6 +14,9 @@ from layers import POOLS, engine_of
 
 from ktmoe_np.cpuinfer import _MoEBase
 
+# Programs of JAX are for the CPU, also where there is a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 # No deadlines: a machine that is shared or emulated is no error.
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)

@@ -61,13 +61,15 @@ def test_incremental_without_out(moe: Any, batch: Batch) -> None:
 
 
 def test_a_cuda_stream(moe: Any, batch: Batch) -> None:
-    expected, message = moe.forward(*batch), "cuda_stream: got 5, expected None: arrays are on the CPU"
-    with pytest.raises(RuntimeError, match=message):
-        moe.forward(*batch, cuda_stream=5)
-    with pytest.raises(RuntimeError, match=message):
-        moe.submit_forward(*batch, cuda_stream=5)
+    expected, message = (
+        moe.forward(*batch),
+        "hidden_states: got ndarray on the CPU, expected bfloat16 .* device",
+    )
+    for call in (moe.forward, moe.submit_forward):
+        with pytest.raises(TypeError, match=message):
+            call(*batch, cuda_stream=5)
     moe.submit_forward(*batch)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match="sync_forward: no pass of layer 0 is pending in a stream"):
         moe.sync_forward(cuda_stream=5)
     assert_same_bits(moe.sync_forward(), expected)
 

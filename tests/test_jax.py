@@ -147,6 +147,15 @@ def test_examples() -> None:
 # ---- what is wrong ----
 
 
+def test_programs_for_a_gpu_are_refused(case: Any) -> None:
+    moe, batch = case
+    traced = jax.jit(partial(moe_forward, moe)).trace(*as_jax(batch))
+    with pytest.raises(
+        NotImplementedError, match=r"ktmoe_np.forward: got a program for cuda, expected .* cpu"
+    ):
+        traced.lower(lowering_platforms=("cuda",))
+
+
 def test_a_layer_that_is_gone() -> None:
     rng = np.random.default_rng(10)
     layer = draw_layer(rng, E, I, H)

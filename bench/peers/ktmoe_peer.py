@@ -107,7 +107,8 @@ class Contender:
         from ktmoe_np.jax import moe_forward
 
         self._program = jax.jit(lambda *case: moe_forward(self._moe, *case))
-        self._jax_cases = [tuple(map(jax.numpy.asarray, case[:3])) for case in self._cases]
+        with jax.default_device(jax.devices("cpu")[0]):
+            self._jax_cases = [tuple(map(jax.numpy.asarray, case[:3])) for case in self._cases]
 
     def _jax(self, i: int) -> None:
         self._result = self._program(*self._jax_cases[i]).block_until_ready()

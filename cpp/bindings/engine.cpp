@@ -8,6 +8,7 @@
 #include "bindings/gil.h"
 #include "bindings/module.h"
 #include "bindings/python_task.h"
+#include "bindings/stream_calls.h"
 #include "runtime/cpuinfer.h"
 
 namespace ktmoe::bindings {
@@ -38,6 +39,7 @@ void wait(CPUInfer& engine, uint64_t ticket) {
 }
 
 void sync(CPUInfer& engine, uint64_t allow_n_pending) {
+  stream_calls().settle();
   const uint64_t submitted = engine.num_submitted(), last = submitted - std::min(submitted, allow_n_pending);
   wait_in_slices(engine, [&](auto slice) { return engine.sync_for(last, slice); });
 }
@@ -55,6 +57,48 @@ WorkerPoolConfig make_config(int subpool_count, std::vector<int> numa_map, std::
   config.subpool_numa_map = std::move(numa_map);
   config.subpool_thread_count = std::move(thread_count);
   return config;
+}
+
+void bind_streams(nb::class_<CPUInfer>& engine) {
+  engine
+      .def(
+          "submit_with_cuda_stream",
+          [](std::shared_ptr<CPUInfer> engine, uint64_t stream, PythonTask& task, nb::handle result) {
+            std::span<std::byte> bytes;
+            if (!result.is_none()) {
+              const Array array = Array::write(result, "result");
+              bytes = {array.expect_contiguous().as<std::byte>(), array.bytes()};
+            }
+            stream_calls().settle();
+            stream_calls().submit(as_stream(stream), std::move(engine), task.take(), bytes);
+          },
+          nb::arg("stream"), nb::arg("task"), nb::arg("result").none() = nb::none(),
+          R"(Submit a task when a CUDA stream comes to this point; returns at once.
+
+In a stream that is being captured, the graph submits the task whenever it is replayed; the task and its arrays are then kept for good.
+
+Parameters
+----------
+stream : int
+    The stream's handle; 0 is the default stream.
+task : Task
+result : array of floats, optional
+    What the task writes, and so holds: NaN when the task raises, which nobody can know in the stream.
+
+Raises
+------
+RuntimeError
+    There is no CUDA driver, or it refuses; or a task of a stream has raised since the last call.)")
+      .def(
+          "sync_with_cuda_stream",
+          [](std::shared_ptr<CPUInfer> engine, uint64_t stream, uint64_t allow_n_pending) {
+            stream_calls().settle();
+            stream_calls().sync(as_stream(stream), std::move(engine), allow_n_pending);
+          },
+          nb::arg("stream"), nb::arg("allow_n_pending") = 0,
+          R"(Let a CUDA stream wait, at this point, until at most `allow_n_pending` tasks are unfinished; returns at once.
+
+Exceptions of tasks that streams submit are raised by the next call of this, of `submit_with_cuda_stream` or of `sync`.)");
 }
 
 }  // namespace
@@ -91,8 +135,9 @@ subpool_thread_count : list of int
 
   nb::class_<PythonTask>(m, "Task", "Work for an engine, made by a layer; it can be submitted once.");
 
-  nb::class_<CPUInfer>(m, "CPUInfer",
-                       R"(The engine: threads, and a queue of tasks that run in the order of submission.
+  nb::class_<CPUInfer> engine(
+      m, "CPUInfer",
+      R"(The engine: threads, and a queue of tasks that run in the order of submission.
 
 Parameters
 ----------
@@ -102,8 +147,9 @@ config : WorkerPoolConfig or int
 Raises
 ------
 ValueError
-    Threads or sub-pools that cannot be: the message names the field, and the nodes that exist.)")
-      .def(nb::init<WorkerPoolConfig>(), nb::arg("config"))
+    Threads or sub-pools that cannot be: the message names the field, and the nodes that exist.)");
+  bind_streams(engine);
+  engine.def(nb::init<WorkerPoolConfig>(), nb::arg("config"))
       .def(nb::init<int>(), nb::arg("num_threads"))
       .def_prop_ro("backend_", &CPUInfer::backend, "The threads, as layers take them in their config.")
       .def("submit", &submit, nb::arg("task"), "Queue a task and return its ticket; does not wait.")

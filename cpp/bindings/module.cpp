@@ -14,6 +14,9 @@ NB_MODULE(kt_kernel_ext, m) {
   init_arrays();
   init_gil();
   bind_engine(m);
+  nanobind::module_ cuda =
+      m.def_submodule("cuda", "What of CUDA is used: streams that call the engine, copies, locked pages.");
+  bind_cuda(cuda);
   bind_machine(m);
   bind_quantize(m);
   nanobind::module_ moe = m.def_submodule("moe", "Expert layers, a class a method.");

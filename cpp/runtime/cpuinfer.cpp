@@ -82,6 +82,12 @@ bool CPUInfer::sync_for(uint64_t last_ticket, std::chrono::milliseconds timeout)
   return true;
 }
 
+void CPUInfer::finish(uint64_t allow_n_pending) {
+  fork_guard_.check();
+  const uint64_t submitted = num_submitted();
+  run_until(submitted - std::min(submitted, allow_n_pending), {});
+}
+
 void CPUInfer::wait(uint64_t ticket) {
   fork_guard_.check();
   check_ticket(ticket);

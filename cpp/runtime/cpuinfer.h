@@ -43,6 +43,9 @@ class CPUInfer {
   // The same for the tasks up to a ticket and for about `timeout` at most: true when done, false when not.
   bool sync_for(uint64_t last_ticket, std::chrono::milliseconds timeout);
 
+  // Waits like sync(), but leaves all exceptions to who asks for them.
+  void finish(uint64_t allow_n_pending = 0);
+
   // Waits for one task, and so for all before it. Rethrows this task's exception only.
   void wait(uint64_t ticket);
 

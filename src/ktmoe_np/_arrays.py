@@ -38,7 +38,10 @@ def expert_ids(ids: Any, name: str = "topk_ids") -> NDArray[np.int64]:
     """
     if type(ids) is np.ndarray and ids.dtype == np.int64 and ids.flags.c_contiguous:
         return ids
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except (TypeError, ValueError) as error:  # of an array on a GPU, or lists of other lengths
+        raise TypeError(f"{name}: got {type(ids).__name__}, expected integers on the CPU: {error}") from error
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name}: got {array.dtype} {list(array.shape)}, expected an integer dtype")
     if array.dtype == np.uint64:  # ids beyond int64 must not come out negative, which would skip them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -10,9 +11,14 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from . import kt_kernel_ext as ext
 from ._arrays import Array, bfloat16
 
 __all__ = ["BufferSlot", "KExpertsCPUBuffer", "KExpertsSFTBuffer", "SFTBufferSlot"]
+
+
+#: Bytes of a page, and what arrays begin at a multiple of.
+_PAGE, _LINE = 4096, 64
 
 
 @dataclass
@@ -26,19 +32,53 @@ class BufferSlot:
     output: Array  #: bfloat16 [T, H]
     deferred_output: NDArray[np.float32]  #: [T, H], what the next layer starts from
     busy_until: int = 0  #: ticket of the last task that uses the slot
+    is_locked: bool = False  #: in memory, for a GPU
 
     @classmethod
     def allocate(cls, batch_size: int, hidden_size: int, num_experts_per_tok: int) -> BufferSlot:
         """Fresh arrays; the system gives them memory when they are first written."""
         rows, routes = (batch_size, hidden_size), (batch_size, num_experts_per_tok)
         return cls(
-            input=np.empty(rows, bfloat16),
-            immediate_ids=np.empty(routes, np.int64),
-            deferred_ids=np.empty(routes, np.int64),
-            weights=np.empty(routes, np.float32),
-            output=np.empty(rows, bfloat16),
-            deferred_output=np.empty(rows, np.float32),
+            *_in_pages_of_their_own(
+                (rows, bfloat16),
+                (routes, np.dtype(np.int64)),
+                (routes, np.dtype(np.int64)),
+                (routes, np.dtype(np.float32)),
+                (rows, bfloat16),
+                (rows, np.dtype(np.float32)),
+            )
         )
+
+    def lock_pages(self) -> None:
+        """Lock the arrays in memory, once, for copies from and to a GPU that need not wait for the CPU.
+
+        Raises
+        ------
+        RuntimeError
+            There is no CUDA driver, or it refuses.
+        """
+        if self.is_locked:
+            return
+        block: Array = self.input
+        while isinstance(block.base, np.ndarray):
+            block = block.base
+        pages = block[-block.ctypes.data % _PAGE :][: len(block) - _PAGE]
+        ext.cuda.lock_pages(pages)
+        weakref.finalize(block, ext.cuda.unlock_pages, pages.ctypes.data)
+        self.is_locked = True
+
+
+def _in_pages_of_their_own(*arrays: tuple[tuple[int, int], np.dtype[Any]]) -> list[Array]:
+    """Arrays of those shapes and dtypes one after the other in a block of whole pages."""
+    sizes = [-(-shape[0] * shape[1] * dtype.itemsize // _LINE) * _LINE for shape, dtype in arrays]
+    block = np.empty(-(-sum(sizes) // _PAGE) * _PAGE + _PAGE, np.uint8)
+    at = -block.ctypes.data % _PAGE
+    found = []
+    for (shape, dtype), size in zip(arrays, sizes, strict=True):
+        num_bytes = shape[0] * shape[1] * dtype.itemsize
+        found.append(block[at : at + num_bytes].view(dtype).reshape(shape))
+        at += size
+    return found
 
 
 @dataclass

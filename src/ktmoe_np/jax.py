@@ -305,7 +305,12 @@ def _primitive(
     def lower(context: Any, *operands: Any, **_: Any) -> Any:
         return jax.ffi.ffi_lowering(target)(context, *operands)
 
+    def refuse(context: Any, *_: Any, **__: Any) -> Any:
+        platforms = ", ".join(context.module_context.platforms)
+        raise NotImplementedError(f"ktmoe_np.{name}: got a program for {platforms}, expected one for cpu")
+
     mlir.register_lowering(primitive, lower, platform="cpu")
+    mlir.register_lowering(primitive, refuse)
     batching.primitive_batchers[primitive] = functools.partial(batcher, primitive)
     return primitive
 

@@ -11,6 +11,7 @@ from .._pending import PendingPass
 from ..config import MoEConfig
 from ..layer import MoELayer
 from .runner import LayerRunner
+from .stream_pass import StreamPass
 
 __all__ = ["BaseMoEWrapper"]
 
@@ -44,6 +45,7 @@ class BaseMoEWrapper(MoELayer):
             self.chunked_prefill_size,
             self.max_deferred_experts_per_token,
         )
+        self._stream_pass = StreamPass(self._layer, self.cpu_infer, self.config, self.chunked_prefill_size)
         self._pending: PendingPass[Array] = PendingPass("forward", self.layer_idx, self.cpu_infer)
 
     def forward(
@@ -69,8 +71,11 @@ class BaseMoEWrapper(MoELayer):
             Negative ids are skipped.
         topk_weights : array of float32 [T, P]
             Routing weights, used as they are.
-        cuda_stream : None
-            For device arrays, which this version does not take.
+        cuda_stream : stream of torch or CuPy, or the handle of one, optional
+            Where the arrays are on a CUDA device: of torch, CuPy or another that has
+            ``__cuda_array_interface__``, ids in int64, `out` in bfloat16. They are copied to the host and
+            back in the stream, which waits for the result; the call does not. Works in a stream that is
+            being captured into a graph too. Exceptions of the pass are raised by a later call with a stream.
         out : array of bfloat16 or float32 [T, H], optional
             Where to write; must not overlap the inputs.
         incremental : bool
@@ -78,7 +83,7 @@ class BaseMoEWrapper(MoELayer):
 
         Returns
         -------
-        ndarray of bfloat16 [T, H], or `out`
+        ndarray of bfloat16 [T, H], or `out`; with a stream an array of the kind of `hidden_states`
 
         Raises
         ------
@@ -87,7 +92,7 @@ class BaseMoEWrapper(MoELayer):
         IndexError
             An expert id of E or above.
         RuntimeError
-            Nothing is loaded.
+            Nothing is loaded; or a stream is given, and there is no CUDA driver, or experts are deferred.
 
         Examples
         --------
@@ -101,10 +106,11 @@ class BaseMoEWrapper(MoELayer):
         >>> moe.forward(x, np.array([[1]]), np.array([[0.5]], np.float32)).astype(float).tolist()
         [[16.0, 16.0, 16.0, 16.0]]
         """
-        self._check_stream(cuda_stream)
-        if self._runner.defers(self._chain):
-            self.submit_forward(hidden_states, topk_ids, topk_weights, out=out, incremental=incremental)
-            return self.sync_forward()
+        if cuda_stream is not None or self._runner.defers(self._chain):
+            self.submit_forward(
+                hidden_states, topk_ids, topk_weights, cuda_stream, out=out, incremental=incremental
+            )
+            return self.sync_forward(cuda_stream=cuda_stream)
         batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental)
         self._runner.run(batch, self.gpu_experts_mask)
         return batch.out
@@ -129,10 +135,22 @@ class BaseMoEWrapper(MoELayer):
         RuntimeError
             A pass of this layer is pending, or, with deferred experts, one before was not drained.
         """
-        self._check_stream(cuda_stream)
+        if cuda_stream is not None:
+            self._check_streams_can(incremental)
+            batch = hidden_states, topk_ids, topk_weights
+            self._stream_pass.submit(batch, cuda_stream, self.gpu_experts_mask, out)
+            return
         self._pending.submit(
             lambda: self._start(Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental))
         )
+
+    def _check_streams_can(self, incremental: bool) -> None:
+        if not self.loaded:
+            raise RuntimeError(f"submit_forward: layer {self.layer_idx} has no weights yet")
+        if self._runner.defers(self._chain):
+            raise RuntimeError("cuda_stream: got one with deferred experts, expected None or none deferred")
+        if incremental:
+            raise ValueError("incremental: got True with a cuda_stream, expected False")
 
     def _start(self, batch: Batch) -> tuple[Array, list[int]]:
         """Queue a batch: its output, and the tickets to wait for."""
@@ -141,7 +159,7 @@ class BaseMoEWrapper(MoELayer):
         return batch.out, self._runner.submit(batch, self.gpu_experts_mask)
 
     def sync_forward(self, hidden_states: Any = None, cuda_stream: Any = None) -> Array:
-        """Wait for the pass that was submitted and give its result.
+        """Wait for the pass that was submitted and give its result; with a stream, that is who waits.
 
         Raises
         ------
@@ -150,7 +168,9 @@ class BaseMoEWrapper(MoELayer):
         IndexError
             An expert id of E or above was submitted.
         """
-        self._check_stream(cuda_stream)
+        if cuda_stream is not None:
+            result: Array = self._stream_pass.sync(cuda_stream)
+            return result
         return self._pending.sync()
 
     @classmethod

@@ -1,0 +1,52 @@
+// CUDA in Python: whether there is a driver, copies in streams, pages that are locked.
+#include "bindings/arrays.h"
+#include "bindings/module.h"
+#include "bindings/stream_calls.h"
+
+namespace ktmoe::bindings {
+
+StreamCalls& stream_calls() {
+  static StreamCalls* calls = new StreamCalls;  // the driver may call until the process is gone
+  return *calls;
+}
+
+namespace {
+
+void copy_to_host(nb::handle to, uint64_t from, uint64_t stream) {
+  const Array host = Array::write(to, "to");
+  host.expect_contiguous();
+  CudaDriver::get().copy(reinterpret_cast<uint64_t>(host.as<void>()), from, host.bytes(), as_stream(stream));
+}
+
+void copy_to_device(uint64_t to, nb::handle from, uint64_t stream) {
+  const Array host = Array::read(from, "from");
+  host.expect_contiguous();
+  CudaDriver::get().copy(to, reinterpret_cast<uint64_t>(host.as<void>()), host.bytes(), as_stream(stream));
+}
+
+void lock_pages(nb::handle array) {
+  const Array host = Array::write(array, "array");
+  host.expect_contiguous();
+  CudaDriver::get().lock_pages(host.as<void>(), host.bytes());
+}
+
+void unlock_pages(uint64_t address) {
+  if (CudaDriver::is_there()) CudaDriver::get().unlock_pages(reinterpret_cast<void*>(address));
+}
+
+}  // namespace
+
+void bind_cuda(nb::module_& m) {
+  m.def("is_available", &CudaDriver::is_there, "Whether there is a driver that finds a GPU.");
+  m.def(
+      "copy_to_host", &copy_to_host, nb::arg("to"), nb::arg("address"), nb::arg("stream"),
+      "Copy, in a stream, from an address of a device to an array of the host, which must live until then.");
+  m.def(
+      "copy_to_device", &copy_to_device, nb::arg("address"), nb::arg("array"), nb::arg("stream"),
+      "Copy, in a stream, from an array of the host, which must live until then, to an address of a device.");
+  m.def("lock_pages", &lock_pages, nb::arg("array"),
+        "Lock an array's pages, so that copies do not wait for the CPU.");
+  m.def("unlock_pages", &unlock_pages, nb::arg("address"), "Unlock pages by the address of their array.");
+}
+
+}  // namespace ktmoe::bindings

@@ -1,0 +1,55 @@
+// What is used of the CUDA driver, found at run time: nothing of CUDA is needed to build, nor to run without
+// it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace ktmoe {
+
+class CudaDriver {
+ public:
+  using Stream = void*;  // CUstream; null is the default stream
+  using HostFunction = void (*)(void* data);
+
+  // The driver, or std::runtime_error that says why there is none. KTMOE_CUDA_DRIVER names another library.
+  static const CudaDriver& get();
+  static bool is_there();
+
+  // Calls `function` when all that is in the stream has been done; what follows in it waits for that. The
+  // function must not call CUDA. Throws std::runtime_error with the driver's message, as all below.
+  void launch(Stream stream, HostFunction function, void* data) const;
+  // Whether what is launched becomes part of a graph, to be done any number of times.
+  bool is_capturing(Stream stream) const;
+  // In the stream; addresses of the host or of a device.
+  void copy(uint64_t to, uint64_t from, size_t bytes, Stream stream) const;
+  // Locks pages, so that copies need not wait for the CPU.
+  void lock_pages(void* begin, size_t bytes) const;
+  void unlock_pages(void* begin) const noexcept;
+
+ private:
+  CudaDriver();
+  static const CudaDriver* find(std::string& why_not);
+
+  template <class Function>
+  void load(Function& function, const char* name);
+  void check(int result, const char* what) const;
+  void use_context_of(Stream stream) const;
+
+  void* library_ = nullptr;
+  int (*init_)(unsigned flags) = nullptr;
+  int (*device_count_)(int* count) = nullptr;
+  int (*retain_primary_context_)(void** context, int device) = nullptr;
+  int (*get_current_context_)(void** context) = nullptr;
+  int (*set_current_context_)(void* context) = nullptr;
+  int (*stream_context_)(Stream stream, void** context) = nullptr;
+  int (*launch_)(Stream stream, HostFunction function, void* data) = nullptr;
+  int (*is_capturing_)(Stream stream, int* status) = nullptr;
+  int (*copy_)(uint64_t to, uint64_t from, size_t bytes, Stream stream) = nullptr;
+  int (*lock_)(void* begin, size_t bytes, unsigned flags) = nullptr;
+  int (*unlock_)(void* begin) = nullptr;
+  int (*error_text_)(int result, const char** text) = nullptr;
+};
+
+}  // namespace ktmoe

@@ -1,0 +1,97 @@
+#include "runtime/stream_calls.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+namespace ktmoe {
+
+// A task as a stream submits it, perhaps not for the last time. Its exceptions are the stream's.
+class StreamCalls::Submitted final : public Task {
+ public:
+  explicit Submitted(const Call& call) : all_(*call.all), task_(call.task), result_(call.result) {}
+
+  void run() override {
+    try {
+      task_->run();
+    } catch (...) {
+      std::fill(result_.begin(), result_.end(), std::byte{0xff});
+      all_.add_error(std::current_exception());
+    }
+  }
+
+ private:
+  StreamCalls& all_;
+  std::shared_ptr<Task> task_;
+  std::span<std::byte> result_;
+};
+
+void StreamCalls::submit(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine,
+                         std::shared_ptr<Task> task, std::span<std::byte> result) {
+  auto call = std::make_unique<Call>();
+  call->engine = std::move(engine), call->task = std::move(task), call->result = result;
+  launch(stream, std::move(call));
+}
+
+void StreamCalls::sync(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine,
+                       uint64_t allow_n_pending) {
+  auto call = std::make_unique<Call>();
+  call->engine = std::move(engine), call->allow_n_pending = allow_n_pending;
+  launch(stream, std::move(call));
+}
+
+void StreamCalls::launch(CudaDriver::Stream stream, std::unique_ptr<Call> call) {
+  const CudaDriver& driver = CudaDriver::get();
+  call->all = this, call->is_captured = driver.is_capturing(stream);
+  Call* data = call.get();
+  {
+    const std::lock_guard lock(mutex_);
+    calls_.push_back(std::move(call));
+  }
+  try {
+    driver.launch(stream, happen, data);
+  } catch (...) {
+    data->is_captured = false, data->has_happened.store(true);  // forgotten by the next settle()
+    throw;
+  }
+}
+
+// On a thread of the driver, which an exception must not reach.
+void StreamCalls::happen(void* data) {
+  Call& call = *static_cast<Call*>(data);
+  try {
+    if (call.task != nullptr) {
+      call.engine->submit(std::make_unique<Submitted>(call));
+    } else {
+      call.engine->finish(call.allow_n_pending);
+    }
+  } catch (...) {
+    call.all->add_error(std::current_exception());
+  }
+  if (!call.is_captured) call.has_happened.store(true);
+}
+
+void StreamCalls::add_error(std::exception_ptr error) {
+  const std::lock_guard lock(mutex_);
+  if (first_error_ == nullptr) first_error_ = std::move(error);
+}
+
+void StreamCalls::settle() {
+  std::vector<std::unique_ptr<Call>> happened;  // destroyed without the lock
+  std::exception_ptr error;
+  {
+    const std::lock_guard lock(mutex_);
+    for (auto at = calls_.begin(); at != calls_.end();) {
+      const auto next = std::next(at);
+      if ((*at)->has_happened.load()) {
+        happened.push_back(std::move(*at));
+        calls_.erase(at);
+      }
+      at = next;
+    }
+    error = std::exchange(first_error_, nullptr);
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace ktmoe

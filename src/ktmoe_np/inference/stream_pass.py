@@ -1,0 +1,96 @@
+"""Forward passes on arrays of a GPU: copied down, computed and copied up in the order of a CUDA stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import kt_kernel_ext as ext
+from .._arrays import Array, bfloat16
+from .._device import DeviceArray, device_array, new_like, stream_handle
+from ..buffers import KExpertsCPUBuffer
+from ..config import MoEConfig
+
+__all__ = ["StreamPass"]
+
+
+class StreamPass:
+    """One pass of a layer: begun by `submit`, ended by `sync`. Neither waits for the GPU, nor the CPU.
+
+    Parameters
+    ----------
+    layer : ext.moe.MoE_Interface
+    engine : ext.CPUInfer
+    config : MoEConfig
+    chunk_size : int
+        Tokens of a task, at most.
+    """
+
+    def __init__(
+        self, layer: ext.moe.MoE_Interface, engine: ext.CPUInfer, config: MoEConfig, chunk_size: int
+    ) -> None:
+        self._layer, self._engine, self._config, self._chunk_size = layer, engine, config, chunk_size
+        self._begun: tuple[DeviceArray, Array] | None = None
+
+    def submit(
+        self, batch: tuple[Any, Any, Any], cuda_stream: Any, skip_experts: Array | None, out: Any
+    ) -> None:
+        """Let a stream copy a batch (hidden states, ids, weights) to the host and submit its pass.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument of another kind, dtype or shape.
+        RuntimeError
+            A pass is pending, there is no CUDA driver, or it refuses.
+        """
+        c, stream = self._config, stream_handle(cuda_stream)
+        if self._begun is not None:
+            raise RuntimeError(
+                f"submit_forward: a pass of layer {c.layer_idx} is pending, call sync_forward first"
+            )
+        hidden_states, topk_ids, topk_weights = batch
+        x = device_array(hidden_states, "hidden_states", bfloat16, ("T", c.hidden_size))
+        num = x.shape[0]
+        ids = device_array(topk_ids, "topk_ids", np.int64, (num, c.num_experts_per_tok))
+        weights = device_array(topk_weights, "topk_weights", np.float32, (num, c.num_experts_per_tok))
+        target = new_like(hidden_states) if out is None else out
+        result = device_array(target, "out", bfloat16, (num, c.hidden_size))
+        slots = KExpertsCPUBuffer.get_buffer(num, c.hidden_size, c.num_experts_per_tok)
+        slot = slots[c.layer_idx % len(slots)]
+        slot.lock_pages()
+        tasks = [
+            self._layer.forward_task(
+                slot.input,
+                slot.immediate_ids,
+                slot.weights,
+                slot.output,
+                skip_experts=skip_experts,
+                first_token=first,
+                num_tokens=min(self._chunk_size, num - first),
+            )
+            for first in range(0, num, self._chunk_size)
+        ]
+        for source, to in ((x, slot.input), (ids, slot.immediate_ids), (weights, slot.weights)):
+            ext.cuda.copy_to_host(to, source.address, stream)
+        for task in tasks:
+            self._engine.submit_with_cuda_stream(stream, task, slot.output)
+        self._begun = result, slot.output
+
+    def sync(self, cuda_stream: Any) -> Any:
+        """Let a stream wait for the pass and copy its result to the device: the array that will have it.
+
+        Raises
+        ------
+        RuntimeError
+            None is pending.
+        """
+        stream = stream_handle(cuda_stream)
+        if self._begun is None:
+            where = f"no pass of layer {self._config.layer_idx} is pending in a stream"
+            raise RuntimeError(f"sync_forward: {where}, call submit_forward first")
+        (result, output), self._begun = self._begun, None
+        self._engine.sync_with_cuda_stream(stream)
+        ext.cuda.copy_to_device(result.address, output, stream)
+        return result.owner

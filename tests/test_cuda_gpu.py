@@ -1,0 +1,114 @@
+"""CUDA streams on a real GPU: arrays of torch and CuPy, and graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from layers import assert_same_bits, bf16, draw, draw_batch, draw_layer
+
+from ktmoe_np import KTMoEWrapper
+
+torch = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+E, I, H, P, T = 5, 24, 40, 2, 6  # noqa: E741
+
+
+def on_gpu(array: Any) -> Any:
+    if array.dtype == bf16:
+        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16).cuda()
+    return torch.from_numpy(array).cuda()
+
+
+def on_cpu(tensor: Any) -> Any:
+    return tensor.cpu().view(torch.uint16).numpy().view(bf16)
+
+
+@pytest.fixture(scope="module")
+def case() -> Any:
+    rng = np.random.default_rng(0)
+    layer = draw_layer(rng, E, I, H)
+    return layer.wrapper(P), draw_batch(rng, layer, T, P)
+
+
+def test_arrays_of_torch(case: Any) -> None:
+    moe, batch = case
+    x, ids, weights = map(on_gpu, batch)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = moe.forward(x, ids, weights, cuda_stream=stream)
+        doubled = result * 2
+    stream.synchronize()
+    assert result.is_cuda
+    assert_same_bits(on_cpu(result), moe.forward(*batch))
+    assert_same_bits(on_cpu(doubled), moe.forward(*batch) * bf16.type(2))
+
+
+def test_many_passes_one_after_the_other(case: Any) -> None:
+    moe, batch = case
+    x, ids, weights = map(on_gpu, batch)
+    stream = torch.cuda.current_stream()
+    found = x
+    for _ in range(20):
+        found = moe.forward(found, ids, weights, cuda_stream=stream)
+    expected = batch.x
+    for _ in range(20):
+        expected = moe.forward(expected, *batch[1:])
+    assert_same_bits(on_cpu(found), expected)
+
+
+def test_a_graph_of_torch(case: Any) -> None:
+    moe, batch = case
+    KTMoEWrapper.set_capture_batch_sizes([T])
+    try:
+        x, ids, weights = map(on_gpu, batch)
+        moe.forward(x, ids, weights, cuda_stream=torch.cuda.current_stream())  # locks its buffers
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = moe.forward(x * 2, ids, weights, cuda_stream=torch.cuda.current_stream())
+        for seed in range(3):
+            new = draw(np.random.default_rng(seed), T, H)
+            x.copy_(on_gpu(new))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert_same_bits(on_cpu(result), moe.forward(new * bf16.type(2), *batch[1:]))
+    finally:
+        KTMoEWrapper.set_capture_batch_sizes([])
+
+
+def test_exceptions_of_a_stream(case: Any) -> None:
+    moe, batch = case
+    x, ids, weights = map(on_gpu, batch)
+    moe.forward(x, ids + E, weights, cuda_stream=torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    with pytest.raises(IndexError, match="topk_ids: got expert"):
+        moe.cpu_infer.sync()
+
+
+def test_arrays_of_the_gpu_are_refused_without_a_stream(case: Any) -> None:
+    moe, batch = case
+    for i, name in enumerate(("hidden_states", "topk_ids", "topk_weights")):
+        arrays = [on_gpu(array) if at == i else array for at, array in enumerate(batch)]
+        with pytest.raises(TypeError, match=f"{name}: got"):
+            moe.forward(*arrays)
+
+
+def test_arrays_of_cupy(case: Any) -> None:
+    cupy = pytest.importorskip("cupy")
+    moe, batch = case
+    try:
+        x = cupy.asarray(batch.x)
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"this CuPy has no bfloat16: {error}")
+    stream = cupy.cuda.Stream()
+    with stream:
+        ids, weights = cupy.asarray(batch.ids), cupy.asarray(batch.weights)
+        result = moe.forward(x, ids, weights, cuda_stream=stream)
+    stream.synchronize()
+    assert type(result) is type(x)
+    assert_same_bits(cupy.asnumpy(result), moe.forward(*batch))

@@ -1,0 +1,247 @@
+"""CUDA streams that submit passes and wait for them, by a driver that needs no GPU."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from layers import run_python
+
+#: What the scripts begin with: a layer, a batch on the host and on the device, the result of the former.
+BEGIN = """
+import gc, numpy as np, time
+from fake_cuda import DeviceArray, Stream, num_locked
+from layers import assert_same_bits, bf16, draw, draw_batch, draw_layer
+from ktmoe_np import KExpertsCPUBuffer
+from ktmoe_np import kt_kernel_ext as ext
+
+rng = np.random.default_rng(0)
+layer = draw_layer(rng, 5, 24, 40)
+batch = draw_batch(rng, layer, 6, 2)
+moe = layer.wrapper(2)
+expected = moe.forward(*batch)
+x, ids, w = map(DeviceArray, batch)
+out = DeviceArray(np.zeros((6, 40), bf16))
+stream = Stream()
+
+def raised(call, *arguments, **named):
+    try:
+        call(*arguments, **named)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+"""
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The library."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the driver with")
+    library = tmp_path_factory.mktemp("cuda") / "libfake_cuda.so"
+    source = Path(__file__).with_name("fake_cuda.cpp")
+    options = ["-std=c++20", "-shared", "-fPIC", "-pthread", "-O1"]
+    subprocess.run([compiler, *options, str(source), "-o", str(library)], check=True)
+    return str(library)
+
+
+def run(driver: str, script: str, **env: str) -> Any:
+    begin = "\n".join(BEGIN.splitlines())
+    lines = "\n".join(line.removeprefix("        ") for line in script.splitlines())
+    done = run_python(f"{begin}\n{lines}", env={"KTMOE_CUDA_DRIVER": driver, **env})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_pass_in_a_stream(driver: str) -> None:
+    run(
+        driver,
+        """
+        result = moe.forward(x, ids, w, cuda_stream=stream, out=out)
+        assert result is out
+        stream.synchronize()
+        assert_same_bits(out.value, expected)
+        assert num_locked() == 1
+        moe.forward(x, ids, w, cuda_stream=stream.cuda_stream, out=out)
+        stream.synchronize()
+        assert num_locked() == 1
+        """,
+    )
+
+
+def test_the_default_stream_and_parts_of_a_batch(driver: str) -> None:
+    run(
+        driver,
+        """
+        from fake_cuda import _driver
+        small = layer.wrapper(2, chunked_prefill_size=4)
+        small.forward(x, ids, w, cuda_stream=0, out=out)
+        _driver.fake_stream_synchronize(None)
+        assert_same_bits(out.value, expected)
+        """,
+    )
+
+
+def test_layers_follow_each_other_without_waiting(driver: str) -> None:
+    run(
+        driver,
+        """
+        layers = [draw_layer(rng, 5, 24, 40) for _ in range(5)]
+        moes = [one.wrapper(2, layer_idx=i) for i, one in enumerate(layers)]
+        outs, before = [x], batch.x
+        for moe in moes:
+            outs.append(DeviceArray(np.zeros((6, 40), bf16)))
+            moe.submit_forward(outs[-2], ids, w, stream, out=outs[-1])
+            assert moe.sync_forward(cuda_stream=stream) is outs[-1]
+        stream.synchronize()
+        for moe, found in zip(moes, outs[1:], strict=True):
+            before = moe.forward(before, *batch[1:])
+            assert_same_bits(found.value, before)
+        """,
+    )
+
+
+def test_a_graph_repeats_a_pass_on_new_numbers(driver: str) -> None:
+    run(
+        driver,
+        """
+        stream.capture(True)
+        moe.forward(x, ids, w, cuda_stream=stream, out=out)
+        stream.capture(False)
+        stream.synchronize()
+        assert not out.value.any()
+        for _ in range(3):
+            x.value[...] = draw(rng, 6, 40)
+            stream.replay()
+            stream.synchronize()
+            assert_same_bits(out.value, moe.forward(x.value, *batch[1:]))
+        """,
+    )
+
+
+def test_exceptions_come_with_the_next_call(driver: str) -> None:
+    said = run(
+        driver,
+        """
+        wrong = DeviceArray(np.full((6, 2), 5))
+        moe.forward(x, wrong, w, cuda_stream=stream, out=out)
+        stream.synchronize()
+        assert np.isnan(out.value.astype(np.float32)).all()
+        print(raised(moe.cpu_infer.sync_with_cuda_stream, stream.cuda_stream))
+        print(raised(moe.cpu_infer.sync))
+        moe.forward(x, wrong, w, cuda_stream=stream, out=out)
+        stream.synchronize()
+        print(raised(moe.cpu_infer.sync))
+        moe.forward(x, ids, w, cuda_stream=stream, out=out)
+        stream.synchronize()
+        assert_same_bits(out.value, expected)
+        """,
+    )
+    error = "IndexError: topk_ids: got expert 5 at [0, 0], expected ids below 5 (negative ids are skipped)"
+    assert said.splitlines() == [error, "nothing", error]
+
+
+def test_a_stream_waits_for_tasks_of_the_host(driver: str) -> None:
+    run(
+        driver,
+        """
+        result = np.zeros((6, 40), bf16)
+        task = moe._layer.forward_task(*batch, result)
+        moe.cpu_infer.submit_with_cuda_stream(stream.cuda_stream, task)
+        moe.cpu_infer.sync_with_cuda_stream(stream.cuda_stream)
+        stream.synchronize()
+        assert_same_bits(result, expected)
+        moe.cpu_infer.sync_with_cuda_stream(stream.cuda_stream, allow_n_pending=3)
+        stream.synchronize()
+        """,
+    )
+
+
+def test_locked_buffers_are_let_go(driver: str) -> None:
+    run(
+        driver,
+        """
+        for tokens in (1, 2, 3):
+            part = [DeviceArray(array[:tokens]) for array in batch]
+            moe.forward(*part, cuda_stream=stream, out=DeviceArray(out.value[:tokens]))
+            stream.synchronize()
+        assert num_locked() >= 1
+        moe.cpu_infer.sync()
+        del moe
+        KExpertsCPUBuffer.clear_buffer_cache()
+        gc.collect()
+        assert num_locked() == 0, num_locked()
+        """,
+    )
+
+
+def test_what_is_wrong(driver: str) -> None:
+    said = run(
+        driver,
+        """
+        from ktmoe_np import KTMoEWrapper
+        call = moe.submit_forward
+        short, long = DeviceArray(batch.ids.astype(np.int32)), DeviceArray(np.zeros((6, 41), bf16))
+        print(raised(call, batch.x, ids, w, stream, out=out))
+        print(raised(call, x, batch.ids, w, stream, out=out))
+        print(raised(call, x, short, w, stream, out=out))
+        print(raised(call, long, ids, w, stream, out=out))
+        print(raised(call, x, ids, w, stream))
+        print(raised(call, x, ids, w, stream, out=DeviceArray(np.zeros((6, 40), np.float32))))
+        print(raised(call, DeviceArray(batch.x, (2, 12)), ids, w, stream, out=out))
+        print(raised(call, x, ids, w, "stream", out=out))
+        print(raised(call, x, ids, w, -1, out=out))
+        print(raised(call, x, ids, w, stream, out=out, incremental=True))
+        print(raised(moe.sync_forward, cuda_stream=stream))
+        call(x, ids, w, stream, out=out)
+        print(raised(call, x, ids, w, stream, out=out))
+        moe.sync_forward(cuda_stream=stream)
+        empty = KTMoEWrapper(3, 5, 2, 40, 24)
+        print(raised(empty.forward, x, ids, w, stream, out=out))
+        deferring = layer.wrapper(2, max_deferred_experts_per_token=1)
+        print(raised(deferring.forward, x, ids, w, stream, out=out))
+        print(raised(moe.forward, x, batch.ids, batch.weights))
+        stream.synchronize()
+        stream.destroy()
+        print(raised(call, x, ids, w, stream, out=out))
+        """,
+    )
+    assert said.splitlines() == [
+        "TypeError: hidden_states: got ndarray on the CPU, expected bfloat16 [T, 40] on a CUDA device",
+        "TypeError: topk_ids: got ndarray on the CPU, expected int64 [6, 2] on a CUDA device",
+        "TypeError: topk_ids: got int32 [6, 2], expected int64 [6, 2] on a CUDA device",
+        "ValueError: hidden_states: got bfloat16 [6, 41], expected bfloat16 [T, 40] on a CUDA device",
+        "TypeError: out: got None, expected an array on the device to write to: a DeviceArray cannot be made",
+        "TypeError: out: got float32 [6, 40], expected bfloat16 [6, 40] on a CUDA device",
+        "TypeError: hidden_states: got gaps in an array, expected bfloat16 [T, 40] on a CUDA device",
+        "TypeError: cuda_stream: got 'stream', expected a stream of torch or CuPy, or the handle of one",
+        "TypeError: cuda_stream: got -1, expected a stream of torch or CuPy, or the handle of one",
+        "ValueError: incremental: got True with a cuda_stream, expected False",
+        "RuntimeError: sync_forward: no pass of layer 0 is pending in a stream, call submit_forward first",
+        "RuntimeError: submit_forward: a pass of layer 0 is pending, call sync_forward first",
+        "RuntimeError: submit_forward: layer 3 has no weights yet",
+        "RuntimeError: cuda_stream: got one with deferred experts, expected None or none deferred",
+        "TypeError: hidden_states: got DeviceArray, expected an array of bfloat16 [T, H]",
+        "RuntimeError: cuda: cuMemcpyAsync: invalid resource handle (400)",
+    ]
+
+
+def test_without_a_driver_or_a_gpu(driver: str) -> None:
+    script = """
+        print(ext.cuda.is_available())
+        print(raised(moe.forward, x, ids, w, stream, out=out))
+        assert_same_bits(moe.forward(*batch), expected)
+        """
+    said = run(driver, script, FAKE_CUDA_NO_GPU="1")
+    assert said.splitlines() == ["False", "RuntimeError: cuda: the driver finds no GPU"]
+    none = script.replace(
+        "print(ext", "import os; os.environ['KTMOE_CUDA_DRIVER'] = '/no/driver.so'\n        print(ext"
+    )
+    said = run(driver, none)
+    assert said.startswith(
+        "False\nRuntimeError: cuda: no driver: /no/driver.so: cannot open shared object file"
+    )
