@@ -84,10 +84,12 @@ def test_a_graph_of_torch(case: Any) -> None:
 def test_exceptions_of_a_stream(case: Any) -> None:
     moe, batch = case
     x, ids, weights = map(on_gpu, batch)
-    moe.forward(x, ids + E, weights, cuda_stream=torch.cuda.current_stream())
+    moe.submit_forward(x, ids + E, weights, torch.cuda.current_stream())
     torch.cuda.synchronize()
+    moe.cpu_infer.wait(moe.cpu_infer.num_submitted)
     with pytest.raises(IndexError, match="topk_ids: got expert"):
-        moe.cpu_infer.sync()
+        moe.sync_forward(cuda_stream=torch.cuda.current_stream())
+    moe.cpu_infer.sync()
 
 
 def test_arrays_of_the_gpu_are_refused_without_a_stream(case: Any) -> None:

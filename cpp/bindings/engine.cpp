@@ -39,9 +39,10 @@ void wait(CPUInfer& engine, uint64_t ticket) {
 }
 
 void sync(CPUInfer& engine, uint64_t allow_n_pending) {
-  stream_calls().settle();
+  stream_calls().forget_happened();
   const uint64_t submitted = engine.num_submitted(), last = submitted - std::min(submitted, allow_n_pending);
   wait_in_slices(engine, [&](auto slice) { return engine.sync_for(last, slice); });
+  stream_calls().rethrow();
 }
 
 uint64_t submit(CPUInfer& engine, PythonTask& task) {
@@ -69,7 +70,7 @@ void bind_streams(nb::class_<CPUInfer>& engine) {
               const Array array = Array::write(result, "result");
               bytes = {array.expect_contiguous().as<std::byte>(), array.bytes()};
             }
-            stream_calls().settle();
+            stream_calls().forget_happened();
             stream_calls().submit(as_stream(stream), std::move(engine), task.take(), bytes);
           },
           nb::arg("stream"), nb::arg("task"), nb::arg("result").none() = nb::none(),
@@ -88,22 +89,21 @@ result : array of floats, optional
 Raises
 ------
 RuntimeError
-    There is no CUDA driver, or it refuses; or a task of a stream has raised since the last call.)")
+    There is no CUDA driver, or it refuses.)")
       .def(
           "sync_with_cuda_stream",
           [](std::shared_ptr<CPUInfer> engine, uint64_t stream, uint64_t allow_n_pending) {
-            stream_calls().settle();
+            stream_calls().forget_happened();
             stream_calls().sync(as_stream(stream), std::move(engine), allow_n_pending);
+            stream_calls().rethrow();
           },
           nb::arg("stream"), nb::arg("allow_n_pending") = 0,
           R"(Let a CUDA stream wait, at this point, until at most `allow_n_pending` tasks are unfinished; returns at once.
 
-Exceptions of tasks that streams submit are raised by the next call of this, of `submit_with_cuda_stream` or of `sync`.)");
+Exceptions of tasks that streams have submitted are raised by this, when all is said to the stream, or by `sync`.)");
 }
 
-}  // namespace
-
-void bind_engine(nb::module_& m) {
+void bind_pool(nb::module_& m) {
   nb::class_<WorkerPoolConfig>(m, "WorkerPoolConfig",
                                R"(Threads of an engine, in sub-pools that stay on a NUMA node.
 
@@ -132,7 +132,12 @@ subpool_thread_count : list of int
       .def_prop_ro("num_threads", [](const WorkerPool& pool) { return pool.num_threads(); })
       .def_prop_ro("num_subpools", &WorkerPool::num_subpools)
       .def_prop_ro("config", &WorkerPool::config, nb::rv_policy::copy);
+}
 
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  bind_pool(m);
   nb::class_<PythonTask>(m, "Task", "Work for an engine, made by a layer; it can be submitted once.");
 
   nb::class_<CPUInfer> engine(

@@ -51,7 +51,7 @@ void StreamCalls::launch(CudaDriver::Stream stream, std::unique_ptr<Call> call) 
   try {
     driver.launch(stream, happen, data);
   } catch (...) {
-    data->is_captured = false, data->has_happened.store(true);  // forgotten by the next settle()
+    data->is_captured = false, data->has_happened.store(true);  // forgotten soon
     throw;
   }
 }
@@ -76,19 +76,23 @@ void StreamCalls::add_error(std::exception_ptr error) {
   if (first_error_ == nullptr) first_error_ = std::move(error);
 }
 
-void StreamCalls::settle() {
+void StreamCalls::forget_happened() {
   std::vector<std::unique_ptr<Call>> happened;  // destroyed without the lock
+  const std::lock_guard lock(mutex_);
+  for (auto at = calls_.begin(); at != calls_.end();) {
+    const auto next = std::next(at);
+    if ((*at)->has_happened.load()) {
+      happened.push_back(std::move(*at));
+      calls_.erase(at);
+    }
+    at = next;
+  }
+}
+
+void StreamCalls::rethrow() {
   std::exception_ptr error;
   {
     const std::lock_guard lock(mutex_);
-    for (auto at = calls_.begin(); at != calls_.end();) {
-      const auto next = std::next(at);
-      if ((*at)->has_happened.load()) {
-        happened.push_back(std::move(*at));
-        calls_.erase(at);
-      }
-      at = next;
-    }
     error = std::exchange(first_error_, nullptr);
   }
   if (error) std::rethrow_exception(error);

@@ -26,9 +26,10 @@ class StreamCalls {
   // When the stream comes there, it waits until at most so many of the engine's tasks are unfinished.
   void sync(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine, uint64_t allow_n_pending);
 
-  // Forgets calls that have happened, for a thread that may destroy what they hold, and throws the first
-  // exception of their tasks since the last time.
-  void settle();
+  // Forgets calls that have happened, for a thread that may destroy what they hold.
+  void forget_happened();
+  // Throws the first exception of their tasks since the last time.
+  void rethrow();
 
  private:
   struct Call {

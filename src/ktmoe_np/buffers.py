@@ -38,16 +38,16 @@ class BufferSlot:
     def allocate(cls, batch_size: int, hidden_size: int, num_experts_per_tok: int) -> BufferSlot:
         """Fresh arrays; the system gives them memory when they are first written."""
         rows, routes = (batch_size, hidden_size), (batch_size, num_experts_per_tok)
-        return cls(
-            *_in_pages_of_their_own(
-                (rows, bfloat16),
-                (routes, np.dtype(np.int64)),
-                (routes, np.dtype(np.int64)),
-                (routes, np.dtype(np.float32)),
-                (rows, bfloat16),
-                (rows, np.dtype(np.float32)),
-            )
-        )
+        ids, floats = np.dtype(np.int64), np.dtype(np.float32)
+        arrays = {
+            "input": (rows, bfloat16),
+            "immediate_ids": (routes, ids),
+            "deferred_ids": (routes, ids),
+            "weights": (routes, floats),
+            "output": (rows, bfloat16),
+            "deferred_output": (rows, floats),
+        }
+        return cls(**_in_pages_of_their_own(arrays))
 
     def lock_pages(self) -> None:
         """Lock the arrays in memory, once, for copies from and to a GPU that need not wait for the CPU.
@@ -62,23 +62,26 @@ class BufferSlot:
         block: Array = self.input
         while isinstance(block.base, np.ndarray):
             block = block.base
-        pages = block[-block.ctypes.data % _PAGE :][: len(block) - _PAGE]
+        begin = -block.ctypes.data % _PAGE
+        pages = block[begin : begin + (len(block) - begin) // _PAGE * _PAGE]
         ext.cuda.lock_pages(pages)
         weakref.finalize(block, ext.cuda.unlock_pages, pages.ctypes.data)
         self.is_locked = True
 
 
-def _in_pages_of_their_own(*arrays: tuple[tuple[int, int], np.dtype[Any]]) -> list[Array]:
+def _in_pages_of_their_own(arrays: dict[str, tuple[tuple[int, int], np.dtype[Any]]]) -> dict[str, Any]:
     """Arrays of those shapes and dtypes one after the other in a block of whole pages."""
-    sizes = [-(-shape[0] * shape[1] * dtype.itemsize // _LINE) * _LINE for shape, dtype in arrays]
-    block = np.empty(-(-sum(sizes) // _PAGE) * _PAGE + _PAGE, np.uint8)
-    at = -block.ctypes.data % _PAGE
-    found = []
-    for (shape, dtype), size in zip(arrays, sizes, strict=True):
-        num_bytes = shape[0] * shape[1] * dtype.itemsize
-        found.append(block[at : at + num_bytes].view(dtype).reshape(shape))
-        at += size
+    sizes = {name: shape[0] * shape[1] * dtype.itemsize for name, (shape, dtype) in arrays.items()}
+    block = np.empty(sum(_rounded(size, _LINE) for size in sizes.values()) + 2 * _PAGE, np.uint8)
+    at, found = -block.ctypes.data % _PAGE, {}
+    for name, (shape, dtype) in arrays.items():
+        found[name] = block[at : at + sizes[name]].view(dtype).reshape(shape)
+        at += _rounded(sizes[name], _LINE)
     return found
+
+
+def _rounded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 @dataclass

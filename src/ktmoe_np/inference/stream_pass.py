@@ -85,12 +85,16 @@ class StreamPass:
         ------
         RuntimeError
             None is pending.
+        IndexError
+            A pass of a stream has met an expert id of E or above; its result is NaN.
         """
         stream = stream_handle(cuda_stream)
         if self._begun is None:
             where = f"no pass of layer {self._config.layer_idx} is pending in a stream"
             raise RuntimeError(f"sync_forward: {where}, call submit_forward first")
         (result, output), self._begun = self._begun, None
-        self._engine.sync_with_cuda_stream(stream)
-        ext.cuda.copy_to_device(result.address, output, stream)
+        try:
+            self._engine.sync_with_cuda_stream(stream)
+        finally:  # also when it raises what a pass has raised, this one or another: the stream goes on
+            ext.cuda.copy_to_device(result.address, output, stream)
         return result.owner
