@@ -1,5 +1,6 @@
 // A CUDA driver for tests without a GPU: streams are threads that do what they are given in order, memory of
 // a device is the host's, and a stream that is being captured keeps what it is given, to be replayed.
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -10,6 +11,7 @@
 #include <mutex>
 #include <set>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -73,7 +75,9 @@ std::set<void*>& locked() {
   return *all;
 }
 int num_contexts_set = 0;
+int num_captures = 0;
 thread_local void* context = nullptr;
+thread_local int capture_mode = 0;
 
 Stream* find(void* handle) {
   static auto* standard = new Stream;
@@ -118,12 +122,15 @@ int cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, void* stream) {
   found->add([=] { std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes); });
   return 0;
 }
+int cuThreadExchangeStreamCaptureMode(int* mode) { return std::swap(*mode, capture_mode), 0; }
 int cuMemHostRegister_v2(void* begin, size_t, unsigned) {
   const std::lock_guard lock(mutex);
+  if (num_captures > 0 && capture_mode != 2) return 900;
   return locked().insert(begin).second ? 0 : 712;
 }
 int cuMemHostUnregister(void* begin) {
   const std::lock_guard lock(mutex);
+  if (num_captures > 0 && capture_mode != 2) return 900;
   return locked().erase(begin) == 1 ? 0 : 713;
 }
 int cuGetErrorString(int result, const char** text) {
@@ -144,7 +151,14 @@ void fake_stream_destroy(void* stream) {
   streams().erase(stream);
 }
 void fake_stream_synchronize(void* stream) { find(stream)->synchronize(); }
-void fake_capture(void* stream, int begin) { find(stream)->is_capturing = begin != 0; }
+void fake_capture(void* stream, int begin) {
+  find(stream)->is_capturing = begin != 0;
+  const std::lock_guard lock(mutex);
+  num_captures += begin != 0 ? 1 : -1;
+}
+void fake_stall(void* stream, int milliseconds) {
+  find(stream)->add([=] { std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds)); });
+}
 void fake_replay(void* stream) {
   Stream* found = find(stream);
   for (const Work& work : found->captured) found->add(work);

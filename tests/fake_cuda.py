@@ -32,6 +32,10 @@ class Stream:
         """Do what was captured."""
         _driver.fake_replay(ctypes.c_void_p(self.cuda_stream))
 
+    def stall(self, milliseconds: int) -> None:
+        """Do nothing for some time."""
+        _driver.fake_stall(ctypes.c_void_p(self.cuda_stream), milliseconds)
+
     def destroy(self) -> None:
         """Forget the stream: its handle is none any more."""
         _driver.fake_stream_destroy(ctypes.c_void_p(self.cuda_stream))

@@ -164,15 +164,20 @@ def test_a_stream_waits_for_tasks_of_the_host(driver: str) -> None:
     )
 
 
-def test_locked_buffers_are_let_go(driver: str) -> None:
+def test_buffers_are_let_go_when_others_are_used(driver: str) -> None:
     run(
         driver,
         """
-        for tokens in (1, 2, 3):
-            part = [DeviceArray(array[:tokens]) for array in batch]
-            moe.forward(*part, cuda_stream=stream, out=DeviceArray(out.value[:tokens]))
+        most = 0
+        for tokens in (1, 2, 3, 4, 5, 6) * 4:
+            part, result = [DeviceArray(array[:tokens]) for array in batch], DeviceArray(out.value[:tokens])
+            moe.forward(*part, cuda_stream=stream, out=result)
             stream.synchronize()
-        assert num_locked() >= 1
+            assert_same_bits(result.value, expected[:tokens])
+            most = max(most, num_locked())
+        assert most <= 4, most
+        moe.forward(x, ids, w, cuda_stream=stream, out=out)
+        stream.synchronize()
         moe.cpu_infer.sync()
         del moe
         KExpertsCPUBuffer.clear_buffer_cache()
@@ -180,6 +185,63 @@ def test_locked_buffers_are_let_go(driver: str) -> None:
         assert num_locked() == 0, num_locked()
         """,
     )
+
+
+def test_buffers_live_until_they_are_copied(driver: str) -> None:
+    run(
+        driver,
+        """
+        moe.submit_forward(x, ids, w, stream, out=out)
+        moe.cpu_infer.sync_with_cuda_stream(stream.cuda_stream)
+        stream.synchronize()
+        stream.stall(300)
+        moe.sync_forward(cuda_stream=stream)
+        KExpertsCPUBuffer.clear_buffer_cache()
+        for _ in range(3):
+            moe.forward(*batch)  # lets go of what is done
+            gc.collect()
+        assert num_locked() == 1
+        stream.synchronize()
+        assert_same_bits(out.value, expected)
+        """,
+    )
+
+
+def test_streams_have_buffers_of_their_own(driver: str) -> None:
+    run(
+        driver,
+        """
+        other, layers = Stream(), [layer.wrapper(2, layer_idx=i) for i in (0, 2)]
+        cases = [(moe, s, DeviceArray(draw(rng, 6, 40))) for moe, s in zip(layers, (stream, other))]
+        for _ in range(200):
+            outs = [DeviceArray(np.zeros((6, 40), bf16)) for _ in cases]
+            for (moe, s, given), result in zip(cases, outs):
+                moe.forward(given, ids, w, cuda_stream=s, out=result)
+            for (moe, s, given), result in zip(cases, outs):
+                s.synchronize()
+        for (moe, s, given), result in zip(cases, outs):
+            assert_same_bits(result.value, moe.forward(given.value, *batch[1:]))
+        """,
+    )
+
+
+def test_an_engine_that_has_ended_gives_no_old_numbers(driver: str) -> None:
+    said = run(
+        driver,
+        """
+        moe.forward(x, ids, w, cuda_stream=stream, out=out)
+        stream.synchronize()
+        stream.capture(True)
+        moe.forward(x, ids, w, cuda_stream=stream, out=out)
+        stream.capture(False)
+        moe.cpu_infer.shutdown()
+        stream.replay()
+        stream.synchronize()
+        assert np.isnan(out.value.astype(np.float32)).all()
+        print(raised(moe.cpu_infer.sync_with_cuda_stream, stream.cuda_stream))
+        """,
+    )
+    assert said.startswith("RuntimeError: ")
 
 
 def test_what_is_wrong(driver: str) -> None:

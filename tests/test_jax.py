@@ -192,6 +192,28 @@ def test_wrong_ids_of_a_training_pass_leave_nothing_behind() -> None:
         assert_same_bits(numpy(value), trained.expected()[name], name)
 
 
+@pytest.mark.parametrize("wrong", [np.uint32(2**32 - 1), np.int64(2**32 + 1), np.uint64(2**63)])
+def test_ids_that_fit_nowhere(case: Any, wrong: Any) -> None:
+    moe, batch = case
+    ids = batch.ids.astype(wrong.dtype)
+    ids[2, 1] = wrong
+    with pytest.raises(RuntimeError, match=r"topk_ids: got expert 5 at \[2, 1\], expected ids below 5"):
+        moe_forward(moe, batch.x, ids, batch.weights).block_until_ready()
+    as_traced = jnp.asarray(np.where(batch.ids == 0, 2**32 - 1, batch.ids).astype(np.uint32))
+    with pytest.raises(RuntimeError, match="topk_ids: got expert 5"):
+        jax.jit(partial(moe_forward, moe))(batch.x, as_traced, batch.weights).block_until_ready()
+
+
+def test_a_mask_has_one_number(case: Any) -> None:
+    moe, batch = case
+    for _ in range(5):
+        moe.set_gpu_experts_mask(np.arange(E) < 2)
+        moe_forward(moe, *batch)
+        moe.set_gpu_experts_mask(None)
+        moe_forward(moe, *batch)
+    assert len(adapter._numbers[moe]) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

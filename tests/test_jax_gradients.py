@@ -109,6 +109,47 @@ def test_passes_may_be_gone_back_in_any_order() -> None:
     assert trained.called.num_cached == 0
 
 
+def test_passes_are_those_of_their_layer_whatever_calls_it() -> None:
+    """By NumPy, under another mask, from another number of tokens: a pass is computed again then."""
+    trained = Trained(12)
+    lora, x, weights = trained.arguments
+    ids, grad = jnp.asarray(trained.batch.ids), jnp.asarray(trained.grad)
+    expected = trained.expected()["grad_input"]
+
+    def pull_of(x: Any) -> Any:
+        return jax.vjp(lambda x: moe_sft(trained.called, lora, x, ids, weights), x)[1]
+
+    pull = pull_of(x)
+    trained.called.set_gpu_experts_mask(np.arange(E) < 1)
+    pull_of(x * 2)
+    assert_same_bits(numpy(pull(grad)[0]), expected)
+    trained.called.set_gpu_experts_mask(None)
+
+    pull = pull_of(x)
+    trained.called.clear_cache()
+    trained.called.forward_sft(*trained.batch[:2], 2 * trained.batch.weights)
+    assert_same_bits(numpy(pull(grad)[0]), expected)
+
+    pull = pull_of(x)
+    mapped = jax.vmap(pull)(jnp.stack([grad, grad * 2]))[0]
+    assert_same_bits(numpy(mapped[0]), expected)
+    assert_same_bits(numpy(jax.vmap(lambda g: pull(g)[0])(grad[None])[0]), expected)
+
+
+def test_jacobians() -> None:
+    trained = Trained(13)
+    lora, x, weights = trained.arguments
+
+    def few(x: Any) -> Any:
+        return moe_sft(trained.called, lora, x, jnp.asarray(trained.batch.ids), weights)[0, :3]
+
+    rows = jax.jacrev(few)(x)
+    for at in range(3):
+        assert_same_bits(
+            numpy(rows[at]), numpy(jax.vjp(few, x)[1](jnp.zeros(3, jnp.bfloat16).at[at].set(1))[0])
+        )
+
+
 def test_vmap_of_gradients_and_gradients_of_vmap(trained: Trained) -> None:
     lora, x, weights = trained.arguments
     several = jnp.stack([x, x * 2])

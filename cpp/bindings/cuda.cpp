@@ -1,5 +1,9 @@
 // CUDA in Python: whether there is a driver, copies in streams, pages that are locked.
+#include <memory>
+#include <utility>
+
 #include "bindings/arrays.h"
+#include "bindings/gil.h"
 #include "bindings/module.h"
 #include "bindings/stream_calls.h"
 
@@ -15,18 +19,27 @@ namespace {
 void copy_to_host(nb::handle to, uint64_t from, uint64_t stream) {
   const Array host = Array::write(to, "to");
   host.expect_contiguous();
+  const GilRelease no_gil;
   CudaDriver::get().copy(reinterpret_cast<uint64_t>(host.as<void>()), from, host.bytes(), as_stream(stream));
 }
 
 void copy_to_device(uint64_t to, nb::handle from, uint64_t stream) {
   const Array host = Array::read(from, "from");
   host.expect_contiguous();
+  const GilRelease no_gil;
   CudaDriver::get().copy(to, reinterpret_cast<uint64_t>(host.as<void>()), host.bytes(), as_stream(stream));
+}
+
+void hold(uint64_t stream, nb::object object) {
+  stream_calls().forget_happened();
+  auto held = std::make_shared<nb::object>(std::move(object));
+  stream_calls().hold(as_stream(stream), std::move(held));
 }
 
 void lock_pages(nb::handle array) {
   const Array host = Array::write(array, "array");
   host.expect_contiguous();
+  const GilRelease no_gil;
   CudaDriver::get().lock_pages(host.as<void>(), host.bytes());
 }
 
@@ -44,6 +57,8 @@ void bind_cuda(nb::module_& m) {
   m.def(
       "copy_to_device", &copy_to_device, nb::arg("address"), nb::arg("array"), nb::arg("stream"),
       "Copy, in a stream, from an array of the host, which must live until then, to an address of a device.");
+  m.def("hold", &hold, nb::arg("stream"), nb::arg("held"),
+        "Hold an object until a stream comes to this point: what is copied from or to before.");
   m.def("lock_pages", &lock_pages, nb::arg("array"),
         "Lock an array's pages, so that copies do not wait for the CPU.");
   m.def("unlock_pages", &unlock_pages, nb::arg("address"), "Unlock pages by the address of their array.");

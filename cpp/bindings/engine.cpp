@@ -38,6 +38,12 @@ void wait(CPUInfer& engine, uint64_t ticket) {
   wait_in_slices(engine, [&](auto slice) { return engine.wait_for(ticket, slice); });
 }
 
+// Lets go of what is done.
+void settle(CPUInfer& engine) {
+  release_finished(engine);
+  stream_calls().forget_happened();
+}
+
 void sync(CPUInfer& engine, uint64_t allow_n_pending) {
   stream_calls().forget_happened();
   const uint64_t submitted = engine.num_submitted(), last = submitted - std::min(submitted, allow_n_pending);
@@ -70,8 +76,10 @@ void bind_streams(nb::class_<CPUInfer>& engine) {
               const Array array = Array::write(result, "result");
               bytes = {array.expect_contiguous().as<std::byte>(), array.bytes()};
             }
-            stream_calls().forget_happened();
-            stream_calls().submit(as_stream(stream), std::move(engine), task.take(), bytes);
+            settle(*engine);
+            std::shared_ptr<Task> taken = task.take();
+            const GilRelease no_gil;  // the driver may wait for the stream
+            stream_calls().submit(as_stream(stream), engine, taken, bytes);
           },
           nb::arg("stream"), nb::arg("task"), nb::arg("result").none() = nb::none(),
           R"(Submit a task when a CUDA stream comes to this point; returns at once.
@@ -93,8 +101,11 @@ RuntimeError
       .def(
           "sync_with_cuda_stream",
           [](std::shared_ptr<CPUInfer> engine, uint64_t stream, uint64_t allow_n_pending) {
-            stream_calls().forget_happened();
-            stream_calls().sync(as_stream(stream), std::move(engine), allow_n_pending);
+            settle(*engine);
+            {
+              const GilRelease no_gil;
+              stream_calls().sync(as_stream(stream), engine, allow_n_pending);
+            }
             stream_calls().rethrow();
           },
           nb::arg("stream"), nb::arg("allow_n_pending") = 0,

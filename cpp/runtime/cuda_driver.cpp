@@ -18,6 +18,21 @@ const char* library_name() {
 // Locked for all contexts, which is what several GPUs need.
 constexpr unsigned kPortable = 1;
 
+// While a stream is being captured a thread may not do what is not of any stream, unless it says that it
+// knows what it does.
+constexpr int kRelaxedCapture = 2;
+class RelaxedCapture {
+ public:
+  explicit RelaxedCapture(int (*exchange)(int* mode)) : exchange_(exchange) { exchange_(&mode_); }
+  ~RelaxedCapture() { exchange_(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  int (*exchange_)(int* mode);
+  int mode_ = kRelaxedCapture;
+};
+
 }  // namespace
 
 template <class Function>
@@ -40,6 +55,7 @@ CudaDriver::CudaDriver() {
   load(copy_, "cuMemcpyAsync");
   load(lock_, "cuMemHostRegister_v2");
   load(unlock_, "cuMemHostUnregister");
+  load(exchange_capture_mode_, "cuThreadExchangeStreamCaptureMode");
   load(error_text_, "cuGetErrorString");
   check(init_(0), "cuInit");
   int count = 0;
@@ -115,9 +131,13 @@ void CudaDriver::copy(uint64_t to, uint64_t from, size_t bytes, Stream stream) c
 void CudaDriver::lock_pages(void* begin, size_t bytes) const {
   if (bytes == 0) return;
   use_context_of(nullptr);
+  const RelaxedCapture relaxed(exchange_capture_mode_);
   check(lock_(begin, bytes, kPortable), "cuMemHostRegister");
 }
 
-void CudaDriver::unlock_pages(void* begin) const noexcept { unlock_(begin); }
+void CudaDriver::unlock_pages(void* begin) const noexcept {
+  const RelaxedCapture relaxed(exchange_capture_mode_);
+  unlock_(begin);
+}
 
 }  // namespace ktmoe

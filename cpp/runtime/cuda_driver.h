@@ -49,6 +49,7 @@ class CudaDriver {
   int (*copy_)(uint64_t to, uint64_t from, size_t bytes, Stream stream) = nullptr;
   int (*lock_)(void* begin, size_t bytes, unsigned flags) = nullptr;
   int (*unlock_)(void* begin) = nullptr;
+  int (*exchange_capture_mode_)(int* mode) = nullptr;
   int (*error_text_)(int result, const char** text) = nullptr;
 };
 

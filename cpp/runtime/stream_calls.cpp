@@ -6,24 +6,38 @@
 
 namespace ktmoe {
 
-// A task as a stream submits it, perhaps not for the last time. Its exceptions are the stream's.
+// The stream goes on: the error waits for who asks, and the result tells of it.
+void StreamCalls::Call::fail(std::exception_ptr error) const {
+  std::fill(result.begin(), result.end(), std::byte{0xff});
+  const std::lock_guard lock(all->mutex_);
+  if (all->first_error_ == nullptr) all->first_error_ = std::move(error);
+}
+
+// A task as a stream submits it, perhaps not for the last time. It has a copy of all that it needs, unless
+// its call is kept for good.
 class StreamCalls::Submitted final : public Task {
  public:
-  explicit Submitted(const Call& call) : all_(*call.all), task_(call.task), result_(call.result) {}
-
-  void run() override {
-    try {
-      task_->run();
-    } catch (...) {
-      std::fill(result_.begin(), result_.end(), std::byte{0xff});
-      all_.add_error(std::current_exception());
+  explicit Submitted(const Call& call) {
+    call_.all = call.all, call_.result = call.result, call_.is_captured = call.is_captured;
+    if (call.is_captured) {
+      kept_ = call.task.get();
+    } else {
+      call_.task = call.task, kept_ = call_.task.get();
     }
   }
 
+  void run() override {
+    try {
+      kept_->run();
+    } catch (...) {
+      call_.fail(std::current_exception());
+    }
+  }
+  bool ends_anywhere() const override { return call_.is_captured; }
+
  private:
-  StreamCalls& all_;
-  std::shared_ptr<Task> task_;
-  std::span<std::byte> result_;
+  Call call_;
+  Task* kept_;
 };
 
 void StreamCalls::submit(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine,
@@ -40,6 +54,12 @@ void StreamCalls::sync(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engi
   launch(stream, std::move(call));
 }
 
+void StreamCalls::hold(CudaDriver::Stream stream, std::shared_ptr<const void> held) {
+  auto call = std::make_unique<Call>();
+  call->held = std::move(held);
+  launch(stream, std::move(call));
+}
+
 void StreamCalls::launch(CudaDriver::Stream stream, std::unique_ptr<Call> call) {
   const CudaDriver& driver = CudaDriver::get();
   call->all = this, call->is_captured = driver.is_capturing(stream);
@@ -51,7 +71,7 @@ void StreamCalls::launch(CudaDriver::Stream stream, std::unique_ptr<Call> call) 
   try {
     driver.launch(stream, happen, data);
   } catch (...) {
-    data->is_captured = false, data->has_happened.store(true);  // forgotten soon
+    data->has_happened.store(true);  // forgotten soon
     throw;
   }
 }
@@ -62,18 +82,13 @@ void StreamCalls::happen(void* data) {
   try {
     if (call.task != nullptr) {
       call.engine->submit(std::make_unique<Submitted>(call));
-    } else {
+    } else if (call.engine != nullptr) {
       call.engine->finish(call.allow_n_pending);
     }
   } catch (...) {
-    call.all->add_error(std::current_exception());
+    call.fail(std::current_exception());
   }
   if (!call.is_captured) call.has_happened.store(true);
-}
-
-void StreamCalls::add_error(std::exception_ptr error) {
-  const std::lock_guard lock(mutex_);
-  if (first_error_ == nullptr) first_error_ = std::move(error);
 }
 
 void StreamCalls::forget_happened() {

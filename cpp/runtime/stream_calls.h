@@ -19,12 +19,15 @@ namespace ktmoe {
 class StreamCalls {
  public:
   // When the stream comes there, the task is submitted. May be repeated by a graph. What it leaves in
-  // `result` when it throws is NaN, not old numbers.
+  // `result` when it throws, or is refused, is NaN, not old numbers.
   void submit(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine, std::shared_ptr<Task> task,
               std::span<std::byte> result);
 
   // When the stream comes there, it waits until at most so many of the engine's tasks are unfinished.
   void sync(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine, uint64_t allow_n_pending);
+
+  // Keeps something until the stream comes there: what is copied from or to before.
+  void hold(CudaDriver::Stream stream, std::shared_ptr<const void> held);
 
   // Forgets calls that have happened, for a thread that may destroy what they hold.
   void forget_happened();
@@ -33,18 +36,20 @@ class StreamCalls {
 
  private:
   struct Call {
-    StreamCalls* all;
-    std::shared_ptr<CPUInfer> engine;
-    std::shared_ptr<Task> task;  // null: to wait
+    StreamCalls* all = nullptr;
+    std::shared_ptr<CPUInfer> engine;  // null: only to hold something
+    std::shared_ptr<Task> task;        // null: to wait
     std::span<std::byte> result;
     uint64_t allow_n_pending = 0;
+    std::shared_ptr<const void> held;
     bool is_captured = false;
     std::atomic<bool> has_happened{false};
+
+    void fail(std::exception_ptr error) const;
   };
   class Submitted;
 
   void launch(CudaDriver::Stream stream, std::unique_ptr<Call> call);
-  void add_error(std::exception_ptr error);
   static void happen(void* data);
 
   std::mutex mutex_;

@@ -21,7 +21,8 @@ struct CachedRows {
 
 struct ForwardCache {
   uint32_t num_tokens = 0;
-  uint32_t step = 0;  // of the dropout masks
+  uint32_t number = 0;  // the caller's, if any
+  uint32_t step = 0;    // of the dropout masks
   RoutingPlan plan;
   std::shared_ptr<const LoraWeights> lora;
   bf16* hidden = nullptr;       // x [T, H]; a token that is not finite is all NaN

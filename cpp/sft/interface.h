@@ -29,8 +29,15 @@ class MoE_SFT_Interface : public MoE_Interface {
   virtual void update_lora_weights(const LoraSources& sources) = 0;
 
   // The layer with its adapters. With `save`, dropout acts and what backward() needs is kept. Throws
-  // std::runtime_error when as many forwards wait as may.
-  virtual void forward_sft(const ForwardArgs& args, bool save) = 0;
+  // std::runtime_error when as many forwards wait as may. A forward that is kept may be given a number of its
+  // caller's, above 0.
+  virtual void forward_sft(const ForwardArgs& args, bool save, uint32_t number = 0) = 0;
+
+  // Whether the forward that backward() would take has that number, above 0, and so many tokens.
+  virtual bool is_last(uint32_t number, uint32_t num_tokens) = 0;
+
+  // Forgets all forwards that wait; their memory serves the next ones.
+  virtual void forget_forwards() = 0;
 
   // Gradients of the last forward that waits, which is then gone. Throws std::runtime_error when none waits,
   // std::invalid_argument when it had another number of tokens; the forward then still waits. A pass that

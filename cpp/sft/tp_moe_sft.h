@@ -49,7 +49,23 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
     });
   }
 
-  void forward_sft(const ForwardArgs& args, bool save) override {
+  void forget_forwards() override {
+    locked([&] {
+      while (caches_.size() > 0) caches_.pop();
+      count_caches();
+    });
+  }
+
+  bool is_last(uint32_t number, uint32_t num_tokens) override {
+    bool is = false;
+    locked([&] {
+      if (caches_.size() == 0 || number == 0) return;
+      is = caches_.top().number == number && caches_.top().num_tokens == num_tokens;
+    });
+    return is;
+  }
+
+  void forward_sft(const ForwardArgs& args, bool save, uint32_t number = 0) override {
     locked([&] {
       if (save && caches_.full())
         throw_runtime("forward_sft: as many forwards of layer ", config_.layer_idx,
@@ -65,6 +81,7 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
         run_forward(args, cache, /*to_the_end=*/true);
       }
       if (!save) return;
+      cache.number = number;
       std::swap(cache.plan, call_.plan);
       filling.keep();
       ++step_;

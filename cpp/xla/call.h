@@ -1,19 +1,11 @@
 // A call from XLA: its arguments and results, each checked when it is taken.
 #pragma once
 
-#include <functional>
-#include <vector>
+#include <cstdint>
 
-#include "core/types.h"
 #include "xla/abi.h"
 
 namespace ktmoe::xla {
-
-// A dimension of an array, as messages call it, and what it has to be.
-struct Dimension {
-  const char* name;
-  int64_t size;
-};
 
 // An array [.., columns], whose leading dimensions count as rows.
 struct Rows {

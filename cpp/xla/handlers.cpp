@@ -27,7 +27,8 @@ class Work final : public Task {
   std::function<void()> work_;
 };
 
-// On the engine's threads and this one, after what was submitted before.
+// On the engine's threads and this one, after what was submitted before. It waits until the work is done,
+// which may so refer to the caller's stack; only a caller within a task could not wait, and XLA is none.
 void run(CPUInfer& engine, std::function<void()> work) {
   engine.wait(engine.submit(std::make_unique<Work>(std::move(work)), /*wake=*/false));
 }
@@ -116,15 +117,14 @@ LoraSources take_lora(Call& call, const MOESFTConfig& c) {
   return sources;
 }
 
-// A pass with those adapters, in a task of the engine. What was kept of an earlier one goes.
-void run_with_adapters(const Batch& batch, const LoraSources& lora, void* out, bool save) {
+// A pass with those adapters, in a task of the engine. One that is kept, under a number, takes the place of
+// all before.
+void run_with_adapters(const Batch& batch, const LoraSources& lora, void* out, uint32_t number) {
   MoE_SFT_Interface& layer = batch.training();
-  if (save) {
-    batch.called().saved = 0;
-    layer.clear_cache();
-  }
+  const bool save = number != 0;
+  if (save) layer.forget_forwards();
   layer.update_lora_weights(lora);
-  layer.forward_sft(batch.args(out), save);
+  layer.forward_sft(batch.args(out), save, number);
 }
 
 uint32_t next_pass() {
@@ -151,7 +151,7 @@ void do_forward_sft(Call& call) {
   const LoraSources lora = take_lora(call, batch.training().sft_config());
   void* out = batch.take_out(call);
   note({.hidden_states = batch.args(out).hidden_states, .out = out});
-  run(*batch.called().engine, [&] { run_with_adapters(batch, lora, out, false); });
+  run(*batch.called().engine, [&] { run_with_adapters(batch, lora, out, 0); });
 }
 
 void do_forward_saved(Call& call) {
@@ -160,10 +160,8 @@ void do_forward_saved(Call& call) {
   void* out = batch.take_out(call);
   auto* pass = static_cast<uint32_t*>(elements_of(call.next_result("pass"), "pass", DataType::kUint32, 1));
   note({.hidden_states = batch.args(out).hidden_states, .out = out});
-  run(*batch.called().engine, [&] {
-    run_with_adapters(batch, lora, out, true);
-    *pass = batch.called().saved = next_pass();
-  });
+  *pass = next_pass();
+  run(*batch.called().engine, [&] { run_with_adapters(batch, lora, out, *pass); });
 }
 
 // The gradients of the adapters, when the call wants them.
@@ -198,12 +196,10 @@ void do_backward(Call& call) {
   take_lora_gradients(call, c, args);
   note({batch.args(nullptr).hidden_states, nullptr, args.grad_output, args.grad_input});
   run(*batch.called().engine, [&] {
-    CalledLayer& called = batch.called();
-    if (pass == 0 || called.saved != pass) {
+    if (!layer.is_last(pass, args.num_tokens)) {
       std::vector<bf16> out(static_cast<size_t>(tokens * c.hidden_size));
-      run_with_adapters(batch, lora, out.data(), true);
+      run_with_adapters(batch, lora, out.data(), next_pass());
     }
-    called.saved = 0;
     layer.backward(args);
   });
 }

@@ -17,9 +17,6 @@ struct CalledLayer {
   std::shared_ptr<MoE_Interface> layer;
   std::shared_ptr<MoE_SFT_Interface> training;  // the same, or null
   std::vector<uint8_t> skip_experts;            // [E], or empty
-
-  // Which forward pass the layer has saved; 0: none of ours. For the engine's tasks, which run one at a time.
-  uint32_t saved = 0;
 };
 
 class Layers {

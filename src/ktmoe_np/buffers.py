@@ -113,20 +113,24 @@ class SFTBufferSlot:
 
 Slot = TypeVar("Slot", BufferSlot, SFTBufferSlot)
 
+#: T, H, P, and the stream.
+_Key = tuple[int, int, int, int | None]
+
 
 class _ExpertsBuffer(Generic[Slot]):
     """Slots of all layers: layer L uses slot L % 2, so that two neighbours never share one.
 
     Buffers are kept for the capture batch sizes and for the last other size; the rest are let go. Every
-    subclass has buffers and capture batch sizes of its own.
+    subclass has buffers and capture batch sizes of its own, and so has every CUDA stream, which uses them in
+    its own order.
     """
 
     buffer_depth: ClassVar[int] = 2
     _slot: ClassVar[type[Any]]
     _lock: ClassVar[threading.Lock]
     _capture_batch_sizes: ClassVar[list[int]]
-    _kept: ClassVar[dict[tuple[int, int, int], tuple[Any, ...]]]
-    _last: ClassVar[tuple[tuple[int, int, int], tuple[Any, ...]] | None]
+    _kept: ClassVar[dict[_Key, tuple[Any, ...]]]
+    _last: ClassVar[dict[int | None, tuple[_Key, tuple[Any, ...]]]]  # by stream
 
     def __init_subclass__(cls, slot: type[Any], **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -134,10 +138,12 @@ class _ExpertsBuffer(Generic[Slot]):
         cls._lock = threading.Lock()
         cls._capture_batch_sizes = []
         cls._kept = {}
-        cls._last = None
+        cls._last = {}
 
     @classmethod
-    def get_buffer(cls, batch_size: int, hidden_size: int, num_experts_per_tok: int) -> tuple[Slot, ...]:
+    def get_buffer(
+        cls, batch_size: int, hidden_size: int, num_experts_per_tok: int, stream: int | None = None
+    ) -> tuple[Slot, ...]:
         """The slots for batches of that size.
 
         Parameters
@@ -148,6 +154,8 @@ class _ExpertsBuffer(Generic[Slot]):
             H.
         num_experts_per_tok : int
             P.
+        stream : int, optional
+            The CUDA stream that uses them, by its handle; None for the host.
 
         Returns
         -------
@@ -155,17 +163,19 @@ class _ExpertsBuffer(Generic[Slot]):
             `buffer_depth` of them; the same ones at the next call with the same sizes, unless another size
             came between and this one is not a capture batch size.
         """
-        key = (batch_size, hidden_size, num_experts_per_tok)
+        sizes = (batch_size, hidden_size, num_experts_per_tok)
+        key = (*sizes, stream)
         with cls._lock:
             slots = cls._kept.get(key)
-            if slots is None and cls._last is not None and cls._last[0] == key:
-                slots = cls._last[1]
+            last = cls._last.get(stream)
+            if slots is None and last is not None and last[0] == key:
+                slots = last[1]
             if slots is None:
-                slots = tuple(cls._slot.allocate(*key) for _ in range(cls.buffer_depth))
+                slots = tuple(cls._slot.allocate(*sizes) for _ in range(cls.buffer_depth))
             if batch_size in cls._capture_batch_sizes:
                 cls._kept[key] = slots
             elif key not in cls._kept:
-                cls._last = (key, slots)
+                cls._last[stream] = (key, slots)
             return slots
 
     @classmethod
@@ -193,7 +203,7 @@ class _ExpertsBuffer(Generic[Slot]):
         """Let all buffers go. Calls that are under way keep theirs."""
         with cls._lock:
             cls._kept = {}
-            cls._last = None
+            cls._last = {}
 
 
 class KExpertsCPUBuffer(_ExpertsBuffer[BufferSlot], slot=BufferSlot):

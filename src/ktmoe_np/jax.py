@@ -10,6 +10,7 @@ holds nothing of the layer else: the wrapper must live as long as programs that 
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -163,20 +164,21 @@ def lora_parameters(sft: BaseSFTMoEWrapper) -> dict[str, jax.Array]:
 
 # ---- checks ----
 
-#: wrapper -> the masks it had when it was traced, each with its number.
-_numbers: weakref.WeakKeyDictionary[MoELayer, list[tuple[Any, int]]] = weakref.WeakKeyDictionary()
+#: wrapper -> mask, as bytes -> the number under which programs call the layer with it.
+_numbers: weakref.WeakKeyDictionary[MoELayer, dict[bytes | None, int]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 def _number_of(layer: MoELayer) -> int:
     """The number under which programs call a layer with the mask that it has now."""
-    known = _numbers.setdefault(layer, [])
-    for mask, number in known:
-        if mask is layer.gpu_experts_mask:
-            return number
-    number = int(ext.xla.add_layer(layer.cpu_infer, layer._layer, layer.gpu_experts_mask))
-    known.append((layer.gpu_experts_mask, number))
-    weakref.finalize(layer, ext.xla.remove_layer, number)
-    return number
+    mask = layer.gpu_experts_mask
+    key = None if mask is None else mask.tobytes()
+    with _lock:
+        known = _numbers.setdefault(layer, {})
+        if key not in known:
+            known[key] = int(ext.xla.add_layer(layer.cpu_infer, layer._layer, mask))
+            weakref.finalize(layer, ext.xla.remove_layer, known[key])
+        return known[key]
 
 
 def _called(layers: Any, index: Any, kind: type[Any], name: str) -> tuple[Array, MoEConfig]:
@@ -207,7 +209,7 @@ def _sizes(layer: MoELayer) -> tuple[Any, ...]:
 
 
 def _checked(config: MoEConfig, x: Any, ids: Any, weights: Any) -> tuple[Array, Array, Array]:
-    x, ids, weights = jnp.asarray(x), jnp.asarray(ids), jnp.asarray(weights)
+    x, ids, weights = jnp.asarray(x), _ids(ids, config.num_experts), jnp.asarray(weights)
     if x.dtype != jnp.bfloat16:
         raise TypeError(f"hidden_states: got {_told(x)}, expected bfloat16 [..., {config.hidden_size}]")
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
@@ -220,7 +222,18 @@ def _checked(config: MoEConfig, x: Any, ids: Any, weights: Any) -> tuple[Array, 
     for name, value in (("topk_ids", ids), ("topk_weights", weights)):
         if list(value.shape) != expected:
             raise ValueError(f"{name}: got {_told(value)}, expected {expected}")
-    return x, ids if ids.dtype == jnp.int64 else ids.astype(jnp.int32), weights
+    return x, ids, weights
+
+
+def _ids(ids: Any, num_experts: int) -> Array:
+    """Ids in 32 or 64 bits; those that have no place there become E, which is as wrong."""
+    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu":  # before JAX takes the upper half away
+        ids = np.clip(ids, -1 if ids.dtype.kind == "i" else 0, num_experts)
+    ids = jnp.asarray(ids)
+    if jnp.issubdtype(ids.dtype, jnp.unsignedinteger) and ids.dtype.itemsize >= 4:
+        ids = jnp.minimum(ids, num_experts)
+    is_wide = ids.dtype == jnp.int64 or not jnp.issubdtype(ids.dtype, jnp.integer)
+    return ids if is_wide else ids.astype(jnp.int32)
 
 
 def _adapter(lora: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Array:
@@ -257,6 +270,10 @@ def _forward_bwd(_: None, __: Array) -> Any:
 _forward.defvjp(_forward_fwd, _forward_bwd)
 
 
+#: A structure without arrays.
+_WANTED: tuple[()] = ()
+
+
 @jax.custom_vjp
 def _sft(number: Array, lora: tuple[Array, ...], x: Array, ids: Array, weights: Array) -> Array:
     return _forward_sft_p.bind(number, x, ids, weights, *lora)[0]
@@ -264,8 +281,8 @@ def _sft(number: Array, lora: tuple[Array, ...], x: Array, ids: Array, weights: 
 
 def _sft_fwd(number: Any, lora: Any, x: Any, ids: Any, weights: Any) -> tuple[Array, Any]:
     operands = [each.value for each in (number, x, ids, weights, *lora)]
-    # An empty tuple where gradients of adapters are wanted: what is kept may be arrays and their structure.
-    wanted = () if any(each.perturbed for each in lora) else None
+    # What is kept may be arrays and their structure: gradients of adapters are wanted where this is no None.
+    wanted = _WANTED if any(each.perturbed for each in lora) else None
     out, number_of_pass = _forward_saved_p.bind(*operands)
     return out, (operands, number_of_pass, wanted)
 

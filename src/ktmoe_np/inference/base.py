@@ -75,8 +75,8 @@ class BaseMoEWrapper(MoELayer):
             Where the arrays are on a CUDA device: of torch, CuPy or another that has
             ``__cuda_array_interface__``, ids in int64, `out` in bfloat16. They are copied to the host and
             back in the stream, which waits for the result; the call does not. Works in a stream that is
-            being captured into a graph too. Exceptions of a
-            pass, whose result is NaN then, are raised by a `sync_forward` with a stream, this or a later one.
+            being captured into a graph too. Exceptions of a pass, whose result is NaN then, are raised by a
+            `sync_forward` with a stream, that of the pass or a later one.
         out : array of bfloat16 or float32 [T, H], optional
             Where to write; must not overlap the inputs.
         incremental : bool

@@ -9,7 +9,7 @@ import numpy as np
 from .. import kt_kernel_ext as ext
 from .._arrays import Array, bfloat16
 from .._device import DeviceArray, device_array, new_like, stream_handle
-from ..buffers import KExpertsCPUBuffer
+from ..buffers import BufferSlot, KExpertsCPUBuffer
 from ..config import MoEConfig
 
 __all__ = ["StreamPass"]
@@ -31,7 +31,7 @@ class StreamPass:
         self, layer: ext.moe.MoE_Interface, engine: ext.CPUInfer, config: MoEConfig, chunk_size: int
     ) -> None:
         self._layer, self._engine, self._config, self._chunk_size = layer, engine, config, chunk_size
-        self._begun: tuple[DeviceArray, Array] | None = None
+        self._begun: tuple[DeviceArray, BufferSlot, tuple[Any, ...]] | None = None
 
     def submit(
         self, batch: tuple[Any, Any, Any], cuda_stream: Any, skip_experts: Array | None, out: Any
@@ -57,7 +57,7 @@ class StreamPass:
         weights = device_array(topk_weights, "topk_weights", np.float32, (num, c.num_experts_per_tok))
         target = new_like(hidden_states) if out is None else out
         result = device_array(target, "out", bfloat16, (num, c.hidden_size))
-        slots = KExpertsCPUBuffer.get_buffer(num, c.hidden_size, c.num_experts_per_tok)
+        slots = KExpertsCPUBuffer.get_buffer(num, c.hidden_size, c.num_experts_per_tok, stream)
         slot = slots[c.layer_idx % len(slots)]
         slot.lock_pages()
         tasks = [
@@ -76,7 +76,7 @@ class StreamPass:
             ext.cuda.copy_to_host(to, source.address, stream)
         for task in tasks:
             self._engine.submit_with_cuda_stream(stream, task, slot.output)
-        self._begun = result, slot.output
+        self._begun = result, slot, (hidden_states, topk_ids, topk_weights)
 
     def sync(self, cuda_stream: Any) -> Any:
         """Let a stream wait for the pass and copy its result to the device: the array that will have it.
@@ -92,9 +92,10 @@ class StreamPass:
         if self._begun is None:
             where = f"no pass of layer {self._config.layer_idx} is pending in a stream"
             raise RuntimeError(f"sync_forward: {where}, call submit_forward first")
-        (result, output), self._begun = self._begun, None
+        (result, slot, batch), self._begun = self._begun, None
         try:
             self._engine.sync_with_cuda_stream(stream)
         finally:  # also when it raises what a pass has raised, this one or another: the stream goes on
-            ext.cuda.copy_to_device(result.address, output, stream)
+            ext.cuda.copy_to_device(result.address, slot.output, stream)
+            ext.cuda.hold(stream, (result, slot, batch))  # until all has been copied
         return result.owner
