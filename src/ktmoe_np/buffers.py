@@ -163,15 +163,14 @@ class _ExpertsBuffer(Generic[Slot]):
             `buffer_depth` of them; the same ones at the next call with the same sizes, unless another size
             came between and this one is not a capture batch size.
         """
-        sizes = (batch_size, hidden_size, num_experts_per_tok)
-        key = (*sizes, stream)
+        key: _Key = (batch_size, hidden_size, num_experts_per_tok, stream)
         with cls._lock:
             slots = cls._kept.get(key)
             last = cls._last.get(stream)
             if slots is None and last is not None and last[0] == key:
                 slots = last[1]
             if slots is None:
-                slots = tuple(cls._slot.allocate(*sizes) for _ in range(cls.buffer_depth))
+                slots = tuple(cls._slot.allocate(*key[:3]) for _ in range(cls.buffer_depth))
             if batch_size in cls._capture_batch_sizes:
                 cls._kept[key] = slots
             elif key not in cls._kept:
