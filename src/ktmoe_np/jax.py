@@ -34,8 +34,8 @@ __all__ = ["lora_parameters", "moe_forward", "moe_sft"]
 #: An array of JAX, or what stands for one while a program is traced.
 Array = Any
 
-#: Operands that all calls have: the layer's number, then those whose leading axes count as rows.
-_NUMBER, _ROWS = 0, (1, 2, 3)
+#: Operands whose leading axes count as rows, in all calls; the layer's number comes before them.
+_ROWS = (1, 2, 3)
 
 
 # ---- what users call ----
