@@ -45,7 +45,7 @@ class BaseMoEWrapper(MoELayer):
             self.chunked_prefill_size,
             self.max_deferred_experts_per_token,
         )
-        self._stream_pass = StreamPass(self._layer, self.cpu_infer, self.config, self.chunked_prefill_size)
+        self._stream_pass = StreamPass(self._runner, self.cpu_infer, self.config)
         self._pending: PendingPass[Array] = PendingPass("forward", self.layer_idx, self.cpu_infer)
 
     def forward(

@@ -59,8 +59,11 @@ class LayerRunner:
 
     def submit(self, batch: Batch, skip_experts: Array | None) -> list[int]:
         """Queue a batch; the tickets to wait for. Nothing is queued when an argument is refused."""
-        tasks = [self._task(batch, rows, skip_experts) for rows in self._chunks(batch)]
-        return [self._engine.submit(task) for task in tasks]
+        return [self._engine.submit(task) for task in self.tasks(batch, skip_experts)]
+
+    def tasks(self, batch: Batch, skip_experts: Array | None) -> list[ext.Task]:
+        """The tasks that compute a batch, in their order."""
+        return [self._task(batch, rows, skip_experts) for rows in self._chunks(batch)]
 
     def submit_deferring(self, batch: Batch, skip_experts: Array | None, chain: DeferralChain) -> list[int]:
         """Queue a batch that begins with what the layer before has deferred and defers some itself.

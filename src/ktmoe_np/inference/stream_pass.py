@@ -8,9 +8,11 @@ import numpy as np
 
 from .. import kt_kernel_ext as ext
 from .._arrays import Array, bfloat16
+from .._batch import Batch
 from .._device import DeviceArray, device_array, new_like, stream_handle
 from ..buffers import BufferSlot, KExpertsCPUBuffer
 from ..config import MoEConfig
+from .runner import LayerRunner
 
 __all__ = ["StreamPass"]
 
@@ -20,17 +22,14 @@ class StreamPass:
 
     Parameters
     ----------
-    layer : ext.moe.MoE_Interface
+    runner : LayerRunner
+        Makes the tasks of a batch.
     engine : ext.CPUInfer
     config : MoEConfig
-    chunk_size : int
-        Tokens of a task, at most.
     """
 
-    def __init__(
-        self, layer: ext.moe.MoE_Interface, engine: ext.CPUInfer, config: MoEConfig, chunk_size: int
-    ) -> None:
-        self._layer, self._engine, self._config, self._chunk_size = layer, engine, config, chunk_size
+    def __init__(self, runner: LayerRunner, engine: ext.CPUInfer, config: MoEConfig) -> None:
+        self._runner, self._engine, self._config = runner, engine, config
         self._begun: tuple[DeviceArray, BufferSlot, tuple[Any, ...]] | None = None
 
     def submit(
@@ -60,18 +59,8 @@ class StreamPass:
         slots = KExpertsCPUBuffer.get_buffer(num, c.hidden_size, c.num_experts_per_tok, stream)
         slot = slots[c.layer_idx % len(slots)]
         slot.lock_pages()
-        tasks = [
-            self._layer.forward_task(
-                slot.input,
-                slot.immediate_ids,
-                slot.weights,
-                slot.output,
-                skip_experts=skip_experts,
-                first_token=first,
-                num_tokens=min(self._chunk_size, num - first),
-            )
-            for first in range(0, num, self._chunk_size)
-        ]
+        on_host = Batch(c, slot.input, slot.immediate_ids, slot.weights, slot.output, incremental=False)
+        tasks = self._runner.tasks(on_host, skip_experts)
         for source, to in ((x, slot.input), (ids, slot.immediate_ids), (weights, slot.weights)):
             ext.cuda.copy_to_host(to, source.address, stream)
         for task in tasks:
