@@ -16,7 +16,7 @@ from ktmoe_np import kt_kernel_ext as ext
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
-from jax_cases import STUDENTS, E, P, R, Trained, as_jax, assert_same_gradients, numpy  # noqa: E402
+from jax_cases import STUDENTS, E, H, I, P, R, Trained, as_jax, assert_same_gradients, numpy  # noqa: E402
 
 from ktmoe_np.jax import lora_parameters, moe_sft  # noqa: E402
 
@@ -134,6 +134,18 @@ def test_passes_are_those_of_their_layer_whatever_calls_it() -> None:
     mapped = jax.vmap(pull)(jnp.stack([grad, grad * 2]))[0]
     assert_same_bits(numpy(mapped[0]), expected)
     assert_same_bits(numpy(jax.vmap(lambda g: pull(g)[0])(grad[None])[0]), expected)
+
+
+def test_a_layer_without_adapters() -> None:
+    rng = np.random.default_rng(14)
+    student = draw_student(rng, (E, I, H), 0)
+    called, plain = student.wrapper(P), student.wrapper(P)
+    batch, grad = draw_training(rng, student, 6, P)
+    x, ids, weights = as_jax(batch)
+    assert lora_parameters(called) == {}
+    out, pull = jax.vjp(lambda x, w: moe_sft(called, {}, x, ids, w), x, weights)
+    assert_same_bits(numpy(out), plain.forward_sft(*batch))
+    assert_same_gradients(({}, *pull(jnp.asarray(grad))), by_name(plain.backward(grad)))
 
 
 def test_jacobians() -> None:

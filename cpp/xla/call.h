@@ -23,7 +23,6 @@ class Call {
  public:
   explicit Call(const CallFrame& frame) : frame_(frame) {}
 
-  int64_t num_args() const { return frame_.args.size; }
   int64_t num_results() const { return frame_.rets.size; }
 
   const Buffer& next_arg(const char* name) { return next(frame_.args, arg_++, name); }

@@ -94,24 +94,15 @@ class Batch {
   ForwardArgs args_;
 };
 
-int64_t lora_size(const MOESFTConfig& c, size_t i) {
-  const LoraShape shape = lora_shape(c, static_cast<LoraId>(i));
-  return c.expert_num * int64_t{shape.rows} * int64_t{shape.columns};
-}
-bool has_lora(const MOESFTConfig& c, size_t i) {
-  return c.activation.gated ||
-         (i != static_cast<size_t>(LoraId::kUpA) && i != static_cast<size_t>(LoraId::kUpB));
-}
-
 LoraSources take_lora(Call& call, const MOESFTConfig& c) {
   LoraSources sources;
   for (size_t i = 0; i < kNumLora; ++i) {
-    if (!has_lora(c, i)) continue;
-    const char* name = lora_shape(c, static_cast<LoraId>(i)).name;
-    const Buffer& buffer = call.next_arg(name);
+    const LoraShape shape = lora_shape(c, static_cast<LoraId>(i));
+    if (shape.size() == 0) continue;
+    const Buffer& buffer = call.next_arg(shape.name);
     const bool is_bf16 = buffer.dtype == DataType::kBf16;
-    const void* data =
-        elements_of(buffer, name, is_bf16 ? DataType::kBf16 : DataType::kFloat32, lora_size(c, i));
+    const void* data = elements_of(buffer, shape.name, is_bf16 ? DataType::kBf16 : DataType::kFloat32,
+                                   c.expert_num * static_cast<int64_t>(shape.size()));
     sources[i] = {data, is_bf16 ? kernels::FloatType::kBf16 : kernels::FloatType::kFloat32};
   }
   return sources;
@@ -168,10 +159,11 @@ void do_forward_saved(Call& call) {
 void take_lora_gradients(Call& call, const MOESFTConfig& c, BackwardArgs& args) {
   if (call.num_results() == 2) return;
   for (size_t i = 0; i < kNumLora; ++i) {
-    if (!has_lora(c, i)) continue;
-    const char* name = lora_shape(c, static_cast<LoraId>(i)).name;
+    const LoraShape shape = lora_shape(c, static_cast<LoraId>(i));
+    if (shape.size() == 0) continue;
     args.lora[i] =
-        static_cast<float*>(elements_of(call.next_result(name), name, DataType::kFloat32, lora_size(c, i)));
+        static_cast<float*>(elements_of(call.next_result(shape.name), shape.name, DataType::kFloat32,
+                                        c.expert_num * static_cast<int64_t>(shape.size())));
   }
 }
 

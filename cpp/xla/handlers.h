@@ -10,7 +10,7 @@ namespace ktmoe::xla {
 // Results: out bf16 [.., H].
 Error* forward(CallFrame* frame);
 
-// The same and then the adapters, float32 or bf16, those of up only with a gate:
+// The same and then the adapters, float32 or bf16, those of up only with a gate, none when the rank is 0:
 //   gate_lora_a [E, R, H], gate_lora_b [E, I, R], up_lora_a, up_lora_b, down_lora_a [E, R, I],
 //   down_lora_b [E, H, R]
 Error* forward_sft(CallFrame* frame);
