@@ -32,8 +32,10 @@ void copy_to_device(uint64_t to, nb::handle from, uint64_t stream) {
 
 void hold(uint64_t stream, nb::object object) {
   stream_calls().forget_happened();
-  auto held = std::make_shared<nb::object>(std::move(object));
-  stream_calls().hold(as_stream(stream), std::move(held));
+  const auto held =
+      std::make_shared<nb::object>(std::move(object));  // let go of with the GIL, also after an error
+  const GilRelease no_gil;
+  stream_calls().hold(as_stream(stream), held);
 }
 
 void lock_pages(nb::handle array) {
