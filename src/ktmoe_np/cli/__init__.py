@@ -166,7 +166,7 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
     command = add("generate", generate.run, "a text, gone on with by a model", _GENERATE)
     _add_model(command)
     command.add_argument("--prompt", default="In the beginning", help="default: %(default)s")
-    command.add_argument("--method", help="how to compute the experts; default what they are encoded in")
+    _add_method(command)
     command.add_argument("--tokens", type=_count(1), default=200, metavar="N", help="at most (default 200)")
     command.add_argument(
         "--temperature",
@@ -181,9 +181,7 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
 
     command = add("eval", evaluate.run, "how well a model expects a text, by each method", _EVAL)
     _add_model(command)
-    command.add_argument(
-        "--text", default=EMBEDDED_TEXT, metavar="FILE", help="in UTF-8; default Alice in Wonderland"
-    )
+    _add_text(command)
     command.add_argument(
         "--bytes", type=_count(2), default=16384, metavar="N", help="of the text, at most (default 16384)"
     )
@@ -199,11 +197,9 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
 
     command = add("finetune", finetune.run, "adapters of a model's experts that learn a text", _FINETUNE)
     _add_model(command)
-    command.add_argument(
-        "--text", default=EMBEDDED_TEXT, metavar="FILE", help="in UTF-8; default Alice in Wonderland"
-    )
+    _add_text(command)
     command.add_argument("--out", default="ktmoe-adapter", metavar="DIR", help="default %(default)s")
-    command.add_argument("--method", help="how to compute the experts; default what they are encoded in")
+    _add_method(command)
     command.add_argument("--steps", type=_count(1), default=200, metavar="N", help="in all (default 200)")
     command.add_argument(
         "--rank", type=_count(1), default=16, metavar="R", help="of the adapters (default 16)"
@@ -226,6 +222,16 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
     command.add_argument("--seed", type=_count(0), default=0, metavar="N", help="of everything that is drawn")
     command.add_argument("--prompt", help="of the sample; default how the held-out text begins")
     _add_threads_and_json(command)
+
+
+def _add_text(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--text", default=EMBEDDED_TEXT, metavar="FILE", help="in UTF-8; default Alice in Wonderland"
+    )
+
+
+def _add_method(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--method", help="how to compute the experts; default what they are encoded in")
 
 
 def _add_adapter(command: argparse.ArgumentParser) -> None:

@@ -99,12 +99,7 @@ def draw_loss(path: str, losses: Sequence[float], reference_losses: Sequence[flo
     axes.semilogy(range(1, len(losses) + 1), losses, color="#08519c", label="engine")
     at = range(1, len(reference_losses) + 1)
     axes.semilogy(at, reference_losses, "o", color="#e6550d", markersize=4, label="NumPy reference")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.set_title("Adapters learn what a teacher's do", fontsize=11)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    _save_curves(path, figure, axes, "loss", "Adapters learn what a teacher's do")
 
 
 def draw_course(path: str | Path, losses: Sequence[float], held_out: Mapping[int, float], title: str) -> None:
@@ -128,8 +123,12 @@ def draw_course(path: str | Path, losses: Sequence[float], held_out: Mapping[int
         axes.annotate(
             f"{bits:.2f}", (step, bits), (0, 7), textcoords="offset points", ha="center", fontsize=8
         )
+    _save_curves(path, figure, axes, "bits a byte", title)
+
+
+def _save_curves(path: str | Path, figure: Any, axes: Any, what: str, title: str) -> None:
     axes.set_xlabel("step")
-    axes.set_ylabel("bits a byte")
+    axes.set_ylabel(what)
     axes.set_title(title, fontsize=11)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,7 @@ from typing import Any
 from .._arrays import Array, described
 from ..io import SafetensorsFile
 from ..io._safetensors_header import parse_json_object
-from ..io.writer import replacing, write_safetensors
+from ..io.writer import replace_text, write_safetensors
 
 __all__ = ["Course", "fingerprint", "read_state", "state_path", "write_csv", "write_state"]
 
@@ -135,5 +135,4 @@ def write_csv(path: Path, course: Course) -> None:
         loss = f"{course.losses[step - 1]:.6f}" if step else ""
         held_out = f"{course.held_out[step]:.6f}" if step in course.held_out else ""
         lines.append(f"{step},{loss},{held_out}")
-    with replacing(path) as file:
-        file.write(("\n".join(lines) + "\n").encode())
+    replace_text(path, "\n".join(lines) + "\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ._safetensors_header import parse_json_object
-from .writer import replacing
+from .writer import replace_text
 
 __all__ = ["LayerRecord", "Manifest", "manifest_path", "read_manifest", "write_manifest"]
 
@@ -60,8 +60,7 @@ def write_manifest(directory: str | os.PathLike[str], manifest: Manifest, versio
         "group_size": manifest.group_size,
         "layers": layers,
     }
-    with replacing(manifest_path(directory)) as file:
-        file.write(json.dumps(value, indent=2).encode() + b"\n")
+    replace_text(manifest_path(directory), json.dumps(value, indent=2) + "\n")
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ._safetensors_header import DTYPES
 
-__all__ = ["remove_leftovers", "replacing", "write_safetensors"]
+__all__ = ["remove_leftovers", "replace_text", "replacing", "write_safetensors"]
 
 #: Where the data begins in the file, and with it every tensor whose size is a multiple: a cache line.
 _ALIGNMENT = 64
@@ -52,6 +52,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def replace_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text to a file, in UTF-8, as `replacing` does."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def remove_leftovers(directory: str | os.PathLike[str]) -> None:

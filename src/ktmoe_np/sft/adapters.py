@@ -15,7 +15,7 @@ import numpy as np
 from .._arrays import Array
 from ..io import SafetensorsFile
 from ..io._safetensors_header import parse_json_object
-from ..io.writer import replacing, write_safetensors
+from ..io.writer import replace_text, write_safetensors
 from .gradients import lora_shapes
 
 if TYPE_CHECKING:
@@ -152,8 +152,7 @@ def export_peft(directory: str | os.PathLike[str], layers: Sequence[LoraLayer]) 
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     write_safetensors(target / _PEFT_TENSORS, tensors, {"format": "pt"})
-    with replacing(target / _PEFT_CONFIG) as file:
-        file.write((json.dumps(config, indent=2) + "\n").encode())
+    replace_text(target / _PEFT_CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def import_peft(directory: str | os.PathLike[str], layers: Sequence[LoraLayer]) -> None:
