@@ -157,6 +157,7 @@ def _parser() -> _Parser:
     _add_threads_and_json(command)
 
     _add_model_commands(add)
+    _add_finetune(add)
     _add_checkpoint_commands(add)
     return parser
 
@@ -195,6 +196,8 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
     _add_adapter(command)
     _add_threads_and_json(command)
 
+
+def _add_finetune(add: Callable[..., _Parser]) -> None:
     command = add("finetune", finetune.run, "adapters of a model's experts that learn a text", _FINETUNE)
     _add_model(command)
     _add_text(command)
