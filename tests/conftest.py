@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from fake_cuda_runs import build_driver
 from converted import source, target  # noqa: F401  (fixtures)
 from hypothesis import settings
 from layers import POOLS, engine_of
@@ -40,3 +41,9 @@ def leave_no_engine() -> Iterator[None]:
     gc.collect()
     if not _MoEBase._loaded:
         _MoEBase.reset_cpu_infer()
+
+
+@pytest.fixture(scope="session")
+def cuda_driver(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A CUDA driver that needs no GPU: its library, for KTMOE_CUDA_DRIVER."""
+    return build_driver(tmp_path_factory.mktemp("cuda"))

@@ -1,5 +1,6 @@
 // A CUDA driver for tests without a GPU: streams are threads that do what they are given in order, memory of
 // a device is the host's, and a stream that is being captured keeps what it is given, to be replayed.
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -122,6 +123,21 @@ int cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, void* stream) {
   found->add([=] { std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes); });
   return 0;
 }
+int cuEventCreate(void** event, unsigned) { return *event = new std::atomic<bool>(false), 0; }
+int cuEventRecord(void* event, void* stream) {
+  Stream* found = find(stream);
+  if (found == nullptr) return kInvalidHandle;
+  found->add([=] { static_cast<std::atomic<bool>*>(event)->store(true); });
+  return 0;
+}
+int cuEventQuery(void* event) {
+  {
+    const std::lock_guard lock(mutex);
+    if (num_captures > 0 && capture_mode != 2) return 900;
+  }
+  return static_cast<std::atomic<bool>*>(event)->load() ? 0 : 600;
+}
+int cuEventDestroy_v2(void* event) { return delete static_cast<std::atomic<bool>*>(event), 0; }
 int cuThreadExchangeStreamCaptureMode(int* mode) { return std::swap(*mode, capture_mode), 0; }
 int cuMemHostRegister_v2(void* begin, size_t, unsigned) {
   const std::lock_guard lock(mutex);

@@ -36,6 +36,8 @@ def test_two_slots_with_memory_of_their_own() -> None:
     for slot in slots:
         shapes = {
             "input": ((5, 8), bf16),
+            "topk_ids": ((5, 2), np.dtype(np.int64)),
+            "num_tokens": ((1,), np.dtype(np.int64)),
             "immediate_ids": ((5, 2), np.dtype(np.int64)),
             "deferred_ids": ((5, 2), np.dtype(np.int64)),
             "weights": ((5, 2), np.dtype(np.float32)),

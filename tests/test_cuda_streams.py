@@ -2,64 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from pathlib import Path
-from typing import Any
-
-import pytest
-from layers import run_python
-
-#: What the scripts begin with: a layer, a batch on the host and on the device, the result of the former.
-BEGIN = """
-import gc, numpy as np, time
-from fake_cuda import DeviceArray, Stream, num_locked
-from layers import assert_same_bits, bf16, draw, draw_batch, draw_layer
-from ktmoe_np import KExpertsCPUBuffer
-from ktmoe_np import kt_kernel_ext as ext
-
-rng = np.random.default_rng(0)
-layer = draw_layer(rng, 5, 24, 40)
-batch = draw_batch(rng, layer, 6, 2)
-moe = layer.wrapper(2)
-expected = moe.forward(*batch)
-x, ids, w = map(DeviceArray, batch)
-out = DeviceArray(np.zeros((6, 40), bf16))
-stream = Stream()
-
-def raised(call, *arguments, **named):
-    try:
-        call(*arguments, **named)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
-"""
+from fake_cuda_runs import run
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The library."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler to build the driver with")
-    library = tmp_path_factory.mktemp("cuda") / "libfake_cuda.so"
-    source = Path(__file__).with_name("fake_cuda.cpp")
-    options = ["-std=c++20", "-shared", "-fPIC", "-pthread", "-O1"]
-    subprocess.run([compiler, *options, str(source), "-o", str(library)], check=True)
-    return str(library)
-
-
-def run(driver: str, script: str, **env: str) -> Any:
-    begin = "\n".join(BEGIN.splitlines())
-    lines = "\n".join(line.removeprefix("        ") for line in script.splitlines())
-    done = run_python(f"{begin}\n{lines}", env={"KTMOE_CUDA_DRIVER": driver, **env})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_pass_in_a_stream(driver: str) -> None:
+def test_a_pass_in_a_stream(cuda_driver: str) -> None:
     run(
-        driver,
+        cuda_driver,
         """
         result = moe.forward(x, ids, w, cuda_stream=stream, out=out)
         assert result is out
@@ -73,9 +21,9 @@ def test_a_pass_in_a_stream(driver: str) -> None:
     )
 
 
-def test_the_default_stream_and_parts_of_a_batch(driver: str) -> None:
+def test_the_default_stream_and_parts_of_a_batch(cuda_driver: str) -> None:
     run(
-        driver,
+        cuda_driver,
         """
         from fake_cuda import _driver
         small = layer.wrapper(2, chunked_prefill_size=4)
@@ -86,9 +34,9 @@ def test_the_default_stream_and_parts_of_a_batch(driver: str) -> None:
     )
 
 
-def test_layers_follow_each_other_without_waiting(driver: str) -> None:
+def test_layers_follow_each_other_without_waiting(cuda_driver: str) -> None:
     run(
-        driver,
+        cuda_driver,
         """
         layers = [draw_layer(rng, 5, 24, 40) for _ in range(5)]
         moes = [one.wrapper(2, layer_idx=i) for i, one in enumerate(layers)]
@@ -105,9 +53,9 @@ def test_layers_follow_each_other_without_waiting(driver: str) -> None:
     )
 
 
-def test_a_graph_repeats_a_pass_on_new_numbers(driver: str) -> None:
+def test_a_graph_repeats_a_pass_on_new_numbers(cuda_driver: str) -> None:
     run(
-        driver,
+        cuda_driver,
         """
         stream.capture(True)
         moe.forward(x, ids, w, cuda_stream=stream, out=out)
@@ -123,9 +71,9 @@ def test_a_graph_repeats_a_pass_on_new_numbers(driver: str) -> None:
     )
 
 
-def test_exceptions_come_with_a_sync(driver: str) -> None:
+def test_exceptions_come_with_a_sync(cuda_driver: str) -> None:
     said = run(
-        driver,
+        cuda_driver,
         """
         wrong = DeviceArray(np.full((6, 2), 5))
         moe.submit_forward(x, wrong, w, stream, out=out)
@@ -148,9 +96,9 @@ def test_exceptions_come_with_a_sync(driver: str) -> None:
     assert said.splitlines() == [error, "nothing", str({error})]
 
 
-def test_a_stream_waits_for_tasks_of_the_host(driver: str) -> None:
+def test_a_stream_waits_for_tasks_of_the_host(cuda_driver: str) -> None:
     run(
-        driver,
+        cuda_driver,
         """
         result = np.zeros((6, 40), bf16)
         task = moe._layer.forward_task(*batch, result)
@@ -164,9 +112,9 @@ def test_a_stream_waits_for_tasks_of_the_host(driver: str) -> None:
     )
 
 
-def test_buffers_are_let_go_when_others_are_used(driver: str) -> None:
+def test_buffers_are_let_go_when_others_are_used(cuda_driver: str) -> None:
     run(
-        driver,
+        cuda_driver,
         """
         most = 0
         for tokens in (1, 2, 3, 4, 5, 6) * 4:
@@ -187,9 +135,9 @@ def test_buffers_are_let_go_when_others_are_used(driver: str) -> None:
     )
 
 
-def test_buffers_live_until_they_are_copied(driver: str) -> None:
+def test_buffers_live_until_they_are_copied(cuda_driver: str) -> None:
     run(
-        driver,
+        cuda_driver,
         """
         moe.submit_forward(x, ids, w, stream, out=out)
         moe.cpu_infer.sync_with_cuda_stream(stream.cuda_stream)
@@ -207,9 +155,9 @@ def test_buffers_live_until_they_are_copied(driver: str) -> None:
     )
 
 
-def test_streams_have_buffers_of_their_own(driver: str) -> None:
+def test_streams_have_buffers_of_their_own(cuda_driver: str) -> None:
     run(
-        driver,
+        cuda_driver,
         """
         other, layers = Stream(), [layer.wrapper(2, layer_idx=i) for i in (0, 2)]
         cases = [(moe, s, DeviceArray(draw(rng, 6, 40))) for moe, s in zip(layers, (stream, other))]
@@ -225,9 +173,9 @@ def test_streams_have_buffers_of_their_own(driver: str) -> None:
     )
 
 
-def test_an_engine_that_has_ended_gives_no_old_numbers(driver: str) -> None:
+def test_an_engine_that_has_ended_gives_no_old_numbers(cuda_driver: str) -> None:
     said = run(
-        driver,
+        cuda_driver,
         """
         moe.forward(x, ids, w, cuda_stream=stream, out=out)
         stream.synchronize()
@@ -244,13 +192,13 @@ def test_an_engine_that_has_ended_gives_no_old_numbers(driver: str) -> None:
     assert said.startswith("RuntimeError: ")
 
 
-def test_what_is_wrong(driver: str) -> None:
+def test_what_is_wrong(cuda_driver: str) -> None:
     said = run(
-        driver,
+        cuda_driver,
         """
         from ktmoe_np import KTMoEWrapper
         call = moe.submit_forward
-        short, long = DeviceArray(batch.ids.astype(np.int32)), DeviceArray(np.zeros((6, 41), bf16))
+        short, long = DeviceArray(batch.ids.astype(np.int16)), DeviceArray(np.zeros((6, 41), bf16))
         print(raised(call, batch.x, ids, w, stream, out=out))
         print(raised(call, x, batch.ids, w, stream, out=out))
         print(raised(call, x, short, w, stream, out=out))
@@ -267,8 +215,15 @@ def test_what_is_wrong(driver: str) -> None:
         moe.sync_forward(cuda_stream=stream)
         empty = KTMoEWrapper(3, 5, 2, 40, 24)
         print(raised(empty.forward, x, ids, w, stream, out=out))
-        deferring = layer.wrapper(2, max_deferred_experts_per_token=1)
-        print(raised(deferring.forward, x, ids, w, stream, out=out))
+        call(x, ids, w, stream, out=out)
+        other = Stream()
+        print(raised(moe.sync_forward, cuda_stream=other).replace(hex(other.cuda_stream), "another")
+              .replace(hex(stream.cuda_stream), "the one"))
+        assert moe.sync_forward(cuda_stream=stream) is out
+        print(raised(call, x, ids, w, stream, out=out, num_tokens=np.ones(1, np.int64)))
+        print(raised(call, x, ids, w, stream, out=out, num_tokens=DeviceArray(np.ones(2, np.int64))))
+        print(raised(moe.forward, *batch, num_tokens=2))
+        print(raised(call, *batch, num_tokens=2))
         print(raised(moe.forward, x, batch.ids, batch.weights))
         stream.synchronize()
         stream.destroy()
@@ -277,8 +232,8 @@ def test_what_is_wrong(driver: str) -> None:
     )
     assert said.splitlines() == [
         "TypeError: hidden_states: got ndarray on the CPU, expected bfloat16 [T, 40] on a CUDA device",
-        "TypeError: topk_ids: got ndarray on the CPU, expected int64 [6, 2] on a CUDA device",
-        "TypeError: topk_ids: got int32 [6, 2], expected int64 [6, 2] on a CUDA device",
+        "TypeError: topk_ids: got ndarray on the CPU, expected int64 or int32 [6, 2] on a CUDA device",
+        "TypeError: topk_ids: got int16 [6, 2], expected int64 or int32 [6, 2] on a CUDA device",
         "ValueError: hidden_states: got bfloat16 [6, 41], expected bfloat16 [T, 40] on a CUDA device",
         "TypeError: out: got None, expected an array on the device to write to: a DeviceArray cannot be made",
         "TypeError: out: got float32 [6, 40], expected bfloat16 [6, 40] on a CUDA device",
@@ -289,24 +244,28 @@ def test_what_is_wrong(driver: str) -> None:
         "RuntimeError: sync_forward: no pass of layer 0 is pending in a stream, call submit_forward first",
         "RuntimeError: submit_forward: a pass of layer 0 is pending, call sync_forward first",
         "RuntimeError: submit_forward: layer 3 has no weights yet",
-        "RuntimeError: cuda_stream: got one with deferred experts, expected None or none deferred",
+        "ValueError: cuda_stream: got another, expected that of the pass, the one",
+        "TypeError: num_tokens: got ndarray on the CPU, expected int64 or int32 [1] on a CUDA device",
+        "ValueError: num_tokens: got int64 [2], expected int64 or int32 [1] on a CUDA device",
+        "ValueError: num_tokens: got one without a cuda_stream, expected None: hand over fewer tokens",
+        "ValueError: num_tokens: got one without a cuda_stream, expected None: hand over fewer tokens",
         "TypeError: hidden_states: got DeviceArray, expected an array of bfloat16 [T, H]",
         "RuntimeError: cuda: cuMemcpyAsync: invalid resource handle (400)",
     ]
 
 
-def test_without_a_driver_or_a_gpu(driver: str) -> None:
+def test_without_a_driver_or_a_gpu(cuda_driver: str) -> None:
     script = """
         print(ext.cuda.is_available())
         print(raised(moe.forward, x, ids, w, stream, out=out))
         assert_same_bits(moe.forward(*batch), expected)
         """
-    said = run(driver, script, FAKE_CUDA_NO_GPU="1")
+    said = run(cuda_driver, script, FAKE_CUDA_NO_GPU="1")
     assert said.splitlines() == ["False", "RuntimeError: cuda: the driver finds no GPU"]
     none = script.replace(
         "print(ext", "import os; os.environ['KTMOE_CUDA_DRIVER'] = '/no/driver.so'\n        print(ext"
     )
-    said = run(driver, none)
+    said = run(cuda_driver, none)
     assert said.startswith(
         "False\nRuntimeError: cuda: no driver: /no/driver.so: cannot open shared object file"
     )

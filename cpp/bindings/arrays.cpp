@@ -43,6 +43,7 @@ DType dtype_of(const nb::dlpack::dtype& type) {
   if (code == Code::Bfloat && type.bits == 16) return DType::kBf16;
   if (code == Code::Float && type.bits == 32) return DType::kFloat32;
   if (code == Code::Int && type.bits == 64) return DType::kInt64;
+  if (code == Code::Int && type.bits == 32) return DType::kInt32;
   if (code == Code::UInt && type.bits == 8) return DType::kUint8;
   if (code == Code::Bool && type.bits == 8) return DType::kBool;
   return DType::kOther;
@@ -53,6 +54,7 @@ const char* label(DType dtype) {
     case DType::kBf16: return "bfloat16";
     case DType::kFloat32: return "float32";
     case DType::kInt64: return "int64";
+    case DType::kInt32: return "int32";
     case DType::kUint8: return "uint8";
     case DType::kBool: return "bool";
     case DType::kOther: break;

@@ -14,7 +14,7 @@ namespace ktmoe::bindings {
 
 namespace nb = nanobind;
 
-enum class DType { kBf16, kFloat32, kInt64, kUint8, kBool, kOther };
+enum class DType { kBf16, kFloat32, kInt64, kInt32, kUint8, kBool, kOther };
 
 // A dimension as it is expected: a number, or a letter for any.
 struct Dim {

@@ -1,4 +1,5 @@
 // The engine in Python: WorkerPoolConfig, WorkerPool, CPUInfer, Task.
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -66,20 +67,28 @@ WorkerPoolConfig make_config(int subpool_count, std::vector<int> numa_map, std::
   return config;
 }
 
+StreamTask stream_task(PythonTask& task, nb::handle result) {
+  std::span<std::byte> bytes;
+  if (!result.is_none()) {
+    const Array array = Array::write(result, "result");
+    bytes = {array.expect_contiguous().as<std::byte>(), array.bytes()};
+  }
+  return {task.take(), bytes};
+}
+
+void submit_with_stream(std::shared_ptr<CPUInfer> engine, uint64_t stream, std::vector<StreamTask> tasks) {
+  settle(*engine);
+  const std::vector<StreamTask> held = tasks;  // let go of with the GIL, also when the driver refuses
+  const GilRelease no_gil;                     // the driver may wait for the stream
+  stream_calls().submit(as_stream(stream), std::move(engine), std::move(tasks));
+}
+
 void bind_streams(nb::class_<CPUInfer>& engine) {
   engine
       .def(
           "submit_with_cuda_stream",
           [](std::shared_ptr<CPUInfer> engine, uint64_t stream, PythonTask& task, nb::handle result) {
-            std::span<std::byte> bytes;
-            if (!result.is_none()) {
-              const Array array = Array::write(result, "result");
-              bytes = {array.expect_contiguous().as<std::byte>(), array.bytes()};
-            }
-            settle(*engine);
-            std::shared_ptr<Task> taken = task.take();
-            const GilRelease no_gil;  // the driver may wait for the stream
-            stream_calls().submit(as_stream(stream), engine, taken, bytes);
+            submit_with_stream(std::move(engine), stream, {stream_task(task, result)});
           },
           nb::arg("stream"), nb::arg("task"), nb::arg("result").none() = nb::none(),
           R"(Submit a task when a CUDA stream comes to this point; returns at once.
@@ -98,6 +107,16 @@ Raises
 ------
 RuntimeError
     There is no CUDA driver, or it refuses.)")
+      .def(
+          "submit_all_with_cuda_stream",
+          [](std::shared_ptr<CPUInfer> engine, uint64_t stream,
+             const std::vector<std::pair<PythonTask*, nb::object>>& tasks) {
+            std::vector<StreamTask> taken;
+            for (const auto& [task, result] : tasks) taken.push_back(stream_task(*task, result));
+            submit_with_stream(std::move(engine), stream, std::move(taken));
+          },
+          nb::arg("stream"), nb::arg("tasks"),
+          "Submit several tasks, each with its result or None, one after the other at one point of a stream.")
       .def(
           "sync_with_cuda_stream",
           [](std::shared_ptr<CPUInfer> engine, uint64_t stream, uint64_t allow_n_pending) {

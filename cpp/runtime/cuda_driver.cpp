@@ -18,6 +18,10 @@ const char* library_name() {
 // Locked for all contexts, which is what several GPUs need.
 constexpr unsigned kPortable = 1;
 
+// Not for measuring time.
+constexpr unsigned kWithoutTiming = 2;
+constexpr int kNotReady = 600;
+
 // While a stream is being captured a thread may not do what is not of any stream, unless it says that it
 // knows what it does.
 constexpr int kRelaxedCapture = 2;
@@ -53,6 +57,10 @@ CudaDriver::CudaDriver() {
   load(launch_, "cuLaunchHostFunc");
   load(is_capturing_, "cuStreamIsCapturing");
   load(copy_, "cuMemcpyAsync");
+  load(create_event_, "cuEventCreate");
+  load(record_, "cuEventRecord");
+  load(query_, "cuEventQuery");
+  load(destroy_event_, "cuEventDestroy_v2");
   load(lock_, "cuMemHostRegister_v2");
   load(unlock_, "cuMemHostUnregister");
   load(exchange_capture_mode_, "cuThreadExchangeStreamCaptureMode");
@@ -126,6 +134,23 @@ void CudaDriver::copy(uint64_t to, uint64_t from, size_t bytes, Stream stream) c
   if (bytes == 0) return;
   use_context_of(stream);
   check(copy_(to, from, bytes, stream), "cuMemcpyAsync");
+}
+
+CudaDriver::Event CudaDriver::record(Stream stream) const {
+  use_context_of(stream);
+  Event event = nullptr;
+  check(create_event_(&event, kWithoutTiming), "cuEventCreate");
+  const int result = record_(event, stream);
+  if (result != 0) destroy_event_(event);
+  check(result, "cuEventRecord");
+  return event;
+}
+
+bool CudaDriver::has_happened(Event event) const noexcept {
+  const RelaxedCapture relaxed(exchange_capture_mode_);
+  if (query_(event) == kNotReady) return false;
+  destroy_event_(event);
+  return true;
 }
 
 void CudaDriver::lock_pages(void* begin, size_t bytes) const {

@@ -11,6 +11,7 @@ namespace ktmoe {
 class CudaDriver {
  public:
   using Stream = void*;  // CUstream; null is the default stream
+  using Event = void*;   // CUevent
   using HostFunction = void (*)(void* data);
 
   // The driver, or std::runtime_error that says why there is none. KTMOE_CUDA_DRIVER names another library.
@@ -24,6 +25,9 @@ class CudaDriver {
   bool is_capturing(Stream stream) const;
   // In the stream; addresses of the host or of a device.
   void copy(uint64_t to, uint64_t from, size_t bytes, Stream stream) const;
+  // An event that happens when the stream comes there, to be asked for until it has.
+  Event record(Stream stream) const;
+  bool has_happened(Event event) const noexcept;  // true: and the event is gone
   // Locks pages, so that copies need not wait for the CPU.
   void lock_pages(void* begin, size_t bytes) const;
   void unlock_pages(void* begin) const noexcept;
@@ -47,6 +51,10 @@ class CudaDriver {
   int (*launch_)(Stream stream, HostFunction function, void* data) = nullptr;
   int (*is_capturing_)(Stream stream, int* status) = nullptr;
   int (*copy_)(uint64_t to, uint64_t from, size_t bytes, Stream stream) = nullptr;
+  int (*create_event_)(Event* event, unsigned flags) = nullptr;
+  int (*record_)(Event event, Stream stream) = nullptr;
+  int (*query_)(Event event) = nullptr;
+  int (*destroy_event_)(Event event) = nullptr;
   int (*lock_)(void* begin, size_t bytes, unsigned flags) = nullptr;
   int (*unlock_)(void* begin) = nullptr;
   int (*exchange_capture_mode_)(int* mode) = nullptr;

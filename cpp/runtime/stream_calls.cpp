@@ -2,104 +2,107 @@
 
 #include <algorithm>
 #include <utility>
-#include <vector>
 
 namespace ktmoe {
 
-// The stream goes on: the error waits for who asks, and the result tells of it.
-void StreamCalls::Call::fail(std::exception_ptr error) const {
-  std::fill(result.begin(), result.end(), std::byte{0xff});
-  const std::lock_guard lock(all->mutex_);
-  if (all->first_error_ == nullptr) all->first_error_ = std::move(error);
-}
-
-// A task as a stream submits it, perhaps not for the last time. It has a copy of all that it needs, unless
-// its call is kept for good.
+// A task as a stream submits it, perhaps not for the last time: then its owner is kept for good.
 class StreamCalls::Submitted final : public Task {
  public:
-  explicit Submitted(const Call& call) {
-    call_.all = call.all, call_.result = call.result, call_.is_captured = call.is_captured;
-    if (call.is_captured) {
-      kept_ = call.task.get();
-    } else {
-      call_.task = call.task, kept_ = call_.task.get();
-    }
-  }
+  Submitted(StreamCalls& all, const StreamTask& of, bool is_captured)
+      : all_(all), owner_(is_captured ? nullptr : of.task), task_(*of.task), result_(of.result) {}
 
   void run() override {
     try {
-      kept_->run();
+      task_.run();
     } catch (...) {
-      call_.fail(std::current_exception());
+      all_.fail(result_, std::current_exception());
     }
   }
-  bool ends_anywhere() const override { return call_.is_captured; }
+  bool ends_anywhere() const override { return owner_ == nullptr; }
 
  private:
-  Call call_;
-  Task* kept_;
+  StreamCalls& all_;
+  std::shared_ptr<Task> owner_;
+  Task& task_;
+  std::span<std::byte> result_;
 };
 
+void StreamCalls::call(CudaDriver::Stream stream, std::function<void()> work, std::span<std::byte> result) {
+  const bool is_captured = CudaDriver::get().is_capturing(stream);
+  launch(stream, std::unique_ptr<Call>(new Call{this, std::move(work), result, is_captured}));
+}
+
 void StreamCalls::submit(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine,
-                         std::shared_ptr<Task> task, std::span<std::byte> result) {
-  auto call = std::make_unique<Call>();
-  call->engine = std::move(engine), call->task = std::move(task), call->result = result;
-  launch(stream, std::move(call));
+                         std::vector<StreamTask> tasks) {
+  const bool is_captured = CudaDriver::get().is_capturing(stream);
+  const auto work = [this, engine = std::move(engine), tasks = std::move(tasks), is_captured] {
+    for (const StreamTask& each : tasks) {
+      try {
+        engine->submit(std::make_unique<Submitted>(*this, each, is_captured));
+      } catch (...) {
+        fail(each.result, std::current_exception());
+      }
+    }
+  };
+  launch(stream, std::unique_ptr<Call>(new Call{this, work, {}, is_captured}));
 }
 
 void StreamCalls::sync(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine,
                        uint64_t allow_n_pending) {
-  auto call = std::make_unique<Call>();
-  call->engine = std::move(engine), call->allow_n_pending = allow_n_pending;
-  launch(stream, std::move(call));
+  call(stream, [engine = std::move(engine), allow_n_pending] { engine->finish(allow_n_pending); });
 }
 
 void StreamCalls::hold(CudaDriver::Stream stream, std::shared_ptr<const void> held) {
-  auto call = std::make_unique<Call>();
-  call->held = std::move(held);
-  launch(stream, std::move(call));
+  const CudaDriver& driver = CudaDriver::get();
+  const CudaDriver::Event event = driver.is_capturing(stream) ? nullptr : driver.record(stream);
+  const std::lock_guard lock(mutex_);
+  held_.push_back({event, std::move(held)});
 }
 
 void StreamCalls::launch(CudaDriver::Stream stream, std::unique_ptr<Call> call) {
-  const CudaDriver& driver = CudaDriver::get();
-  call->all = this, call->is_captured = driver.is_capturing(stream);
   Call* data = call.get();
   {
     const std::lock_guard lock(mutex_);
     calls_.push_back(std::move(call));
   }
   try {
-    driver.launch(stream, happen, data);
+    CudaDriver::get().launch(stream, happen, data);
   } catch (...) {
     data->has_happened.store(true);  // forgotten soon
     throw;
   }
 }
 
+// The stream goes on: the error waits for who asks, and the result tells of it.
+void StreamCalls::fail(std::span<std::byte> result, std::exception_ptr error) {
+  std::fill(result.begin(), result.end(), std::byte{0xff});
+  const std::lock_guard lock(mutex_);
+  if (first_error_ == nullptr) first_error_ = std::move(error);
+}
+
 // On a thread of the driver, which an exception must not reach.
 void StreamCalls::happen(void* data) {
   Call& call = *static_cast<Call*>(data);
   try {
-    if (call.task != nullptr) {
-      call.engine->submit(std::make_unique<Submitted>(call));
-    } else if (call.engine != nullptr) {
-      call.engine->finish(call.allow_n_pending);
-    }
+    call.work();
   } catch (...) {
-    call.fail(std::current_exception());
+    call.all->fail(call.result, std::current_exception());
   }
   if (!call.is_captured) call.has_happened.store(true);
 }
 
 void StreamCalls::forget_happened() {
-  std::vector<std::unique_ptr<Call>> happened;  // destroyed without the lock
+  std::list<std::unique_ptr<Call>> calls;  // destroyed without the lock
+  std::list<Held> held;
   const std::lock_guard lock(mutex_);
   for (auto at = calls_.begin(); at != calls_.end();) {
     const auto next = std::next(at);
-    if ((*at)->has_happened.load()) {
-      happened.push_back(std::move(*at));
-      calls_.erase(at);
-    }
+    if ((*at)->has_happened.load()) calls.splice(calls.end(), calls_, at);
+    at = next;
+  }
+  for (auto at = held_.begin(); at != held_.end();) {
+    const auto next = std::next(at);
+    if (at->event != nullptr && CudaDriver::get().has_happened(at->event)) held.splice(held.end(), held_, at);
     at = next;
   }
 }

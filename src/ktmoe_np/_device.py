@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +31,8 @@ def is_on_device(value: Any) -> bool:
     return not isinstance(value, np.ndarray) and hasattr(value, "__cuda_array_interface__")
 
 
-def device_array(value: Any, name: str, dtype: Any, shape: tuple[int | str, ...]) -> DeviceArray:
-    """An array of torch, CuPy or another that has ``__cuda_array_interface__``, checked.
+def device_array(value: Any, name: str, dtypes: Sequence[Any], shape: tuple[int | str, ...]) -> DeviceArray:
+    """An array of torch, CuPy or another that has ``__cuda_array_interface__``, of one of the dtypes, checked.
 
     A dimension that is a string may be any.
 
@@ -42,12 +43,13 @@ def device_array(value: Any, name: str, dtype: Any, shape: tuple[int | str, ...]
     ValueError
         Another shape.
     """
-    expected = f"{np.dtype(dtype)} [{', '.join(map(str, shape))}] on a CUDA device"
+    kinds = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+    expected = f"{kinds} [{', '.join(map(str, shape))}] on a CUDA device"
     if not is_on_device(value):
         raise TypeError(f"{name}: got {type(value).__name__} on the CPU, expected {expected}")
     found, is_contiguous = _of_torch(value) if _is_of_torch(value) else _of_interface(value)
     got = f"{found.dtype} {list(found.shape)}"
-    if found.dtype != dtype:
+    if found.dtype not in dtypes:
         raise TypeError(f"{name}: got {got}, expected {expected}")
     fits = len(found.shape) == len(shape) and all(
         isinstance(want, str) or size == want for size, want in zip(found.shape, shape, strict=True)

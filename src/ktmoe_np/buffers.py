@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ class BufferSlot:
     """The arrays of one forward pass of inference, T rows each."""
 
     input: Array  #: bfloat16 [T, H]
+    topk_ids: NDArray[np.int64]  #: [T, P], as a GPU has them
+    num_tokens: NDArray[np.int64]  #: [1], of a GPU's batch
     immediate_ids: NDArray[np.int64]  #: [T, P], deferred slots -1
     deferred_ids: NDArray[np.int64]  #: [T, P], immediate slots -1
     weights: NDArray[np.float32]  #: [T, P]
@@ -33,14 +36,17 @@ class BufferSlot:
     deferred_output: NDArray[np.float32]  #: [T, H], what the next layer starts from
     busy_until: int = 0  #: ticket of the last task that uses the slot
     is_locked: bool = False  #: in memory, for a GPU
+    user: weakref.ref[Any] | None = None  #: the pass in a stream that uses it, or has used it last
 
     @classmethod
     def allocate(cls, batch_size: int, hidden_size: int, num_experts_per_tok: int) -> BufferSlot:
         """Fresh arrays; the system gives them memory when they are first written."""
         rows, routes = (batch_size, hidden_size), (batch_size, num_experts_per_tok)
         ids, floats = np.dtype(np.int64), np.dtype(np.float32)
-        arrays = {
+        arrays: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
             "input": (rows, bfloat16),
+            "topk_ids": (routes, ids),
+            "num_tokens": ((1,), ids),
             "immediate_ids": (routes, ids),
             "deferred_ids": (routes, ids),
             "weights": (routes, floats),
@@ -69,9 +75,9 @@ class BufferSlot:
         self.is_locked = True
 
 
-def _in_pages_of_their_own(arrays: dict[str, tuple[tuple[int, int], np.dtype[Any]]]) -> dict[str, Any]:
+def _in_pages_of_their_own(arrays: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> dict[str, Any]:
     """Arrays of those shapes and dtypes one after the other in a block of whole pages."""
-    sizes = {name: shape[0] * shape[1] * dtype.itemsize for name, (shape, dtype) in arrays.items()}
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in arrays.items()}
     block = np.empty(sum(_rounded(size, _LINE) for size in sizes.values()) + 2 * _PAGE, np.uint8)
     at, found = -block.ctypes.data % _PAGE, {}
     for name, (shape, dtype) in arrays.items():

@@ -53,6 +53,7 @@ class _MoEBase:
     _engine_pid: ClassVar[int] = 0
     _loaded: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
     _chain: ClassVar[DeferralChain] = DeferralChain()
+    _stream_chains: ClassVar[dict[int, DeferralChain]] = {}  # by the stream's handle
 
     @classmethod
     def _get_cpu_infer(
@@ -113,6 +114,7 @@ class _MoEBase:
             _MoEBase._engine = None
             _MoEBase._loaded = weakref.WeakSet()
             _MoEBase._chain = DeferralChain()
+            _MoEBase._stream_chains = {}
             KExpertsCPUBuffer.clear_buffer_cache()  # slots remember tickets of the engine
 
 

@@ -2,7 +2,7 @@
 
 Of each token the slots with the largest weights are computed at once; the others go into a buffer while the
 caller is already busy with what follows, and the next layer's output starts from that buffer. Layers follow
-each other by their `layer_idx`; there is one chain in an engine.
+each other by their `layer_idx`; there is one chain in an engine, and one for each CUDA stream.
 """
 
 from __future__ import annotations
@@ -10,34 +10,9 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .buffers import BufferSlot
 
-__all__ = ["Carry", "DeferralChain", "split_slots"]
-
-
-def split_slots(
-    ids: NDArray[np.int64], weights: NDArray[np.float32], num_deferred: int, slot: BufferSlot
-) -> None:
-    """Write `ids` to the slot's immediate and deferred ids, -1 where a slot of the token is not in its part.
-
-    Immediate are, of each token, all but `num_deferred` slots: those with the largest weights, ties by slot.
-
-    Raises
-    ------
-    ValueError
-        Weights of another shape.
-    """
-    if weights.shape != ids.shape:
-        raise ValueError(f"topk_weights: got shape {list(weights.shape)}, expected {list(ids.shape)}")
-    num_immediate = ids.shape[1] - num_deferred
-    order = np.argsort(-weights, axis=1, kind="stable")
-    is_immediate = np.zeros(ids.shape, bool)
-    np.put_along_axis(is_immediate, order[:, :num_immediate], True, axis=1)
-    slot.immediate_ids[...] = np.where(is_immediate, ids, -1)
-    slot.deferred_ids[...] = np.where(is_immediate, -1, ids)
+__all__ = ["Carry", "DeferralChain"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +20,8 @@ class Carry:
     """What a layer left over: experts' outputs, weighted and summed, not yet in any layer's output."""
 
     layer_idx: int
-    output: NDArray[np.float32]  #: [T, H]
-    ticket: int  #: of the task that writes it
+    slot: BufferSlot  #: its `deferred_output` is what is left
+    ticket: int  #: of the task that writes it; 0 in a stream, whose passes come in order
 
 
 class DeferralChain:
@@ -81,10 +56,11 @@ class DeferralChain:
                     f"layer {layer_idx}: the deferred experts of layer {carry.layer_idx} are left over from "
                     "the pass before; call drain_deferred() after the last layer of a pass"
                 )
-            if carry.output.shape[0] != batch_size:
+            num_tokens = carry.slot.deferred_output.shape[0]
+            if num_tokens != batch_size:
                 raise ValueError(
                     f"hidden_states: got {batch_size} tokens, but layer {carry.layer_idx} deferred experts "
-                    f"of {carry.output.shape[0]} tokens"
+                    f"of {num_tokens} tokens"
                 )
             return carry
 

@@ -237,9 +237,9 @@ class KTMoEWrapper:
         KExpertsSFTBuffer.clear_buffer_cache()
 
     @staticmethod
-    def drain_deferred() -> Array | None:
+    def drain_deferred(cuda_stream: Any = None, *, out: Any = None) -> Array | None:
         """See `BaseMoEWrapper.drain_deferred`."""
-        return BaseMoEWrapper.drain_deferred()
+        return BaseMoEWrapper.drain_deferred(cuda_stream, out=out)
 
 
 def _described(

@@ -6,12 +6,14 @@ from typing import Any
 
 from .._arrays import Array, at_least, bfloat16
 from .._batch import Batch
+from .._device import stream_handle
 from .._methods import Method
 from .._pending import PendingPass
 from ..config import MoEConfig
+from ..deferral import DeferralChain
 from ..layer import MoELayer
 from .runner import LayerRunner
-from .stream_pass import StreamPass
+from .stream_pass import StreamCarry, StreamPass
 
 __all__ = ["BaseMoEWrapper"]
 
@@ -57,6 +59,7 @@ class BaseMoEWrapper(MoELayer):
         *,
         out: Array | None = None,
         incremental: bool = False,
+        num_tokens: Any = None,
     ) -> Array:
         """The experts of the layer on a batch of tokens.
 
@@ -73,14 +76,18 @@ class BaseMoEWrapper(MoELayer):
             Routing weights, used as they are.
         cuda_stream : stream of torch or CuPy, or the handle of one, optional
             Where the arrays are on a CUDA device: of torch, CuPy or another that has
-            ``__cuda_array_interface__``, ids in int64, `out` in bfloat16. They are copied to the host and
-            back in the stream, which waits for the result; the call does not. Works in a stream that is
-            being captured into a graph too. Exceptions of a pass, whose result is NaN then, are raised by a
-            `sync_forward` with a stream, that of the pass or a later one.
+            ``__cuda_array_interface__``, ids in int64 or int32, `out` in bfloat16. They are copied to the
+            host and back in the stream, which waits for the result; the call does not. Works in a stream that
+            is being captured into a graph too. Exceptions of a pass, whose result is NaN then, are raised by
+            a `sync_forward` with a stream, that of the pass or a later one.
         out : array of bfloat16 or float32 [T, H], optional
             Where to write; must not overlap the inputs.
         incremental : bool
             Add to what `out` holds.
+        num_tokens : array of int64 or int32 [1], optional
+            With a stream, on its device, and read when the stream comes to the pass: how many tokens of the
+            batch count. To the others no expert is applied; their results are zero. So a graph of the largest
+            batch does for smaller ones.
 
         Returns
         -------
@@ -93,7 +100,7 @@ class BaseMoEWrapper(MoELayer):
         IndexError
             An expert id of E or above.
         RuntimeError
-            Nothing is loaded; or a stream is given, and there is no CUDA driver, or experts are deferred.
+            Nothing is loaded; or a stream is given, and there is no CUDA driver.
 
         Examples
         --------
@@ -108,10 +115,10 @@ class BaseMoEWrapper(MoELayer):
         [[16.0, 16.0, 16.0, 16.0]]
         """
         if cuda_stream is not None or self._runner.defers(self._chain):
-            self.submit_forward(
-                hidden_states, topk_ids, topk_weights, cuda_stream, out=out, incremental=incremental
-            )
+            more = {"out": out, "incremental": incremental, "num_tokens": num_tokens}
+            self.submit_forward(hidden_states, topk_ids, topk_weights, cuda_stream, **more)
             return self.sync_forward(cuda_stream=cuda_stream)
+        _check_no_number(num_tokens)
         batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental)
         self._runner.run(batch, self.gpu_experts_mask)
         return batch.out
@@ -125,6 +132,7 @@ class BaseMoEWrapper(MoELayer):
         *,
         out: Array | None = None,
         incremental: bool = False,
+        num_tokens: Any = None,
     ) -> None:
         """Begin what `forward` does and return at once; `sync_forward` gives the result.
 
@@ -138,9 +146,10 @@ class BaseMoEWrapper(MoELayer):
         """
         if cuda_stream is not None:
             self._check_streams_can(incremental)
-            batch = hidden_states, topk_ids, topk_weights
-            self._stream_pass.submit(batch, cuda_stream, self.gpu_experts_mask, out)
+            batch, chain = (hidden_states, topk_ids, topk_weights), self._chain_of(cuda_stream)
+            self._stream_pass.submit(batch, num_tokens, cuda_stream, chain, self.gpu_experts_mask, out)
             return
+        _check_no_number(num_tokens)
         self._pending.submit(
             lambda: self._start(Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental))
         )
@@ -148,10 +157,13 @@ class BaseMoEWrapper(MoELayer):
     def _check_streams_can(self, incremental: bool) -> None:
         if not self.loaded:
             raise RuntimeError(f"submit_forward: layer {self.layer_idx} has no weights yet")
-        if self._runner.defers(self._chain):
-            raise RuntimeError("cuda_stream: got one with deferred experts, expected None or none deferred")
         if incremental:
             raise ValueError("incremental: got True with a cuda_stream, expected False")
+
+    @classmethod
+    def _chain_of(cls, cuda_stream: Any) -> DeferralChain:
+        """What layers of a stream leave for each other."""
+        return cls._stream_chains.setdefault(stream_handle(cuda_stream), DeferralChain())
 
     def _start(self, batch: Batch) -> tuple[Array, list[int]]:
         """Queue a batch: its output, and the tickets to wait for."""
@@ -175,15 +187,44 @@ class BaseMoEWrapper(MoELayer):
         return self._pending.sync()
 
     @classmethod
-    def drain_deferred(cls) -> Array | None:
+    def drain_deferred(cls, cuda_stream: Any = None, *, out: Any = None) -> Array | None:
         """What the last layer of a pass has deferred, so that nothing is lost.
+
+        Parameters
+        ----------
+        cuda_stream : stream of torch or CuPy, or the handle of one, optional
+            Of passes in that stream, which waits for what is deferred; the call does not.
+        out : array of bfloat16 [T, H], optional
+            With a stream, where to write.
 
         Returns
         -------
-        ndarray of bfloat16 [T, H], to be added to the last layer's output; None when nothing is left
+        ndarray of bfloat16 [T, H], to be added to the last layer's output; None when nothing is left. With a
+        stream an array of the kind of the layer's hidden states, or `out`
         """
+        if cuda_stream is not None:
+            return cls._drain_stream(cuda_stream, out)
+        if out is not None:
+            raise ValueError("out: got one without a cuda_stream, expected None")
         carry = cls._chain.take()
         if carry is None:
             return None
         cls._get_cpu_infer().wait(carry.ticket)
-        return carry.output.astype(bfloat16)
+        return carry.slot.deferred_output.astype(bfloat16)
+
+    @classmethod
+    def _drain_stream(cls, cuda_stream: Any, out: Any) -> Any:
+        chain = cls._chain_of(cuda_stream)
+        left = chain.take()
+        if not isinstance(left, StreamCarry):
+            return None
+        try:
+            return left.left_by.drain(left, cuda_stream, out)
+        except (TypeError, ValueError):
+            chain.leave(left)
+            raise
+
+
+def _check_no_number(num_tokens: Any) -> None:
+    if num_tokens is not None:
+        raise ValueError("num_tokens: got one without a cuda_stream, expected None: hand over fewer tokens")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from .._arrays import Array
 from .._batch import Batch
 from ..buffers import BufferSlot, KExpertsCPUBuffer
 from ..config import MoEConfig
-from ..deferral import Carry, DeferralChain, split_slots
+from ..deferral import Carry, DeferralChain
 
 __all__ = ["LayerRunner"]
 
@@ -74,44 +75,56 @@ class LayerRunner:
             The tickets of what is not deferred.
         """
         carry = chain.receive(self._config.layer_idx, batch.num_tokens)
-        base = None if carry is None else carry.output
-        if base is not None and batch.incremental:
+        if carry is not None and batch.incremental:
             raise ValueError("incremental: got True, but the output begins with the deferred experts")
         _check_ids(batch.ids, self._config.num_experts)
-        chunks = self._chunks(batch)
         slot = self._free_slot(batch.num_tokens)
-        now = [self._task(batch, rows, skip_experts, base=base) for rows in chunks]
-        later: list[ext.Task] = []
-        if self._num_deferred:
-            now, later = self._split(batch, chunks, skip_experts, base, slot)
+        now, later = self.parts(batch, slot, skip_experts, carry)
+        if later:  # the deferred part reads copies: after the sync the caller's arrays are the caller's again
+            slot.input[...] = np.asarray(batch.hidden_states)
+            slot.weights[...] = np.asarray(batch.weights)
 
         tickets = [self._engine.submit(task) for task in now]
         slot.busy_until = tickets[-1]
         left = None
         for task in later:
             slot.busy_until = self._engine.submit(task)
-            left = Carry(self._config.layer_idx, slot.deferred_output, slot.busy_until)
+            left = Carry(self._config.layer_idx, slot, slot.busy_until)
         chain.leave(left)
         return tickets
 
-    def _split(
+    def parts(
         self,
         batch: Batch,
-        chunks: list[slice],
-        skip_experts: Array | None,
-        base: Array | None,
         slot: BufferSlot,
+        skip_experts: Array | None,
+        carry: Carry | None,
+        num_tokens: NDArray[Any] | None = None,
     ) -> tuple[list[ext.Task], list[ext.Task]]:
         """The tasks of what is computed at once, and of what is deferred.
 
-        The deferred part reads copies: after the sync the caller's arrays are the caller's again.
+        Parameters
+        ----------
+        batch : Batch
+            The routing is read when the tasks run.
+        slot : BufferSlot
+            Has the split of the routing; of what is deferred also the input, the weights and the output.
+        skip_experts : array of bool [E], optional
+        carry : Carry, optional
+            What the output begins with.
+        num_tokens : array of int64 or int32 [1], optional
+            Read when the tasks run: tokens from that number on are computed with no expert.
         """
-        weights = np.asarray(batch.weights)
-        split_slots(batch.ids, weights, self._num_deferred, slot)
-        batch.ids = slot.immediate_ids
-        now = [self._task(batch, rows, skip_experts, base=base) for rows in chunks]
-        slot.input[...] = np.asarray(batch.hidden_states)
-        slot.weights[...] = weights
+        split = ext.moe.split_slots_task(
+            batch.ids, batch.weights, slot.immediate_ids, slot.deferred_ids, self._num_deferred, num_tokens
+        )
+        chunks = self._chunks(batch)
+        base = None if carry is None else carry.slot.deferred_output
+        at_once = copy(batch)
+        at_once.ids = slot.immediate_ids
+        now = [split, *(self._task(at_once, rows, skip_experts, base=base) for rows in chunks)]
+        if not self._num_deferred:
+            return now, []
         rest = copy(batch)
         rest.hidden_states, rest.ids, rest.weights = slot.input, slot.deferred_ids, slot.weights
         rest.out, rest.incremental = slot.deferred_output, False

@@ -1,0 +1,25 @@
+// Which slots of each token a pass computes at once and which it defers, by the routing as it is when the
+// pass is run.
+#pragma once
+
+#include <cstdint>
+#include <variant>
+
+namespace ktmoe {
+
+// Of each token all but `num_deferred` slots are immediate: those with the largest weights, ties by slot.
+struct SlotSplit {
+  using Integers = std::variant<const int64_t*, const int32_t*>;
+
+  Integers ids;                    // [T, P]
+  const float* weights = nullptr;  // [T, P]
+  uint32_t num_tokens = 0, num_slots = 0, num_deferred = 0;
+  Integers num_used;             // one number, or null: tokens from it on count as if their ids were negative
+  int64_t* immediate = nullptr;  // [T, P]: ids, deferred slots -1
+  int64_t* deferred = nullptr;   // [T, P]: ids, immediate slots -1; null when none is deferred
+
+  // Throws std::out_of_range for a number of tokens outside 0 to T; the ids are then those of no expert.
+  void run() const;
+};
+
+}  // namespace ktmoe
