@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fake_cuda_runs import build_driver
 from converted import source, target  # noqa: F401  (fixtures)
+from fake_cuda_runs import build_driver
 from hypothesis import settings
 from layers import POOLS, engine_of
 

@@ -20,6 +20,7 @@ STRUCTS = {
         "minor_version": "minor_version",
     },
     ("ErrorCreateArgs", "XLA_FFI_Error_Create_Args"): {"message": "message", "code": "errc"},
+    ("StreamGetArgs", "XLA_FFI_Stream_Get_Args"): {"context": "ctx", "stream": "stream"},
     ("Buffer", "XLA_FFI_Buffer"): {"dtype": "dtype", "data": "data", "rank": "rank", "dims": "dims"},
     ("Buffers", "XLA_FFI_Args"): {"size": "size", "types": "types", "values": "args"},
     ("Buffers ", "XLA_FFI_Rets"): {"size": "size", "types": "types", "values": "rets"},
@@ -28,7 +29,11 @@ STRUCTS = {
 
 #: Structs that go on behind what is declared here.
 BEGINNINGS = {
-    ("Api", "XLA_FFI_Api"): {"version": "api_version", "create_error": "XLA_FFI_Error_Create"},
+    ("Api", "XLA_FFI_Api"): {
+        "version": "api_version",
+        "create_error": "XLA_FFI_Error_Create",
+        "get_stream": "XLA_FFI_Stream_Get",
+    },
     ("CallFrame", "XLA_FFI_CallFrame"): {
         "extensions": "extension_start",
         "api": "api",

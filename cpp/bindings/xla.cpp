@@ -7,6 +7,8 @@
 
 #include "bindings/arrays.h"
 #include "bindings/module.h"
+#include "core/error.h"
+#include "xla/cuda_calls.h"
 #include "xla/layers.h"
 
 namespace ktmoe::bindings {
@@ -14,9 +16,37 @@ namespace {
 
 nb::capsule capsule(xla::Handler* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); }
 
+using Handlers = nb::typed<nb::dict, nb::str, nb::capsule>;
+
+Handlers handlers() {
+  Handlers on_host;
+  on_host["forward"] = capsule(xla::forward);
+  on_host["forward_sft"] = capsule(xla::forward_sft);
+  on_host["forward_saved"] = capsule(xla::forward_saved);
+  on_host["backward"] = capsule(xla::backward);
+  on_host["forward_deferred"] = capsule(xla::forward_deferred);
+  on_host["drain_deferred"] = capsule(xla::drain_deferred);
+  return on_host;
+}
+
+Handlers cuda_handlers() {
+  Handlers on_cuda;
+  on_cuda["forward"] = capsule(xla::on_cuda::forward);
+  on_cuda["forward_sft"] = capsule(xla::on_cuda::forward_sft);
+  on_cuda["forward_saved"] = capsule(xla::on_cuda::forward_saved);
+  on_cuda["backward"] = capsule(xla::on_cuda::backward);
+  on_cuda["forward_deferred"] = capsule(xla::on_cuda::forward_deferred);
+  on_cuda["drain_deferred"] = capsule(xla::on_cuda::drain_deferred);
+  return on_cuda;
+}
+
 int32_t add_layer(std::shared_ptr<CPUInfer> engine, std::shared_ptr<MoE_Interface> layer,
-                  nb::handle skip_experts) {
+                  nb::handle skip_experts, int64_t num_deferred) {
+  const int64_t slots = layer->config().num_experts_per_tok;
+  if (num_deferred < 0 || num_deferred > slots)
+    throw_invalid("num_deferred: got ", num_deferred, ", expected 0 to ", slots);
   auto called = std::make_shared<xla::CalledLayer>();
+  called->num_deferred = static_cast<uint32_t>(num_deferred);
   called->engine = std::move(engine);
   called->training = std::dynamic_pointer_cast<MoE_SFT_Interface>(layer);
   if (!skip_experts.is_none()) {
@@ -40,18 +70,11 @@ nb::typed<nb::dict, nb::str, nb::int_> last_addresses() {
 }  // namespace
 
 void bind_xla(nb::module_& m) {
-  m.def(
-      "handlers",
-      [] {
-        nb::typed<nb::dict, nb::str, nb::capsule> handlers;
-        handlers["forward"] = capsule(xla::forward);
-        handlers["forward_sft"] = capsule(xla::forward_sft);
-        handlers["forward_saved"] = capsule(xla::forward_saved);
-        handlers["backward"] = capsule(xla::backward);
-        return handlers;
-      },
-      "The functions to register with JAX, by name, as capsules.");
+  m.def("handlers", &handlers, "The functions to register with JAX for the CPU, by name, as capsules.");
+  m.def("cuda_handlers", &cuda_handlers, "The same for GPUs.");
+  m.def("raise_error", &xla::rethrow_error, "Raise the first error of calls on a GPU since the last time.");
   m.def("add_layer", &add_layer, nb::arg("engine"), nb::arg("layer"), nb::arg("skip_experts").none(),
+        nb::arg("num_deferred") = 0,
         R"(Let programs call a layer.
 
 Parameters
@@ -60,6 +83,8 @@ engine : CPUInfer
 layer : MoE_Interface
 skip_experts : array of bool [E], or None
     Copied.
+num_deferred : int
+    Experts of each token that calls defer which do so.
 
 Returns
 -------

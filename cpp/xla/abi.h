@@ -39,12 +39,21 @@ struct ErrorCreateArgs {
   ErrorCode code;
 };
 
+struct StreamGetArgs {
+  size_t struct_size;
+  Extension* extensions;
+  void* context;
+  void* stream;  // result: CUDA's handle
+};
+
 struct Api {
   size_t struct_size;
   Extension* extensions;
   ApiVersion version;
   const void* internal;
   Error* (*create_error)(ErrorCreateArgs*);
+  void* not_used[3];
+  Error* (*get_stream)(StreamGetArgs*);
   // More functions follow.
 };
 

@@ -76,13 +76,12 @@ void* elements_of(const Buffer& buffer, const char* name, DataType dtype, int64_
   return buffer.data;
 }
 
-Error* handle(CallFrame* frame, const char* name, void (*work)(Call&)) {
+Error* answer(CallFrame* frame, const char* name, FunctionRef<void()> work) {
   if (answers_metadata(*frame)) return nullptr;
   const Api& api = *frame->api;
   try {
     if (frame->stage != kExecuteStage) throw_runtime("got stage ", frame->stage, ", expected to execute");
-    Call call(*frame);
-    work(call);
+    work();
     return nullptr;
   } catch (const std::invalid_argument& e) {
     return error(api, ErrorCode::kInvalidArgument, name, e.what());

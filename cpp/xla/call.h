@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/function_ref.h"
 #include "xla/abi.h"
 
 namespace ktmoe::xla {
@@ -40,8 +41,22 @@ Rows rows_of(const Buffer& buffer, const char* name, DataType dtype, int64_t wid
 // An array of that dtype with as many elements.
 void* elements_of(const Buffer& buffer, const char* name, DataType dtype, int64_t num);
 
+// What a handler does.
+struct Operation {
+  const char* name;  // errors begin with it
+  void (*work)(Call&);
+};
+
 // Answers what XLA asks of a handler before it calls, or else does `work`, whose exceptions become XLA's
 // errors and begin with `name`.
-Error* handle(CallFrame* frame, const char* name, void (*work)(Call&));
+Error* answer(CallFrame* frame, const char* name, FunctionRef<void()> work);
+
+// An operation at once, on the arrays of the call.
+inline Error* handle(CallFrame* frame, const Operation& operation) {
+  return answer(frame, operation.name, [&] {
+    Call call(*frame);
+    operation.work(call);
+  });
+}
 
 }  // namespace ktmoe::xla

@@ -1,14 +1,13 @@
 #include "xla/handlers.h"
 
 #include <atomic>
-#include <climits>
 #include <functional>
 #include <mutex>
 #include <utility>
 
-#include "core/error.h"
-#include "xla/call.h"
-#include "xla/layers.h"
+#include "xla/batch.h"
+#include "xla/cuda_calls.h"
+#include "xla/deferred.h"
 
 namespace ktmoe::xla {
 namespace {
@@ -16,83 +15,11 @@ namespace {
 std::mutex addresses_mutex;
 Addresses addresses;
 
-// Work on the engine that refers to nothing of Python's.
-class Work final : public Task {
- public:
-  explicit Work(std::function<void()> work) : work_(std::move(work)) {}
-  void run() override { work_(); }
-  bool ends_anywhere() const override { return true; }
-
- private:
-  std::function<void()> work_;
-};
-
 // On the engine's threads and this one, after what was submitted before. It waits until the work is done,
 // which may so refer to the caller's stack; only a caller within a task could not wait, and XLA is none.
 void run(CPUInfer& engine, std::function<void()> work) {
   engine.wait(engine.submit(std::make_unique<Work>(std::move(work)), /*wake=*/false));
 }
-
-// The arguments that all have.
-class Batch {
- public:
-  explicit Batch(Call& call) {
-    const Buffer& number = call.next_arg("layer");
-    called_ = Layers::all().at(*static_cast<int32_t*>(elements_of(number, "layer", DataType::kInt32, 1)));
-    const GeneralMOEConfig& c = config();
-    const Rows x = rows_of(call.next_arg("hidden_states"), "hidden_states", DataType::kBf16, c.hidden_size);
-    if (x.num * c.num_experts_per_tok > INT32_MAX)
-      throw_invalid("hidden_states: got ", x.num, " tokens, expected fewer in one call");
-    args_.num_tokens = static_cast<uint32_t>(x.num), args_.hidden_states = x.as<bf16>();
-    take_ids(call.next_arg("topk_ids"));
-    args_.topk_weights = rows_of(call.next_arg("topk_weights"), "topk_weights", DataType::kFloat32,
-                                 c.num_experts_per_tok, x.num)
-                             .as<float>();
-    if (!called_->skip_experts.empty()) args_.skip_experts = called_->skip_experts.data();
-  }
-  Batch(const Batch&) = delete;
-  Batch& operator=(const Batch&) = delete;
-
-  CalledLayer& called() const { return *called_; }
-  const GeneralMOEConfig& config() const { return called_->layer->config(); }
-  int64_t num_tokens() const { return args_.num_tokens; }
-  MoE_SFT_Interface& training() const {
-    if (called_->training == nullptr) throw_invalid("layer: got one for inference, expected one that trains");
-    return *called_->training;
-  }
-
-  // Of a pass that writes to `out`.
-  ForwardArgs args(void* out) const {
-    ForwardArgs args = args_;
-    args.out = out;
-    return args;
-  }
-
-  void* take_out(Call& call) const {
-    return rows_of(call.next_result("out"), "out", DataType::kBf16, config().hidden_size, num_tokens())
-        .as<void>();
-  }
-
- private:
-  // The engine takes ids in int64, JAX mostly has them in int32.
-  void take_ids(const Buffer& buffer) {
-    const GeneralMOEConfig& c = config();
-    const bool is_long = buffer.dtype == DataType::kInt64;
-    const Rows rows = rows_of(buffer, "topk_ids", is_long ? DataType::kInt64 : DataType::kInt32,
-                              c.num_experts_per_tok, args_.num_tokens);
-    if (is_long) {
-      args_.topk_ids = rows.as<int64_t>();
-    } else {
-      const auto* begin = rows.as<int32_t>();
-      ids_.assign(begin, begin + rows.num * c.num_experts_per_tok);
-      args_.topk_ids = ids_.data();
-    }
-  }
-
-  std::shared_ptr<CalledLayer> called_;
-  std::vector<int64_t> ids_;
-  ForwardArgs args_;
-};
 
 LoraSources take_lora(Call& call, const MOESFTConfig& c) {
   LoraSources sources;
@@ -196,12 +123,30 @@ void do_backward(Call& call) {
   });
 }
 
+constexpr Operation kForward{"moe_forward", do_forward};
+constexpr Operation kForwardSft{"moe_sft", do_forward_sft};
+constexpr Operation kForwardSaved{"moe_sft", do_forward_saved};
+constexpr Operation kBackward{"moe_sft backward", do_backward};
+constexpr Operation kForwardDeferred{"moe_forward_deferred", do_forward_deferred};
+constexpr Operation kDrainDeferred{"moe_drain_deferred", do_drain_deferred};
+
 }  // namespace
 
-Error* forward(CallFrame* frame) { return handle(frame, "moe_forward", do_forward); }
-Error* forward_sft(CallFrame* frame) { return handle(frame, "moe_sft", do_forward_sft); }
-Error* forward_saved(CallFrame* frame) { return handle(frame, "moe_sft", do_forward_saved); }
-Error* backward(CallFrame* frame) { return handle(frame, "moe_sft backward", do_backward); }
+Error* forward(CallFrame* frame) { return handle(frame, kForward); }
+Error* forward_sft(CallFrame* frame) { return handle(frame, kForwardSft); }
+Error* forward_saved(CallFrame* frame) { return handle(frame, kForwardSaved); }
+Error* backward(CallFrame* frame) { return handle(frame, kBackward); }
+Error* forward_deferred(CallFrame* frame) { return handle(frame, kForwardDeferred); }
+Error* drain_deferred(CallFrame* frame) { return handle(frame, kDrainDeferred); }
+
+namespace on_cuda {
+Error* forward(CallFrame* frame) { return enqueue(frame, kForward); }
+Error* forward_sft(CallFrame* frame) { return enqueue(frame, kForwardSft); }
+Error* forward_saved(CallFrame* frame) { return enqueue(frame, kForwardSaved); }
+Error* backward(CallFrame* frame) { return enqueue(frame, kBackward); }
+Error* forward_deferred(CallFrame* frame) { return enqueue(frame, kForwardDeferred); }
+Error* drain_deferred(CallFrame* frame) { return enqueue(frame, kDrainDeferred); }
+}  // namespace on_cuda
 
 Addresses last_addresses() {
   const std::lock_guard lock(addresses_mutex);

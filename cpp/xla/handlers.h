@@ -1,4 +1,4 @@
-// What XLA's programs call: forward passes, those with adapters, and backward passes.
+// What XLA's programs call: forward passes, those with adapters, backward passes, and deferred experts.
 #pragma once
 
 #include "xla/abi.h"
@@ -23,6 +23,25 @@ Error* forward_saved(CallFrame* frame);
 // it is kept no longer. Results: grad_input bf16 [.., H], grad_weights float32 [.., P], then float32
 // gradients of all adapters, or of none.
 Error* backward(CallFrame* frame);
+
+// The arguments of forward, carry uint32 []: what the layer before has left, or 0. Results: out, which begins
+// with that, and carry uint32 [], what this layer has deferred, or 0.
+Error* forward_deferred(CallFrame* frame);
+
+// Arguments: carry uint32 []. Results: out bf16 [.., H], what is left.
+Error* drain_deferred(CallFrame* frame);
+
+// The same on arrays of a GPU, in its program's stream: arrays are copied to the host and back. Neither the
+// caller waits nor does the GPU but where the results are needed. An error that a call meets is that of a
+// later one; its results are NaN.
+namespace on_cuda {
+Error* forward(CallFrame* frame);
+Error* forward_sft(CallFrame* frame);
+Error* forward_saved(CallFrame* frame);
+Error* backward(CallFrame* frame);
+Error* forward_deferred(CallFrame* frame);
+Error* drain_deferred(CallFrame* frame);
+}  // namespace on_cuda
 
 // Where the last call has found hidden_states and grad_output, and put out and grad_input; to tell whether
 // anything was copied on the way.

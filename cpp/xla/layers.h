@@ -17,6 +17,7 @@ struct CalledLayer {
   std::shared_ptr<MoE_Interface> layer;
   std::shared_ptr<MoE_SFT_Interface> training;  // the same, or null
   std::vector<uint8_t> skip_experts;            // [E], or empty
+  uint32_t num_deferred = 0;                    // experts of a token, of calls that defer
 };
 
 class Layers {

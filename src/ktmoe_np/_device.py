@@ -32,7 +32,7 @@ def is_on_device(value: Any) -> bool:
 
 
 def device_array(value: Any, name: str, dtypes: Sequence[Any], shape: tuple[int | str, ...]) -> DeviceArray:
-    """An array of torch, CuPy or another that has ``__cuda_array_interface__``, of one of the dtypes, checked.
+    """An array of torch, CuPy or another that has ``__cuda_array_interface__``, of one of some dtypes.
 
     A dimension that is a string may be any.
 

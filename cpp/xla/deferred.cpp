@@ -1,0 +1,167 @@
+#include "xla/deferred.h"
+
+#include <algorithm>
+#include <exception>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "core/error.h"
+#include "moe/routing_plan.h"
+#include "moe/split_slots.h"
+#include "xla/batch.h"
+
+namespace ktmoe::xla {
+namespace {
+
+// The deferred part of a pass: copies of what it reads, since the program's arrays are gone when the call
+// has returned, and what comes of it.
+struct DeferredPart {
+  std::shared_ptr<CalledLayer> called;
+  uint32_t num_tokens = 0;
+  std::vector<bf16> hidden_states;          // [T, H]
+  std::vector<int64_t> topk_ids;            // [T, P]
+  std::vector<float> topk_weights, output;  // [T, P], [T, H]
+  std::exception_ptr error;
+  uint64_t ticket = 0;
+
+  void compute() {
+    ForwardArgs args;
+    args.num_tokens = num_tokens, args.hidden_states = hidden_states.data();
+    args.topk_ids = topk_ids.data(), args.topk_weights = topk_weights.data();
+    if (!called->skip_experts.empty()) args.skip_experts = called->skip_experts.data();
+    args.out = output.data(), args.out_type = kernels::FloatType::kFloat32;
+    try {
+      called->layer->forward(args);
+    } catch (...) {
+      error = std::current_exception();
+    }
+  }
+};
+
+// Those that wait for the layer after them. A program that stops half-way never takes the last of them, so
+// only so many are kept.
+class Waiting {
+ public:
+  static Waiting& all() {
+    static Waiting* waiting = new Waiting;  // threads of XLA may call until the process is gone
+    return *waiting;
+  }
+
+  uint32_t add(std::shared_ptr<DeferredPart> part) {
+    const std::lock_guard lock(mutex_);
+    if (++last_ == 0) ++last_;
+    parts_[last_] = std::move(part);
+    while (parts_.size() > kMost) parts_.erase(parts_.begin());
+    return last_;
+  }
+
+  // Null for the number 0, std::runtime_error for one that is not there.
+  std::shared_ptr<DeferredPart> take(uint32_t number) {
+    if (number == 0) return nullptr;
+    const std::lock_guard lock(mutex_);
+    const auto found = parts_.find(number);
+    if (found == parts_.end())
+      throw_runtime(
+          "carry: got what a layer has left that was taken before, or waited for too long; expected ",
+          "every carry to be used once");
+    const std::shared_ptr<DeferredPart> part = std::move(found->second);
+    parts_.erase(found);
+    return part;
+  }
+
+ private:
+  static constexpr size_t kMost = 64;
+
+  std::mutex mutex_;
+  std::map<uint32_t, std::shared_ptr<DeferredPart>> parts_;
+  uint32_t last_ = 0;
+};
+
+std::shared_ptr<DeferredPart> take_carry(Call& call) {
+  const Buffer& carry = call.next_arg("carry");
+  return Waiting::all().take(*static_cast<uint32_t*>(elements_of(carry, "carry", DataType::kUint32, 1)));
+}
+
+// The batch with its routing split: `immediate` is given the ids of what is computed at once.
+std::shared_ptr<DeferredPart> split(const Batch& batch, std::vector<int64_t>& immediate) {
+  const GeneralMOEConfig& c = batch.config();
+  const ForwardArgs args = batch.args(nullptr);
+  const auto slots = static_cast<uint32_t>(c.num_experts_per_tok);
+  const size_t routes = size_t{args.num_tokens} * slots;
+  const size_t hidden = size_t{args.num_tokens} * static_cast<size_t>(c.hidden_size);
+  auto part = std::make_shared<DeferredPart>();
+  part->called = batch.shared(), part->num_tokens = args.num_tokens;
+  part->hidden_states.assign(args.hidden_states, args.hidden_states + hidden);
+  part->topk_weights.assign(args.topk_weights, args.topk_weights + routes);
+  part->topk_ids.resize(routes), part->output.resize(hidden), immediate.resize(routes);
+  SlotSplit split;
+  split.ids = args.topk_ids, split.weights = args.topk_weights;
+  split.num_tokens = args.num_tokens, split.num_slots = slots;
+  split.num_deferred = batch.called().num_deferred;
+  split.immediate = immediate.data(), split.deferred = part->topk_ids.data();
+  split.run();
+  return part;
+}
+
+}  // namespace
+
+void do_forward_deferred(Call& call) {
+  const Batch batch(call);
+  const std::shared_ptr<DeferredPart> before = take_carry(call);
+  void* out = batch.take_out(call);
+  auto* left = static_cast<uint32_t*>(elements_of(call.next_result("carry"), "carry", DataType::kUint32, 1));
+  ForwardArgs args = batch.args(out);
+  const GeneralMOEConfig& c = batch.config();
+  check_expert_ids(args.topk_ids, args.num_tokens, static_cast<uint32_t>(c.num_experts_per_tok),
+                   static_cast<uint32_t>(c.expert_num));
+  if (before != nullptr) {
+    if (before->output.size() != size_t{args.num_tokens} * static_cast<size_t>(c.hidden_size))
+      throw_invalid("hidden_states: got ", args.num_tokens, " tokens, but the layer before has deferred ",
+                    "experts of ", before->num_tokens);
+    args.base = before->output.data(), args.base_type = kernels::FloatType::kFloat32;
+  }
+  std::vector<int64_t> immediate;
+  std::shared_ptr<DeferredPart> part;
+  if (batch.called().num_deferred > 0) {
+    part = split(batch, immediate);
+    args.topk_ids = immediate.data();
+  }
+  CPUInfer& engine = *batch.called().engine;
+  // What it waits for may refer to the stack.
+  const auto at_once = [&] {
+    if (before != nullptr && before->error != nullptr) std::rethrow_exception(before->error);
+    batch.called().layer->forward(args);
+  };
+  const uint64_t ticket = engine.submit(std::make_unique<Work>(at_once), /*wake=*/false);
+  std::exception_ptr refused;
+  if (part != nullptr) {
+    try {
+      part->ticket = engine.submit(std::make_unique<Work>([part] { part->compute(); }));
+    } catch (...) {
+      refused = std::current_exception();
+    }
+  }
+  engine.wait(ticket);
+  if (refused != nullptr) std::rethrow_exception(refused);
+  *left = part == nullptr ? 0 : Waiting::all().add(part);
+}
+
+void do_drain_deferred(Call& call) {
+  const std::shared_ptr<DeferredPart> part = take_carry(call);
+  const Buffer& result = call.next_result("out");
+  const int64_t hidden = result.rank > 0 ? result.dims[result.rank - 1] : 0;
+  const Rows out = rows_of(result, "out", DataType::kBf16, hidden);
+  const size_t size = static_cast<size_t>(out.num) * static_cast<size_t>(hidden);
+  if (part == nullptr) {
+    std::fill_n(out.as<bf16>(), size, bf16{});
+    return;
+  }
+  if (part->output.size() != size)
+    throw_invalid("carry: got what a layer has left of ", part->num_tokens, " tokens, expected ", out.num);
+  part->called->engine->wait(part->ticket);
+  if (part->error != nullptr) std::rethrow_exception(part->error);
+  std::transform(part->output.begin(), part->output.end(), out.as<bf16>(), to_bf16);
+}
+
+}  // namespace ktmoe::xla

@@ -1,0 +1,188 @@
+"""Forward passes of layers in programs, and those that are differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from ..inference.base import BaseMoEWrapper
+from ..sft.base import BaseSFTMoEWrapper
+from ..sft.gradients import lora_shapes
+from .operands import Array, adapter, called, checked
+from .primitives import backward_p, forward_p, forward_saved_p, forward_sft_p
+
+__all__ = ["lora_parameters", "moe_forward", "moe_sft"]
+
+
+def moe_forward(
+    moe: BaseMoEWrapper | Sequence[BaseMoEWrapper],
+    hidden_states: Array,
+    topk_ids: Array,
+    topk_weights: Array,
+    *,
+    index: Array | None = None,
+) -> Array:
+    """The experts of a layer on a batch of tokens; as `BaseMoEWrapper.forward`, with its bits.
+
+    Parameters
+    ----------
+    moe : BaseMoEWrapper, or a sequence of them
+        Of mode ``inference``, loaded. Which experts its `gpu_experts_mask` names counts as it is when the
+        program is traced. Of a sequence, all of the same sizes, `index` says which.
+    hidden_states : array of bfloat16 [..., H]
+        All leading axes count as rows, as does one of `jax.vmap`: a token's result does not depend on others.
+    topk_ids : array of integers [..., P]
+        Negative ids are skipped.
+    topk_weights : array of float32 [..., P]
+    index : integer, optional
+        Which layer of a sequence; may be traced.
+
+    Returns
+    -------
+    array of bfloat16 [..., H]
+
+    Raises
+    ------
+    TypeError, ValueError
+        While tracing: an argument of another kind, dtype or shape. Also when it is differentiated: that is
+        what `moe_sft` is for.
+    RuntimeError
+        While tracing: nothing is loaded. From the running program, as JAX's error: the layer is gone, or an
+        id of E or above.
+
+    Examples
+    --------
+    >>> import ml_dtypes, numpy as np
+    >>> from ktmoe_np import KTMoEWrapper
+    >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+    ...                    moe_intermediate_size=2, activation="relu2")
+    >>> first, last = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+    >>> moe.load_weights_from_tensors(first, None, last)
+    >>> x = jnp.ones((3, 4), jnp.bfloat16)
+    >>> ids, w = jnp.zeros((3, 1), int), jnp.ones((3, 1))
+    >>> y = jax.jit(lambda *batch: moe_forward(moe, *batch))(x, ids, w)
+    >>> y.shape, float(y[0, 0])
+    ((3, 4), 32.0)
+    """
+    number, config = called(moe, index, BaseMoEWrapper, "moe")
+    return _forward(number, *checked(config, hidden_states, topk_ids, topk_weights))
+
+
+def moe_sft(
+    sft: BaseSFTMoEWrapper | Sequence[BaseSFTMoEWrapper],
+    lora: Mapping[str, Array],
+    hidden_states: Array,
+    topk_ids: Array,
+    topk_weights: Array,
+    *,
+    index: Array | None = None,
+) -> Array:
+    """The experts of a layer with adapters, to be differentiated by these, the input and the routing weights.
+
+    The layer's own adapters and saved passes become those of the last call: a layer that a program calls
+    should be called by programs alone. A backward pass goes back through the forward pass that the layer has
+    saved when that was its last one, and through a new one of the same bits otherwise.
+
+    Parameters
+    ----------
+    sft : BaseSFTMoEWrapper, or a sequence of them
+        Of mode ``sft``, loaded, without dropout.
+    lora : mapping of str to array of float32 or bfloat16
+        The adapters, under the names and in the shapes of `BaseSFTMoEWrapper.lora_weights`;
+        `lora_parameters` gives first ones. Computed with as bfloat16.
+    hidden_states, topk_ids, topk_weights, index
+        See `moe_forward`.
+
+    Returns
+    -------
+    array of bfloat16 [..., H]
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `moe_forward`; also for adapters that are missing, or a layer with dropout.
+
+    Examples
+    --------
+    >>> import ml_dtypes, numpy as np
+    >>> from ktmoe_np import KTMoEWrapper
+    >>> sft = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+    ...                    moe_intermediate_size=2, activation="relu2", mode="sft",
+    ...                    method="AMXBF16_SFT", lora_rank=1)
+    >>> first, last = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+    >>> sft.load_weights_from_tensors(first, None, last)
+    >>> x, ids, w = jnp.ones((3, 4), jnp.bfloat16), jnp.zeros((3, 1), int), jnp.ones((3, 1))
+    >>> loss = lambda lora: moe_sft(sft, lora, x, ids, w).astype(jnp.float32).sum()
+    >>> gradients = jax.grad(loss)(lora_parameters(sft))
+    >>> sorted(gradients)
+    ['down_lora_a', 'down_lora_b', 'gate_lora_a', 'gate_lora_b']
+    """
+    number, config = called(sft, index, BaseSFTMoEWrapper, "sft")
+    first = sft if isinstance(sft, BaseSFTMoEWrapper) else sft[0]
+    options = first.options
+    if options.lora_dropout:
+        raise ValueError(f"sft: got lora_dropout {options.lora_dropout}, expected 0 in a program of JAX")
+    shapes = lora_shapes(config, options.lora_rank)
+    unknown = sorted(lora.keys() - shapes.keys())
+    if unknown:
+        raise ValueError(f"lora: got {unknown[0]!r}, expected {', '.join(shapes) or 'none'}")
+    adapters = tuple(adapter(lora, name, shape) for name, shape in shapes.items())
+    return _sft(number, adapters, *checked(config, hidden_states, topk_ids, topk_weights))
+
+
+def lora_parameters(sft: BaseSFTMoEWrapper) -> dict[str, jax.Array]:
+    """The adapters of a layer as arrays of JAX, by name; see `BaseSFTMoEWrapper.lora_weights`."""
+    return {name: jnp.array(value) for name, value in sft.lora_weights.items()}
+
+
+# ---- derivatives ----
+
+
+@jax.custom_vjp
+def _forward(number: Array, x: Array, ids: Array, weights: Array) -> Array:
+    return forward_p.bind(number, x, ids, weights)[0]
+
+
+def _forward_fwd(*operands: Array) -> tuple[Array, None]:
+    return _forward(*operands), None
+
+
+def _forward_bwd(_: None, __: Array) -> Any:
+    raise TypeError("moe_forward: has no derivative; moe_sft has, with a layer of mode 'sft'")
+
+
+_forward.defvjp(_forward_fwd, _forward_bwd)
+
+
+#: A structure without arrays.
+_WANTED: tuple[()] = ()
+
+
+@jax.custom_vjp
+def _sft(number: Array, lora: tuple[Array, ...], x: Array, ids: Array, weights: Array) -> Array:
+    return forward_sft_p.bind(number, x, ids, weights, *lora)[0]
+
+
+def _sft_fwd(number: Any, lora: Any, x: Any, ids: Any, weights: Any) -> tuple[Array, Any]:
+    operands = [each.value for each in (number, x, ids, weights, *lora)]
+    # What is kept may be arrays and their structure: gradients of adapters are wanted where this is no None.
+    wanted = _WANTED if any(each.perturbed for each in lora) else None
+    out, number_of_pass = forward_saved_p.bind(*operands)
+    return out, (operands, number_of_pass, wanted)
+
+
+def _sft_bwd(kept: Any, grad: Any) -> tuple[Any, ...]:
+    (number, x, ids, weights, *lora), number_of_pass, wanted = kept
+    if isinstance(grad, SymbolicZero):
+        return None, None, None, None, None
+    operands = number, x, ids, weights, *lora, number_of_pass, grad
+    grad_x, grad_weights, *grad_lora = backward_p.bind(*operands, with_lora=wanted is not None)
+    by_lora = tuple(found.astype(given.dtype) for found, given in zip(grad_lora, lora, strict=False))
+    return None, by_lora if wanted is not None else None, grad_x, None, grad_weights
+
+
+_sft.defvjp(_sft_fwd, _sft_bwd, symbolic_zeros=True)

@@ -1,0 +1,120 @@
+"""Deferred experts in programs, and errors of calls on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from .. import kt_kernel_ext as ext
+from ..inference.base import BaseMoEWrapper
+from .operands import Array, called, checked
+from .primitives import drain_deferred_p, forward_deferred_p
+
+__all__ = ["moe_drain_deferred", "moe_forward_deferred", "raise_error"]
+
+
+def moe_forward_deferred(
+    moe: BaseMoEWrapper | Sequence[BaseMoEWrapper],
+    hidden_states: Array,
+    topk_ids: Array,
+    topk_weights: Array,
+    carry: Array | None = None,
+    *,
+    index: Array | None = None,
+) -> tuple[Array, Array]:
+    """The experts of a layer that are not deferred, and what the layer before has deferred.
+
+    Of each token `max_deferred_experts_per_token` slots, those with the smallest weights, are computed while
+    the program goes on, and are in the result of the next layer, which is given the carry. Results have the
+    bits of `BaseMoEWrapper.submit_forward` on the host.
+
+    Parameters
+    ----------
+    moe, hidden_states, topk_ids, topk_weights, index
+        See `moe_forward`.
+    carry : array of uint32 [], optional
+        What the call of the layer before has returned, to be used once; None for the first layer.
+
+    Returns
+    -------
+    out : array of bfloat16 [..., H]
+    carry : array of uint32 []
+        For the next layer, or for `moe_drain_deferred`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `moe_forward`. From the running program also: a carry that was used before.
+
+    Examples
+    --------
+    >>> import jax, ml_dtypes, numpy as np
+    >>> from ktmoe_np import KTMoEWrapper
+    >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=2, hidden_size=4,
+    ...                    moe_intermediate_size=2, activation="relu2", max_deferred_experts_per_token=1)
+    >>> first, last = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+    >>> moe.load_weights_from_tensors(first, None, last)
+    >>> @jax.jit
+    ... def two_layers(x, ids, weights):
+    ...     out, carry = moe_forward_deferred(moe, x, ids, weights)
+    ...     return out, moe_drain_deferred(carry, x)
+    >>> x = jnp.ones((1, 4), jnp.bfloat16)
+    >>> out, left = two_layers(x, jnp.array([[0, 1]]), jnp.array([[0.75, 0.25]]))
+    >>> float(out[0, 0]), float(left[0, 0])
+    (24.0, 8.0)
+    """
+    number, config = called(moe, index, BaseMoEWrapper, "moe")
+    operands = checked(config, hidden_states, topk_ids, topk_weights)
+    out, left = forward_deferred_p.bind(number, *operands, _carry(carry))
+    return out, left
+
+
+def moe_drain_deferred(carry: Array, hidden_states: Array) -> Array:
+    """What the last layer has deferred, to be added to its output.
+
+    Parameters
+    ----------
+    carry : array of uint32 []
+        What its call has returned, to be used once.
+    hidden_states : array of bfloat16 [..., H]
+        Of the shape of the result.
+
+    Returns
+    -------
+    array of bfloat16 [..., H]
+        Zeros when nothing is left.
+
+    Raises
+    ------
+    TypeError
+        A carry or hidden states of another dtype.
+    """
+    x = jnp.asarray(hidden_states)
+    if x.dtype != jnp.bfloat16 or x.ndim < 1:
+        raise TypeError(f"hidden_states: got {x.dtype} {list(x.shape)}, expected bfloat16 [..., H]")
+    (left,) = drain_deferred_p.bind(_carry(carry), shape=x.shape)
+    return left
+
+
+def raise_error() -> None:
+    """Raise the first error that calls on a GPU have met since the last time.
+
+    Such a call has long returned when it meets one: its results are NaN, and the next call of the process
+    fails with that error, or this does. Wait for the results first, by `jax.block_until_ready`.
+
+    Raises
+    ------
+    IndexError, RuntimeError
+        What a call on the CPU would have raised.
+    """
+    ext.xla.raise_error()
+
+
+def _carry(carry: Array | None) -> Array:
+    if carry is None:
+        return jnp.zeros((), jnp.uint32)
+    carry = jnp.asarray(carry)
+    if carry.dtype != jnp.uint32 or carry.ndim:
+        raise TypeError(f"carry: got {carry.dtype} {list(carry.shape)}, expected what a call has returned")
+    return carry

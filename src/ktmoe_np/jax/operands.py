@@ -1,0 +1,113 @@
+"""What calls are given, checked while a program is traced, and the numbers by which programs know layers."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from .. import kt_kernel_ext as ext
+from ..config import MoEConfig
+from ..layer import MoELayer
+from ..sft.base import BaseSFTMoEWrapper
+
+__all__ = ["Array", "adapter", "called", "checked"]
+
+#: An array of JAX, or what stands for one while a program is traced.
+Array = Any
+
+#: wrapper -> mask, as bytes -> the number under which programs call the layer with it.
+_numbers: weakref.WeakKeyDictionary[MoELayer, dict[bytes | None, int]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def _number_of(layer: MoELayer) -> int:
+    """The number under which programs call a layer with the mask that it has now."""
+    mask = layer.gpu_experts_mask
+    key = None if mask is None else mask.tobytes()
+    with _lock:
+        known = _numbers.setdefault(layer, {})
+        if key not in known:
+            known[key] = int(
+                ext.xla.add_layer(
+                    layer.cpu_infer, layer._layer, mask, getattr(layer, "max_deferred_experts_per_token", 0)
+                )
+            )
+            weakref.finalize(layer, ext.xla.remove_layer, known[key])
+        return known[key]
+
+
+def called(layers: Any, index: Any, kind: type[Any], name: str) -> tuple[Array, MoEConfig]:
+    """The number of the layer that is to be called, and the sizes."""
+    several = not isinstance(layers, MoELayer)
+    each = list(layers) if several else [layers]
+    for layer in each:
+        if not isinstance(layer, kind):
+            expected = f"a {kind.__name__}, of mode {'sft' if kind is BaseSFTMoEWrapper else 'inference'!r}"
+            raise TypeError(f"{name}: got {type(layer).__name__}, expected {expected}")
+        if not layer.loaded:
+            raise RuntimeError(f"{name}: layer {layer.layer_idx} has no weights yet")
+    sizes = {(_sizes(layer), getattr(layer, "options", None)) for layer in each}
+    if len(sizes) != 1:
+        raise ValueError(f"{name}: got {len(sizes)} kinds of layers, expected one or more of the same sizes")
+    if several == (index is None):
+        raise ValueError(f"index: got {index!r}, expected {'an integer' if several else 'None'}")
+    numbers = np.array([_number_of(layer) for layer in each], np.int32)
+    number = jnp.asarray(numbers)[index] if several else jnp.asarray(numbers[0])
+    if number.ndim:
+        raise ValueError(f"index: got shape {list(number.shape)}, expected a single integer")
+    return number, each[0].config
+
+
+def _sizes(layer: MoELayer) -> tuple[Any, ...]:
+    c = layer.config
+    return c.num_experts, c.num_experts_per_tok, c.hidden_size, c.moe_intermediate_size, c.activation
+
+
+def checked(config: MoEConfig, x: Any, ids: Any, weights: Any) -> tuple[Array, Array, Array]:
+    """Hidden states, ids and weights as arrays of JAX; TypeError and ValueError when they do not fit."""
+    x, ids, weights = jnp.asarray(x), _ids(ids, config.num_experts), jnp.asarray(weights)
+    if x.dtype != jnp.bfloat16:
+        raise TypeError(f"hidden_states: got {_told(x)}, expected bfloat16 [..., {config.hidden_size}]")
+    if x.ndim < 1 or x.shape[-1] != config.hidden_size:
+        raise ValueError(f"hidden_states: got {_told(x)}, expected bfloat16 [..., {config.hidden_size}]")
+    expected = [*x.shape[:-1], config.num_experts_per_tok]
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"topk_ids: got {_told(ids)}, expected integers {expected}")
+    if weights.dtype != jnp.float32:
+        raise TypeError(f"topk_weights: got {_told(weights)}, expected float32 {expected}")
+    for name, value in (("topk_ids", ids), ("topk_weights", weights)):
+        if list(value.shape) != expected:
+            raise ValueError(f"{name}: got {_told(value)}, expected {expected}")
+    return x, ids, weights
+
+
+def _ids(ids: Any, num_experts: int) -> Array:
+    """Ids in 32 or 64 bits; those that have no place there become E, which is as wrong."""
+    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu":  # before JAX takes the upper half away
+        ids = np.clip(ids, -1 if ids.dtype.kind == "i" else 0, num_experts)
+    ids = jnp.asarray(ids)
+    if jnp.issubdtype(ids.dtype, jnp.unsignedinteger) and ids.dtype.itemsize >= 4:
+        ids = jnp.minimum(ids, num_experts)
+    is_wide = ids.dtype == jnp.int64 or not jnp.issubdtype(ids.dtype, jnp.integer)
+    return ids if is_wide else ids.astype(jnp.int32)
+
+
+def adapter(lora: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Array:
+    """The adapter of that name; TypeError and ValueError when there is none, or it does not fit."""
+    if name not in lora:
+        raise ValueError(f"lora: got no {name!r}, expected float32 or bfloat16 {list(shape)}")
+    value = jnp.asarray(lora[name])
+    if value.dtype not in (jnp.float32, jnp.bfloat16):
+        raise TypeError(f"{name}: got {_told(value)}, expected float32 or bfloat16 {list(shape)}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: got {_told(value)}, expected {list(shape)}")
+    return value
+
+
+def _told(x: Array) -> str:
+    return f"{x.dtype} {list(x.shape)}"
