@@ -123,7 +123,11 @@ int cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, void* stream) {
   found->add([=] { std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes); });
   return 0;
 }
-int cuEventCreate(void** event, unsigned) { return *event = new std::atomic<bool>(false), 0; }
+int cuEventCreate(void** event, unsigned) {
+  static auto* all = new std::deque<std::atomic<bool>>;  // a stream may wait for one that is destroyed
+  const std::lock_guard lock(mutex);
+  return *event = &all->emplace_back(false), 0;
+}
 int cuEventRecord(void* event, void* stream) {
   Stream* found = find(stream);
   if (found == nullptr) return kInvalidHandle;
@@ -137,7 +141,16 @@ int cuEventQuery(void* event) {
   }
   return static_cast<std::atomic<bool>*>(event)->load() ? 0 : 600;
 }
-int cuEventDestroy_v2(void* event) { return delete static_cast<std::atomic<bool>*>(event), 0; }
+int cuStreamWaitEvent(void* stream, void* event, unsigned) {
+  Stream* found = find(stream);
+  if (found == nullptr) return kInvalidHandle;
+  const auto* happened = static_cast<std::atomic<bool>*>(event);
+  found->add([=] {
+    while (!happened->load()) std::this_thread::sleep_for(std::chrono::microseconds(50));
+  });
+  return 0;
+}
+int cuEventDestroy_v2(void*) { return 0; }
 int cuThreadExchangeStreamCaptureMode(int* mode) { return std::swap(*mode, capture_mode), 0; }
 int cuMemHostRegister_v2(void* begin, size_t, unsigned) {
   const std::lock_guard lock(mutex);

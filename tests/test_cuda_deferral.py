@@ -86,10 +86,11 @@ def test_a_stream_does_not_wait_for_what_is_deferred(cuda_driver: str) -> None:
         cuda_driver,
         """
         from ktmoe_np import KTMoEWrapper
-        large = draw_layer(rng, 4, 256, 512)
-        batch = draw_batch(rng, large, 300, 4)
+        large = draw_layer(rng, 5, 1024, 1024)
+        x, _, weights = draw_batch(rng, large, 1, 4)
+        batch = x, np.array([[0, 1, 2, 3]]), weights  # experts of one token are not shared
         moe = large.wrapper(4, max_deferred_experts_per_token=3)
-        there, out = [DeviceArray(array) for array in batch], DeviceArray(np.zeros((300, 512), bf16))
+        there, out = [DeviceArray(array) for array in batch], DeviceArray(np.zeros((1, 1024), bf16))
         engine, went_on = moe.cpu_infer, 0
         for _ in range(20):
             moe.forward(*there, stream, out=out)
@@ -134,6 +135,7 @@ def test_a_pass_that_was_not_drained(cuda_driver: str) -> None:
 
 
 def test_a_wrong_id_among_the_deferred_ones(cuda_driver: str) -> None:
+    """Nothing is computed of the pass, nor of the one that would begin with what it leaves."""
     said = run(
         cuda_driver,
         layers([0, 1], [2, 0]),
@@ -142,9 +144,11 @@ def test_a_wrong_id_among_the_deferred_ones(cuda_driver: str) -> None:
         where = np.argmin(batches[0].weights[3])
         there = on_device[0][1].value
         kept, there[3, where] = there[3, where], 5
-        print(raised(in_stream))
+        for moe, arrays, out in zip(moes, on_device, outs):
+            moe.submit_forward(*arrays, stream, out=out)
+            print(raised(moe.sync_forward, cuda_stream=stream))
         stream.synchronize()
-        assert_same_bits(outs[0].value, expected[0])
+        assert np.isnan(outs[0].value.astype(np.float32)).all()
         assert np.isnan(outs[1].value.astype(np.float32)).all()
         print(raised(moe.cpu_infer.sync))
         there[3, where] = kept
@@ -152,8 +156,8 @@ def test_a_wrong_id_among_the_deferred_ones(cuda_driver: str) -> None:
         check(expected)
         """,
     )
-    error = "IndexError: topk_ids: got expert 5"
-    assert len([line for line in said.splitlines() if line.startswith(error)]) == 1, said
+    error = "IndexError: topk_ids: got expert 5 at [3, "
+    assert any(line.startswith(error) for line in said.splitlines()), said
 
 
 @pytest.mark.parametrize("dtype", ["int64", "int32"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import numpy as np
 import pytest
-from layers import assert_same_bits, bf16, draw, draw_batch, draw_layer
+from layers import assert_same_bits, bf16, draw, draw_batch, draw_layer, run_python
 
 from ktmoe_np import KTMoEWrapper
 
@@ -113,3 +114,67 @@ def test_arrays_of_cupy(case: Any) -> None:
     stream.synchronize()
     assert type(result) is type(x)
     assert_same_bits(cupy.asnumpy(result), moe.forward(*batch))
+
+
+def test_deferred_experts_in_a_graph_of_torch() -> None:
+    rng = np.random.default_rng(1)
+    layers = [draw_layer(rng, E, I, H) for _ in range(3)]
+    moes = [layer.wrapper(4, layer_idx=i, max_deferred_experts_per_token=2) for i, layer in enumerate(layers)]
+    batches = [draw_batch(rng, layer, T, 4) for layer in layers]
+    expected = [moe.forward(*batch) for moe, batch in zip(moes, batches, strict=True)]
+    expected.append(KTMoEWrapper.drain_deferred())
+    there = [list(map(on_gpu, batch)) for batch in batches]
+    there[0][1] = there[0][1].to(torch.int32)
+    number = torch.tensor([T], device="cuda")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stream = torch.cuda.current_stream()
+        found = [
+            moe.forward(*batch, stream, num_tokens=number) for moe, batch in zip(moes, there, strict=True)
+        ]
+        found.append(KTMoEWrapper.drain_deferred(stream))
+    for used in (T, 3):
+        number.fill_(used)
+        graph.replay()
+        torch.cuda.synchronize()
+        for one, want in zip(found, expected, strict=True):
+            assert_same_bits(on_cpu(one)[:used], want[:used])
+            assert not on_cpu(one)[used:].any()
+
+
+def test_arrays_of_jax() -> None:
+    """In a process of its own, as others keep JAX on the CPU."""
+    script = """
+        import os
+        os.environ["JAX_PLATFORMS"] = "cuda"
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        import jax, jax.numpy as jnp, numpy as np, torch
+        from layers import assert_same_bits, draw_batch, draw_layer
+        rng = np.random.default_rng(0)
+        layer = draw_layer(rng, 5, 24, 40)
+        moe, batch = layer.wrapper(2), draw_batch(rng, layer, 6, 2)
+        x, ids, weights = map(jnp.asarray, batch)
+        assert ids.dtype == jnp.int32
+        stream = torch.cuda.Stream()
+        found, expected = x, batch.x
+        for _ in range(20):
+            found = moe.forward(found * 2, ids, weights, cuda_stream=stream)
+            assert isinstance(found, jax.Array)
+            expected = moe.forward(expected * batch.x.dtype.type(2), *batch[1:])
+        assert_same_bits(np.asarray(found), expected)
+        try:
+            moe.forward(x, ids, weights, cuda_stream=stream, out=x)
+        except TypeError as error:
+            print(error)
+        try:
+            moe.forward(x, ids, weights)
+        except TypeError as error:
+            print(error)
+        """
+    pytest.importorskip("jax")
+    done = run_python(textwrap.dedent(script))
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "out: got an array of JAX, which nobody writes to, expected None"
+    assert second.startswith("hidden_states: got")

@@ -158,7 +158,9 @@ def test_programs_are_for_the_cpu_or_cuda(case: Any) -> None:
     moe, batch = case
     traced = jax.jit(partial(moe_forward, moe)).trace(*as_jax(batch))
     assert "ktmoe_np.forward" in traced.lower(lowering_platforms=("cuda",)).as_text()
-    with pytest.raises(NotImplementedError, match=r"ktmoe_np.forward: got a program for tpu, expected cpu or"):
+    with pytest.raises(
+        NotImplementedError, match=r"ktmoe_np.forward: got a program for tpu, expected cpu or"
+    ):
         traced.lower(lowering_platforms=("tpu",))
 
 

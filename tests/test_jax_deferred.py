@@ -99,9 +99,13 @@ def test_a_carry_is_used_once() -> None:
     moes, batches = drawn([2, 2])
     _, carry = moe_forward_deferred(moes[0], *as_jax(batches[0]))
     moe_forward_deferred(moes[1], *as_jax(batches[1]), carry)
-    with pytest.raises(Exception, match="moe_forward_deferred: carry: got what a layer has left that was tak"):
+    with pytest.raises(
+        Exception, match="moe_forward_deferred: carry: got what a layer has left that was tak"
+    ):
         moe_forward_deferred(moes[1], *as_jax(batches[1]), carry)
-    with pytest.raises(Exception, match="moe_drain_deferred: carry: got what a layer has left that was taken"):
+    with pytest.raises(
+        Exception, match="moe_drain_deferred: carry: got what a layer has left that was taken"
+    ):
         moe_drain_deferred(carry, as_jax(batches[0])[0])
 
 

@@ -1,5 +1,8 @@
 // CUDA in Python: whether there is a driver, copies in streams, pages that are locked.
+#include <nanobind/stl/string.h>
+
 #include <memory>
+#include <string>
 #include <utility>
 
 #include "bindings/arrays.h"
@@ -38,6 +41,42 @@ void hold(uint64_t stream, nb::object object) {
   stream_calls().hold(as_stream(stream), held);
 }
 
+void wait(uint64_t waiting, uint64_t stream) {
+  const GilRelease no_gil;
+  CudaDriver::get().wait(as_stream(waiting), as_stream(stream));
+}
+
+std::string dtype_name(const nb::dlpack::dtype& type) {
+  using Code = nb::dlpack::dtype_code;
+  switch (static_cast<Code>(type.code)) {
+    case Code::Bfloat: return "bfloat" + std::to_string(type.bits);
+    case Code::Float: return "float" + std::to_string(type.bits);
+    case Code::Int: return "int" + std::to_string(type.bits);
+    case Code::UInt: return "uint" + std::to_string(type.bits);
+    case Code::Bool: return "bool";
+    default: return "V" + std::to_string(type.bits / 8);
+  }
+}
+
+using Exported =
+    nb::typed<nb::tuple, nb::int_, nb::str, nb::typed<nb::tuple, nb::int_, nb::ellipsis>, bool, nb::object>;
+
+Exported exported_array(nb::capsule capsule) {
+  auto array = std::make_unique<nb::ndarray<nb::ro>>();
+  if (!nb::try_cast(capsule, *array, false))
+    throw nb::type_error("capsule: got another, expected one of DLPack");
+  nb::list shape;
+  bool is_contiguous = true;
+  int64_t step = 1;
+  for (size_t i = array->ndim(); i-- > 0; step *= static_cast<int64_t>(array->shape(i)))
+    is_contiguous = is_contiguous && (array->shape(i) == 1 || array->stride(i) == step);
+  for (size_t i = 0; i < array->ndim(); ++i) shape.append(array->shape(i));
+  const auto address = reinterpret_cast<uint64_t>(array->data());
+  const std::string name = dtype_name(array->dtype());
+  nb::capsule holder(array.release(), [](void* p) noexcept { delete static_cast<nb::ndarray<nb::ro>*>(p); });
+  return nb::make_tuple(address, name, nb::tuple(shape), is_contiguous, holder);
+}
+
 void lock_pages(nb::handle array) {
   const Array host = Array::write(array, "array");
   host.expect_contiguous();
@@ -61,6 +100,19 @@ void bind_cuda(nb::module_& m) {
       "Copy, in a stream, from an array of the host, which must live until then, to an address of a device.");
   m.def("hold", &hold, nb::arg("stream"), nb::arg("held"),
         "Hold an object until a stream comes to this point: what is copied from or to before.");
+  m.def("wait", &wait, nb::arg("waiting"), nb::arg("stream"),
+        "Let what comes in one stream wait for what is in another now.");
+  m.def("exported_array", &exported_array, nb::arg("capsule"),
+        R"(An array that DLPack exports, of any device.
+
+Returns
+-------
+address : int
+dtype : str
+shape : tuple of int
+is_contiguous : bool
+holder : object
+    Holds the memory.)");
   m.def("lock_pages", &lock_pages, nb::arg("array"),
         "Lock an array's pages, so that copies do not wait for the CPU.");
   m.def("unlock_pages", &unlock_pages, nb::arg("address"), "Unlock pages by the address of their array.");

@@ -33,6 +33,9 @@ struct ForwardArgs {
   kernels::FloatType base_type = kernels::FloatType::kFloat32;
   void* out = nullptr;  // [T, H]
   kernels::FloatType out_type = kernels::FloatType::kBf16;
+  // What is summed apart from that, of a batch whose slots are split in two; or null.
+  const int64_t* deferred_ids = nullptr;  // [T, P], negative where topk_ids has an id
+  float* deferred_out = nullptr;          // [T, H]
 };
 
 class MoE_Interface {

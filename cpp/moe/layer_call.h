@@ -1,7 +1,9 @@
 // What one forward pass of a layer works on: the caller's arrays, the routing, and the borrowed scratch.
 #pragma once
 
+#include <array>
 #include <cstddef>
+#include <span>
 #include <vector>
 
 #include "moe/interface.h"
@@ -52,20 +54,40 @@ struct ColumnPass {
   float* y = nullptr;
 };
 
+// Slots that are summed: out = base + the weighted rows of each token's slots.
+struct SlotSum {
+  const int32_t* row = nullptr;  // [T, P]: slot -> row of the plan, or -1 for a slot that is not
+  const void* base = nullptr;
+  kernels::FloatType base_type = kernels::FloatType::kFloat32;
+  void* out = nullptr;
+  kernels::FloatType out_type = kernels::FloatType::kBf16;
+};
+
 struct LayerCall {
   const kernels::KernelTable* kernels = nullptr;
   const GeneralMOEConfig* config = nullptr;
   const ForwardArgs* args = nullptr;
   RoutingPlan plan;
-  std::vector<std::byte*> h;  // the intermediate of each active expert, an operand
+  const SlotSum* sum = nullptr;  // the one that is computed
+  std::vector<std::byte*> h;     // the intermediate of each active expert, an operand
   // Before integer products instead, since a row is quantised when all of it is there:
   bf16* h_rows = nullptr;    // the intermediate by rows of the plan, h_stride() apart
   kernels::Int8Rows x8, h8;  // the input by token, the intermediate by rows of the plan
   std::vector<WorkerScratch> workers;
 
+  // Makes the plan. Throws std::out_of_range as RoutingPlan does.
+  void plan_batch();
+  // What is summed by it: two of a batch whose slots are split.
+  std::span<const SlotSum> sums();
+
   size_t h_stride() const {
     return round_up(static_cast<size_t>(config->intermediate_size), kernels::kOutputBlock);
   }
+
+ private:
+  std::array<SlotSum, 2> sums_;
+  std::vector<int64_t> all_ids_;                   // of a batch whose slots are split,
+  std::vector<int32_t> rows_now_, rows_deferred_;  // and the rows of either part
 };
 
 }  // namespace ktmoe

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "core/error.h"
+#include "moe/routing_plan.h"
 
 namespace ktmoe {
 namespace {
@@ -22,9 +23,8 @@ uint32_t rank_of(uint32_t slot, const float* weights, uint32_t num_slots) {
 }
 
 template <class Id>
-void split(const SlotSplit& s, const Id* ids, uint32_t num_used) {
+void split(const SlotSplit& s, const Id* ids, size_t used) {
   const uint32_t num_immediate = s.num_slots - s.num_deferred;
-  const size_t used = size_t{num_used} * s.num_slots, all = size_t{s.num_tokens} * s.num_slots;
   for (size_t i = 0; i < used; ++i) {
     const auto slot = static_cast<uint32_t>(i % s.num_slots);
     const bool is_deferred =
@@ -32,23 +32,50 @@ void split(const SlotSplit& s, const Id* ids, uint32_t num_used) {
     s.immediate[i] = is_deferred ? -1 : ids[i];
     if (s.deferred != nullptr) s.deferred[i] = is_deferred ? ids[i] : -1;
   }
-  std::fill(s.immediate + used, s.immediate + all, -1);
-  if (s.deferred != nullptr) std::fill(s.deferred + used, s.deferred + all, -1);
 }
 
 }  // namespace
 
-void SlotSplit::run() const {
+void SlotSplit::run() {
+  const size_t all = size_t{num_tokens} * num_slots;
+  const auto fill = [&](size_t from, int64_t id) {
+    std::fill(immediate + from, immediate + all, id);
+    if (deferred != nullptr) std::fill(deferred + from, deferred + all, id);
+  };
+  is_joint = false;
+  try {
+    const size_t used = size_t{checked_num_used()} * num_slots;
+    std::visit([&](const auto* at) { split(*this, at, used); }, ids);
+    fill(used, -1);
+    check_expert_ids(immediate, num_tokens, num_slots, num_experts);
+    if (deferred != nullptr) check_expert_ids(deferred, num_tokens, num_slots, num_experts);
+  } catch (...) {
+    fill(0, std::numeric_limits<int64_t>::max());
+    throw;
+  }
+  is_joint = deferred != nullptr && shares_experts();
+}
+
+uint32_t SlotSplit::checked_num_used() const {
   const auto number = [&](const auto* at) -> int64_t { return at == nullptr ? int64_t{num_tokens} : *at; };
   const int64_t used = std::visit(number, num_used);
-  if (used < 0 || used > num_tokens) {
-    // What is computed with them is refused too.
-    const size_t all = size_t{num_tokens} * num_slots;
-    std::fill(immediate, immediate + all, std::numeric_limits<int64_t>::max());
-    if (deferred != nullptr) std::fill(deferred, deferred + all, std::numeric_limits<int64_t>::max());
+  if (used < 0 || used > num_tokens)
     throw_out_of_range("num_tokens: got ", used, ", expected 0 to ", num_tokens);
+  return static_cast<uint32_t>(used);
+}
+
+// Of the experts that are used, the share that would be read twice is larger than what may be gained.
+bool SlotSplit::shares_experts() const {
+  constexpr size_t kMost = 16;  // one in so many
+  std::vector<uint8_t> uses(num_experts, 0);
+  const size_t all = size_t{num_tokens} * num_slots;
+  for (size_t i = 0; i < all; ++i) {
+    if (immediate[i] >= 0) uses[static_cast<size_t>(immediate[i])] |= 1;
+    if (deferred[i] >= 0) uses[static_cast<size_t>(deferred[i])] |= 2;
   }
-  std::visit([&](const auto* at) { split(*this, at, static_cast<uint32_t>(used)); }, ids);
+  const auto shared = static_cast<size_t>(std::count(uses.begin(), uses.end(), 3));
+  const auto unused = static_cast<size_t>(std::count(uses.begin(), uses.end(), 0));
+  return shared * kMost > uses.size() - unused;
 }
 
 }  // namespace ktmoe

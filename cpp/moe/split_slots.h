@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <variant>
+#include <vector>
 
 namespace ktmoe {
 
@@ -13,13 +14,22 @@ struct SlotSplit {
 
   Integers ids;                    // [T, P]
   const float* weights = nullptr;  // [T, P]
-  uint32_t num_tokens = 0, num_slots = 0, num_deferred = 0;
+  uint32_t num_tokens = 0, num_slots = 0, num_experts = 0, num_deferred = 0;
   Integers num_used;             // one number, or null: tokens from it on count as if their ids were negative
   int64_t* immediate = nullptr;  // [T, P]: ids, deferred slots -1
   int64_t* deferred = nullptr;   // [T, P]: ids, immediate slots -1; null when none is deferred
 
-  // Throws std::out_of_range for a number of tokens outside 0 to T; the ids are then those of no expert.
-  void run() const;
+  // Whether what is deferred should be computed along with what is not, and only its sum be kept for later:
+  // the two use so many of the same experts that their weights would be read twice.
+  bool is_joint = false;
+
+  // Throws std::out_of_range for an id of num_experts or above and for a number of tokens outside 0 to T.
+  // What is computed with what it has written then is refused too.
+  void run();
+
+ private:
+  uint32_t checked_num_used() const;
+  bool shares_experts() const;
 };
 
 }  // namespace ktmoe

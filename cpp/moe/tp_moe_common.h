@@ -78,8 +78,7 @@ class TP_MOE_Common : public Interface {
     call_.kernels = &kernels::active_table();
     call_.config = &config_;
     call_.args = &args;
-    call_.plan.build(args.topk_ids, args.num_tokens, static_cast<uint32_t>(config_.num_experts_per_tok),
-                     static_cast<uint32_t>(config_.expert_num), args.skip_experts);
+    call_.plan_batch();
   }
 
   void run_gate_up() {
@@ -127,8 +126,11 @@ class TP_MOE_Common : public Interface {
   }
 
   void run_combine() {
-    run_phase(&Part::num_combine,
-              [&](const Worker&, Part& part, uint32_t task) { part.combine(call_, task); });
+    for (const SlotSum& sum : call_.sums()) {
+      call_.sum = &sum;
+      run_phase(&Part::num_combine,
+                [&](const Worker&, Part& part, uint32_t task) { part.combine(call_, task); });
+    }
   }
 
   // The rows of one block at most, of an operand of k inputs.

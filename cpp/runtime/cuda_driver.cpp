@@ -60,6 +60,7 @@ CudaDriver::CudaDriver() {
   load(create_event_, "cuEventCreate");
   load(record_, "cuEventRecord");
   load(query_, "cuEventQuery");
+  load(wait_, "cuStreamWaitEvent");
   load(destroy_event_, "cuEventDestroy_v2");
   load(lock_, "cuMemHostRegister_v2");
   load(unlock_, "cuMemHostUnregister");
@@ -151,6 +152,13 @@ bool CudaDriver::has_happened(Event event) const noexcept {
   if (query_(event) == kNotReady) return false;
   destroy_event_(event);
   return true;
+}
+
+void CudaDriver::wait(Stream waiting, Stream stream) const {
+  const Event event = record(stream);
+  const int result = wait_(waiting, event, 0);
+  destroy_event_(event);  // which the driver does when nobody waits for it any more
+  check(result, "cuStreamWaitEvent");
 }
 
 void CudaDriver::lock_pages(void* begin, size_t bytes) const {

@@ -28,6 +28,8 @@ class CudaDriver {
   // An event that happens when the stream comes there, to be asked for until it has.
   Event record(Stream stream) const;
   bool has_happened(Event event) const noexcept;  // true: and the event is gone
+  // What comes in `waiting` waits for what is in `stream` now.
+  void wait(Stream waiting, Stream stream) const;
   // Locks pages, so that copies need not wait for the CPU.
   void lock_pages(void* begin, size_t bytes) const;
   void unlock_pages(void* begin) const noexcept;
@@ -54,6 +56,7 @@ class CudaDriver {
   int (*create_event_)(Event* event, unsigned flags) = nullptr;
   int (*record_)(Event event, Stream stream) = nullptr;
   int (*query_)(Event event) = nullptr;
+  int (*wait_)(Stream stream, Event event, unsigned flags) = nullptr;
   int (*destroy_event_)(Event event) = nullptr;
   int (*lock_)(void* begin, size_t bytes, unsigned flags) = nullptr;
   int (*unlock_)(void* begin) = nullptr;

@@ -7,7 +7,6 @@
 #include <utility>
 
 #include "core/error.h"
-#include "moe/routing_plan.h"
 #include "moe/split_slots.h"
 #include "xla/batch.h"
 
@@ -23,7 +22,7 @@ struct DeferredPart {
   std::vector<int64_t> topk_ids;            // [T, P]
   std::vector<float> topk_weights, output;  // [T, P], [T, H]
   std::exception_ptr error;
-  uint64_t ticket = 0;
+  uint64_t ticket = 0;  // of the task that computes it, when there is one
 
   void compute() {
     ForwardArgs args;
@@ -83,8 +82,9 @@ std::shared_ptr<DeferredPart> take_carry(Call& call) {
   return Waiting::all().take(*static_cast<uint32_t*>(elements_of(carry, "carry", DataType::kUint32, 1)));
 }
 
-// The batch with its routing split: `immediate` is given the ids of what is computed at once.
-std::shared_ptr<DeferredPart> split(const Batch& batch, std::vector<int64_t>& immediate) {
+// The batch with its routing split: `immediate` is given the ids of what is computed at once. Whether the
+// deferred part is too says `is_joint`.
+std::shared_ptr<DeferredPart> split(const Batch& batch, std::vector<int64_t>& immediate, bool& is_joint) {
   const GeneralMOEConfig& c = batch.config();
   const ForwardArgs args = batch.args(nullptr);
   const auto slots = static_cast<uint32_t>(c.num_experts_per_tok);
@@ -98,9 +98,11 @@ std::shared_ptr<DeferredPart> split(const Batch& batch, std::vector<int64_t>& im
   SlotSplit split;
   split.ids = args.topk_ids, split.weights = args.topk_weights;
   split.num_tokens = args.num_tokens, split.num_slots = slots;
+  split.num_experts = static_cast<uint32_t>(c.expert_num);
   split.num_deferred = batch.called().num_deferred;
   split.immediate = immediate.data(), split.deferred = part->topk_ids.data();
   split.run();
+  is_joint = split.is_joint;
   return part;
 }
 
@@ -113,8 +115,6 @@ void do_forward_deferred(Call& call) {
   auto* left = static_cast<uint32_t*>(elements_of(call.next_result("carry"), "carry", DataType::kUint32, 1));
   ForwardArgs args = batch.args(out);
   const GeneralMOEConfig& c = batch.config();
-  check_expert_ids(args.topk_ids, args.num_tokens, static_cast<uint32_t>(c.num_experts_per_tok),
-                   static_cast<uint32_t>(c.expert_num));
   if (before != nullptr) {
     if (before->output.size() != size_t{args.num_tokens} * static_cast<size_t>(c.hidden_size))
       throw_invalid("hidden_states: got ", args.num_tokens, " tokens, but the layer before has deferred ",
@@ -123,9 +123,11 @@ void do_forward_deferred(Call& call) {
   }
   std::vector<int64_t> immediate;
   std::shared_ptr<DeferredPart> part;
+  bool is_joint = false;
   if (batch.called().num_deferred > 0) {
-    part = split(batch, immediate);
+    part = split(batch, immediate, is_joint);
     args.topk_ids = immediate.data();
+    if (is_joint) args.deferred_ids = part->topk_ids.data(), args.deferred_out = part->output.data();
   }
   CPUInfer& engine = *batch.called().engine;
   // What it waits for may refer to the stack.
@@ -135,7 +137,7 @@ void do_forward_deferred(Call& call) {
   };
   const uint64_t ticket = engine.submit(std::make_unique<Work>(at_once), /*wake=*/false);
   std::exception_ptr refused;
-  if (part != nullptr) {
+  if (part != nullptr && !is_joint) {
     try {
       part->ticket = engine.submit(std::make_unique<Work>([part] { part->compute(); }));
     } catch (...) {
@@ -159,7 +161,7 @@ void do_drain_deferred(Call& call) {
   }
   if (part->output.size() != size)
     throw_invalid("carry: got what a layer has left of ", part->num_tokens, " tokens, expected ", out.num);
-  part->called->engine->wait(part->ticket);
+  if (part->ticket != 0) part->called->engine->wait(part->ticket);
   if (part->error != nullptr) std::rethrow_exception(part->error);
   std::transform(part->output.begin(), part->output.end(), out.as<bf16>(), to_bf16);
 }

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from ._arrays import bfloat16
+from ._dlpack import exported, handed_over, is_of_jax, is_on_cuda, made_like
 
-__all__ = ["DeviceArray", "device_array", "is_on_device", "new_like", "stream_handle"]
+__all__ = ["DeviceArray", "device_array", "given_back", "is_on_device", "new_like", "stream_handle"]
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,24 @@ class DeviceArray:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     owner: Any  #: the array itself, which holds the memory
+    export: object = None  #: what holds it too, of an array that was exported
 
 
 def is_on_device(value: Any) -> bool:
     """Whether an array says that it lies on a CUDA device."""
     if _is_of_torch(value):
         return bool(value.is_cuda)
-    return not isinstance(value, np.ndarray) and hasattr(value, "__cuda_array_interface__")
+    if isinstance(value, np.ndarray):
+        return False
+    return hasattr(value, "__cuda_array_interface__") or is_on_cuda(value)
 
 
-def device_array(value: Any, name: str, dtypes: Sequence[Any], shape: tuple[int | str, ...]) -> DeviceArray:
-    """An array of torch, CuPy or another that has ``__cuda_array_interface__``, of one of some dtypes.
+def device_array(
+    value: Any, name: str, dtypes: Sequence[Any], shape: tuple[int | str, ...], stream: int
+) -> DeviceArray:
+    """An array of torch, CuPy, JAX or another that has ``__cuda_array_interface__``, of one of some dtypes.
 
-    A dimension that is a string may be any.
+    A dimension that is a string may be any. The stream is where it will be used.
 
     Raises
     ------
@@ -47,7 +53,12 @@ def device_array(value: Any, name: str, dtypes: Sequence[Any], shape: tuple[int 
     expected = f"{kinds} [{', '.join(map(str, shape))}] on a CUDA device"
     if not is_on_device(value):
         raise TypeError(f"{name}: got {type(value).__name__} on the CPU, expected {expected}")
-    found, is_contiguous = _of_torch(value) if _is_of_torch(value) else _of_interface(value)
+    if _is_of_torch(value):
+        found, is_contiguous = _of_torch(value)
+    elif is_of_jax(value) or not hasattr(value, "__cuda_array_interface__"):
+        found, is_contiguous = _of_dlpack(value, stream)
+    else:
+        found, is_contiguous = _of_interface(value)
     got = f"{found.dtype} {list(found.shape)}"
     if found.dtype not in dtypes:
         raise TypeError(f"{name}: got {got}, expected {expected}")
@@ -73,8 +84,15 @@ def new_like(value: Any) -> Any:
         return value.new_empty(value.shape)
     if type(value).__module__.partition(".")[0] == "cupy":
         return sys.modules["cupy"].empty_like(value)
+    if is_of_jax(value):
+        return made_like(value)
     kind = type(value).__name__
     raise TypeError(f"out: got None, expected an array on the device to write to: a {kind} cannot be made")
+
+
+def given_back(array: DeviceArray, stream: int) -> Any:
+    """An array that was written to in a stream, as its library has arrays."""
+    return handed_over(array.owner, stream) if is_of_jax(array.owner) else array.owner
 
 
 def stream_handle(stream: Any) -> int:
@@ -103,6 +121,12 @@ def _of_torch(value: Any) -> tuple[DeviceArray, bool]:
     dtype = bfloat16 if name == "bfloat16" else np.dtype(name)
     array = DeviceArray(int(value.data_ptr()), dtype, tuple(value.shape), value)
     return array, bool(value.is_contiguous())
+
+
+def _of_dlpack(value: Any, stream: int) -> tuple[DeviceArray, bool]:
+    address, name, shape, is_contiguous, holder = exported(value, stream)
+    dtype = bfloat16 if name == "bfloat16" else np.dtype(name)
+    return DeviceArray(address, dtype, shape, value, holder), is_contiguous
 
 
 def _of_interface(value: Any) -> tuple[DeviceArray, bool]:

@@ -56,7 +56,7 @@ class LayerRunner:
     def run(self, batch: Batch, skip_experts: Array | None) -> None:
         """Compute a batch in the calling thread and the workers; Ctrl-C gets through between chunks."""
         for rows in self._chunks(batch):
-            self._engine.run(self._task(batch, rows, skip_experts))
+            self._engine.run(self._task(batch, rows, skip_experts=skip_experts))
 
     def submit(self, batch: Batch, skip_experts: Array | None) -> list[int]:
         """Queue a batch; the tickets to wait for. Nothing is queued when an argument is refused."""
@@ -64,7 +64,7 @@ class LayerRunner:
 
     def tasks(self, batch: Batch, skip_experts: Array | None) -> list[ext.Task]:
         """The tasks that compute a batch, in their order."""
-        return [self._task(batch, rows, skip_experts) for rows in self._chunks(batch)]
+        return [self._task(batch, rows, skip_experts=skip_experts) for rows in self._chunks(batch)]
 
     def submit_deferring(self, batch: Batch, skip_experts: Array | None, chain: DeferralChain) -> list[int]:
         """Queue a batch that begins with what the layer before has deferred and defers some itself.
@@ -115,20 +115,32 @@ class LayerRunner:
         num_tokens : array of int64 or int32 [1], optional
             Read when the tasks run: tokens from that number on are computed with no expert.
         """
-        split = ext.moe.split_slots_task(
-            batch.ids, batch.weights, slot.immediate_ids, slot.deferred_ids, self._num_deferred, num_tokens
+        c, num_deferred = self._config, self._num_deferred
+        split = ext.moe.SlotSplit(
+            batch.ids,
+            batch.weights,
+            slot.immediate_ids,
+            slot.deferred_ids,
+            c.num_experts,
+            num_deferred,
+            num_tokens,
         )
         chunks = self._chunks(batch)
-        base = None if carry is None else carry.slot.deferred_output
         at_once = copy(batch)
         at_once.ids = slot.immediate_ids
-        now = [split, *(self._task(at_once, rows, skip_experts, base=base) for rows in chunks)]
-        if not self._num_deferred:
+        options = {
+            "skip_experts": skip_experts,
+            "base": None if carry is None else carry.slot.deferred_output,
+            "split": split,
+            "deferred_out": slot.deferred_output if num_deferred else None,
+        }
+        now = [split.task(), *(self._task(at_once, rows, **options) for rows in chunks)]
+        if not num_deferred:
             return now, []
         rest = copy(batch)
         rest.hidden_states, rest.ids, rest.weights = slot.input, slot.deferred_ids, slot.weights
         rest.out, rest.incremental = slot.deferred_output, False
-        return now, [self._task(rest, rows, skip_experts) for rows in chunks]
+        return now, [self._task(rest, rows, skip_experts=skip_experts, split=split) for rows in chunks]
 
     def _chunks(self, batch: Batch) -> list[slice]:
         """Rows of each chunk; one empty chunk for an empty batch, so that arguments are always checked."""
@@ -136,20 +148,16 @@ class LayerRunner:
         num = batch.num_tokens
         return [slice(t, min(t + size, num)) for t in range(0, max(num, 1), size)]
 
-    def _task(
-        self, batch: Batch, rows: slice, skip_experts: Array | None, base: Array | None = None
-    ) -> ext.Task:
-        """The pass of some rows. The engine checks the whole batch, whichever rows it computes."""
+    def _task(self, batch: Batch, rows: slice, **options: Any) -> ext.Task:
         return self._layer.forward_task(
             batch.hidden_states,
             batch.ids,
             batch.weights,
             batch.out,
             batch.incremental,
-            base=base,
-            skip_experts=skip_experts,
             first_token=rows.start,
             num_tokens=rows.stop - rows.start,
+            **options,
         )
 
     def _free_slot(self, batch_size: int) -> BufferSlot:

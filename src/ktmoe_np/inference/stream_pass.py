@@ -11,7 +11,8 @@ import numpy as np
 from .. import kt_kernel_ext as ext
 from .._arrays import Array, bfloat16
 from .._batch import Batch
-from .._device import DeviceArray, device_array, new_like, stream_handle
+from .._device import DeviceArray, device_array, given_back, new_like, stream_handle
+from .._dlpack import is_of_jax
 from ..buffers import BufferSlot, KExpertsCPUBuffer
 from ..config import MoEConfig
 from ..deferral import Carry, DeferralChain
@@ -38,7 +39,7 @@ class _Begun:
     result: DeviceArray
     slot: BufferSlot
     num_deferred: int  #: tasks that `sync` does not wait for
-    arrays: tuple[Any, ...]  #: what is copied down
+    arrays: tuple[DeviceArray | None, ...]  #: what is copied down
 
 
 class StreamPass:
@@ -80,12 +81,12 @@ class StreamPass:
                 f"submit_forward: a pass of layer {c.layer_idx} is pending, call sync_forward first"
             )
         hidden_states, topk_ids, topk_weights = batch
-        x = device_array(hidden_states, "hidden_states", [bfloat16], ("T", c.hidden_size))
+        x = device_array(hidden_states, "hidden_states", [bfloat16], ("T", c.hidden_size), stream)
         routes = x.shape[0], c.num_experts_per_tok
-        ids = device_array(topk_ids, "topk_ids", _INTEGERS, routes)
-        weights = device_array(topk_weights, "topk_weights", [np.dtype(np.float32)], routes)
-        used = None if num_tokens is None else device_array(num_tokens, "num_tokens", _INTEGERS, (1,))
-        result = self._result(x, hidden_states, out)
+        ids = device_array(topk_ids, "topk_ids", _INTEGERS, routes, stream)
+        weights = device_array(topk_weights, "topk_weights", [np.dtype(np.float32)], routes, stream)
+        used = None if num_tokens is None else device_array(num_tokens, "num_tokens", _INTEGERS, (1,), stream)
+        result = self._result(x, hidden_states, out, stream)
         carry = chain.receive(c.layer_idx, x.shape[0])
         slot = self._free_slot(x.shape[0], stream, carry)
 
@@ -102,7 +103,7 @@ class StreamPass:
         results = [(task, slot.output) for task in now] + [(task, slot.deferred_output) for task in later]
         self._engine.submit_all_with_cuda_stream(stream, results)
         chain.leave(StreamCarry(c.layer_idx, slot, 0, self, hidden_states) if later else None)
-        self._begun = _Begun(stream, result, slot, len(later), (*batch, num_tokens))
+        self._begun = _Begun(stream, result, slot, len(later), (x, ids, weights, used))
         slot.user = weakref.ref(self)
 
     def sync(self, cuda_stream: Any) -> Any:
@@ -125,23 +126,25 @@ class StreamPass:
             raise ValueError(f"cuda_stream: got {stream:#x}, expected that of the pass, {begun.stream:#x}")
         self._begun = None
         self._wait_and_copy(begun)
-        return begun.result.owner
+        return given_back(begun.result, stream)
 
     def drain(self, carry: StreamCarry, cuda_stream: Any, out: Any) -> Any:
         """Copy what this layer has deferred to the device: the array that will have it, rounded."""
         c, slot, stream = self._config, carry.slot, stream_handle(cuda_stream)
-        x = device_array(carry.like, "hidden_states", [bfloat16], ("T", c.hidden_size))
-        result = self._result(x, carry.like, out)
+        x = device_array(carry.like, "hidden_states", [bfloat16], ("T", c.hidden_size), stream)
+        result = self._result(x, carry.like, out, stream)
         on_host = Batch(c, slot.input, slot.topk_ids, slot.weights, slot.output, incremental=False)
         nothing = np.zeros(1, np.int64)  # of the batch is computed: the output is what it begins with
         tasks, _ = self._runner.parts(on_host, slot, None, carry, nothing)
         self._engine.submit_all_with_cuda_stream(stream, [(task, slot.output) for task in tasks])
         self._wait_and_copy(_Begun(stream, result, slot, 0, ()))
-        return result.owner
+        return given_back(result, stream)
 
-    def _result(self, x: DeviceArray, like: Any, out: Any) -> DeviceArray:
+    def _result(self, x: DeviceArray, like: Any, out: Any, stream: int) -> DeviceArray:
+        if out is not None and is_of_jax(out):
+            raise TypeError("out: got an array of JAX, which nobody writes to, expected None")
         target = new_like(like) if out is None else out
-        return device_array(target, "out", [bfloat16], x.shape)
+        return device_array(target, "out", [bfloat16], x.shape, stream)
 
     def _wait_and_copy(self, begun: _Begun) -> None:
         stream, slot, result = begun.stream, begun.slot, begun.result
@@ -149,7 +152,7 @@ class StreamPass:
             self._engine.sync_with_cuda_stream(stream, begun.num_deferred)
         finally:  # also when it raises what a pass has raised, this one or another: the stream goes on
             ext.cuda.copy_to_device(result.address, slot.output, stream)
-            ext.cuda.hold(stream, (result, slot, begun.arrays))  # until all has been copied
+            ext.cuda.hold(stream, (begun.arrays, result, slot))  # until all has been copied
 
     def _free_slot(self, num_tokens: int, stream: int, carry: Carry | None) -> BufferSlot:
         """The layer's slot, or the other one when a pass before it is not done with that.
