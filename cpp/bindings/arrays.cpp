@@ -9,8 +9,8 @@
 namespace ktmoe::bindings {
 namespace {
 
-// What is looked up in every call. NumPy exports ml_dtypes.bfloat16 through no protocol (neither the buffer
-// protocol nor DLPack), but views it as uint16 without a copy.
+// What is looked up in every call. NumPy exports no dtype of ml_dtypes through a protocol (neither the buffer
+// protocol nor DLPack), but views them as integers without a copy.
 struct Names {
   nb::object dtype = nb::steal(PyUnicode_InternFromString("dtype"));
   nb::object view = nb::steal(PyUnicode_InternFromString("view"));
@@ -22,18 +22,25 @@ struct Names {
 
 Names* names = nullptr;  // lives to the end of the process: it must not be destroyed after the interpreter
 
+bool is_numpy(nb::handle object) {
+  return PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(names->ndarray.ptr()));
+}
+
 bool is_numpy_bf16(nb::handle object) {
-  if (!PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(names->ndarray.ptr()))) return false;
+  if (!is_numpy(object)) return false;
   const nb::object dtype = nb::steal(PyObject_GetAttr(object.ptr(), names->dtype.ptr()));
   return dtype.is(names->bfloat16) || dtype.equal(names->bfloat16);
 }
 
-nb::object as_exported(nb::handle object, bool is_bf16) {
-  if (!is_bf16) return nb::borrow(object);
+// A NumPy array's view; invalid when it has none of that dtype.
+nb::object viewed(nb::handle object, const nb::object& dtype) {
   nb::object view =
-      nb::steal(PyObject_CallMethodObjArgs(object.ptr(), names->view.ptr(), names->uint16.ptr(), nullptr));
-  if (!view.is_valid()) nb::raise_python_error();
+      nb::steal(PyObject_CallMethodObjArgs(object.ptr(), names->view.ptr(), dtype.ptr(), nullptr));
+  if (!view.is_valid()) PyErr_Clear();
   return view;
+}
+nb::object as_integers(nb::handle object) {
+  return viewed(object, nb::cast(str_cat("u", nb::cast<size_t>(nb::object(object.attr("itemsize"))))));
 }
 
 DType dtype_of(const nb::dlpack::dtype& type) {
@@ -84,43 +91,47 @@ std::string text_of(const Dims& shape) {
 
 void init_arrays() { names = new Names; }
 
+// Fills the array when `object` is one that Handle takes.
 template <class Handle>
-void Array::fill(const Handle& handle, nb::handle object, bool is_bf16) {
+bool Array::fill(nb::handle object, const char* name) {
+  Handle handle;
+  const auto is_taken = [&](const nb::object& exported) {
+    return exported.is_valid() && nb::try_cast(exported, handle, false) &&
+           handle.device_type() == nb::device::cpu::value;
+  };
+  if (is_numpy_bf16(object)) {
+    if (!is_taken(viewed(object, names->uint16))) return false;
+    dtype_ = DType::kBf16;
+  } else if (is_taken(nb::borrow(object))) {
+    dtype_ = dtype_of(handle.dtype());
+  } else if (!is_numpy(object) || !is_taken(as_integers(object))) {
+    return false;
+  }
+  name_ = name;
   handle_ = nb::ndarray<nb::ro>(handle);
   object_ = nb::borrow(object);
   data_ = const_cast<void*>(static_cast<const void*>(handle.data()));
-  dtype_ = is_bf16 ? DType::kBf16 : dtype_of(handle.dtype());
   item_bytes_ = handle.dtype().bits / 8u;
   for (size_t i = 0; i < handle.ndim(); ++i) {
     shape_.push_back(static_cast<int64_t>(handle.shape(i)));
     strides_.push_back(handle.stride(i));
   }
+  return true;
 }
 
 Array Array::read(nb::handle object, const char* name) {
-  const bool is_bf16 = is_numpy_bf16(object);
-  nb::ndarray<nb::ro> handle;
-  if (!nb::try_cast(as_exported(object, is_bf16), handle, false) ||
-      handle.device_type() != nb::device::cpu::value)
-    throw_no_array(object, name);
   Array array;
-  array.name_ = name;
-  array.fill(handle, object, is_bf16);
+  if (!array.fill<nb::ndarray<nb::ro>>(object, name)) throw_no_array(object, name);
   return array;
 }
 
 Array Array::write(nb::handle object, const char* name) {
-  const bool is_bf16 = is_numpy_bf16(object);
-  nb::ndarray<> handle;
-  if (!nb::try_cast(as_exported(object, is_bf16), handle, false) ||
-      handle.device_type() != nb::device::cpu::value) {
+  Array array;
+  if (!array.fill<nb::ndarray<>>(object, name)) {
     const Array readable = read(object, name);  // throws when it is no array at all
     throw_invalid(name, ": got a read-only array ", readable.describe(),
                   ", expected one that can be written");
   }
-  Array array;
-  array.name_ = name;
-  array.fill(handle, object, is_bf16);
   return array;
 }
 
@@ -155,6 +166,12 @@ const Array& Array::expect(std::initializer_list<DType> dtypes, const Dims& shap
   for (size_t i = 0; shape_fits && i < shape.size(); ++i)
     shape_fits = shape[i].letter != nullptr || shape[i].value == shape_[i];
   if (!shape_fits) throw_invalid(name_, ": got ", describe(), ", expected ", wanted);
+  return *this;
+}
+
+const Array& Array::expect_rows(int64_t num, size_t row_bytes) const {
+  if (ndim() == 0 || shape(0) != num || bytes() != static_cast<size_t>(num) * row_bytes)
+    throw_invalid(name_, ": got ", describe(), ", expected ", num, " rows of ", row_bytes, " bytes");
   return *this;
 }
 

@@ -37,6 +37,7 @@ class Array {
 
   // Checks that return the array: TypeError for the dtype or the order, ValueError for the shape.
   const Array& expect(std::initializer_list<DType> dtypes, const Dims& shape) const;
+  const Array& expect_rows(int64_t num, size_t row_bytes) const;  // of any dtype and number of axes
   const Array& expect_contiguous() const;
   const Array& expect_contiguous_rows() const;  // the last axis alone
   // ValueError when the two share memory, gaps between their elements included.
@@ -58,7 +59,7 @@ class Array {
 
  private:
   template <class Handle>
-  void fill(const Handle& handle, nb::handle object, bool is_bf16);
+  bool fill(nb::handle object, const char* name);
   std::pair<const std::byte*, const std::byte*> extent() const;  // the first byte, and behind the last
   std::string describe() const;                                  // "float32 [2, 64]"
   std::string dtype_name() const;

@@ -6,6 +6,7 @@
 #include <map>
 #include <optional>
 
+#include "bindings/expert_slices.h"
 #include "bindings/forward_arrays.h"
 #include "bindings/module.h"
 #include "bindings/python_task.h"
@@ -299,8 +300,8 @@ group_size : int
 }
 
 void bind_interface(nb::module_& m) {
-  nb::class_<MoE_Interface>(m, "MoE_Interface", "What every layer of experts does.")
-      .def_prop_ro("loaded", &MoE_Interface::loaded)
+  nb::class_<MoE_Interface> layer(m, "MoE_Interface", "What every layer of experts does.");
+  layer.def_prop_ro("loaded", &MoE_Interface::loaded)
       .def("load_weights_task", &load_weights_task, nb::arg("gate_proj").none(), nb::arg("up_proj").none(),
            nb::arg("down_proj").none(), nb::arg("physical_to_logical_map").none() = nb::none(), nb::kw_only(),
            nb::arg("gate_scale").none() = nb::none(), nb::arg("up_scale").none() = nb::none(),
@@ -366,6 +367,7 @@ deferred_out : array, optional
 Returns
 -------
 Task)");
+  bind_expert_slices(layer);
 }
 
 // A class a method.

@@ -84,7 +84,9 @@ alignas(16) inline constexpr int8_t kFromZero[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 
 // and, for the target regions (kernels/targets), a specialisation Unpack<F> that yields the k-th segment of a
 // row in registers, in the element order of the policy it is given.
 //
-// A row of a format of blocks, which has `kBlock` too, is whole blocks of so many values (blocks.h).
+// A row of a format of blocks, which has `kBlock` too, is whole blocks of so many values (blocks.h). Else
+// `kGroup`, where there is one, says how many values of a row share a scale, and
+//   size_t code_bytes(size_t k)                     bytes of a row's codes, when scales lie behind them in it
 //
 // `NoScalesApart` gives the two of formats that have none.
 struct NoScalesApart {

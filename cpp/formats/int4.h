@@ -23,7 +23,8 @@ struct Int4 : NoScalesApart {
                                                           : "int4_group128";
   static constexpr bool kHasRowScale = true, kIsInteger = true;
 
-  static constexpr size_t row_bytes(size_t k) { return nibble_bytes(k) + div_up(k, kGroup); }
+  static constexpr size_t code_bytes(size_t k) { return nibble_bytes(k); }
+  static constexpr size_t row_bytes(size_t k) { return code_bytes(k) + div_up(k, kGroup); }
 
   static int code(const std::byte* row, size_t k, size_t i) {
     const int nibble = nibble_at(row, i);

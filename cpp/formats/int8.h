@@ -31,7 +31,8 @@ struct Int8Group32 : NoScalesApart {
   static constexpr bool kHasRowScale = false, kIsInteger = false;
   static constexpr size_t kGroup = 32;
 
-  static constexpr size_t row_bytes(size_t k) { return k + div_up(k, kGroup) * sizeof(float); }
+  static constexpr size_t code_bytes(size_t k) { return k; }
+  static constexpr size_t row_bytes(size_t k) { return code_bytes(k) + div_up(k, kGroup) * sizeof(float); }
   static float scale(const std::byte* row, size_t k, size_t i) {
     float scale;
     std::memcpy(&scale, row + k + i / kGroup * sizeof scale, sizeof scale);

@@ -37,6 +37,21 @@ inline size_t format_block(FormatId id) {
     return 1;
   });
 }
+// Values that a row can be cut at multiples of: no scale or block then serves both sides.
+inline size_t format_unit(FormatId id) {
+  return with_format(id, [](auto f) -> size_t {
+    if constexpr (requires { decltype(f)::kBlock; }) return decltype(f)::kBlock;
+    if constexpr (requires { decltype(f)::kGroup; }) return decltype(f)::kGroup;
+    return 1;
+  });
+}
+// Bytes of a row that are its values; what lies behind them are scales of its groups.
+inline size_t format_code_bytes(FormatId id, size_t k) {
+  return with_format(id, [&](auto f) {
+    if constexpr (requires { decltype(f)::code_bytes(k); }) return decltype(f)::code_bytes(k);
+    return decltype(f)::row_bytes(k);
+  });
+}
 inline bool format_is_blocks(FormatId id) {
   return with_format(id, [](auto f) { return requires { decltype(f)::kBlock; }; });
 }

@@ -6,6 +6,7 @@
 
 #include "moe/config.h"
 #include "moe/expert_matrices.h"
+#include "moe/expert_slices.h"
 #include "moe/gemm_kernel.h"
 
 namespace ktmoe {
@@ -56,6 +57,13 @@ class MoE_Interface {
   // out = base + sum of the experts' outputs, weighted by slot. Throws std::out_of_range for an expert id
   // of expert_num or above, std::runtime_error when nothing is loaded; `out` is then as it was.
   virtual void forward(const ForwardArgs& args) = 0;
+
+  // Throws std::runtime_error when nothing is loaded. Does not wait for a call that is under way.
+  virtual ProjectionFormats formats() const = 0;
+
+  // Writes an expert to the slices' arrays. Throws std::runtime_error when the layer has no weights, or now
+  // has some of other formats than those of the slices.
+  virtual void write_expert(const ExpertSlices& slices) = 0;
 };
 
 }  // namespace ktmoe

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -42,6 +43,7 @@ class TP_MOE_Common : public Interface {
     check(weights);
     const std::lock_guard lock(mutex_);
     check_before_load();
+    const ProjectionFormats formats = formats_of(weights.matrices);
     if (spans_nodes()) {
       nodes_ = copy_to_nodes(weights.matrices);
       std::swap(weights.biases, weights_.biases);
@@ -51,6 +53,7 @@ class TP_MOE_Common : public Interface {
     }
     for (size_t i = 0; i < parts_.size(); ++i)
       parts_[i]->set_weights(nodes_.empty() ? &weights_.matrices : &nodes_[i].matrices, &weights_.biases);
+    formats_ = formats;
     loaded_ = true;
   }
 
@@ -64,6 +67,20 @@ class TP_MOE_Common : public Interface {
     layout.place(*this, lease.data());
     run_gate_up();
     run_down(passes);
+  }
+
+  ProjectionFormats formats() const override {
+    if (!loaded_)
+      throw_runtime("write_expert: layer ", config_.layer_idx, " has no weights, load them first");
+    return formats_;
+  }
+
+  void write_expert(const ExpertSlices& slices) override {
+    const std::lock_guard lock(mutex_);
+    if (formats() != slices.formats)
+      throw_runtime("write_expert: layer ", config_.layer_idx,
+                    " was given weights of another format after the task was made");
+    write_slices(config_, rows_of(slices.expert), slices, *config_.pool);
   }
 
  protected:
@@ -293,6 +310,26 @@ class TP_MOE_Common : public Interface {
     return nodes;
   }
 
+  static ProjectionFormats formats_of(const ExpertMatrices& m) {
+    const FormatId gate = m.gate.front().format;
+    return {gate, m.up.empty() ? gate : m.up.front().format, m.down.front().format};
+  }
+
+  ExpertRows rows_of(uint32_t expert) const {
+    ExpertRows rows;
+    const auto add = [&](const ExpertMatrices& m, const OutputShare& share) {
+      rows.gate.push_back({share.intermediate, m.gate[expert]});
+      if (!m.up.empty()) rows.up.push_back({share.intermediate, m.up[expert]});
+      rows.down.push_back({share.hidden, m.down[expert]});
+    };
+    if (nodes_.empty()) {
+      const Span width{0, static_cast<uint32_t>(config_.intermediate_size)};
+      add(weights_.matrices, {width, {0, static_cast<uint32_t>(config_.hidden_size)}});
+    }
+    for (size_t i = 0; i < nodes_.size(); ++i) add(nodes_[i].matrices, parts_[i]->share());
+    return rows;
+  }
+
   void check(const ExpertWeights& w) const {
     const auto expect = [&](const char* name, size_t got, size_t wanted) {
       if (got != wanted) throw_invalid(name, ": got ", got, " values, expected ", wanted);
@@ -309,6 +346,7 @@ class TP_MOE_Common : public Interface {
   }
 
   std::vector<uint32_t> counts_;
+  std::atomic<ProjectionFormats> formats_;  // of what is loaded
 };
 
 }  // namespace ktmoe

@@ -17,6 +17,7 @@ __all__ = [
     "described",
     "each_expert",
     "expert_ids",
+    "integer",
     "num_tokens",
     "routing_weights",
 ]
@@ -125,6 +126,19 @@ def each_expert(
     return [check(as_numpy(item, name), ()) for item in source]
 
 
+def integer(name: str, value: Any) -> int:
+    """`value` as an int.
+
+    Raises
+    ------
+    TypeError
+        Not an integer.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: got {value!r}, expected an integer")
+    return int(value)
+
+
 def at_least(name: str, value: Any, least: int) -> int:
     """`value` as an int of at least `least`.
 
@@ -135,9 +149,7 @@ def at_least(name: str, value: Any, least: int) -> int:
     ValueError
         Below `least`.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: got {value!r}, expected an integer")
-    number = int(value)
+    number = integer(name, value)
     if number < least:
         raise ValueError(f"{name}: got {number}, expected {least} or more")
     return number

@@ -1,0 +1,68 @@
+"""An expert's weights written to buffers, cut for GPUs that share its intermediate size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import kt_kernel_ext as ext
+from .._arrays import integer
+from .._pending import PendingPass
+
+__all__ = ["ExpertBuffers"]
+
+
+class ExpertBuffers:
+    """Writes the experts of a layer, one at a time: begun by `submit`, ended by `sync`.
+
+    Parameters
+    ----------
+    layer : ext.moe.MoE_Interface
+        The layer, which checks the arrays.
+    layer_idx : int
+        Its number, for messages.
+    engine : ext.CPUInfer
+    """
+
+    def __init__(self, layer: ext.moe.MoE_Interface, layer_idx: int, engine: ext.CPUInfer) -> None:
+        self._layer, self._engine = layer, engine
+        self._pending: PendingPass[None] = PendingPass("write_weight_scale_to_buffer", layer_idx, engine)
+
+    def submit(self, gpu_tp_count: Any, expert_id: Any, **buffers: Any) -> None:
+        """Queue an expert; `buffers` are sequences of arrays under their names, None where there are none.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument that is not as it should be.
+        IndexError
+            An expert that the layer does not have.
+        RuntimeError
+            Nothing is loaded, or an expert is being written.
+        """
+
+        def start() -> tuple[None, list[int]]:
+            count, expert = integer("gpu_tp_count", gpu_tp_count), integer("expert_id", expert_id)
+            lists = {name: _as_list(arrays) for name, arrays in buffers.items()}
+            task = self._layer.write_expert_task(count, expert, **lists)
+            return None, [self._engine.submit(task)]
+
+        self._pending.submit(start)
+
+    def sync(self) -> None:
+        """Wait until the expert has been written.
+
+        Raises
+        ------
+        RuntimeError
+            None is being written, or the layer has weights of another format by now.
+        """
+        self._pending.sync()
+
+
+def _as_list(arrays: Any) -> Any:
+    """A sequence of arrays, or the first axis of one, as a list; anything else as it is."""
+    is_stacked = isinstance(arrays, np.ndarray) and arrays.ndim > 0
+    return list(arrays) if is_stacked or isinstance(arrays, Sequence) else arrays
