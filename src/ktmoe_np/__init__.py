@@ -7,6 +7,7 @@ from . import config, reference
 from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import ActivationSpec, MoEConfig, parse_activation
 from .experts import KTMoEWrapper
+from .gpu_experts import GPUExperts
 from .inference import AMXMoEWrapper, BaseMoEWrapper, GeneralMoEWrapper, NativeMoEWrapper
 from .kt_kernel_ext import isa_info
 from .masks import generate_gpu_experts_masks
@@ -20,6 +21,7 @@ __all__ = [
     "ActivationSpec",
     "BaseMoEWrapper",
     "BaseSFTMoEWrapper",
+    "GPUExperts",
     "GeneralMoEWrapper",
     "KExpertsCPUBuffer",
     "KExpertsSFTBuffer",

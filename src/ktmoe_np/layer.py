@@ -16,6 +16,7 @@ from ._methods import Method
 from .config import MoEConfig
 from .cpuinfer import _MoEBase
 from .io import SafetensorsCheckpoint, load_experts
+from .masks import checked_mask
 
 __all__ = ["MoELayer"]
 
@@ -164,18 +165,9 @@ class MoELayer(_MoEBase):
         TypeError
             Another dtype.
         """
-        if gpu_experts_mask is None:
-            self.gpu_experts_mask: NDArray[np.bool_] | None = None
-            return
-        mask = np.asarray(gpu_experts_mask)
-        expected = f"expected bool [{self.config.num_experts}]"
-        if mask.dtype != np.bool_:
-            raise TypeError(f"gpu_experts_mask: got {mask.dtype} {list(mask.shape)}, {expected}")
-        if mask.shape != (self.config.num_experts,):
-            raise ValueError(f"gpu_experts_mask: got bool {list(mask.shape)}, {expected}")
-        mask = mask.copy()  # a new array for a new mask: calls under way keep theirs
-        mask.setflags(write=False)
-        self.gpu_experts_mask = mask if mask.any() else None
+        # A new array for a new mask: calls under way keep theirs.
+        mask = checked_mask(gpu_experts_mask, self.config.num_experts)
+        self.gpu_experts_mask: NDArray[np.bool_] | None = mask if mask.any() else None
 
     @staticmethod
     def _check_stream(cuda_stream: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["generate_gpu_experts_masks"]
+__all__ = ["checked_mask", "generate_gpu_experts_masks"]
 
 
 def generate_gpu_experts_masks(activation_freq: Any, num_gpu_experts: int) -> NDArray[np.bool_]:
@@ -50,3 +50,23 @@ def generate_gpu_experts_masks(activation_freq: Any, num_gpu_experts: int) -> ND
     chosen = np.argsort(-freq.astype(np.float64), axis=None, kind="stable")[:num_gpu_experts]
     masks.reshape(-1)[chosen] = True
     return masks
+
+
+def checked_mask(gpu_experts_mask: Any, num_experts: int) -> NDArray[np.bool_]:
+    """A copy of a layer's mask [E], read-only; None is one without experts.
+
+    Raises
+    ------
+    ValueError
+        Another shape.
+    TypeError
+        Another dtype.
+    """
+    mask = np.zeros(num_experts, np.bool_) if gpu_experts_mask is None else np.array(gpu_experts_mask)
+    expected = f"expected bool [{num_experts}]"
+    if mask.dtype != np.bool_:
+        raise TypeError(f"gpu_experts_mask: got {mask.dtype} {list(mask.shape)}, {expected}")
+    if mask.shape != (num_experts,):
+        raise ValueError(f"gpu_experts_mask: got bool {list(mask.shape)}, {expected}")
+    mask.setflags(write=False)
+    return mask
