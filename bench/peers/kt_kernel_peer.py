@@ -22,7 +22,7 @@ from ..spec import Spec
 from .kt_kernel_memory import address, aligned
 from .kt_kernel_weights import GGUF_CLASS, GGUF_WITHOUT, GROUPS, give_gguf, give_groups
 
-__all__ = ["LIBRARIES", "Contender", "contenders"]
+__all__ = ["LIBRARIES", "Contender", "contenders", "find_extension", "import_extension"]
 
 #: Imported before the load is timed.
 LIBRARIES: tuple[str, ...] = ()
@@ -66,8 +66,8 @@ class Contender:
     def __init__(self, spec: Spec, layer: Layer) -> None:
         if spec.shape.biased or spec.shape.activation != "silu":
             raise NotImplementedError("kt-kernel has neither biases nor activations but silu")
-        self._path = _find_extension(Path(spec.options["ext"]))
-        self._ext = _import(self._path)
+        self._path = find_extension(Path(spec.options["ext"]))
+        self._ext = import_extension(self._path)
         self._engine = self._ext.CPUInfer(spec.threads)
         self._map = aligned(np.arange(spec.shape.experts, dtype=np.int64))
         self._per_token = spec.shape.per_token
@@ -127,7 +127,7 @@ class Contender:
         return {"version": _version(self._path), "isa": isa}
 
 
-def _find_extension(path: Path) -> Path:
+def find_extension(path: Path) -> Path:
     """Take the file itself; of a directory, the best build for this machine and this interpreter."""
     if path.is_file():
         return path
@@ -144,7 +144,7 @@ def _cpu_flags() -> set[str]:
     return set(Path("/proc/cpuinfo").read_text().split())
 
 
-def _import(path: Path) -> Any:
+def import_extension(path: Path) -> Any:
     """Import the extension, under the one name that its init function has."""
     spec = importlib.util.spec_from_file_location("kt_kernel_ext", path)
     if spec is None or spec.loader is None:

@@ -56,4 +56,4 @@ class _WrittenIn:
         if stream != -1:  # which stands for: do not wait
             waiting = 0 if stream in (None, _DEFAULT_STREAM) else int(stream or 0)
             ext.cuda.wait(waiting, self._stream)
-        return self._array.__dlpack__(stream=-1, **options)
+        return self._array.__dlpack__(**options)

@@ -1,0 +1,113 @@
+"""A library's process of `bench.bench_stream`: prints what it has measured as one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from .bench_stream import parser
+from .layer import Layer
+from .shapes import SHAPES
+from .stream_experts import LIBRARIES
+from .stream_model import GpuLayers
+
+_WARM_UP = 5
+
+
+def _seconds(call: Callable[[], Any], repeats: int) -> float:
+    """The median of a call and the wait for the GPU behind it."""
+    times = []
+    for i in range(_WARM_UP + repeats):
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        if i >= _WARM_UP:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """A CUDA graph of a call."""
+    call()  # what is made when first needed
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def main() -> int:
+    options = parser().parse_args(sys.argv[2:])
+    shape = SHAPES[options.shape]
+    threads = options.threads or max(1, len(os.sched_getaffinity(0)) - 1)
+    weights = [Layer.create(shape, seed) for seed in range(options.layers)]
+    experts = LIBRARIES[sys.argv[1]](shape, weights, threads, options.kt_ext)
+    rows = []
+    for tokens in map(int, options.tokens.split(",")):
+        gpu = GpuLayers(shape, options.layers, tokens, options.context)
+        routed = gpu.routed()
+        on_host = [[experts.on_host(array) for array in batch] for batch in routed]
+        cpu_s = _seconds(lambda: experts.run_on_host(on_host), options.repeats)  # noqa: B023
+        gpu_s = _seconds(_captured(lambda: gpu.run(None)), options.repeats)  # noqa: B023
+        for deferred in map(int, options.deferred.split(",")):
+            experts.prepare(tokens, deferred)
+            together = _seconds(_captured(lambda: gpu.run(experts)), options.repeats)  # noqa: B023
+            rows.append(
+                {
+                    "library": sys.argv[1],
+                    "tokens": tokens,
+                    "deferred": deferred,
+                    "threads": threads,
+                    "gpu_ms": 1e3 * gpu_s / options.layers,
+                    "cpu_ms": 1e3 * cpu_s / options.layers,
+                    "layer_ms": 1e3 * together / options.layers,
+                }
+            )
+    rows.append({"library": sys.argv[1], "threads": threads, **_round_trips(experts, shape, options.repeats)})
+    print(json.dumps(rows))
+    return 0
+
+
+def _round_trips(experts: Any, shape: Any, repeats: int) -> dict[str, float]:
+    """Microseconds of a pass in a stream beyond one on the host, when no expert is routed to."""
+    batch = (
+        torch.zeros(1, shape.hidden, dtype=torch.bfloat16, device="cuda"),
+        torch.full((1, shape.per_token), -1, device="cuda"),
+        torch.zeros(1, shape.per_token, device="cuda"),
+    )
+    experts.prepare(1, 0)
+    num = 50
+
+    def in_stream() -> None:
+        for _ in range(num):
+            experts.begin(0, *batch)
+            experts.end(0)
+
+    on_host = [[experts.on_host(array) for array in batch]]
+    alone = _seconds(lambda: [experts.run_on_host(on_host) for _ in range(num)], repeats)
+    empty = _seconds(lambda: None, repeats)
+    eager, graph = _seconds(in_stream, repeats), _seconds(_captured(in_stream), repeats)
+    bare = _seconds(lambda: [experts.round_trip() for _ in range(num)], repeats)
+
+    def each(seconds: float) -> float:
+        return 1e6 * (seconds - empty) / num
+
+    return {
+        "host_pass_us": each(alone),
+        "stream_pass_us": each(eager),
+        "graph_pass_us": each(graph),
+        "submit_and_sync_us": each(bare),
+    }
+
+
+if __name__ == "__main__":
+    np.seterr(all="ignore")
+    raise SystemExit(main())
