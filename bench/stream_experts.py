@@ -65,12 +65,12 @@ class KtmoeExperts:
             moe.forward(*batch)
 
     def begin(self, i: int, x: Any, ids: Any, weights: Any) -> None:
-        """Let the current stream submit a pass of layer i."""
-        self._moes[i].submit_forward(x, ids, weights, torch.cuda.current_stream())
+        """Let the current stream do a pass of layer i: nothing else is to be done meanwhile."""
+        self._result = self._moes[i].forward(x, ids, weights, torch.cuda.current_stream())
 
     def end(self, i: int) -> Any:
-        """Let the current stream wait for it: its result."""
-        return self._moes[i].sync_forward(cuda_stream=torch.cuda.current_stream())
+        """Its result."""
+        return self._result
 
     def round_trip(self) -> None:
         """Submit the least task there is and wait for it, in the current stream."""

@@ -25,7 +25,10 @@ on_device = [[DeviceArray(array) for array in batch] for batch in batches]
 outs = [DeviceArray(np.zeros((6, 40), bf16)) for _ in range(len(moes) + 1)]
 
 def in_stream():
-    for moe, batch, out in zip(moes, on_device, outs):
+    for i, (moe, batch, out) in enumerate(zip(moes, on_device, outs)):
+        if i % 2:
+            assert moe.forward(*batch, stream, out=out) is out
+            continue
         moe.submit_forward(*batch, stream, out=out)
         assert moe.sync_forward(cuda_stream=stream) is out
     return KTMoEWrapper.drain_deferred(stream, out=outs[-1])

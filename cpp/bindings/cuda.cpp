@@ -1,4 +1,4 @@
-// CUDA in Python: whether there is a driver, copies in streams, pages that are locked.
+// CUDA in Python: whether there is a driver, how streams wait, arrays of devices, pages that are locked.
 #include <nanobind/stl/string.h>
 
 #include <memory>
@@ -12,34 +12,7 @@
 
 namespace ktmoe::bindings {
 
-StreamCalls& stream_calls() {
-  static StreamCalls* calls = new StreamCalls;  // the driver may call until the process is gone
-  return *calls;
-}
-
 namespace {
-
-void copy_to_host(nb::handle to, uint64_t from, uint64_t stream) {
-  const Array host = Array::write(to, "to");
-  host.expect_contiguous();
-  const GilRelease no_gil;
-  CudaDriver::get().copy(reinterpret_cast<uint64_t>(host.as<void>()), from, host.bytes(), as_stream(stream));
-}
-
-void copy_to_device(uint64_t to, nb::handle from, uint64_t stream) {
-  const Array host = Array::read(from, "from");
-  host.expect_contiguous();
-  const GilRelease no_gil;
-  CudaDriver::get().copy(to, reinterpret_cast<uint64_t>(host.as<void>()), host.bytes(), as_stream(stream));
-}
-
-void hold(uint64_t stream, nb::object object) {
-  stream_calls().forget_happened();
-  const auto held =
-      std::make_shared<nb::object>(std::move(object));  // let go of with the GIL, also after an error
-  const GilRelease no_gil;
-  stream_calls().hold(as_stream(stream), held);
-}
 
 void wait(uint64_t waiting, uint64_t stream) {
   const GilRelease no_gil;
@@ -91,15 +64,8 @@ void unlock_pages(uint64_t address) {
 }  // namespace
 
 void bind_cuda(nb::module_& m) {
+  bind_stream_pass(m);
   m.def("is_available", &CudaDriver::is_there, "Whether there is a driver that finds a GPU.");
-  m.def(
-      "copy_to_host", &copy_to_host, nb::arg("to"), nb::arg("address"), nb::arg("stream"),
-      "Copy, in a stream, from an address of a device to an array of the host, which must live until then.");
-  m.def(
-      "copy_to_device", &copy_to_device, nb::arg("address"), nb::arg("array"), nb::arg("stream"),
-      "Copy, in a stream, from an array of the host, which must live until then, to an address of a device.");
-  m.def("hold", &hold, nb::arg("stream"), nb::arg("held"),
-        "Hold an object until a stream comes to this point: what is copied from or to before.");
   m.def("wait", &wait, nb::arg("waiting"), nb::arg("stream"),
         "Let what comes in one stream wait for what is in another now.");
   m.def("exported_array", &exported_array, nb::arg("capsule"),

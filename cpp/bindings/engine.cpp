@@ -1,5 +1,4 @@
 // The engine in Python: WorkerPoolConfig, WorkerPool, CPUInfer, Task.
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -39,12 +38,6 @@ void wait(CPUInfer& engine, uint64_t ticket) {
   wait_in_slices(engine, [&](auto slice) { return engine.wait_for(ticket, slice); });
 }
 
-// Lets go of what is done.
-void settle(CPUInfer& engine) {
-  release_finished(engine);
-  stream_calls().forget_happened();
-}
-
 void sync(CPUInfer& engine, uint64_t allow_n_pending) {
   stream_calls().forget_happened();
   const uint64_t submitted = engine.num_submitted(), last = submitted - std::min(submitted, allow_n_pending);
@@ -67,28 +60,15 @@ WorkerPoolConfig make_config(int subpool_count, std::vector<int> numa_map, std::
   return config;
 }
 
-StreamTask stream_task(PythonTask& task, nb::handle result) {
-  std::span<std::byte> bytes;
-  if (!result.is_none()) {
-    const Array array = Array::write(result, "result");
-    bytes = {array.expect_contiguous().as<std::byte>(), array.bytes()};
-  }
-  return {task.take(), bytes};
-}
-
-void submit_with_stream(std::shared_ptr<CPUInfer> engine, uint64_t stream, std::vector<StreamTask> tasks) {
-  settle(*engine);
-  const std::vector<StreamTask> held = tasks;  // let go of with the GIL, also when the driver refuses
-  const GilRelease no_gil;                     // the driver may wait for the stream
-  stream_calls().submit(as_stream(stream), std::move(engine), std::move(tasks));
-}
-
 void bind_streams(nb::class_<CPUInfer>& engine) {
   engine
       .def(
           "submit_with_cuda_stream",
           [](std::shared_ptr<CPUInfer> engine, uint64_t stream, PythonTask& task, nb::handle result) {
-            submit_with_stream(std::move(engine), stream, {stream_task(task, result)});
+            settle(*engine);
+            const std::vector<StreamTask> tasks = {stream_task(task, result)};  // let go of with the GIL
+            const GilRelease no_gil;  // the driver may wait for the stream
+            stream_calls().submit(as_stream(stream), engine, tasks);
           },
           nb::arg("stream"), nb::arg("task"), nb::arg("result").none() = nb::none(),
           R"(Submit a task when a CUDA stream comes to this point; returns at once.
@@ -107,16 +87,6 @@ Raises
 ------
 RuntimeError
     There is no CUDA driver, or it refuses.)")
-      .def(
-          "submit_all_with_cuda_stream",
-          [](std::shared_ptr<CPUInfer> engine, uint64_t stream,
-             const std::vector<std::pair<PythonTask*, nb::object>>& tasks) {
-            std::vector<StreamTask> taken;
-            for (const auto& [task, result] : tasks) taken.push_back(stream_task(*task, result));
-            submit_with_stream(std::move(engine), stream, std::move(taken));
-          },
-          nb::arg("stream"), nb::arg("tasks"),
-          "Submit several tasks, each with its result or None, one after the other at one point of a stream.")
       .def(
           "sync_with_cuda_stream",
           [](std::shared_ptr<CPUInfer> engine, uint64_t stream, uint64_t allow_n_pending) {

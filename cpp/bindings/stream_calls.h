@@ -1,6 +1,8 @@
 // The calls of CUDA streams that this process has asked for.
 #pragma once
 
+#include "bindings/arrays.h"
+#include "bindings/python_task.h"
 #include "runtime/stream_calls.h"
 
 namespace ktmoe::bindings {
@@ -9,5 +11,11 @@ namespace ktmoe::bindings {
 StreamCalls& stream_calls();
 
 inline CudaDriver::Stream as_stream(uint64_t handle) { return reinterpret_cast<CudaDriver::Stream>(handle); }
+
+// A task of Python's, and the array that it writes and so holds, or None.
+StreamTask stream_task(PythonTask& task, nb::handle result);
+
+// Lets go of what is done, of the engine's tasks too.
+void settle(CPUInfer& engine);
 
 }  // namespace ktmoe::bindings

@@ -36,15 +36,33 @@ void StreamCalls::submit(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> en
                          std::vector<StreamTask> tasks) {
   const bool is_captured = CudaDriver::get().is_capturing(stream);
   const auto work = [this, engine = std::move(engine), tasks = std::move(tasks), is_captured] {
-    for (const StreamTask& each : tasks) {
-      try {
-        engine->submit(std::make_unique<Submitted>(*this, each, is_captured));
-      } catch (...) {
-        fail(each.result, std::current_exception());
-      }
-    }
+    submit_now(*engine, tasks, is_captured, /*wake=*/true);
   };
   launch(stream, std::unique_ptr<Call>(new Call{this, work, {}, is_captured}));
+}
+
+void StreamCalls::run(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine,
+                      std::vector<StreamTask> tasks, std::vector<StreamTask> deferred) {
+  const bool is_captured = CudaDriver::get().is_capturing(stream);
+  const auto work = [this, engine = std::move(engine), tasks = std::move(tasks),
+                     deferred = std::move(deferred), is_captured] {
+    submit_now(*engine, tasks, is_captured, /*wake=*/false);
+    engine->finish();
+    submit_now(*engine, deferred, is_captured, /*wake=*/true);
+  };
+  launch(stream, std::unique_ptr<Call>(new Call{this, work, {}, is_captured}));
+}
+
+// With wake = false somebody is about to wait.
+void StreamCalls::submit_now(CPUInfer& engine, const std::vector<StreamTask>& tasks, bool is_captured,
+                             bool wake) {
+  for (const StreamTask& each : tasks) {
+    try {
+      engine.submit(std::make_unique<Submitted>(*this, each, is_captured), wake);
+    } catch (...) {
+      fail(each.result, std::current_exception());
+    }
+  }
 }
 
 void StreamCalls::sync(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine,

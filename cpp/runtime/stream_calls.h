@@ -33,6 +33,11 @@ class StreamCalls {
   // When the stream comes there, the tasks are submitted. May be repeated by a graph.
   void submit(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine, std::vector<StreamTask> tasks);
 
+  // When the stream comes there, the tasks are done, on the driver's thread and the engine's workers; the
+  // stream waits for them, but not for those that are deferred, which are submitted then.
+  void run(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine, std::vector<StreamTask> tasks,
+           std::vector<StreamTask> deferred);
+
   // When the stream comes there, it waits until at most so many of the engine's tasks are unfinished.
   void sync(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine, uint64_t allow_n_pending);
 
@@ -59,6 +64,7 @@ class StreamCalls {
   class Submitted;
 
   void launch(CudaDriver::Stream stream, std::unique_ptr<Call> call);
+  void submit_now(CPUInfer& engine, const std::vector<StreamTask>& tasks, bool is_captured, bool wake);
   void fail(std::span<std::byte> result, std::exception_ptr error);
   static void happen(void* data);
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ._arrays import bfloat16
 from ._dlpack import exported, handed_over, is_of_jax, is_on_cuda, made_like
 
-__all__ = ["DeviceArray", "device_array", "given_back", "is_on_device", "new_like", "stream_handle"]
+__all__ = ["DeviceArray", "device_array", "given_back", "new_like", "stream_handle"]
 
 
-@dataclass(frozen=True)
-class DeviceArray:
+class DeviceArray(NamedTuple):
     """A contiguous array on a GPU."""
 
     address: int
@@ -24,15 +22,6 @@ class DeviceArray:
     shape: tuple[int, ...]
     owner: Any  #: the array itself, which holds the memory
     export: object = None  #: what holds it too, of an array that was exported
-
-
-def is_on_device(value: Any) -> bool:
-    """Whether an array says that it lies on a CUDA device."""
-    if _is_of_torch(value):
-        return bool(value.is_cuda)
-    if isinstance(value, np.ndarray):
-        return False
-    return hasattr(value, "__cuda_array_interface__") or is_on_cuda(value)
 
 
 def device_array(
@@ -49,27 +38,37 @@ def device_array(
     ValueError
         Another shape.
     """
+    found, has_gaps = _found(value, stream)
+    if found is not None and found.dtype in dtypes and not has_gaps and _fits(found.shape, shape):
+        return found
     kinds = " or ".join(np.dtype(dtype).name for dtype in dtypes)
     expected = f"{kinds} [{', '.join(map(str, shape))}] on a CUDA device"
-    if not is_on_device(value):
+    if found is None:
         raise TypeError(f"{name}: got {type(value).__name__} on the CPU, expected {expected}")
-    if _is_of_torch(value):
-        found, is_contiguous = _of_torch(value)
-    elif is_of_jax(value) or not hasattr(value, "__cuda_array_interface__"):
-        found, is_contiguous = _of_dlpack(value, stream)
-    else:
-        found, is_contiguous = _of_interface(value)
     got = f"{found.dtype} {list(found.shape)}"
     if found.dtype not in dtypes:
         raise TypeError(f"{name}: got {got}, expected {expected}")
-    fits = len(found.shape) == len(shape) and all(
-        isinstance(want, str) or size == want for size, want in zip(found.shape, shape, strict=True)
-    )
-    if not fits:
+    if not _fits(found.shape, shape):
         raise ValueError(f"{name}: got {got}, expected {expected}")
-    if not is_contiguous:
-        raise TypeError(f"{name}: got gaps in an array, expected {expected}")
-    return found
+    raise TypeError(f"{name}: got gaps in an array, expected {expected}")
+
+
+def _fits(found: tuple[int, ...], shape: tuple[int | str, ...]) -> bool:
+    if found == shape:
+        return True
+    return len(found) == len(shape) and all(
+        isinstance(want, str) or size == want for size, want in zip(found, shape, strict=True)
+    )
+
+
+def _found(value: Any, stream: int) -> tuple[DeviceArray | None, bool]:
+    """An array on a device, and whether it has gaps; None of what is not there."""
+    if _is_of_torch(value):
+        return _of_torch(value) if value.is_cuda else (None, False)
+    interface = None if is_of_jax(value) else getattr(value, "__cuda_array_interface__", None)
+    if interface is not None:
+        return _of_interface(value, interface)
+    return _of_dlpack(value, stream) if is_on_cuda(value) else (None, False)
 
 
 def new_like(value: Any) -> Any:
@@ -116,25 +115,31 @@ def _is_of_torch(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "is_cuda")
 
 
+#: Dtypes of torch, as they come.
+_torch_dtypes: dict[Any, np.dtype[Any]] = {}
+
+
 def _of_torch(value: Any) -> tuple[DeviceArray, bool]:
-    name = str(value.dtype).removeprefix("torch.")
-    dtype = bfloat16 if name == "bfloat16" else np.dtype(name)
-    array = DeviceArray(int(value.data_ptr()), dtype, tuple(value.shape), value)
-    return array, bool(value.is_contiguous())
+    dtype = _torch_dtypes.get(value.dtype)
+    if dtype is None:
+        name = str(value.dtype).removeprefix("torch.")
+        dtype = _torch_dtypes[value.dtype] = bfloat16 if name == "bfloat16" else np.dtype(name)
+    return DeviceArray(value.data_ptr(), dtype, tuple(value.shape), value), not value.is_contiguous()
 
 
 def _of_dlpack(value: Any, stream: int) -> tuple[DeviceArray, bool]:
     address, name, shape, is_contiguous, holder = exported(value, stream)
     dtype = bfloat16 if name == "bfloat16" else np.dtype(name)
-    return DeviceArray(address, dtype, shape, value, holder), is_contiguous
+    return DeviceArray(address, dtype, shape, value, holder), not is_contiguous
 
 
-def _of_interface(value: Any) -> tuple[DeviceArray, bool]:
-    interface = value.__cuda_array_interface__
+def _of_interface(value: Any, interface: dict[str, Any]) -> tuple[DeviceArray, bool]:
     # ml_dtypes' bfloat16 is two bytes without a name there.
     is_bf16 = interface["typestr"][1:] == "V2"
     dtype = bfloat16 if is_bf16 else np.dtype(interface["typestr"])
     shape, strides = tuple(interface["shape"]), interface.get("strides")
     array = DeviceArray(int(interface["data"][0]), dtype, shape, value)
+    if strides is None:
+        return array, False
     steps = np.cumprod([dtype.itemsize, *shape[:0:-1]])[::-1].tolist() if shape else []
-    return array, strides is None or list(strides) == steps
+    return array, list(strides) != steps

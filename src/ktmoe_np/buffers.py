@@ -22,7 +22,7 @@ __all__ = ["BufferSlot", "KExpertsCPUBuffer", "KExpertsSFTBuffer", "SFTBufferSlo
 _PAGE, _LINE = 4096, 64
 
 
-@dataclass
+@dataclass(eq=False)
 class BufferSlot:
     """The arrays of one forward pass of inference, T rows each."""
 

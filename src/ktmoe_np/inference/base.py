@@ -116,11 +116,14 @@ class BaseMoEWrapper(MoELayer):
         >>> moe.forward(x, np.array([[1]]), np.array([[0.5]], np.float32)).astype(float).tolist()
         [[16.0, 16.0, 16.0, 16.0]]
         """
-        if cuda_stream is not None or self._runner.defers(self._chain):
-            more = {"out": out, "incremental": incremental, "num_tokens": num_tokens}
-            self.submit_forward(hidden_states, topk_ids, topk_weights, cuda_stream, **more)
-            return self.sync_forward(cuda_stream=cuda_stream)
+        if cuda_stream is not None:
+            options = self._in_stream(cuda_stream, out, incremental, num_tokens)
+            result: Array = self._stream_pass.run(hidden_states, topk_ids, topk_weights, **options)
+            return result
         _check_no_number(num_tokens)
+        if self._runner.defers(self._chain):
+            self.submit_forward(hidden_states, topk_ids, topk_weights, out=out, incremental=incremental)
+            return self.sync_forward()
         batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental)
         self._runner.run(batch, self.gpu_experts_mask)
         return batch.out
@@ -147,20 +150,27 @@ class BaseMoEWrapper(MoELayer):
             A pass of this layer is pending, or, with deferred experts, one before was not drained.
         """
         if cuda_stream is not None:
-            self._check_streams_can(incremental)
-            batch, chain = (hidden_states, topk_ids, topk_weights), self._chain_of(cuda_stream)
-            self._stream_pass.submit(batch, num_tokens, cuda_stream, chain, self.gpu_experts_mask, out)
+            options = self._in_stream(cuda_stream, out, incremental, num_tokens)
+            self._stream_pass.submit(hidden_states, topk_ids, topk_weights, **options)
             return
         _check_no_number(num_tokens)
         self._pending.submit(
             lambda: self._start(Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental))
         )
 
-    def _check_streams_can(self, incremental: bool) -> None:
+    def _in_stream(self, cuda_stream: Any, out: Any, incremental: bool, num_tokens: Any) -> dict[str, Any]:
+        """What a pass in a stream takes besides its batch."""
         if not self.loaded:
             raise RuntimeError(f"submit_forward: layer {self.layer_idx} has no weights yet")
         if incremental:
             raise ValueError("incremental: got True with a cuda_stream, expected False")
+        return {
+            "num_tokens": num_tokens,
+            "cuda_stream": cuda_stream,
+            "chain": self._chain_of(cuda_stream),
+            "skip_experts": self.gpu_experts_mask,
+            "out": out,
+        }
 
     @classmethod
     def _chain_of(cls, cuda_stream: Any) -> DeferralChain:

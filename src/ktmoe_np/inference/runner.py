@@ -47,11 +47,11 @@ class LayerRunner:
         self._engine = engine
         self._config = config
         self._chunk_size = chunk_size
-        self._num_deferred = num_deferred
+        self.num_deferred = num_deferred
 
     def defers(self, chain: DeferralChain) -> bool:
         """Whether a pass now takes part in the chain of deferred experts."""
-        return self._num_deferred > 0 or chain.is_waiting
+        return self.num_deferred > 0 or chain.is_waiting
 
     def run(self, batch: Batch, skip_experts: Array | None) -> None:
         """Compute a batch in the calling thread and the workers; Ctrl-C gets through between chunks."""
@@ -115,7 +115,7 @@ class LayerRunner:
         num_tokens : array of int64 or int32 [1], optional
             Read when the tasks run: tokens from that number on are computed with no expert.
         """
-        c, num_deferred = self._config, self._num_deferred
+        c, num_deferred = self._config, self.num_deferred
         split = ext.moe.SlotSplit(
             batch.ids,
             batch.weights,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from .runner import LayerRunner
 
 __all__ = ["StreamCarry", "StreamPass"]
 
+#: Passes of a slot that are kept, for masks and layers before that come and go.
+_MOST_PASSES = 4
+
 _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 
 
@@ -31,19 +34,23 @@ class StreamCarry(Carry):
     like: Any  #: an array such as the result shall be
 
 
-@dataclass(frozen=True)
-class _Begun:
+class _Begun(NamedTuple):
     """A pass between `submit` and `sync`."""
 
     stream: int
+    made: ext.cuda.StreamPass
     result: DeviceArray
     slot: BufferSlot
-    num_deferred: int  #: tasks that `sync` does not wait for
-    arrays: tuple[DeviceArray | None, ...]  #: what is copied down
+    arrays: list[DeviceArray]  #: what is copied down
+
+    @property
+    def addresses(self) -> list[int]:
+        """Where that is."""
+        return [array.address for array in self.arrays]
 
 
 class StreamPass:
-    """One pass of a layer: begun by `submit`, ended by `sync`. Neither waits for the GPU, nor the CPU.
+    """Passes of a layer: `run`, or begun by `submit` and ended by `sync`. None waits for the GPU or the CPU.
 
     Parameters
     ----------
@@ -56,17 +63,32 @@ class StreamPass:
     def __init__(self, runner: LayerRunner, engine: ext.CPUInfer, config: MoEConfig) -> None:
         self._runner, self._engine, self._config = runner, engine, config
         self._begun: _Begun | None = None
+        self._passes: weakref.WeakKeyDictionary[BufferSlot, dict[Any, ext.cuda.StreamPass]] = (
+            weakref.WeakKeyDictionary()
+        )
 
-    def submit(
-        self,
-        batch: tuple[Any, Any, Any],
-        num_tokens: Any,
-        cuda_stream: Any,
-        chain: DeferralChain,
-        skip_experts: Array | None,
-        out: Any,
-    ) -> None:
-        """Let a stream copy a batch (hidden states, ids, weights) to the host and submit its pass.
+    def submit(self, *batch: Any, **options: Any) -> None:
+        """Let a stream copy a batch to the host and submit its pass; see `run`."""
+        begun = self._begin(*batch, **options)
+        begun.made.submit(begun.stream, begun.addresses)
+        self._leave(begun, options["chain"])
+        self._begun = begun
+        begun.slot.user = weakref.ref(self)
+
+    def run(self, *batch: Any, **options: Any) -> Any:
+        """Let a stream copy a batch to the host, compute its pass and copy the result back.
+
+        Parameters
+        ----------
+        *batch : arrays
+            Hidden states, ids and weights.
+        **options
+            Those of `_begin`.
+
+        Returns
+        -------
+        array
+            The one that will have the result.
 
         Raises
         ------
@@ -74,37 +96,92 @@ class StreamPass:
             An argument of another kind, dtype or shape.
         RuntimeError
             A pass is pending, there is no CUDA driver, or it refuses.
+        IndexError
+            A pass of a stream has met an expert id of E or above; its result is NaN.
         """
+        begun = self._begin(*batch, **options)
+        self._leave(begun, options["chain"])
+        begun.made.run(begun.stream, begun.addresses, begun.result.address, begun)
+        return given_back(begun.result, begun.stream)
+
+    def _begin(
+        self,
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        *,
+        num_tokens: Any,
+        cuda_stream: Any,
+        chain: DeferralChain,
+        skip_experts: Array | None,
+        out: Any,
+    ) -> _Begun:
         c, stream = self._config, stream_handle(cuda_stream)
         if self._begun is not None:
             raise RuntimeError(
                 f"submit_forward: a pass of layer {c.layer_idx} is pending, call sync_forward first"
             )
-        hidden_states, topk_ids, topk_weights = batch
         x = device_array(hidden_states, "hidden_states", [bfloat16], ("T", c.hidden_size), stream)
         routes = x.shape[0], c.num_experts_per_tok
         ids = device_array(topk_ids, "topk_ids", _INTEGERS, routes, stream)
         weights = device_array(topk_weights, "topk_weights", [np.dtype(np.float32)], routes, stream)
-        used = None if num_tokens is None else device_array(num_tokens, "num_tokens", _INTEGERS, (1,), stream)
+        arrays = [x, ids, weights]
+        if num_tokens is not None:
+            arrays.append(device_array(num_tokens, "num_tokens", _INTEGERS, (1,), stream))
         result = self._result(x, hidden_states, out, stream)
         carry = chain.receive(c.layer_idx, x.shape[0])
         slot = self._free_slot(x.shape[0], stream, carry)
+        made = self._made(slot, ids.dtype, carry, skip_experts, *arrays[3:])
+        return _Begun(stream, made, result, slot, arrays)
 
-        ids_on_host = _viewed(slot.topk_ids, ids)
-        copies = [(x, slot.input), (ids, ids_on_host), (weights, slot.weights)]
-        used_on_host = None if used is None else _viewed(slot.num_tokens, used)
+    def _leave(self, begun: _Begun, chain: DeferralChain) -> None:
+        """Leave to the chain what the pass defers."""
+        left = None
+        if self._runner.num_deferred:
+            left = StreamCarry(self._config.layer_idx, begun.slot, 0, self, begun.arrays[0].owner)
+        chain.leave(left)
+
+    def _made(
+        self,
+        slot: BufferSlot,
+        ids_dtype: np.dtype[Any],
+        carry: Carry | None,
+        skip_experts: Array | None,
+        used: DeviceArray | None = None,
+    ) -> ext.cuda.StreamPass:
+        """A pass from and to a slot, made when it is first needed.
+
+        What it is made of is known by its arrays, which it holds as long as it is known.
+        """
+        base = None if carry is None else carry.slot.deferred_output
+        key = ids_dtype, None if used is None else used.dtype, id(base), id(skip_experts)
+        passes = self._passes.setdefault(slot, {})
+        if key in passes:
+            return passes[key]
+        while len(passes) >= _MOST_PASSES:
+            del passes[next(iter(passes))]
+        ids = _viewed(slot.topk_ids, ids_dtype)
+        inputs, number = [slot.input, ids, slot.weights], None
         if used is not None:
-            copies.append((used, used_on_host))
-        on_host = Batch(c, slot.input, slot.topk_ids, slot.weights, slot.output, incremental=False)
-        on_host.ids = ids_on_host
-        now, later = self._runner.parts(on_host, slot, skip_experts, carry, used_on_host)
-        for source, to in copies:
-            ext.cuda.copy_to_host(to, source.address, stream)
-        results = [(task, slot.output) for task in now] + [(task, slot.deferred_output) for task in later]
-        self._engine.submit_all_with_cuda_stream(stream, results)
-        chain.leave(StreamCarry(c.layer_idx, slot, 0, self, hidden_states) if later else None)
-        self._begun = _Begun(stream, result, slot, len(later), (x, ids, weights, used))
-        slot.user = weakref.ref(self)
+            number = _viewed(slot.num_tokens, used.dtype)
+            inputs.append(number)
+        passes[key] = made = self._make(slot, ids, number, carry, skip_experts, inputs)
+        return made
+
+    def _make(
+        self,
+        slot: BufferSlot,
+        ids: Array,
+        number: Array | None,
+        carry: Carry | None,
+        skip_experts: Array | None,
+        inputs: list[Array],
+    ) -> ext.cuda.StreamPass:
+        batch = Batch(self._config, slot.input, slot.topk_ids, slot.weights, slot.output, incremental=False)
+        batch.ids = ids
+        now, later = self._runner.parts(batch, slot, skip_experts, carry, number)
+        tasks = [(task, slot.output) for task in now] + [(task, slot.deferred_output) for task in later]
+        return ext.cuda.StreamPass(self._engine, inputs, tasks, slot.output, len(later))
 
     def sync(self, cuda_stream: Any) -> Any:
         """Let the stream wait for the pass and copy its result to the device: the array that will have it.
@@ -125,7 +202,7 @@ class StreamPass:
         if stream != begun.stream:
             raise ValueError(f"cuda_stream: got {stream:#x}, expected that of the pass, {begun.stream:#x}")
         self._begun = None
-        self._wait_and_copy(begun)
+        begun.made.sync(stream, begun.result.address, begun)
         return given_back(begun.result, stream)
 
     def drain(self, carry: StreamCarry, cuda_stream: Any, out: Any) -> Any:
@@ -133,11 +210,12 @@ class StreamPass:
         c, slot, stream = self._config, carry.slot, stream_handle(cuda_stream)
         x = device_array(carry.like, "hidden_states", [bfloat16], ("T", c.hidden_size), stream)
         result = self._result(x, carry.like, out, stream)
-        on_host = Batch(c, slot.input, slot.topk_ids, slot.weights, slot.output, incremental=False)
         nothing = np.zeros(1, np.int64)  # of the batch is computed: the output is what it begins with
-        tasks, _ = self._runner.parts(on_host, slot, None, carry, nothing)
-        self._engine.submit_all_with_cuda_stream(stream, [(task, slot.output) for task in tasks])
-        self._wait_and_copy(_Begun(stream, result, slot, 0, ()))
+        batch = Batch(c, slot.input, slot.topk_ids, slot.weights, slot.output, incremental=False)
+        tasks, _ = self._runner.parts(batch, slot, None, carry, nothing)
+        made = ext.cuda.StreamPass(self._engine, [], [(task, slot.output) for task in tasks], slot.output, 0)
+        made.submit(stream, [])
+        made.sync(stream, result.address, (result, slot))
         return given_back(result, stream)
 
     def _result(self, x: DeviceArray, like: Any, out: Any, stream: int) -> DeviceArray:
@@ -145,14 +223,6 @@ class StreamPass:
             raise TypeError("out: got an array of JAX, which nobody writes to, expected None")
         target = new_like(like) if out is None else out
         return device_array(target, "out", [bfloat16], x.shape, stream)
-
-    def _wait_and_copy(self, begun: _Begun) -> None:
-        stream, slot, result = begun.stream, begun.slot, begun.result
-        try:
-            self._engine.sync_with_cuda_stream(stream, begun.num_deferred)
-        finally:  # also when it raises what a pass has raised, this one or another: the stream goes on
-            ext.cuda.copy_to_device(result.address, slot.output, stream)
-            ext.cuda.hold(stream, (begun.arrays, result, slot))  # until all has been copied
 
     def _free_slot(self, num_tokens: int, stream: int, carry: Carry | None) -> BufferSlot:
         """The layer's slot, or the other one when a pass before it is not done with that.
@@ -178,8 +248,7 @@ def _is_taken(slot: BufferSlot) -> bool:
     return user is not None and user._begun is not None and user._begun.slot is slot
 
 
-def _viewed(to: Array, source: DeviceArray) -> Array:
-    """The beginning of an array, as one of the dtype and shape of another."""
-    flat = to.reshape(-1).view(source.dtype)[: int(np.prod(source.shape))]
-    viewed: Array = flat.reshape(source.shape)
+def _viewed(to: Array, dtype: np.dtype[Any]) -> Array:
+    """The beginning of an array as one of another dtype, of the same shape."""
+    viewed: Array = to.reshape(-1).view(dtype)[: to.size].reshape(to.shape)
     return viewed

@@ -1,0 +1,24 @@
+#include "bindings/stream_calls.h"
+
+namespace ktmoe::bindings {
+
+StreamCalls& stream_calls() {
+  static StreamCalls* calls = new StreamCalls;  // the driver may call until the process is gone
+  return *calls;
+}
+
+StreamTask stream_task(PythonTask& task, nb::handle result) {
+  std::span<std::byte> bytes;
+  if (!result.is_none()) {
+    const Array array = Array::write(result, "result");
+    bytes = {array.expect_contiguous().as<std::byte>(), array.bytes()};
+  }
+  return {task.take(), bytes};
+}
+
+void settle(CPUInfer& engine) {
+  engine.take_finished();
+  stream_calls().forget_happened();
+}
+
+}  // namespace ktmoe::bindings

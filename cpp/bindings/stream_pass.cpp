@@ -1,0 +1,122 @@
+// A pass of a layer in CUDA streams, in Python: made once, to be done any number of times.
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "bindings/gil.h"
+#include "bindings/module.h"
+#include "bindings/stream_calls.h"
+#include "core/error.h"
+
+namespace ktmoe::bindings {
+namespace {
+
+class StreamPass {
+ public:
+  StreamPass(std::shared_ptr<CPUInfer> engine, const std::vector<nb::object>& inputs,
+             const std::vector<std::pair<PythonTask*, nb::object>>& tasks, nb::handle output,
+             uint64_t num_deferred)
+      : engine_(std::move(engine)), output_(Array::read(output, "output")) {
+    output_.expect_contiguous();
+    for (const nb::object& input : inputs)
+      inputs_.emplace_back(Array::write(input, "inputs")).expect_contiguous();
+    const size_t num_now = tasks.size() - std::min<size_t>(num_deferred, tasks.size());
+    for (const auto& [task, result] : tasks)
+      (now_.size() < num_now ? now_ : later_).push_back(stream_task(*task, result));
+  }
+
+  void submit(uint64_t stream, const std::vector<uint64_t>& addresses) {
+    check(addresses);
+    settle(*engine_);
+    std::vector<StreamTask> all = now_;
+    all.insert(all.end(), later_.begin(), later_.end());
+    const GilRelease no_gil;  // the driver may wait for the stream
+    copy_down(stream, addresses);
+    stream_calls().submit(as_stream(stream), engine_, all);
+  }
+
+  void sync(uint64_t stream, uint64_t address, nb::object object) {
+    settle(*engine_);
+    const auto held = std::make_shared<nb::object>(std::move(object));  // let go of with the GIL
+    {
+      const GilRelease no_gil;
+      stream_calls().sync(as_stream(stream), engine_, later_.size());
+      copy_up(stream, address, held);
+    }
+    stream_calls().rethrow();
+  }
+
+  void run(uint64_t stream, const std::vector<uint64_t>& addresses, uint64_t address, nb::object object) {
+    check(addresses);
+    settle(*engine_);
+    const auto held = std::make_shared<nb::object>(std::move(object));
+    {
+      const GilRelease no_gil;
+      copy_down(stream, addresses);
+      stream_calls().run(as_stream(stream), engine_, now_, later_);
+      copy_up(stream, address, held);
+    }
+    stream_calls().rethrow();
+  }
+
+ private:
+  void check(const std::vector<uint64_t>& addresses) const {
+    if (addresses.size() != inputs_.size())
+      throw_invalid("addresses: got ", addresses.size(), ", expected ", inputs_.size());
+  }
+
+  void copy_down(uint64_t stream, const std::vector<uint64_t>& addresses) const {
+    for (size_t i = 0; i < addresses.size(); ++i)
+      CudaDriver::get().copy(host_address(inputs_[i]), addresses[i], inputs_[i].bytes(), as_stream(stream));
+  }
+
+  void copy_up(uint64_t stream, uint64_t address, const std::shared_ptr<const void>& held) const {
+    CudaDriver::get().copy(address, host_address(output_), output_.bytes(), as_stream(stream));
+    stream_calls().hold(as_stream(stream), held);
+  }
+
+  static uint64_t host_address(const Array& array) { return reinterpret_cast<uint64_t>(array.as<void>()); }
+
+  std::shared_ptr<CPUInfer> engine_;
+  Array output_;
+  std::vector<Array> inputs_;
+  std::vector<StreamTask> now_, later_;
+};
+
+}  // namespace
+
+void bind_stream_pass(nb::module_& m) {
+  nb::class_<StreamPass>(m, "StreamPass",
+                         R"(A pass that streams do, any number of times, one after the other.
+
+Parameters
+----------
+engine : CPUInfer
+inputs : list of array
+    What is copied down to, in memory that must not move.
+tasks : list of (Task, array)
+    To be submitted, each with what it writes: NaN there when it raises.
+output : array
+    What is copied up.
+num_deferred : int
+    So many of the last tasks are not waited for.)")
+      .def(nb::init<std::shared_ptr<CPUInfer>, const std::vector<nb::object>&,
+                    const std::vector<std::pair<PythonTask*, nb::object>>&, nb::handle, uint64_t>(),
+           nb::arg("engine"), nb::arg("inputs"), nb::arg("tasks"), nb::arg("output"), nb::arg("num_deferred"))
+      .def("submit", &StreamPass::submit, nb::arg("stream"), nb::arg("addresses"),
+           "Let a stream copy the inputs from their addresses on a device and submit the tasks.")
+      .def("sync", &StreamPass::sync, nb::arg("stream"), nb::arg("address"), nb::arg("held"),
+           R"(Let the stream wait for the tasks and copy the output up; hold an object until it has done so.
+
+Exceptions of tasks that streams have submitted are raised when all is said to the stream.)")
+      .def("run", &StreamPass::run, nb::arg("stream"), nb::arg("addresses"), nb::arg("address"),
+           nb::arg("held"),
+           "Both at once, which is faster: the thread that the stream waits for does the tasks.");
+}
+
+}  // namespace ktmoe::bindings
