@@ -164,6 +164,35 @@ def test_programs_are_for_the_cpu_or_cuda(case: Any) -> None:
         traced.lower(lowering_platforms=("tpu",))
 
 
+def test_calls_after_the_engine_was_reset() -> None:
+    done = run_python(
+        """
+        import gc, jax, jax.numpy as jnp, numpy as np
+        from functools import partial
+        from layers import draw_batch, draw_layer
+        from ktmoe_np.cpuinfer import _MoEBase
+        from ktmoe_np.jax import moe_forward
+
+        rng = np.random.default_rng(0)
+        layer = draw_layer(rng, 3, 16, 24)
+        moe, batch = layer.wrapper(2), [jnp.asarray(part) for part in draw_batch(rng, layer, 4, 2)]
+        compiled = jax.jit(partial(moe_forward, moe)).lower(*batch).compile()
+        before = np.asarray(compiled(*batch))
+        del moe
+        gc.collect()
+        _MoEBase.reset_cpu_infer()
+        try:
+            compiled(*batch)
+        except Exception as error:
+            print(str(error).splitlines()[0])
+        moe = layer.wrapper(2)
+        assert (np.asarray(moe_forward(moe, *batch)) == before).all()
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert "moe_forward: the layer is gone, expected one that lives as long as the programs" in done.stdout
+
+
 def test_a_layer_that_is_gone() -> None:
     rng = np.random.default_rng(10)
     layer = draw_layer(rng, E, I, H)

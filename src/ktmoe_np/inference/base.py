@@ -310,7 +310,8 @@ class BaseMoEWrapper(MoELayer):
         stream an array of the kind of the layer's hidden states, or `out`
         """
         if cuda_stream is not None:
-            return cls._drain_stream(cuda_stream, out)
+            drained: Array | None = cls._drain_stream(cuda_stream, out)
+            return drained
         if out is not None:
             raise ValueError("out: got one without a cuda_stream, expected None")
         carry = cls._chain.take()
