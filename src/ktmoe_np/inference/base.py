@@ -77,10 +77,11 @@ class BaseMoEWrapper(MoELayer):
         topk_weights : array of float32 [T, P]
             Routing weights, used as they are.
         cuda_stream : stream of torch or CuPy, or the handle of one, optional
-            Where the arrays are on a CUDA device: of torch, CuPy or another that has
+            Where the arrays are on a CUDA device: of torch, CuPy, JAX or another that has
             ``__cuda_array_interface__``, ids in int64 or int32, `out` in bfloat16. They are copied to the
             host and back in the stream, which waits for the result; the call does not. Works in a stream that
-            is being captured into a graph too. Exceptions of a pass, whose result is NaN then, are raised by
+            is being captured into a graph too; graphs captured in one stream share its buffers and must be
+            replayed one after the other. Exceptions of a pass, whose result is NaN then, are raised by
             a `sync_forward` with a stream, that of the pass or a later one.
         out : array of bfloat16 or float32 [T, H], optional
             Where to write; must not overlap the inputs.

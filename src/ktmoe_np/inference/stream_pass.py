@@ -38,7 +38,7 @@ class _Begun(NamedTuple):
     """A pass between `submit` and `sync`."""
 
     stream: int
-    made: ext.cuda.StreamPass
+    work: ext.cuda.StreamPass
     result: DeviceArray
     slot: BufferSlot
     arrays: list[DeviceArray]  #: what is copied down
@@ -70,7 +70,7 @@ class StreamPass:
     def submit(self, *batch: Any, **options: Any) -> None:
         """Let a stream copy a batch to the host and submit its pass; see `run`."""
         begun = self._begin(*batch, **options)
-        begun.made.submit(begun.stream, begun.addresses)
+        begun.work.submit(begun.stream, begun.addresses)
         self._leave(begun, options["chain"])
         self._begun = begun
         begun.slot.user = weakref.ref(self)
@@ -83,7 +83,8 @@ class StreamPass:
         *batch : arrays
             Hidden states, ids and weights.
         **options
-            Those of `_begin`.
+            cuda_stream; `chain`, the stream's; and, or None: `num_tokens` and `out`, on the device, and
+            `skip_experts`.
 
         Returns
         -------
@@ -101,7 +102,7 @@ class StreamPass:
         """
         begun = self._begin(*batch, **options)
         self._leave(begun, options["chain"])
-        begun.made.run(begun.stream, begun.addresses, begun.result.address, begun)
+        begun.work.run(begun.stream, begun.addresses, begun.result.address, begun)
         return given_back(begun.result, begun.stream)
 
     def _begin(
@@ -131,8 +132,8 @@ class StreamPass:
         result = self._result(x, hidden_states, out, stream)
         carry = chain.receive(c.layer_idx, x.shape[0])
         slot = self._free_slot(x.shape[0], stream, carry)
-        made = self._made(slot, ids.dtype, carry, skip_experts, *arrays[3:])
-        return _Begun(stream, made, result, slot, arrays)
+        work = self._work(slot, ids.dtype, carry, skip_experts, *arrays[3:])
+        return _Begun(stream, work, result, slot, arrays)
 
     def _leave(self, begun: _Begun, chain: DeferralChain) -> None:
         """Leave to the chain what the pass defers."""
@@ -141,7 +142,7 @@ class StreamPass:
             left = StreamCarry(self._config.layer_idx, begun.slot, 0, self, begun.arrays[0].owner)
         chain.leave(left)
 
-    def _made(
+    def _work(
         self,
         slot: BufferSlot,
         ids_dtype: np.dtype[Any],
@@ -165,10 +166,10 @@ class StreamPass:
         if used is not None:
             number = _viewed(slot.num_tokens, used.dtype)
             inputs.append(number)
-        passes[key] = made = self._make(slot, ids, number, carry, skip_experts, inputs)
-        return made
+        passes[key] = work = self._new_work(slot, ids, number, carry, skip_experts, inputs)
+        return work
 
-    def _make(
+    def _new_work(
         self,
         slot: BufferSlot,
         ids: Array,
@@ -202,7 +203,7 @@ class StreamPass:
         if stream != begun.stream:
             raise ValueError(f"cuda_stream: got {stream:#x}, expected that of the pass, {begun.stream:#x}")
         self._begun = None
-        begun.made.sync(stream, begun.result.address, begun)
+        begun.work.sync(stream, begun.result.address, begun)
         return given_back(begun.result, stream)
 
     def drain(self, carry: StreamCarry, cuda_stream: Any, out: Any) -> Any:
@@ -213,9 +214,8 @@ class StreamPass:
         nothing = np.zeros(1, np.int64)  # of the batch is computed: the output is what it begins with
         batch = Batch(c, slot.input, slot.topk_ids, slot.weights, slot.output, incremental=False)
         tasks, _ = self._runner.parts(batch, slot, None, carry, nothing)
-        made = ext.cuda.StreamPass(self._engine, [], [(task, slot.output) for task in tasks], slot.output, 0)
-        made.submit(stream, [])
-        made.sync(stream, result.address, (result, slot))
+        work = ext.cuda.StreamPass(self._engine, [], [(task, slot.output) for task in tasks], slot.output, 0)
+        work.run(stream, [], result.address, (result, slot))
         return given_back(result, stream)
 
     def _result(self, x: DeviceArray, like: Any, out: Any, stream: int) -> DeviceArray:
