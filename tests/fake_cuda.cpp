@@ -75,7 +75,6 @@ std::set<void*>& locked() {
   static auto* all = new std::set<void*>;
   return *all;
 }
-int num_contexts_set = 0;
 int num_captures = 0;
 thread_local void* context = nullptr;
 thread_local int capture_mode = 0;
@@ -100,8 +99,6 @@ int cuDeviceGetCount(int* count) {
 int cuDevicePrimaryCtxRetain(void** of, int) { return *of = &mutex, 0; }
 int cuCtxGetCurrent(void** current) { return *current = context, 0; }
 int cuCtxSetCurrent(void* given) {
-  const std::lock_guard lock(mutex);
-  ++num_contexts_set;
   return context = given, 0;
 }
 int cuStreamGetCtx(void* stream, void** of) { return *of = &mutex, find(stream) ? 0 : kInvalidHandle; }
@@ -178,6 +175,10 @@ void* fake_stream_create() {
 void fake_stream_destroy(void* stream) {
   const std::lock_guard lock(mutex);
   streams().erase(stream);
+}
+void fake_stream_create_again(void* stream) {
+  const std::lock_guard lock(mutex);
+  streams().insert(stream);
 }
 void fake_stream_synchronize(void* stream) { find(stream)->synchronize(); }
 void fake_capture(void* stream, int begin) {

@@ -40,6 +40,10 @@ class Stream:
         """Forget the stream: its handle is none any more."""
         _driver.fake_stream_destroy(ctypes.c_void_p(self.cuda_stream))
 
+    def create_again(self) -> None:
+        """Make the handle one of a stream again."""
+        _driver.fake_stream_create_again(ctypes.c_void_p(self.cuda_stream))
+
 
 class DeviceArray:
     """An array on the device, whose memory is the host's."""

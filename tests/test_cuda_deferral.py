@@ -222,5 +222,5 @@ def test_passes_that_wait_for_their_sync_share_no_slot(cuda_driver: str) -> None
         """,
     )
     assert said.startswith(
-        "RuntimeError: submit_forward: 2 passes before this one need the stream's buffers, call sync_forward"
+        "RuntimeError: 2 passes before this one need the stream's buffers, call sync_forward of one"
     )

@@ -41,10 +41,12 @@ def test_layers_follow_each_other_without_waiting(cuda_driver: str) -> None:
         layers = [draw_layer(rng, 5, 24, 40) for _ in range(5)]
         moes = [one.wrapper(2, layer_idx=i) for i, one in enumerate(layers)]
         outs, before = [x], batch.x
+        stream.stall(200)
         for moe in moes:
             outs.append(DeviceArray(np.zeros((6, 40), bf16)))
             moe.submit_forward(outs[-2], ids, w, stream, out=outs[-1])
             assert moe.sync_forward(cuda_stream=stream) is outs[-1]
+        assert not any(one.value.any() for one in outs[1:])  # nobody has waited
         stream.synchronize()
         for moe, found in zip(moes, outs[1:], strict=True):
             before = moe.forward(before, *batch[1:])
@@ -242,8 +244,8 @@ def test_what_is_wrong(cuda_driver: str) -> None:
         "TypeError: cuda_stream: got -1, expected a stream of torch or CuPy, or the handle of one",
         "ValueError: incremental: got True with a cuda_stream, expected False",
         "RuntimeError: sync_forward: no pass of layer 0 is pending in a stream, call submit_forward first",
-        "RuntimeError: submit_forward: a pass of layer 0 is pending, call sync_forward first",
-        "RuntimeError: submit_forward: layer 3 has no weights yet",
+        "RuntimeError: a pass of layer 0 is pending in a stream, call sync_forward first",
+        "RuntimeError: layer 3 has no weights yet, load them first",
         "ValueError: cuda_stream: got another, expected that of the pass, the one",
         "TypeError: num_tokens: got ndarray on the CPU, expected int64 or int32 [1] on a CUDA device",
         "ValueError: num_tokens: got int64 [2], expected int64 or int32 [1] on a CUDA device",
@@ -269,3 +271,56 @@ def test_without_a_driver_or_a_gpu(cuda_driver: str) -> None:
     assert said.startswith(
         "False\nRuntimeError: cuda: no driver: /no/driver.so: cannot open shared object file"
     )
+
+
+def test_what_the_extension_refuses(cuda_driver: str) -> None:
+    said = run(
+        cuda_driver,
+        """
+        slot = np.zeros((6, 40), bf16)
+        task = moe._layer.forward_task(*batch, slot)
+        make = ext.cuda.StreamPass
+        print(raised(make, moe.cpu_infer, [batch.x], [(task, slot)], slot, 2))
+        work = make(moe.cpu_infer, [np.zeros((6, 40), bf16)], [], slot, 0)
+        print(raised(work.submit, stream.cuda_stream, []))
+        print(raised(work.run, stream.cuda_stream, [1, 2], out.value.ctypes.data, None))
+        import datetime
+        capsule = datetime.datetime_CAPI
+        print(raised(ext.cuda.exported_array, capsule))
+        """,
+    )
+    assert said.splitlines() == [
+        "ValueError: num_deferred: got 2, expected at most 1, all tasks",
+        "ValueError: addresses: got 0, expected 1",
+        "ValueError: addresses: got 2, expected 1",
+        "TypeError: capsule: got another, expected one of DLPack",
+    ]
+
+
+def test_a_driver_that_refuses_leaves_what_is_left_over(cuda_driver: str) -> None:
+    said = run(
+        cuda_driver,
+        """
+        from ktmoe_np import KTMoEWrapper
+        moes = [layer.wrapper(2, layer_idx=i, max_deferred_experts_per_token=1) for i in (0, 1)]
+        expected = [moe.forward(*batch) for moe in moes]
+        left = KTMoEWrapper.drain_deferred()
+        handle = stream.cuda_stream
+        moes[0].forward(x, ids, w, handle, out=out)
+        stream.synchronize()
+        stream.destroy()
+        print(raised(moes[1].forward, x, ids, w, handle, out=out))
+        print(raised(moes[1].submit_forward, x, ids, w, handle, out=out))
+        print(raised(KTMoEWrapper.drain_deferred, handle, out=out))
+        stream.create_again()
+        moes[1].forward(x, ids, w, handle, out=out)
+        stream.synchronize()
+        assert_same_bits(out.value, expected[1])
+        KTMoEWrapper.drain_deferred(handle, out=out)
+        stream.synchronize()
+        assert_same_bits(out.value, left)
+        """,
+    )
+    for line in said.splitlines():
+        assert line.startswith("RuntimeError: cuda: ")
+        assert line.endswith("invalid resource handle (400)")

@@ -1,4 +1,4 @@
-"""Experts written to buffers of GPUs that share them: the bytes that NumPy cuts from what was loaded."""
+"""Experts cut into buffers, one for each GPU: the bytes that NumPy cuts from what was loaded."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_weights_of_another_format_in_the_meantime(engines: list[Any]) -> None:
     buffers = [np.zeros((32, 18), np.uint8)], [np.zeros((32, 18), np.uint8)]
     first, second = (moe.write_expert_task(1, 0, buffers[0], None, buffers[1], None) for _ in range(2))
     load("q8_0", 34)
-    message = "write_expert: layer 7 was given weights of another format after the task was made"
+    message = "layer 7 was given weights of another format after the task was made"
     with pytest.raises(RuntimeError, match=f"^{message}$"):
         engines[0].run(first)
     assert not buffers[0][0].any()

@@ -277,7 +277,7 @@ def test_nvfp4_must_have_both_kinds() -> None:
 def test_nothing_loaded() -> None:
     experts = draw_experts(BY_NAME["BF16"])
     moe = KTMoEWrapper(5, 3, 2, *reversed(experts.encoding.sizes))
-    message = "write_expert: layer 5 has no weights, load them first"
+    message = "layer 5 has no weights, load them first"
     with pytest.raises(RuntimeError, match=f"^{message}$"):
         moe.submit_write_weight_scale_to_buffer(2, 0, None, None, None, None)
     experts.load_into(moe)

@@ -1,4 +1,4 @@
-"""A layer and its experts on a real GPU: torch and CuPy in streams, a graph, and a program of JAX."""
+"""A layer and its experts on a real GPU: torch and CuPy in streams, and a graph."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_cases import CUPY, JAX, TORCH_CUDA, assert_sum_close, gpu_experts
+from gpu_cases import CUPY, TORCH_CUDA, assert_sum_close, gpu_experts
 from layers import ACTIVATIONS, Batch, assert_close, draw_batch, draw_layer
 
 from ktmoe_np import KTMoEWrapper
@@ -126,17 +126,3 @@ def test_arrays_of_cupy(activation: Any) -> None:
     stream.synchronize()
     assert_close(CUPY.give(partial), layer, batch, gpu_experts_mask=~MASK)
     assert_sum_close(CUPY.give(result), layer, batch, MASK)
-
-
-def test_a_program_of_jax() -> None:
-    jax = pytest.importorskip("jax")
-    if jax.default_backend() != "gpu":
-        pytest.skip("JAX_PLATFORMS leaves JAX no GPU")
-    from ktmoe_np.jax import moe_forward
-
-    layer, moe, batch = drawn(7)
-    gpu = gpu_experts(moe, layer, MASK, JAX)
-    parts = jax.jit(lambda *batch: (moe_forward(moe, *batch), gpu.forward(*batch)))
-    here, partial = parts(*JAX.batch(batch))
-    assert_close(JAX.give(partial), layer, batch, gpu_experts_mask=~MASK)
-    assert_sum_close(JAX.give(jax.jit(gpu.add)(here, partial)), layer, batch, MASK)

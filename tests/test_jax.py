@@ -23,6 +23,7 @@ from jax_cases import E, H, I, P, R, Trained, as_jax, numpy  # noqa: E402
 from ktmoe_np.jax import (  # noqa: E402
     calls,
     deferred,
+    errors,
     lora_parameters,
     moe_forward,
     moe_sft,
@@ -145,7 +146,7 @@ def test_nothing_is_copied(case: Any) -> None:
 
 
 def test_examples() -> None:
-    for module in (calls, deferred):
+    for module in (calls, deferred, errors):
         found = doctest.testmod(module)
         assert found.attempted > 0
         assert found.failed == 0

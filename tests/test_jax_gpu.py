@@ -1,4 +1,4 @@
-"""JAX programs on a real GPU with experts on the CPU, in processes of their own: others keep JAX there."""
+"""JAX programs on a real GPU with experts on the CPU, in processes of their own: others keep JAX off it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import jax, jax.numpy as jnp, numpy as np
 from layers import assert_same_bits, bf16, draw, draw_batch, draw_layer
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np.jax import (
-    lora_parameters, moe_drain_deferred, moe_forward, moe_forward_deferred, moe_sft, raise_error
+    lora_parameters, moe_drain_deferred, moe_forward, moe_forward_deferred, moe_sft, raise_pending_error
 )
 E, I, H, P, T = 5, 24, 40, 4, 6
 rng = np.random.default_rng(0)
@@ -127,8 +127,7 @@ def test_training() -> None:
             given = jax.device_put((lora, x, weights), cpu)
             on_cpu = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*given)
         for found, want in zip(jax.tree.leaves(on_gpu[1]), jax.tree.leaves(on_cpu[1]), strict=True):
-            found, want = np.asarray(found, np.float32), np.asarray(want, np.float32)
-            assert np.abs(found - want).max() <= 1e-2 * np.abs(want).max()
+            assert_same_bits(np.asarray(found), np.asarray(want))
         assert on_gpu[0].devices().pop().platform == "gpu"
         """)
 
@@ -140,7 +139,7 @@ def test_errors_come_with_a_later_call() -> None:
         out = call(x, ids.at[2, 1].set(E), weights)
         assert np.isnan(np.asarray(out).astype(np.float32)).all()
         try:
-            raise_error()
+            raise_pending_error()
         except IndexError as error:
             print(error)
         out = np.asarray(call(x, ids.at[2, 1].set(E), weights))
@@ -153,3 +152,19 @@ def test_errors_come_with_a_later_call() -> None:
     first, second = said.splitlines()
     assert first.startswith("topk_ids: got expert 5 at [2, 1]")
     assert "moe_forward: topk_ids: got expert 5 at [2, 1]" in second
+
+
+def test_experts_of_the_mask_are_computed_in_the_program() -> None:
+    run("""
+        from gpu_cases import JAX, assert_sum_close, gpu_experts
+        from layers import assert_close
+        mask = np.array([True, False, False, True, True])
+        layer = draw_layer(rng, E, I, H, with_biases=True)
+        moe, batch = layer.wrapper(P, gpu_experts_mask=mask), draw_batch(rng, layer, T, P)
+        gpu = gpu_experts(moe, layer, mask, JAX)
+        parts = jax.jit(lambda *batch: (moe_forward(moe, *batch), gpu.forward(*batch)))
+        here, partial = parts(*JAX.batch(batch))
+        assert partial.devices().pop().platform == "gpu"
+        assert_close(JAX.give(partial), layer, batch, gpu_experts_mask=~mask)
+        assert_sum_close(JAX.give(jax.jit(gpu.add)(here, partial)), layer, batch, mask)
+        """)

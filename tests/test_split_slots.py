@@ -125,6 +125,23 @@ def test_a_joint_pass_has_the_bits_of_two(engine: Any, data: st.DataObject) -> N
     assert_same_bits(left, want_left)
 
 
+def test_the_other_part_does_nothing_when_they_are_joint(engine: Any) -> None:
+    rng = np.random.default_rng(0)
+    layer = draw_layer(rng, 3, 16, 24)
+    low, (x, ids, weights) = low_level_moe(engine, layer, 2), draw_batch(rng, layer, 4, 2)
+    immediate, deferred = np.empty((2, 4, 2), np.int64)
+    out, left = np.empty((4, 24), bf16), np.empty((4, 24), np.float32)
+    split = ext.moe.SlotSplit(ids, weights, immediate, deferred, 3, 1)
+    engine.run(split.task())
+    assert split.is_joint
+    engine.run(low.forward_task(x, immediate, weights, out, split=split, deferred_out=left))
+    computed = left.copy()
+    left[...] = 7
+    engine.run(low.forward_task(x, deferred, weights, left, split=split))
+    assert (left == 7).all()
+    assert computed.any()
+
+
 def test_what_is_wrong_with_the_parts(engine: Any) -> None:
     rng = np.random.default_rng(0)
     layer = draw_layer(rng, 3, 16, 24)

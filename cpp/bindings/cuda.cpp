@@ -66,6 +66,9 @@ void unlock_pages(uint64_t address) {
 void bind_cuda(nb::module_& m) {
   bind_stream_pass(m);
   m.def("is_available", &CudaDriver::is_there, "Whether there is a driver that finds a GPU.");
+  m.def(
+      "raise_error", [] { stream_calls().rethrow(); },
+      "Raise the first exception that tasks of streams have raised since somebody asked.");
   m.def("wait", &wait, nb::arg("waiting"), nb::arg("stream"),
         "Let what comes in one stream wait for what is in another now.");
   m.def("exported_array", &exported_array, nb::arg("capsule"),

@@ -3,7 +3,6 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -25,16 +24,18 @@ class StreamPass {
     output_.expect_contiguous();
     for (const nb::object& input : inputs)
       inputs_.emplace_back(Array::write(input, "inputs")).expect_contiguous();
-    const size_t num_now = tasks.size() - std::min<size_t>(num_deferred, tasks.size());
+    if (num_deferred > tasks.size())
+      throw_invalid("num_deferred: got ", num_deferred, ", expected at most ", tasks.size(), ", all tasks");
+    const size_t num_immediate = tasks.size() - num_deferred;
     for (const auto& [task, result] : tasks)
-      (now_.size() < num_now ? now_ : later_).push_back(stream_task(*task, result));
+      (immediate_.size() < num_immediate ? immediate_ : deferred_).push_back(stream_task(*task, result));
   }
 
   void submit(uint64_t stream, const std::vector<uint64_t>& addresses) {
     check(addresses);
     settle(*engine_);
-    std::vector<StreamTask> all = now_;
-    all.insert(all.end(), later_.begin(), later_.end());
+    std::vector<StreamTask> all = immediate_;
+    all.insert(all.end(), deferred_.begin(), deferred_.end());
     const GilRelease no_gil;  // the driver may wait for the stream
     copy_down(stream, addresses);
     stream_calls().submit(as_stream(stream), engine_, all);
@@ -43,25 +44,19 @@ class StreamPass {
   void sync(uint64_t stream, uint64_t address, nb::object object) {
     settle(*engine_);
     const auto held = std::make_shared<nb::object>(std::move(object));  // let go of with the GIL
-    {
-      const GilRelease no_gil;
-      stream_calls().sync(as_stream(stream), engine_, later_.size());
-      copy_up(stream, address, held);
-    }
-    stream_calls().rethrow();
+    const GilRelease no_gil;
+    stream_calls().sync(as_stream(stream), engine_, deferred_.size());
+    copy_up(stream, address, held);
   }
 
   void run(uint64_t stream, const std::vector<uint64_t>& addresses, uint64_t address, nb::object object) {
     check(addresses);
     settle(*engine_);
     const auto held = std::make_shared<nb::object>(std::move(object));
-    {
-      const GilRelease no_gil;
-      copy_down(stream, addresses);
-      stream_calls().run(as_stream(stream), engine_, now_, later_);
-      copy_up(stream, address, held);
-    }
-    stream_calls().rethrow();
+    const GilRelease no_gil;
+    copy_down(stream, addresses);
+    stream_calls().run(as_stream(stream), engine_, immediate_, deferred_);
+    copy_up(stream, address, held);
   }
 
  private:
@@ -85,7 +80,7 @@ class StreamPass {
   std::shared_ptr<CPUInfer> engine_;
   Array output_;
   std::vector<Array> inputs_;
-  std::vector<StreamTask> now_, later_;
+  std::vector<StreamTask> immediate_, deferred_;
 };
 
 }  // namespace
@@ -110,13 +105,11 @@ num_deferred : int
            nb::arg("engine"), nb::arg("inputs"), nb::arg("tasks"), nb::arg("output"), nb::arg("num_deferred"))
       .def("submit", &StreamPass::submit, nb::arg("stream"), nb::arg("addresses"),
            "Let a stream copy the inputs from their addresses on a device and submit the tasks.")
-      .def("sync", &StreamPass::sync, nb::arg("stream"), nb::arg("address"), nb::arg("held"),
-           R"(Let the stream wait for the tasks and copy the output up; hold an object until it has done so.
-
-Exceptions of tasks that streams have submitted are raised when all is said to the stream.)")
+      .def("sync", &StreamPass::sync, nb::arg("stream"), nb::arg("address"), nb::arg("held").none(),
+           "Let the stream wait for the tasks and copy the output up; hold an object until it has done so.")
       .def("run", &StreamPass::run, nb::arg("stream"), nb::arg("addresses"), nb::arg("address"),
-           nb::arg("held"),
-           "Both at once, which is faster: the thread that the stream waits for does the tasks.");
+           nb::arg("held").none(),
+           "Both at once: the thread that the stream waits for does the tasks, so nobody has to be woken.");
 }
 
 }  // namespace ktmoe::bindings

@@ -112,15 +112,15 @@ class AMX_MOE_BASE {
                  hidden = static_cast<size_t>(config_.hidden_size);
     const size_t at = task.m0 * hidden + task.n0;
 
+    const SlotSum& sum = *call.sum;
     kernels::CombineArgs c;
     c.y = pass_.y + (task.n0 - pass_.columns.begin);
     c.y_stride = pass_.columns.size();
-    c.row = call.sum->row + task.m0 * slots;
+    c.row = sum.row + task.m0 * slots;
     c.weights = args.topk_weights ? args.topk_weights + task.m0 * slots : nullptr;
     c.tokens = task.m1 - task.m0, c.slots = static_cast<uint32_t>(slots), c.columns = task.n1 - task.n0;
     c.hidden = args.hidden_states + task.m0 * hidden;
     c.hidden_size = static_cast<uint32_t>(hidden);
-    const SlotSum& sum = *call.sum;
     c.base = element(sum.base, sum.base_type, at), c.base_type = sum.base_type;
     c.out = element(sum.out, sum.out_type, at), c.out_type = sum.out_type;
     c.out_stride = hidden;

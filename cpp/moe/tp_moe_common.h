@@ -71,14 +71,14 @@ class TP_MOE_Common : public Interface {
 
   ProjectionFormats formats() const override {
     if (!loaded_)
-      throw_runtime("write_expert: layer ", config_.layer_idx, " has no weights, load them first");
+      throw_runtime("layer ", config_.layer_idx, " has no weights, load them first");
     return formats_;
   }
 
   void write_expert(const ExpertSlices& slices) override {
     const std::lock_guard lock(mutex_);
     if (formats() != slices.formats)
-      throw_runtime("write_expert: layer ", config_.layer_idx,
+      throw_runtime("layer ", config_.layer_idx,
                     " was given weights of another format after the task was made");
     write_slices(config_, rows_of(slices.expert), slices, *config_.pool);
   }

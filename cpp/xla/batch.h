@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <vector>
 
@@ -11,25 +10,13 @@
 
 namespace ktmoe::xla {
 
-// Work on the engine that refers to nothing of Python's.
-class Work final : public Task {
- public:
-  explicit Work(std::function<void()> work) : work_(std::move(work)) {}
-  void run() override { work_(); }
-  bool ends_anywhere() const override { return true; }
-
- private:
-  std::function<void()> work_;
-};
-
 class Batch {
  public:
   explicit Batch(Call& call);
   Batch(const Batch&) = delete;
   Batch& operator=(const Batch&) = delete;
 
-  CalledLayer& called() const { return *called_; }
-  std::shared_ptr<CalledLayer> shared() const { return called_; }
+  const std::shared_ptr<CalledLayer>& called() const { return called_; }
   const GeneralMOEConfig& config() const { return called_->layer->config(); }
   int64_t num_tokens() const { return args_.num_tokens; }
   // std::invalid_argument when the layer is one for inference.

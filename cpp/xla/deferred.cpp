@@ -4,11 +4,13 @@
 #include <exception>
 #include <map>
 #include <mutex>
+#include <string>
 #include <utility>
 
 #include "core/error.h"
 #include "moe/split_slots.h"
 #include "xla/batch.h"
+#include "xla/work.h"
 
 namespace ktmoe::xla {
 namespace {
@@ -56,88 +58,110 @@ class Waiting {
   }
 
   // Null for the number 0, std::runtime_error for one that is not there.
-  std::shared_ptr<DeferredPart> take(uint32_t number) {
-    if (number == 0) return nullptr;
+  std::shared_ptr<DeferredPart> at(uint32_t number) {
     const std::lock_guard lock(mutex_);
-    const auto found = parts_.find(number);
-    if (found == parts_.end())
-      throw_runtime(
-          "carry: got what a layer has left that was taken before, or waited for too long; expected ",
-          "every carry to be used once");
-    const std::shared_ptr<DeferredPart> part = std::move(found->second);
-    parts_.erase(found);
-    return part;
+    return number == 0 ? nullptr : find(number)->second;
+  }
+
+  // Takes it away: it is used once.
+  void remove(uint32_t number) {
+    const std::lock_guard lock(mutex_);
+    if (number != 0) parts_.erase(find(number));
   }
 
  private:
+  // Of programs that are run at the same time, or do not end.
   static constexpr size_t kMost = 64;
+  using Parts = std::map<uint32_t, std::shared_ptr<DeferredPart>>;
+
+  Parts::iterator find(uint32_t number) {
+    const auto found = parts_.find(number);
+    if (found == parts_.end())
+      throw_runtime("carry: got one that was used before, or waited while ", kMost,
+                    " others came, expected every carry to be used once");
+    return found;
+  }
 
   std::mutex mutex_;
-  std::map<uint32_t, std::shared_ptr<DeferredPart>> parts_;
+  Parts parts_;
   uint32_t last_ = 0;
 };
 
-std::shared_ptr<DeferredPart> take_carry(Call& call) {
-  const Buffer& carry = call.next_arg("carry");
-  return Waiting::all().take(*static_cast<uint32_t*>(elements_of(carry, "carry", DataType::kUint32, 1)));
+uint32_t take_carry(Call& call) {
+  return *static_cast<uint32_t*>(elements_of(call.next_arg("carry"), "carry", DataType::kUint32, 1));
 }
 
-// The batch with its routing split: `immediate` is given the ids of what is computed at once. Whether the
-// deferred part is too says `is_joint`.
-std::shared_ptr<DeferredPart> split(const Batch& batch, std::vector<int64_t>& immediate, bool& is_joint) {
+std::string shape_of(uint32_t num_tokens, size_t size) {
+  return str_cat("[", num_tokens, ", ", num_tokens == 0 ? 0 : size / num_tokens, "]");
+}
+
+// A batch whose routing is split.
+struct SplitBatch {
+  std::vector<int64_t> immediate_ids;  // [T, P]
+  std::shared_ptr<DeferredPart> deferred;
+  bool is_joint = false;  // see SlotSplit
+};
+
+SplitBatch split(const Batch& batch) {
   const GeneralMOEConfig& c = batch.config();
   const ForwardArgs args = batch.args(nullptr);
   const auto slots = static_cast<uint32_t>(c.num_experts_per_tok);
   const size_t routes = size_t{args.num_tokens} * slots;
   const size_t hidden = size_t{args.num_tokens} * static_cast<size_t>(c.hidden_size);
-  auto part = std::make_shared<DeferredPart>();
-  part->called = batch.shared(), part->num_tokens = args.num_tokens;
-  part->hidden_states.assign(args.hidden_states, args.hidden_states + hidden);
-  part->topk_weights.assign(args.topk_weights, args.topk_weights + routes);
-  part->topk_ids.resize(routes), part->output.resize(hidden), immediate.resize(routes);
+  SplitBatch result;
+  result.immediate_ids.resize(routes);
+  result.deferred = std::make_shared<DeferredPart>();
+  DeferredPart& part = *result.deferred;
+  part.called = batch.called(), part.num_tokens = args.num_tokens;
+  part.hidden_states.assign(args.hidden_states, args.hidden_states + hidden);
+  part.topk_weights.assign(args.topk_weights, args.topk_weights + routes);
+  part.topk_ids.resize(routes), part.output.resize(hidden);
   SlotSplit split;
   split.ids = args.topk_ids, split.weights = args.topk_weights;
   split.num_tokens = args.num_tokens, split.num_slots = slots;
   split.num_experts = static_cast<uint32_t>(c.expert_num);
-  split.num_deferred = batch.called().num_deferred;
-  split.immediate = immediate.data(), split.deferred = part->topk_ids.data();
+  split.num_deferred = batch.called()->num_deferred;
+  split.immediate = result.immediate_ids.data(), split.deferred = part.topk_ids.data();
   split.run();
-  is_joint = split.is_joint;
-  return part;
+  result.is_joint = split.is_joint;
+  return result;
 }
 
 }  // namespace
 
 void do_forward_deferred(Call& call) {
   const Batch batch(call);
-  const std::shared_ptr<DeferredPart> before = take_carry(call);
+  const uint32_t carry = take_carry(call);
+  const std::shared_ptr<DeferredPart> before = Waiting::all().at(carry);
   void* out = batch.take_out(call);
   auto* left = static_cast<uint32_t*>(elements_of(call.next_result("carry"), "carry", DataType::kUint32, 1));
   ForwardArgs args = batch.args(out);
   const GeneralMOEConfig& c = batch.config();
   if (before != nullptr) {
-    if (before->output.size() != size_t{args.num_tokens} * static_cast<size_t>(c.hidden_size))
-      throw_invalid("hidden_states: got ", args.num_tokens, " tokens, but the layer before has deferred ",
-                    "experts of ", before->num_tokens);
+    const size_t size = size_t{args.num_tokens} * static_cast<size_t>(c.hidden_size);
+    if (before->num_tokens != args.num_tokens || before->output.size() != size)
+      throw_invalid("hidden_states: got ", shape_of(args.num_tokens, size), ", expected ",
+                    shape_of(before->num_tokens, before->output.size()), ", as the carry has");
     args.base = before->output.data(), args.base_type = kernels::FloatType::kFloat32;
   }
-  std::vector<int64_t> immediate;
-  std::shared_ptr<DeferredPart> part;
-  bool is_joint = false;
-  if (batch.called().num_deferred > 0) {
-    part = split(batch, immediate, is_joint);
-    args.topk_ids = immediate.data();
-    if (is_joint) args.deferred_ids = part->topk_ids.data(), args.deferred_out = part->output.data();
+  SplitBatch parts;
+  if (batch.called()->num_deferred > 0) {
+    parts = split(batch);
+    args.topk_ids = parts.immediate_ids.data();
+    if (parts.is_joint)
+      args.deferred_ids = parts.deferred->topk_ids.data(), args.deferred_out = parts.deferred->output.data();
   }
-  CPUInfer& engine = *batch.called().engine;
-  // What it waits for may refer to the stack.
+  const std::shared_ptr<DeferredPart>& part = parts.deferred;
+  Waiting::all().remove(carry);
+  CPUInfer& engine = *batch.called()->engine;
+  // It refers to this frame, which nothing may leave before it is done.
   const auto at_once = [&] {
     if (before != nullptr && before->error != nullptr) std::rethrow_exception(before->error);
-    batch.called().layer->forward(args);
+    batch.called()->layer->forward(args);
   };
   const uint64_t ticket = engine.submit(std::make_unique<Work>(at_once), /*wake=*/false);
   std::exception_ptr refused;
-  if (part != nullptr && !is_joint) {
+  if (part != nullptr && !parts.is_joint) {
     try {
       part->ticket = engine.submit(std::make_unique<Work>([part] { part->compute(); }));
     } catch (...) {
@@ -150,7 +174,8 @@ void do_forward_deferred(Call& call) {
 }
 
 void do_drain_deferred(Call& call) {
-  const std::shared_ptr<DeferredPart> part = take_carry(call);
+  const uint32_t carry = take_carry(call);
+  const std::shared_ptr<DeferredPart> part = Waiting::all().at(carry);
   const Buffer& result = call.next_result("out");
   const int64_t hidden = result.rank > 0 ? result.dims[result.rank - 1] : 0;
   const Rows out = rows_of(result, "out", DataType::kBf16, hidden);
@@ -160,7 +185,9 @@ void do_drain_deferred(Call& call) {
     return;
   }
   if (part->output.size() != size)
-    throw_invalid("carry: got what a layer has left of ", part->num_tokens, " tokens, expected ", out.num);
+    throw_invalid("hidden_states: got ", shape_of(static_cast<uint32_t>(out.num), size), ", expected ",
+                  shape_of(part->num_tokens, part->output.size()), ", as the carry has");
+  Waiting::all().remove(carry);
   if (part->ticket != 0) part->called->engine->wait(part->ticket);
   if (part->error != nullptr) std::rethrow_exception(part->error);
   std::transform(part->output.begin(), part->output.end(), out.as<bf16>(), to_bf16);

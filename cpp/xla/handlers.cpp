@@ -1,25 +1,19 @@
 #include "xla/handlers.h"
 
 #include <atomic>
-#include <functional>
 #include <mutex>
 #include <utility>
 
 #include "xla/batch.h"
 #include "xla/cuda_calls.h"
 #include "xla/deferred.h"
+#include "xla/work.h"
 
 namespace ktmoe::xla {
 namespace {
 
 std::mutex addresses_mutex;
 Addresses addresses;
-
-// On the engine's threads and this one, after what was submitted before. It waits until the work is done,
-// which may so refer to the caller's stack; only a caller within a task could not wait, and XLA is none.
-void run(CPUInfer& engine, std::function<void()> work) {
-  engine.wait(engine.submit(std::make_unique<Work>(std::move(work)), /*wake=*/false));
-}
 
 LoraSources take_lora(Call& call, const MOESFTConfig& c) {
   LoraSources sources;
@@ -61,7 +55,7 @@ void do_forward(Call& call) {
   const Batch batch(call);
   void* out = batch.take_out(call);
   note({.hidden_states = batch.args(out).hidden_states, .out = out});
-  run(*batch.called().engine, [&] { batch.called().layer->forward(batch.args(out)); });
+  run(*batch.called()->engine, [&] { batch.called()->layer->forward(batch.args(out)); });
 }
 
 void do_forward_sft(Call& call) {
@@ -69,7 +63,7 @@ void do_forward_sft(Call& call) {
   const LoraSources lora = take_lora(call, batch.training().sft_config());
   void* out = batch.take_out(call);
   note({.hidden_states = batch.args(out).hidden_states, .out = out});
-  run(*batch.called().engine, [&] { run_with_adapters(batch, lora, out, 0); });
+  run(*batch.called()->engine, [&] { run_with_adapters(batch, lora, out, 0); });
 }
 
 void do_forward_saved(Call& call) {
@@ -79,7 +73,7 @@ void do_forward_saved(Call& call) {
   auto* pass = static_cast<uint32_t*>(elements_of(call.next_result("pass"), "pass", DataType::kUint32, 1));
   note({.hidden_states = batch.args(out).hidden_states, .out = out});
   *pass = next_pass();
-  run(*batch.called().engine, [&] { run_with_adapters(batch, lora, out, *pass); });
+  run(*batch.called()->engine, [&] { run_with_adapters(batch, lora, out, *pass); });
 }
 
 // The gradients of the adapters, when the call wants them.
@@ -114,7 +108,7 @@ void do_backward(Call& call) {
                           .as<float>();
   take_lora_gradients(call, c, args);
   note({batch.args(nullptr).hidden_states, nullptr, args.grad_output, args.grad_input});
-  run(*batch.called().engine, [&] {
+  run(*batch.called()->engine, [&] {
     if (!layer.is_last(pass, args.num_tokens)) {
       std::vector<bf16> out(static_cast<size_t>(tokens * c.hidden_size));
       run_with_adapters(batch, lora, out.data(), next_pass());

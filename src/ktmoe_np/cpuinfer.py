@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from . import kt_kernel_ext as ext
 from ._arrays import at_least
 from .buffers import KExpertsCPUBuffer
-from .deferral import DeferralChain
+from .deferral import DeferralChain, HostCarry
 
 __all__ = ["_MoEBase"]
 
@@ -52,8 +52,8 @@ class _MoEBase:
     _engine: ClassVar[ext.CPUInfer | None] = None
     _engine_pid: ClassVar[int] = 0
     _loaded: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
-    _chain: ClassVar[DeferralChain] = DeferralChain()
-    _stream_chains: ClassVar[dict[int, DeferralChain]] = {}  # by the stream's handle
+    _chain: ClassVar[DeferralChain[HostCarry]] = DeferralChain()
+    _stream_chains: ClassVar[dict[int, DeferralChain[Any]]] = {}  # by the stream's handle
 
     @classmethod
     def _get_cpu_infer(

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from .buffers import BufferSlot
 
-__all__ = ["Carry", "DeferralChain"]
+__all__ = ["Carry", "DeferralChain", "HostCarry"]
 
 
 @dataclass(frozen=True)
@@ -21,22 +22,31 @@ class Carry:
 
     layer_idx: int
     slot: BufferSlot  #: its `deferred_output` is what is left
-    ticket: int  #: of the task that writes it; 0 in a stream, whose passes come in order
 
 
-class DeferralChain:
+@dataclass(frozen=True)
+class HostCarry(Carry):
+    """What a layer left over on the host."""
+
+    ticket: int  #: of the task that writes it
+
+
+CarryT = TypeVar("CarryT", bound=Carry)
+
+
+class DeferralChain(Generic[CarryT]):
     """The carry from layer to layer."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._carry: Carry | None = None
+        self._carry: CarryT | None = None
 
     @property
     def is_waiting(self) -> bool:
         """Whether a layer has left something."""
         return self._carry is not None
 
-    def receive(self, layer_idx: int, batch_size: int) -> Carry | None:
+    def receive(self, layer_idx: int, batch_size: int) -> CarryT | None:
         """What the layer's output starts from; None when no layer left anything.
 
         Raises
@@ -64,12 +74,12 @@ class DeferralChain:
                 )
             return carry
 
-    def leave(self, carry: Carry | None) -> None:
+    def leave(self, carry: CarryT | None) -> None:
         """Replace what was received by what this layer leaves."""
         with self._lock:
             self._carry = carry
 
-    def take(self) -> Carry | None:
+    def take(self) -> CarryT | None:
         """What is left, for the end of a pass."""
         with self._lock:
             carry, self._carry = self._carry, None

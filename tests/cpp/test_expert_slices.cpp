@@ -106,7 +106,7 @@ TEST_CASE("nodes write the slices that one node writes") {
 
 TEST_CASE("slices of a layer without weights") {
   TP_MOE layer(make_config(std::make_shared<WorkerPool>(WorkerPoolConfig{1, {0}, {1}})), GemmKernel224BF);
-  const char* message = "write_expert: layer 0 has no weights, load them first";
+  const char* message = "layer 0 has no weights, load them first";
   CHECK_THROWS_WITH_AS(layer.formats(), message, std::runtime_error);
   CHECK_THROWS_WITH_AS(layer.write_expert({}), message, std::runtime_error);
 }

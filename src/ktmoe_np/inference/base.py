@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import kt_kernel_ext as ext
 from .._arrays import Array, at_least, bfloat16
 from .._batch import Batch
 from .._device import stream_handle
@@ -14,7 +15,7 @@ from ..deferral import DeferralChain
 from ..layer import MoELayer
 from .expert_buffers import ExpertBuffers
 from .runner import LayerRunner
-from .stream_pass import StreamCarry, StreamPass
+from .stream_runner import StreamBatch, StreamCarry, StreamRunner
 
 __all__ = ["BaseMoEWrapper"]
 
@@ -48,7 +49,7 @@ class BaseMoEWrapper(MoELayer):
             self.chunked_prefill_size,
             self.max_deferred_experts_per_token,
         )
-        self._stream_pass = StreamPass(self._runner, self.cpu_infer, self.config)
+        self._stream_runner = StreamRunner(self._runner, self.cpu_infer, self.config)
         self._pending: PendingPass[Array] = PendingPass("forward", self.layer_idx, self.cpu_infer)
         self._expert_buffers = ExpertBuffers(self._layer, self.layer_idx, self.cpu_infer)
 
@@ -77,14 +78,13 @@ class BaseMoEWrapper(MoELayer):
         topk_weights : array of float32 [T, P]
             Routing weights, used as they are.
         cuda_stream : stream of torch or CuPy, or the handle of one, optional
-            Where the arrays are on a CUDA device: of torch, CuPy, JAX or another that has
-            ``__cuda_array_interface__``, ids in int64 or int32, `out` in bfloat16. They are copied to the
-            host and back in the stream, which waits for the result; the call does not. Works in a stream that
-            is being captured into a graph too; graphs captured in one stream share its buffers and must be
-            replayed one after the other. Exceptions of a pass, whose result is NaN then, are raised by
-            a `sync_forward` with a stream, that of the pass or a later one.
+            Where the arrays are on a CUDA device: of torch, CuPy, JAX (in a stream of anybody's) or another
+            that has ``__cuda_array_interface__``, ids in int64 or int32, `out` in bfloat16. They are copied
+            to the host and back in the stream, which waits for the result; the call does not. Works in a
+            stream that is being captured into a graph too; graphs captured in one stream share its buffers
+            and must be replayed one after the other.
         out : array of bfloat16 or float32 [T, H], optional
-            Where to write; must not overlap the inputs.
+            Where to write; must not overlap the inputs. None with arrays of JAX.
         incremental : bool
             Add to what `out` holds.
         num_tokens : array of int64 or int32 [1], optional
@@ -103,7 +103,15 @@ class BaseMoEWrapper(MoELayer):
         IndexError
             An expert id of E or above.
         RuntimeError
-            Nothing is loaded; or a stream is given, and there is no CUDA driver.
+            Nothing is loaded, or the layer's last pass was submitted and not waited for; deferred experts of
+            a pass before were not drained; with a stream, there is no CUDA driver, or it refuses.
+
+        Notes
+        -----
+        What a pass in a stream meets when the stream comes to it, ids of E or above and numbers of tokens
+        outside 0 to T, nobody can be told at once: its result is NaN, and its exception is raised by the next
+        call that has a `cuda_stream`, when that has put its own pass into the stream, or by
+        ``cpu_infer.sync``.
 
         Examples
         --------
@@ -118,10 +126,10 @@ class BaseMoEWrapper(MoELayer):
         [[16.0, 16.0, 16.0, 16.0]]
         """
         if cuda_stream is not None:
-            options = self._in_stream(cuda_stream, out, incremental, num_tokens)
-            result: Array = self._stream_pass.run(hidden_states, topk_ids, topk_weights, **options)
+            there = self._stream_batch((hidden_states, topk_ids, topk_weights), out, num_tokens, incremental)
+            result: Array = self._stream_runner.run(there, cuda_stream, self._chain_of(cuda_stream))
             return result
-        _check_no_number(num_tokens)
+        _check_no_num_tokens(num_tokens)
         if self._runner.defers(self._chain):
             self.submit_forward(hidden_states, topk_ids, topk_weights, out=out, incremental=incremental)
             return self.sync_forward()
@@ -151,30 +159,25 @@ class BaseMoEWrapper(MoELayer):
             A pass of this layer is pending, or, with deferred experts, one before was not drained.
         """
         if cuda_stream is not None:
-            options = self._in_stream(cuda_stream, out, incremental, num_tokens)
-            self._stream_pass.submit(hidden_states, topk_ids, topk_weights, **options)
+            there = self._stream_batch((hidden_states, topk_ids, topk_weights), out, num_tokens, incremental)
+            self._stream_runner.submit(there, cuda_stream, self._chain_of(cuda_stream))
             return
-        _check_no_number(num_tokens)
+        _check_no_num_tokens(num_tokens)
         self._pending.submit(
             lambda: self._start(Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental))
         )
 
-    def _in_stream(self, cuda_stream: Any, out: Any, incremental: bool, num_tokens: Any) -> dict[str, Any]:
-        """What a pass in a stream takes besides its batch."""
+    def _stream_batch(
+        self, arrays: tuple[Any, Any, Any], out: Any, num_tokens: Any, incremental: bool
+    ) -> StreamBatch:
         if not self.loaded:
-            raise RuntimeError(f"submit_forward: layer {self.layer_idx} has no weights yet")
+            raise RuntimeError(f"layer {self.layer_idx} has no weights yet, load them first")
         if incremental:
             raise ValueError("incremental: got True with a cuda_stream, expected False")
-        return {
-            "num_tokens": num_tokens,
-            "cuda_stream": cuda_stream,
-            "chain": self._chain_of(cuda_stream),
-            "skip_experts": self.gpu_experts_mask,
-            "out": out,
-        }
+        return StreamBatch(*arrays, out, num_tokens, self.gpu_experts_mask)
 
     @classmethod
-    def _chain_of(cls, cuda_stream: Any) -> DeferralChain:
+    def _chain_of(cls, cuda_stream: Any) -> DeferralChain[StreamCarry]:
         """What layers of a stream leave for each other."""
         return cls._stream_chains.setdefault(stream_handle(cuda_stream), DeferralChain())
 
@@ -185,17 +188,30 @@ class BaseMoEWrapper(MoELayer):
         return batch.out, self._runner.submit(batch, self.gpu_experts_mask)
 
     def sync_forward(self, hidden_states: Any = None, cuda_stream: Any = None) -> Array:
-        """Wait for the pass that was submitted and give its result; with a stream, that is who waits.
+        """Wait for the pass that was submitted and give its result.
+
+        Parameters
+        ----------
+        hidden_states : ignored
+            Taken since KTransformers' layers take it.
+        cuda_stream : stream, optional
+            That of the pass: it waits, the call does not.
+
+        Returns
+        -------
+        ndarray of bfloat16 [T, H], or the pass's `out`; with a stream an array of the hidden states' kind
 
         Raises
         ------
         RuntimeError
             None is pending.
+        ValueError
+            Another stream than that of the pass.
         IndexError
-            An expert id of E or above was submitted.
+            An expert id of E or above was submitted; of streams see `forward`.
         """
         if cuda_stream is not None:
-            result: Array = self._stream_pass.sync(cuda_stream)
+            result: Array = self._stream_runner.sync(cuda_stream)
             return result
         return self._pending.sync()
 
@@ -309,6 +325,29 @@ class BaseMoEWrapper(MoELayer):
         -------
         ndarray of bfloat16 [T, H], to be added to the last layer's output; None when nothing is left. With a
         stream an array of the kind of the layer's hidden states, or `out`
+
+        Raises
+        ------
+        TypeError
+            No `out` in a stream whose arrays are of a library that makes none here, or one of another kind.
+        ValueError
+            An `out` of another shape, or without a stream.
+        RuntimeError
+            The CUDA driver refuses.
+
+        Examples
+        --------
+        >>> import ml_dtypes, numpy as np
+        >>> from ktmoe_np import KTMoEWrapper
+        >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=2, hidden_size=4,
+        ...                    moe_intermediate_size=2, activation="relu2", max_deferred_experts_per_token=1)
+        >>> first, last = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+        >>> moe.load_weights_from_tensors(first, None, last)
+        >>> x, weights = np.ones((1, 4), ml_dtypes.bfloat16), np.array([[0.75, 0.25]], np.float32)
+        >>> float(moe.forward(x, np.array([[0, 1]]), weights)[0, 0])
+        24.0
+        >>> float(KTMoEWrapper.drain_deferred()[0, 0])
+        8.0
         """
         if cuda_stream is not None:
             drained: Array | None = cls._drain_stream(cuda_stream, out)
@@ -325,15 +364,17 @@ class BaseMoEWrapper(MoELayer):
     def _drain_stream(cls, cuda_stream: Any, out: Any) -> Any:
         chain = cls._chain_of(cuda_stream)
         left = chain.take()
-        if not isinstance(left, StreamCarry):
+        if left is None:
             return None
         try:
-            return left.left_by.drain(left, cuda_stream, out)
-        except (TypeError, ValueError):
+            drained = left.left_by.drain(left, cuda_stream, out)
+        except Exception:  # it is still left
             chain.leave(left)
             raise
+        ext.cuda.raise_error()
+        return drained
 
 
-def _check_no_number(num_tokens: Any) -> None:
+def _check_no_num_tokens(num_tokens: Any) -> None:
     if num_tokens is not None:
         raise ValueError("num_tokens: got one without a cuda_stream, expected None: hand over fewer tokens")

@@ -1,4 +1,4 @@
-"""An expert's weights written to buffers, cut for GPUs that share its intermediate size."""
+"""An expert's weights cut into buffers on the host, one for each GPU that shares its intermediate size."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from .._arrays import Array
 from .._batch import Batch
 from ..buffers import BufferSlot, KExpertsCPUBuffer
 from ..config import MoEConfig
-from ..deferral import Carry, DeferralChain
+from ..deferral import Carry, DeferralChain, HostCarry
 
 __all__ = ["LayerRunner"]
 
@@ -49,7 +49,7 @@ class LayerRunner:
         self._chunk_size = chunk_size
         self.num_deferred = num_deferred
 
-    def defers(self, chain: DeferralChain) -> bool:
+    def defers(self, chain: DeferralChain[HostCarry]) -> bool:
         """Whether a pass now takes part in the chain of deferred experts."""
         return self.num_deferred > 0 or chain.is_waiting
 
@@ -66,7 +66,9 @@ class LayerRunner:
         """The tasks that compute a batch, in their order."""
         return [self._task(batch, rows, skip_experts=skip_experts) for rows in self._chunks(batch)]
 
-    def submit_deferring(self, batch: Batch, skip_experts: Array | None, chain: DeferralChain) -> list[int]:
+    def submit_deferring(
+        self, batch: Batch, skip_experts: Array | None, chain: DeferralChain[HostCarry]
+    ) -> list[int]:
         """Queue a batch that begins with what the layer before has deferred and defers some itself.
 
         Returns
@@ -89,7 +91,7 @@ class LayerRunner:
         left = None
         for task in later:
             slot.busy_until = self._engine.submit(task)
-            left = Carry(self._config.layer_idx, slot, slot.busy_until)
+            left = HostCarry(self._config.layer_idx, slot, slot.busy_until)
         chain.leave(left)
         return tickets
 

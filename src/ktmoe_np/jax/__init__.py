@@ -10,7 +10,8 @@ holds nothing of the layer else: the wrapper must live as long as programs that 
 """
 
 from .calls import lora_parameters, moe_forward, moe_sft
-from .deferred import moe_drain_deferred, moe_forward_deferred, raise_error
+from .deferred import moe_drain_deferred, moe_forward_deferred
+from .errors import raise_pending_error
 
 __all__ = [
     "lora_parameters",
@@ -18,5 +19,5 @@ __all__ = [
     "moe_forward",
     "moe_forward_deferred",
     "moe_sft",
-    "raise_error",
+    "raise_pending_error",
 ]

@@ -52,7 +52,8 @@ def moe_forward(
         what `moe_sft` is for.
     RuntimeError
         While tracing: nothing is loaded. From the running program, as JAX's error: the layer is gone, or an
-        id of E or above.
+        id of E or above. On a GPU the results are NaN then, and the error is that of a later call, or of
+        `raise_pending_error`.
 
     Examples
     --------
@@ -135,7 +136,17 @@ def moe_sft(
 
 
 def lora_parameters(sft: BaseSFTMoEWrapper) -> dict[str, jax.Array]:
-    """The adapters of a layer as arrays of JAX, by name; see `BaseSFTMoEWrapper.lora_weights`."""
+    """The adapters of a layer as arrays of JAX, by name; see `BaseSFTMoEWrapper.lora_weights`.
+
+    Examples
+    --------
+    >>> from ktmoe_np import KTMoEWrapper
+    >>> sft = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+    ...                    moe_intermediate_size=2, activation="relu2", mode="sft",
+    ...                    method="AMXBF16_SFT", lora_rank=1)
+    >>> lora_parameters(sft)["gate_lora_a"].shape
+    (2, 1, 4)
+    """
     return {name: jnp.array(value) for name, value in sft.lora_weights.items()}
 
 

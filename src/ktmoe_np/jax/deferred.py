@@ -1,4 +1,4 @@
-"""Deferred experts in programs, and errors of calls on a GPU."""
+"""Deferred experts in programs: what a layer has left is an operand of the next layer's call."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from .. import kt_kernel_ext as ext
 from ..inference.base import BaseMoEWrapper
 from .operands import Array, called, checked
 from .primitives import drain_deferred_p, forward_deferred_p
 
-__all__ = ["moe_drain_deferred", "moe_forward_deferred", "raise_error"]
+__all__ = ["moe_drain_deferred", "moe_forward_deferred"]
 
 
 def moe_forward_deferred(
@@ -32,9 +31,9 @@ def moe_forward_deferred(
     Parameters
     ----------
     moe, hidden_states, topk_ids, topk_weights, index
-        See `moe_forward`.
+        See `moe_forward`; but for `jax.vmap`.
     carry : array of uint32 [], optional
-        What the call of the layer before has returned, to be used once; None for the first layer.
+        What the call of the layer before has returned, to be used once; None or zero for the first layer.
 
     Returns
     -------
@@ -45,7 +44,10 @@ def moe_forward_deferred(
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As `moe_forward`. From the running program also: a carry that was used before.
+        As `moe_forward`. From the running program also: another batch size than the carry's, or a carry that
+        was used before, or waited while 64 others came.
+    NotImplementedError
+        Under `jax.vmap`, or differentiated.
 
     Examples
     --------
@@ -89,26 +91,21 @@ def moe_drain_deferred(carry: Array, hidden_states: Array) -> Array:
     ------
     TypeError
         A carry or hidden states of another dtype.
+    RuntimeError
+        From the running program, as JAX's error: a carry that was used before, or of another shape.
+
+    Examples
+    --------
+    Nothing is left where there was nothing:
+
+    >>> moe_drain_deferred(jnp.zeros((), jnp.uint32), jnp.ones((1, 2), jnp.bfloat16)).tolist()
+    [[0.0, 0.0]]
     """
     x = jnp.asarray(hidden_states)
     if x.dtype != jnp.bfloat16 or x.ndim < 1:
         raise TypeError(f"hidden_states: got {x.dtype} {list(x.shape)}, expected bfloat16 [..., H]")
     (left,) = drain_deferred_p.bind(_carry(carry), shape=x.shape)
     return left
-
-
-def raise_error() -> None:
-    """Raise the first error that calls on a GPU have met since the last time.
-
-    Such a call has long returned when it meets one: its results are NaN, and the next call of the process
-    fails with that error, or this does. Wait for the results first, by `jax.block_until_ready`.
-
-    Raises
-    ------
-    IndexError, RuntimeError
-        What a call on the CPU would have raised.
-    """
-    ext.xla.raise_error()
 
 
 def _carry(carry: Array | None) -> Array:

@@ -1,0 +1,25 @@
+"""Errors of calls on a GPU, which come when the calls have long returned."""
+
+from __future__ import annotations
+
+from .. import kt_kernel_ext as ext
+
+__all__ = ["raise_pending_error"]
+
+
+def raise_pending_error() -> None:
+    """Raise the first error that calls on a GPU have met since the last time.
+
+    Such a call has long returned when it meets one: its results are NaN, and the next call of the process
+    fails with that error, or this does. Wait for the results first, by `jax.block_until_ready`.
+
+    Raises
+    ------
+    IndexError, RuntimeError
+        What a call on the CPU would have raised.
+
+    Examples
+    --------
+    >>> raise_pending_error()  # there was none
+    """
+    ext.xla.raise_error()
