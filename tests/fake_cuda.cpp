@@ -75,7 +75,7 @@ std::set<void*>& locked() {
   static auto* all = new std::set<void*>;
   return *all;
 }
-int num_captures = 0;
+int num_captures = 0, num_locks = 0;
 thread_local void* context = nullptr;
 thread_local int capture_mode = 0;
 
@@ -152,6 +152,7 @@ int cuThreadExchangeStreamCaptureMode(int* mode) { return std::swap(*mode, captu
 int cuMemHostRegister_v2(void* begin, size_t, unsigned) {
   const std::lock_guard lock(mutex);
   if (num_captures > 0 && capture_mode != 2) return 900;
+  ++num_locks;
   return locked().insert(begin).second ? 0 : 712;
 }
 int cuMemHostUnregister(void* begin) {
@@ -192,6 +193,10 @@ void fake_stall(void* stream, int milliseconds) {
 void fake_replay(void* stream) {
   Stream* found = find(stream);
   for (const Work& work : found->captured) found->add(work);
+}
+int fake_num_locks() {
+  const std::lock_guard lock(mutex);
+  return num_locks;
 }
 int fake_num_locked() {
   const std::lock_guard lock(mutex);

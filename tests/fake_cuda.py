@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["DeviceArray", "Stream", "num_locked"]
+__all__ = ["DeviceArray", "Stream", "num_locked", "num_locks"]
 
 _driver = ctypes.CDLL(os.environ["KTMOE_CUDA_DRIVER"])
 _driver.fake_stream_create.restype = ctypes.c_void_p
@@ -63,6 +63,11 @@ class DeviceArray:
             "strides": self._strides,
             "version": 3,
         }
+
+
+def num_locks() -> int:
+    """How many times pages were locked."""
+    return int(_driver.fake_num_locks())
 
 
 def num_locked() -> int:

@@ -15,7 +15,7 @@ __all__ = ["build_driver", "run"]
 #: What the scripts begin with: a layer, a batch on the host and on the device, the result of the former.
 BEGIN = """
 import gc, numpy as np, time
-from fake_cuda import DeviceArray, Stream, num_locked
+from fake_cuda import DeviceArray, Stream, num_locked, num_locks
 from layers import assert_same_bits, bf16, draw, draw_batch, draw_layer
 from ktmoe_np import KExpertsCPUBuffer
 from ktmoe_np import kt_kernel_ext as ext

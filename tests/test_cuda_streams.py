@@ -282,7 +282,8 @@ def test_what_the_extension_refuses(cuda_driver: str) -> None:
         make = ext.cuda.StreamPass
         print(raised(make, moe.cpu_infer, [batch.x], [(task, slot)], slot, 2))
         work = make(moe.cpu_infer, [np.zeros((6, 40), bf16)], [], slot, 0)
-        print(raised(work.submit, stream.cuda_stream, []))
+        print(raised(work.submit, stream.cuda_stream, [], None))
+        print(raised(make, moe.cpu_infer, [], [(None, slot)], slot, 0))
         print(raised(work.run, stream.cuda_stream, [1, 2], out.value.ctypes.data, None))
         import datetime
         capsule = datetime.datetime_CAPI
@@ -292,6 +293,7 @@ def test_what_the_extension_refuses(cuda_driver: str) -> None:
     assert said.splitlines() == [
         "ValueError: num_deferred: got 2, expected at most 1, all tasks",
         "ValueError: addresses: got 0, expected 1",
+        "TypeError: tasks: got None, expected a Task",
         "ValueError: addresses: got 2, expected 1",
         "TypeError: capsule: got another, expected one of DLPack",
     ]

@@ -58,6 +58,7 @@ void lock_pages(nb::handle array) {
 }
 
 void unlock_pages(uint64_t address) {
+  const GilRelease no_gil;  // the driver waits for all that its streams are doing
   if (CudaDriver::is_there()) CudaDriver::get().unlock_pages(reinterpret_cast<void*>(address));
 }
 
@@ -69,6 +70,13 @@ void bind_cuda(nb::module_& m) {
   m.def(
       "raise_error", [] { stream_calls().rethrow(); },
       "Raise the first exception that tasks of streams have raised since somebody asked.");
+  m.def(
+      "stream_key",
+      [](uint64_t stream) {
+        const GilRelease no_gil;
+        return CudaDriver::get().key(as_stream(stream));
+      },
+      nb::arg("stream"), "A number that no two streams have, of whichever GPU.");
   m.def("wait", &wait, nb::arg("waiting"), nb::arg("stream"),
         "Let what comes in one stream wait for what is in another now.");
   m.def("exported_array", &exported_array, nb::arg("capsule"),

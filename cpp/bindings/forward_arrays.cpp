@@ -45,6 +45,10 @@ ForwardArrays::ForwardArrays(const GeneralMOEConfig& c, nb::handle hidden_states
   }
 }
 
+void ForwardArrays::expect_disjoint_from(const Array& other) const {
+  for (size_t i = 0; i < 4; ++i) other.expect_disjoint(arrays_[i]);
+}
+
 void ForwardArrays::add_to_out() { args_.base = args_.out, args_.base_type = args_.out_type; }
 
 void ForwardArrays::add_to(nb::handle base) {

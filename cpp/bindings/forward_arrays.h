@@ -28,6 +28,9 @@ class ForwardArrays {
   // IndexError for an id of any token of the batch: no part of it is computed when another part is refused.
   void check_ids(const GeneralMOEConfig& config) const;
 
+  // ValueError when an array shares memory with one of the batch; with a base it may.
+  void expect_disjoint_from(const Array& other) const;
+
   const ForwardArgs& args() const { return args_; }
 
  private:

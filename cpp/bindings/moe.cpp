@@ -223,7 +223,7 @@ PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_i
   if (split == nullptr && !deferred_out.is_none())
     throw_invalid("deferred_out: got one without a split, expected None");
   std::optional<SplitPart> part;
-  if (split != nullptr) part.emplace(layer->config(), *split, deferred_out, forward.args(), first_token);
+  if (split != nullptr) part.emplace(layer->config(), *split, deferred_out, forward, first_token);
   forward.take_tokens(first_token, num_tokens);
   return PythonTask([layer, forward = std::move(forward), part = std::move(part)] {
     forward.check_ids(layer->config());

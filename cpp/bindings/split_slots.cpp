@@ -37,9 +37,10 @@ PythonSplit::PythonSplit(nb::handle topk_ids, nb::handle topk_weights, nb::handl
   const Array& ids = read(topk_ids, "topk_ids");
   split.ids = integers(ids, {"T", "P"});
   const int64_t tokens = ids.shape(0), slots = ids.shape(1);
-  if (tokens * slots > INT32_MAX) throw_invalid("topk_ids: got ", tokens, " tokens, expected fewer");
+  if (tokens * slots > INT32_MAX)
+    throw_invalid("topk_ids: got ", tokens, " tokens, expected at most ", INT32_MAX / slots);
   if (num_experts < 1 || num_experts > INT32_MAX)
-    throw_invalid("num_experts: got ", num_experts, ", expected 1 or more");
+    throw_invalid("num_experts: got ", num_experts, ", expected 1 to ", INT32_MAX);
   if (num_deferred < 0 || num_deferred > slots)
     throw_invalid("num_deferred: got ", num_deferred, ", expected 0 to ", slots);
   const Array& weights = read(topk_weights, "topk_weights");
@@ -54,16 +55,18 @@ PythonSplit::PythonSplit(nb::handle topk_ids, nb::handle topk_weights, nb::handl
 }
 
 SplitPart::SplitPart(const GeneralMOEConfig& c, const PythonSplit& split, nb::handle deferred_out,
-                     const ForwardArgs& batch, int64_t first_token)
+                     const ForwardArrays& batch, int64_t first_token)
     : held_(split.held()) {
   const SlotSplit& s = held_->split;
-  if (s.num_tokens != batch.num_tokens || s.num_slots != c.num_experts_per_tok)
+  const uint32_t num_tokens = batch.args().num_tokens;
+  if (s.num_tokens != num_tokens || s.num_slots != c.num_experts_per_tok)
     throw_invalid("split: got one of ", s.num_tokens, " tokens and ", s.num_slots, " slots, expected ",
-                  batch.num_tokens, " and ", c.num_experts_per_tok);
+                  num_tokens, " and ", c.num_experts_per_tok);
   if (deferred_out.is_none()) return;
   if (s.deferred == nullptr) throw_invalid("deferred_out: got one, expected None: no slot is deferred");
   deferred_out_ = Array::write(deferred_out, "deferred_out");
   deferred_out_.expect({DType::kFloat32}, {s.num_tokens, c.hidden_size}).expect_contiguous();
+  batch.expect_disjoint_from(deferred_out_);
   ids_ = s.deferred + first_token * c.num_experts_per_tok;
   out_ = deferred_out_.as<float>() + first_token * c.hidden_size;
 }

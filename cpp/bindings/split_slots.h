@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bindings/arrays.h"
+#include "bindings/forward_arrays.h"
 #include "moe/interface.h"
 #include "moe/split_slots.h"
 
@@ -33,7 +34,7 @@ class SplitPart {
  public:
   // ValueError when the split is of another batch.
   SplitPart(const GeneralMOEConfig& config, const PythonSplit& split, nb::handle deferred_out,
-            const ForwardArgs& batch, int64_t first_token);
+            const ForwardArrays& batch, int64_t first_token);
 
   // The first part computes the other along with it when they are joint; then there is nothing left of that.
   void run(MoE_Interface& layer, ForwardArgs args) const;

@@ -27,23 +27,27 @@ class StreamPass {
     if (num_deferred > tasks.size())
       throw_invalid("num_deferred: got ", num_deferred, ", expected at most ", tasks.size(), ", all tasks");
     const size_t num_immediate = tasks.size() - num_deferred;
-    for (const auto& [task, result] : tasks)
+    for (const auto& [task, result] : tasks) {
+      if (task == nullptr) throw nb::type_error("tasks: got None, expected a Task");
       (immediate_.size() < num_immediate ? immediate_ : deferred_).push_back(stream_task(*task, result));
+    }
   }
 
-  void submit(uint64_t stream, const std::vector<uint64_t>& addresses) {
+  void submit(uint64_t stream, const std::vector<uint64_t>& addresses, nb::object object) {
     check(addresses);
     settle(*engine_);
+    const auto held = std::make_shared<nb::object>(std::move(object));  // let go of with the GIL
     std::vector<StreamTask> all = immediate_;
     all.insert(all.end(), deferred_.begin(), deferred_.end());
     const GilRelease no_gil;  // the driver may wait for the stream
     copy_down(stream, addresses);
     stream_calls().submit(as_stream(stream), engine_, all);
+    stream_calls().hold(as_stream(stream), held);
   }
 
   void sync(uint64_t stream, uint64_t address, nb::object object) {
     settle(*engine_);
-    const auto held = std::make_shared<nb::object>(std::move(object));  // let go of with the GIL
+    const auto held = std::make_shared<nb::object>(std::move(object));
     const GilRelease no_gil;
     stream_calls().sync(as_stream(stream), engine_, deferred_.size());
     copy_up(stream, address, held);
@@ -103,8 +107,10 @@ num_deferred : int
       .def(nb::init<std::shared_ptr<CPUInfer>, const std::vector<nb::object>&,
                     const std::vector<std::pair<PythonTask*, nb::object>>&, nb::handle, uint64_t>(),
            nb::arg("engine"), nb::arg("inputs"), nb::arg("tasks"), nb::arg("output"), nb::arg("num_deferred"))
-      .def("submit", &StreamPass::submit, nb::arg("stream"), nb::arg("addresses"),
-           "Let a stream copy the inputs from their addresses on a device and submit the tasks.")
+      .def("submit", &StreamPass::submit, nb::arg("stream"), nb::arg("addresses"), nb::arg("held").none(),
+           "Let a stream copy the inputs from their addresses on a device and submit the tasks; hold an "
+           "object "
+           "until it has done so.")
       .def("sync", &StreamPass::sync, nb::arg("stream"), nb::arg("address"), nb::arg("held").none(),
            "Let the stream wait for the tasks and copy the output up; hold an object until it has done so.")
       .def("run", &StreamPass::run, nb::arg("stream"), nb::arg("addresses"), nb::arg("address"),

@@ -137,8 +137,43 @@ void CudaDriver::copy(uint64_t to, uint64_t from, size_t bytes, Stream stream) c
   check(copy_(to, from, bytes, stream), "cuMemcpyAsync");
 }
 
-CudaDriver::Event CudaDriver::record(Stream stream) const {
+uint64_t CudaDriver::key(Stream stream) const {
+  if (stream != nullptr) return reinterpret_cast<uint64_t>(stream);
   use_context_of(stream);
+  void* context = nullptr;
+  check(get_current_context_(&context), "cuCtxGetCurrent");
+  return reinterpret_cast<uint64_t>(context);
+}
+
+// An event belongs to the context that is current when it is made, which must be its stream's: that of
+// another GPU, perhaps.
+class CudaDriver::InContextOf {
+ public:
+  InContextOf(const CudaDriver& driver, Stream stream) : driver_(driver) {
+    driver.use_context_of(stream);
+    if (stream == nullptr) return;
+    driver.check(driver.get_current_context_(&before_), "cuCtxGetCurrent");
+    void* context = nullptr;
+    driver.check(driver.stream_context_(stream, &context), "cuStreamGetCtx");
+    if (context == before_) {
+      before_ = nullptr;
+    } else {
+      driver.check(driver.set_current_context_(context), "cuCtxSetCurrent");
+    }
+  }
+  ~InContextOf() {
+    if (before_ != nullptr) driver_.set_current_context_(before_);
+  }
+  InContextOf(const InContextOf&) = delete;
+  InContextOf& operator=(const InContextOf&) = delete;
+
+ private:
+  const CudaDriver& driver_;
+  void* before_ = nullptr;  // to be current again
+};
+
+CudaDriver::Event CudaDriver::record(Stream stream) const {
+  const InContextOf context(*this, stream);
   Event event = nullptr;
   check(create_event_(&event, kWithoutTiming), "cuEventCreate");
   const int result = record_(event, stream);

@@ -25,6 +25,8 @@ class CudaDriver {
   bool is_capturing(Stream stream) const;
   // In the stream; addresses of the host or of a device.
   void copy(uint64_t to, uint64_t from, size_t bytes, Stream stream) const;
+  // A number that no two streams have; the default stream is another one in every context.
+  uint64_t key(Stream stream) const;
   // An event that happens when the stream comes there, to be asked for until it has.
   Event record(Stream stream) const;
   bool has_happened(Event event) const noexcept;  // true: and the event is gone
@@ -42,6 +44,7 @@ class CudaDriver {
   void load(Function& function, const char* name);
   void check(int result, const char* what) const;
   void use_context_of(Stream stream) const;
+  class InContextOf;
 
   void* library_ = nullptr;
   int (*init_)(unsigned flags) = nullptr;

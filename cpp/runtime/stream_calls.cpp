@@ -72,16 +72,21 @@ void StreamCalls::sync(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engi
 
 void StreamCalls::hold(CudaDriver::Stream stream, std::shared_ptr<const void> held) {
   const CudaDriver& driver = CudaDriver::get();
-  const CudaDriver::Event event = driver.is_capturing(stream) ? nullptr : driver.record(stream);
+  const bool is_captured = driver.is_capturing(stream);
+  const CudaDriver::Event event = is_captured ? nullptr : driver.record(stream);
   const std::lock_guard lock(mutex_);
-  held_.push_back({event, std::move(held)});
+  if (is_captured) {
+    captured_objects_.push_back(std::move(held));
+  } else {
+    held_.push_back({event, std::move(held)});
+  }
 }
 
 void StreamCalls::launch(CudaDriver::Stream stream, std::unique_ptr<Call> call) {
   Call* data = call.get();
   {
     const std::lock_guard lock(mutex_);
-    calls_.push_back(std::move(call));
+    (call->is_captured ? captured_calls_ : calls_).push_back(std::move(call));
   }
   try {
     CudaDriver::get().launch(stream, happen, data);
@@ -112,17 +117,19 @@ void StreamCalls::happen(void* data) {
 void StreamCalls::forget_happened() {
   std::list<std::unique_ptr<Call>> calls;  // destroyed without the lock
   std::list<Held> held;
+  {
+    const std::lock_guard lock(mutex_);
+    for (auto at = calls_.begin(); at != calls_.end();) {
+      const auto next = std::next(at);
+      if ((*at)->has_happened.load()) calls.splice(calls.end(), calls_, at);
+      at = next;
+    }
+    held.swap(held_);
+  }
+  // The driver is not asked under the lock, for which one of its threads may wait.
+  held.remove_if([](const Held& one) { return CudaDriver::get().has_happened(one.event); });
   const std::lock_guard lock(mutex_);
-  for (auto at = calls_.begin(); at != calls_.end();) {
-    const auto next = std::next(at);
-    if ((*at)->has_happened.load()) calls.splice(calls.end(), calls_, at);
-    at = next;
-  }
-  for (auto at = held_.begin(); at != held_.end();) {
-    const auto next = std::next(at);
-    if (at->event != nullptr && CudaDriver::get().has_happened(at->event)) held.splice(held.end(), held_, at);
-    at = next;
-  }
+  held_.splice(held_.begin(), held);
 }
 
 void StreamCalls::rethrow() {

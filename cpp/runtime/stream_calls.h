@@ -58,7 +58,7 @@ class StreamCalls {
     std::atomic<bool> has_happened{false};
   };
   struct Held {
-    CudaDriver::Event event;  // null: for good
+    CudaDriver::Event event;
     std::shared_ptr<const void> object;
   };
   class Submitted;
@@ -71,6 +71,8 @@ class StreamCalls {
   std::mutex mutex_;
   std::list<std::unique_ptr<Call>> calls_;
   std::list<Held> held_;
+  std::list<std::unique_ptr<Call>> captured_calls_;  // for good, as below
+  std::list<std::shared_ptr<const void>> captured_objects_;
   std::exception_ptr first_error_;
 };
 

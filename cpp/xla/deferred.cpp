@@ -1,6 +1,8 @@
 #include "xla/deferred.h"
 
 #include <algorithm>
+#include <atomic>
+#include <deque>
 #include <exception>
 #include <map>
 #include <mutex>
@@ -18,25 +20,30 @@ namespace {
 // The deferred part of a pass: copies of what it reads, since the program's arrays are gone when the call
 // has returned, and what comes of it.
 struct DeferredPart {
-  std::shared_ptr<CalledLayer> called;
   uint32_t num_tokens = 0;
   std::vector<bf16> hidden_states;          // [T, H]
   std::vector<int64_t> topk_ids;            // [T, P]
   std::vector<float> topk_weights, output;  // [T, P], [T, H]
   std::exception_ptr error;
-  uint64_t ticket = 0;  // of the task that computes it, when there is one
+  std::atomic<bool> is_done{false};
 
-  void compute() {
+  void compute(CalledLayer& called) {
     ForwardArgs args;
     args.num_tokens = num_tokens, args.hidden_states = hidden_states.data();
     args.topk_ids = topk_ids.data(), args.topk_weights = topk_weights.data();
-    if (!called->skip_experts.empty()) args.skip_experts = called->skip_experts.data();
+    if (!called.skip_experts.empty()) args.skip_experts = called.skip_experts.data();
     args.out = output.data(), args.out_type = kernels::FloatType::kFloat32;
     try {
-      called->layer->forward(args);
+      called.layer->forward(args);
     } catch (...) {
       error = std::current_exception();
     }
+    set_done();
+  }
+
+  void set_done() {
+    is_done.store(true);
+    is_done.notify_all();
   }
 };
 
@@ -53,7 +60,11 @@ class Waiting {
     const std::lock_guard lock(mutex_);
     if (++last_ == 0) ++last_;
     parts_[last_] = std::move(part);
-    while (parts_.size() > kMost) parts_.erase(parts_.begin());
+    order_.push_back(last_);
+    while (parts_.size() > kMost || parts_.count(order_.front()) == 0) {
+      parts_.erase(order_.front());
+      order_.pop_front();
+    }
     return last_;
   }
 
@@ -84,6 +95,7 @@ class Waiting {
 
   std::mutex mutex_;
   Parts parts_;
+  std::deque<uint32_t> order_;  // as they came
   uint32_t last_ = 0;
 };
 
@@ -112,7 +124,7 @@ SplitBatch split(const Batch& batch) {
   result.immediate_ids.resize(routes);
   result.deferred = std::make_shared<DeferredPart>();
   DeferredPart& part = *result.deferred;
-  part.called = batch.called(), part.num_tokens = args.num_tokens;
+  part.num_tokens = args.num_tokens;
   part.hidden_states.assign(args.hidden_states, args.hidden_states + hidden);
   part.topk_weights.assign(args.topk_weights, args.topk_weights + routes);
   part.topk_ids.resize(routes), part.output.resize(hidden);
@@ -163,12 +175,13 @@ void do_forward_deferred(Call& call) {
   std::exception_ptr refused;
   if (part != nullptr && !parts.is_joint) {
     try {
-      part->ticket = engine.submit(std::make_unique<Work>([part] { part->compute(); }));
+      engine.submit(std::make_unique<Work>([part, called = batch.called()] { part->compute(*called); }));
     } catch (...) {
       refused = std::current_exception();
     }
   }
   engine.wait(ticket);
+  if (parts.is_joint) part->set_done();
   if (refused != nullptr) std::rethrow_exception(refused);
   *left = part == nullptr ? 0 : Waiting::all().add(part);
 }
@@ -188,7 +201,7 @@ void do_drain_deferred(Call& call) {
     throw_invalid("hidden_states: got ", shape_of(static_cast<uint32_t>(out.num), size), ", expected ",
                   shape_of(part->num_tokens, part->output.size()), ", as the carry has");
   Waiting::all().remove(carry);
-  if (part->ticket != 0) part->called->engine->wait(part->ticket);
+  part->is_done.wait(false);
   if (part->error != nullptr) std::rethrow_exception(part->error);
   std::transform(part->output.begin(), part->output.end(), out.as<bf16>(), to_bf16);
 }

@@ -1,5 +1,7 @@
 #include "xla/layers.h"
 
+#include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "core/error.h"
@@ -11,19 +13,33 @@ Layers& Layers::all() {
   return *layers;
 }
 
-int32_t Layers::add(std::shared_ptr<CalledLayer> layer) {
+int32_t Layers::add(Layer layer) {
+  std::vector<Layer> unused;  // destroyed when the lock is released
   const std::lock_guard lock(mutex_);
+  unused = take_unused();
   layers_[++last_] = std::move(layer);
   return last_;
 }
 
 void Layers::remove(int32_t number) {
-  std::shared_ptr<CalledLayer> removed;  // destroyed when the lock is released
+  std::vector<Layer> unused;
   const std::lock_guard lock(mutex_);
   const auto found = layers_.find(number);
-  if (found == layers_.end()) return;
-  removed = std::move(found->second);
-  layers_.erase(found);
+  if (found != layers_.end()) {
+    removed_.push_back(std::move(found->second));
+    layers_.erase(found);
+  }
+  unused = take_unused();
+}
+
+// Of those that were removed.
+std::vector<Layers::Layer> Layers::take_unused() {
+  std::vector<Layer> unused;
+  const auto is_used = [](const Layer& layer) { return layer.use_count() > 1; };
+  const auto end = std::partition(removed_.begin(), removed_.end(), is_used);
+  std::move(end, removed_.end(), std::back_inserter(unused));
+  removed_.erase(end, removed_.end());
+  return unused;
 }
 
 std::shared_ptr<CalledLayer> Layers::at(int32_t number) {

@@ -25,13 +25,20 @@ class Layers {
   static Layers& all();
 
   int32_t add(std::shared_ptr<CalledLayer> layer);
-  void remove(int32_t number);  // calls under way keep it until they are done
+  // Calls under way use it until they are done. Then it is let go by a later add or remove, never by a call:
+  // it may be the last to refer to objects of Python, which threads of XLA and of the driver must not
+  // destroy.
+  void remove(int32_t number);
   // std::runtime_error when it is gone.
   std::shared_ptr<CalledLayer> at(int32_t number);
 
  private:
   std::mutex mutex_;
-  std::unordered_map<int32_t, std::shared_ptr<CalledLayer>> layers_;
+  using Layer = std::shared_ptr<CalledLayer>;
+  std::vector<Layer> take_unused();
+
+  std::unordered_map<int32_t, Layer> layers_;
+  std::vector<Layer> removed_;
   int32_t last_ = 0;
 };
 

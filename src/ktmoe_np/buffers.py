@@ -36,7 +36,6 @@ class BufferSlot:
     deferred_output: NDArray[np.float32]  #: [T, H], what the next layer starts from
     busy_until: int = 0  #: ticket of the last task that uses the slot
     is_locked: bool = False  #: in memory, for a GPU
-    user: weakref.ref[Any] | None = None  #: the pass in a stream that uses it, or has used it last
 
     @classmethod
     def allocate(cls, batch_size: int, hidden_size: int, num_experts_per_tok: int) -> BufferSlot:
@@ -54,6 +53,21 @@ class BufferSlot:
             "deferred_output": (rows, floats),
         }
         return cls(**_in_pages_of_their_own(arrays))
+
+    def first(self, batch_size: int) -> BufferSlot:
+        """Its first rows."""
+        arrays = (self.input, self.topk_ids, self.immediate_ids, self.deferred_ids, self.weights)
+        input_, topk_ids, immediate_ids, deferred_ids, weights = (array[:batch_size] for array in arrays)
+        return BufferSlot(
+            input_,
+            topk_ids,
+            self.num_tokens,
+            immediate_ids,
+            deferred_ids,
+            weights,
+            self.output[:batch_size],
+            self.deferred_output[:batch_size],
+        )
 
     def lock_pages(self) -> None:
         """Lock the arrays in memory, once, for copies from and to a GPU that need not wait for the CPU.
@@ -119,8 +133,12 @@ class SFTBufferSlot:
 
 Slot = TypeVar("Slot", BufferSlot, SFTBufferSlot)
 
-#: T, H, P, and the stream.
+#: T, H, P, and the stream; and without T.
 _Key = tuple[int, int, int, int | None]
+_Sizes = tuple[int, int, int | None]
+
+#: Rows that a stream's buffers grow by, from so many on.
+_GROWTH = 256
 
 
 class _ExpertsBuffer(Generic[Slot]):
@@ -128,7 +146,8 @@ class _ExpertsBuffer(Generic[Slot]):
 
     Buffers are kept for the capture batch sizes and for the last other size; the rest are let go. Every
     subclass has buffers and capture batch sizes of its own, and so has every CUDA stream, which uses them in
-    its own order.
+    its own order. A stream's grow and serve smaller batches too: to let go of memory that is locked for a GPU
+    takes until that GPU has nothing to do.
     """
 
     buffer_depth: ClassVar[int] = 2
@@ -136,7 +155,7 @@ class _ExpertsBuffer(Generic[Slot]):
     _lock: ClassVar[threading.Lock]
     _capture_batch_sizes: ClassVar[list[int]]
     _kept: ClassVar[dict[_Key, tuple[Any, ...]]]
-    _last: ClassVar[dict[int | None, tuple[_Key, tuple[Any, ...]]]]  # by stream
+    _last: ClassVar[dict[_Sizes, tuple[int, tuple[Any, ...]]]]  # T and the slots
 
     def __init_subclass__(cls, slot: type[Any], **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -161,26 +180,31 @@ class _ExpertsBuffer(Generic[Slot]):
         num_experts_per_tok : int
             P.
         stream : int, optional
-            The CUDA stream that uses them, by its handle; None for the host.
+            The CUDA stream that uses them, by its key; None for the host.
 
         Returns
         -------
         tuple of slots
             `buffer_depth` of them; the same ones at the next call with the same sizes, unless another size
-            came between and this one is not a capture batch size.
+            came between and this one is not a capture batch size. Those of a stream may have more rows.
         """
-        key: _Key = (batch_size, hidden_size, num_experts_per_tok, stream)
+        sizes: _Sizes = (hidden_size, num_experts_per_tok, stream)
+        key: _Key = (batch_size, *sizes)
         with cls._lock:
             slots = cls._kept.get(key)
-            last = cls._last.get(stream)
-            if slots is None and last is not None and last[0] == key:
-                slots = last[1]
+            if slots is not None:
+                return slots
+            is_captured = batch_size in cls._capture_batch_sizes
+            rows, last = cls._last.get(sizes, (-1, None))
+            if rows == batch_size or (stream is not None and not is_captured and rows >= batch_size):
+                slots = last
             if slots is None:
-                slots = tuple(cls._slot.allocate(*key[:3]) for _ in range(cls.buffer_depth))
-            if batch_size in cls._capture_batch_sizes:
+                rows = batch_size if stream is None or is_captured else _grown(batch_size)
+                slots = tuple(cls._slot.allocate(rows, *sizes[:2]) for _ in range(cls.buffer_depth))
+            if is_captured:
                 cls._kept[key] = slots
-            elif key not in cls._kept:
-                cls._last[stream] = (key, slots)
+            else:
+                cls._last[sizes] = (rows, slots)
             return slots
 
     @classmethod
@@ -209,6 +233,13 @@ class _ExpertsBuffer(Generic[Slot]):
         with cls._lock:
             cls._kept = {}
             cls._last = {}
+
+
+def _grown(batch_size: int) -> int:
+    """Rows of a stream's buffers: a power of two, or of many rows a multiple."""
+    if batch_size <= _GROWTH:
+        return 1 << max(batch_size - 1, 0).bit_length()
+    return _rounded(batch_size, _GROWTH)
 
 
 class KExpertsCPUBuffer(_ExpertsBuffer[BufferSlot], slot=BufferSlot):

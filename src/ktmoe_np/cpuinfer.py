@@ -53,7 +53,7 @@ class _MoEBase:
     _engine_pid: ClassVar[int] = 0
     _loaded: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
     _chain: ClassVar[DeferralChain[HostCarry]] = DeferralChain()
-    _stream_chains: ClassVar[dict[int, DeferralChain[Any]]] = {}  # by the stream's handle
+    _streams: ClassVar[dict[int, Any]] = {}  # what passes in a stream share, by its key
 
     @classmethod
     def _get_cpu_infer(
@@ -114,7 +114,7 @@ class _MoEBase:
             _MoEBase._engine = None
             _MoEBase._loaded = weakref.WeakSet()
             _MoEBase._chain = DeferralChain()
-            _MoEBase._stream_chains = {}
+            _MoEBase._streams = {}
             KExpertsCPUBuffer.clear_buffer_cache()  # slots remember tickets of the engine
 
 

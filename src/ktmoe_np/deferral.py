@@ -11,7 +11,8 @@ import threading
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from .buffers import BufferSlot
+import numpy as np
+from numpy.typing import NDArray
 
 __all__ = ["Carry", "DeferralChain", "HostCarry"]
 
@@ -21,7 +22,7 @@ class Carry:
     """What a layer left over: experts' outputs, weighted and summed, not yet in any layer's output."""
 
     layer_idx: int
-    slot: BufferSlot  #: its `deferred_output` is what is left
+    output: NDArray[np.float32]  #: [T, H]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class DeferralChain(Generic[CarryT]):
                     f"layer {layer_idx}: the deferred experts of layer {carry.layer_idx} are left over from "
                     "the pass before; call drain_deferred() after the last layer of a pass"
                 )
-            num_tokens = carry.slot.deferred_output.shape[0]
+            num_tokens = carry.output.shape[0]
             if num_tokens != batch_size:
                 raise ValueError(
                     f"hidden_states: got {batch_size} tokens, but layer {carry.layer_idx} deferred experts "

@@ -11,11 +11,11 @@ from .._device import stream_handle
 from .._methods import Method
 from .._pending import PendingPass
 from ..config import MoEConfig
-from ..deferral import DeferralChain
 from ..layer import MoELayer
 from .expert_buffers import ExpertBuffers
 from .runner import LayerRunner
-from .stream_runner import StreamBatch, StreamCarry, StreamRunner
+from .stream import Stream
+from .stream_runner import StreamBatch, StreamRunner, drain
 
 __all__ = ["BaseMoEWrapper"]
 
@@ -110,8 +110,8 @@ class BaseMoEWrapper(MoELayer):
         -----
         What a pass in a stream meets when the stream comes to it, ids of E or above and numbers of tokens
         outside 0 to T, nobody can be told at once: its result is NaN, and its exception is raised by the next
-        call that has a `cuda_stream`, when that has put its own pass into the stream, or by
-        ``cpu_infer.sync``.
+        call that has a `cuda_stream`, before it does anything (`sync_forward`: at its end), or by
+        ``cpu_infer.sync``. A stream has one chain of deferred experts, whichever threads use it.
 
         Examples
         --------
@@ -127,7 +127,7 @@ class BaseMoEWrapper(MoELayer):
         """
         if cuda_stream is not None:
             there = self._stream_batch((hidden_states, topk_ids, topk_weights), out, num_tokens, incremental)
-            result: Array = self._stream_runner.run(there, cuda_stream, self._chain_of(cuda_stream))
+            result: Array = self._stream_runner.run(there, self._stream(cuda_stream))
             return result
         _check_no_num_tokens(num_tokens)
         if self._runner.defers(self._chain):
@@ -160,7 +160,7 @@ class BaseMoEWrapper(MoELayer):
         """
         if cuda_stream is not None:
             there = self._stream_batch((hidden_states, topk_ids, topk_weights), out, num_tokens, incremental)
-            self._stream_runner.submit(there, cuda_stream, self._chain_of(cuda_stream))
+            self._stream_runner.submit(there, self._stream(cuda_stream))
             return
         _check_no_num_tokens(num_tokens)
         self._pending.submit(
@@ -177,9 +177,12 @@ class BaseMoEWrapper(MoELayer):
         return StreamBatch(*arrays, out, num_tokens, self.gpu_experts_mask)
 
     @classmethod
-    def _chain_of(cls, cuda_stream: Any) -> DeferralChain[StreamCarry]:
-        """What layers of a stream leave for each other."""
-        return cls._stream_chains.setdefault(stream_handle(cuda_stream), DeferralChain())
+    def _stream(cls, cuda_stream: Any) -> Stream:
+        """What passes in a stream share."""
+        handle = stream_handle(cuda_stream)
+        key = ext.cuda.stream_key(handle)
+        stream: Stream = cls._streams.setdefault(key, Stream(handle, key))
+        return stream
 
     def _start(self, batch: Batch) -> tuple[Array, list[int]]:
         """Queue a batch: its output, and the tickets to wait for."""
@@ -211,7 +214,7 @@ class BaseMoEWrapper(MoELayer):
             An expert id of E or above was submitted; of streams see `forward`.
         """
         if cuda_stream is not None:
-            result: Array = self._stream_runner.sync(cuda_stream)
+            result: Array = self._stream_runner.sync(self._stream(cuda_stream))
             return result
         return self._pending.sync()
 
@@ -350,7 +353,7 @@ class BaseMoEWrapper(MoELayer):
         8.0
         """
         if cuda_stream is not None:
-            drained: Array | None = cls._drain_stream(cuda_stream, out)
+            drained: Array | None = drain(cls._stream(cuda_stream), out)
             return drained
         if out is not None:
             raise ValueError("out: got one without a cuda_stream, expected None")
@@ -358,21 +361,7 @@ class BaseMoEWrapper(MoELayer):
         if carry is None:
             return None
         cls._get_cpu_infer().wait(carry.ticket)
-        return carry.slot.deferred_output.astype(bfloat16)
-
-    @classmethod
-    def _drain_stream(cls, cuda_stream: Any, out: Any) -> Any:
-        chain = cls._chain_of(cuda_stream)
-        left = chain.take()
-        if left is None:
-            return None
-        try:
-            drained = left.left_by.drain(left, cuda_stream, out)
-        except Exception:  # it is still left
-            chain.leave(left)
-            raise
-        ext.cuda.raise_error()
-        return drained
+        return carry.output.astype(bfloat16)
 
 
 def _check_no_num_tokens(num_tokens: Any) -> None:

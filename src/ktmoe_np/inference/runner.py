@@ -91,7 +91,7 @@ class LayerRunner:
         left = None
         for task in later:
             slot.busy_until = self._engine.submit(task)
-            left = HostCarry(self._config.layer_idx, slot, slot.busy_until)
+            left = HostCarry(self._config.layer_idx, slot.deferred_output, slot.busy_until)
         chain.leave(left)
         return tickets
 
@@ -132,7 +132,7 @@ class LayerRunner:
         at_once.ids = slot.immediate_ids
         options = {
             "skip_experts": skip_experts,
-            "base": None if carry is None else carry.slot.deferred_output,
+            "base": None if carry is None else carry.output,
             "split": split,
             "deferred_out": slot.deferred_output if num_deferred else None,
         }
