@@ -98,9 +98,7 @@ int cuDeviceGetCount(int* count) {
 }
 int cuDevicePrimaryCtxRetain(void** of, int) { return *of = &mutex, 0; }
 int cuCtxGetCurrent(void** current) { return *current = context, 0; }
-int cuCtxSetCurrent(void* given) {
-  return context = given, 0;
-}
+int cuCtxSetCurrent(void* given) { return context = given, 0; }
 int cuStreamGetCtx(void* stream, void** of) { return *of = &mutex, find(stream) ? 0 : kInvalidHandle; }
 int cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
   Stream* found = find(stream);

@@ -70,8 +70,7 @@ class TP_MOE_Common : public Interface {
   }
 
   ProjectionFormats formats() const override {
-    if (!loaded_)
-      throw_runtime("layer ", config_.layer_idx, " has no weights, load them first");
+    if (!loaded_) throw_runtime("layer ", config_.layer_idx, " has no weights, load them first");
     return formats_;
   }
 

@@ -56,15 +56,13 @@ class BufferSlot:
 
     def first(self, batch_size: int) -> BufferSlot:
         """Its first rows."""
-        arrays = (self.input, self.topk_ids, self.immediate_ids, self.deferred_ids, self.weights)
-        input_, topk_ids, immediate_ids, deferred_ids, weights = (array[:batch_size] for array in arrays)
         return BufferSlot(
-            input_,
-            topk_ids,
+            self.input[:batch_size],
+            self.topk_ids[:batch_size],
             self.num_tokens,
-            immediate_ids,
-            deferred_ids,
-            weights,
+            self.immediate_ids[:batch_size],
+            self.deferred_ids[:batch_size],
+            self.weights[:batch_size],
             self.output[:batch_size],
             self.deferred_output[:batch_size],
         )

@@ -50,7 +50,7 @@ class Stream:
         self.pending: weakref.WeakSet[Any] = weakref.WeakSet()  # of SlotUser
 
     def free_slot(self, config: MoEConfig, num_tokens: int, carry: Carry | None) -> BufferSlot:
-        """The layer's slot, or the other one when a pass before it is not done with that.
+        """The layer's slot, or the other one when a pass before it is not done with that, or a new one.
 
         What was done before in the stream is: a slot is taken when its result has not been copied yet, when
         the output begins with what is deferred in it, and when a pass has begun with that and is not waited
@@ -59,7 +59,7 @@ class Stream:
         Raises
         ------
         RuntimeError
-            All are taken, or there is no CUDA driver, or it refuses.
+            There is no CUDA driver, or it refuses.
         """
         slots: tuple[BufferSlot, ...] = KExpertsCPUBuffer.get_buffer(
             num_tokens, config.hidden_size, config.num_experts_per_tok, self.key
@@ -67,12 +67,10 @@ class Stream:
         taken = [slot for user in self.pending for slot in user.slots_in_use()]
         if isinstance(carry, StreamCarry):
             taken.append(carry.slot)
-        for i in range(len(slots)):
-            slot = slots[(config.layer_idx + i) % len(slots)]
-            if not any(slot is other for other in taken):
-                slot.lock_pages()
-                return slot
-        raise RuntimeError(
-            f"{len(slots)} passes before this one need the stream's buffers, call sync_forward of one of "
-            "them first"
-        )
+        in_turn = (slots[(config.layer_idx + i) % len(slots)] for i in range(len(slots)))
+        free = (slot for slot in in_turn if not any(slot is other for other in taken))
+        slot = next(free, None)
+        if slot is None:  # for this pass alone
+            slot = BufferSlot.allocate(num_tokens, config.hidden_size, config.num_experts_per_tok)
+        slot.lock_pages()
+        return slot
