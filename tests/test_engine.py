@@ -326,3 +326,27 @@ def test_what_an_engine_says_of_itself() -> None:
     every = ext.WorkerPoolConfig.defaults()
     assert sum(every.subpool_thread_count) == ext.topology()["cpu_quota"]
     assert list(every.subpool_numa_map) == sorted(ext.topology()["node_cpus"])
+
+
+# ---- copies ----
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, 5 << 18])
+def test_a_copy_by_all_threads(engine: Any, size: int) -> None:
+    source = np.random.default_rng(size).integers(0, 256, size).astype(np.uint8)
+    to = np.zeros(size, np.uint8)
+    assert engine.copy(source, to) is None
+    np.testing.assert_array_equal(to, source)
+
+
+def test_copies_that_cannot_be(engine: Any) -> None:
+    source, to = np.zeros((4, 6), np.float32), np.zeros((4, 6), np.float32)
+    with pytest.raises(ValueError, match="to: got 72 bytes, expected 96"):
+        engine.copy(source, to[:3])
+    with pytest.raises(TypeError, match="source: "):
+        engine.copy(source[:, :3], to[:2])
+    with pytest.raises(ValueError, match="to: "):
+        engine.copy(source, source)
+    to.setflags(write=False)
+    with pytest.raises(ValueError, match="to: got a read-only array"):
+        engine.copy(source, to)

@@ -4,11 +4,16 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstring>
+#include <memory>
 
+#include "bindings/arrays.h"
 #include "bindings/gil.h"
 #include "bindings/module.h"
 #include "bindings/python_task.h"
 #include "bindings/stream_calls.h"
+#include "core/aligned_buffer.h"
+#include "core/error.h"
 #include "runtime/cpuinfer.h"
 
 namespace ktmoe::bindings {
@@ -51,6 +56,23 @@ uint64_t submit(CPUInfer& engine, PythonTask& task) {
 }
 
 void run(CPUInfer& engine, PythonTask& task) { wait(engine, engine.submit(task.take(), /*wake=*/false)); }
+
+// Fresh memory is slow to write to on one thread: every page of it is asked for.
+void copy(CPUInfer& engine, nb::handle source, nb::handle to) {
+  static constexpr size_t kChunk = size_t{1} << 18;
+  auto from = std::make_shared<Array>(Array::read(source, "source"));
+  auto target = std::make_shared<Array>(Array::write(to, "to"));
+  from->expect_contiguous(), target->expect_contiguous().expect_disjoint(*from);
+  const size_t bytes = from->bytes();
+  if (target->bytes() != bytes) throw_invalid("to: got ", target->bytes(), " bytes, expected ", bytes);
+  PythonTask task([from, target, bytes, pool = engine.backend()] {
+    pool->run(static_cast<uint32_t>(div_up(bytes, kChunk)), [&](const Worker&, int, uint32_t i) {
+      const size_t begin = i * kChunk, size = std::min(kChunk, bytes - begin);
+      std::memcpy(target->as<std::byte>() + begin, from->as<const std::byte>() + begin, size);
+    });
+  });
+  run(engine, task);
+}
 
 WorkerPoolConfig make_config(int subpool_count, std::vector<int> numa_map, std::vector<int> thread_count) {
   WorkerPoolConfig config;
@@ -167,6 +189,8 @@ Exception
     The first one that a task waited for has raised. The engine stays usable.)")
       .def("wait", &wait, nb::arg("ticket"), "Wait for the task with that ticket; raises what it raised.")
       .def("run", &run, nb::arg("task"), "Submit a task and wait for it, without waking another thread.")
+      .def("copy", &copy, nb::arg("source"), nb::arg("to"),
+           "Copy an array to another of as many bytes, by all threads, after what was submitted before.")
       .def(
           "shutdown",
           [](CPUInfer& engine) {

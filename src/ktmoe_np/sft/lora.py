@@ -116,7 +116,7 @@ class LoraLayer(MoELayer):
 
     def _copied(self, *matrices: Any) -> dict[str, Array]:
         given = dict(zip(LORA_NAMES, matrices, strict=True))
-        return copied_matrices(given, self.config, self.options.lora_rank)
+        return copied_matrices(given, self.config, self.options.lora_rank, self.cpu_infer)
 
     def _init_missing(self) -> None:
         """Give adapters that were never given any values their first ones."""
@@ -154,8 +154,10 @@ def first_matrix(name: str, config: MoEConfig, options: SFTOptions) -> Array:
     return numbers
 
 
-def copied_matrices(given: Mapping[str, Any], config: MoEConfig, rank: int) -> dict[str, Array]:
-    """Read-only copies of the matrices that were given, None left out.
+def copied_matrices(
+    given: Mapping[str, Any], config: MoEConfig, rank: int, engine: ext.CPUInfer
+) -> dict[str, Array]:
+    """Read-only copies of the matrices that were given, None left out, made by the engine's threads.
 
     Raises
     ------
@@ -165,14 +167,17 @@ def copied_matrices(given: Mapping[str, Any], config: MoEConfig, rank: int) -> d
         Another shape, or a matrix that the layer does not have.
     """
     shapes = lora_shapes(config, rank)
-    return {
-        name: _copied(name, value, shapes.get(name), config, rank)
+    checked = {
+        name: _checked(name, value, shapes.get(name), config, rank)
         for name, value in given.items()
         if value is not None
     }
+    return {name: _copied(array, engine) for name, array in checked.items()}
 
 
-def _copied(name: str, value: Any, shape: tuple[int, int, int] | None, config: MoEConfig, rank: int) -> Array:
+def _checked(
+    name: str, value: Any, shape: tuple[int, int, int] | None, config: MoEConfig, rank: int
+) -> Array:
     if shape is None:
         why = "lora_rank is 0" if rank == 0 else f"activation {config.activation.name} is not gated"
         raise ValueError(f"{name}: got one, expected None: {why}")
@@ -182,6 +187,14 @@ def _copied(name: str, value: Any, shape: tuple[int, int, int] | None, config: M
         raise TypeError(f"{name}: {got}, {expected}")
     if array.shape != shape:
         raise ValueError(f"{name}: {got}, {expected}")
-    copy = np.array(array, order="C")
+    return array
+
+
+def _copied(array: Array, engine: ext.CPUInfer) -> Array:
+    if array.flags.c_contiguous:
+        copy = np.empty_like(array, order="C")
+        engine.copy(array, copy)
+    else:
+        copy = np.array(array, order="C")
     copy.setflags(write=False)
     return copy
