@@ -2,6 +2,7 @@
 #pragma once
 
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 
 namespace ktmoe {
@@ -19,6 +20,16 @@ constexpr bf16 to_bf16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16{static_cast<uint16_t>((bits >> 16) | 0x40u)};
   return bf16{static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+// The same of many, without branches.
+inline void to_bf16(const float* from, bf16* to, size_t num) {
+  for (size_t i = 0; i < num; ++i) {
+    const auto bits = std::bit_cast<int32_t>(from[i]);
+    const int32_t rounded = static_cast<int32_t>(static_cast<uint32_t>(bits) + 0x7fffu + ((bits >> 16) & 1));
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    to[i].bits = static_cast<uint16_t>((is_nan ? bits | 0x400000 : rounded) >> 16);
+  }
 }
 
 // A float16 of these bits. Numbers below the normal ones are what a normal one is above 2^-14: to compute

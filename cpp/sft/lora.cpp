@@ -48,8 +48,7 @@ void LoraWeights::update(const LoraSources& sources, WorkerPool& pool) {
     if (source.type == kernels::FloatType::kBf16) {
       std::memcpy(to, static_cast<const bf16*>(source.data) + e * size, size * sizeof(bf16));
     } else {
-      const float* from = static_cast<const float*>(source.data) + e * size;
-      for (size_t i = 0; i < size; ++i) to[i] = to_bf16(from[i]);
+      to_bf16(static_cast<const float*>(source.data) + e * size, to, size);
     }
   });
 }

@@ -203,7 +203,7 @@ void do_drain_deferred(Call& call) {
   Waiting::all().remove(carry);
   part->is_done.wait(false);
   if (part->error != nullptr) std::rethrow_exception(part->error);
-  std::transform(part->output.begin(), part->output.end(), out.as<bf16>(), to_bf16);
+  to_bf16(part->output.data(), out.as<bf16>(), size);
 }
 
 }  // namespace ktmoe::xla

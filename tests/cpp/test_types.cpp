@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <random>
+#include <vector>
 
 #include "core/types.h"
 
@@ -74,6 +75,20 @@ TEST_CASE("bf16: to_bf16 of random bits") {
   std::mt19937 random(1);
   int wrong = 0;
   for (int i = 0; i < 2000000; ++i) wrong += !converts(random());
+  CHECK(wrong == 0);
+}
+
+TEST_CASE("bf16: to_bf16 of many is that of each") {
+  std::mt19937 random(2);
+  std::vector<float> from;
+  for (uint32_t high = 0; high < 65536; ++high)
+    for (uint32_t low : {0x0000u, 0x0001u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu})
+      from.push_back(std::bit_cast<float>(high << 16 | low));
+  for (int i = 0; i < 100003; ++i) from.push_back(std::bit_cast<float>(static_cast<uint32_t>(random())));
+  std::vector<bf16> to(from.size());
+  to_bf16(from.data(), to.data(), from.size());
+  int wrong = 0;
+  for (size_t i = 0; i < from.size(); ++i) wrong += to[i].bits != to_bf16(from[i]).bits;
   CHECK(wrong == 0);
 }
 
