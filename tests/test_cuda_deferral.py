@@ -84,29 +84,6 @@ def test_a_graph_with_deferred_experts(cuda_driver: str) -> None:
     )
 
 
-def test_a_stream_does_not_wait_for_what_is_deferred(cuda_driver: str) -> None:
-    run(
-        cuda_driver,
-        """
-        from ktmoe_np import KTMoEWrapper
-        large = draw_layer(rng, 5, 1024, 1024)
-        x, _, weights = draw_batch(rng, large, 1, 4)
-        batch = x, np.array([[0, 1, 2, 3]]), weights  # experts of one token are not shared
-        moe = large.wrapper(4, max_deferred_experts_per_token=3)
-        there, out = [DeviceArray(array) for array in batch], DeviceArray(np.zeros((1, 1024), bf16))
-        engine, went_on = moe.cpu_infer, 0
-        for _ in range(20):
-            moe.forward(*there, stream, out=out)
-            stream.synchronize()
-            went_on += engine.num_completed < engine.num_submitted
-            KTMoEWrapper.drain_deferred(stream, out=out)
-            stream.synchronize()
-            assert engine.num_completed == engine.num_submitted
-        assert went_on > 0
-        """,
-    )
-
-
 def test_a_pass_that_was_not_drained(cuda_driver: str) -> None:
     said = run(
         cuda_driver,

@@ -61,15 +61,18 @@ def test_incremental_without_out(moe: Any, batch: Batch) -> None:
 
 
 def test_a_cuda_stream(moe: Any, batch: Batch) -> None:
-    expected, message = (
-        moe.forward(*batch),
-        "hidden_states: got ndarray on the CPU, expected bfloat16 .* device",
+    """With a driver it is the arrays that are wrong, without one the stream."""
+    expected = moe.forward(*batch)
+    message = (
+        "hidden_states: got ndarray on the CPU, expected bfloat16 .* device|cuda: (no driver|the driver)"
     )
     for call in (moe.forward, moe.submit_forward):
-        with pytest.raises(TypeError, match=message):
+        with pytest.raises((TypeError, RuntimeError), match=message):
             call(*batch, cuda_stream=5)
     moe.submit_forward(*batch)
-    with pytest.raises(RuntimeError, match="sync_forward: no pass of layer 0 is pending in a stream"):
+    with pytest.raises(
+        RuntimeError, match=r"no pass of layer 0 is pending in a str|cuda: (no driver|the dr)"
+    ):
         moe.sync_forward(cuda_stream=5)
     assert_same_bits(moe.sync_forward(), expected)
 

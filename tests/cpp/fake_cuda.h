@@ -42,4 +42,9 @@ class FakeCuda {
   void (*capture_)(void*, int);
 };
 
+inline const FakeCuda& fake_cuda() {
+  static const FakeCuda fake;
+  return fake;
+}
+
 }  // namespace ktmoe::test

@@ -13,16 +13,11 @@ using namespace ktmoe::xla;
 
 namespace {
 
-const FakeCuda& cuda() {
-  static const FakeCuda fake;
-  return fake;
-}
-
 // The stream of the calls that follow.
 struct OnStream {
-  OnStream() { test::stream = cuda().create_stream(); }
+  OnStream() { test::stream = fake_cuda().create_stream(); }
   ~OnStream() { test::stream = nullptr; }
-  void synchronize() const { cuda().synchronize(test::stream); }
+  void synchronize() const { fake_cuda().synchronize(test::stream); }
 };
 
 Frame forward_of(Arrays& a, OnesLayer& layer) {
@@ -35,7 +30,7 @@ TEST_CASE("xla on cuda: a forward pass comes in its turn") {
   OnesLayer layer;
   Arrays a;
   const OnStream stream;
-  cuda().stall(test::stream, 100);
+  fake_cuda().stall(test::stream, 100);
   a.ids[0] = -1;
   CHECK(forward_of(a, layer).call(on_cuda::forward) == "");
   a.ids[0] = 0;  // what is there when the stream comes to the call counts
@@ -47,7 +42,7 @@ TEST_CASE("xla on cuda: a forward pass comes in its turn") {
 TEST_CASE("xla on cuda: larger calls behind smaller ones, before any is done") {
   OnesLayer layer;
   const OnStream stream;
-  cuda().stall(test::stream, 50);
+  fake_cuda().stall(test::stream, 50);
   constexpr int64_t kTokens[] = {1, 400'000, 3, 800'000, 2};
   std::vector<std::vector<bf16>> xs, outs;
   for (const int64_t tokens : kTokens) {
@@ -155,10 +150,10 @@ TEST_CASE("xla on cuda: what is wrong with a call") {
   OnesLayer layer;
   Arrays a;
   const OnStream stream;
-  cuda().capture(test::stream, true);
+  fake_cuda().capture(test::stream, true);
   CHECK(forward_of(a, layer).call(on_cuda::forward) ==
         "moe_forward: got a stream that is being captured, expected a program that is run call by call");
-  cuda().capture(test::stream, false);
+  fake_cuda().capture(test::stream, false);
   CHECK(Frame().arg(static_cast<DataType>(1), {1}, a.x).call(on_cuda::forward) ==
         "moe_forward: got an array of another dtype than bfloat16, float32, int32, uint32, int64");
   has_stream = false;
