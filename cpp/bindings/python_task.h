@@ -7,20 +7,11 @@
 
 #include "bindings/arrays.h"
 #include "core/error.h"
-#include "runtime/task_queue.h"
+#include "runtime/function_task.h"
 
 namespace ktmoe::bindings {
 
-// Holds what the work refers to until a thread with the GIL destroys it.
-class FunctionTask final : public Task {
- public:
-  explicit FunctionTask(std::function<void()> work) : work_(std::move(work)) {}
-  void run() override { work_(); }
-
- private:
-  std::function<void()> work_;
-};
-
+// Its task holds what the work refers to until a thread with the GIL destroys it.
 class PythonTask {
  public:
   explicit PythonTask(std::function<void()> work) : task_(std::make_unique<FunctionTask>(std::move(work))) {}

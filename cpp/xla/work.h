@@ -6,18 +6,15 @@
 #include <utility>
 
 #include "runtime/cpuinfer.h"
+#include "runtime/function_task.h"
 
 namespace ktmoe::xla {
 
 // It refers to nothing of Python's.
-class Work final : public Task {
+class Work final : public FunctionTask {
  public:
-  explicit Work(std::function<void()> work) : work_(std::move(work)) {}
-  void run() override { work_(); }
+  using FunctionTask::FunctionTask;
   bool ends_anywhere() const override { return true; }
-
- private:
-  std::function<void()> work_;
 };
 
 // On the engine's threads and this one, after what was submitted before. It waits until the work is done,

@@ -10,21 +10,13 @@
 #include <utility>
 
 #include "fake_cuda.h"
+#include "runtime/function_task.h"
 #include "runtime_helpers.h"
 
 using namespace ktmoe;
 using namespace ktmoe::test;
 
 namespace {
-
-class FunctionTask final : public Task {
- public:
-  explicit FunctionTask(std::function<void()> work) : work_(std::move(work)) {}
-  void run() override { work_(); }
-
- private:
-  std::function<void()> work_;
-};
 
 StreamTask task(std::function<void()> work) { return {std::make_shared<FunctionTask>(std::move(work)), {}}; }
 
