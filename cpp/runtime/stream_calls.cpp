@@ -28,29 +28,27 @@ class StreamCalls::Submitted final : public Task {
 };
 
 void StreamCalls::call(CudaDriver::Stream stream, std::function<void()> work, std::span<std::byte> result) {
-  const bool is_captured = CudaDriver::get().is_capturing(stream);
-  launch(stream, std::unique_ptr<Call>(new Call{this, std::move(work), result, is_captured}));
+  launch(stream, CudaDriver::get().is_capturing(stream), std::move(work), result);
 }
 
 void StreamCalls::submit(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine,
                          std::vector<StreamTask> tasks) {
   const bool is_captured = CudaDriver::get().is_capturing(stream);
-  const auto work = [this, engine = std::move(engine), tasks = std::move(tasks), is_captured] {
+  launch(stream, is_captured, [this, engine = std::move(engine), tasks = std::move(tasks), is_captured] {
     submit_now(*engine, tasks, is_captured, /*wake=*/true);
-  };
-  launch(stream, std::unique_ptr<Call>(new Call{this, work, {}, is_captured}));
+  });
 }
 
 void StreamCalls::run(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine,
                       std::vector<StreamTask> tasks, std::vector<StreamTask> deferred) {
   const bool is_captured = CudaDriver::get().is_capturing(stream);
-  const auto work = [this, engine = std::move(engine), tasks = std::move(tasks),
-                     deferred = std::move(deferred), is_captured] {
-    submit_now(*engine, tasks, is_captured, /*wake=*/false);
-    engine->finish();
-    submit_now(*engine, deferred, is_captured, /*wake=*/true);
-  };
-  launch(stream, std::unique_ptr<Call>(new Call{this, work, {}, is_captured}));
+  launch(stream, is_captured,
+         [this, engine = std::move(engine), tasks = std::move(tasks), deferred = std::move(deferred),
+          is_captured] {
+           submit_now(*engine, tasks, is_captured, /*wake=*/false);
+           engine->finish();
+           submit_now(*engine, deferred, is_captured, /*wake=*/true);
+         });
 }
 
 // With wake = false somebody is about to wait.
@@ -82,11 +80,13 @@ void StreamCalls::hold(CudaDriver::Stream stream, std::shared_ptr<const void> he
   }
 }
 
-void StreamCalls::launch(CudaDriver::Stream stream, std::unique_ptr<Call> call) {
+void StreamCalls::launch(CudaDriver::Stream stream, bool is_captured, std::function<void()> work,
+                         std::span<std::byte> result) {
+  std::unique_ptr<Call> call(new Call{this, std::move(work), result, is_captured});
   Call* data = call.get();
   {
     const std::lock_guard lock(mutex_);
-    (call->is_captured ? captured_calls_ : calls_).push_back(std::move(call));
+    (is_captured ? captured_calls_ : calls_).push_back(std::move(call));
   }
   try {
     CudaDriver::get().launch(stream, happen, data);

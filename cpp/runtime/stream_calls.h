@@ -63,7 +63,8 @@ class StreamCalls {
   };
   class Submitted;
 
-  void launch(CudaDriver::Stream stream, std::unique_ptr<Call> call);
+  void launch(CudaDriver::Stream stream, bool is_captured, std::function<void()> work,
+              std::span<std::byte> result = {});
   void submit_now(CPUInfer& engine, const std::vector<StreamTask>& tasks, bool is_captured, bool wake);
   void fail(std::span<std::byte> result, std::exception_ptr error);
   static void happen(void* data);
