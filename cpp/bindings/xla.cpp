@@ -16,28 +16,11 @@ namespace {
 
 nb::capsule capsule(xla::Handler* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); }
 
-using Handlers = nb::typed<nb::dict, nb::str, nb::capsule>;
-
-Handlers handlers() {
-  Handlers on_host;
-  on_host["forward"] = capsule(xla::forward);
-  on_host["forward_sft"] = capsule(xla::forward_sft);
-  on_host["forward_saved"] = capsule(xla::forward_saved);
-  on_host["backward"] = capsule(xla::backward);
-  on_host["forward_deferred"] = capsule(xla::forward_deferred);
-  on_host["drain_deferred"] = capsule(xla::drain_deferred);
-  return on_host;
-}
-
-Handlers cuda_handlers() {
-  Handlers on_cuda;
-  on_cuda["forward"] = capsule(xla::on_cuda::forward);
-  on_cuda["forward_sft"] = capsule(xla::on_cuda::forward_sft);
-  on_cuda["forward_saved"] = capsule(xla::on_cuda::forward_saved);
-  on_cuda["backward"] = capsule(xla::on_cuda::backward);
-  on_cuda["forward_deferred"] = capsule(xla::on_cuda::forward_deferred);
-  on_cuda["drain_deferred"] = capsule(xla::on_cuda::drain_deferred);
-  return on_cuda;
+// The handlers of a platform, by name.
+nb::typed<nb::dict, nb::str, nb::capsule> handlers_of(xla::Handler* xla::PlatformHandlers::* platform) {
+  nb::typed<nb::dict, nb::str, nb::capsule> handlers;
+  for (const xla::PlatformHandlers& each : xla::all_handlers()) handlers[each.name] = capsule(each.*platform);
+  return handlers;
 }
 
 int32_t add_layer(std::shared_ptr<CPUInfer> engine, std::shared_ptr<MoE_Interface> layer,
@@ -70,8 +53,10 @@ nb::typed<nb::dict, nb::str, nb::int_> last_addresses() {
 }  // namespace
 
 void bind_xla(nb::module_& m) {
-  m.def("handlers", &handlers, "The functions to register with JAX for the CPU, by name, as capsules.");
-  m.def("cuda_handlers", &cuda_handlers, "The same for GPUs.");
+  m.def(
+      "handlers", [] { return handlers_of(&xla::PlatformHandlers::on_host); },
+      "The functions to register with JAX for the CPU, by name, as capsules.");
+  m.def("cuda_handlers", [] { return handlers_of(&xla::PlatformHandlers::on_cuda); }, "The same for GPUs.");
   m.def("raise_error", &xla::rethrow_error, "Raise the first error of calls on a GPU since the last time.");
   m.def("add_layer", &add_layer, nb::arg("engine"), nb::arg("layer"), nb::arg("skip_experts").none(),
         nb::arg("num_deferred") = 0,

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <variant>
-#include <vector>
 
 namespace ktmoe {
 

@@ -17,8 +17,8 @@
 namespace ktmoe::xla {
 namespace {
 
-// The deferred part of a pass: copies of what it reads, since the program's arrays are gone when the call
-// has returned, and what comes of it.
+// The deferred part of a pass: copies of what it reads when the call has returned and the program's arrays
+// are gone, and what comes of it.
 struct DeferredPart {
   uint32_t num_tokens = 0;
   std::vector<bf16> hidden_states;          // [T, H]
@@ -125,8 +125,6 @@ SplitBatch split(const Batch& batch) {
   result.deferred = std::make_shared<DeferredPart>();
   DeferredPart& part = *result.deferred;
   part.num_tokens = args.num_tokens;
-  part.hidden_states.assign(args.hidden_states, args.hidden_states + hidden);
-  part.topk_weights.assign(args.topk_weights, args.topk_weights + routes);
   part.topk_ids.resize(routes), part.output.resize(hidden);
   SlotSplit split;
   split.ids = args.topk_ids, split.weights = args.topk_weights;
@@ -136,6 +134,10 @@ SplitBatch split(const Batch& batch) {
   split.immediate = result.immediate_ids.data(), split.deferred = part.topk_ids.data();
   split.run();
   result.is_joint = split.is_joint;
+  if (!split.is_joint) {
+    part.hidden_states.assign(args.hidden_states, args.hidden_states + hidden);
+    part.topk_weights.assign(args.topk_weights, args.topk_weights + routes);
+  }
   return result;
 }
 

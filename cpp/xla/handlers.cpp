@@ -142,6 +142,18 @@ Error* forward_deferred(CallFrame* frame) { return enqueue(frame, kForwardDeferr
 Error* drain_deferred(CallFrame* frame) { return enqueue(frame, kDrainDeferred); }
 }  // namespace on_cuda
 
+std::span<const PlatformHandlers> all_handlers() {
+  static constexpr PlatformHandlers all[] = {
+      {"forward", forward, on_cuda::forward},
+      {"forward_sft", forward_sft, on_cuda::forward_sft},
+      {"forward_saved", forward_saved, on_cuda::forward_saved},
+      {"backward", backward, on_cuda::backward},
+      {"forward_deferred", forward_deferred, on_cuda::forward_deferred},
+      {"drain_deferred", drain_deferred, on_cuda::drain_deferred},
+  };
+  return all;
+}
+
 Addresses last_addresses() {
   const std::lock_guard lock(addresses_mutex);
   return addresses;

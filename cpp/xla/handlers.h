@@ -1,6 +1,8 @@
 // What XLA's programs call: forward passes, those with adapters, backward passes, and deferred experts.
 #pragma once
 
+#include <span>
+
 #include "xla/abi.h"
 
 namespace ktmoe::xla {
@@ -42,6 +44,13 @@ Error* backward(CallFrame* frame);
 Error* forward_deferred(CallFrame* frame);
 Error* drain_deferred(CallFrame* frame);
 }  // namespace on_cuda
+
+struct PlatformHandlers {
+  const char* name;
+  Handler *on_host, *on_cuda;
+};
+// All of them, by name.
+std::span<const PlatformHandlers> all_handlers();
 
 // Where the last call has found hidden_states and grad_output, and put out and grad_input; to tell whether
 // anything was copied on the way.
