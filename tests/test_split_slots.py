@@ -125,12 +125,17 @@ def test_a_joint_pass_has_the_bits_of_two(engine: Any, data: st.DataObject) -> N
     assert_same_bits(left, want_left)
 
 
-def test_the_other_part_does_nothing_when_they_are_joint(engine: Any) -> None:
+@pytest.fixture
+def joint(engine: Any) -> Any:
+    """A layer of three experts, a batch, and arrays for its parts and their sums."""
     rng = np.random.default_rng(0)
     layer = draw_layer(rng, 3, 16, 24)
-    low, (x, ids, weights) = low_level_moe(engine, layer, 2), draw_batch(rng, layer, 4, 2)
-    immediate, deferred = np.empty((2, 4, 2), np.int64)
-    out, left = np.empty((4, 24), bf16), np.empty((4, 24), np.float32)
+    sums = np.empty((4, 24), bf16), np.empty((4, 24), np.float32)
+    return low_level_moe(engine, layer, 2), draw_batch(rng, layer, 4, 2), np.empty((2, 4, 2), np.int64), sums
+
+
+def test_the_other_part_does_nothing_when_they_are_joint(engine: Any, joint: Any) -> None:
+    low, (x, ids, weights), (immediate, deferred), (out, left) = joint
     split = ext.moe.SlotSplit(ids, weights, immediate, deferred, 3, 1)
     engine.run(split.task())
     assert split.is_joint
@@ -142,12 +147,8 @@ def test_the_other_part_does_nothing_when_they_are_joint(engine: Any) -> None:
     assert computed.any()
 
 
-def test_what_is_wrong_with_the_parts(engine: Any) -> None:
-    rng = np.random.default_rng(0)
-    layer = draw_layer(rng, 3, 16, 24)
-    low, (x, ids, weights) = low_level_moe(engine, layer, 2), draw_batch(rng, layer, 4, 2)
-    immediate, deferred = np.empty((2, 4, 2), np.int64)
-    out, left = np.empty((4, 24), bf16), np.empty((4, 24), np.float32)
+def test_what_is_wrong_with_the_parts(joint: Any) -> None:
+    low, (x, ids, weights), (immediate, deferred), (out, left) = joint
     split = ext.moe.SlotSplit(ids, weights, immediate, deferred, 3, 1)
     with pytest.raises(ValueError, match="deferred_out: got one without a split, expected None"):
         low.forward_task(x, immediate, weights, out, deferred_out=left)

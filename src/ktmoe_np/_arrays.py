@@ -17,6 +17,7 @@ __all__ = [
     "described",
     "each_expert",
     "expert_ids",
+    "fits",
     "integer",
     "num_tokens",
     "routing_weights",
@@ -124,6 +125,15 @@ def each_expert(
     if len(source) != num_experts:
         raise ValueError(f"{name}: got {len(source)} arrays, expected {num_experts}")
     return [check(as_numpy(item, name), ()) for item in source]
+
+
+def fits(found: tuple[int, ...], shape: tuple[int | str, ...]) -> bool:
+    """Whether a shape is as expected: a dimension that is a string may be any."""
+    if found == shape:
+        return True
+    return len(found) == len(shape) and all(
+        isinstance(want, str) or size == want for size, want in zip(found, shape, strict=True)
+    )
 
 
 def integer(name: str, value: Any) -> int:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._arrays import bfloat16
+from ._array_library import dtype_name
+from ._arrays import bfloat16, fits
 from ._dlpack import exported, handed_over, is_of_jax, is_on_cuda, made_like
 
 __all__ = ["DeviceArray", "device_array", "given_back", "new_like", "stream_handle"]
@@ -39,7 +40,7 @@ def device_array(
         Another shape.
     """
     found, has_gaps = _found(value, stream)
-    if found is not None and found.dtype in dtypes and not has_gaps and _fits(found.shape, shape):
+    if found is not None and found.dtype in dtypes and not has_gaps and fits(found.shape, shape):
         return found
     kinds = " or ".join(np.dtype(dtype).name for dtype in dtypes)
     expected = f"{kinds} [{', '.join(map(str, shape))}] on a CUDA device"
@@ -48,17 +49,9 @@ def device_array(
     got = f"{found.dtype} {list(found.shape)}"
     if found.dtype not in dtypes:
         raise TypeError(f"{name}: got {got}, expected {expected}")
-    if not _fits(found.shape, shape):
+    if not fits(found.shape, shape):
         raise ValueError(f"{name}: got {got}, expected {expected}")
     raise TypeError(f"{name}: got gaps in an array, expected {expected}")
-
-
-def _fits(found: tuple[int, ...], shape: tuple[int | str, ...]) -> bool:
-    if found == shape:
-        return True
-    return len(found) == len(shape) and all(
-        isinstance(want, str) or size == want for size, want in zip(found, shape, strict=True)
-    )
 
 
 def _found(value: Any, stream: int) -> tuple[DeviceArray | None, bool]:
@@ -122,15 +115,13 @@ _torch_dtypes: dict[Any, np.dtype[Any]] = {}
 def _of_torch(value: Any) -> tuple[DeviceArray, bool]:
     dtype = _torch_dtypes.get(value.dtype)
     if dtype is None:
-        name = str(value.dtype).removeprefix("torch.")
-        dtype = _torch_dtypes[value.dtype] = bfloat16 if name == "bfloat16" else np.dtype(name)
+        dtype = _torch_dtypes[value.dtype] = np.dtype(dtype_name(value))
     return DeviceArray(value.data_ptr(), dtype, tuple(value.shape), value), not value.is_contiguous()
 
 
 def _of_dlpack(value: Any, stream: int) -> tuple[DeviceArray, bool]:
     address, name, shape, is_contiguous, holder = exported(value, stream)
-    dtype = bfloat16 if name == "bfloat16" else np.dtype(name)
-    return DeviceArray(address, dtype, shape, value, holder), not is_contiguous
+    return DeviceArray(address, np.dtype(name), shape, value, holder), not is_contiguous
 
 
 def _of_interface(value: Any, interface: dict[str, Any]) -> tuple[DeviceArray, bool]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ._array_activation import activate
 from ._array_library import dtype_name, library_of
+from ._arrays import fits
 from .config import ActivationSpec, MoEConfig
 from .masks import checked_mask
 
@@ -200,10 +201,7 @@ class GPUExperts:
         message = f"{name}: got {dtype} {list(value.shape)}, expected {wanted} [{sizes}]"
         if dtype not in dtypes:
             raise TypeError(message)
-        fits = len(value.shape) == len(shape) and all(
-            isinstance(want, str) or size == want for size, want in zip(value.shape, shape, strict=True)
-        )
-        if not fits:
+        if not fits(tuple(value.shape), shape):
             raise ValueError(message)
         return value
 

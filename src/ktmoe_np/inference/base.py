@@ -181,8 +181,8 @@ class BaseMoEWrapper(MoELayer):
         """What passes in a stream share."""
         handle = stream_handle(cuda_stream)
         key = ext.cuda.stream_key(handle)
-        stream: Stream = cls._streams.setdefault(key, Stream(handle, key))
-        return stream
+        stream: Stream | None = cls._streams.get(key)
+        return cls._streams.setdefault(key, Stream(handle, key)) if stream is None else stream
 
     def _start(self, batch: Batch) -> tuple[Array, list[int]]:
         """Queue a batch: its output, and the tickets to wait for."""

@@ -60,11 +60,8 @@ class LayerRunner:
 
     def submit(self, batch: Batch, skip_experts: Array | None) -> list[int]:
         """Queue a batch; the tickets to wait for. Nothing is queued when an argument is refused."""
-        return [self._engine.submit(task) for task in self.tasks(batch, skip_experts)]
-
-    def tasks(self, batch: Batch, skip_experts: Array | None) -> list[ext.Task]:
-        """The tasks that compute a batch, in their order."""
-        return [self._task(batch, rows, skip_experts=skip_experts) for rows in self._chunks(batch)]
+        tasks = [self._task(batch, rows, skip_experts=skip_experts) for rows in self._chunks(batch)]
+        return [self._engine.submit(task) for task in tasks]
 
     def submit_deferring(
         self, batch: Batch, skip_experts: Array | None, chain: DeferralChain[HostCarry]
