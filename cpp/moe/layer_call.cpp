@@ -9,11 +9,15 @@ void LayerCall::plan_batch() {
   if (deferred == nullptr) return plan.build(ids, args->num_tokens, slots, experts, args->skip_experts);
 
   const size_t num_ids = size_t{args->num_tokens} * slots;
-  all_ids_.resize(num_ids);
-  for (size_t i = 0; i < num_ids; ++i) all_ids_[i] = ids[i] < 0 ? deferred[i] : ids[i];
+  all_ids_.resize(num_ids), is_deferred_.resize(num_ids);
+  for (size_t i = 0; i < num_ids; ++i) {
+    const int64_t id = read_once(ids + i);
+    is_deferred_[i] = id < 0;
+    all_ids_[i] = id < 0 ? read_once(deferred + i) : id;
+  }
   plan.build(all_ids_.data(), args->num_tokens, slots, experts, args->skip_experts);
   rows_now_ = plan.row, rows_deferred_ = plan.row;
-  for (size_t i = 0; i < num_ids; ++i) (ids[i] < 0 ? rows_now_ : rows_deferred_)[i] = -1;
+  for (size_t i = 0; i < num_ids; ++i) (is_deferred_[i] ? rows_now_ : rows_deferred_)[i] = -1;
 }
 
 std::span<const SlotSum> LayerCall::sums() {

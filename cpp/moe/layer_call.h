@@ -86,8 +86,10 @@ struct LayerCall {
 
  private:
   std::array<SlotSum, 2> sums_;
-  std::vector<int64_t> all_ids_;                   // of a batch whose slots are split,
-  std::vector<int32_t> rows_now_, rows_deferred_;  // and the rows of either part
+  // Of a batch whose slots are split: all ids, which of them are deferred, and the rows of either part.
+  std::vector<int64_t> all_ids_;
+  std::vector<uint8_t> is_deferred_;
+  std::vector<int32_t> rows_now_, rows_deferred_;
 };
 
 }  // namespace ktmoe

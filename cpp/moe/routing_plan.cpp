@@ -4,18 +4,24 @@
 
 namespace ktmoe {
 
+int64_t read_expert_id(const int64_t* ids, size_t i, uint32_t num_slots, uint32_t num_experts) {
+  const int64_t id = read_once(ids + i);
+  if (id >= num_experts) throw_wrong_expert(id, i, num_slots, num_experts);
+  return id;
+}
+
 void RoutingPlan::build(const int64_t* ids, uint32_t num_tokens, uint32_t num_slots, uint32_t num_experts,
                         const uint8_t* skip) {
-  check_expert_ids(ids, num_tokens, num_slots, num_experts);
   const size_t num_ids = size_t{num_tokens} * num_slots;
   row.resize(num_ids);
   next_row_.assign(num_experts, 0);
 
+  // From here on `row` holds each slot's expert, and `ids` is not read again: its owner may write to it.
   uint32_t num_rows = 0;
   for (size_t i = 0; i < num_ids; ++i) {
-    const int64_t id = ids[i];
+    const int64_t id = read_expert_id(ids, i, num_slots, num_experts);
     const bool skipped = id < 0 || (skip != nullptr && skip[id] != 0);
-    row[i] = skipped ? -1 : 0;
+    row[i] = skipped ? -1 : static_cast<int32_t>(id);
     if (skipped) continue;
     ++next_row_[static_cast<size_t>(id)];
     ++num_rows;
@@ -33,7 +39,7 @@ void RoutingPlan::build(const int64_t* ids, uint32_t num_tokens, uint32_t num_sl
   token.resize(num_rows);
   for (size_t i = 0; i < num_ids; ++i) {
     if (row[i] < 0) continue;
-    const uint32_t r = next_row_[static_cast<size_t>(ids[i])]++;
+    const uint32_t r = next_row_[static_cast<size_t>(row[i])]++;
     row[i] = static_cast<int32_t>(r);
     token[r] = static_cast<int32_t>(i / num_slots);
   }
@@ -41,11 +47,12 @@ void RoutingPlan::build(const int64_t* ids, uint32_t num_tokens, uint32_t num_sl
 
 void check_expert_ids(const int64_t* ids, uint32_t num_tokens, uint32_t num_slots, uint32_t num_experts) {
   const size_t num_ids = size_t{num_tokens} * num_slots;
-  for (size_t i = 0; i < num_ids; ++i) {
-    if (ids[i] < num_experts) continue;
-    throw_out_of_range("topk_ids: got expert ", ids[i], " at [", i / num_slots, ", ", i % num_slots,
-                       "], expected ids below ", num_experts, " (negative ids are skipped)");
-  }
+  for (size_t i = 0; i < num_ids; ++i) read_expert_id(ids, i, num_slots, num_experts);
+}
+
+void throw_wrong_expert(int64_t id, size_t i, uint32_t num_slots, uint32_t num_experts) {
+  throw_out_of_range("topk_ids: got expert ", id, " at [", i / num_slots, ", ", i % num_slots,
+                     "], expected ids below ", num_experts, " (negative ids are skipped)");
 }
 
 }  // namespace ktmoe

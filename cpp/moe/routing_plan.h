@@ -1,6 +1,7 @@
 // Which rows each expert computes: the routing of a batch, turned from tokens to experts.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -21,7 +22,7 @@ struct RoutingPlan {
   uint32_t num_rows() const { return static_cast<uint32_t>(token.size()); }
 
   // Skips negative ids and experts set in `skip` (null: none). Throws std::out_of_range for ids >=
-  // num_experts.
+  // num_experts. Each id is read once, so the plan is consistent even if another thread writes to `ids`.
   void build(const int64_t* ids, uint32_t num_tokens, uint32_t num_slots, uint32_t num_experts,
              const uint8_t* skip);
 
@@ -29,7 +30,18 @@ struct RoutingPlan {
   std::vector<uint32_t> next_row_;  // scratch, [E]
 };
 
-// Throws std::out_of_range, naming the first id of num_experts or above.
+// Reads a value that another thread may write to. The compiler must not read it a second time after a check.
+template <class T>
+T read_once(const T* at) {
+  return __atomic_load_n(at, __ATOMIC_RELAXED);
+}
+
+// Id i of a batch, read once. Throws std::out_of_range for num_experts or above.
+int64_t read_expert_id(const int64_t* ids, size_t i, uint32_t num_slots, uint32_t num_experts);
+[[noreturn]] void throw_wrong_expert(int64_t id, size_t i, uint32_t num_slots, uint32_t num_experts);
+
+// Throws std::out_of_range, naming the first id of num_experts or above. That tells of a mistake early; what
+// computes with the ids reads them anew and has to check them again.
 void check_expert_ids(const int64_t* ids, uint32_t num_tokens, uint32_t num_slots, uint32_t num_experts);
 
 }  // namespace ktmoe

@@ -2,8 +2,10 @@
 // pass is run.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <variant>
+#include <vector>
 
 namespace ktmoe {
 
@@ -27,8 +29,13 @@ struct SlotSplit {
   void run();
 
  private:
+  // Which parts use an expert, as bits.
+  static constexpr uint8_t kImmediate = 1, kDeferred = 2;
+
+  template <class Id>
+  void split(const Id* ids_at, size_t used, std::vector<uint8_t>& uses) const;
   uint32_t checked_num_used() const;
-  bool shares_experts() const;
+  static bool shares_experts(const std::vector<uint8_t>& uses);
 };
 
 }  // namespace ktmoe

@@ -3,8 +3,10 @@
 
 #include <doctest/doctest.h>
 
+#include <atomic>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "runtime_helpers.h"
@@ -98,4 +100,37 @@ TEST_CASE(
   const Ids good{4, 0, 2, -1, 1, 0};  // the failed attempts left nothing behind
   plan.build(good.data(), 3, 2, 5, nullptr);
   check_plan(plan, good, 2, 5, nullptr);
+}
+
+TEST_CASE("routing plan: ids that change while it is built leave it consistent") {
+  constexpr uint32_t kTokens = 64, kSlots = 8, kExperts = 32;
+  Ids ids(kTokens * kSlots, 0);
+  std::atomic<bool> stop{false};
+  std::thread writer([&] {
+    std::mt19937 random(1);
+    while (!stop.load())
+      std::atomic_ref(ids[random() % ids.size()])
+          .store(static_cast<int64_t>(random() % (kExperts + 1)) - 1, std::memory_order_relaxed);
+  });
+  size_t wrong = 0;
+  RoutingPlan plan;
+  for (int i = 0; i < 3000; ++i) {
+    plan.build(ids.data(), kTokens, kSlots, kExperts, nullptr);
+    // Every row is taken by one slot, of the row's token, and the experts' rows are all rows.
+    std::vector<int> taken(plan.num_rows(), 0);
+    for (size_t slot = 0; slot < plan.row.size(); ++slot) {
+      const int32_t row = plan.row[slot];
+      if (row < 0) continue;
+      const bool exists = row < static_cast<int32_t>(taken.size());
+      wrong += !exists || plan.token[static_cast<size_t>(row)] != static_cast<int32_t>(slot / kSlots);
+      if (exists) ++taken[static_cast<size_t>(row)];
+    }
+    for (int times : taken) wrong += times != 1;
+    uint32_t rows = 0;
+    for (const auto& expert : plan.active) rows += expert.rows;
+    wrong += rows != plan.num_rows();
+  }
+  stop.store(true);
+  writer.join();
+  CHECK(wrong == 0);
 }
