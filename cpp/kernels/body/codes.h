@@ -42,6 +42,11 @@ struct NibbleCodes {
   constexpr NibbleCodes() {
     for (int nibble = 0; nibble < 16; ++nibble) of[nibble] = Format::code(nibble);
   }
+  constexpr unsigned char nibble_of_zero() const {
+    unsigned char nibble = 0;
+    while (of[nibble] != 0) ++nibble;
+    return nibble;
+  }
 };
 template <class Format>
 inline constexpr NibbleCodes<Format> kNibbleCodes;
@@ -82,9 +87,14 @@ struct NibbleRow {
       : data(w.row(n)), scales(w.scales_of(n, Format::kScaleRows)) {}
 
   KT_INLINE Vec::Segment segment(size_t k) const { return scaled(data + k / 2, k, Vec::kStep); }
+  // Behind the row stand zeros: with a large scale any other number could become an infinity, which times the
+  // zero of an activation is NaN. So the unused nibble of an odd row is not believed either.
   KT_INLINE Vec::Segment tail(size_t k, size_t count) const {
-    std::byte full[Vec::kStep / 2] = {};
-    std::memcpy(full, data + k / 2, nibble_bytes(count));
+    constexpr auto zero = kNibbleCodes<Format>.nibble_of_zero();
+    std::byte full[Vec::kStep / 2];
+    std::memset(full, zero | zero << 4, sizeof full);
+    std::memcpy(full, data + k / 2, count / 2);
+    if (count % 2 != 0) full[count / 2] = data[(k + count) / 2] & std::byte{15} | std::byte{zero << 4};
     return scaled(full, k, count);
   }
   KT_INLINE Vec::Segment weights(size_t k) const { return segment(k); }
