@@ -85,7 +85,7 @@ def test_what_is_no_integer(value: Any) -> None:
     [
         ("FP8", "fp8", 128),
         ("MXFP8", "mxfp8", 32),
-        ("RAWINT4", "rawint4", 32),
+        ("RAWINT4", "rawint4_group32", 32),
         ("MXFP4", "mxfp4", 32),
         ("NVFP4", "nvfp4", 16),
         ("GPTQ_INT4", "q4_0", 32),

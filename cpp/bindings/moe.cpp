@@ -207,7 +207,7 @@ PythonTask load_weights_task(Layer layer, nb::object gate, nb::object up, nb::ob
   weights->biases.down = biases(down_bias, "down_bias", c.expert_num, c.hidden_size);
   apply_map(map, c, *weights);
   weights->owner = owners;
-  return PythonTask([layer, weights] { layer->load_weights(*weights); });
+  return PythonTask([layer, weights] { layer->load_weights(*weights); }, owners);
 }
 
 PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_ids, nb::object topk_weights,
@@ -225,11 +225,14 @@ PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_i
   std::optional<SplitPart> part;
   if (split != nullptr) part.emplace(layer->config(), *split, deferred_out, forward, first_token);
   forward.take_tokens(first_token, num_tokens);
-  return PythonTask([layer, forward = std::move(forward), part = std::move(part)] {
-    forward.check_ids(layer->config());
-    if (part) return part->run(*layer, forward.args());
-    layer->forward(forward.args());
-  });
+  const auto arrays = forward.arrays();
+  return PythonTask(
+      [layer, forward = std::move(forward), part = std::move(part)] {
+        forward.check_ids(layer->config());
+        if (part) return part->run(*layer, forward.args());
+        layer->forward(forward.args());
+      },
+      arrays);
 }
 
 // Parameters that are not given are those of the models that introduced the activation.
@@ -404,8 +407,10 @@ void bind_moe(nb::module_& m) {
   bind_layer<native_kernel<FormatId::kFp8Row>>(m, "AMXFP8PerChannel_MOE",
                                                "Experts with E4M3 weights, a scale a row.");
   bind_layer<native_kernel<FormatId::kMxFp8>>(m, "MXFP8_MOE", "Experts with MXFP8 weights.");
-  bind_layer<native_kernel<FormatId::kRawInt4>>(
-      m, "RAWINT4_MOE", "Experts with int4 weights as compressed-tensors packs them, in groups of 32.");
+  bind_layer<rawint4_kernel>(
+      m, "RAWINT4_MOE",
+      "Experts with int4 weights as compressed-tensors packs them, in groups of 32, 64 "
+      "or 128 (`group_size`).");
   bind_layer<native_kernel<FormatId::kMxFp4>>(m, "MXFP4_MOE", "Experts with MXFP4 weights.");
   bind_layer<native_kernel<FormatId::kNvFp4>>(m, "NVFP4_MOE", "Experts with NVFP4 weights.");
   bind_layer<native_kernel<FormatId::kQ4_0>>(

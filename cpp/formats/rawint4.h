@@ -1,4 +1,4 @@
-// int4 as compressed-tensors packs it: w = bf(q scale), a nibble is q + 8, and every 32 of a row share a
+// int4 as compressed-tensors packs it: w = bf(q scale), a nibble is q + 8, and a group of a row shares a
 // scale in bf16, which lies apart.
 #ifndef KTMOE_FORMATS_RAWINT4_H_
 #define KTMOE_FORMATS_RAWINT4_H_
@@ -10,11 +10,10 @@
 
 namespace ktmoe::formats {
 
-struct RawInt4 : ScaledNibbles<RawInt4> {
-  static constexpr FormatId kId = FormatId::kRawInt4;
-  static constexpr std::string_view kName = "rawint4";
+template <size_t kSize>
+struct RawInt4 : ScaledNibbles<RawInt4<kSize>> {
   static constexpr bool kHasRowScale = false;
-  static constexpr size_t kGroup = 32;
+  static constexpr size_t kGroup = kSize;
 
   static constexpr size_t scale_bytes(size_t k) { return div_up(k, kGroup) * sizeof(bf16); }
 
@@ -26,7 +25,19 @@ struct RawInt4 : ScaledNibbles<RawInt4> {
     return to_float(value);
   }
 };
-static_assert(WeightFormat<RawInt4>);
+struct RawInt4Group32 : RawInt4<32> {
+  static constexpr FormatId kId = FormatId::kRawInt4Group32;
+  static constexpr std::string_view kName = "rawint4_group32";
+};
+struct RawInt4Group64 : RawInt4<64> {
+  static constexpr FormatId kId = FormatId::kRawInt4Group64;
+  static constexpr std::string_view kName = "rawint4_group64";
+};
+struct RawInt4Group128 : RawInt4<128> {
+  static constexpr FormatId kId = FormatId::kRawInt4Group128;
+  static constexpr std::string_view kName = "rawint4_group128";
+};
+static_assert(WeightFormat<RawInt4Group32>);
 
 }  // namespace ktmoe::formats
 
@@ -34,9 +45,8 @@ static_assert(WeightFormat<RawInt4>);
 
 #ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
 
-template <>
-struct Unpack<formats::RawInt4> {
-  using Format = formats::RawInt4;
+template <class Format>
+struct UnpackRawInt4 {
   static constexpr bool kAsStored = false;
   struct Row : NibbleRow<Row, Format> {
     Row() = default;
@@ -44,9 +54,15 @@ struct Unpack<formats::RawInt4> {
     template <class V = Vec>
     KT_INLINE typename V::Segment looked_up(const std::byte* nibbles, size_t k, size_t) const {
       const auto numbers = V::load_f(kFloatTable<kFromMinusEight>.of);
-      return V::look_up_floats(nibbles, V::mul(numbers, V::set(Format::scale(scales, k))));
+      return V::look_up_floats(nibbles, V::mul(numbers, V::set(Format::scale(this->scales, k))));
     }
   };
 };
+template <>
+struct Unpack<formats::RawInt4Group32> : UnpackRawInt4<formats::RawInt4Group32> {};
+template <>
+struct Unpack<formats::RawInt4Group64> : UnpackRawInt4<formats::RawInt4Group64> {};
+template <>
+struct Unpack<formats::RawInt4Group128> : UnpackRawInt4<formats::RawInt4Group128> {};
 
 #endif  // KT_TARGET_REGION

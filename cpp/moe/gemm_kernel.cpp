@@ -32,6 +32,16 @@ GemmKernel checked(const GemmKernel& kernel, const GeneralMOEConfig& config) {
   return kernel;
 }
 
+FormatId rawint4_format(const GeneralMOEConfig& config) {
+  switch (config.group_size) {
+    case 0:
+    case 32: return FormatId::kRawInt4Group32;
+    case 64: return FormatId::kRawInt4Group64;
+    case 128: return FormatId::kRawInt4Group128;
+    default: refuse(config, "32, 64 or 128");
+  }
+}
+
 }  // namespace
 
 void refuse_group_size(const GeneralMOEConfig& config) {
@@ -61,6 +71,8 @@ GemmKernel llamafile_kernel(const GeneralMOEConfig& config) {
   refuse_group_size(config);
   return {std::nullopt, false};
 }
+
+GemmKernel rawint4_kernel(const GeneralMOEConfig& config) { return {rawint4_format(config), false}; }
 
 GemmKernel int4_kernel(const GeneralMOEConfig& config) { return {int4_format(config), false}; }
 

@@ -45,6 +45,7 @@ GemmKernel amx_int8_kernel(const GeneralMOEConfig& config);  // scales of rows
 GemmKernel amx_int4_kernel(const GeneralMOEConfig& config);  // groups of 32 (the default), 64, 128
 GemmKernel int8_kernel(const GeneralMOEConfig& config);      // scales of rows (the default), groups of 32
 GemmKernel int4_kernel(const GeneralMOEConfig& config);      // groups of 32 (the default), 64, 128
+GemmKernel rawint4_kernel(const GeneralMOEConfig& config);   // likewise, as the checkpoint has them
 
 // Formats of each projection, as GGUF files have them.
 GemmKernel llamafile_kernel(const GeneralMOEConfig& config);

@@ -21,6 +21,8 @@ class Method:
     skip_lora: bool = False  #: adapters are used, but have no gradients
     #: Of methods that quantise: group size -> name in `ktmoe_np._formats`; the first is the default.
     formats: Mapping[int | None, str] = field(default_factory=dict, hash=False)
+    #: Of encodings with a choice of groups: group size -> name in `ktmoe_np._native_formats`; likewise.
+    encodings: Mapping[int | None, str] = field(default_factory=dict, hash=False)
     product: str = "bfloat16"  #: what is multiplied: see `ktmoe_np.reference.moe_forward`
 
     def resolve_group_size(self, group_size: Any) -> int | None:
@@ -33,14 +35,15 @@ class Method:
         ValueError
             One that the method does not have.
         """
+        known_sizes = self.formats or self.encodings
         if group_size is None:
-            return next(iter(self.formats), None)
+            return next(iter(known_sizes), None)
         if isinstance(group_size, bool) or not hasattr(group_size, "__index__"):
             raise TypeError(f"group_size: got {group_size!r}, expected an integer or None")
         size = int(group_size)
-        if size in self.formats:
+        if size in known_sizes:
             return size
-        sizes = [str(known) for known in self.formats if known is not None]
+        sizes = [str(known) for known in known_sizes if known is not None]
         if not sizes:
             raise ValueError(f"group_size: got {size}, expected None: method {self.name!r} has no groups")
         known = ", ".join(["None", *sizes[:-1]]) + f" or {sizes[-1]}"
@@ -74,7 +77,14 @@ _INFERENCE = (
     Method("FP8", "inference", _NATIVE, "AMXFP8_MOE", "fp8"),
     Method("FP8_PERCHANNEL", "inference", _NATIVE, "AMXFP8PerChannel_MOE", "fp8_perchannel"),
     Method("MXFP8", "inference", _NATIVE, "MXFP8_MOE", "mxfp8"),
-    Method("RAWINT4", "inference", _NATIVE, "RAWINT4_MOE", "rawint4"),
+    Method(
+        "RAWINT4",
+        "inference",
+        _NATIVE,
+        "RAWINT4_MOE",
+        "rawint4",
+        encodings={32: "rawint4", 64: "rawint4_group64", 128: "rawint4_group128"},
+    ),
     Method("GPTQ_INT4", "inference", _NATIVE, "GPTQ_INT4_MOE", "gptq_int4"),
     Method("MXFP4", "inference", _NATIVE, "MXFP4_MOE", "mxfp4"),
     Method("NVFP4", "inference", _NATIVE, "NVFP4_MOE", "nvfp4"),

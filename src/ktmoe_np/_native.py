@@ -23,7 +23,8 @@ class NativeWeights(MoELayer):
 
     def __init__(self, method: Method, config: MoEConfig, **layer: Any) -> None:
         super().__init__(method, config, **layer)
-        self._format = NATIVE_FORMATS.get(method.weights)  # None: bfloat16
+        name = method.weights if self.group_size is None else method.encodings[self.group_size]
+        self._format = NATIVE_FORMATS.get(name)  # None: bfloat16
 
     @property
     def expert_bytes(self) -> int:
@@ -62,7 +63,7 @@ class NativeWeights(MoELayer):
         ``FP8``             float8_e4m3fn [N, K]              float32 [ceil(N / 128), ceil(K / 128)]
         ``FP8_PERCHANNEL``  float8_e4m3fn [N, K]              float32 [N] or [N, 1]
         ``MXFP8``           float8_e4m3fn [N, K]              uint8 or float8_e8m0fnu [N, ceil(K / 32)]
-        ``RAWINT4``         uint8 [N, ceil(K / 2)] or int32   bfloat16 [N, ceil(K / 32)]
+        ``RAWINT4``         uint8 [N, ceil(K / 2)] or int32   bfloat16 [N, ceil(K / group_size)]
         ``GPTQ_INT4``       int32 [K / 8, N]; converted       float16 or bfloat16 [ceil(K / g), N]
         ``MXFP4``           uint8 [N, ceil(K / 2)]            uint8 or float8_e8m0fnu [N, ceil(K / 32)]
         ``NVFP4``           uint8 [N, ceil(K / 2)]            float8_e4m3fn [N, ceil(K / 16)]; global scales
@@ -156,7 +157,13 @@ class NativeWeights(MoELayer):
             self._load_from_checkpoint(physical_to_logical_map)
             return
         self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
-        experts = load_native(self._checkpoint, self.layer_idx, self.config, self._format.name.upper())
+        experts = load_native(self._checkpoint, self.layer_idx, self.config, self._format.method)
+        if self.group_size not in (None, experts.group_size):
+            raise ValueError(
+                f"{self._checkpoint.path}: the experts of layer {self.layer_idx} are {experts.method} in "
+                f"groups of {experts.group_size}, expected groups of {self.group_size}: make the layer with "
+                f"group_size={experts.group_size}"
+            )
         arguments: dict[str, Any] = {}
         for name in ("gate", "up", "down"):
             projection = experts.projections.get(f"{name}_proj")

@@ -32,13 +32,18 @@ class NativeMatrices:
 class NativeFormat:
     """One encoding."""
 
-    name: str  #: that of its method for inference, in small letters
+    name: str  #: that of its method for inference, in small letters, with the groups where there is a choice
     bits: int  #: of a code
     code_dtypes: tuple[np.dtype[Any], ...]  #: as which codes may be given; all mean the same bytes
     scale_dtypes: tuple[np.dtype[Any], ...]
     scale_rows: int = 1  #: rows that share a row of scales
     group_size: int | None = None  #: columns that share a scale; None: all of a row
     has_global_scale: bool = False  #: whether a matrix has a float32 scale too
+
+    @property
+    def method(self) -> str:
+        """The method for inference."""
+        return self.name.partition("_group")[0].upper()
 
     def row_bytes(self, num_columns: int) -> int:
         """Count the bytes of a row of codes.
@@ -235,6 +240,8 @@ NATIVE_FORMATS: Mapping[str, NativeFormat] = {
         NativeFormat("fp8_perchannel", 8, (_E4M3, _UINT8), (np.dtype(np.float32),)),
         NativeFormat("mxfp8", 8, (_E4M3, _UINT8), (_UINT8, _E8M0), group_size=32),
         NativeFormat("rawint4", 4, (_UINT8, np.dtype(np.int32)), (bfloat16,), group_size=32),
+        NativeFormat("rawint4_group64", 4, (_UINT8, np.dtype(np.int32)), (bfloat16,), group_size=64),
+        NativeFormat("rawint4_group128", 4, (_UINT8, np.dtype(np.int32)), (bfloat16,), group_size=128),
         NativeFormat("mxfp4", 4, (_UINT8, np.dtype(np.int8)), (_UINT8, _E8M0), group_size=32),
         NativeFormat(
             "nvfp4", 4, (_UINT8, np.dtype(np.int8)), (_E4M3, _UINT8), group_size=16, has_global_scale=True

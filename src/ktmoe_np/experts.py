@@ -15,7 +15,7 @@ from .inference.base import BaseMoEWrapper
 from .io import SafetensorsCheckpoint, load_hf_config
 from .io.gguf import GgufCheckpoint, gguf_config, is_gguf
 from .io.manifest import manifest_path, read_manifest
-from .io.native import native_method
+from .io.native import native_group_size, native_method
 from .sft.base import BaseSFTMoEWrapper
 from .sft.options import SFTOptions, refuse_options
 
@@ -68,9 +68,9 @@ class KTMoEWrapper:
     activation : str, ActivationSpec or mapping
         See `ktmoe_np.config.parse_activation`.
     group_size : int, optional
-        Of methods that quantise: how many columns of a row share a scale. ``AMXINT4`` and ``MOE_INT4``: 32
-        (which None means too), 64 or 128; ``MOE_INT8``: 32, or None for one scale a row; others: None. The
-        same with ``_SFT``.
+        How many columns of a row share a scale, where there is a choice. ``AMXINT4``, ``MOE_INT4`` and
+        ``RAWINT4``: 32 (which None means too), 64 or 128; ``MOE_INT8``: 32, or None for one scale per row;
+        others: None. The same with ``_SFT``. `from_pretrained` finds that of ``RAWINT4``.
     lora_rank, lora_alpha, lora_dropout, max_cache_depth, full_weight_grad, recompute, seed, cache_dtype
         Of mode ``sft``, by keyword: see `ktmoe_np.sft.SFTOptions`.
 
@@ -196,7 +196,9 @@ class KTMoEWrapper:
         ValueError
             A config or a layer that is not what it should be.
         """
-        config, native, group_size = _described(path, layer_idx, method is None)
+        config, native, group_size = _described(
+            path, layer_idx, method is None or bool(find_method(method, mode).encodings)
+        )
         sizes = {
             "num_experts": config.num_experts,
             "num_experts_per_tok": config.num_experts_per_tok,
@@ -209,7 +211,7 @@ class KTMoEWrapper:
         if method is None and native is not None:
             method = training_name(native) if mode == "sft" else native
         found = find_method(method, mode)
-        if group_size in found.formats:
+        if group_size in (found.formats or found.encodings):
             overrides = {"group_size": group_size, **overrides}
         moe: Any = cls(layer_idx=layer_idx, method=found.name, mode=mode, **overrides)
         moe.load_weights(physical_to_logical_map)
@@ -247,7 +249,8 @@ def _described(
 ) -> tuple[MoEConfig, str | None, int | None]:
     """What a checkpoint says of a layer: its config, and, when asked, the method and the group size.
 
-    No method is that of the mode; the group size is that of a directory that ``ktmoe convert`` has written.
+    No method is that of the mode; the group size is that of a directory that ``ktmoe convert`` has written,
+    or of a checkpoint's own encoding.
     """
     if is_gguf(path):
         return gguf_config(GgufCheckpoint.shared(path), layer_idx), "LLAMAFILE", None
@@ -257,7 +260,8 @@ def _described(
         return config, manifest.method, manifest.group_size
     if not look_at_layer:
         return config, None, None
-    return config, native_method(SafetensorsCheckpoint.shared(path), layer_idx), None
+    checkpoint = SafetensorsCheckpoint.shared(path)
+    return config, native_method(checkpoint, layer_idx), native_group_size(checkpoint, layer_idx)
 
 
 def _of_mode(method: Method, chunk_size: Any, num_deferred: Any, sft: dict[str, Any]) -> dict[str, Any]:

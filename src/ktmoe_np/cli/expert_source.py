@@ -81,13 +81,13 @@ class NativeSource:
 
     def arguments(self, experts: Sequence[int]) -> dict[str, Any]:
         """See `ExpertSource`."""
-        decode = _DECODE[self.experts.method]
+        decode, group = _DECODE[self.experts.method], self.experts.group_size
         made: dict[str, Any] = {"up_proj": None, **_biases(self.experts.biases, experts)}
         for name, projection in self.experts.projections.items():
             codes = np.stack([projection.codes[e] for e in experts])
             scale = np.stack([projection.scale[e] for e in experts])
             factors = projection.global_scale
-            made[name] = decode(codes, scale, None if factors is None else factors[experts])
+            made[name] = decode(codes, scale, None if factors is None else factors[experts], group)
         return made
 
 
@@ -109,16 +109,18 @@ def _biases(biases: Mapping[str, Array], experts: Sequence[int]) -> dict[str, Ar
     return {f"{name.removesuffix('_proj')}_bias": bias[experts] for name, bias in biases.items()}
 
 
-#: Method -> what decodes codes and scales [E, ..], and factors [E] where it has some. K of codes that are two
-#: a byte is even: it is a multiple of a group.
-_DECODE: Mapping[str, Callable[[Array, Array, Any], Any]] = {
-    "FP8": lambda codes, scale, _: decode_fp8(codes, scale),
-    "FP8_PERCHANNEL": lambda codes, scale, _: decode_fp8_perchannel(codes, scale),
-    "MXFP8": lambda codes, scale, _: decode_mxfp8(codes, scale),
-    "RAWINT4": lambda codes, scale, _: decode_rawint4(codes, scale, 2 * codes.shape[-1]),
-    "GPTQ_INT4": lambda codes, scale, _: decode_gptq_int4(codes, scale),
-    "MXFP4": lambda codes, scale, _: decode_mxfp4(codes, scale, 2 * codes.shape[-1]),
-    "NVFP4": lambda codes, scale, factors: decode_nvfp4(codes, scale, factors, 2 * codes.shape[-1]),
+#: Method -> what decodes codes and scales [E, ..], and factors [E] where it has some, of groups of so many
+#: columns. K of codes that are two per byte is even: it is a multiple of a group.
+_DECODE: Mapping[str, Callable[[Array, Array, Any, int], Any]] = {
+    "FP8": lambda codes, scale, *_: decode_fp8(codes, scale),
+    "FP8_PERCHANNEL": lambda codes, scale, *_: decode_fp8_perchannel(codes, scale),
+    "MXFP8": lambda codes, scale, *_: decode_mxfp8(codes, scale),
+    "RAWINT4": lambda codes, scale, _, group: decode_rawint4(
+        codes, scale, 2 * codes.shape[-1], group_size=group
+    ),
+    "GPTQ_INT4": lambda codes, scale, *_: decode_gptq_int4(codes, scale),
+    "MXFP4": lambda codes, scale, *_: decode_mxfp4(codes, scale, 2 * codes.shape[-1]),
+    "NVFP4": lambda codes, scale, factors, _: decode_nvfp4(codes, scale, factors, 2 * codes.shape[-1]),
 }
 
 

@@ -89,6 +89,20 @@ def _nvfp4(codes: str, factor: str, reciprocal: bool) -> Encoding:
     )
 
 
+def _rawint4(group_size: int) -> Encoding:
+    """compressed-tensors, format "pack-quantized": Kimi-K2-Thinking has groups of 32."""
+    return Encoding(
+        "RAWINT4",
+        Part(".weight_packed", ("I32",), partial(_elements, 8)),
+        _groups(".weight_scale", ("BF16",), group_size),
+        _BFLOAT16,
+        values=8,
+        group_size=group_size,
+        others=(Part(".weight_shape", ("I64", "I32"), _two, _other_size),),
+        refused=(".weight_zero_point", ".weight_g_idx"),
+    )
+
+
 _E4M3 = Part(".weight", ("F8_E4M3",), partial(_elements, 1))
 
 #: Of encodings that fit equally well, when something is wrong or missing, the first counts.
@@ -99,16 +113,7 @@ ENCODINGS = (
     _mxfp8(".weight_scale"),
     _fp8(".weight_scale"),  # compressed-tensors, strategy "block"
     _fp8(".scale"),  # DeepSeek-V4 before its experts are four bits wide
-    Encoding(  # compressed-tensors, format "pack-quantized": Kimi-K2-Thinking
-        "RAWINT4",
-        Part(".weight_packed", ("I32",), partial(_elements, 8)),
-        _groups(".weight_scale", ("BF16",), 32),
-        _BFLOAT16,
-        values=8,
-        group_size=32,
-        others=(Part(".weight_shape", ("I64", "I32"), _two, _other_size),),
-        refused=(".weight_zero_point", ".weight_g_idx"),
-    ),
+    *(_rawint4(size) for size in (32, 64, 128)),
     GPTQ_INT4,
     _nvfp4(".weight", ".weight_scale_2", reciprocal=False),  # ModelOpt
     _nvfp4(".weight_packed", ".weight_global_scale", reciprocal=True),  # compressed-tensors

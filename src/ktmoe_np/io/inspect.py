@@ -206,8 +206,10 @@ def _safetensors_layer(checkpoint: SafetensorsCheckpoint, config: MoEConfig) -> 
         layer, naming, sizes = find_experts(checkpoint, config.layer_idx, config)
         method, names = _PLAIN, layer.names(naming, sizes)
     infos = map(checkpoint.info, names)
-    formats = dict.fromkeys(projection_sizes(config), find_method(method, "inference").weights)
-    return LayerReport(config, formats, method, None, sum(info.end - info.begin for info in infos))
+    found = find_method(method, "inference")
+    group_size = forms[0][1].encoding.group_size if forms and found.encodings else None
+    formats = dict.fromkeys(projection_sizes(config), found.encodings.get(group_size, found.weights))
+    return LayerReport(config, formats, method, group_size, sum(info.end - info.begin for info in infos))
 
 
 # ---- directories that were converted ----

@@ -17,7 +17,7 @@ from ._native_layer import Form, find_forms, no_form
 from ._native_namings import METHODS
 from .safetensors import SafetensorsCheckpoint
 
-__all__ = ["NativeExperts", "NativeProjection", "load_native", "native_method"]
+__all__ = ["NativeExperts", "NativeProjection", "load_native", "native_group_size", "native_method"]
 
 AnyArray = NDArray[Any]
 
@@ -43,6 +43,7 @@ class NativeExperts:
     projections: Mapping[str, NativeProjection]  # gate_proj, up_proj when gated, down_proj
     biases: Mapping[str, NDArray[np.float32]]  # the projections that have one -> [E, N]
     names: tuple[str, ...]  # the tensors it was made of
+    group_size: int  # columns of a row that share a scale, where the method leaves a choice
 
 
 def native_method(checkpoint: SafetensorsCheckpoint | str | os.PathLike[str], layer_idx: int) -> str | None:
@@ -80,6 +81,17 @@ def native_method(checkpoint: SafetensorsCheckpoint | str | os.PathLike[str], la
     """
     forms = find_forms(SafetensorsCheckpoint.opened(checkpoint), layer_idx)
     return forms[0][1].method if forms else None
+
+
+def native_group_size(
+    checkpoint: SafetensorsCheckpoint | str | os.PathLike[str], layer_idx: int
+) -> int | None:
+    """Tell how many columns share a scale in what `native_method` finds; None where there is nothing.
+
+    See `native_method` for parameters and errors.
+    """
+    forms = find_forms(SafetensorsCheckpoint.opened(checkpoint), layer_idx)
+    return forms[0][1].encoding.group_size if forms else None
 
 
 def load_native(
@@ -148,7 +160,9 @@ def load_native(
             )
         form = like[0]
     names = form.check(config)
-    return NativeExperts(form.method, _projections(form, config), _biases(form, config), names)
+    return NativeExperts(
+        form.method, _projections(form, config), _biases(form, config), names, form.encoding.group_size
+    )
 
 
 def _cuts(form: Form, role: str) -> dict[str, slice]:

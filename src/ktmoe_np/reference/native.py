@@ -84,15 +84,19 @@ def decode_mxfp8(codes: Bytes, scale: Bytes) -> NDArray[Any]:
     return _scaled(_e4m3(codes), _e8m0(scale), 32)
 
 
-def decode_rawint4(codes: Bytes, scale: NDArray[Any], num_columns: int) -> NDArray[Any]:
+def decode_rawint4(
+    codes: Bytes, scale: NDArray[Any], num_columns: int, *, group_size: int = 32
+) -> NDArray[Any]:
     """Decode int4 as compressed-tensors packs it: a nibble is q + 8, w = bf(q * scale).
 
     Parameters
     ----------
     codes : ndarray of uint8, [..., N, ceil(K / 2)], or the same bytes as int32
-    scale : ndarray of bfloat16, [..., N, ceil(K / 32)]
+    scale : ndarray of bfloat16, [..., N, ceil(K / group_size)]
     num_columns : int
         K.
+    group_size : int
+        Columns that share a scale.
 
     Returns
     -------
@@ -105,7 +109,7 @@ def decode_rawint4(codes: Bytes, scale: NDArray[Any], num_columns: int) -> NDArr
     array([[-16.,  14.]], dtype=float32)
     """
     numbers = _nibbles(codes, num_columns).astype(np.float32) - 8
-    return _scaled(numbers, scale.astype(np.float32), 32)
+    return _scaled(numbers, scale.astype(np.float32), group_size)
 
 
 def decode_gptq_int4(qweight: NDArray[np.int32], scales: NDArray[Any]) -> NDArray[Any]:
