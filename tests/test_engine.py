@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 from collections.abc import Callable, Iterator
@@ -83,10 +84,11 @@ def test_tickets_count_up(engine: Any, moe: Any, batch: Batch) -> None:
     before = engine.num_submitted
     outs = [fresh_out() for _ in range(5)]
     tickets = [engine.submit(moe.forward_task(*batch, out)) for out in outs]
-    assert tickets == [before + i for i in range(1, 6)]
-    assert engine.num_submitted == tickets[-1]
+    assert [ticket.number for ticket in tickets] == [before + i for i in range(1, 6)]
+    assert repr(tickets[0]) == f"Ticket({before + 1})"
+    assert engine.num_submitted == tickets[-1].number
     engine.wait(tickets[-1])
-    assert engine.num_completed == tickets[-1]
+    assert engine.num_completed == tickets[-1].number
     engine.wait(tickets[0])  # done long ago
 
 
@@ -144,10 +146,10 @@ def test_an_exception_comes_out_of_wait(engine: Any, moe: Any, batch: Batch, exp
     )
     engine.wait(good)
     engine.wait(after)  # only the task's own exception comes out
-    with pytest.raises(IndexError, match=f"topk_ids: got expert {E} at"):
-        engine.wait(wrong)
-    engine.wait(wrong)  # and it comes once
-    engine.sync()
+    for _ in range(2):  # as often as it is asked
+        with pytest.raises(IndexError, match=f"topk_ids: got expert {E} at"):
+            engine.wait(wrong)
+    engine.sync()  # has nothing to add
     assert_same_bits(outs[0], expected)
     assert_same_bits(outs[1], fresh_out())
     assert_same_bits(outs[2], expected)
@@ -173,12 +175,52 @@ def test_exceptions_that_nobody_asks_for(engine: Any, moe: Any, batch: Batch, ex
     assert_same_bits(out, expected)
 
 
-@pytest.mark.parametrize("ticket", [0, 10**9])
-def test_a_ticket_that_nobody_got(engine: Any, moe: Any, ticket: int) -> None:
-    last = engine.num_submitted
-    message = f"ticket is {ticket}, expected one that submit\\(\\) returned, so far 1 to {last}"
-    with pytest.raises(IndexError, match=message):
+def test_whoever_holds_a_ticket_is_told_of_its_failure(engine: Any, moe: Any, batch: Batch) -> None:
+    """More failures than are kept for sync, and others have been told of them before."""
+    tickets = [engine.submit(moe.forward_task(*bad(batch, E + i), fresh_out())) for i in range(1100)]
+    with pytest.raises(IndexError, match=f"got expert {E} at"):
+        engine.sync()
+    engine.sync()
+    for i, ticket in enumerate(tickets):
+        with pytest.raises(IndexError, match=f"got expert {E + i} at"):
+            engine.wait(ticket)
+
+
+def test_a_pass_that_failed_gives_no_result_whoever_syncs_the_engine(layer: Layer, batch: Batch) -> None:
+    moe = layer.wrapper(P)
+    stop = threading.Event()
+
+    def sync_again_and_again() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(IndexError):
+                moe.cpu_infer.sync()
+
+    thread = threading.Thread(target=sync_again_and_again)
+    thread.start()
+    try:
+        for _ in range(300):
+            moe.submit_forward(*bad(batch))
+            with pytest.raises(IndexError):
+                moe.sync_forward()
+            with pytest.raises(IndexError):
+                moe.forward(*bad(batch))
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("number", [0, 10**9])
+def test_a_number_is_no_ticket(engine: Any, number: int) -> None:
+    with pytest.raises(TypeError):
+        engine.wait(number)
+
+
+def test_a_ticket_of_another_engine(engine: Any, moe: Any, layer: Layer, batch: Batch) -> None:
+    other = engine_of(1)
+    ticket = other.submit(low_level_moe(other, layer, P).forward_task(*batch, fresh_out()))
+    with pytest.raises(ValueError, match="ticket: got one of another engine, expected one that submit"):
         engine.wait(ticket)
+    other.wait(ticket)
 
 
 @pytest.mark.parametrize("how", ["run", "submit"])
@@ -267,7 +309,8 @@ def test_many_threads_submit_to_one_engine(engine: Any, moe: Any, batch: Batch, 
                 engine.submit(moe.forward_task(*(batch if expert is None else bad(batch, expert)), out))
                 for expert, out in zip(experts, outs, strict=True)
             ]
-            assert tickets == sorted(tickets)
+            numbers = [ticket.number for ticket in tickets]
+            assert numbers == sorted(numbers)
             for ticket, expert, out in zip(tickets, experts, outs, strict=True):
                 if expert is None:
                     engine.wait(ticket)

@@ -8,7 +8,7 @@ import sys
 import time
 import tracemalloc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from layers import (
     engine_of,
     low_level_moe,
 )
+
+from ktmoe_np import kt_kernel_ext as ext
 
 AnyArray = Any
 
@@ -112,6 +114,60 @@ def test_a_task_that_is_never_submitted_lets_go(moe: Any, batch: Batch) -> None:
     del out
     assert ref() is not None
     del task
+    assert ref() is None
+
+
+class Linked(np.ndarray):
+    """An array that can refer to something."""
+
+    other: Any = None
+
+
+def linked(*shape: int, dtype: Any = bf16) -> Any:
+    return np.zeros(shape, dtype).view(Linked)
+
+
+def tasks_of(engine: Any, layer: Layer, batch: Batch) -> dict[str, Callable[[], tuple[Any, Any]]]:
+    """Tasks, each with an array that it holds."""
+    moe = low_level_moe(engine, layer, P)
+
+    def forward() -> tuple[Any, Any]:
+        out = linked(T, H)
+        return moe.forward_task(*batch, out), out
+
+    def forward_from_ids() -> tuple[Any, Any]:
+        ids = linked(T, P, dtype=np.int64)
+        return moe.forward_task(batch.x, ids, batch.weights, fresh_out()), ids
+
+    def load() -> tuple[Any, Any]:
+        gate = np.asarray(layer.gate_proj).view(Linked)
+        return moe.load_weights_task(gate, layer.up_proj, layer.down_proj), gate
+
+    def quantize() -> tuple[Any, Any]:
+        weights = linked(3, 64)
+        codes, scale = np.empty((3, 64), np.uint8), np.empty(3, np.float32)
+        return ext.quantize_task("int8", weights, codes, scale, pool=engine.backend_), weights
+
+    def split() -> tuple[Any, Any]:
+        ids = linked(T, P, dtype=np.int64)
+        return ext.moe.SlotSplit(ids, batch.weights, np.empty((T, P), np.int64), None, E), ids
+
+    return {f.__name__: f for f in (forward, forward_from_ids, load, quantize, split)}
+
+
+@pytest.mark.parametrize("name", ["forward", "forward_from_ids", "load", "quantize", "split"])
+def test_a_task_in_a_cycle_with_its_array_is_collected(
+    engine: Any, layer: Layer, batch: Batch, name: str
+) -> None:
+    """A task that is never submitted."""
+    task, array = tasks_of(engine, layer, batch)[name]()
+    array.other = task
+    ref = weakref.ref(array)
+    gc.collect()
+    assert array.other is task  # in use: the collector must not touch it
+    del task, array
+    assert ref() is not None
+    gc.collect()
     assert ref() is None
 
 

@@ -91,6 +91,11 @@ std::string text_of(const Dims& shape) {
 
 void init_arrays() { names = new Names; }
 
+int visit_arrays(const Arrays& arrays, visitproc visit, void* arg) {
+  for (const Array& array : arrays) Py_VISIT(array.object().ptr());
+  return 0;
+}
+
 // Fills the array when `object` is one that Handle takes.
 template <class Handle>
 bool Array::fill(nb::handle object, const char* name) {
@@ -108,7 +113,8 @@ bool Array::fill(nb::handle object, const char* name) {
     return false;
   }
   name_ = name;
-  handle_ = nb::ndarray<nb::ro>(handle);
+  // A NumPy array keeps its own memory, and a reference to it is one that the cycle collector can follow.
+  if (!is_numpy(object)) handle_ = nb::ndarray<nb::ro>(handle);
   object_ = nb::borrow(object);
   data_ = const_cast<void*>(static_cast<const void*>(handle.data()));
   item_bytes_ = handle.dtype().bits / 8u;

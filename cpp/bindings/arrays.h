@@ -43,6 +43,7 @@ class Array {
   // ValueError when the two share memory, gaps between their elements included.
   void expect_disjoint(const Array& other) const;
 
+  nb::handle object() const { return object_; }
   const char* name() const { return name_; }
   DType dtype() const { return dtype_; }
   size_t ndim() const { return shape_.size(); }
@@ -65,13 +66,18 @@ class Array {
   std::string dtype_name() const;
 
   const char* name_ = "";
-  nb::ndarray<nb::ro> handle_;  // keeps the memory
-  nb::object object_;           // as it was given, to speak of it
+  nb::ndarray<nb::ro> handle_;  // keeps the memory of what is no NumPy array
+  nb::object object_;           // as it was given
   void* data_ = nullptr;
   DType dtype_ = DType::kOther;
   size_t item_bytes_ = 0;
   std::vector<int64_t> shape_, strides_;
 };
+
+using Arrays = std::vector<Array>;
+
+// Shows the cycle collector the objects of arrays. Their owner must be the only one.
+int visit_arrays(const Arrays& arrays, visitproc visit, void* arg);
 
 // Called once, when the module is loaded.
 void init_arrays();

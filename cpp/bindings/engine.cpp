@@ -39,7 +39,7 @@ void wait_in_slices(CPUInfer& engine, WaitFor&& wait_for) {
   }
 }
 
-void wait(CPUInfer& engine, uint64_t ticket) {
+void wait(CPUInfer& engine, const Ticket& ticket) {
   wait_in_slices(engine, [&](auto slice) { return engine.wait_for(ticket, slice); });
 }
 
@@ -50,7 +50,7 @@ void sync(CPUInfer& engine, uint64_t allow_n_pending) {
   stream_calls().rethrow();
 }
 
-uint64_t submit(CPUInfer& engine, PythonTask& task) {
+Ticket submit(CPUInfer& engine, PythonTask& task) {
   release_finished(engine);
   return engine.submit(task.take());
 }
@@ -60,8 +60,8 @@ void run(CPUInfer& engine, PythonTask& task) { wait(engine, engine.submit(task.t
 // Fresh memory is slow to write to on one thread: every page of it is asked for.
 void copy(CPUInfer& engine, nb::handle source, nb::handle to) {
   static constexpr size_t kChunk = size_t{1} << 18;
-  auto from = std::make_shared<Array>(Array::read(source, "source"));
-  auto target = std::make_shared<Array>(Array::write(to, "to"));
+  const auto from = std::make_shared<Array>(Array::read(source, "source"));
+  const auto target = std::make_shared<Array>(Array::write(to, "to"));
   from->expect_contiguous(), target->expect_contiguous().expect_disjoint(*from);
   const size_t bytes = from->bytes();
   if (target->bytes() != bytes) throw_invalid("to: got ", target->bytes(), " bytes, expected ", bytes);
@@ -160,7 +160,13 @@ subpool_thread_count : list of int
 
 void bind_engine(nb::module_& m) {
   bind_pool(m);
-  nb::class_<PythonTask>(m, "Task", "Work for an engine, made by a layer; it can be submitted once.");
+  nb::class_<PythonTask>(m, "Task", "Work for an engine, made by a layer; it can be submitted once.",
+                         nb::type_slots(PythonTask::slots));
+  nb::class_<Ticket>(m, "Ticket", R"(A submitted task, for those who wait for it.
+
+As long as it lives, `CPUInfer.wait` raises the exception of a task that failed, whoever else was told of it.)")
+      .def_prop_ro("number", &Ticket::number, "1, 2, 3 ... in the order of execution.")
+      .def("__repr__", [](const Ticket& ticket) { return str_cat("Ticket(", ticket.number(), ")"); });
 
   nb::class_<CPUInfer> engine(
       m, "CPUInfer",
@@ -187,7 +193,15 @@ Raises
 ------
 Exception
     The first one that a task waited for has raised. The engine stays usable.)")
-      .def("wait", &wait, nb::arg("ticket"), "Wait for the task with that ticket; raises what it raised.")
+      .def("wait", &wait, nb::arg("ticket"),
+           R"(Wait for the task with that ticket.
+
+Raises
+------
+Exception
+    What the task raised, as often as it is asked.
+ValueError
+    The ticket of another engine.)")
       .def("run", &run, nb::arg("task"), "Submit a task and wait for it, without waking another thread.")
       .def("copy", &copy, nb::arg("source"), nb::arg("to"),
            "Copy an array to another of as many bytes, by all threads, after what was submitted before.")

@@ -51,6 +51,8 @@ class ExpertArrays {
     return slices;
   }
 
+  const Arrays& all() const { return arrays_; }
+
  private:
   void add(const Buffers& buffers, std::vector<SliceArrays>& slices) {
     const auto expected = [&] {
@@ -100,7 +102,8 @@ PythonTask write_expert_task(std::shared_ptr<MoE_Interface> layer, int64_t gpu_t
       shapes.w13);
   slices.w2 = arrays->read(
       {w2_weights, w2_scales, w2_global_scales, "w2_weights", "w2_scales", "w2_global_scales"}, shapes.w2);
-  return PythonTask([layer, arrays, slices = std::move(slices)] { layer->write_expert(slices); });
+  return PythonTask([layer, arrays, slices = std::move(slices)] { layer->write_expert(slices); },
+                    std::shared_ptr<const Arrays>(arrays, &arrays->all()));
 }
 
 }  // namespace

@@ -1,14 +1,13 @@
 // The arrays of a forward pass, checked, and the arguments made of them.
 #pragma once
 
+#include <memory>
 #include <optional>
 
 #include "bindings/arrays.h"
 #include "moe/interface.h"
 
 namespace ktmoe::bindings {
-
-using Arrays = std::vector<Array>;
 
 inline kernels::FloatType float_type(const Array& a) {
   return a.dtype() == DType::kBf16 ? kernels::FloatType::kBf16 : kernels::FloatType::kFloat32;
@@ -33,10 +32,15 @@ class ForwardArrays {
 
   const ForwardArgs& args() const { return args_; }
 
- private:
-  const Array& out() const { return arrays_[3]; }
+  // One more that the pass refers to.
+  void hold(const Array& array) { arrays_->push_back(array); }
+  const std::shared_ptr<Arrays>& arrays() const { return arrays_; }
 
-  Arrays arrays_;  // hidden states, ids, weights, out, and what else the arguments refer to
+ private:
+  const Array& array(size_t i) const { return (*arrays_)[i]; }
+  const Array& out() const { return array(3); }
+
+  std::shared_ptr<Arrays> arrays_;  // hidden states, ids, weights, out, and what else the arguments refer to
   ForwardArgs args_;
 };
 

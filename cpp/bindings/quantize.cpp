@@ -79,13 +79,16 @@ PythonTask quantize_task(const std::string& format, nb::object weights, nb::obje
   arrays.take_weights(weights);
   arrays.take_codes(codes, parsed);
   arrays.take_row_scale(row_scale, parsed, format);
-  return PythonTask([parsed, arrays = std::move(arrays), pool = std::move(pool)] {
-    try {
-      quantize_rows(parsed, arrays.args, *pool);
-    } catch (const std::invalid_argument& error) {
-      throw_invalid(arrays.weights.name(), ": ", error.what());
-    }
-  });
+  const auto held = std::make_shared<Arrays>(Arrays{arrays.weights, arrays.codes, arrays.row_scale});
+  return PythonTask(
+      [parsed, args = arrays.args, held, pool = std::move(pool)] {
+        try {
+          quantize_rows(parsed, args, *pool);
+        } catch (const std::invalid_argument& error) {
+          throw_invalid(held->front().name(), ": ", error.what());
+        }
+      },
+      held);
 }
 
 void bind_row_bytes(nb::module_& m) {

@@ -35,26 +35,28 @@ PythonTask update_lora_weights_task(Layer layer, nb::handle gate_a, nb::handle g
                                     nb::handle up_b, nb::handle down_a, nb::handle down_b) {
   const LoraHandles handles = {gate_a, gate_b, up_a, up_b, down_a, down_b};
   const MOESFTConfig& config = layer->sft_config();
-  Arrays owners;
+  const auto owners = std::make_shared<Arrays>();
+  owners->reserve(kNumLora);
   LoraSources sources;
   for (size_t i = 0; i < kNumLora; ++i) {
     if (handles[i].is_none()) continue;
     const char* name = lora_name(config, i);
     check_exists(config, name, is_up(i));
-    const Array& a = owners.emplace_back(Array::read(handles[i], name));
+    const Array& a = owners->emplace_back(Array::read(handles[i], name));
     a.expect({DType::kFloat32, DType::kBf16}, lora_dims(config, i)).expect_contiguous();
     sources[i] = {a.as<void>(), float_type(a)};
   }
-  return PythonTask([layer, sources, owners = std::move(owners)] { layer->update_lora_weights(sources); });
+  return PythonTask([layer, sources, owners] { layer->update_lora_weights(sources); }, owners);
 }
 
 PythonTask forward_sft_task(Layer layer, nb::object hidden_states, nb::object topk_ids,
                             nb::object topk_weights, nb::object out, bool save_for_backward,
                             nb::object skip_experts) {
   ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, out, skip_experts);
-  return PythonTask([layer, forward = std::move(forward), save_for_backward] {
-    layer->forward_sft(forward.args(), save_for_backward);
-  });
+  const auto arrays = forward.arrays();
+  return PythonTask([layer, forward = std::move(forward),
+                     save_for_backward] { layer->forward_sft(forward.args(), save_for_backward); },
+                    arrays);
 }
 
 // The arrays that a backward pass writes.
@@ -116,7 +118,8 @@ PythonTask backward_task(Layer layer, nb::handle grad_output, nb::handle grad_in
   args.down_proj = arrays.write_if_given<float>(down_proj, "down_proj", DType::kFloat32,
                                                 {c.expert_num, c.hidden_size, c.intermediate_size});
   args.accumulate = accumulate;
-  return PythonTask([layer, args, owners = arrays.take()] { layer->backward(args); });
+  const auto owners = std::make_shared<Arrays>(arrays.take());
+  return PythonTask([layer, args, owners] { layer->backward(args); }, owners);
 }
 
 PythonTask clear_cache_task(Layer layer) {
@@ -276,8 +279,8 @@ void bind_sft(nb::module_& m) {
       m, "AMXFP8PerChannel_SFT_MOE", "Experts as those of AMXFP8PerChannel_MOE, and adapters that train.");
   bind_layer<native_kernel<FormatId::kMxFp8>>(m, "MXFP8_SFT_MOE",
                                               "Experts as those of MXFP8_MOE, and adapters that train.");
-  bind_layer<native_kernel<FormatId::kRawInt4>>(m, "RAWINT4_SFT_MOE",
-                                                "Experts as those of RAWINT4_MOE, and adapters that train.");
+  bind_layer<rawint4_kernel>(m, "RAWINT4_SFT_MOE",
+                             "Experts as those of RAWINT4_MOE, and adapters that train.");
   bind_layer<native_kernel<FormatId::kMxFp4>>(m, "MXFP4_SFT_MOE",
                                               "Experts as those of MXFP4_MOE, and adapters that train.");
   bind_layer<native_kernel<FormatId::kNvFp4>>(m, "NVFP4_SFT_MOE",

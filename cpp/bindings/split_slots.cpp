@@ -54,8 +54,26 @@ PythonSplit::PythonSplit(nb::handle topk_ids, nb::handle topk_weights, nb::handl
   if (num_deferred > 0) split.deferred = write(deferred_ids, "deferred_ids", {tokens, slots});
 }
 
+// The tasks of its parts share what it holds, and are not shown; then nothing of it can be garbage yet.
+int PythonSplit::traverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  if (!nb::inst_ready(self)) return 0;
+  const auto& held = nb::inst_ptr<PythonSplit>(self)->held_;
+  return held.use_count() == 1 ? visit_arrays(held->arrays, visit, arg) : 0;
+}
+
+int PythonSplit::clear(PyObject* self) {
+  const auto empty = std::make_shared<HeldSplit>();
+  nb::inst_ptr<PythonSplit>(self)->held_ = empty;
+  return 0;
+}
+
+PyType_Slot PythonSplit::slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(&PythonSplit::traverse)},
+                                    {Py_tp_clear, reinterpret_cast<void*>(&PythonSplit::clear)},
+                                    {0, nullptr}};
+
 SplitPart::SplitPart(const GeneralMOEConfig& c, const PythonSplit& split, nb::handle deferred_out,
-                     const ForwardArrays& batch, int64_t first_token)
+                     ForwardArrays& batch, int64_t first_token)
     : held_(split.held()) {
   const SlotSplit& s = held_->split;
   const uint32_t num_tokens = batch.args().num_tokens;
@@ -64,11 +82,12 @@ SplitPart::SplitPart(const GeneralMOEConfig& c, const PythonSplit& split, nb::ha
                   num_tokens, " and ", c.num_experts_per_tok);
   if (deferred_out.is_none()) return;
   if (s.deferred == nullptr) throw_invalid("deferred_out: got one, expected None: no slot is deferred");
-  deferred_out_ = Array::write(deferred_out, "deferred_out");
-  deferred_out_.expect({DType::kFloat32}, {s.num_tokens, c.hidden_size}).expect_contiguous();
-  batch.expect_disjoint_from(deferred_out_);
+  const Array sums = Array::write(deferred_out, "deferred_out");
+  sums.expect({DType::kFloat32}, {s.num_tokens, c.hidden_size}).expect_contiguous();
+  batch.expect_disjoint_from(sums);
+  batch.hold(sums);
   ids_ = s.deferred + first_token * c.num_experts_per_tok;
-  out_ = deferred_out_.as<float>() + first_token * c.hidden_size;
+  out_ = sums.as<float>() + first_token * c.hidden_size;
 }
 
 void SplitPart::run(MoE_Interface& layer, ForwardArgs args) const {
@@ -102,7 +121,8 @@ num_experts : int
 num_deferred : int
     Slots of each token that are deferred, at most.
 num_tokens : array of int64 or int32 [1], optional
-    Read when the task runs: tokens from that number on have no ids.)")
+    Read when the task runs: tokens from that number on have no ids.)",
+                          nb::type_slots(PythonSplit::slots))
       .def(nb::init<nb::handle, nb::handle, nb::handle, nb::handle, int64_t, int64_t, nb::handle>(),
            nb::arg("topk_ids"), nb::arg("topk_weights"), nb::arg("immediate_ids"),
            nb::arg("deferred_ids").none(), nb::arg("num_experts"), nb::arg("num_deferred") = 0,

@@ -24,7 +24,12 @@ class PythonSplit {
 
   const std::shared_ptr<HeldSplit>& held() const { return held_; }
 
+  static PyType_Slot slots[];  // for the cycle collector
+
  private:
+  static int traverse(PyObject* self, visitproc visit, void* arg);
+  static int clear(PyObject* self);
+
   std::shared_ptr<HeldSplit> held_;
 };
 
@@ -34,14 +39,13 @@ class SplitPart {
  public:
   // ValueError when the split is of another batch.
   SplitPart(const GeneralMOEConfig& config, const PythonSplit& split, nb::handle deferred_out,
-            const ForwardArrays& batch, int64_t first_token);
+            ForwardArrays& batch, int64_t first_token);
 
   // The first part computes the other along with it when they are joint; then there is nothing left of that.
   void run(MoE_Interface& layer, ForwardArgs args) const;
 
  private:
   std::shared_ptr<HeldSplit> held_;
-  Array deferred_out_;
   const int64_t* ids_ = nullptr;
   float* out_ = nullptr;  // null: the other part
 };

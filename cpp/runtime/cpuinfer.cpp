@@ -26,6 +26,11 @@ void lower_to(std::atomic<uint64_t>& value, uint64_t at_most) {
   }
 }
 
+uint64_t next_number() {
+  static std::atomic<uint64_t> last{0};
+  return ++last;
+}
+
 // Beyond a year it is for ever, which also keeps the clock from overflowing.
 Deadline deadline_in(std::chrono::milliseconds timeout) {
   if (timeout > std::chrono::hours(24 * 365)) return {};
@@ -38,7 +43,8 @@ bool has_passed(const Deadline& deadline) {
 
 }  // namespace
 
-CPUInfer::CPUInfer(WorkerPoolConfig config) : pool_(std::make_shared<WorkerPool>(std::move(config))) {
+CPUInfer::CPUInfer(WorkerPoolConfig config)
+    : number_(next_number()), pool_(std::make_shared<WorkerPool>(std::move(config))) {
   background_ = std::make_unique<Thread>("ktmoe-queue", pool_->caller_cpus(), [this] { background_main(); });
 }
 
@@ -54,12 +60,15 @@ CPUInfer::~CPUInfer() {
   }
 }
 
-uint64_t CPUInfer::submit(std::unique_ptr<Task> task, bool wake) {
+Ticket CPUInfer::submit(std::unique_ptr<Task> task, bool wake) {
   fork_guard_.check();
   if (!task) throw_invalid("task is null, expected a task");
-  const uint64_t ticket = queue_.push(std::move(task));
+  const auto outcome = std::make_shared<TaskOutcome>();
+  outcome->engine = number_;
+  task->set_outcome(outcome);
+  const Ticket ticket(queue_.push(std::move(task)), outcome);
   if (wake) {
-    raise_to(background_until_, ticket);
+    raise_to(background_until_, ticket.number());
     // Whoever has the role looks at background_until_ when letting go of it.
     if (queue_.is_role_free()) ring_background();
   }
@@ -88,26 +97,30 @@ void CPUInfer::finish(uint64_t allow_n_pending) {
   run_until(submitted - std::min(submitted, allow_n_pending), {});
 }
 
-void CPUInfer::wait(uint64_t ticket) {
+void CPUInfer::wait(const Ticket& ticket) {
   fork_guard_.check();
   check_ticket(ticket);
-  run_until(ticket, {});
-  if (const std::exception_ptr error = errors_.take(ticket)) std::rethrow_exception(error);
+  run_until(ticket.number(), {});
+  rethrow(ticket);
 }
 
-bool CPUInfer::wait_for(uint64_t ticket, std::chrono::milliseconds timeout) {
+bool CPUInfer::wait_for(const Ticket& ticket, std::chrono::milliseconds timeout) {
   fork_guard_.check();
   check_ticket(ticket);
-  if (!run_until(ticket, deadline_in(timeout))) return false;
-  if (const std::exception_ptr error = errors_.take(ticket)) std::rethrow_exception(error);
+  if (!run_until(ticket.number(), deadline_in(timeout))) return false;
+  rethrow(ticket);
   return true;
 }
 
-void CPUInfer::check_ticket(uint64_t ticket) const {
-  const uint64_t last = num_submitted();
-  if (ticket < 1 || ticket > last) {
-    throw_out_of_range("ticket is ", ticket, ", expected one that submit() returned, so far 1 to ", last);
-  }
+void CPUInfer::check_ticket(const Ticket& ticket) const {
+  if (ticket.outcome_ == nullptr || ticket.outcome_->engine != number_)
+    throw_invalid("ticket: got one of another engine, expected one that submit() of this engine returned");
+}
+
+void CPUInfer::rethrow(const Ticket& ticket) {
+  if (ticket.outcome_->error == nullptr) return;
+  errors_.forget(ticket.number());
+  std::rethrow_exception(ticket.outcome_->error);
 }
 
 void CPUInfer::check_not_inside_task() const {
@@ -173,6 +186,7 @@ void CPUInfer::execute(std::unique_ptr<Task> task) {
     const InsideTask inside(this);
     task->run();
   } catch (...) {
+    task->outcome()->error = std::current_exception();
     errors_.add(ticket, std::current_exception());
   }
   if (task->ends_anywhere()) {

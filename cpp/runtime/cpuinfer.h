@@ -14,6 +14,7 @@
 #include "runtime/task_errors.h"
 #include "runtime/task_queue.h"
 #include "runtime/thread.h"
+#include "runtime/ticket.h"
 #include "runtime/worker_pool.h"
 
 namespace ktmoe {
@@ -32,12 +33,13 @@ class CPUInfer {
   WorkerPool& pool() { return *pool_; }
   std::shared_ptr<WorkerPool> backend() const { return pool_; }
 
-  // Queues a task and returns its ticket. With wake = false nobody is told: it runs when a thread waits for
+  // Queues a task. With wake = false nobody is told: it runs when a thread waits for
   // it, or on the way to a later task.
-  uint64_t submit(std::unique_ptr<Task> task, bool wake = true);
+  Ticket submit(std::unique_ptr<Task> task, bool wake = true);
 
   // Waits until at most `allow_n_pending` of the tasks submitted up to now are unfinished. Rethrows the first
-  // exception of those it waited for and forgets their others.
+  // exception of those it waited for and forgets their others; who holds a ticket of one is told all the
+  // same.
   void sync(uint64_t allow_n_pending = 0);
 
   // The same for the tasks up to a ticket and for about `timeout` at most: true when done, false when not.
@@ -46,12 +48,13 @@ class CPUInfer {
   // Waits like sync(), but leaves all exceptions to who asks for them.
   void finish(uint64_t allow_n_pending = 0);
 
-  // Waits for one task, and so for all before it. Rethrows this task's exception only.
-  void wait(uint64_t ticket);
+  // Waits for one task, and so for all before it. Rethrows this task's exception only, as often as it is
+  // asked. Throws std::invalid_argument for the ticket of another engine.
+  void wait(const Ticket& ticket);
 
   // The same for a limited time: true when done, false when not. While this thread runs tasks itself it looks
   // at the clock between them, so it may take longer, and gets at least one done.
-  bool wait_for(uint64_t ticket, std::chrono::milliseconds timeout);
+  bool wait_for(const Ticket& ticket, std::chrono::milliseconds timeout);
 
   uint64_t num_submitted() const { return queue_.num_pushed(); }
   uint64_t num_completed() const { return num_completed_.load(); }
@@ -65,7 +68,8 @@ class CPUInfer {
  private:
   static constexpr uint64_t kNobody = std::numeric_limits<uint64_t>::max();
 
-  void check_ticket(uint64_t ticket) const;
+  void check_ticket(const Ticket& ticket) const;
+  void rethrow(const Ticket& ticket);
   void check_not_inside_task() const;
   bool run_until(uint64_t ticket, const Deadline& deadline);
   bool consume_until(const std::atomic<uint64_t>& ticket, const Deadline& deadline);
@@ -77,6 +81,7 @@ class CPUInfer {
   void background_main();
 
   const ForkGuard fork_guard_;
+  const uint64_t number_;  // among all engines of the process
   const std::shared_ptr<WorkerPool> pool_;
   TaskQueue queue_;
   TaskStack finished_;

@@ -10,22 +10,21 @@ void TaskErrors::add(uint64_t ticket, std::exception_ptr error) noexcept {
   std::exception_ptr dropped;
   const std::lock_guard lock(mutex_);
   if (errors_.size() == kMaxKept) {
-    dropped = std::move(errors_.front().error);
-    errors_.erase(errors_.begin());
+    dropped = std::move(errors_.back().error);
+    errors_.pop_back();
   }
   errors_.push_back({ticket, std::move(error)});
   num_kept_ = errors_.size();
 }
 
-std::exception_ptr TaskErrors::take(uint64_t ticket) {
-  if (num_kept_ == 0) return nullptr;
+void TaskErrors::forget(uint64_t ticket) {
+  std::exception_ptr forgotten;
   const std::lock_guard lock(mutex_);
   const auto found = first_from(ticket);
-  if (found == errors_.end() || found->ticket != ticket) return nullptr;
-  std::exception_ptr error = std::move(found->error);
+  if (found == errors_.end() || found->ticket != ticket) return;
+  forgotten = std::move(found->error);
   errors_.erase(found);
   num_kept_ = errors_.size();
-  return error;
 }
 
 std::exception_ptr TaskErrors::take_first_through(uint64_t last) {

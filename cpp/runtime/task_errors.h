@@ -1,4 +1,5 @@
-// The exceptions of finished tasks, kept until someone who waited for the task asks.
+// The exceptions of finished tasks that nobody has been told of yet, for those who wait for all tasks. Who
+// holds a task's ticket does not depend on them.
 #pragma once
 
 #include <atomic>
@@ -17,8 +18,8 @@ class TaskErrors {
   // For the thread that runs the tasks; tickets ascend. Needs no memory, since it must not fail.
   void add(uint64_t ticket, std::exception_ptr error) noexcept;
 
-  // The exception of this task, or null. It is handed out once.
-  std::exception_ptr take(uint64_t ticket);
+  // Who waited for this task has been told.
+  void forget(uint64_t ticket);
 
   // The exception with the lowest ticket up to `last`, or null. All others up to `last` are forgotten.
   std::exception_ptr take_first_through(uint64_t last);
@@ -29,7 +30,8 @@ class TaskErrors {
     std::exception_ptr error;
   };
 
-  // Nobody may ever ask. The newest thousand are more than anyone will read, and cost next to nothing.
+  // Nobody may ever ask, so their number is bounded. The first ones are kept, since the first is what is
+  // reported, and the very last, so that whoever has been told of the others still learns of a failure.
   static constexpr size_t kMaxKept = 1024;
 
   std::vector<Entry>::iterator first_from(uint64_t ticket);

@@ -7,6 +7,8 @@
 #include <memory>
 #include <utility>
 
+#include "runtime/ticket.h"
+
 namespace ktmoe {
 
 // A unit of work and all it needs. It is run by whichever thread has the consumer role, but destroyed only by
@@ -23,12 +25,16 @@ class Task {
   // Whether it holds nothing that needs a lock to be let go: then it is destroyed as soon as it has run.
   virtual bool ends_anywhere() const { return false; }
 
+  void set_outcome(std::shared_ptr<TaskOutcome> outcome) { outcome_ = std::move(outcome); }
+  const std::shared_ptr<TaskOutcome>& outcome() const { return outcome_; }
+
  private:
   friend class TaskList;
   friend class TaskStack;
   friend class TaskQueue;
   Task* next_ = nullptr;  // in the one list that the task is in
   uint64_t ticket_ = 0;
+  std::shared_ptr<TaskOutcome> outcome_;  // shared with those who hold the ticket
 };
 
 // A list of tasks that belongs to one thread, linked through the tasks themselves.

@@ -173,7 +173,7 @@ void do_forward_deferred(Call& call) {
     if (before != nullptr && before->error != nullptr) std::rethrow_exception(before->error);
     batch.called()->layer->forward(args);
   };
-  const uint64_t ticket = engine.submit(std::make_unique<Work>(at_once), /*wake=*/false);
+  const Ticket ticket = engine.submit(std::make_unique<Work>(at_once), /*wake=*/false);
   std::exception_ptr refused;
   if (part != nullptr && !parts.is_joint) {
     try {

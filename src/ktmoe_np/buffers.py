@@ -34,7 +34,7 @@ class BufferSlot:
     weights: NDArray[np.float32]  #: [T, P]
     output: Array  #: bfloat16 [T, H]
     deferred_output: NDArray[np.float32]  #: [T, H], what the next layer starts from
-    busy_until: int = 0  #: ticket of the last task that uses the slot
+    busy_until: ext.Ticket | None = None  #: of the last task that uses the slot
     is_locked: bool = False  #: in memory, for a GPU
 
     @classmethod

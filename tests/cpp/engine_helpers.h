@@ -54,7 +54,7 @@ inline std::string sync_error(CPUInfer& engine, uint64_t allow_n_pending = 0) {
   return message_of<std::runtime_error>([&] { engine.sync(allow_n_pending); });
 }
 
-inline std::string wait_error(CPUInfer& engine, uint64_t ticket) {
+inline std::string wait_error(CPUInfer& engine, const Ticket& ticket) {
   return message_of<std::runtime_error>([&] { engine.wait(ticket); });
 }
 

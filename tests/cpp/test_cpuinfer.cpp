@@ -13,7 +13,8 @@ TEST_CASE("engine: tasks run once and in order, with and without a wake-up") {
     Engine engine;
     std::vector<int> order;
     for (int i = 0; i < 500; ++i) {
-      CHECK(engine.submit(task([&order, i] { order.push_back(i); }), wake) == static_cast<uint64_t>(i + 1));
+      const Ticket ticket = engine.submit(task([&order, i] { order.push_back(i); }), wake);
+      CHECK(ticket.number() == static_cast<uint64_t>(i + 1));
     }
     engine.sync();
     REQUIRE(order.size() == 500);
@@ -81,7 +82,7 @@ TEST_CASE("engine: sync(n) leaves n tasks pending") {
 TEST_CASE("engine: wait_for gives up while another thread has the role") {
   Gate gate;
   Engine engine;
-  const uint64_t ticket = engine.submit(gate.task());
+  const Ticket ticket = engine.submit(gate.task());
   REQUIRE(gate.wait_until_begun());
   const auto begin = std::chrono::steady_clock::now();
   CHECK(!engine.wait_for(ticket, milliseconds(30)));
@@ -95,7 +96,7 @@ TEST_CASE("engine: wait_for gives up while another thread has the role") {
 
 TEST_CASE("engine: wait_for looks at the clock between the tasks that it runs") {
   Engine engine;
-  uint64_t ticket = 0;
+  Ticket ticket;
   for (int i = 0; i < 3; ++i) {
     ticket = engine.submit(task([] { std::this_thread::sleep_for(milliseconds(5)); }), kNoWake);
   }
@@ -109,7 +110,7 @@ TEST_CASE("engine: wait_for looks at the clock between the tasks that it runs") 
 TEST_CASE("engine: a sleeping waiter returns when its task is done, not when the queue is empty") {
   Gate first, second;
   Engine engine;
-  const uint64_t ticket = engine.submit(first.task());
+  const Ticket ticket = engine.submit(first.task());
   engine.submit(second.task());
   REQUIRE(first.wait_until_begun());
   std::atomic<bool> returned{false};
@@ -127,11 +128,11 @@ TEST_CASE("engine: a sleeping waiter returns when its task is done, not when the
 TEST_CASE("engine: a sleeping waiter takes over when the role becomes free") {
   Gate gate;
   Engine engine;
-  const uint64_t first = engine.submit(gate.task(), kNoWake);
+  const Ticket first = engine.submit(gate.task(), kNoWake);
   std::thread first_waiter([&] { engine.wait(first); });
   REQUIRE(gate.wait_until_begun());
   std::thread::id ran_in;
-  const uint64_t second = engine.submit(task([&] { ran_in = std::this_thread::get_id(); }), kNoWake);
+  const Ticket second = engine.submit(task([&] { ran_in = std::this_thread::get_id(); }), kNoWake);
   std::thread second_waiter([&] { engine.wait(second); });
   const std::thread::id expected = second_waiter.get_id();
   let_threads_fall_asleep();
@@ -144,7 +145,7 @@ TEST_CASE("engine: a sleeping waiter takes over when the role becomes free") {
 TEST_CASE("engine: what a waiter leaves behind goes to the background thread") {
   Gate gate;
   Engine engine;
-  const uint64_t first = engine.submit(gate.task(), kNoWake);
+  const Ticket first = engine.submit(gate.task(), kNoWake);
   std::thread waiter([&] { engine.wait(first); });
   REQUIRE(gate.wait_until_begun());
   engine.submit(task([] {}));  // asks for the background thread, which cannot have the role yet
@@ -161,7 +162,7 @@ TEST_CASE("engine: several threads wait for tasks of their own") {
     threads.emplace_back([&] {
       for (int i = 0; i < 300; ++i) {
         std::atomic<bool> done{false};
-        const uint64_t ticket = engine.submit(task([&] { done = true; }), i % 2 == 0);
+        const Ticket ticket = engine.submit(task([&] { done = true; }), i % 2 == 0);
         engine.wait(ticket);
         if (done) ++num_right;
       }
@@ -201,11 +202,11 @@ TEST_CASE("engine: no wake-up is lost in a random mixture of submitting and wait
       std::minstd_rand random(static_cast<unsigned>(t + 1));
       for (int i = 0; i < 1000; ++i) {
         const auto pauses = random() % 2000;
-        const uint64_t ticket = engine.submit(task([&num_runs, pauses] {
-                                                for (unsigned p = 0; p < pauses; ++p) cpu_pause();
-                                                num_runs.fetch_add(1);
-                                              }),
-                                              random() % 2 == 0);
+        const Ticket ticket = engine.submit(task([&num_runs, pauses] {
+                                              for (unsigned p = 0; p < pauses; ++p) cpu_pause();
+                                              num_runs.fetch_add(1);
+                                            }),
+                                            random() % 2 == 0);
         switch (random() % 5) {
           case 0: engine.wait(ticket); break;
           case 1: engine.sync(random() % 3); break;

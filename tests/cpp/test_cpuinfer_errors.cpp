@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <limits>
+#include <vector>
 
 #include "engine_helpers.h"
 
@@ -32,38 +33,44 @@ TEST_CASE("engine: sync_for gives up in time and rethrows as sync does") {
   Gate gate;
   Engine engine;
   engine.submit(failing("first"));
-  const uint64_t gated = engine.submit(gate.task());
+  const Ticket gated = engine.submit(gate.task());
   engine.submit(failing("last"));
   const auto error_through = [&](uint64_t ticket) {
     return message_of<std::runtime_error>([&] { engine.sync_for(ticket, milliseconds::max()); });
   };
   REQUIRE(gate.wait_until_begun());
-  CHECK(!engine.sync_for(gated, milliseconds(5)));
+  CHECK(!engine.sync_for(gated.number(), milliseconds(5)));
   CHECK(engine.sync_for(0, milliseconds(5)));
   gate.open();
-  CHECK(error_through(gated) == "first");
+  CHECK(error_through(gated.number()) == "first");
   CHECK(error_through(kEverything) == "last");
   CHECK(error_through(kEverything) == kNoError);
 }
 
 TEST_CASE("engine: wait rethrows only its own task's exception, and sync the rest") {
   Engine engine;
-  const uint64_t a = engine.submit(failing("a")), b = engine.submit(failing("b")),
-                 c = engine.submit(task([] {})), d = engine.submit(failing("d"));
+  const Ticket a = engine.submit(failing("a")), b = engine.submit(failing("b")),
+               c = engine.submit(task([] {})), d = engine.submit(failing("d"));
   CHECK(wait_error(engine, c) == kNoError);
   CHECK(wait_error(engine, b) == "b");
-  CHECK(wait_error(engine, b) == kNoError);
+  CHECK(wait_error(engine, b) == "b");  // as often as it is asked
   CHECK(message_of<std::runtime_error>([&] { engine.wait_for(d, milliseconds(10000)); }) == "d");
   CHECK(sync_error(engine) == "a");
-  CHECK(wait_error(engine, a) == kNoError);
+  CHECK(sync_error(engine) == kNoError);
+  CHECK(wait_error(engine, a) == "a");  // whoever else has been told
 }
 
-TEST_CASE("engine: exceptions that nobody fetches do not pile up") {
+TEST_CASE("engine: of exceptions that nobody fetches, sync keeps the first ones and the last") {
   Engine engine;
-  for (int i = 1; i <= 1500; ++i) engine.submit(failing(std::to_string(i)), kNoWake);
+  std::vector<Ticket> tickets;
+  for (int i = 1; i <= 1500; ++i) tickets.push_back(engine.submit(failing(std::to_string(i)), kNoWake));
   engine.wait(engine.submit(task([] {}), kNoWake));
-  CHECK(sync_error(engine) == "477");  // the first of the newest 1024
+  CHECK(sync_error(engine, 1501 - 1100) == "1");
+  CHECK(sync_error(engine) == "1500");
   CHECK(sync_error(engine) == kNoError);
+  // Those who hold a ticket are told of every one.
+  for (int i = 1; i <= 1500; ++i)
+    CHECK(wait_error(engine, tickets[static_cast<size_t>(i - 1)]) == std::to_string(i));
 }
 
 TEST_CASE("engine: an exception in the pool's workers arrives at sync") {
@@ -76,12 +83,22 @@ TEST_CASE("engine: an exception in the pool's workers arrives at sync") {
   CHECK(sync_error(engine) == "task 37");
 }
 
-TEST_CASE("engine: tickets that were never given out") {
+TEST_CASE("engine: tickets of other engines, and of none") {
   Engine engine;
-  CHECK(contains(message_of<std::out_of_range>([&] { engine.wait(1); }), "ticket is 1"));
-  engine.submit(task([] {}));
-  CHECK(contains(message_of<std::out_of_range>([&] { engine.wait(2); }), "so far 1 to 1"));
-  CHECK(contains(message_of<std::out_of_range>([&] { engine.wait_for(0, milliseconds(1)); }), "ticket is 0"));
+  const auto error_of = [&](const Ticket& ticket) {
+    return message_of<std::invalid_argument>([&] { engine.wait(ticket); });
+  };
+  CHECK(contains(error_of(Ticket{}), "got one of another engine"));
+  for (int i = 0; i < 20; ++i) {  // one of them may get the address of another
+    Ticket other;
+    {
+      Engine gone;
+      other = gone.submit(task([] {}));
+    }
+    Engine next;
+    CHECK(contains(message_of<std::invalid_argument>([&] { next.wait_for(other, milliseconds(1)); }),
+                   "got one of another engine"));
+  }
   CHECK(contains(message_of<std::invalid_argument>([&] { engine.submit(nullptr); }), "task is null"));
 }
 
@@ -126,9 +143,9 @@ TEST_CASE("engine: a task may submit, but not wait for its own engine") {
   Engine engine;
   std::string from_task, from_worker, from_shutdown;
   bool done_before = false;
-  const uint64_t before = engine.submit(task([] {}));
+  const Ticket before = engine.submit(task([] {}));
   engine.submit(task([&] {
-    const uint64_t ticket = engine.submit(task([] {}));
+    const Ticket ticket = engine.submit(task([] {}));
     done_before = engine.wait_for(before, milliseconds(0));
     from_task = wait_error(engine, ticket);
     from_shutdown = message_of<std::runtime_error>([&] { engine.shutdown(); });
@@ -145,7 +162,7 @@ TEST_CASE("engine: a task may submit, but not wait for its own engine") {
 #if !defined(KT_UNDER_TSAN)
 TEST_CASE("engine: a forked child is told, and can make an engine of its own") {
   auto engine = std::make_unique<Engine>();
-  engine->submit(task([] {}));
+  const Ticket ticket = engine->submit(task([] {}));
   engine->sync();
   let_threads_fall_asleep();
   const int result = in_forked_child([&] {
@@ -154,7 +171,7 @@ TEST_CASE("engine: a forked child is told, and can make an engine of its own") {
     };
     if (!is_told(message_of<std::runtime_error>([&] { engine->submit(task([] {})); }))) return 1;
     if (!is_told(sync_error(*engine))) return 2;
-    if (!is_told(wait_error(*engine, 1))) return 3;
+    if (!is_told(wait_error(*engine, ticket))) return 3;
     if (!is_told(message_of<std::runtime_error>([&] { engine->shutdown(); }))) return 4;
     if (engine->take_finished().size() != 1) return 5;
     engine.reset();

@@ -113,34 +113,40 @@ TEST_CASE("task queue: the consumer role is one thread's at a time") {
   CHECK(queue.try_acquire_role());
 }
 
-TEST_CASE("task errors: handed out once, the first of those waited for") {
-  const auto number = [](const std::exception_ptr& error) {
-    try {
-      if (error) std::rethrow_exception(error);
-    } catch (int value) {
-      return value;
-    }
-    return 0;
-  };
+namespace {
+
+int number(const std::exception_ptr& error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (int value) {
+    return value;
+  }
+  return 0;
+}
+
+}  // namespace
+
+TEST_CASE("task errors: the first of those waited for is handed out, and none that is forgotten") {
   TaskErrors errors;
-  CHECK(errors.take(1) == nullptr);
+  errors.forget(1);
   CHECK(errors.take_first_through(100) == nullptr);
   for (const int ticket : {2, 3, 5, 8, 9}) {
     errors.add(static_cast<uint64_t>(ticket), std::make_exception_ptr(ticket));
   }
-  CHECK(number(errors.take(3)) == 3);
-  CHECK(errors.take(3) == nullptr);
-  CHECK(errors.take(4) == nullptr);
+  errors.forget(2);
+  errors.forget(4);
   CHECK(errors.take_first_through(1) == nullptr);
-  CHECK(number(errors.take_first_through(8)) == 2);  // 5 and 8 are forgotten
+  CHECK(number(errors.take_first_through(8)) == 3);  // 5 and 8 are forgotten
   CHECK(number(errors.take_first_through(100)) == 9);
   CHECK(errors.take_first_through(100) == nullptr);
 }
 
-TEST_CASE("task errors: the newest 1024 are kept") {
+TEST_CASE("task errors: of more than 1024 the first ones are kept, and the last") {
   TaskErrors errors;
-  for (uint64_t ticket = 1; ticket <= 1500; ++ticket) errors.add(ticket, std::make_exception_ptr(0));
-  CHECK(errors.take(1500 - 1024) == nullptr);
-  CHECK(errors.take(1500 - 1023) != nullptr);
-  CHECK(errors.take(1500) != nullptr);
+  for (int ticket = 1; ticket <= 1500; ++ticket)
+    errors.add(static_cast<uint64_t>(ticket), std::make_exception_ptr(ticket));
+  for (int ticket = 1; ticket <= 1023; ++ticket)
+    CHECK(number(errors.take_first_through(static_cast<uint64_t>(ticket))) == ticket);
+  CHECK(errors.take_first_through(1499) == nullptr);
+  CHECK(number(errors.take_first_through(1500)) == 1500);
 }

@@ -58,20 +58,20 @@ class LayerRunner:
         for rows in self._chunks(batch):
             self._engine.run(self._task(batch, rows, skip_experts=skip_experts))
 
-    def submit(self, batch: Batch, skip_experts: Array | None) -> list[int]:
+    def submit(self, batch: Batch, skip_experts: Array | None) -> list[ext.Ticket]:
         """Queue a batch; the tickets to wait for. Nothing is queued when an argument is refused."""
         tasks = [self._task(batch, rows, skip_experts=skip_experts) for rows in self._chunks(batch)]
         return [self._engine.submit(task) for task in tasks]
 
     def submit_deferring(
         self, batch: Batch, skip_experts: Array | None, chain: DeferralChain[HostCarry]
-    ) -> list[int]:
+    ) -> list[ext.Ticket]:
         """Queue a batch that begins with what the layer before has deferred and defers some itself.
 
         Returns
         -------
-        list of int
-            The tickets of what is not deferred.
+        list of Ticket
+            Of what is not deferred.
         """
         carry = chain.receive(self._config.layer_idx, batch.num_tokens)
         if carry is not None and batch.incremental:
@@ -164,7 +164,7 @@ class LayerRunner:
         config = self._config
         slots = KExpertsCPUBuffer.get_buffer(batch_size, config.hidden_size, config.num_experts_per_tok)
         slot = slots[config.layer_idx % len(slots)]
-        if slot.busy_until > self._engine.num_completed:
+        if slot.busy_until is not None and slot.busy_until.number > self._engine.num_completed:
             self._engine.wait(slot.busy_until)
         return slot
 
