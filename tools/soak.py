@@ -29,6 +29,7 @@ BATCHES = (0, 1, 2, 7, 33, 150)
 
 
 def weights(rng: np.random.Generator) -> list[Any]:
+    """Draw gate, up and down."""
     shapes = ((E, I, H), (E, I, H), (E, H, I))
     return [(rng.standard_normal(s) * s[-1] ** -0.5).astype(ml_dtypes.bfloat16) for s in shapes]
 
@@ -125,12 +126,14 @@ counts: Counter[str] = Counter()
 
 
 def check(holds: bool, what: str) -> None:
+    """Stop all threads when something does not hold."""
     if not holds:
         failed.set()
         raise AssertionError(what)
 
 
 def work(cases: list[Case], end: float, seed: int) -> None:
+    """Make random calls until the end."""
     draw = random.Random(seed)
     mine: Counter[str] = Counter()
     try:
@@ -152,6 +155,7 @@ def work(cases: list[Case], end: float, seed: int) -> None:
 
 
 def main() -> int:
+    """Run the threads; 1 when anything went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--threads", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
