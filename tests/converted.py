@@ -43,7 +43,8 @@ def name_of(layer: int) -> str:
 
 
 def names_in(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
+    """What is in a directory, but for the file that is locked to change the manifest."""
+    return sorted(path.name for path in directory.iterdir() if path.name != ".ktmoe.lock")
 
 
 def corrupt(path: Path, tensor: str, at: tuple[int, ...], value: int) -> None:

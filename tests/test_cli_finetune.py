@@ -295,7 +295,7 @@ def test_what_is_missing_is_written_again(text: Path, whole: Path, tmp_path: Pat
 
 
 def test_what_a_killed_run_left_is_removed(text: Path, tmp_path: Path) -> None:
-    (tmp_path / ".state.safetensors.4194305.part").write_bytes(b"half")
+    (tmp_path / ".ktmoe-0123.part").write_bytes(b"half")
     assert finetune(text, tmp_path, "--steps=1") == 0
     assert not list(tmp_path.glob(".*"))
 

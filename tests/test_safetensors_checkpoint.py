@@ -10,12 +10,14 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint, write_safetensors
 from numpy.typing import NDArray
 
-from ktmoe_np.io import SafetensorsCheckpoint, SafetensorsFile, load_hf_config
+from ktmoe_np import KTMoEWrapper
+from ktmoe_np.io import SafetensorsCheckpoint, SafetensorsFile, load_hf_config, safetensors
 
 AnyArray = NDArray[Any]
 
@@ -142,12 +144,81 @@ def test_config_json(tmp_path: Path) -> None:
         load_hf_config(tmp_path)
 
 
-def test_a_shared_checkpoint_is_read_once_and_anew_when_it_changes(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 4, 8)
+def replaced(path: Path) -> None:
+    """Put another file in a file's place, which is like it but for what a rename changes."""
+    other, status = path.with_name("other"), path.stat()
+    other.write_bytes(path.read_bytes())
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.replace(path)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("how", ["replaced", "written to", "no index"])
+def test_a_shared_checkpoint_is_read_once_and_anew_when_it_changes(
+    how: str, num_shards: int, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 4, 8, num_shards=num_shards)
+    if how == "no index":
+        (tmp_path / "model.safetensors.index.json").unlink(missing_ok=True)
+    held = SafetensorsCheckpoint.shared(tmp_path)
+    for path in sorted(path for path in tmp_path.iterdir() if path.name != "config.json"):
+        assert SafetensorsCheckpoint.shared(str(tmp_path)) is held
+        if how == "written to":
+            os.utime(path, ns=(1, 1))
+        else:
+            replaced(path)
+        now = SafetensorsCheckpoint.shared(tmp_path)
+        assert now is not held
+        held = now
+
+
+def test_the_index_of_a_shared_checkpoint_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 4, 8, num_shards=2)
+    reads = []
+    read = safetensors._read_index
+    monkeypatch.setattr(safetensors, "_read_index", lambda path: reads.append(path) or read(path))
+    held = [SafetensorsCheckpoint.shared(tmp_path)]
+    replaced(tmp_path / "model-00001-of-00002.safetensors")
+    held += [SafetensorsCheckpoint.shared(tmp_path), SafetensorsCheckpoint(tmp_path)]
+    assert len(set(held)) == 3
+    assert len(reads) == 1
+
+
+def test_a_shard_that_comes_later(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 4, 8, num_shards=2)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    shard.rename(tmp_path / "coming")
     first = SafetensorsCheckpoint.shared(tmp_path)
-    assert SafetensorsCheckpoint.shared(str(tmp_path)) is first
-    os.utime(tmp_path, ns=(1, 1))
-    assert SafetensorsCheckpoint.shared(tmp_path) is not first
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        first.tensor("model.layers.0.norm")
+    (tmp_path / "coming").rename(shard)
+    assert SafetensorsCheckpoint.shared(tmp_path).tensor("model.layers.0.norm").shape == (8,)
+    assert first.tensor("model.layers.0.norm").shape == (8,)
+
+
+def test_a_shard_that_is_replaced_before_it_is_opened(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 4, 8, num_shards=2)
+    checkpoint = SafetensorsCheckpoint.shared(tmp_path)
+    replaced(tmp_path / "model-00002-of-00002.safetensors")
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: got another file than when"):
+        checkpoint.tensor("model.layers.0.norm")
+    assert SafetensorsCheckpoint.shared(tmp_path).tensor("model.layers.0.norm").shape == (8,)
+
+
+def test_a_layer_reads_a_replaced_shard_while_another_holds_the_old_one(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_checkpoint(tmp_path / f"{seed}", "qwen3_moe", [0], 2, 32, 32, seed, num_shards=2)
+    batch = np.ones((1, 32), ml_dtypes.bfloat16), np.array([[0, 1]]), np.ones((1, 2), np.float32)
+    old, other = (KTMoEWrapper.from_pretrained(tmp_path / f"{seed}") for seed in (0, 1))
+    first, second = old.forward(*batch), other.forward(*batch)
+    assert not same_bytes(first, second)
+    for shard in (tmp_path / "1").glob("*.safetensors"):
+        shard.replace(tmp_path / "0" / shard.name)
+    new = KTMoEWrapper.from_pretrained(tmp_path / "0")
+    assert same_bytes(new.forward(*batch), second)
+    assert same_bytes(old.forward(*batch), first)
 
 
 def test_a_shared_checkpoint_is_let_go_with_its_last_holder(tmp_path: Path) -> None:

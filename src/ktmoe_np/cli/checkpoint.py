@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from .._arrays import Array
-from ..io.writer import write_safetensors
+from ..io.writer import replace_text, write_safetensors
 
 __all__ = ["CONFIG", "NUM_LAYERS", "write_demo_checkpoint"]
 
@@ -93,7 +93,7 @@ def write_demo_checkpoint(directory: Path) -> int:
                 tensors[f"{stem}.experts.{e}.{name}.weight"] = matrix
                 num_bytes += matrix.nbytes
     write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
+    replace_text(directory / "config.json", json.dumps(CONFIG, indent=2) + "\n")
     return num_bytes
 
 

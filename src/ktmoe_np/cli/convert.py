@@ -18,7 +18,7 @@ from .._quantize import quantize_projection
 from ..config import MoEConfig
 from ..cpuinfer import _MoEBase
 from ..io import SafetensorsCheckpoint, expert_layers, load_experts, load_hf_config
-from ..io.manifest import LayerRecord, Manifest, manifest_path, read_manifest, write_manifest
+from ..io.manifest import LayerRecord, Manifest, begin_manifest, record_layer
 from ..io.quantized import (
     QuantizedExperts,
     check_codes,
@@ -104,10 +104,9 @@ class _Conversion:
         self._check_written(path, experts, config)
         sample = sample_experts(config)
         errors = weight_errors(self._format, experts, matrices, config, sample)
-        # Another process may convert other layers meanwhile; what it has recorded stays.
-        self._manifest.layers |= read_manifest(self._target).layers
-        self._manifest.layers[layer] = LayerRecord(file_digest(path), errors, sample)
-        write_manifest(self._target, self._manifest, __version__)
+        # Other processes may convert other layers meanwhile; what they have recorded stays.
+        made = LayerRecord(file_digest(path), errors, sample)
+        record_layer(self._target, self._manifest, layer, made, __version__)
         self._progress.step(f"layer {layer}: written")
         return LayerRow(layer, path.stat().st_size, errors, "written")
 
@@ -180,25 +179,15 @@ def _begin(target: Path, manifest: Manifest) -> Manifest:
         )
     target.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target)
-    if manifest_path(target).exists():
-        found = read_manifest(target)
-        for name in ("source", "method", "group_size"):
-            got, expected = getattr(found, name), getattr(manifest, name)
-            if got != expected:
-                raise ValueError(
-                    f"{manifest_path(target)}: {name} is {got!r}, expected {expected!r}: another conversion "
-                    "is there; choose another directory"
-                )
-        return found
-    write_manifest(target, manifest, __version__)
-    return manifest
+    return begin_manifest(target, manifest, __version__)
 
 
 def _copy_config(source: Path, target: Path) -> None:
     """Copy the config.json, which says what the layers are."""
     folder = source if source.is_dir() else source.parent
+    config = (folder / "config.json").read_bytes()
     with replacing(target / "config.json") as file:
-        file.write((folder / "config.json").read_bytes())
+        file.write(config)
 
 
 def _biases(source: Any) -> dict[str, Any]:

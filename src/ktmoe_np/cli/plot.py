@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..io.writer import replacing
 from .progress import EXTRA_HINT
 from .table import Row, counted
 
@@ -81,7 +82,7 @@ def draw_plot(path: str, rows: Sequence[Row], cpu: str) -> None:
     axes.set_title(f"How close to the limit of memory or arithmetic: {cpu}", fontsize=11)
     axes.legend(frameon=False, ncols=len(sizes), loc="upper left", bbox_to_anchor=(0, -0.08))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    _save(path, figure)
 
 
 def draw_loss(path: str, losses: Sequence[float], reference_losses: Sequence[float]) -> None:
@@ -132,4 +133,10 @@ def _save_curves(path: str | Path, figure: Any, axes: Any, what: str, title: str
     axes.set_title(title, fontsize=11)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    _save(path, figure)
+
+
+def _save(path: str | Path, figure: Any) -> None:
+    """Write a figure, all at once, as the kind that the name ends in."""
+    with replacing(path) as file:
+        figure.savefig(file, format=Path(path).suffix.removeprefix(".").lower(), dpi=150)

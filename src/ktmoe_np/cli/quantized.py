@@ -15,6 +15,7 @@ from .._formats import QuantizedFormat
 from .._methods import METHODS, Method, find_method
 from ..config import MoEConfig
 from ..io import ExpertTensors
+from ..io._mapped import MappedFiles
 from ..io.quantized import QuantizedExperts, projection_sizes
 from .table import counted, wrap
 
@@ -94,6 +95,7 @@ def weight_errors(
         distance = norm = 0.0
         for e in sample:
             scale = None if matrix.row_scale is None else matrix.row_scale[e]
+            MappedFiles([source[name][e], matrix.codes[e]]).check()
             weights = source[name][e].astype(np.float32)
             away = fmt.decode(matrix.codes[e], scale, num_columns) - weights
             distance += float(np.square(away, dtype=np.float64).sum())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 from pathlib import Path
@@ -13,10 +12,11 @@ from numpy.typing import NDArray
 
 from ._gguf_header import GGUF_TYPES, GgufTensorInfo, parse_gguf_header
 from ._held import Held
+from ._mapped import identity_at, map_file
 
 __all__ = ["GgufCheckpoint", "GgufTensorInfo", "is_gguf"]
 
-#: Checkpoints that someone holds, by their files and their times of change.
+#: Checkpoints that someone holds, by the paths and identities of all their files.
 _shared: Held[GgufCheckpoint] = Held()
 
 #: The name of a file of a model of several: the model, the file's number from 1, and how many there are.
@@ -31,11 +31,17 @@ class _GgufFile:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:  # nothing to map
                 raise ValueError(f"{path}: 0 bytes are too short for a GGUF file")
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map = map_file(file, path)
         self.header = parse_gguf_header(path, memoryview(self._map))
+
+    def value(self, key: str) -> Any:
+        """Decode a value of the metadata; None when there is none."""
+        self._map.check()
+        return self.header.value(key)
 
     def rows(self, info: GgufTensorInfo) -> NDArray[np.uint8]:
         """View the bytes of a tensor, row by row."""
+        self._map.check()
         flat = np.frombuffer(self._map, np.uint8, info.num_bytes, info.begin)
         return flat.reshape(*info.shape[:-1], info.row_bytes)
 
@@ -102,9 +108,9 @@ class GgufCheckpoint:
     def shared(cls, path: str | os.PathLike[str]) -> GgufCheckpoint:
         """The checkpoint at `path`, the same one for all who hold it: headers are read once.
 
-        A changed file is read anew. Errors are those of the class.
+        When any file has been replaced or written to, all are read anew. Errors are those of the class.
         """
-        key = tuple((str(file.resolve()), file.stat().st_mtime_ns) for file in _model_files(Path(path)))
+        key = tuple((str(file.resolve()), identity_at(file)) for file in _model_files(Path(path)))
         return _shared.get(key, lambda: cls(path))
 
     @classmethod
@@ -147,8 +153,10 @@ class GgufCheckpoint:
         ------
         ValueError
             A string that is not UTF-8.
+        OSError
+            The file was cut off since it was opened.
         """
-        return self._files[0].header.value(key)
+        return self._files[0].value(key)
 
     def names(self) -> tuple[str, ...]:
         """List all tensors."""
@@ -188,6 +196,13 @@ class GgufCheckpoint:
         ------
         ValueError
             No such tensor, or one of a type that is not known.
+        OSError
+            The file was cut off since it was opened.
+
+        Notes
+        -----
+        Reading the tensor when the file has been cut off meanwhile ends the process; see
+        `ktmoe_np.io._mapped`.
         """
         info = self.info(name)
         if not info.num_bytes:

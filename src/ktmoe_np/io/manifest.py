@@ -1,10 +1,17 @@
-"""``ktmoe.json``: what a directory of quantised layers was made from, how, and how exact it is."""
+"""``ktmoe.json``: what a directory of quantised layers was made from, how, and how exact it is.
+
+Several processes may convert layers into one directory. A process that changes the file holds a lock, reads
+what the others have written, adds to it and replaces the file; readers need no lock. The lock (`flock`) is on
+a file of its own, which is never renamed or removed: a lock on ``ktmoe.json`` would go with the old file.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +19,12 @@ from typing import Any
 from ._safetensors_header import parse_json_object
 from .writer import replace_text
 
-__all__ = ["LayerRecord", "Manifest", "manifest_path", "read_manifest", "write_manifest"]
+__all__ = ["LayerRecord", "Manifest", "begin_manifest", "manifest_path", "read_manifest", "record_layer"]
 
 _FORMAT, _VERSION = "ktmoe-quantized", 1
+
+#: The file that is locked.
+_LOCK_NAME = ".ktmoe.lock"
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,75 @@ def manifest_path(directory: str | os.PathLike[str]) -> Path:
     return Path(directory) / "ktmoe.json"
 
 
-def write_manifest(directory: str | os.PathLike[str], manifest: Manifest, version: str) -> None:
-    """Write the file, all at once; `version` is that of this package."""
+def begin_manifest(directory: str | os.PathLike[str], manifest: Manifest, version: str) -> Manifest:
+    """Write a file of no layers, or read the one that is there; `version` is that of this package.
+
+    Returns
+    -------
+    Manifest
+        What the file says.
+
+    Raises
+    ------
+    ValueError
+        It is that of a conversion of another kind, or not such a file: names the field.
+    OSError
+        The file or the lock cannot be written.
+    """
+    with _locked(directory):
+        if not manifest_path(directory).exists():
+            _write(directory, manifest, version)
+        return _read_same(directory, manifest)
+
+
+def record_layer(
+    directory: str | os.PathLike[str], manifest: Manifest, layer: int, record: LayerRecord, version: str
+) -> None:
+    """Add a layer to the file and to `manifest`, which gets what others have recorded too.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError, OSError
+        Those of `begin_manifest`, or the file is gone; nothing is recorded.
+    """
+    with _locked(directory):
+        found = _read_same(directory, manifest)
+        found.layers[layer] = record
+        _write(directory, found, version)
+    manifest.layers = found.layers
+
+
+@contextmanager
+def _locked(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep others from changing the file; waits while another does."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    path = Path(directory, _LOCK_NAME)
+    lock = os.open(path, flags, 0o666)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(path)) from error
+        yield
+    finally:
+        os.close(lock)
+
+
+def _read_same(directory: str | os.PathLike[str], wanted: Manifest) -> Manifest:
+    """What the file says; ValueError when it is that of another conversion."""
+    found = read_manifest(directory)
+    for name in ("source", "method", "group_size"):
+        got, expected = getattr(found, name), getattr(wanted, name)
+        if got != expected:
+            raise ValueError(
+                f"{manifest_path(directory)}: {name} is {got!r}, expected {expected!r}: another conversion "
+                "is there; choose another directory"
+            )
+    return found
+
+
+def _write(directory: str | os.PathLike[str], manifest: Manifest, version: str) -> None:
+    """Write the file, all at once."""
     layers = {
         str(layer): {
             "sha256": record.sha256,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from .._formats import QuantizedFormat
 from ..config import MoEConfig
 from ._expert_layer import aligned
+from ._mapped import MappedFiles
 from .safetensors import SafetensorsFile
 from .writer import write_safetensors
 
@@ -237,9 +238,12 @@ def check_codes(
     ValueError
         Codes, multipliers or scales that no quantised weights have: names the file, the tensor, the expert
         and the row.
+    OSError
+        The file was cut off since it was mapped.
     """
     for name, (_, num_columns) in projection_sizes(config).items():
         for e, codes in enumerate(experts.matrices[name].codes):
+            MappedFiles([codes]).check()
             problem = fmt.problem(codes, num_columns)
             if problem is not None:
                 raise ValueError(f"{path}: tensor '{name}.codes': expert {e}, {problem}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterable
 from functools import cached_property
@@ -14,12 +13,16 @@ from numpy.typing import NDArray
 
 from ._held import Held
 from ._layer_names import LayerNames
+from ._mapped import FileIdentity, identity_at, map_file
 from ._safetensors_header import DTYPES, MAX_HEADER_BYTES, TensorInfo, parse_header, parse_json_object
 
 __all__ = ["SafetensorsCheckpoint", "SafetensorsFile", "TensorInfo", "load_hf_config"]
 
-#: Checkpoints that someone holds, by path and time of change.
+#: Checkpoints that someone holds, by their path and the identities of all their files.
 _shared: Held[SafetensorsCheckpoint] = Held()
+
+#: Indexes of those, by their path and identity.
+_indexes: Held[_Index] = Held()
 
 _INDEX_NAME = "model.safetensors.index.json"
 
@@ -57,7 +60,7 @@ class SafetensorsFile:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise ValueError(f"{self.path}: {size} bytes are too short for a safetensors file")
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map = map_file(file, self.path)
         size = len(self._map)
         length = int.from_bytes(self._map[:8], "little")
         if length > min(size - 8, MAX_HEADER_BYTES):
@@ -67,6 +70,11 @@ class SafetensorsFile:
             )
         self._start = 8 + length
         self._tensors, self.metadata = parse_header(self.path, self._map[8 : self._start], size - self._start)
+
+    @property
+    def identity(self) -> FileIdentity:
+        """What tells the file that is mapped from others of its name."""
+        return self._map.identity
 
     def names(self) -> tuple[str, ...]:
         """List the tensors, in the order of the header."""
@@ -99,11 +107,19 @@ class SafetensorsFile:
         ------
         ValueError
             No such tensor, or one of a dtype that NumPy does not have.
+        OSError
+            The file was cut off since it was opened.
+
+        Notes
+        -----
+        Reading the tensor when the file has been cut off meanwhile ends the process; see
+        `ktmoe_np.io._mapped`.
         """
         info = self.info(name)
         if info.dtype not in DTYPES:
             known = ", ".join(DTYPES)
             raise ValueError(f"{self.path}: tensor {name!r} has dtype {info.dtype!r}; known: {known}")
+        self._map.check()
         return np.ndarray(info.shape, DTYPES[info.dtype], self._map, self._start + info.begin)
 
 
@@ -112,10 +128,26 @@ class _Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._identity = identity_at(path)
 
     @cached_property
     def file(self) -> SafetensorsFile:
-        return SafetensorsFile(self.path)
+        file = SafetensorsFile(self.path)
+        if self._identity not in (None, file.identity):  # files of two models must not become one
+            raise ValueError(
+                f"{self.path}: got another file than when the checkpoint was opened, expected the same; open "
+                "the checkpoint anew"
+            )
+        return file
+
+
+class _Index:
+    """An index that was read: which file each tensor is in."""
+
+    def __init__(self, path: Path) -> None:
+        self.identity = identity_at(path)
+        self.file_of = _read_index(path)
+        self.files = tuple(dict.fromkeys(self.file_of.values()))
 
 
 class SafetensorsCheckpoint:
@@ -135,7 +167,8 @@ class SafetensorsCheckpoint:
     FileNotFoundError
         No such path, or a directory without safetensors files.
     ValueError
-        An index that is not what it should be, or a file that is not (see `SafetensorsFile`).
+        An index that is not what it should be, or a file that is not (see `SafetensorsFile`), or, when it is
+        opened, one that has changed since the checkpoint was.
 
     Examples
     --------
@@ -146,30 +179,23 @@ class SafetensorsCheckpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.exists():
-            raise FileNotFoundError(f"{self.path}: no such file or directory")
-        index = self.path / _INDEX_NAME
-        single = self.path / "model.safetensors"
-        if not self.path.is_dir():
-            self._shard_of = self._read_headers([self.path])
-        elif single.exists() or not index.exists():
-            paths = [single] if single.exists() else sorted(self.path.glob("*.safetensors"))
-            if not paths:
-                raise FileNotFoundError(f"{self.path}: no *.safetensors file and no {_INDEX_NAME}")
-            self._shard_of = self._read_headers(paths)
+        self._index, files = _find_files(self.path)
+        if self._index is None:
+            self._shard_of = self._read_headers(files)
         else:
-            self._shard_of = _read_index(index)
+            shards = {name: _Shard(file) for name, file in zip(self._index.files, files, strict=True)}
+            self._shard_of = {name: shards[file] for name, file in self._index.file_of.items()}
 
     @classmethod
     def shared(cls, path: str | os.PathLike[str]) -> SafetensorsCheckpoint:
         """The checkpoint at `path`, the same one for all who hold it: index and headers are read once.
 
-        A changed index or file is read anew. Errors are those of the class.
+        When the index or any file has been replaced or written to, all are read anew. Errors are those of the
+        class.
         """
         where = Path(path)
-        index = where / _INDEX_NAME
-        stamp = index if index.exists() else where
-        key = (str(where.resolve()), stamp.stat().st_mtime_ns if stamp.exists() else 0)
+        index, files = _find_files(where)
+        key = (str(where.resolve()), index and index.identity, *map(identity_at, files))
         return _shared.get(key, lambda: cls(path))
 
     @classmethod
@@ -261,19 +287,35 @@ def load_hf_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return parse_json_object(config.read_bytes(), str(config))
 
 
-def _read_index(path: Path) -> dict[str, _Shard]:
+def _find_files(path: Path) -> tuple[_Index | None, list[Path]]:
+    """The index of a checkpoint, where it counts, and the files that hold its tensors, missing or not."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory")
+    if not path.is_dir():
+        return None, [path]
+    index, single = path / _INDEX_NAME, path / "model.safetensors"
+    if single.exists():
+        return None, [single]
+    if index.exists():
+        found = _indexes.get((str(index.resolve()), identity_at(index)), lambda: _Index(index))
+        return found, [path / file for file in found.files]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{path}: no *.safetensors file and no {_INDEX_NAME}")
+    return None, files
+
+
+def _read_index(path: Path) -> dict[str, str]:
     """Read the shard of every tensor from an index; no file is opened."""
     weight_map = parse_json_object(path.read_bytes(), str(path)).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{path}: weight_map must be an object, got {type(weight_map).__name__}")
-    shards: dict[str, _Shard] = {}
-    shard_of: dict[str, _Shard] = {}
+    shards: set[str] = set()
     for name, file in weight_map.items():
         if not isinstance(file, str):
             raise ValueError(f"{path}: the shard of tensor {name!r} must be a string, got {file!r:.80}")
         if file not in shards:
             if not file or Path(file).is_absolute() or ".." in Path(file).parts:
                 raise ValueError(f"{path}: shard {file!r} is not a file name inside the checkpoint")
-            shards[file] = _Shard(path.parent / file)
-        shard_of[name] = shards[file]
-    return shard_of
+            shards.add(file)
+    return weight_map

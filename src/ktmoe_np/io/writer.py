@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ._mapped import MappedFiles
+from ._replace import remove_leftovers, replace_text, replacing
 from ._safetensors_header import DTYPES
 
 __all__ = ["remove_leftovers", "replace_text", "replacing", "write_safetensors"]
@@ -20,62 +20,6 @@ __all__ = ["remove_leftovers", "replace_text", "replacing", "write_safetensors"]
 _ALIGNMENT = 64
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-#: How files end that are not complete yet; before it stands the writing process.
-_PART = "part"
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Write a file that others see complete or not at all.
-
-    What is written goes to a hidden file beside it, which takes its place when it is whole and on the disk,
-    and goes away with an exception, interrupts included. Who has mapped the old file keeps it.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp(), "x")
-    >>> with replacing(path) as file:
-    ...     _ = file.write(b"whole")
-    >>> path.read_bytes()
-    b'whole'
-    """
-    target = Path(os.path.realpath(path))
-    part = target.with_name(f".{target.name}.{os.getpid()}.{_PART}")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def replace_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text to a file, in UTF-8, as `replacing` does."""
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
-def remove_leftovers(directory: str | os.PathLike[str]) -> None:
-    """Remove what `replacing` has left in a directory when its process was killed."""
-    for part in Path(directory).glob(f".*.{_PART}"):
-        pid = part.name.split(".")[-2]
-        if pid.isdecimal() and not _is_running(int(pid)):
-            part.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def write_safetensors(
@@ -102,13 +46,13 @@ def write_safetensors(
     TypeError
         A dtype that the format does not have.
     OSError
-        The file cannot be written.
+        The file cannot be written, or a tensor lies in a file that was cut off: names the file.
 
     Examples
     --------
-    >>> import tempfile
+    >>> import pathlib, tempfile
     >>> from ktmoe_np.io import SafetensorsFile
-    >>> path = Path(tempfile.mkdtemp(), "x.safetensors")
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "x.safetensors")
     >>> write_safetensors(path, {"a": np.array([1, 2], np.int16)})
     >>> SafetensorsFile(path).tensor("a")
     array([1, 2], dtype=int16)
@@ -129,6 +73,7 @@ def write_safetensors(
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
+            MappedFiles([tensors[name]]).check()
             file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
 
 

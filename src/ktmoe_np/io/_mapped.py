@@ -1,0 +1,151 @@
+"""Files mapped read-only, and what happens when somebody shortens them meanwhile.
+
+Touching a page that a file no longer has ends the process by SIGBUS, and no exception can be made of that
+without a signal handler, which is the whole process's. So the size of a mapped file is asked for, by the
+descriptor that its mapping keeps, before anything reads it: when a tensor is looked up, when weights are
+loaded, and when a pass begins. A file that is cut off between that moment and the last read of the pass still
+ends the process. To replace a file that may be in use, rename another one to its name: who has mapped the old
+one keeps it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+__all__ = ["FileIdentity", "FileMap", "MappedFiles", "identity_at", "map_file"]
+
+
+class FileIdentity(NamedTuple):
+    """What tells a file from another one that has come to its name, or from itself when it was written to."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileIdentity:
+        """Of the file whose status this is."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def identity_at(path: Path) -> FileIdentity | None:
+    """The identity of the file of that name; None when there is none, or none that can be asked."""
+    try:
+        return FileIdentity.of(path.stat())
+    except (OSError, ValueError):  # who opens it is told why
+        return None
+
+
+class FileMap(mmap.mmap):
+    """A mapping that knows its file. It keeps a descriptor of its own; `map_file` makes one."""
+
+    path: Path
+    identity: FileIdentity  #: of the file when it was mapped
+
+    def check(self) -> None:
+        """Raise OSError when the file is shorter than what is mapped of it."""
+        size = self.size()
+        if size < len(self):
+            raise _cut_off(self.path, size, len(self))
+
+
+def map_file(file: BinaryIO, path: Path) -> FileMap:
+    """Map an open file, which must not be empty; `path` is what messages call it."""
+    mapping = FileMap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapping.path, mapping.identity = path, FileIdentity.of(os.fstat(file.fileno()))
+    return mapping
+
+
+class _Watched(NamedTuple):
+    """A mapping, whoever made it."""
+
+    size_now: Callable[[], int]
+    expected: int
+    name: object
+
+
+class MappedFiles:
+    """The mapped files that arrays lie in, those that `numpy.memmap` and `mmap` have mapped among them.
+
+    Parameters
+    ----------
+    arrays : iterable
+        Arrays, and lists or tuples of them. What is no array of NumPy, or in no file, is passed over.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "x")
+    >>> _ = path.write_bytes(bytes(8192))
+    >>> files = MappedFiles([np.ones(3), [np.memmap(path, np.int16, "r")[5:]]])
+    >>> files.check()
+    >>> os.truncate(path, 4096)
+    >>> files.check()
+    Traceback (most recent call last):
+    OSError: ...: got 4096 bytes, expected the 8192 that are in use: the file was cut off
+    """
+
+    __slots__ = ("_watched",)
+
+    def __init__(self, arrays: Iterable[Any] = ()) -> None:
+        found: dict[int, _Watched] = {}
+        for array in _flat(arrays):
+            mapping, name = _mapping_of(array)
+            if mapping is not None and id(mapping) not in found:
+                watched = _watched(mapping, name)
+                if watched is not None:
+                    found[id(mapping)] = watched
+        self._watched = tuple(found.values())
+
+    def check(self) -> None:
+        """Raise OSError when one of the files is shorter than it was: names it. A system call per file."""
+        for size_now, expected, name in self._watched:
+            size = size_now()
+            if size < expected:
+                raise _cut_off(name, size, expected)
+
+
+def _flat(arrays: Iterable[Any]) -> Iterator[Any]:
+    for item in arrays:
+        if isinstance(item, list | tuple):
+            yield from item
+        else:
+            yield item
+
+
+def _mapping_of(array: Any) -> tuple[mmap.mmap | None, object]:
+    """The mapping that an array's memory belongs to, or None, and the name of its file if that is known."""
+    name: object = None
+    owner = array
+    while True:
+        if isinstance(owner, np.ndarray):
+            name = getattr(owner, "filename", None) or name  # of numpy.memmap
+            owner = owner.base
+        elif isinstance(owner, memoryview):
+            owner = owner.obj
+        elif isinstance(owner, FileMap):
+            return owner, owner.path
+        else:
+            return (owner, name) if isinstance(owner, mmap.mmap) else (None, None)
+
+
+def _watched(mapping: mmap.mmap, name: object) -> _Watched | None:
+    """What is asked of a mapping; nothing when it is of memory, or has kept no descriptor."""
+    if isinstance(mapping, FileMap):
+        return _Watched(mapping.size, len(mapping), name)
+    try:
+        # Where it begins in its file is not known: all of the file has to stay.
+        return _Watched(mapping.size, mapping.size(), "a mapped file" if name is None else name)
+    except (OSError, ValueError):
+        return None
+
+
+def _cut_off(name: object, size: int, expected: int) -> OSError:
+    return OSError(f"{name}: got {size} bytes, expected the {expected} that are in use: the file was cut off")

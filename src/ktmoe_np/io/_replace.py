@@ -1,0 +1,157 @@
+"""Files that others see whole or not at all: everything that the package writes is written here.
+
+A file comes about under a random name in the directory it goes to, opened so that it is new and no link, and
+takes its place by a rename. While it is written its writer holds a lock (`flock`) of it, which goes away with
+the writer, however that ends: a file that can be locked is a leftover. Numbers of processes would not tell,
+since containers that share a directory have the same ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["remove_leftovers", "replace_text", "replacing"]
+
+#: Between them 32 random hexadecimal digits.
+_PREFIX, _SUFFIX = ".ktmoe-", ".part"
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Write a file that others see complete or not at all.
+
+    What is written goes to a hidden file beside it, which takes its place when it is whole and on the disk,
+    and goes away with an exception, interrupts included. Who has mapped the old file keeps it.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written, or something is there that is no file, such as a device. Names `path`,
+        also when the disk is full.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "x")
+    >>> with replacing(path) as file:
+    ...     _ = file.write(b"whole")
+    >>> path.read_bytes()
+    b'whole'
+    """
+    target = Path(os.path.realpath(path))
+    with _naming_errors(path), _opened(target.parent) as directory:
+        _refuse_other_than_files(target, directory)
+        while True:
+            part = f"{_PREFIX}{secrets.token_hex(16)}{_SUFFIX}"
+            with _new_file(part, directory) as file:
+                if not _lock(file.fileno()):
+                    continue
+                try:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(part, target.name, src_dir_fd=directory, dst_dir_fd=directory)
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        os.unlink(part, dir_fd=directory)
+                    raise
+            break
+        with contextlib.suppress(OSError):  # some file systems cannot; the file is whole either way
+            os.fsync(directory)
+
+
+def replace_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text to a file, in UTF-8, as `replacing` does."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def remove_leftovers(directory: str | os.PathLike[str]) -> None:
+    """Remove what `replacing` has left in a directory when its process was killed.
+
+    Files that somebody is writing stay, wherever that process runs, as do those that cannot be locked or
+    removed.
+    """
+    try:
+        opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        for name in os.listdir(opened):
+            if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
+                with contextlib.suppress(OSError):
+                    _remove_unless_locked(name, opened)
+    finally:
+        os.close(opened)
+
+
+@contextmanager
+def _naming_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let errors of the system name a file that they do not name: writing to a descriptor knows none."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        if error.errno is None or not (name is None or _is_part(name)):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _is_part(name: object) -> bool:
+    return isinstance(name, str) and name.startswith(_PREFIX)
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    """The descriptor of a directory, so that it stays the same one whatever is renamed."""
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield opened
+    finally:
+        os.close(opened)
+
+
+def _refuse_other_than_files(target: Path, directory: int) -> None:
+    """Raise OSError when something is there that a rename would do away with: a device, a socket, ..."""
+    try:
+        mode = os.stat(target.name, dir_fd=directory, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a directory is refused by the system
+        raise OSError(f"{target}: got something that is no regular file, expected one or none")
+
+
+def _new_file(name: str, directory: int) -> BinaryIO:
+    """Create a file, which must not be there, for writing."""
+
+    def create(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666, dir_fd=directory)
+
+    return open(name, "xb", opener=create)
+
+
+def _lock(file: int) -> bool:
+    """Lock a file that was just created; false when it was taken for a leftover before that, and removed."""
+    with contextlib.suppress(OSError):  # a file system without locks: nobody will take it for a leftover
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return os.fstat(file).st_nlink > 0
+
+
+def _remove_unless_locked(name: str, directory: int) -> None:
+    """Remove a file that nobody writes; OSError when somebody does, or it cannot be told."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = os.open(name, flags, dir_fd=directory)
+    try:
+        if stat.S_ISREG(os.fstat(file).st_mode):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(name, dir_fd=directory)
+    finally:
+        os.close(file)
