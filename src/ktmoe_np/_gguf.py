@@ -87,6 +87,8 @@ class GgufWeights(MoELayer):
             An entry of the map outside 0 to E - 1.
         RuntimeError
             Of a layer for training: saved forward passes wait for their backward pass.
+        OSError
+            A mapped file that arrays lie in was cut off.
 
         Examples
         --------

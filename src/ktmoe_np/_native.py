@@ -8,6 +8,7 @@ from ._methods import Method
 from ._native_formats import NATIVE_FORMATS
 from .config import MoEConfig
 from .io import SafetensorsCheckpoint
+from .io._mapped import MappedFiles
 from .io.native import load_native
 from .io.quantized import projection_sizes, refuse_quantized
 from .layer import MoELayer
@@ -101,6 +102,8 @@ class NativeWeights(MoELayer):
             An entry of the map outside 0 to E - 1.
         RuntimeError
             Of a layer for training: saved forward passes wait for their backward pass.
+        OSError
+            A mapped file that arrays lie in was cut off.
 
         Examples
         --------
@@ -120,6 +123,7 @@ class NativeWeights(MoELayer):
             "up": (up_proj, up_scale, up_global_scale),
             "down": (down_proj, down_scale, down_global_scale),
         }
+        MappedFiles(array for arrays in given.values() for array in arrays).check()
         self._give_to_engine(
             physical_to_logical_map,
             **self._as_the_engine_takes(given),

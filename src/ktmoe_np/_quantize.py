@@ -10,6 +10,7 @@ import numpy as np
 from . import kt_kernel_ext as ext
 from ._arrays import Array, as_numpy, bfloat16, described
 from ._formats import QuantizedFormat
+from .io._mapped import MappedFiles
 from .io.quantized import QuantizedProjection
 
 __all__ = ["quantize_projection"]
@@ -48,6 +49,8 @@ def quantize_projection(
         Not arrays, or another dtype.
     ValueError
         Another shape or number of arrays; a weight that is not finite: names expert and row.
+    OSError
+        A file that the matrices lie in was cut off.
     """
     num_experts, num_rows, num_columns = shape
     _check_number(name, source, shape)
@@ -82,6 +85,7 @@ def _check_number(name: str, source: Any, shape: tuple[int, int, int]) -> None:
 def _matrix(name: str, item: Any, e: int, shape: tuple[int, ...]) -> Array:
     """The matrix of one expert as the engine reads it."""
     matrix = as_numpy(item, name)
+    MappedFiles([matrix]).check()
     if matrix.dtype not in (bfloat16, np.float32) or matrix.shape != shape:
         kind = ValueError if matrix.dtype in (bfloat16, np.float32) else TypeError
         raise kind(f"{name}: got {described(matrix)} for expert {e}, expected {_DTYPES} {list(shape)}")

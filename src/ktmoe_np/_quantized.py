@@ -12,6 +12,7 @@ from ._methods import Method
 from ._quantize import quantize_projection
 from ._quantized_arrays import are_codes, checked_biases, checked_map, given_projection, refuse_strays
 from .config import MoEConfig
+from .io._mapped import MappedFiles
 from .io.quantized import (
     QuantizedExperts,
     QuantizedProjection,
@@ -142,6 +143,8 @@ class QuantizedWeights(MoELayer):
             An entry of the map outside 0 to E - 1.
         RuntimeError
             Of a layer for training: saved forward passes wait for their backward pass.
+        OSError
+            A mapped file that arrays lie in was cut off.
 
         Examples
         --------
@@ -159,6 +162,7 @@ class QuantizedWeights(MoELayer):
         sources = dict(zip(_PROJECTIONS, (gate_proj, up_proj, down_proj), strict=True))
         scales = dict(zip(_PROJECTIONS, (gate_scale, up_scale, down_scale), strict=True))
         biases = dict(zip(_PROJECTIONS, (gate_bias, up_bias, down_bias), strict=True))
+        MappedFiles([*sources.values(), *scales.values(), *biases.values()]).check()
         refuse_strays(sources, scales, sizes)
         physical_to_logical_map = checked_map(physical_to_logical_map, num_experts)
         given = checked_biases(biases, num_experts, {name: size[0] for name, size in sizes.items()})
@@ -202,10 +206,6 @@ class QuantizedWeights(MoELayer):
         )
         self._experts = None if self._spans_nodes() else experts
 
-    def _spans_nodes(self) -> bool:
-        """Whether every NUMA node has been given its own copy of its rows, so that these need not be held."""
-        return len(set(self.cpu_infer.backend_.config.subpool_numa_map)) > 1
-
     # ---- saving ----
 
     def save_weights(self, directory: str | os.PathLike[str]) -> Path:
@@ -229,7 +229,7 @@ class QuantizedWeights(MoELayer):
         RuntimeError
             Nothing is loaded, or the weights are spread over NUMA nodes.
         OSError
-            The file cannot be written.
+            The file cannot be written, or that which the weights lie in was cut off.
         """
         if not self.loaded:
             raise RuntimeError("save_weights: no weights are loaded; call load_weights first")

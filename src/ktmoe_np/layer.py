@@ -16,6 +16,7 @@ from ._methods import Method
 from .config import MoEConfig
 from .cpuinfer import _MoEBase
 from .io import SafetensorsCheckpoint, load_experts
+from .io._mapped import MappedFiles
 from .masks import checked_mask
 
 __all__ = ["MoELayer"]
@@ -52,6 +53,7 @@ class MoELayer(_MoEBase):
         self.group_size = method.resolve_group_size(group_size)
         self.config = config
         self.weight_path = weight_path
+        self._files = MappedFiles()  # that the weights lie in
         self.set_gpu_experts_mask(gpu_experts_mask)
         self.cpu_infer = self._get_cpu_infer(cpuinfer_threads, threadpool_count, numa_nodes)
         self._layer = getattr(ext.moe, method.layer)(self._layer_config())
@@ -108,6 +110,16 @@ class MoELayer(_MoEBase):
             The layer was made without a `weight_path`.
         FileNotFoundError, ValueError
             The checkpoint is not there, or does not hold this layer: names file and tensor.
+        OSError
+            A file was cut off since it was opened.
+
+        Notes
+        -----
+        Weights stay in their mapped files where the method allows it, so these must not be written to while
+        the layer lives; to replace one, rename another file to its name. A pass raises OSError when a file
+        has been cut off before it began. If that happens while the pass is pending or computed, or if no
+        Python code begins the pass (replayed CUDA graphs, compiled JAX programs), reading what is gone ends
+        the process with SIGBUS.
         """
         if self._may_load():
             self._load_from_path(physical_to_logical_map)
@@ -143,9 +155,16 @@ class MoELayer(_MoEBase):
         """Give the engine's layer its weights, as its class takes them."""
         if physical_to_logical_map is not None:
             physical_to_logical_map = expert_ids(physical_to_logical_map, "physical_to_logical_map")
+        files = MappedFiles(weights.values())
+        files.check()
         task = self._layer.load_weights_task(physical_to_logical_map=physical_to_logical_map, **weights)
         self.cpu_infer.run(task)
+        self._files = MappedFiles() if self._spans_nodes() else files
         self._loaded.add(self)
+
+    def _spans_nodes(self) -> bool:
+        """Whether every NUMA node has been given its own copy of its rows, so that these need not be held."""
+        return len(set(self.cpu_infer.backend_.config.subpool_numa_map)) > 1
 
     @abstractmethod
     def load_weights_from_tensors(self, *weights: Any, **more: Any) -> None:

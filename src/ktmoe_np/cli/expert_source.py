@@ -16,6 +16,7 @@ from .._native_formats import NATIVE_FORMATS
 from ..config import MoEConfig
 from ..io import ExpertTensors, SafetensorsCheckpoint, load_experts, load_hf_config
 from ..io._expert_layer import layers_with
+from ..io._mapped import MappedFiles
 from ..io.gguf import GgufCheckpoint, GgufExperts, gguf_config, gguf_layers, is_gguf, load_gguf
 from ..io.inspect import known_templates
 from ..io.native import NativeExperts, load_native, native_method
@@ -70,6 +71,7 @@ class TensorSource:
         return made
 
     def _encoded(self, matrices: list[Array]) -> Any:
+        MappedFiles(matrices).check()
         return matrices if self.fmt is None else self.fmt.quantize(np.stack(matrices))
 
 
@@ -84,6 +86,7 @@ class NativeSource:
         decode, group = _DECODE[self.experts.method], self.experts.group_size
         made: dict[str, Any] = {"up_proj": None, **_biases(self.experts.biases, experts)}
         for name, projection in self.experts.projections.items():
+            MappedFiles([projection.codes, projection.scale]).check()
             codes = np.stack([projection.codes[e] for e in experts])
             scale = np.stack([projection.scale[e] for e in experts])
             factors = projection.global_scale
@@ -101,6 +104,7 @@ class GgufSource:
         """See `ExpertSource`."""
         made: dict[str, Any] = {"up_proj": None, **_biases(self.experts.biases, experts)}
         for name, projection in self.experts.projections.items():
+            MappedFiles([projection.data]).check()
             made[name] = decode_gguf(np.stack([projection.data[e] for e in experts]), projection.format)
         return made
 

@@ -105,6 +105,8 @@ class BaseMoEWrapper(MoELayer):
         RuntimeError
             Nothing is loaded, or the layer's last pass was submitted and not waited for; deferred experts of
             a pass before were not drained; with a stream, there is no CUDA driver, or it refuses.
+        OSError
+            A file that weights lie in was cut off; see `load_weights`.
 
         Notes
         -----
@@ -134,6 +136,7 @@ class BaseMoEWrapper(MoELayer):
             self.submit_forward(hidden_states, topk_ids, topk_weights, out=out, incremental=incremental)
             return self.sync_forward()
         batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental)
+        self._files.check()
         self._runner.run(batch, self.gpu_experts_mask)
         return batch.out
 
@@ -157,6 +160,8 @@ class BaseMoEWrapper(MoELayer):
         ------
         RuntimeError
             A pass of this layer is pending, or, with deferred experts, one before was not drained.
+        OSError
+            A file that weights lie in was cut off; see `load_weights`.
         """
         if cuda_stream is not None:
             there = self._stream_batch((hidden_states, topk_ids, topk_weights), out, num_tokens, incremental)
@@ -174,6 +179,7 @@ class BaseMoEWrapper(MoELayer):
             raise RuntimeError(f"layer {self.layer_idx} has no weights yet, load them first")
         if incremental:
             raise ValueError("incremental: got True with a cuda_stream, expected False")
+        self._files.check()
         return StreamBatch(*arrays, out, num_tokens, self.gpu_experts_mask)
 
     @classmethod
@@ -186,6 +192,7 @@ class BaseMoEWrapper(MoELayer):
 
     def _start(self, batch: Batch) -> tuple[Array, list[int]]:
         """Queue a batch: its output, and the tickets to wait for."""
+        self._files.check()
         if self._runner.defers(self._chain):
             return batch.out, self._runner.submit_deferring(batch, self.gpu_experts_mask, self._chain)
         return batch.out, self._runner.submit(batch, self.gpu_experts_mask)
@@ -275,6 +282,8 @@ class BaseMoEWrapper(MoELayer):
             An expert that the layer does not have.
         RuntimeError
             Nothing is loaded, or buffers of this layer are being written.
+        OSError
+            A file that weights lie in was cut off; see `load_weights`.
 
         Examples
         --------
@@ -292,6 +301,7 @@ class BaseMoEWrapper(MoELayer):
         >>> w13[1].astype(int).tolist(), w2[1].astype(int).tolist()
         ([[4, 5], [6, 7], [-4, -5], [-6, -7]], [[2, 3], [6, 7]])
         """
+        self._files.check()
         self._expert_buffers.submit(
             gpu_tp_count,
             expert_id,

@@ -67,7 +67,7 @@ class _Watched(NamedTuple):
     """A mapping, whoever made it."""
 
     size_now: Callable[[], int]
-    expected: int
+    expected: int  #: the least that the file must have
     name: object
 
 
@@ -97,9 +97,9 @@ class MappedFiles:
     def __init__(self, arrays: Iterable[Any] = ()) -> None:
         found: dict[int, _Watched] = {}
         for array in _flat(arrays):
-            mapping, name = _mapping_of(array)
+            mapping, memmap = _mapping_of(array)
             if mapping is not None and id(mapping) not in found:
-                watched = _watched(mapping, name)
+                watched = _watched(mapping, memmap)
                 if watched is not None:
                     found[id(mapping)] = watched
         self._watched = tuple(found.values())
@@ -120,31 +120,33 @@ def _flat(arrays: Iterable[Any]) -> Iterator[Any]:
             yield item
 
 
-def _mapping_of(array: Any) -> tuple[mmap.mmap | None, object]:
-    """The mapping that an array's memory belongs to, or None, and the name of its file if that is known."""
-    name: object = None
+def _mapping_of(array: Any) -> tuple[mmap.mmap | None, Any]:
+    """The mapping that an array's memory belongs to, and the `numpy.memmap` between them; or None."""
+    memmap = None
     owner = array
     while True:
         if isinstance(owner, np.ndarray):
-            name = getattr(owner, "filename", None) or name  # of numpy.memmap
+            memmap = owner if isinstance(owner, np.memmap) else memmap
             owner = owner.base
         elif isinstance(owner, memoryview):
             owner = owner.obj
-        elif isinstance(owner, FileMap):
-            return owner, owner.path
         else:
-            return (owner, name) if isinstance(owner, mmap.mmap) else (None, None)
+            return owner if isinstance(owner, mmap.mmap) else None, memmap
 
 
-def _watched(mapping: mmap.mmap, name: object) -> _Watched | None:
+def _watched(mapping: mmap.mmap, memmap: Any) -> _Watched | None:
     """What is asked of a mapping; nothing when it is of memory, or has kept no descriptor."""
     if isinstance(mapping, FileMap):
-        return _Watched(mapping.size, len(mapping), name)
+        return _Watched(mapping.size, len(mapping), mapping.path)
     try:
-        # Where it begins in its file is not known: all of the file has to stay.
-        return _Watched(mapping.size, mapping.size(), "a mapped file" if name is None else name)
+        size = mapping.size()
     except (OSError, ValueError):
         return None
+    if memmap is None or memmap.filename is None:
+        # Where the mapping begins is not known: the file has to stay as long as it is.
+        return _Watched(mapping.size, max(size, len(mapping)), "a mapped file")
+    begin = memmap.offset - memmap.offset % mmap.ALLOCATIONGRANULARITY
+    return _Watched(mapping.size, begin + len(mapping), memmap.filename)
 
 
 def _cut_off(name: object, size: int, expected: int) -> OSError:

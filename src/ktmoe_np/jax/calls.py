@@ -54,6 +54,9 @@ def moe_forward(
         While tracing: nothing is loaded. From the running program, as JAX's error: the layer is gone, or an
         id of E or above. On a GPU the results are NaN then, and the error is that of a later call, or of
         `raise_pending_error`.
+    OSError
+        While tracing, or outside of compiled programs: a file that weights lie in was cut off. The running
+        program does not ask; see `MoELayer.load_weights`.
 
     Examples
     --------

@@ -51,6 +51,7 @@ def called(layers: Any, index: Any, kind: type[Any], name: str) -> tuple[Array, 
             raise TypeError(f"{name}: got {type(layer).__name__}, expected {expected}")
         if not layer.loaded:
             raise RuntimeError(f"{name}: layer {layer.layer_idx} has no weights yet")
+        layer._files.check()
     sizes = {(_sizes(layer), getattr(layer, "options", None)) for layer in each}
     if len(sizes) != 1:
         raise ValueError(f"{name}: got {len(sizes)} kinds of layers, expected one or more of the same sizes")

@@ -94,6 +94,8 @@ class BaseSFTMoEWrapper(LoraLayer):
             An expert id of E or above.
         RuntimeError
             Nothing is loaded, or `max_cache_depth` passes are saved already.
+        OSError
+            A file that weights lie in was cut off; see `load_weights`.
 
         Examples
         --------
@@ -159,6 +161,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         self, hidden_states: Any, topk_ids: Any, topk_weights: Any, save_for_backward: bool, out: Any
     ) -> tuple[Array, ext.Task]:
         batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental=False)
+        self._files.check()
         task = self._layer.forward_sft_task(
             batch.hidden_states,
             batch.ids,
@@ -209,6 +212,8 @@ class BaseSFTMoEWrapper(LoraLayer):
             pass stays saved.
         RuntimeError
             No forward pass is saved.
+        OSError
+            A file that weights lie in was cut off; see `load_weights`. The forward pass stays saved.
         """
         result, task = self._backward_task(grad_output, gradients, accumulate, grad_input, grad_weights)
         self.cpu_infer.run(task)
@@ -260,6 +265,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         grad_weights: Array | None,
     ) -> tuple[SFTGradients, ext.Task]:
         num = num_tokens(grad_output, "grad_output")
+        self._files.check()
         if grad_input is None:
             grad_input = np.empty((num, self.config.hidden_size), bfloat16)
         if grad_weights is None:
