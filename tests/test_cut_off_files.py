@@ -209,6 +209,19 @@ def test_saving(tmp_path: Path) -> None:
     assert moe.save_weights(tmp_path / "again").read_bytes() == content
 
 
+def test_weights_that_are_refused_change_nothing(tmp_path: Path) -> None:
+    sft, files = bfloat16_layer(tmp_path, mode="sft", lora_rank=2)
+    sft.forward_sft(*BATCH)
+    other = np.zeros((E, I, H), ml_dtypes.bfloat16)
+    with pytest.raises(RuntimeError, match="wait for their backward"):
+        sft.load_weights_from_tensors(other, other, np.zeros((E, H, I), ml_dtypes.bfloat16))
+    assert_told(files[0], lambda: sft.backward(X))
+    sft.clear_cache()
+    sft.load_weights_from_tensors(other, other, np.zeros((E, H, I), ml_dtypes.bfloat16))
+    with CutOff(files[0]):  # it holds other weights now
+        assert not sft.forward_sft(*BATCH).any()
+
+
 def test_layers_that_have_copied_their_weights_need_no_file(tmp_path: Path) -> None:
     moe, files = bfloat16_layer(tmp_path, method="AMXINT8")
     expected = moe.forward(*BATCH)

@@ -158,8 +158,12 @@ class MoELayer(_MoEBase):
         files = MappedFiles(weights.values())
         files.check()
         task = self._layer.load_weights_task(physical_to_logical_map=physical_to_logical_map, **weights)
-        self.cpu_infer.run(task)
-        self._files = MappedFiles() if self._spans_nodes() else files
+        before, self._files = self._files, MappedFiles() if self._spans_nodes() else files
+        try:
+            self.cpu_infer.run(task)
+        except Exception:  # the layer is as it was; an interrupt comes when the task is done
+            self._files = before
+            raise
         self._loaded.add(self)
 
     def _spans_nodes(self) -> bool:
