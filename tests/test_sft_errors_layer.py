@@ -175,7 +175,6 @@ def test_adapters_are_refused(moe: Any, student: Student, batch: Batch, case: st
 def test_adapters_that_do_not_exist(student: Student) -> None:
     without = Student(student.layer, {}, 0).wrapper(P)
     without.init_lora_weights()
-    without.update_lora_weights()
     assert without.lora_weights == {}
     with pytest.raises(ValueError, match="gate_lora_a: got one, expected None: lora_rank is 0"):
         without.update_lora_weights(gate_lora_a=student.lora["gate_lora_a"])

@@ -1,51 +1,27 @@
-// The expert layers that train in Python: their config, and a class a method.
+// The expert layers that train in Python: a class a method.
 #include <nanobind/stl/shared_ptr.h>
-#include <nanobind/stl/string.h>
 
-#include "bindings/forward_arrays.h"
+#include <algorithm>
+
+#include "bindings/lora_arrays.h"
 #include "bindings/module.h"
 #include "bindings/python_task.h"
+#include "bindings/sft_config.h"
 #include "sft/tp_moe_sft.h"
 
 namespace ktmoe::bindings {
 namespace {
 
 using Layer = std::shared_ptr<MoE_SFT_Interface>;
-using LoraHandles = std::array<nb::handle, kNumLora>;  // in the order of LoraId
-
-Dims lora_dims(const MOESFTConfig& config, size_t id) {
-  const LoraShape shape = lora_shape(config, static_cast<LoraId>(id));
-  return {config.expert_num, int64_t{shape.rows}, int64_t{shape.columns}};
-}
-
-const char* lora_name(const MOESFTConfig& config, size_t id) {
-  return lora_shape(config, static_cast<LoraId>(id)).name;
-}
-
-// A layer without a gate has no matrices of up.
-void check_exists(const MOESFTConfig& config, const char* name, bool is_up) {
-  if (is_up && !config.activation.gated)
-    throw_invalid(name, ": got one, expected None: the activation is not gated");
-}
-bool is_up(size_t id) {
-  return id == static_cast<size_t>(LoraId::kUpA) || id == static_cast<size_t>(LoraId::kUpB);
-}
 
 PythonTask update_lora_weights_task(Layer layer, nb::handle gate_a, nb::handle gate_b, nb::handle up_a,
                                     nb::handle up_b, nb::handle down_a, nb::handle down_b) {
   const LoraHandles handles = {gate_a, gate_b, up_a, up_b, down_a, down_b};
-  const MOESFTConfig& config = layer->sft_config();
+  if (std::all_of(handles.begin(), handles.end(), [](nb::handle h) { return h.is_none(); }))
+    throw_invalid("update_lora_weights: got no matrix, expected at least one of ",
+                  "gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b");
   const auto owners = std::make_shared<Arrays>();
-  owners->reserve(kNumLora);
-  LoraSources sources;
-  for (size_t i = 0; i < kNumLora; ++i) {
-    if (handles[i].is_none()) continue;
-    const char* name = lora_name(config, i);
-    check_exists(config, name, is_up(i));
-    const Array& a = owners->emplace_back(Array::read(handles[i], name));
-    a.expect({DType::kFloat32, DType::kBf16}, lora_dims(config, i)).expect_contiguous();
-    sources[i] = {a.as<void>(), float_type(a)};
-  }
+  const LoraSources sources = read_lora(layer->sft_config(), handles, *owners);
   return PythonTask([layer, sources, owners] { layer->update_lora_weights(sources); }, owners);
 }
 
@@ -72,7 +48,7 @@ class GradientArrays {
   template <class T>
   T* write_if_given(nb::handle target, const char* name, DType dtype, const Dims& shape, bool of_up = false) {
     if (target.is_none()) return nullptr;
-    check_exists(config_, name, of_up);
+    check_lora_exists(config_, name, of_up);
     return write<T>(target, name, dtype, shape);
   }
 
@@ -110,8 +86,8 @@ PythonTask backward_task(Layer layer, nb::handle grad_output, nb::handle grad_in
       arrays.write<float>(grad_weights, "grad_weights", DType::kFloat32, {tokens, c.num_experts_per_tok});
   const LoraHandles handles = {gate_a, gate_b, up_a, up_b, down_a, down_b};
   for (size_t i = 0; i < kNumLora; ++i)
-    args.lora[i] =
-        arrays.write_if_given<float>(handles[i], lora_name(c, i), DType::kFloat32, lora_dims(c, i), is_up(i));
+    args.lora[i] = arrays.write_if_given<float>(handles[i], lora_name(c, i), DType::kFloat32, lora_dims(c, i),
+                                                is_up_lora(i));
   const Dims first = {c.expert_num, c.intermediate_size, c.hidden_size};
   args.gate_proj = arrays.write_if_given<float>(gate_proj, "gate_proj", DType::kFloat32, first);
   args.up_proj = arrays.write_if_given<float>(up_proj, "up_proj", DType::kFloat32, first, true);
@@ -126,48 +102,6 @@ PythonTask clear_cache_task(Layer layer) {
   return PythonTask([layer] { layer->clear_cache(); });
 }
 
-void bind_config(nb::module_& m) {
-  nb::class_<MOESFTConfig, GeneralMOEConfig>(m, "MOESFTConfig", R"(The shape of an expert layer that trains.
-
-Parameters
-----------
-expert_num, num_experts_per_tok, hidden_size, intermediate_size, layer_idx, pool
-    As in MOEConfig.
-
-Attributes
-----------
-lora_rank : int
-    R; 0 for no adapters.
-lora_alpha : float
-    The adapters are scaled by lora_alpha / R.
-lora_dropout : float
-    Probability that an element of an adapter's input is dropped in a saving forward pass.
-seed : int
-    Of the dropout masks.
-max_cache_depth : int
-    Forward passes that may wait for their backward pass.
-recompute : bool
-    Keep input and routing only, and repeat the forward pass in the backward pass.
-cache_float32 : bool
-    Keep gate and up in float32 rather than bfloat16.)")
-      .def(
-          "__init__",
-          [](MOESFTConfig* self, int64_t experts, int64_t per_token, int64_t hidden, int64_t intermediate,
-             int64_t layer_idx, std::shared_ptr<WorkerPool> pool) {
-            new (self)
-                MOESFTConfig{{experts, per_token, hidden, intermediate, layer_idx, {}, std::move(pool)}};
-          },
-          nb::arg("expert_num") = 0, nb::arg("num_experts_per_tok") = 0, nb::arg("hidden_size") = 0,
-          nb::arg("intermediate_size") = 0, nb::arg("layer_idx") = 0, nb::arg("pool").none() = nb::none())
-      .def_rw("lora_rank", &MOESFTConfig::lora_rank)
-      .def_rw("lora_alpha", &MOESFTConfig::lora_alpha)
-      .def_rw("lora_dropout", &MOESFTConfig::lora_dropout)
-      .def_rw("seed", &MOESFTConfig::seed)
-      .def_rw("max_cache_depth", &MOESFTConfig::max_cache_depth)
-      .def_rw("recompute", &MOESFTConfig::recompute)
-      .def_rw("cache_float32", &MOESFTConfig::cache_float32);
-}
-
 using Interface = nb::class_<MoE_SFT_Interface, MoE_Interface>;
 
 void bind_forward(Interface& interface) {
@@ -177,7 +111,7 @@ void bind_forward(Interface& interface) {
            nb::arg("gate_lora_b").none() = none, nb::arg("up_lora_a").none() = none,
            nb::arg("up_lora_b").none() = none, nb::arg("down_lora_a").none() = none,
            nb::arg("down_lora_b").none() = none,
-           R"(Make the task that gives the adapters new values; what is None stays. All begin as zeros.
+           R"(Make the task that gives the adapters new values; what is None stays, but not all.
 
 Parameters
 ----------
@@ -249,19 +183,28 @@ Task)")
 // A class a method.
 template <GemmKernel (*kKernel)(const GeneralMOEConfig&)>
 struct TrainingLayer final : TP_MOE_SFT {
-  explicit TrainingLayer(const MOESFTConfig& config) : TP_MOE_SFT(config, kKernel(config)) {}
+  TrainingLayer(const MOESFTConfig& config, const LoraSources& lora)
+      : TP_MOE_SFT(config, kKernel(config), lora) {}
 };
 
 template <GemmKernel (*kKernel)(const GeneralMOEConfig&)>
 void bind_layer(nb::module_& m, const char* name, const char* doc) {
-  nb::class_<TrainingLayer<kKernel>, MoE_SFT_Interface>(m, name, doc)
-      .def(nb::init<MOESFTConfig>(), nb::arg("config"));
+  using Trained = TrainingLayer<kKernel>;
+  nb::class_<Trained, MoE_SFT_Interface>(m, name, doc)
+      .def(
+          "__init__",
+          [](Trained* self, SFTConfig config) {  // a copy: reading arrays may run Python, which may change it
+            config.validate();
+            Arrays owners;
+            new (self) Trained(config, read_lora(config, config.lora_handles(), owners));
+          },
+          nb::arg("config"));
 }
 
 }  // namespace
 
 void bind_sft(nb::module_& m) {
-  bind_config(m);
+  bind_sft_config(m);
   Interface interface(m, "MoE_SFT_Interface", "What a layer that trains does beyond inference.");
   bind_forward(interface);
   bind_backward(interface);

@@ -6,8 +6,8 @@
 namespace ktmoe {
 
 struct MOESFTConfig : GeneralMOEConfig {
-  int64_t lora_rank = 0;  // R; 0: no adapters
-  double lora_alpha = 0;
+  int64_t lora_rank = 16;  // R; 0: no adapters
+  double lora_alpha = 32.0;
   double lora_dropout = 0;      // probability that an adapter's input element is dropped
   uint64_t seed = 0;            // of the dropout masks
   int64_t max_cache_depth = 1;  // forwards that may wait for their backward

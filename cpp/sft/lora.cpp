@@ -20,7 +20,8 @@ LoraShape lora_shape(const MOESFTConfig& config, LoraId id) {
   return {};
 }
 
-LoraWeights::LoraWeights(const MOESFTConfig& config) : num_experts_(static_cast<size_t>(config.expert_num)) {
+LoraWeights::LoraWeights(const MOESFTConfig& config, const LoraSources& sources)
+    : num_experts_(static_cast<size_t>(config.expert_num)) {
   size_t size = 0;
   for (size_t i = 0; i < kNumLora; ++i) {
     shapes_[i] = lora_shape(config, static_cast<LoraId>(i));
@@ -29,6 +30,8 @@ LoraWeights::LoraWeights(const MOESFTConfig& config) : num_experts_(static_cast<
   }
   values_.reserve(size * sizeof(bf16));
   if (size) std::memset(values_.data(), 0, size * sizeof(bf16));
+  for (size_t i = 0; i < kNumLora; ++i)
+    for (size_t e = 0; e < num_experts_; ++e) copy(static_cast<LoraId>(i), e, sources[i]);
 }
 
 LoraWeights::LoraWeights(const LoraWeights& other)
@@ -41,16 +44,20 @@ LoraWeights::LoraWeights(const LoraWeights& other)
 
 void LoraWeights::update(const LoraSources& sources, WorkerPool& pool) {
   pool.run(static_cast<uint32_t>(num_experts_ * kNumLora), [&](const Worker&, int, uint32_t task) {
-    const size_t id = task / num_experts_, e = task % num_experts_, size = shapes_[id].size();
-    const LoraSource& source = sources[id];
-    if (source.data == nullptr || size == 0) return;
-    bf16* to = matrices(static_cast<LoraId>(id)) + e * size;
-    if (source.type == kernels::FloatType::kBf16) {
-      std::memcpy(to, static_cast<const bf16*>(source.data) + e * size, size * sizeof(bf16));
-    } else {
-      to_bf16(static_cast<const float*>(source.data) + e * size, to, size);
-    }
+    const size_t id = task / num_experts_;
+    copy(static_cast<LoraId>(id), task % num_experts_, sources[id]);
   });
+}
+
+void LoraWeights::copy(LoraId id, size_t expert, const LoraSource& source) {
+  const size_t size = shapes_[static_cast<size_t>(id)].size();
+  if (source.data == nullptr || size == 0) return;
+  bf16* to = matrices(id) + expert * size;
+  if (source.type == kernels::FloatType::kBf16) {
+    std::memcpy(to, static_cast<const bf16*>(source.data) + expert * size, size * sizeof(bf16));
+  } else {
+    to_bf16(static_cast<const float*>(source.data) + expert * size, to, size);
+  }
 }
 
 WeightView LoraWeights::view(LoraId id, size_t expert) const {

@@ -34,7 +34,8 @@ using LoraSources = std::array<LoraSource, kNumLora>;
 
 class LoraWeights {
  public:
-  explicit LoraWeights(const MOESFTConfig& config);  // all zero
+  // Zero where nothing is given; what is given is rounded and copied on the calling thread.
+  explicit LoraWeights(const MOESFTConfig& config, const LoraSources& sources = {});
   LoraWeights(const LoraWeights& other);
   LoraWeights& operator=(const LoraWeights&) = delete;
 
@@ -46,6 +47,7 @@ class LoraWeights {
   size_t bytes() const { return values_.capacity(); }
 
  private:
+  void copy(LoraId id, size_t expert, const LoraSource& source);
   bf16* matrices(LoraId id) const { return values_.as<bf16>() + begin_[static_cast<size_t>(id)]; }
 
   size_t num_experts_;

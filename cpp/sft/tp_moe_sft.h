@@ -22,10 +22,11 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
   using Common = TP_MOE_Common<Part, MoE_SFT_Interface>;
 
  public:
-  TP_MOE_SFT(MOESFTConfig config, GemmKernel kernel)
+  // Adapters begin as copies of what is given, and as zeros where nothing is.
+  TP_MOE_SFT(MOESFTConfig config, GemmKernel kernel, const LoraSources& lora = {})
       : Common((config.validate(), config), kernel),
         sft_config_(std::move(config)),
-        lora_(std::make_shared<LoraWeights>(sft_config_)),
+        lora_(std::make_shared<LoraWeights>(sft_config_, lora)),
         caches_(static_cast<size_t>(sft_config_.max_cache_depth)) {}
 
   const MOESFTConfig& sft_config() const override { return sft_config_; }

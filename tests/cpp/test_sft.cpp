@@ -208,6 +208,26 @@ TEST_CASE("what cannot be trained is refused and changes nothing") {
   CHECK(step.bits() == train({1, {0}, {1}}, Topology::read()));
 }
 
+TEST_CASE("adapters that are given when they are made are those of an update") {
+  CHECK(MOESFTConfig{}.lora_rank == 16);
+  CHECK(MOESFTConfig{}.lora_alpha == 32.0);
+  const MOESFTConfig config = training_config(one_thread());
+  const std::vector<float> wide(kExperts * lora_shape(config, LoraId::kDownB).size(), 1.0f / 3);
+  const Step step(config);
+  LoraSources sources = step.sources();
+  sources[static_cast<size_t>(LoraId::kUpA)] = {};
+  sources[static_cast<size_t>(LoraId::kDownB)] = {wide.data(), kernels::FloatType::kFloat32};
+  const LoraWeights made(config, sources);
+  LoraWeights updated(config);
+  updated.update(sources, *config.pool);
+  for (size_t i = 0; i < kNumLora; ++i) {
+    const auto id = static_cast<LoraId>(i);
+    for (size_t e = 0; e < kExperts; ++e)
+      CHECK(std::memcmp(made.view(id, e).data, updated.view(id, e).data,
+                        lora_shape(config, id).size() * sizeof(bf16)) == 0);
+  }
+}
+
 TEST_CASE("a training config names the first field that cannot be used") {
   const auto refused = [](auto&& change, const char* message) {
     MOESFTConfig config = training_config(one_thread());

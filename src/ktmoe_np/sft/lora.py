@@ -102,8 +102,17 @@ class LoraLayer(MoELayer):
 
         Parameters and errors are those of `init_lora_weights`. Later changes of the arrays change nothing.
         Waits for passes that were submitted before.
+
+        Raises
+        ------
+        ValueError
+            All are None: a caller that changed its own arrays in place has to give them again.
         """
         given = self._copied(gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
+        if not given:
+            raise ValueError(
+                f"update_lora_weights: got no matrix, expected at least one of {', '.join(LORA_NAMES)}"
+            )
         self._set_lora(given)
 
     def save_lora_weights(self, path: str | os.PathLike[str]) -> None:
