@@ -295,7 +295,7 @@ def test_wrong_layers(case: Any) -> None:
     dropping = draw_student(rng, (E, I, H), R).wrapper(P, lora_dropout=0.5)
     arrays = as_jax(batch)
     with pytest.raises(
-        TypeError, match="moe: got AMXSFTMoEWrapper, expected a BaseMoEWrapper, of mode 'inference'"
+        TypeError, match="moe: got NativeSFTMoEWrapper, expected a BaseMoEWrapper, of mode 'inference'"
     ):
         moe_forward(sft, *arrays)
     with pytest.raises(TypeError, match=r"sft: got .*, expected a BaseSFTMoEWrapper, of mode 'sft'"):

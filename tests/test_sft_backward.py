@@ -78,7 +78,7 @@ def test_what_a_method_gives(activation: str, rank: int, full: bool, method: str
     batch, grad_output = draw_training(rng, student, 6, 2)
     skips = method.endswith("SkipLoRA")
     moe = student.wrapper(2, method=method, full_weight_grad=full and not skips)
-    assert (type(moe).__name__, moe.method) == ("AMXSFTMoEWrapper", method)
+    assert (type(moe).__name__, moe.method) == ("NativeSFTMoEWrapper", method)
     gradients = train(moe, batch, grad_output).gradients
     gate, up, down = student.layer.matrices
     shapes = {"grad_input": (6, 40), "grad_weights": (6, 2)}

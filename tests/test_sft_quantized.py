@@ -151,7 +151,9 @@ def test_a_row_that_is_not_finite_spoils_itself_and_its_experts(
 def test_what_a_method_gives(method: Method, activation: str, rank: int) -> None:
     _, student, batch, grad_output = drawn(4, method, rank=rank, activation=activation)
     moe = student.wrapper(2)
-    wrapper = WRAPPERS.get(method[0], "QuantizedSFTMoEWrapper" if method in QUANTIZED else "AMXSFTMoEWrapper")
+    wrapper = WRAPPERS.get(
+        method[0], "QuantizedSFTMoEWrapper" if method in QUANTIZED else "NativeSFTMoEWrapper"
+    )
     assert (type(moe).__name__, moe.method, moe.group_size) == (wrapper, *method)
     assert moe.expert_bytes == inference(student, 2).expert_bytes
     every = train(moe, batch, grad_output)

@@ -155,7 +155,7 @@ def test_base_weights_learn() -> None:
 def test_a_layer_of_a_checkpoint(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "qwen3_moe", [0, 2], E, I, H)
     moe: Any = KTMoEWrapper.from_pretrained(tmp_path, 2, mode="sft", lora_rank=R, lora_alpha=5.0)
-    assert (type(moe).__name__, moe.method, moe.loaded) == ("AMXSFTMoEWrapper", "AMXBF16_SFT", True)
+    assert (type(moe).__name__, moe.method, moe.loaded) == ("NativeSFTMoEWrapper", "AMXBF16_SFT", True)
     same: Any = KTMoEWrapper.from_pretrained(tmp_path, 2)
     rng = np.random.default_rng(0)
     x, ids = draw(rng, 5, H), rng.integers(0, E, (5, P))

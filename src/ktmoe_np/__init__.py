@@ -6,12 +6,26 @@
 from . import config, reference
 from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import ActivationSpec, MoEConfig, parse_activation
+from .cpuinfer import _MoEBase
 from .experts import KTMoEWrapper
 from .gpu_experts import GPUExperts
-from .inference import AMXMoEWrapper, BaseMoEWrapper, GeneralMoEWrapper, NativeMoEWrapper
+from .inference import (
+    AMXMoEWrapper,
+    BaseMoEWrapper,
+    GeneralMoEWrapper,
+    LlamafileMoEWrapper,
+    NativeMoEWrapper,
+)
 from .kt_kernel_ext import isa_info
 from .masks import generate_gpu_experts_masks
-from .sft import AMXSFTMoEWrapper, BaseSFTMoEWrapper, QuantizedSFTMoEWrapper, SFTGradients
+from .sft import (
+    AMXSFTMoEWrapper,
+    BaseSFTMoEWrapper,
+    LlamafileSFTMoEWrapper,
+    NativeSFTMoEWrapper,
+    QuantizedSFTMoEWrapper,
+    SFTGradients,
+)
 
 __version__ = "0.1.0"
 
@@ -26,10 +40,14 @@ __all__ = [
     "KExpertsCPUBuffer",
     "KExpertsSFTBuffer",
     "KTMoEWrapper",
+    "LlamafileMoEWrapper",
+    "LlamafileSFTMoEWrapper",
     "MoEConfig",
     "NativeMoEWrapper",
+    "NativeSFTMoEWrapper",
     "QuantizedSFTMoEWrapper",
     "SFTGradients",
+    "_MoEBase",
     "config",
     "generate_gpu_experts_masks",
     "isa_info",

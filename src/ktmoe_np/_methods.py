@@ -57,7 +57,7 @@ _NATIVE, _LLAMAFILE = "inference.native:NativeMoEWrapper", "inference.llamafile:
 _TRAINING_WRAPPERS = {
     _AMX: "sft.quantized:QuantizedSFTMoEWrapper",
     _GENERAL: "sft.quantized:QuantizedSFTMoEWrapper",
-    _NATIVE: "sft.amx:AMXSFTMoEWrapper",
+    _NATIVE: "sft.native:NativeSFTMoEWrapper",
     _LLAMAFILE: "sft.llamafile:LlamafileSFTMoEWrapper",
 }
 

@@ -5,6 +5,7 @@ from .amx import AMXSFTMoEWrapper
 from .base import BaseSFTMoEWrapper
 from .gradients import SFTGradients
 from .llamafile import LlamafileSFTMoEWrapper
+from .native import NativeSFTMoEWrapper
 from .options import SFTOptions
 from .quantized import QuantizedSFTMoEWrapper
 
@@ -12,6 +13,7 @@ __all__ = [
     "AMXSFTMoEWrapper",
     "BaseSFTMoEWrapper",
     "LlamafileSFTMoEWrapper",
+    "NativeSFTMoEWrapper",
     "QuantizedSFTMoEWrapper",
     "SFTGradients",
     "SFTOptions",

@@ -1,19 +1,15 @@
-"""Training on base weights that stay as the checkpoint has them."""
+"""What all layers for training share beside their weights: the class of the extension that computes them."""
 
 from __future__ import annotations
 
-from .._native import NativeWeights
 from .base import BaseSFTMoEWrapper
 
 __all__ = ["AMXSFTMoEWrapper"]
 
 
-class AMXSFTMoEWrapper(NativeWeights, BaseSFTMoEWrapper):
-    """Experts with adapters on weights in a checkpoint's own encoding.
+class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
+    """A layer for training that is computed by ``AMX_SFT_MOE_TP``: the base of the wrappers of all methods.
 
-    Methods ``AMXBF16_SFT``, ``AMXFP8_SFT``, ``FP8_PERCHANNEL_SFT``, ``MXFP8_SFT``, ``RAWINT4_SFT``,
-    ``GPTQ_INT4_SFT``, ``MXFP4_SFT`` and ``NVFP4_SFT``.
-
-    Weights are referred to, never copied (those of ``GPTQ_INT4_SFT`` are converted once), and the backward
-    pass reads the same bytes as the forward pass.
+    ``AMX`` names the family of kernels, not the instruction set. `NativeSFTMoEWrapper`,
+    `QuantizedSFTMoEWrapper` and `LlamafileSFTMoEWrapper` add how weights are held.
     """

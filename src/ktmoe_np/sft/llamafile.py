@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from .._gguf import GgufWeights
-from .base import BaseSFTMoEWrapper
+from .amx import AMXSFTMoEWrapper
 
 __all__ = ["LlamafileSFTMoEWrapper"]
 
 
-class LlamafileSFTMoEWrapper(GgufWeights, BaseSFTMoEWrapper):
+class LlamafileSFTMoEWrapper(GgufWeights, AMXSFTMoEWrapper):
     """Experts with adapters on weights of GGUF: method ``LLAMAFILE_SFT``.
 
     Weights are referred to, never copied, and the backward pass reads the same bytes as the forward pass.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from .._quantized import QuantizedWeights
-from .base import BaseSFTMoEWrapper
+from .amx import AMXSFTMoEWrapper
 
 __all__ = ["QuantizedSFTMoEWrapper"]
 
 
-class QuantizedSFTMoEWrapper(QuantizedWeights, BaseSFTMoEWrapper):
+class QuantizedSFTMoEWrapper(QuantizedWeights, AMXSFTMoEWrapper):
     """Experts with adapters on quantised weights.
 
     Methods ``AMXINT8_SFT``, ``AMXINT4_SFT``, ``MOE_INT8_SFT`` and ``MOE_INT4_SFT`` compute what those without
