@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from . import kt_kernel_ext as ext
 from ._arrays import Array, bfloat16
 
-__all__ = ["BufferSlot", "KExpertsCPUBuffer", "KExpertsSFTBuffer", "SFTBufferSlot"]
+__all__ = ["BufferSlot", "Claims", "KExpertsCPUBuffer", "KExpertsSFTBuffer", "MatrixSet", "SFTBufferSlot"]
 
 
 #: Bytes of a page, and what arrays begin at a multiple of.
@@ -102,6 +102,26 @@ def _rounded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+class Claim:
+    """While it lives, arrays belong to a pass that was submitted and whose result nobody has taken yet."""
+
+
+class Claims:
+    """Which arrays of a set are taken, by name."""
+
+    def __init__(self) -> None:
+        self._holders: dict[str, weakref.ref[Claim]] = {}
+
+    def take(self, name: str, claim: Claim | None) -> bool:
+        """Whether the arrays are free; from here on they are the claim's, if there is one."""
+        holder = self._holders.get(name)
+        if holder is not None and holder() is not None:
+            return False
+        if claim is not None:
+            self._holders[name] = weakref.ref(claim)
+        return True
+
+
 @dataclass
 class SFTBufferSlot:
     """The arrays of one training step, T rows each."""
@@ -113,6 +133,7 @@ class SFTBufferSlot:
     grad_output: Array  #: bfloat16 [T, H]
     grad_input: Array  #: bfloat16 [T, H]
     grad_weights: NDArray[np.float32]  #: [T, P]
+    claims: Claims = field(default_factory=Claims, repr=False)  #: of output, and of the gradients
 
     @classmethod
     def allocate(cls, batch_size: int, hidden_size: int, num_experts_per_tok: int) -> SFTBufferSlot:
@@ -129,6 +150,14 @@ class SFTBufferSlot:
         )
 
 
+@dataclass(eq=False)
+class MatrixSet:
+    """The gradients of a layer's matrices, float32, by name."""
+
+    arrays: dict[str, NDArray[np.float32]]
+    claims: Claims = field(default_factory=Claims, repr=False)
+
+
 Slot = TypeVar("Slot", BufferSlot, SFTBufferSlot)
 
 #: T, H, P, and the stream; and without T.
@@ -137,6 +166,19 @@ _Sizes = tuple[int, int, int | None]
 
 #: Rows that a stream's buffers grow by, from so many on.
 _GROWTH = 256
+
+
+class _Cache:
+    """The slots that a class of buffers keeps."""
+
+    def __init__(self) -> None:
+        self.kept: dict[_Key, tuple[Any, ...]] = {}
+        self.last: dict[_Sizes, tuple[int, tuple[Any, ...]]] = {}  # T and the slots
+        self.matrices: weakref.WeakKeyDictionary[Any, MatrixSet] = weakref.WeakKeyDictionary()  # by layer
+
+
+class _CacheOfThread(_Cache, threading.local):
+    """One for each thread, which goes when the thread ends."""
 
 
 class _ExpertsBuffer(Generic[Slot]):
@@ -152,16 +194,16 @@ class _ExpertsBuffer(Generic[Slot]):
     _slot: ClassVar[type[Any]]
     _lock: ClassVar[threading.Lock]
     _capture_batch_sizes: ClassVar[list[int]]
-    _kept: ClassVar[dict[_Key, tuple[Any, ...]]]
-    _last: ClassVar[dict[_Sizes, tuple[int, tuple[Any, ...]]]]  # T and the slots
+    _cache_kind: ClassVar[type[_Cache]]
+    _cache: ClassVar[_Cache]
 
-    def __init_subclass__(cls, slot: type[Any], **options: Any) -> None:
+    def __init_subclass__(cls, slot: type[Any], cache: type[_Cache] = _Cache, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls._slot = slot
         cls._lock = threading.Lock()
         cls._capture_batch_sizes = []
-        cls._kept = {}
-        cls._last = {}
+        cls._cache_kind = cache
+        cls._cache = cache()
 
     @classmethod
     def get_buffer(
@@ -189,20 +231,21 @@ class _ExpertsBuffer(Generic[Slot]):
         sizes: _Sizes = (hidden_size, num_experts_per_tok, stream)
         key: _Key = (batch_size, *sizes)
         with cls._lock:
-            slots = cls._kept.get(key)
+            cache = cls._cache
+            slots = cache.kept.get(key)
             if slots is not None:
                 return slots
             is_captured = batch_size in cls._capture_batch_sizes
-            rows, last = cls._last.get(sizes, (-1, None))
+            rows, last = cache.last.get(sizes, (-1, None))
             if rows == batch_size or (stream is not None and not is_captured and rows >= batch_size):
                 slots = last
             if slots is None:
                 rows = batch_size if stream is None or is_captured else _grown(batch_size)
                 slots = tuple(cls._slot.allocate(rows, *sizes[:2]) for _ in range(cls.buffer_depth))
             if is_captured:
-                cls._kept[key] = slots
+                cache.kept[key] = slots
             else:
-                cls._last[sizes] = (rows, slots)
+                cache.last[sizes] = (rows, slots)
             return slots
 
     @classmethod
@@ -229,8 +272,7 @@ class _ExpertsBuffer(Generic[Slot]):
     def clear_buffer_cache(cls) -> None:
         """Let all buffers go. Calls that are under way keep theirs."""
         with cls._lock:
-            cls._kept = {}
-            cls._last = {}
+            cls._cache = cls._cache_kind()
 
 
 def _grown(batch_size: int) -> int:
@@ -258,11 +300,15 @@ class KExpertsCPUBuffer(_ExpertsBuffer[BufferSlot], slot=BufferSlot):
     """
 
 
-class KExpertsSFTBuffer(_ExpertsBuffer[SFTBufferSlot], slot=SFTBufferSlot):
+class KExpertsSFTBuffer(_ExpertsBuffer[SFTBufferSlot], slot=SFTBufferSlot, cache=_CacheOfThread):
     """Slots of training: arrays that a training loop reads into, and has results written to.
 
     Layer L uses slot L % 2. Buffers are kept for the capture batch sizes, which are not those of
-    `KExpertsCPUBuffer`, and for the last other size; the rest are let go.
+    `KExpertsCPUBuffer`, and for the last other size; the rest are let go. Every thread has slots of its own,
+    so that no thread overwrites what another one reads.
+
+    Layers made with `reuse_buffers` write their results there; `ktmoe_np.sft.SFTOptions` says how long these
+    are valid.
 
     Examples
     --------
@@ -271,3 +317,26 @@ class KExpertsSFTBuffer(_ExpertsBuffer[SFTBufferSlot], slot=SFTBufferSlot):
     (2, (4, 8), (4, 2))
     >>> KExpertsSFTBuffer.clear_buffer_cache()
     """
+
+    @classmethod
+    def get_matrices(cls, layer: object, shapes: Mapping[str, tuple[int, ...]]) -> MatrixSet:
+        """The arrays for the gradients of a layer's matrices: one set for each layer, of this thread.
+
+        Parameters
+        ----------
+        layer : object
+            Whose they are; the set goes with it.
+        shapes : mapping of str to tuple of int
+            By name, always the same of one layer.
+
+        Returns
+        -------
+        MatrixSet
+        """
+        with cls._lock:
+            matrices = cls._cache.matrices
+            found = matrices.get(layer)
+            if found is None:
+                found = MatrixSet({name: np.empty(shape, np.float32) for name, shape in shapes.items()})
+                matrices[layer] = found
+            return found

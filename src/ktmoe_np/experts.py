@@ -73,6 +73,9 @@ class KTMoEWrapper:
         others: None. The same with ``_SFT``. `from_pretrained` finds that of ``RAWINT4``.
     lora_rank, lora_alpha, lora_dropout, max_cache_depth, full_weight_grad, recompute, seed, cache_dtype
         Of mode ``sft``, by keyword: see `ktmoe_np.sft.SFTOptions`.
+    reuse_buffers : bool
+        Of mode ``sft``, by keyword: write the results of a step to the memory of the step before; see
+        `ktmoe_np.sft.SFTOptions` for how long they are valid.
 
     Raises
     ------
@@ -92,7 +95,7 @@ class KTMoEWrapper:
     >>> sft = KTMoEWrapper(layer_idx=3, num_experts=8, num_experts_per_tok=2, hidden_size=64,
     ...                    moe_intermediate_size=32, mode="sft", method="AMXBF16_SFT", lora_rank=4)
     >>> type(sft).__name__, sft.options.lora_alpha
-    ('AMXSFTMoEWrapper', 32.0)
+    ('NativeSFTMoEWrapper', 32.0)
     """
 
     def __new__(  # a factory: instances are of the method's class

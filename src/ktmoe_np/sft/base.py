@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from .. import kt_kernel_ext as ext
-from .._arrays import Array, at_least, bfloat16, num_tokens
+from .._arrays import Array, at_least, num_tokens
 from .._batch import Batch
 from .._methods import Method
 from .._pending import PendingPass
+from ..buffers import Claim
 from ..config import MoEConfig
 from .gradients import SFTGradients, lora_shapes, projection_shapes
 from .lora import LoraLayer
 from .options import SFTOptions
+from .results import Results
 
 __all__ = ["BaseSFTMoEWrapper"]
 
@@ -40,8 +40,13 @@ class BaseSFTMoEWrapper(LoraLayer):
         self._shapes = {} if method.skip_lora else lora_shapes(config, options.lora_rank)
         if options.full_weight_grad:
             self._shapes |= projection_shapes(config)
-        self._forward: PendingPass[Array] = PendingPass("forward_sft", self.layer_idx, self.cpu_infer)
-        self._backward: PendingPass[SFTGradients] = PendingPass("backward", self.layer_idx, self.cpu_infer)
+        self._results = Results(self, self._shapes)
+        self._forward: PendingPass[tuple[Array, Claim]] = PendingPass(
+            "forward_sft", self.layer_idx, self.cpu_infer
+        )
+        self._backward: PendingPass[tuple[SFTGradients, Claim]] = PendingPass(
+            "backward", self.layer_idx, self.cpu_infer
+        )
 
     # ---- forward passes ----
 
@@ -85,6 +90,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         Returns
         -------
         ndarray of bfloat16 [T, H], or `out`
+            New, or, with `reuse_buffers`, valid until the next pass that is written to the same slot.
 
         Raises
         ------
@@ -139,9 +145,10 @@ class BaseSFTMoEWrapper(LoraLayer):
             A forward pass of this layer is pending.
         """
 
-        def start() -> tuple[Array, list[int]]:
-            result, task = self._forward_task(hidden_states, topk_ids, topk_weights, save_for_backward, out)
-            return result, [self.cpu_infer.submit(task)]
+        def start() -> tuple[tuple[Array, Claim], list[int]]:
+            claim, batch = Claim(), (hidden_states, topk_ids, topk_weights)
+            result, task = self._forward_task(*batch, save_for_backward, out, claim)
+            return (result, claim), [self.cpu_infer.submit(task)]
 
         self._forward.submit(start)
 
@@ -155,11 +162,19 @@ class BaseSFTMoEWrapper(LoraLayer):
         IndexError
             An expert id of E or above was submitted.
         """
-        return self._forward.sync()
+        return self._forward.sync()[0]
 
     def _forward_task(
-        self, hidden_states: Any, topk_ids: Any, topk_weights: Any, save_for_backward: bool, out: Any
+        self,
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        save_for_backward: bool,
+        out: Any,
+        claim: Claim | None = None,
     ) -> tuple[Array, ext.Task]:
+        if out is None:
+            out = self._results.output(num_tokens(hidden_states), hidden_states, claim)
         batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental=False)
         self._files.check()
         task = self._layer.forward_sft_task(
@@ -192,14 +207,14 @@ class BaseSFTMoEWrapper(LoraLayer):
         grad_output : array of bfloat16 [T, H]
             Of the tokens of that pass.
         gradients : SFTGradients, optional
-            Arrays for the gradients of matrices; one that is None there is not computed. Without it arrays
-            are made for all that the method trains.
+            Arrays for the gradients of matrices; one that is None there is not computed. Without it there are
+            arrays for all that the method trains: new ones, or, with `reuse_buffers`, those of the layer.
         accumulate : bool
             Add to those arrays instead of overwriting them, for gradients of several batches.
         grad_input : array of bfloat16 [T, H], optional
         grad_weights : array of float32 [T, P], optional
             Where to write the gradients of the input and of the routing weights, which are never added to;
-            new arrays by default, also when `gradients` has some.
+            by default new arrays, or, with `reuse_buffers`, the slot's, also when `gradients` has some.
 
         Returns
         -------
@@ -238,9 +253,10 @@ class BaseSFTMoEWrapper(LoraLayer):
             A backward pass of this layer is pending.
         """
 
-        def start() -> tuple[SFTGradients, list[int]]:
-            result, task = self._backward_task(grad_output, gradients, accumulate, grad_input, grad_weights)
-            return result, [self.cpu_infer.submit(task)]
+        def start() -> tuple[tuple[SFTGradients, Claim], list[int]]:
+            claim, given = Claim(), (gradients, accumulate, grad_input, grad_weights)
+            result, task = self._backward_task(grad_output, *given, claim)
+            return (result, claim), [self.cpu_infer.submit(task)]
 
         self._backward.submit(start)
 
@@ -254,7 +270,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         ValueError
             `grad_output` does not have the tokens of the forward pass, which stays saved.
         """
-        return self._backward.sync()
+        return self._backward.sync()[0]
 
     def _backward_task(
         self,
@@ -263,14 +279,16 @@ class BaseSFTMoEWrapper(LoraLayer):
         accumulate: bool,
         grad_input: Array | None,
         grad_weights: Array | None,
+        claim: Claim | None = None,
     ) -> tuple[SFTGradients, ext.Task]:
         num = num_tokens(grad_output, "grad_output")
         self._files.check()
-        if grad_input is None:
-            grad_input = np.empty((num, self.config.hidden_size), bfloat16)
-        if grad_weights is None:
-            grad_weights = np.empty((num, self.config.num_experts_per_tok), np.float32)
-        result = SFTGradients(grad_input, grad_weights, **self._matrices(gradients, accumulate))
+        matrices = self._matrices(gradients, accumulate, claim)
+        if grad_input is None or grad_weights is None:
+            made = self._results.row_gradients(num, grad_output, claim)
+            grad_input = made[0] if grad_input is None else grad_input
+            grad_weights = made[1] if grad_weights is None else grad_weights
+        result = SFTGradients(grad_input, grad_weights, **matrices)
         task = self._layer.backward_task(
             grad_output,
             result.grad_input,
@@ -280,12 +298,14 @@ class BaseSFTMoEWrapper(LoraLayer):
         )
         return result, task
 
-    def _matrices(self, gradients: SFTGradients | None, accumulate: bool) -> dict[str, Any]:
+    def _matrices(
+        self, gradients: SFTGradients | None, accumulate: bool, claim: Claim | None
+    ) -> dict[str, Any]:
         """The arrays that gradients of matrices go to."""
         if gradients is None:
             if accumulate:
                 raise ValueError("gradients: got None with accumulate=True, expected those to add to")
-            return {name: np.empty(shape, np.float32) for name, shape in self._shapes.items()}
+            return dict(self._results.matrices(claim))
         if not isinstance(gradients, SFTGradients):
             raise TypeError(f"gradients: got {type(gradients).__name__}, expected SFTGradients")
         for name in gradients.matrices:

@@ -43,11 +43,46 @@ class SFTOptions:
         Of the first adapters and of the dropout masks, 0 to 2^64 - 1.
     cache_dtype : dtype
         bfloat16 or float32: what the results of gate and up are kept in for the backward pass.
+    reuse_buffers : bool
+        Where no arrays are given, write the results of a step to the memory of the step before; see the
+        notes. Only with a `max_cache_depth` of 1.
 
     Raises
     ------
     TypeError, ValueError
         An option of another kind or out of its range: named, with what came and what was expected.
+
+    Notes
+    -----
+    The results of a step are new arrays by default, and stay as they are. With `reuse_buffers`
+
+    - outputs, `grad_input` and `grad_weights` come from slot ``layer_idx % 2`` of `KExpertsSFTBuffer`. They
+      are valid until the next pass of the same kind, forward or backward, with the same T, H and P, by this
+      layer or another with that slot: layer 2 overwrites what layer 0 gave, layer 1 does not.
+    - gradients of matrices are arrays of the layer, valid until its next backward pass without `gradients`.
+    - every thread has slots, and arrays of each layer, of its own.
+    - what a pass reads, and what waits for its ``sync_*``, is not overwritten: a pass that would is given new
+      arrays.
+    - a batch of another T has other arrays, and earlier results stay as they are.
+      `KTMoEWrapper.clear_sft_buffer_cache` lets all of this memory go; results that are held stay.
+    - `out`, `gradients`, `grad_input` and `grad_weights` of a call come first, as ever.
+    - compiled programs of JAX (`ktmoe_np.jax`) write XLA's arrays: the option changes nothing there.
+
+    What has to last is copied:
+
+    >>> import ml_dtypes, numpy as np
+    >>> from ktmoe_np import KTMoEWrapper
+    >>> sft = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+    ...                    moe_intermediate_size=2, activation="relu2", mode="sft", method="AMXBF16_SFT",
+    ...                    reuse_buffers=True)
+    >>> first, last = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+    >>> sft.load_weights_from_tensors(first, None, last)
+    >>> x, ids, weights = np.ones((1, 4), ml_dtypes.bfloat16), np.array([[1]]), np.ones((1, 1), np.float32)
+    >>> y = sft.forward_sft(x, ids, weights, save_for_backward=False)
+    >>> kept = y.copy()
+    >>> _ = sft.forward_sft(2 * x, ids, weights, save_for_backward=False)
+    >>> kept[0, 0].item(), y[0, 0].item()
+    (32.0, 128.0)
 
     Examples
     --------
@@ -63,6 +98,7 @@ class SFTOptions:
     recompute: bool = False
     seed: int = 0
     cache_dtype: DTypeLike = bfloat16
+    reuse_buffers: bool = False
 
     def __post_init__(self) -> None:
         values: dict[str, Any] = {
@@ -74,11 +110,17 @@ class SFTOptions:
             "recompute": _boolean("recompute", self.recompute),
             "seed": at_least("seed", self.seed, 0),
             "cache_dtype": _kept_dtype(self.cache_dtype),
+            "reuse_buffers": _boolean("reuse_buffers", self.reuse_buffers),
         }
         if not 0.0 <= values["lora_dropout"] < 1.0:
             raise ValueError(f"lora_dropout: got {self.lora_dropout}, expected at least 0 and below 1")
         if values["seed"] > _LARGEST_SEED:
             raise ValueError(f"seed: got {self.seed}, expected at most {_LARGEST_SEED}")
+        if values["reuse_buffers"] and values["max_cache_depth"] != 1:
+            raise ValueError(
+                f"reuse_buffers: got True with max_cache_depth {self.max_cache_depth}, expected False: the "
+                "results of passes that wait would overwrite each other"
+            )
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
