@@ -29,6 +29,12 @@ def _parse() -> argparse.Namespace:
         default=3.0,
         help="for each limit beside batches of 1024 tokens and more, which last while the clock comes down",
     )
+    p.add_argument(
+        "--reuse-buffers",
+        action="store_true",
+        help="also ktmoe with results in new arrays, and with those in the memory of the step before; "
+        "its other rows are given arrays",
+    )
     options = parse(p)
     if options.rank < 1:
         p.error(f"--rank: got {options.rank}, expected at least 1")

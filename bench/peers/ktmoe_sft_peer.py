@@ -1,4 +1,4 @@
-"""ktmoe_np's training of adapters."""
+"""ktmoe_np's training of adapters. Option: ``arrays``, for the results, are given, new or reused."""
 
 from __future__ import annotations
 
@@ -10,17 +10,31 @@ from ..cases import Case
 from ..layer import Array, Layer, bfloat16
 from ..methods import METHODS
 from ..spec import Spec
-from .ktmoe_peer import LIBRARIES, contenders, make_layer
+from .ktmoe_peer import LIBRARIES, make_layer
+from .ktmoe_peer import contenders as of_inference
 
 __all__ = ["LIBRARIES", "Contender", "contenders"]
 
 
+def contenders(base: Spec, options: Any) -> list[Spec]:
+    """One for each instruction set and each way to have arrays."""
+    specs = of_inference(base, options)
+    ways = ("new", "reused") if options.reuse_buffers else ()
+    return specs + [
+        spec.but(family=f"{spec.family} {way} arrays", options={"arrays": way}, gives_limits=False)
+        for spec in specs
+        for way in ways
+    ]
+
+
 class Contender:
-    """A layer of ktmoe_np as in `ktmoe_peer`, with arrays for gradients that are used again."""
+    """A layer of ktmoe_np as in `ktmoe_peer`; given arrays are those of the step before."""
 
     def __init__(self, spec: Spec, layer: Layer) -> None:
         shape, self._method = spec.shape, spec.method
+        self._arrays = spec.options.get("arrays", "given")
         options = {"mode": "sft", "lora_rank": shape.rank, "lora_alpha": shape.alpha}
+        options["reuse_buffers"] = self._arrays == "reused"
         self._moe = make_layer(spec, layer, **options)
         self._moe.init_lora_weights(**layer.lora)
         self._adapter_bytes = sum(array.nbytes for array in layer.lora.values())
@@ -37,14 +51,14 @@ class Contender:
     def run(self, i: int) -> None:
         """See `bench.peers.Trainer`."""
         case = self._cases[i]
-        self._moe.forward_sft(case.x, case.ids, case.weights, save_for_backward=True, out=self._out)
+        out = self._out if self._arrays == "given" else None
+        self._out = self._moe.forward_sft(case.x, case.ids, case.weights, save_for_backward=True, out=out)
 
     def backward(self, i: int) -> None:
         """See `bench.peers.Trainer`."""
-        grad_input = None if self._gradients is None else self._gradients.grad_input
-        self._gradients = self._moe.backward(
-            self._cases[i].grad, gradients=self._gradients, grad_input=grad_input
-        )
+        given = self._gradients if self._arrays == "given" else None
+        grad_input = None if given is None else given.grad_input
+        self._gradients = self._moe.backward(self._cases[i].grad, gradients=given, grad_input=grad_input)
 
     def answer(self) -> dict[str, Array]:
         """See `bench.peers.Contender`."""
@@ -65,7 +79,8 @@ class Contender:
         """See `bench.peers.Contender`."""
         import ktmoe_np
 
-        return {"version": ktmoe_np.__version__, "isa": ktmoe_np.isa_info()["active"]}
+        about = {"version": ktmoe_np.__version__, "isa": ktmoe_np.isa_info()["active"]}
+        return {**about, "arrays": self._arrays}
 
     def limits(self, seconds: float) -> dict[str, Any]:
         """Measure what the machine can do with this contender's instruction set and threads."""
