@@ -178,3 +178,23 @@ def test_buffers_of_training() -> None:
     assert KExpertsSFTBuffer.get_buffer(5, 8, 2) is not slots
     KExpertsSFTBuffer.set_capture_batch_sizes([])
     KExpertsSFTBuffer.clear_buffer_cache()
+
+
+def test_buffers_of_training_are_of_a_thread() -> None:
+    KExpertsSFTBuffer.clear_buffer_cache()
+    slots, others = KExpertsSFTBuffer.get_buffer(5, 8, 2), []
+    matrices = KExpertsSFTBuffer.get_matrices(slots[0].claims, {"a": (2, 3)})  # of any object
+
+    def work() -> None:
+        others.append(KExpertsSFTBuffer.get_buffer(5, 8, 2))
+        others.append(KExpertsSFTBuffer.get_matrices(slots[0].claims, {"a": (2, 3)}))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert others[0] is not slots
+    assert others[1] is not matrices
+    assert KExpertsSFTBuffer.get_buffer(5, 8, 2) is slots
+    assert KExpertsSFTBuffer.get_matrices(slots[0].claims, {"a": (2, 3)}) is matrices
+    assert (matrices.arrays["a"].shape, matrices.arrays["a"].dtype) == ((2, 3), np.float32)
+    KExpertsSFTBuffer.clear_buffer_cache()

@@ -113,6 +113,21 @@ def test_a_layer_after_itself() -> None:
     assert_same(*results)
 
 
+def test_a_tensor_that_shares_memory_with_a_result_is_refused() -> None:
+    torch = pytest.importorskip("torch")
+    student = drawn_student()
+    reusing, plain = pair(student)
+    (x, ids, weights), _ = drawn(student, 5, 1)
+    y = reusing.forward(x, ids, weights)
+    tensor = torch.from_numpy(y.view(np.int16)).view(torch.bfloat16)
+    with pytest.raises(ValueError, match="out: its memory overlaps that of hidden_states, expected memory"):
+        reusing.forward_sft(tensor, ids, weights)
+    assert reusing.num_cached == 0
+    assert_same_bits(y, plain.forward(x, ids, weights))
+    expected = plain.forward(tensor, ids, weights)
+    assert_same_bits(reusing.forward(tensor.clone(), ids, weights), expected)
+
+
 def test_programs_of_jax_write_arrays_of_their_own() -> None:
     jax = pytest.importorskip("jax")
     from ktmoe_np.jax import lora_parameters, moe_sft
@@ -233,7 +248,7 @@ def test_clearing_lets_go_of_what_nobody_holds() -> None:
     del after, array
     KTMoEWrapper.clear_sft_buffer_cache()
     gc.collect()
-    assert [base() for base in bases] == [None] * len(bases)
+    assert all(base() is None for base in bases)
 
 
 def test_gradients_of_matrices_go_with_their_layer() -> None:
@@ -357,6 +372,71 @@ def test_a_claim_ends_with_its_holder() -> None:
     del claim
     assert claims.take("output", None)
     assert claims.take("output", None)  # without a claim nothing is taken
+
+
+# ---- all together ----
+
+
+class Pair:
+    """A layer that reuses its buffers and one that does not, which are asked for the same."""
+
+    def __init__(self, layer_idx: int) -> None:
+        self._student = drawn_student(seed=layer_idx)
+        self._layers = pair(self._student, layer_idx=layer_idx)
+        self._saved = self._forward = self._backward = False  # a pass is saved; passes that wait for sync_*
+        self._num_tokens = 0  # of the pass that is saved
+
+    def do_something(self, rng: np.random.Generator) -> str:
+        """One call that may come now, whose results must be the same."""
+        may = {
+            "forward": True,
+            "forward_sft": not self._saved,
+            "submit_forward_sft": not self._saved and not self._forward,
+            "sync_forward_sft": self._forward,
+            "backward": self._saved,
+            "submit_backward": self._saved and not self._backward,
+            "sync_backward": self._backward,
+        }
+        name = str(rng.choice([name for name, now in may.items() if now]))
+        getattr(self, f"_{name.partition('_')[0]}_calls")(name, rng)
+        return name
+
+    def _both(self, name: str, *arguments: Any) -> None:
+        found, expected = (getattr(moe, name)(*arguments) for moe in self._layers)
+        if isinstance(expected, np.ndarray):
+            assert_same_bits(found, expected, name)
+        elif expected is not None:
+            assert_same(by_name(found), by_name(expected))
+
+    def _forward_calls(self, name: str, rng: np.random.Generator) -> None:
+        num = int(rng.choice([4, 4, 4, 7]))
+        self._both(name, *drawn(self._student, num, int(rng.integers(5)))[0])
+        if name != "forward":
+            self._saved, self._num_tokens = True, num
+
+    def _backward_calls(self, name: str, rng: np.random.Generator) -> None:
+        self._both(name, drawn(self._student, self._num_tokens, int(rng.integers(5)))[1])
+        self._saved = False
+
+    def _submit_calls(self, name: str, rng: np.random.Generator) -> None:
+        is_forward = name == "submit_forward_sft"
+        (self._forward_calls if is_forward else self._backward_calls)(name, rng)
+        self._forward, self._backward = self._forward or is_forward, self._backward or not is_forward
+
+    def _sync_calls(self, name: str, rng: np.random.Generator) -> None:
+        self._both(name)
+        if name == "sync_forward_sft":
+            self._forward = False
+        else:
+            self._backward = False
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_calls_of_layers_in_any_order(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pairs = [Pair(layer_idx) for layer_idx in range(3)]
+    done = {pairs[int(rng.integers(3))].do_something(rng) for _ in range(120)}
+    assert len(done) == 7
 
 
 # ---- the option ----

@@ -49,7 +49,7 @@ def test_no_thread_overwrites_the_results_of_another() -> None:
     plain = [student.wrapper(P) for student in students]
     trainings = [[drawn(student, 6, seed) for seed in range(5)] for student in students]
     expected = [[copied(step(moe, t)) for t in each] for moe, each in zip(plain, trainings, strict=True)]
-    barrier = threading.Barrier(num, timeout=60)
+    barrier = threading.Barrier(num, timeout=20)
 
     def work(i: int) -> None:
         for training, right in zip(trainings[i], expected[i], strict=True):
@@ -66,7 +66,7 @@ def test_threads_that_share_a_layer() -> None:
     reusing, plain = pair(student)
     batches = [drawn(student, 6, seed)[0] for seed in range(4)]
     expected = [plain.forward(*batch) for batch in batches]
-    lock, barrier = threading.Lock(), threading.Barrier(4, timeout=60)
+    lock, barrier = threading.Lock(), threading.Barrier(4, timeout=20)
     trained = copied(step(plain, drawn(student, 6, 9)))
 
     def work(i: int) -> None:
@@ -93,7 +93,7 @@ def test_the_arrays_of_a_thread_go_with_it() -> None:
 
     in_threads([work])
     gc.collect()
-    assert [base() for base in bases] == [None] * len(bases)
+    assert all(base() is None for base in bases)
     assert bases
 
 

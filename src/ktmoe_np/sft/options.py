@@ -62,7 +62,7 @@ class SFTOptions:
     - gradients of matrices are arrays of the layer, valid until its next backward pass without `gradients`.
     - every thread has slots, and arrays of each layer, of its own.
     - what a pass reads, and what waits for its ``sync_*``, is not overwritten: a pass that would is given new
-      arrays.
+      arrays. (Where a tensor of another library shares memory with a result, it is refused instead.)
     - a batch of another T has other arrays, and earlier results stay as they are.
       `KTMoEWrapper.clear_sft_buffer_cache` lets all of this memory go; results that are held stay.
     - `out`, `gradients`, `grad_input` and `grad_weights` of a call come first, as ever.
