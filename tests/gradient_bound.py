@@ -1,15 +1,16 @@
 """How far two correct evaluations of a training step may lie apart: its formulas on intervals.
 
 Every quantity is a `Ball`: a centre in float64 and a radius that holds every evaluation which sums in float32
-in any order and takes the activation to some ulps. When `rounded`, a rounding to bfloat16 moves the centre:
-the bound is between two evaluations of the specification, and an element may differ only if a rounding
-boundary is in its interval. Else the rounding widens the radius: the bound is to the function itself, as
-float64 computes it.
+in any order and takes the activation to some ulps; infinite where a partial result may overflow. When
+`rounded`, a rounding to bfloat16 moves the centre: the bound is between two evaluations of the specification,
+and an element may differ only if a rounding boundary is in its interval. Else the rounding widens the radius:
+the bound is to the function itself, as float64 computes it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,7 @@ from ktmoe_np.reference import (
 )
 from ktmoe_np.reference.activation import gate_factor, up_factor
 from ktmoe_np.reference.derivative import gate_slope, up_slope
-
-#: Unit roundoff of float32, and its smallest normal number: hardware may take anything below for 0.
-EPS, TINY = 2.0**-24, 2.0**-126
+from ktmoe_np.reference.rounding import EPS, TINY, in_range
 
 #: Allowed error of an engine's exp, tanh or erf, in float32 units of the operand.
 ACTIVATION_ULPS = 8.0
@@ -54,7 +53,12 @@ class Ball:
     def computed(self, magnitude: AnyArray, num_roundings: int = 1) -> Ball:
         """This after `num_roundings` float32 roundings of sums of terms that add up to `magnitude`."""
         gamma = num_roundings * EPS / (1 - num_roundings * EPS)
-        return Ball(self.centre, self.radius + gamma * magnitude + num_roundings * TINY)
+        widened = Ball(self.centre, self.radius + gamma * magnitude + num_roundings * TINY)
+        return widened.unless_above(magnitude + self.radius, num_roundings)
+
+    def unless_above(self, magnitude: AnyArray, num_roundings: int = 1) -> Ball:
+        """This, or anything where partial results up to `magnitude` leave float32."""
+        return Ball(self.centre, np.where(in_range(magnitude, num_roundings), self.radius, np.inf))
 
     def where(self, kept: AnyArray) -> Ball:
         """This with 0 where `kept` is False."""
@@ -74,7 +78,7 @@ class Ball:
     def bf(self, rounded: bool) -> Ball:
         low, high = round_bf16(self.centre - self.radius), round_bf16(self.centre + self.radius)
         centre = round_bf16(self.centre).astype(np.float64) if rounded else self.centre
-        return Ball(centre, np.maximum(high - centre, centre - low) + TINY)
+        return Ball(centre, np.maximum(high - centre, centre - low) + TINY).unless_above(self.reach)
 
     def int8(self, rounded: bool) -> Ball:
         """Rows as int8 codes times their scales."""
@@ -89,14 +93,15 @@ class Ball:
         if rounded:
             scale = (np.abs(centre).max(axis=1, keepdims=True, initial=0) / 127).astype(np.float32)
             centre = _codes(centre, scale) * scale.astype(np.float64)
-        return Ball(centre, np.maximum(high - centre, centre - low) + TINY)
+        return Ball(centre, np.maximum(high - centre, centre - low) + TINY).unless_above(self.reach)
 
-    def mapped(self, function: Any, curvature: float, ulps: float) -> Ball:
+    def mapped(self, function: Any, curvature: float, ulps: float | AnyArray) -> Ball:
         """A function with a second derivative of at most `curvature` between its jumps and corners."""
         centre = function(self.centre)
         ends = [np.abs(function(self.centre + sign * self.radius) - centre) for sign in (-1, 1)]
         spread = np.maximum(*ends) + curvature * np.square(self.radius)
-        return Ball(centre, spread + ulps * EPS * np.maximum(self.reach, 1.0))
+        widened = Ball(centre, spread + ulps * EPS * np.maximum(self.reach, 1.0))
+        return widened.unless_above(np.maximum(self.reach, widened.reach))
 
 
 def _codes(x: AnyArray, scale: AnyArray) -> AnyArray:
@@ -109,6 +114,12 @@ def _codes(x: AnyArray, scale: AnyArray) -> AnyArray:
 def _product(a: Ball, b: Ball, multiply: Any) -> Ball:
     spread = multiply(np.abs(a.centre), b.radius) + multiply(a.radius, np.abs(b.centre))
     return Ball(multiply(a.centre, b.centre), spread + multiply(a.radius, b.radius))
+
+
+def times(*factors: Ball) -> Ball:
+    """Their product, whichever of them are multiplied first."""
+    largest = reduce(np.multiply, (np.maximum(factor.reach, 1.0) for factor in factors))
+    return reduce(Ball.__mul__, factors).unless_above(largest, len(factors))
 
 
 def ball(values: Any) -> Ball:
@@ -145,7 +156,14 @@ class Weights:
 
     def product(self, operand: Ball) -> Ball:
         total = (operand.int8(self.rounded) if self.integer else operand) @ self.values.T
-        return total if self.row_scale is None else total * self.row_scale
+        if self.row_scale is None:
+            return total
+        scaled, row_scale = total * self.row_scale, np.maximum(self.row_scale.reach, 1.0)
+        if not self.integer:
+            return scaled
+        # Scales may act in any order on the sums of codes.
+        scale = np.maximum(operand.reach.max(axis=1, keepdims=True, initial=0.0) / 127.0, 1.0)
+        return scaled.unless_above(127.0 * self.values.reach.sum(axis=-1) * row_scale * scale)
 
 
 def curvatures(spec: ActivationSpec) -> tuple[float, float]:
@@ -157,7 +175,7 @@ def curvatures(spec: ActivationSpec) -> tuple[float, float]:
 def activation_balls(spec: ActivationSpec, g: Ball, u: Ball | None) -> tuple[Ball, list[Ball]]:
     """act(g, u) and its partial derivatives."""
     second, third = curvatures(spec)
-    a = g.mapped(lambda x: gate_factor(spec, x), second, ACTIVATION_ULPS * (1 + np.max(g.reach, initial=0)))
+    a = g.mapped(lambda x: gate_factor(spec, x), second, ACTIVATION_ULPS * (1 + g.reach))
     a_slope = g.mapped(lambda x: gate_slope(spec, x), third, ACTIVATION_ULPS)
     if u is None:
         return a, [a_slope]
@@ -166,6 +184,7 @@ def activation_balls(spec: ActivationSpec, g: Ball, u: Ball | None) -> tuple[Bal
     return a * b, [a_slope * b, a * b_slope]
 
 
+@np.errstate(all="ignore")
 def gradient_balls(
     layer: Layer, grad_output: AnyArray, *, rounded: bool, float32_cache: bool = False
 ) -> dict[str, Ball]:
@@ -256,12 +275,12 @@ def _expert_balls(
         grad_w = grad_w + q @ Ball(bias["down"].centre[:, None], bias["down"].radius[:, None])
     result = {"out": w * y, "grad_weights": grad_w}
     result["down_lora_b"] = s * (q.T @ (w * ud).bf(rounded))
-    result["down_lora_a"] = (s * w * r).bf(rounded).T @ h.where(kept["down"])
+    result["down_lora_a"] = times(s, w, r).bf(rounded).T @ h.where(kept["down"])
     result["down_proj"] = q.T @ (w * h).bf(rounded)
     cached = (g, u) if float32_cache else (g.bf(rounded), None if u is None else u.bf(rounded))
     slopes = activation_balls(spec, *cached)[1]
     for name, slope in zip(first, slopes, strict=True):
-        d = (w * z * slope).bf(rounded)
+        d = times(w, z, slope).bf(rounded)
         d_inner = (s * (d @ b[name])).bf(rounded)
         part = d @ weight[name].backward + (d_inner @ a[name]).where(kept[name])
         result["grad_input"] = result["grad_input"] + part if "grad_input" in result else part

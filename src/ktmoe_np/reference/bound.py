@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from .activation import Array, round_bf16
 from .inputs import AnyArray, ForwardInputs, Weights, check_inputs, check_out_dtype
-from .rounding import EPS, TINY, Rounding
+from .rounding import EPS, TINY, Rounding, in_range
 
 __all__ = ["assert_within", "error_bound"]
 
@@ -82,8 +82,8 @@ def error_bound(
     Returns
     -------
     ndarray of float64, [T, H]
-        NaN in the rows that must be NaN (see `moe_forward`); infinite where an overflow, or a weight that is
-        not finite, makes no promise possible.
+        NaN in the rows that must be NaN (see `moe_forward`); infinite where a partial sum may overflow in
+        some order of summation, and where a weight is not finite: there an evaluation may give anything.
 
     Raises
     ------
@@ -163,7 +163,7 @@ def _combined(inputs: ForwardInputs, rounding: Rounding) -> tuple[Array, Array]:
             radius[rows[hit]] += np.abs(weight) * dy[hit]
             magnitude[rows[hit]] += np.abs(weight) * (np.abs(y[hit]) + dy[hit])
     radius += rounding.gamma(num_slots + 2) * magnitude + num_slots * TINY
-    return total, radius
+    return total, np.where(in_range(magnitude, num_slots + 2), radius, np.inf)
 
 
 def _expert(inputs: ForwardInputs, e: int, rows: NDArray[np.intp], rounding: Rounding) -> tuple[Array, Array]:

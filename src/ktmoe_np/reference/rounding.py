@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..config import ActivationSpec
 from .activation import Array, gate_factor, up_factor
@@ -13,7 +15,7 @@ from .inputs import AnyArray
 from .quantize import quantize_activations
 from .weights import ExpertWeights
 
-__all__ = ["EPS", "TINY", "Rounding"]
+__all__ = ["EPS", "TINY", "Rounding", "in_range"]
 
 #: Unit roundoff of float32.
 EPS = 2.0**-24
@@ -22,6 +24,26 @@ EPS = 2.0**-24
 TINY = 2.0**-126
 
 _LARGEST = float(np.finfo(np.float32).max)
+
+
+def in_range(magnitude: Array, num_roundings: int) -> NDArray[np.bool_]:
+    """Whether no partial sum can overflow float32, of terms whose magnitudes add up to `magnitude`.
+
+    Holds for every order of summation: no partial sum is larger than all magnitudes together, and each of its
+    roundings makes it larger by a factor of at most 1 + EPS. NaN is out of range.
+    """
+    within: NDArray[np.bool_] = magnitude < _LARGEST * (1.0 - num_roundings * EPS)
+    return within
+
+
+class _Sums(NamedTuple):
+    """Products x . W^T, all [M, N], before row scales, biases and the last roundings."""
+
+    centre: Array
+    magnitude: Array  #: sum of the magnitudes of the terms
+    radius: Array
+    reach: Array  #: what no partial result exceeds, but for its roundings
+    num_roundings: int
 
 
 @dataclass(frozen=True)
@@ -49,8 +71,7 @@ class Rounding:
     ) -> tuple[Array, Array]:
         """Centre and radius of x . W^T + bias for x with radius dx: [M, K] and [N, K] to [M, N]."""
         sums = self._integer_sums if weights.integer else self._float_sums
-        centre, magnitude, radius, num_roundings = sums(x, dx, weights.values.astype(np.float64))
-        in_range = magnitude + radius < _LARGEST
+        centre, magnitude, radius, reach, num_roundings = sums(x, dx, weights.values.astype(np.float64))
         num_roundings += 1
         if weights.row_scale is not None:
             scale = weights.row_scale.astype(np.float64)
@@ -58,22 +79,27 @@ class Rounding:
             flushed = TINY * (magnitude + radius + 1.0)
             size = np.abs(scale)
             centre, magnitude, radius = centre * scale, magnitude * size, radius * size + flushed
+            reach = reach * np.maximum(size, 1.0)
             num_roundings += 1
         if bias is not None:
             centre = centre + bias.astype(np.float64)
             magnitude = magnitude + np.abs(bias.astype(np.float64))
+            reach = reach + np.abs(bias.astype(np.float64))
         radius = radius + self.gamma(num_roundings) * (magnitude + radius)
-        return centre, np.where(in_range & (magnitude + radius < _LARGEST), radius, np.inf)
+        finite = in_range(np.maximum(reach, magnitude + radius), weights.shape[1] + 3)
+        return centre, np.where(finite, radius, np.inf)
 
-    def _float_sums(self, x: Array, dx: Array | None, w: Array) -> tuple[Array, Array, Array, int]:
-        """Centre, sum of magnitudes and radius of x . W^T before its roundings, and their number."""
+    def _float_sums(self, x: Array, dx: Array | None, w: Array) -> _Sums:
         abs_x, abs_w = np.abs(x), np.abs(w)
-        flushed = TINY * (abs_w.sum(axis=1) + abs_x.sum(axis=1, keepdims=True) + w.shape[1])
-        radius = flushed if dx is None else flushed + self._carried(dx, abs_w)
-        return x @ w.T, abs_x @ abs_w.T, radius, min(w.shape[1], self.max_chain or w.shape[1])
+        radius = TINY * (abs_w.sum(axis=1) + abs_x.sum(axis=1, keepdims=True) + w.shape[1])
+        magnitude = reach = abs_x @ abs_w.T
+        if dx is not None:
+            radius = radius + self._carried(dx, abs_w)
+            reach = (abs_x + dx) @ abs_w.T
+        return _Sums(x @ w.T, magnitude, radius, reach, min(w.shape[1], self.max_chain or w.shape[1]))
 
-    def _integer_sums(self, x: Array, dx: Array | None, w: Array) -> tuple[Array, Array, Array, int]:
-        """`_float_sums` of int8 codes of x: the sums are exact, but dx may change codes and scale."""
+    def _integer_sums(self, x: Array, dx: Array | None, w: Array) -> _Sums:
+        """Sums of int8 codes of x, which are exact, but dx may change codes and scale."""
         codes, d_codes, scale, d_scale = _code_intervals(x, dx)
         sums = codes @ w.T
         d_sums = np.zeros_like(sums) if dx is None else self._carried(d_codes, np.abs(w))
@@ -82,7 +108,10 @@ class Rounding:
         radius = 2.0 * d_scale * np.abs(sums) + (scale + d_scale) * d_sums
         # A row of denormal numbers, or with a denormal scale, may be taken for zero.
         flushed = TINY * (np.abs(sums) + d_sums + 1.0 + 128.0 * np.abs(w).sum(axis=1))
-        return sums * scale, np.abs(sums) * scale, radius + flushed, 2
+        # Scales may act in any order, also on each other.
+        largest = (np.abs(codes) + d_codes) @ np.abs(w).T
+        reach = np.maximum(largest, 1.0) * np.maximum(scale + d_scale, 1.0)
+        return _Sums(sums * scale, np.abs(sums) * scale, radius + flushed, reach, 2)
 
     def _carried(self, dx: Array, abs_w: Array) -> Array:
         """Error of x . W^T from errors dx of x."""
