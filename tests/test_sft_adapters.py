@@ -15,6 +15,7 @@ from sft_layers import Student, draw_student, draw_training
 from ktmoe_np.io import SafetensorsFile
 from ktmoe_np.io.writer import write_safetensors
 from ktmoe_np.sft import export_peft, import_peft, peft_scale
+from ktmoe_np.sft.peft_families import REFUSED
 
 AnyArray = Any
 
@@ -208,9 +209,66 @@ def test_the_names_of_peft(exported: Any) -> None:
     assert (down_a.shape, down_b.shape) == ((R, I), (H, R))
     config = json.loads((path / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
-    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (R, 5, 0.1)
+    # The layers drop out; PEFT loads no fused experts that would.
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (R, 5, 0.0)
     assert config["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
     assert config["layers_to_transform"] == [3, 11]
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "minimax", "minimax_m2"])
+def test_the_names_of_mixtral(tmp_path: Path, model_type: str) -> None:
+    student = student_of(0)
+    export_peft(tmp_path, [student.wrapper(P, layer_idx=2)], model_type=model_type)
+    file = SafetensorsFile(tmp_path / "adapter_model.safetensors")
+    for projection, name in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+        tensor = file.tensor(
+            f"base_model.model.model.layers.2.block_sparse_moe.experts.1.{name}.lora_B.weight"
+        )
+        assert_same_bits(tensor, student.lora[f"{projection}_lora_b"][1])
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["w1", "w2", "w3"]
+    moe = blank(student, layer_idx=2)
+    import_peft(tmp_path, [moe])
+    assert_has(moe, student)
+
+
+@pytest.mark.parametrize("model_type", [*REFUSED, "kimi_linear", ""])
+def test_families_that_peft_does_not_load(tmp_path: Path, model_type: str) -> None:
+    moe = student_of(0).wrapper(P)
+    why = REFUSED.get(model_type, "it is not known what PEFT makes of them")
+    message = rf"model_type: got '{model_type}', expected one of qwen3_moe, .* \({why}\); save_lora_weights"
+    with pytest.raises(ValueError, match=message):
+        export_peft(tmp_path / "x", [moe], model_type=model_type)
+    assert not list(tmp_path.iterdir())
+
+
+def of_checkpoint(student: Student, path: Path, model_type: object, layer_idx: int = 0) -> Any:
+    """A layer of arrays that says it is from a checkpoint of that family."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return student.wrapper(P, layer_idx=layer_idx, weight_path=path)
+
+
+def test_the_family_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    student = student_of(0)
+    mixtral = of_checkpoint(student, tmp_path / "mixtral", "mixtral")
+    export_peft(tmp_path / "x", [mixtral])
+    assert ".block_sparse_moe.experts.0.w1." in SafetensorsFile(tmp_path / "x" / _TENSORS).names()[0]
+    with pytest.raises(ValueError, match=r"model_type: got 'qwen2_moe', .*shared experts or dense layers"):
+        export_peft(tmp_path / "y", [of_checkpoint(student, tmp_path / "qwen2", "qwen2_moe")])
+    other = of_checkpoint(student, tmp_path / "olmoe", "olmoe", layer_idx=1)
+    with pytest.raises(ValueError, match="layers: got layers of mixtral and olmoe, expected one family"):
+        export_peft(tmp_path / "y", [mixtral, other])
+    export_peft(tmp_path / "y", [mixtral, other], model_type="olmoe")
+    of_gguf = student.wrapper(P, weight_path=tmp_path / "x.gguf")
+    with pytest.raises(ValueError, match=r"model_type: got None, .*x\.gguf does not say"):
+        export_peft(tmp_path / "z", [of_gguf])
+    for unknown in (of_checkpoint(student, tmp_path / "none", None), student.wrapper(P, weight_path="none")):
+        export_peft(tmp_path / "z", [unknown])
+        assert ".mlp.experts.0.gate_proj." in SafetensorsFile(tmp_path / "z" / _TENSORS).names()[0]
+
+
+_TENSORS = "adapter_model.safetensors"
 
 
 def test_without_a_gate(tmp_path: Path) -> None:

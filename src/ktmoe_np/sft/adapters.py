@@ -17,6 +17,7 @@ from ..io import SafetensorsFile
 from ..io._safetensors_header import parse_json_object
 from ..io.writer import replace_text, write_safetensors
 from .gradients import lora_shapes
+from .peft_families import LOADED, PeftNames, peft_names
 
 if TYPE_CHECKING:
     from .lora import LoraLayer
@@ -26,12 +27,12 @@ __all__ = ["export_peft", "import_peft", "load_lora_weights", "peft_scale", "sav
 _FORMAT = {"format": "ktmoe_np.lora", "format_version": "1"}
 
 _PEFT_CONFIG, _PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_PEFT_NAME = (
-    "base_model.model.model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.lora_{matrix}.weight"
-)
+_PEFT_NAME = "base_model.model.model.layers.{layer}.{experts}.{expert}.{projection}.lora_{matrix}.weight"
 _PEFT_PATTERN = re.compile(
-    r"(?:.*\.)?layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.lora_(A|B)\.weight"
+    r"(?:.*\.)?layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\."
+    r"(gate_proj|up_proj|down_proj|w1|w3|w2)\.lora_(A|B)\.weight"
 )
+_PEFT_ROLES = {"w1": "gate", "w3": "up", "w2": "down"}
 
 #: How a file may hold its numbers.
 _DTYPES = ("F32", "BF16")
@@ -107,11 +108,20 @@ def _metadata(layer: LoraLayer) -> dict[str, str]:
 # ---- several layers, as PEFT has them ----
 
 
-def export_peft(directory: str | os.PathLike[str], layers: Sequence[LoraLayer]) -> None:
+def export_peft(
+    directory: str | os.PathLike[str], layers: Sequence[LoraLayer], *, model_type: str | None = None
+) -> None:
     """Write the adapters of layers of one model as PEFT has them: a directory of two files.
 
     ``adapter_model.safetensors`` holds ``base_model.model.model.layers.{L}.mlp.experts.{e}.gate_proj.
-    lora_A.weight`` [R, H] and so on, ``adapter_config.json`` the rank, the scale and the modules.
+    lora_A.weight`` [R, H] and so on (of Mixtral and MiniMax ``block_sparse_moe.experts.{e}.w1``),
+    ``adapter_config.json`` the rank, the scale and the modules. PEFT applies dropout to no fused experts, so
+    the files ask for none.
+
+    With transformers 5, PEFT loads such adapters for the families of `ktmoe_np.sft.peft_families.LOADED`
+    alone: qwen3_moe, qwen3_next, olmoe, flex_olmo, deepseek_v2, deepseek_v3, deepseek_v32, glm4_moe,
+    glm4_moe_lite, ernie4_5_moe, hunyuan_v1_moe, exaone_moe, solar_open, cohere2_moe, afmoe, mixtral, minimax
+    and minimax_m2. Others are refused; `save_lora_weights` writes the adapters of any layer.
 
     Parameters
     ----------
@@ -119,28 +129,33 @@ def export_peft(directory: str | os.PathLike[str], layers: Sequence[LoraLayer]) 
         Made when it is not there; the files are overwritten.
     layers : sequence of BaseSFTMoEWrapper
         Of different numbers, with the same rank and scale.
+    model_type : str, optional
+        The family, as a config.json names it. None takes that of the checkpoint that the layers are from;
+        layers made of arrays are written as those of qwen3_moe.
 
     Raises
     ------
     ValueError
-        No layers, two of the same number, ranks or scales that differ, or a layer without adapters.
+        No layers, two of the same number, ranks or scales that differ, a layer without adapters, or a family
+        of which PEFT does not load them, or is not known to.
     OSError
         A file cannot be written.
     """
     rank, alpha = _common_scale(layers)
+    names = peft_names(layers, model_type)
     tensors: dict[str, Array] = {}
     for layer in layers:
         for name, matrices in _adapters_of(layer).items():
             for expert, matrix in enumerate(matrices):
-                tensors[_peft_name(layer.layer_idx, expert, name)] = matrix
+                tensors[_peft_name(names, layer.layer_idx, expert, name)] = matrix
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "r": rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
-        "lora_dropout": max(layer.options.lora_dropout for layer in layers),
-        "target_modules": sorted({f"{name.split('_')[0]}_proj" for x in layers for name in _shapes(x)}),
+        "lora_dropout": 0.0,
+        "target_modules": sorted({getattr(names, name.split("_")[0]) for x in layers for name in _shapes(x)}),
         "layers_to_transform": sorted(layer.layer_idx for layer in layers),
         "layers_pattern": "layers",
         "bias": "none",
@@ -162,8 +177,8 @@ def import_peft(directory: str | os.PathLike[str], layers: Sequence[LoraLayer]) 
     ----------
     directory : str or path-like
         With ``adapter_config.json`` and ``adapter_model.safetensors``. Names may have any prefix before
-        ``layers.{L}.mlp.experts.{e}.gate_proj.lora_A.weight``; adapters of other layers and modules are left
-        alone. float16 is taken as float32.
+        ``layers.{L}.mlp.experts.{e}.gate_proj.lora_A.weight``, or ``block_sparse_moe.experts.{e}.w1``;
+        adapters of other layers and modules are left alone. float16 is taken as float32.
     layers : sequence of BaseSFTMoEWrapper
         Of different numbers, with the rank and the scale of the adapters.
 
@@ -236,9 +251,12 @@ def _common_scale(layers: Sequence[LoraLayer]) -> tuple[int, float]:
     return scales.pop()
 
 
-def _peft_name(layer: int, expert: int, name: str) -> str:
-    projection, _, matrix = name.split("_")
-    return _PEFT_NAME.format(layer=layer, expert=expert, projection=projection, matrix=matrix.upper())
+def _peft_name(names: PeftNames, layer: int, expert: int, name: str) -> str:
+    role, _, matrix = name.split("_")
+    projection = getattr(names, role)
+    return _PEFT_NAME.format(
+        layer=layer, experts=names.experts, expert=expert, projection=projection, matrix=matrix.upper()
+    )
 
 
 def _check_peft_config(path: Path, rank: int, alpha: float) -> None:
@@ -256,14 +274,16 @@ def _check_peft_config(path: Path, rank: int, alpha: float) -> None:
 
 
 def _peft_tensors(file: SafetensorsFile) -> Mapping[tuple[str, ...], str]:
-    """The names of the file's adapters of experts, by layer, expert, projection and matrix."""
+    """The names of the file's adapters of experts, by layer, expert, role and matrix."""
     names: dict[tuple[str, ...], str] = {}
     for name in file.names():
         found = _PEFT_PATTERN.fullmatch(name)
         if found is not None:
-            if found.groups() in names:
-                raise ValueError(f"{file.path}: tensor {name!r} is there as {names[found.groups()]!r} too")
-            names[found.groups()] = name
+            layer, expert, projection, matrix = found.groups()
+            key = layer, expert, _PEFT_ROLES.get(projection, projection.removesuffix("_proj")), matrix
+            if key in names:
+                raise ValueError(f"{file.path}: tensor {name!r} is there as {names[key]!r} too")
+            names[key] = name
     return names
 
 
@@ -279,7 +299,8 @@ def _peft_matrices(
     experts = []
     for expert in range(shape[0]):
         key = (str(layer), str(expert), projection, matrix.upper())
-        tensor = _tensor(file, names.get(key, _peft_name(layer, expert, name)), shape[1:], _PEFT_DTYPES)
+        missing = _peft_name(LOADED["qwen3_moe"], layer, expert, name)
+        tensor = _tensor(file, names.get(key, missing), shape[1:], _PEFT_DTYPES)
         experts.append(tensor.astype(np.float32) if tensor.dtype == np.float16 else tensor)
     return np.stack(experts)
 
