@@ -57,10 +57,8 @@ class Model:
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     model_type = request.param
-    try:
-        config = transformers.AutoConfig.for_model(model_type, **{**COMMON, **MODELS[model_type]})
-    except (ValueError, KeyError):
-        pytest.skip(f"this transformers has no {model_type}")
+    # A model type that transformers does not know is a failure: its layers would go unchecked.
+    config = transformers.AutoConfig.for_model(model_type, **{**COMMON, **MODELS[model_type]})
     torch.manual_seed(0)
     # In bfloat16 the weights are what the engine sees; the experts run eagerly, where the hooks are.
     made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -6,7 +6,6 @@ run by transformers in float32 and by the reference. The one difference is the r
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +98,6 @@ def run_experts(experts: Any, x: Any, ids: Any, weights: Any) -> Any:
 
     experts = experts.float()
     if type(experts).__name__ != "Llama4TextExperts":
-        if len(inspect.signature(experts.forward).parameters) != 3:
-            pytest.skip("the experts of this transformers take other arguments")
         return experts(x, ids, weights)
     # Llama-4's takes the rows of every expert in turn and leaves the weights to its caller.
     every = experts(x.repeat(E, 1)).view(E, T, H)
@@ -113,10 +110,8 @@ def test_a_layer_of_the_model(tmp_path: Path, model_type: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     options, activation = MODELS[model_type]
-    try:
-        config = transformers.AutoConfig.for_model(model_type, **{**COMMON, **options})
-    except (ValueError, KeyError):
-        pytest.skip(f"this transformers has no {model_type}")
+    # A model type that transformers does not know is a failure: its layers would go unchecked.
+    config = transformers.AutoConfig.for_model(model_type, **{**COMMON, **options})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
