@@ -119,7 +119,7 @@ def assert_as_exact(ours: AnyArray, yardstick: AnyArray, truth: AnyArray, what: 
     assert errors[0] <= FACTOR * errors[1], f"{what}: error {errors[0]:.3g}, of the yardstick {errors[1]:.3g}"
 
 
-def clear_tokens(peers: Peers, candidates: Iterator[AnyArray], least: float = 0.02) -> AnyArray:
+def clear_tokens(peers: Peers, candidates: Iterator[AnyArray], least: float = 0.01) -> AnyArray:
     """The first tokens of which none is nearly tied between experts, or roundings would decide where it goes.
 
     `least` is how far apart the logits of the last expert that is taken and of the next are.
@@ -135,7 +135,8 @@ def clear_tokens(peers: Peers, candidates: Iterator[AnyArray], least: float = 0.
     try:
         for tokens in candidates:
             gaps.clear()
-            peers.logits(tokens)
+            with torch.no_grad(), in_float64():
+                peers.truth(torch.tensor(tokens[None]), use_cache=False)
             if min(gaps) >= least:
                 return tokens
     finally:
