@@ -68,6 +68,24 @@ def logits_of(model: MoEDecoder, text: bytes) -> np.ndarray[Any, Any]:
     return model.forward([list(text)], [model.new_cache()])[0]
 
 
+def assert_same_but_for_roundings(
+    model: MoEDecoder, text: bytes, actual: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]
+) -> None:
+    """The logits of a text, computed in two ways that add in another order, are as near as roundings allow.
+
+    How far that is, is measured: by how far all logits move when the last bits of the embedding change.
+    """
+    plain, rng, moved = logits_of(model, text), np.random.default_rng(0), []
+    with pytest.MonkeyPatch.context() as patch:
+        embedding = model._embedding
+        for _ in range(4):
+            noise = rng.choice(np.float32([1 - 2.0**-23, 1 + 2.0**-23]), embedding.shape)
+            patch.setattr(model, "_embedding", embedding * noise)
+            moved.append(np.abs(logits_of(model, text) - plain).max())
+    assert min(moved) > 0
+    assert np.abs(actual - expected).max() <= 2 * max(moved)
+
+
 @pytest.mark.parametrize("name", ["config", "decoder", "generation", "tokenizer"])
 def test_examples(name: str) -> None:
     found = doctest.testmod(importlib.import_module(f"ktmoe_np.models.{name}"))
@@ -102,7 +120,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(model: MoEDecoder) ->
 
 def test_what_follows_does_not_change_what_was_said(model: MoEDecoder) -> None:
     whole, part = logits_of(model, TEXT), logits_of(model, TEXT[:-5])
-    np.testing.assert_allclose(whole[: len(part)], part, atol=2e-2)
+    assert_same_but_for_roundings(model, TEXT, whole[: len(part)], part)
 
 
 def test_a_text_in_steps_is_the_text_at_once(model: MoEDecoder) -> None:
@@ -110,7 +128,7 @@ def test_a_text_in_steps_is_the_text_at_once(model: MoEDecoder) -> None:
     cache = model.new_cache()
     steps = [model.forward([[token]], [cache])[0][0] for token in long]
     assert cache.length == len(long)
-    np.testing.assert_allclose(np.stack(steps), logits_of(model, bytes(long)), atol=5e-2)
+    assert_same_but_for_roundings(model, bytes(long), np.stack(steps), logits_of(model, bytes(long)))
 
 
 def test_draws_repeat_by_their_seed(model: MoEDecoder) -> None:
@@ -146,7 +164,7 @@ def test_an_embedding_of_its_own_head(checkpoint: Path, model: MoEDecoder) -> No
     rewrite(checkpoint, "lm_head.weight", (2 * embedding.astype(np.float32)).astype(ml_dtypes.bfloat16))
     configure(checkpoint, tie_word_embeddings=False)
     other = MoEDecoder.from_pretrained(checkpoint)
-    np.testing.assert_allclose(logits_of(other, TEXT), 2 * logits_of(model, TEXT), rtol=1e-5)
+    np.testing.assert_array_equal(logits_of(other, TEXT), 2 * logits_of(model, TEXT))
 
 
 def test_seconds_in_experts_add_up(model: MoEDecoder) -> None:
