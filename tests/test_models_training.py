@@ -152,10 +152,27 @@ def test_a_batch_is_the_mean_of_its_sequences(model: MoEDecoder) -> None:
     assert together.bits_per_token == pytest.approx(
         np.average([x.bits_per_token for x in apart], weights=shares)
     )
+    moves = moves_of_gradients(model, texts)
     for i, layer in enumerate(together.layers):
         for name, matrix in layer.matrices.items():
             mean = np.average([x.layers[i].matrices[name] for x in apart], axis=0, weights=shares)
-            assert np.linalg.norm(matrix - mean) < 0.02 * np.linalg.norm(mean)
+            # Twice, and twice as the shares of the loss are rounded to bfloat16 otherwise too.
+            assert np.linalg.norm(matrix - mean) <= 4 * moves[i][name]
+
+
+def moves_of_gradients(model: MoEDecoder, texts: list[list[int]]) -> list[dict[str, float]]:
+    """How far gradients move when the last bits of the embedding change, so that roundings fall otherwise."""
+    plain, rng = loss_and_gradients(model, texts), np.random.default_rng(0)
+    moves = [dict.fromkeys(layer.matrices, 0.0) for layer in plain.layers]
+    for _ in range(3):
+        with pytest.MonkeyPatch.context() as patch:
+            noise = rng.choice(np.float32([1 - 2.0**-23, 1 + 2.0**-23]), model._embedding.shape)
+            patch.setattr(model, "_embedding", model._embedding * noise)
+            moved = loss_and_gradients(model, texts)
+        for found, before, after in zip(moves, plain.layers, moved.layers, strict=True):
+            for name, matrix in before.matrices.items():
+                found[name] = max(found[name], float(np.linalg.norm(after.matrices[name] - matrix)))
+    return moves
 
 
 def test_a_step_has_the_bits_of_its_repetition(model: MoEDecoder) -> None:
