@@ -198,7 +198,7 @@ def test_lying_headers(tmp_path: Path, header: Any, message: str) -> None:
         (header_bytes({}).replace(b"{}", b"\xff}"), "the header is not JSON"),
         ((400_000).to_bytes(8, "little") + b"[" * 400_000, "the header is not JSON"),
         ((9).to_bytes(8, "little") + b'{"a" :NaN', "the header is not JSON"),
-        ((15).to_bytes(8, "little") + b'{"a": 1,"a": 2}', "the header is not JSON: a key occurs twice"),
+        ((15).to_bytes(8, "little") + b'{"a": 1,"a": 2}', "the header is not JSON: key 'a' occurs twice"),
     ],
 )
 def test_files_that_are_none(tmp_path: Path, data: bytes, message: str) -> None:

@@ -49,6 +49,9 @@ _SWIGLUOAI_MODELS = ("gpt_oss", "minimax_m3_vl", "minimax_m3_vl_text")
 #: Where a multimodal model keeps its language model's values.
 _NESTED = ("text_config", "language_config", "llm_config", "thinker_config")
 
+#: How deep it may keep them; known models nest twice.
+_MAX_DEPTH = 4
+
 
 def read_hf_layer(config: Mapping[str, Any], layer_idx: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the sizes and the activation of a layer.
@@ -105,13 +108,13 @@ def read_hf_model(config: Mapping[str, Any]) -> tuple[str | None, str | None, in
     )
 
 
-def _find_moe_part(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _find_moe_part(config: Mapping[str, Any], depth: int = 0) -> Mapping[str, Any] | None:
     """Find the mapping that counts the experts: `config` or one nested in it."""
     if any(config.get(name) is not None for name in _SAME_SIZE_NAMES["num_experts"]):
         return config
-    for name in _NESTED:
+    for name in _NESTED if depth < _MAX_DEPTH else ():
         nested = config.get(name)
-        part = _find_moe_part(nested) if isinstance(nested, Mapping) else None
+        part = _find_moe_part(nested, depth + 1) if isinstance(nested, Mapping) else None
         if part is not None:
             return part
     return None
@@ -150,8 +153,9 @@ def _of_layer(part: Mapping[str, Any], name: str, layer_idx: int) -> Any:
 def _agreed(part: Mapping[str, Any], size: str, names: tuple[str, ...], layer_idx: int) -> Any:
     """Take the one value that all the names present give."""
     found = _present(part, size, names, layer_idx)
-    if len(set(map(repr, found.values()))) > 1:
-        pairs = ", ".join(f"{name}={value!r}" for name, value in found.items())
+    shown = {name: f"{value!r:.80}" for name, value in found.items()}
+    if len(set(shown.values())) > 1:
+        pairs = ", ".join(f"{name}={value}" for name, value in shown.items())
         raise ValueError(f"config contradicts itself about {size}: {pairs}")
     return next(iter(found.values()))
 

@@ -32,6 +32,9 @@ _PARAMETERS: dict[str, dict[str, float]] = {
 #: Other spellings of the parameters that `parse_activation` accepts.
 _OPTION_ALIASES = {"swiglu_limit": "limit", "swiglu_alpha": "alpha"}
 
+#: The largest size of a layer: the product of two fits 64 bits.
+_MAX_SIZE = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class ActivationSpec:
@@ -184,6 +187,13 @@ def _positive(name: str, value: object) -> int:
     number = operator.index(value)
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}")
+    return _bounded(name, number)
+
+
+def _bounded(name: str, number: int) -> int:
+    """`number`, unless it is above any size there is."""
+    if number > _MAX_SIZE:
+        raise ValueError(f"{name} must be at most {_MAX_SIZE}, got {number}")
     return number
 
 
@@ -209,7 +219,7 @@ class MoEConfig:
     Raises
     ------
     TypeError, ValueError
-        A size that is not an integer or not positive.
+        A size that is not an integer, not positive or above 2**31 - 1.
 
     Examples
     --------
@@ -237,7 +247,7 @@ class MoEConfig:
             )
         if isinstance(self.layer_idx, bool) or not hasattr(self.layer_idx, "__index__"):
             raise TypeError(f"layer_idx must be an integer, got {self.layer_idx!r}")
-        object.__setattr__(self, "layer_idx", operator.index(self.layer_idx))
+        object.__setattr__(self, "layer_idx", _bounded("layer_idx", operator.index(self.layer_idx)))
         if self.layer_idx < 0:
             raise ValueError(f"layer_idx must be at least 0, got {self.layer_idx}")
 
@@ -259,9 +269,23 @@ class MoEConfig:
         Raises
         ------
         ValueError
-            A size that is missing, contradictory or not positive, or an activation that is not supported.
+            A size that is missing, contradictory, not positive or above 2**31 - 1, more experts of a
+            token than there are, or an activation that is not supported.
         TypeError
             A value of the wrong type.
         """
         sizes, activation = read_hf_layer(config, layer_idx)
-        return cls(**sizes, activation=parse_activation(activation), layer_idx=layer_idx)
+        layer = cls(**sizes, activation=parse_activation(activation), layer_idx=layer_idx)
+        layer.check_model()
+        return layer
+
+    def check_model(self) -> None:
+        """Raise ValueError for what cannot be a layer of a whole model, whose router picks different experts.
+
+        A layer that is made by itself may have P above E: its caller may send a token to an expert twice.
+        """
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok must be at most num_experts, {self.num_experts}, "
+                f"got {self.num_experts_per_tok}"
+            )

@@ -12,8 +12,10 @@ from ._methods import Method, find_method, training_name
 from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import MoEConfig, parse_activation
 from .inference.base import BaseMoEWrapper
-from .io import SafetensorsCheckpoint, load_hf_config
-from .io.gguf import GgufCheckpoint, gguf_config, is_gguf
+from .io import SafetensorsCheckpoint
+from .io._json import naming_file
+from .io.gguf import is_gguf
+from .io.layer_config import check_fits, layer_config
 from .io.manifest import manifest_path, read_manifest
 from .io.native import native_group_size, native_method
 from .sft.base import BaseSFTMoEWrapper
@@ -202,6 +204,7 @@ class KTMoEWrapper:
         config, native, group_size = _described(
             path, layer_idx, method is None or bool(find_method(method, mode).encodings)
         )
+        check_fits(config, overrides.get("weight_path") or path)
         sizes = {
             "num_experts": config.num_experts,
             "num_experts_per_tok": config.num_experts_per_tok,
@@ -255,12 +258,14 @@ def _described(
     No method is that of the mode; the group size is that of a directory that ``ktmoe convert`` has written,
     or of a checkpoint's own encoding.
     """
+    config = layer_config(path, layer_idx)
     if is_gguf(path):
-        return gguf_config(GgufCheckpoint.shared(path), layer_idx), "LLAMAFILE", None
-    config = MoEConfig.from_hf_config(load_hf_config(path), layer_idx)
+        return config, "LLAMAFILE", None
     if manifest_path(path).exists():
         manifest = read_manifest(path)
-        return config, manifest.method, manifest.group_size
+        with naming_file(manifest_path(path)):
+            group_size = find_method(manifest.method, "inference").resolve_group_size(manifest.group_size)
+        return config, manifest.method, group_size
     if not look_at_layer:
         return config, None, None
     checkpoint = SafetensorsCheckpoint.shared(path)

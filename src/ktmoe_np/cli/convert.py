@@ -18,6 +18,9 @@ from .._quantize import quantize_projection
 from ..config import MoEConfig
 from ..cpuinfer import _MoEBase
 from ..io import SafetensorsCheckpoint, expert_layers, load_experts, load_hf_config
+from ..io._json import MAX_JSON_BYTES
+from ..io._regular_file import read_regular
+from ..io.layer_config import hf_layer_config
 from ..io.manifest import LayerRecord, Manifest, begin_manifest, record_layer
 from ..io.quantized import (
     QuantizedExperts,
@@ -53,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = SafetensorsCheckpoint(source)
     layers = _chosen_layers(checkpoint, arguments.layers)
     hf_config = load_hf_config(source)
-    configs = [MoEConfig.from_hf_config(hf_config, layer) for layer in layers]
+    configs = [hf_layer_config(hf_config, layer, source) for layer in layers]
     manifest = _begin(target, Manifest(str(source.resolve()), method.name, group_size))
     _copy_config(source, target)
     num_steps = sum(_num_matrices(config) + 1 for config in configs)
@@ -185,7 +188,7 @@ def _begin(target: Path, manifest: Manifest) -> Manifest:
 def _copy_config(source: Path, target: Path) -> None:
     """Copy the config.json, which says what the layers are."""
     folder = source if source.is_dir() else source.parent
-    config = (folder / "config.json").read_bytes()
+    config = read_regular(folder / "config.json", MAX_JSON_BYTES)
     with replacing(target / "config.json") as file:
         file.write(config)
 

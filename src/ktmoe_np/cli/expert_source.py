@@ -14,11 +14,12 @@ from .._formats import FORMATS, QuantizedFormat
 from .._methods import find_method
 from .._native_formats import NATIVE_FORMATS
 from ..config import MoEConfig
-from ..io import ExpertTensors, SafetensorsCheckpoint, load_experts, load_hf_config
+from ..io import ExpertTensors, SafetensorsCheckpoint, load_experts
 from ..io._expert_layer import layers_with
 from ..io._mapped import MappedFiles
 from ..io.gguf import GgufCheckpoint, GgufExperts, gguf_config, gguf_layers, is_gguf, load_gguf
 from ..io.inspect import known_templates
+from ..io.layer_config import layer_config
 from ..io.native import NativeExperts, load_native, native_method
 from ..reference import (
     decode_fp8,
@@ -175,7 +176,7 @@ def _open_safetensors(path: Path, layer_idx: int | None, method: str | None) -> 
     find_method(method, "inference")  # an unknown one is told before the files are looked at
     checkpoint = SafetensorsCheckpoint.shared(path)
     layer = _choose(path, layers_with(checkpoint, known_templates()), layer_idx)
-    config = MoEConfig.from_hf_config(load_hf_config(path), layer)
+    config = layer_config(path, layer)
     native = native_method(checkpoint, layer)
     found = find_method(method or native, "inference")
     if found.weights == "gguf":

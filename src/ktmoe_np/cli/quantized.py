@@ -16,6 +16,7 @@ from .._methods import METHODS, Method, find_method
 from ..config import MoEConfig
 from ..io import ExpertTensors
 from ..io._mapped import MappedFiles
+from ..io._regular_file import open_regular
 from ..io.quantized import QuantizedExperts, projection_sizes
 from .table import counted, wrap
 
@@ -106,7 +107,7 @@ def weight_errors(
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

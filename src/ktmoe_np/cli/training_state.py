@@ -12,7 +12,8 @@ from typing import Any
 
 from .._arrays import Array, described
 from ..io import SafetensorsFile
-from ..io._safetensors_header import parse_json_object
+from ..io._json import MAX_JSON_BYTES, parse_json_object
+from ..io._regular_file import open_regular, read_regular
 from ..io.writer import replace_text, write_safetensors
 
 __all__ = ["Course", "fingerprint", "read_state", "state_path", "write_csv", "write_state"]
@@ -41,9 +42,9 @@ class Course:
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
     """What tells a checkpoint from others, wherever it lies: its config, and the beginnings of its files."""
-    digest = hashlib.sha256((Path(path) / "config.json").read_bytes())
+    digest = hashlib.sha256(read_regular(Path(path) / "config.json", MAX_JSON_BYTES))
     for file in sorted(Path(path).glob("*.safetensors")):
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             digest.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(_LOOKED_AT))
     return digest.hexdigest()
 

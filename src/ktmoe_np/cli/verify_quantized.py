@@ -11,6 +11,7 @@ from typing import Any
 from .._formats import FORMATS, QuantizedFormat
 from ..config import MoEConfig
 from ..io import SafetensorsCheckpoint, load_experts, load_hf_config
+from ..io.layer_config import hf_layer_config
 from ..io.manifest import LayerRecord, Manifest, manifest_path, read_manifest
 from ..io.quantized import QuantizedExperts, check_codes, layer_path, load_quantized, quantized_layers
 from .progress import Progress
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     with Progress(len(layers), "checking") as progress:
         for layer in layers:
             progress.step(f"layer {layer}")
-            config = MoEConfig.from_hf_config(hf_config, layer)
+            config = hf_layer_config(hf_config, layer, path)
             row, problem = _check(path, config, fmt, manifest.layers.get(layer), source)
             rows.append(row)
             problems += [] if problem is None else [problem]

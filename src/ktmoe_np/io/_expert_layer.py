@@ -78,11 +78,16 @@ class ExpertLayer:
         return self.prefix + template.replace("{e}", str(e))
 
     def names_of(self, template: str, num_experts: int) -> list[str]:
-        """List the names of a tensor of each expert, or the one name of a tensor of all of them."""
+        """List the names of a tensor of each expert, or the one name of a tensor of all of them.
+
+        Where fewer are there, one more than are there: enough to find one missing, however many experts a
+        configuration claims.
+        """
         key = template, num_experts
         if key not in self._names:
             head, of_each, tail = template.partition("{e}")
-            numbers = range(num_experts) if of_each else [""]
+            most = 1 + len(self.numbers.get(template, ()))
+            numbers = range(min(num_experts, most)) if of_each else [""]
             self._names[key] = [f"{self.prefix}{head}{e}{tail}" for e in numbers]
         return self._names[key]
 

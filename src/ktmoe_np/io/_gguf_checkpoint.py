@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from ._gguf_header import GGUF_TYPES, GgufTensorInfo, parse_gguf_header
 from ._held import Held
 from ._mapped import identity_at, map_file
+from ._regular_file import open_regular
 
 __all__ = ["GgufCheckpoint", "GgufTensorInfo", "is_gguf"]
 
@@ -22,13 +25,16 @@ _shared: Held[GgufCheckpoint] = Held()
 #: The name of a file of a model of several: the model, the file's number from 1, and how many there are.
 _SPLIT_NAME = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 
+#: What the name of a layer's tensor begins with.
+_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.")
+
 
 class _GgufFile:
     """One file, mapped read-only; the mapping lives as long as this or any tensor of it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size == 0:  # nothing to map
                 raise ValueError(f"{path}: 0 bytes are too short for a GGUF file")
             self._map = map_file(file, path)
@@ -157,6 +163,34 @@ class GgufCheckpoint:
             The file was cut off since it was opened.
         """
         return self._files[0].value(key)
+
+    def metadata_of_layer(self, key: str, layer_idx: int) -> Any:
+        """Decode a value of the metadata; of an array, which has one for every layer, the element of a layer.
+
+        Raises
+        ------
+        ValueError
+            An array without that element, or a string that is not UTF-8.
+        """
+        header = self._files[0].header
+        length = header.length(key)
+        if length is None:
+            return header.value(key)
+        if not 0 <= layer_idx < length:
+            raise ValueError(
+                f"{self.path}: metadata {key!r} has values for {length} layers, but none for layer "
+                f"{layer_idx}"
+            )
+        return header.element(key, layer_idx)
+
+    @cached_property
+    def blocks(self) -> Mapping[int, list[str]]:
+        """The tensors of each layer, by the number in their names, ``blk.{number}.``."""
+        blocks: dict[int, list[str]] = {}
+        for name in self._file_of:
+            if match := _BLOCK.match(name):
+                blocks.setdefault(int(match[1]), []).append(name)
+        return blocks
 
     def names(self) -> tuple[str, ...]:
         """List all tensors."""

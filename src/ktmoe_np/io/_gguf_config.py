@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from ..config import ActivationSpec, MoEConfig, parse_activation
 from ._gguf_checkpoint import GgufCheckpoint
+from ._json import naming_file
 
 __all__ = ["gguf_config"]
 
@@ -79,33 +79,23 @@ def gguf_config(checkpoint: GgufCheckpoint | str | os.PathLike[str], layer_idx: 
 
     # Experts that work in a narrower space than the layer's: that is their H.
     is_latent = checkpoint.metadata(f"{architecture}.moe_latent_size") not in (None, 0)
-    return MoEConfig(
-        num_experts=size("expert_count"),
-        num_experts_per_tok=size("expert_used_count"),
-        hidden_size=size("moe_latent_size" if is_latent else "embedding_length"),
-        moe_intermediate_size=size("expert_feed_forward_length", "feed_forward_length"),
-        activation=_activation(checkpoint, architecture, layer_idx),
-        layer_idx=layer_idx,
-    )
-
-
-def _of_layer(checkpoint: GgufCheckpoint, key: str, layer_idx: int) -> Any:
-    """A value of the metadata: that of the layer where there is one for each."""
-    value = checkpoint.metadata(key)
-    if not isinstance(value, list):
-        return value
-    if not 0 <= layer_idx < len(value):
-        raise ValueError(
-            f"{checkpoint.path}: metadata {key!r} has values for {len(value)} layers, but none for layer "
-            f"{layer_idx}"
-        )
-    return value[layer_idx]
+    sizes = {
+        "num_experts": size("expert_count"),
+        "num_experts_per_tok": size("expert_used_count"),
+        "hidden_size": size("moe_latent_size" if is_latent else "embedding_length"),
+        "moe_intermediate_size": size("expert_feed_forward_length", "feed_forward_length"),
+    }
+    activation = _activation(checkpoint, architecture, layer_idx)
+    with naming_file(checkpoint.path):
+        config = MoEConfig(**sizes, activation=activation, layer_idx=layer_idx)
+        config.check_model()
+    return config
 
 
 def _size(checkpoint: GgufCheckpoint, keys: list[str], layer_idx: int) -> int:
     """The size under the first key that is there."""
     for key in keys:
-        value = _of_layer(checkpoint, key, layer_idx)
+        value = checkpoint.metadata_of_layer(key, layer_idx)
         if value is not None:
             if type(value) is not int or value < 1:
                 raise ValueError(
@@ -126,7 +116,7 @@ def _activation(checkpoint: GgufCheckpoint, architecture: str, layer_idx: int) -
     if architecture in _ACTIVATIONS:
         return parse_activation(_ACTIVATIONS[architecture])
     key = f"{architecture}.swiglu_clamp_exp"
-    limit = _of_layer(checkpoint, key, layer_idx)
+    limit = checkpoint.metadata_of_layer(key, layer_idx)
     if limit is None:
         return parse_activation("silu")
     if type(limit) not in (int, float):

@@ -15,7 +15,15 @@ from struct import Struct
 from typing import Any, NamedTuple
 
 from .._gguf_formats import GGUF_FORMATS, GgufFormat
-from ._gguf_values import U32, U64, UINT32, GgufCursor, GgufValue, decode_value, skip_value
+from ._gguf_values import (
+    U32,
+    UINT32,
+    GgufCursor,
+    GgufValue,
+    decode_element,
+    decode_value,
+    skip_value,
+)
 
 __all__ = ["GGUF_TYPES", "GgufHeader", "GgufTensorInfo", "parse_gguf_header"]
 
@@ -62,8 +70,14 @@ _VERSIONS = (2, 3)
 
 _START = Struct("<4sIQQ")  # magic, version, tensors, keys
 
+#: What an entry of a tensor has behind its name and the number of its dimensions, by that number.
+_ENTRIES = tuple(Struct(f"<{n}QIQ") for n in range(_MAX_DIMENSIONS + 1))
+
 #: The least bytes of an entry: a key with its length, type and value; a tensor without dimensions.
 _LEAST_KEY, _LEAST_TENSOR = 13, 24
+
+#: The most entries that are read, ten times what the largest models have; each takes microseconds.
+_MOST_KEYS, _MOST_TENSORS = 2**16, 2**20
 
 #: The format's own limit on keys; nobody names a tensor at more length.
 _MAX_NAME_BYTES = 2**16 - 1
@@ -102,6 +116,15 @@ class GgufHeader:
         value = self.values.get(key)
         return None if value is None else decode_value(self._cursor, value, f"metadata {key!r}")
 
+    def length(self, key: str) -> int | None:
+        """Number of elements of an array; None when there is no such key, or its value is no array."""
+        value = self.values.get(key)
+        return None if value is None else value.length
+
+    def element(self, key: str, index: int) -> Any:
+        """Decode one element, of those that `length` counts, without the others where they are numbers."""
+        return decode_element(self._cursor, self.values[key], index, f"metadata {key!r}")
+
 
 def parse_gguf_header(path: Path, data: memoryview) -> GgufHeader:
     """Parse and check a header.
@@ -128,6 +151,9 @@ def parse_gguf_header(path: Path, data: memoryview) -> GgufHeader:
     cursor.need(
         num_keys * _LEAST_KEY + num_tensors * _LEAST_TENSOR, f"{num_keys} keys and {num_tensors} tensors"
     )
+    for got, most, what in ((num_keys, _MOST_KEYS, "keys"), (num_tensors, _MOST_TENSORS, "tensors")):
+        if got > most:
+            raise ValueError(f"{path}: the header has {got} {what}, expected at most {most}")
     values: dict[str, GgufValue] = {}
     for number in range(num_keys):
         key = cursor.string(f"key {number} of the metadata", _MAX_NAME_BYTES)
@@ -189,9 +215,9 @@ def _parse_entry(cursor: GgufCursor, what: str) -> _Entry:
         raise ValueError(
             f"{cursor.path}: {what} has {num_dimensions} dimensions, more than {_MAX_DIMENSIONS}"
         )
-    # A file names the contiguous dimension first.
-    shape = tuple(cursor.number(U64, what) for _ in range(num_dimensions))[::-1]
-    return _Entry(shape, cursor.number(U32, what), cursor.number(U64, what))
+    form = _ENTRIES[num_dimensions]
+    *shape, kind, offset = form.unpack(cursor.take(form.size, what))
+    return _Entry(tuple(shape[::-1]), kind, offset)  # a file names the contiguous dimension first
 
 
 def _place(path: Path, name: str, entry: _Entry, start: int, size: int) -> GgufTensorInfo:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["U32", "U64", "UINT32", "GgufCursor", "GgufValue", "decode_value", "skip_value"]
+__all__ = ["U32", "UINT32", "GgufCursor", "GgufValue", "decode_element", "decode_value", "skip_value"]
 
 #: Where a header must end. Real ones have at most some 20 MB, the vocabulary; the format has no limit.
 MAX_HEADER_BYTES = 2**27
@@ -118,3 +118,11 @@ def decode_value(cursor: GgufCursor, value: GgufValue, what: str) -> Any:
         text = cursor.take(count * dtype.itemsize, what)
         decoded = np.frombuffer(text, dtype).tolist()
     return decoded[0] if value.length is None else decoded
+
+
+def decode_element(cursor: GgufCursor, value: GgufValue, index: int, what: str) -> Any:
+    """Decode one element of an array, as `decode_value` does."""
+    if value.type == _STRING:
+        return decode_value(cursor, value, what)[index]
+    dtype = _NUMBERS[value.type]
+    return np.frombuffer(cursor.data, dtype, 1, value.begin + index * dtype.itemsize).tolist()[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from itertools import pairwise
@@ -12,7 +11,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-__all__ = ["DTYPES", "MAX_HEADER_BYTES", "TensorInfo", "parse_header", "parse_json_object"]
+from ._json import MAX_JSON_BYTES, parse_json_object, shown
+
+__all__ = ["DTYPES", "MAX_HEADER_BYTES", "TensorInfo", "parse_header"]
 
 #: The format's dtypes that NumPy can hold. F4 and F6, which share bytes between values, are not among them.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -39,11 +40,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 #: The format's own limit on the length of a header.
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = MAX_JSON_BYTES
 
 #: What a NumPy array may have.
 _MAX_DIMENSIONS = 64
 _MAX_BYTES = 2**63 - 1
+
+#: Nobody names a tensor at more length, and messages have the name.
+_MAX_NAME = 2**16 - 1
 
 
 class TensorInfo(NamedTuple):
@@ -53,24 +57,6 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     end: int
-
-
-def parse_json_object(text: bytes, what: str) -> dict[str, Any]:
-    """Parse a JSON object; ValueError, opening with `what`, when it is anything else."""
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{what} must be a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return value
 
 
 def parse_header(path: Path, text: bytes, num_bytes: int) -> tuple[dict[str, TensorInfo], Mapping[str, str]]:
@@ -96,7 +82,7 @@ def parse_header(path: Path, text: bytes, num_bytes: int) -> tuple[dict[str, Ten
     ValueError
         Names the file and, where it is about one, the tensor.
     """
-    header = parse_json_object(text, f"{path}: the header")
+    header = parse_json_object(text, f"{path}: the header", finite=True)
     metadata = _check_metadata(path, header.pop("__metadata__", {}))
     tensors = {name: _check_entry(path, name, entry, num_bytes) for name, entry in header.items()}
     _check_disjoint(path, tensors)
@@ -105,7 +91,7 @@ def parse_header(path: Path, text: bytes, num_bytes: int) -> tuple[dict[str, Ten
 
 def _check_metadata(path: Path, metadata: object) -> Mapping[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{path}: __metadata__ must map strings to strings, got {metadata!r:.80}")
+        raise ValueError(f"{path}: __metadata__ must map strings to strings, got {shown(metadata)}")
     return metadata
 
 
@@ -116,14 +102,18 @@ def _check_entry(path: Path, name: str, entry: object, num_bytes: int) -> Tensor
             pass
         case _:
             raise ValueError(
-                f"{path}: tensor {name!r} must have dtype, shape and two data_offsets, got {entry!r:.80}"
+                f"{path}: tensor {name!r} must have dtype, shape and two data_offsets, got {shown(entry)}"
             )
+    if len(name) > _MAX_NAME:
+        raise ValueError(
+            f"{path}: tensor {name!r:.80} has a name of {len(name)} letters, more than {_MAX_NAME}"
+        )
     if len(shape) > _MAX_DIMENSIONS:
         raise ValueError(f"{path}: tensor {name!r} has {len(shape)} dimensions, more than {_MAX_DIMENSIONS}")
     if not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"{path}: tensor {name!r} must have a shape of numbers >= 0, got {shape!r:.80}")
+        raise ValueError(f"{path}: tensor {name!r} must have a shape of numbers >= 0, got {shown(shape)}")
     if not (type(begin) is int and type(end) is int and 0 <= begin <= end):
-        raise ValueError(f"{path}: tensor {name!r} has data_offsets {[begin, end]!r:.80}: not a range")
+        raise ValueError(f"{path}: tensor {name!r} has data_offsets {shown([begin, end])}: not a range")
     if end > num_bytes:
         raise ValueError(
             f"{path}: tensor {name!r} lies at bytes {begin} to {end}, but only {num_bytes} follow the "
@@ -132,7 +122,7 @@ def _check_entry(path: Path, name: str, entry: object, num_bytes: int) -> Tensor
     if dtype in DTYPES:
         itemsize = DTYPES[dtype].itemsize
         if math.prod(n for n in shape if n) * itemsize > _MAX_BYTES:
-            raise ValueError(f"{path}: tensor {name!r} has a shape no array can have: {shape!r:.80}")
+            raise ValueError(f"{path}: tensor {name!r} has a shape no array can have: {shown(shape)}")
         if math.prod(shape) * itemsize != end - begin:
             raise ValueError(
                 f"{path}: tensor {name!r} is {dtype} of shape {shape}, {math.prod(shape) * itemsize} "

@@ -162,9 +162,9 @@ class _Layer:
         self.stem = f"blk.{layer_idx}.ffn_"
         self.names: list[str] = []  # what was read
         numbers: dict[str, set[int | None]] = {}  # role -> the experts that have a tensor; None: all in one
-        for name in checkpoint.names():
+        for name in checkpoint.blocks.get(layer_idx, ()):
             match = _WEIGHT.fullmatch(name)
-            if match and int(match[1]) == layer_idx:
+            if match:
                 numbers.setdefault(match[2], set()).add(None if match[3] is None else int(match[3]))
         if not numbers:
             others = ", ".join(map(str, gguf_layers(checkpoint))) or "none"

@@ -12,11 +12,13 @@ from .._hf_config import read_hf_model
 from .._methods import Method, find_method
 from ..config import MoEConfig
 from ._expert_layer import layers_with, speaks_of_experts
+from ._json import naming_file
 from ._namings import NAMINGS
 from ._native_layer import find_forms
 from ._native_namings import FORMS
 from .experts import find_experts
 from .gguf import GgufCheckpoint, gguf_config, gguf_layers, is_gguf, load_gguf
+from .layer_config import hf_layer_config
 from .manifest import manifest_path, read_manifest
 from .quantized import find_quantized, open_quantized, projection_sizes, quantized_layers
 from .safetensors import SafetensorsCheckpoint, load_hf_config
@@ -176,7 +178,7 @@ def _inspect_safetensors(path: Path) -> CheckpointReport:
     numbers = layers_with(checkpoint, known_templates())
     if not numbers:
         raise ValueError(_no_experts(checkpoint, about[0]))
-    layers = [_safetensors_layer(checkpoint, MoEConfig.from_hf_config(config, number)) for number in numbers]
+    layers = [_safetensors_layer(checkpoint, hf_layer_config(config, number, path)) for number in numbers]
     return _report(path, "safetensors", about, layers)
 
 
@@ -217,18 +219,17 @@ def _safetensors_layer(checkpoint: SafetensorsCheckpoint, config: MoEConfig) -> 
 
 def _inspect_converted(path: Path) -> CheckpointReport:
     manifest = read_manifest(path)
-    method = find_method(manifest.method, "inference")
-    if not method.formats:
-        raise ValueError(
-            f"{manifest_path(path)}: method is {manifest.method!r}, expected one that quantises weights"
-        )
-    group_size = method.resolve_group_size(manifest.group_size)
+    with naming_file(manifest_path(path)):
+        method = find_method(manifest.method, "inference")
+        if not method.formats:
+            raise ValueError(f"method is {manifest.method!r:.80}, expected one that quantises weights")
+        group_size = method.resolve_group_size(manifest.group_size)
     config = load_hf_config(path)
     numbers = sorted({*manifest.layers, *quantized_layers(path)})
     if not numbers:
         raise ValueError(f"{path}: no layer is converted yet")
     layers = [
-        _converted_layer(path, MoEConfig.from_hf_config(config, number), method, group_size)
+        _converted_layer(path, hf_layer_config(config, number, path), method, group_size)
         for number in numbers
     ]
     return _report(path, "converted", read_hf_model(config), layers)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ._safetensors_header import parse_json_object
+from ._json import read_json_object, shown
 from .writer import replace_text
 
 __all__ = ["LayerRecord", "Manifest", "begin_manifest", "manifest_path", "read_manifest", "record_layer"]
@@ -151,17 +151,17 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         Not such a file, or a field that is missing or of the wrong kind: names the file and the field.
     """
     path = manifest_path(directory)
-    value = parse_json_object(path.read_bytes(), str(path))
+    value = read_json_object(path, finite=True)
     for name, expected in (("format", _FORMAT), ("version", _VERSION)):
         if value.get(name) != expected:
-            raise ValueError(f"{path}: {name} is {value.get(name)!r:.80}, expected {expected!r}")
+            raise ValueError(f"{path}: {name} is {shown(value.get(name))}, expected {expected!r}")
     layers = {
         _number(path, number): _record(path, f"layers.{number}", entry)
         for number, entry in _field(path, "layers", value, dict, "an object").items()
     }
     size = value.get("group_size")
     if not (size is None or type(size) is int):
-        raise ValueError(f"{path}: group_size is {size!r:.80}, expected a number or null")
+        raise ValueError(f"{path}: group_size is {shown(size)}, expected a number or null")
     source = _field(path, "source", value, str, "a string")
     return Manifest(source, _field(path, "method", value, str, "a string"), size, layers)
 
@@ -170,24 +170,24 @@ def _field(path: Path, name: str, value: Mapping[str, Any], kind: type, expected
     """A field of an object by the last part of its name."""
     found = value.get(name.rpartition(".")[2])
     if not isinstance(found, kind):
-        raise ValueError(f"{path}: {name} is {found!r:.80}, expected {expected}")
+        raise ValueError(f"{path}: {name} is {shown(found)}, expected {expected}")
     return found
 
 
 def _number(path: Path, text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise ValueError(f"{path}: layers has {text!r:.80}, expected numbers of layers")
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and str(int(text)) == text):
+        raise ValueError(f"{path}: layers has {shown(text)}, expected numbers of layers")
     return int(text)
 
 
 def _record(path: Path, name: str, entry: object) -> LayerRecord:
     if not isinstance(entry, dict):
-        raise ValueError(f"{path}: {name} is {entry!r:.80}, expected an object")
+        raise ValueError(f"{path}: {name} is {shown(entry)}, expected an object")
     digest = _field(path, f"{name}.sha256", entry, str, "a string")
     errors = _field(path, f"{name}.relative_error", entry, dict, "an object")
     experts = _field(path, f"{name}.experts_checked", entry, list, "an array")
     if not all(type(error) in (int, float) for error in errors.values()):
-        raise ValueError(f"{path}: {name}.relative_error is {errors!r:.80}, expected numbers")
+        raise ValueError(f"{path}: {name}.relative_error is {shown(errors)}, expected numbers")
     if not all(type(expert) is int for expert in experts):
-        raise ValueError(f"{path}: {name}.experts_checked is {experts!r:.80}, expected numbers of experts")
+        raise ValueError(f"{path}: {name}.experts_checked is {shown(experts)}, expected numbers of experts")
     return LayerRecord(digest, errors, tuple(experts))

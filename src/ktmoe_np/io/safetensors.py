@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._held import Held
+from ._json import read_json_object, shown
 from ._layer_names import LayerNames
 from ._mapped import FileIdentity, identity_at, map_file
-from ._safetensors_header import DTYPES, MAX_HEADER_BYTES, TensorInfo, parse_header, parse_json_object
+from ._regular_file import open_regular
+from ._safetensors_header import DTYPES, MAX_HEADER_BYTES, TensorInfo, parse_header
 
-__all__ = ["SafetensorsCheckpoint", "SafetensorsFile", "TensorInfo", "load_hf_config"]
+__all__ = ["SafetensorsCheckpoint", "SafetensorsFile", "TensorInfo", "hf_config_path", "load_hf_config"]
 
 #: Checkpoints that someone holds, by their path and the identities of all their files.
 _shared: Held[SafetensorsCheckpoint] = Held()
@@ -56,7 +58,7 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise ValueError(f"{self.path}: {size} bytes are too short for a safetensors file")
@@ -280,11 +282,15 @@ def load_hf_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     ValueError
         Not a JSON object.
     """
-    path = Path(path)
-    if not path.exists():
+    if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file or directory")
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    return parse_json_object(config.read_bytes(), str(config))
+    return read_json_object(hf_config_path(path))
+
+
+def hf_config_path(path: str | os.PathLike[str]) -> Path:
+    """The config.json of the checkpoint whose directory, or one of whose files, `path` is."""
+    where = Path(path)
+    return (where if where.is_dir() else where.parent) / "config.json"
 
 
 def _find_files(path: Path) -> tuple[_Index | None, list[Path]]:
@@ -307,15 +313,21 @@ def _find_files(path: Path) -> tuple[_Index | None, list[Path]]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Read the shard of every tensor from an index; no file is opened."""
-    weight_map = parse_json_object(path.read_bytes(), str(path)).get("weight_map")
+    weight_map = read_json_object(path, finite=True).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{path}: weight_map must be an object, got {type(weight_map).__name__}")
     shards: set[str] = set()
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise ValueError(f"{path}: the shard of tensor {name!r} must be a string, got {file!r:.80}")
+            raise ValueError(f"{path}: the shard of tensor {name!r} must be a string, got {shown(file)}")
         if file not in shards:
-            if not file or Path(file).is_absolute() or ".." in Path(file).parts:
-                raise ValueError(f"{path}: shard {file!r} is not a file name inside the checkpoint")
+            if not _is_inside(file):
+                raise ValueError(f"{path}: shard {file!r:.300} is not a file name inside the checkpoint")
             shards.add(file)
     return weight_map
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a shard's name, which the file gives, is one of a file at or below its own directory."""
+    path = Path(name)
+    return bool(path.parts) and name.isprintable() and not path.is_absolute() and ".." not in path.parts

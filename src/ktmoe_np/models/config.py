@@ -35,6 +35,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
 }
 
+#: The normal positive numbers of float32, in which everything is computed.
+_LEAST, _LIMIT = 2.0**-126, 2.0**128
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -75,25 +78,31 @@ class DecoderConfig:
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> DecoderConfig:
         """Read the parsed file of a Qwen3-MoE, Mixtral or OLMoE checkpoint."""
-        family = _FAMILIES.get(config.get("model_type", ""))
+        model_type = config.get("model_type")
+        family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
         if family is None:
-            known = ", ".join(_FAMILIES)
-            raise ValueError(f"model_type: got {config.get('model_type')!r}, expected one of {known}")
+            raise ValueError(f"model_type: got {model_type!r:.80}, expected one of {', '.join(_FAMILIES)}")
         for name, allowed in _ONLY.items():
             value = config.get(name)
             if name == "sliding_window" and config.get("use_sliding_window") is False:
                 continue
             if value not in allowed:
-                raise ValueError(f"{name}: got {value!r}, expected {allowed[0]!r}")
+                raise ValueError(f"{name}: got {value!r:.80}, expected {allowed[0]!r}")
         experts = MoEConfig.from_hf_config(config, 0)
         heads = _size(config, "num_attention_heads")
+        kv_heads = _size(config, "num_key_value_heads", default=heads)
+        if heads % kv_heads:
+            raise ValueError(f"num_key_value_heads: got {kv_heads}, expected a divisor of {heads}")
+        head_dim = _size(config, "head_dim", default=experts.hidden_size // heads)
+        if head_dim % 2:
+            raise ValueError(f"head_dim: got {head_dim}, expected an even number")
         return cls(
             vocab_size=_size(config, "vocab_size"),
             hidden_size=experts.hidden_size,
             num_layers=_size(config, "num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=_size(config, "num_key_value_heads", default=heads),
-            head_dim=_size(config, "head_dim", default=experts.hidden_size // heads),
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
             num_experts=experts.num_experts,
             num_experts_per_tok=experts.num_experts_per_tok,
             rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
@@ -109,15 +118,15 @@ class DecoderConfig:
 def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = config.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: got {value!r}, expected a positive integer")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise ValueError(f"{name}: got {value!r:.80}, expected a positive integer below 2**31")
     return value
 
 
 def _number(config: Mapping[str, Any], name: str, default: float) -> float:
     value = config.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ValueError(f"{name}: got {value!r}, expected a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _LEAST <= value < _LIMIT:
+        raise ValueError(f"{name}: got {value!r:.80}, expected a positive number in the range of float32")
     return float(value)
 
 
@@ -129,7 +138,7 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
             continue
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise ValueError(f"{name}: got rope type {kind!r}, expected 'default'")
+            raise ValueError(f"{name}: got rope type {kind!r:.80}, expected 'default'")
         if "rope_theta" in rope:
             return _number(rope, "rope_theta", 10000.0)
     return _number(config, "rope_theta", 10000.0)

@@ -20,7 +20,8 @@ from .._methods import training_name
 from ..experts import KTMoEWrapper
 from ..inference.base import BaseMoEWrapper
 from ..io import load_hf_config
-from ..io.safetensors import SafetensorsCheckpoint
+from ..io._json import naming_file
+from ..io.safetensors import SafetensorsCheckpoint, hf_config_path
 from ..sft.adapters import import_peft, peft_scale
 from ..sft.base import BaseSFTMoEWrapper
 from ..sft.gradients import SFTGradients
@@ -118,7 +119,9 @@ class MoEDecoder:
             and tensor), or adapters of another model.
         """
         path = EMBEDDED_MODEL if path is None else path
-        config = DecoderConfig.from_hf_config(load_hf_config(path))
+        hf_config = load_hf_config(path)
+        with naming_file(hf_config_path(path)):
+            config = DecoderConfig.from_hf_config(hf_config)
         if adapter is not None:
             rank, alpha = peft_scale(adapter)
             mode, overrides = "sft", {"lora_rank": rank, "lora_alpha": alpha, **overrides}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..io._safetensors_header import parse_json_object
+from ..io._json import MAX_JSON_BYTES, parse_json_object, read_json_object, shown
+from ..io._regular_file import read_regular
 
 __all__ = ["Tokenizer", "load_stop_tokens", "load_tokenizer"]
 
@@ -30,25 +32,66 @@ class _Bytes:
         return list(text.encode())
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(tokens).decode(errors="replace")
+        # A model may know more tokens than bytes; 0xff is no UTF-8.
+        return bytes(token if token < 256 else 0xFF for token in tokens).decode(errors="replace")
 
 
 class _Library:
     """What the package tokenizers makes of the file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, text: bytes) -> None:
         try:
             library = importlib.import_module("tokenizers")
         except ImportError as error:
             needs = "reading them needs: pip install tokenizers"
             raise ImportError(f"{path}: its tokens are more than bytes; {needs}") from error
-        self._loaded: Any = library.Tokenizer.from_file(str(path))
+        with _naming(path, "the package tokenizers refuses it"):
+            self._loaded: Any = library.Tokenizer.from_str(text.decode())
+        self._path = path
 
     def encode(self, text: str) -> list[int]:
-        return list(self._loaded.encode(text).ids)
+        with _naming(self._path, "the text cannot be encoded"):
+            return list(self._loaded.encode(text).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return str(self._loaded.decode(list(tokens)))
+        with _naming(self._path, "the tokens cannot be decoded"):
+            return str(self._loaded.decode(list(tokens)))
+
+
+class _Bounded:
+    """A tokenizer whose tokens the model must know."""
+
+    def __init__(self, tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._path = path
+        self._vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        tokens = self._tokenizer.encode(text)
+        most = max(tokens, default=0)
+        if most >= self._vocab_size:
+            raise ValueError(
+                f"{self._path}: the text has token {most}, expected at most {self._vocab_size - 1}, "
+                "by vocab_size in config.json"
+            )
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens)
+
+
+@contextmanager
+def _naming(path: Path, what: str) -> Iterator[None]:
+    """Turn what the package tokenizers raises into a ValueError that names the file.
+
+    It raises plain Exception, and where its own code fails, a PanicException, which is none.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{path}: {what}: {error!s:.200}") from None
+        raise
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -62,14 +105,16 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Returns
     -------
     Tokenizer
-        With methods ``encode`` and ``decode``.
+        With methods ``encode`` and ``decode``. ``encode`` raises ValueError for a text with tokens beyond the
+        vocabulary of the model, which config.json counts.
 
     Raises
     ------
     FileNotFoundError
         No tokenizer.json there.
     ValueError
-        Not a JSON object.
+        Not a JSON object, not a tokenizer that the package tokenizers reads, or a vocab_size that is none:
+        names the file.
     ImportError
         Its tokens are more than bytes, and the package tokenizers is missing.
 
@@ -82,7 +127,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     file = Path(path) / "tokenizer.json"
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file")
-    return _Bytes() if _is_bytes(parse_json_object(file.read_bytes(), str(file))) else _Library(file)
+    text = read_regular(file, MAX_JSON_BYTES)
+    tokenizer: Tokenizer = _Bytes() if _is_bytes(parse_json_object(text, str(file))) else _Library(file, text)
+    vocab_size = _vocab_size(Path(path) / "config.json")
+    return tokenizer if vocab_size is None else _Bounded(tokenizer, file, vocab_size)
 
 
 def load_stop_tokens(path: str | os.PathLike[str]) -> frozenset[int]:
@@ -99,14 +147,22 @@ def load_stop_tokens(path: str | os.PathLike[str]) -> frozenset[int]:
         Not a JSON object, or something else than an integer or a list of them.
     """
     for file in (Path(path) / "generation_config.json", Path(path) / "config.json"):
-        value = parse_json_object(file.read_bytes(), str(file)).get("eos_token_id") if file.exists() else None
+        value = read_json_object(file).get("eos_token_id") if file.exists() else None
         if value is None:
             continue
         tokens = value if isinstance(value, list) else [value]
         if any(type(token) is not int for token in tokens):
-            raise ValueError(f"{file}: eos_token_id is {value!r:.80}, expected an integer or a list of them")
+            raise ValueError(f"{file}: eos_token_id is {shown(value)}, expected an integer or a list of them")
         return frozenset(tokens)
     return frozenset()
+
+
+def _vocab_size(config: Path) -> int | None:
+    """How many tokens the model knows; None where there is no config.json or it does not say."""
+    value = read_json_object(config).get("vocab_size") if config.exists() else None
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"{config}: vocab_size is {shown(value)}, expected a positive integer")
+    return value
 
 
 def _is_bytes(content: dict[str, Any]) -> bool:

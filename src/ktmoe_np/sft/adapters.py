@@ -14,7 +14,7 @@ import numpy as np
 
 from .._arrays import Array
 from ..io import SafetensorsFile
-from ..io._safetensors_header import parse_json_object
+from ..io._json import read_json_object, shown
 from ..io.writer import replace_text, write_safetensors
 from .gradients import lora_shapes
 from .peft_families import LOADED, PeftNames, peft_names
@@ -227,12 +227,12 @@ def peft_scale(directory: str | os.PathLike[str]) -> tuple[int, float]:
         Not such a file, or numbers that are none: names it.
     """
     path = Path(directory) / _PEFT_CONFIG
-    config = parse_json_object(path.read_bytes(), str(path))
+    config = read_json_object(path)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
-        raise ValueError(f"{path}: r is {rank!r:.80}, expected a positive integer")
+        raise ValueError(f"{path}: r is {shown(rank)}, expected a positive integer")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ValueError(f"{path}: lora_alpha is {alpha!r:.80}, expected a number")
+        raise ValueError(f"{path}: lora_alpha is {shown(alpha)}, expected a number")
     return rank, float(alpha)
 
 
@@ -261,16 +261,16 @@ def _peft_name(names: PeftNames, layer: int, expert: int, name: str) -> str:
 
 def _check_peft_config(path: Path, rank: int, alpha: float) -> None:
     """Raise ValueError when the adapters are not what the layers are made for."""
-    config = parse_json_object(path.read_bytes(), str(path))
+    config = read_json_object(path)
     expected: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha}
     plain: dict[str, Any] = dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"), False)
     plain |= {"rank_pattern": {}, "alpha_pattern": {}}
     for name, value in expected.items():
         if config.get(name) != value:
-            raise ValueError(f"{path}: {name} is {config.get(name)!r:.80}, expected {value!r}")
+            raise ValueError(f"{path}: {name} is {shown(config.get(name))}, expected {value!r}")
     for name, value in plain.items():
         if config.get(name) not in (value, None):
-            raise ValueError(f"{path}: {name} is {config[name]!r:.80}, expected {value!r}")
+            raise ValueError(f"{path}: {name} is {shown(config[name])}, expected {value!r}")
 
 
 def _peft_tensors(file: SafetensorsFile) -> Mapping[tuple[str, ...], str]:
