@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import MoEConfig
+from ..io._json import naming_file
+from ..io.safetensors import hf_config_path, load_hf_config
 
 __all__ = ["DecoderConfig"]
 
@@ -74,6 +77,13 @@ class DecoderConfig:
     clip_qkv: float | None
     router: str
     qk_norm: str
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> DecoderConfig:
+        """Read the config.json of the checkpoint at `path`; errors are ValueErrors that name the file."""
+        config = load_hf_config(path)
+        with naming_file(hf_config_path(path)):
+            return cls.from_hf_config(config)
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> DecoderConfig:

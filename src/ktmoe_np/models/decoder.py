@@ -19,9 +19,7 @@ from numpy.typing import NDArray
 from .._methods import training_name
 from ..experts import KTMoEWrapper
 from ..inference.base import BaseMoEWrapper
-from ..io import load_hf_config
-from ..io._json import naming_file
-from ..io.safetensors import SafetensorsCheckpoint, hf_config_path
+from ..io.safetensors import SafetensorsCheckpoint
 from ..sft.adapters import import_peft, peft_scale
 from ..sft.base import BaseSFTMoEWrapper
 from ..sft.gradients import SFTGradients
@@ -119,9 +117,7 @@ class MoEDecoder:
             and tensor), or adapters of another model.
         """
         path = EMBEDDED_MODEL if path is None else path
-        hf_config = load_hf_config(path)
-        with naming_file(hf_config_path(path)):
-            config = DecoderConfig.from_hf_config(hf_config)
+        config = DecoderConfig.from_pretrained(path)
         if adapter is not None:
             rank, alpha = peft_scale(adapter)
             mode, overrides = "sft", {"lora_rank": rank, "lora_alpha": alpha, **overrides}
