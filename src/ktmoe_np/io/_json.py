@@ -18,6 +18,9 @@ __all__ = ["MAX_JSON_BYTES", "naming_file", "parse_json", "parse_json_object", "
 #: No file of a checkpoint has more; parsed, a text takes up to some thirty times its size.
 MAX_JSON_BYTES = 100_000_000
 
+#: The most objects and arrays of a text: they are what takes memory, up to a few hundred bytes each.
+_MOST_CONTAINERS = 2**22
+
 #: More digits than an integer has that a float can hold.
 _MAX_DIGITS = 308
 
@@ -49,8 +52,8 @@ def parse_json(text: bytes, what: str, *, finite: bool = False) -> Any:
     Raises
     ------
     ValueError
-        Not JSON; nested too deeply; a key that occurs twice in an object; an integer of more than 308 digits;
-        half a surrogate pair.
+        Not JSON; nested too deeply; millions of objects and arrays; a key that occurs twice in an object; an
+        integer of more than 308 digits; half a surrogate pair.
 
     Examples
     --------
@@ -60,6 +63,9 @@ def parse_json(text: bytes, what: str, *, finite: bool = False) -> Any:
     Traceback (most recent call last):
     ValueError: x.json is not JSON: key 'a' occurs twice
     """
+    containers = text.count(b"{") + text.count(b"[")  # those in strings too, which are few
+    if containers > _MOST_CONTAINERS:
+        raise ValueError(f"{what} has {containers} objects and arrays, expected at most {_MOST_CONTAINERS}")
     try:
         value = json.loads(
             text.decode("utf-8"),

@@ -39,6 +39,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
     }.items()
 }
 
+_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+
+#: The type of a dimension; a bool is no number here.
+_INTEGERS = frozenset((int,))
+
+#: The most tensors of a file, ten times what the largest models have; each takes microseconds.
+_MOST_TENSORS = 2**20
+
 #: The format's own limit on the length of a header.
 MAX_HEADER_BYTES = MAX_JSON_BYTES
 
@@ -84,6 +92,8 @@ def parse_header(path: Path, text: bytes, num_bytes: int) -> tuple[dict[str, Ten
     """
     header = parse_json_object(text, f"{path}: the header", finite=True)
     metadata = _check_metadata(path, header.pop("__metadata__", {}))
+    if len(header) > _MOST_TENSORS:
+        raise ValueError(f"{path}: the header has {len(header)} tensors, expected at most {_MOST_TENSORS}")
     tensors = {name: _check_entry(path, name, entry, num_bytes) for name, entry in header.items()}
     _check_disjoint(path, tensors)
     return tensors, metadata
@@ -110,7 +120,7 @@ def _check_entry(path: Path, name: str, entry: object, num_bytes: int) -> Tensor
         )
     if len(shape) > _MAX_DIMENSIONS:
         raise ValueError(f"{path}: tensor {name!r} has {len(shape)} dimensions, more than {_MAX_DIMENSIONS}")
-    if not all(type(n) is int and n >= 0 for n in shape):
+    if not (_INTEGERS.issuperset(map(type, shape)) and min(shape, default=0) >= 0):
         raise ValueError(f"{path}: tensor {name!r} must have a shape of numbers >= 0, got {shown(shape)}")
     if not (type(begin) is int and type(end) is int and 0 <= begin <= end):
         raise ValueError(f"{path}: tensor {name!r} has data_offsets {shown([begin, end])}: not a range")
@@ -119,14 +129,15 @@ def _check_entry(path: Path, name: str, entry: object, num_bytes: int) -> Tensor
             f"{path}: tensor {name!r} lies at bytes {begin} to {end}, but only {num_bytes} follow the "
             "header: the file is cut off, or its header lies"
         )
-    if dtype in DTYPES:
-        itemsize = DTYPES[dtype].itemsize
-        if math.prod(n for n in shape if n) * itemsize > _MAX_BYTES:
+    if dtype in _SIZES:
+        itemsize = _SIZES[dtype]
+        if math.prod(filter(None, shape)) * itemsize > _MAX_BYTES:
             raise ValueError(f"{path}: tensor {name!r} has a shape no array can have: {shown(shape)}")
-        if math.prod(shape) * itemsize != end - begin:
+        num_bytes = math.prod(shape) * itemsize
+        if num_bytes != end - begin:
             raise ValueError(
-                f"{path}: tensor {name!r} is {dtype} of shape {shape}, {math.prod(shape) * itemsize} "
-                f"bytes, but its data_offsets span {end - begin}"
+                f"{path}: tensor {name!r} is {dtype} of shape {shape}, {num_bytes} bytes, but its "
+                f"data_offsets span {end - begin}"
             )
     return TensorInfo(dtype, tuple(shape), begin, end)
 
