@@ -1,0 +1,166 @@
+"""Sizes that files claim are held against the files before anything is allocated by them."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import write_checkpoint
+
+from ktmoe_np import KTMoEWrapper
+from ktmoe_np.config import MoEConfig
+from ktmoe_np.io import SafetensorsCheckpoint, load_experts, load_hf_config
+from ktmoe_np.io._expert_layer import find_layer
+from ktmoe_np.io.inspect import inspect_checkpoint
+from ktmoe_np.io.layer_config import check_fits, layer_config
+from ktmoe_np.models import MoEDecoder
+
+SIZES = {"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64, "moe_intermediate_size": 32}
+
+
+def claim(path: Path, **changes: Any) -> None:
+    """Change what the config.json of a checkpoint says."""
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 4, 3, 5)
+    return tmp_path
+
+
+@pytest.mark.parametrize("size", ["num_experts", "hidden_size", "moe_intermediate_size"])
+@pytest.mark.parametrize("value", [10**9, 2**31 - 1])
+def test_a_layer_too_large_for_its_files(checkpoint: Path, size: str, value: int) -> None:
+    claim(checkpoint, **{size: value})
+    with pytest.raises(ValueError, match=rf"got num_experts.* {value}\b.*, but the files have \d+ bytes"):
+        KTMoEWrapper.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match=r"tensor .* expected"):
+        inspect_checkpoint(checkpoint)
+
+
+#: Reads a checkpoint with 1 GB more of address space than the interpreter has taken.
+_IN_LITTLE_MEMORY = """
+import resource, sys
+from ktmoe_np import KTMoEWrapper
+from ktmoe_np.io.inspect import inspect_checkpoint
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, taken + 2**30))
+for read in (KTMoEWrapper.from_pretrained, inspect_checkpoint):
+    try:
+        read(sys.argv[1])
+    except ValueError:
+        continue
+    sys.exit(f"{read} read it")
+"""
+
+
+def test_claims_take_no_memory(checkpoint: Path) -> None:
+    claim(checkpoint, num_experts=2**31 - 1)
+    subprocess.run([sys.executable, "-c", _IN_LITTLE_MEMORY, str(checkpoint)], check=True, timeout=60)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2**21  # KiB
+
+
+def test_names_are_listed_up_to_the_first_that_is_missing(checkpoint: Path) -> None:
+    layer = find_layer(SafetensorsCheckpoint(checkpoint), 0)
+    template = "mlp.experts.{e}.up_proj.weight"
+    assert len(layer.names_of(template, 10**12)) == 5
+    assert len(layer.names_of(template, 4)) == 4
+    config = MoEConfig(10**9, 1, hidden_size=5, moe_intermediate_size=3)
+    with pytest.raises(
+        ValueError, match=r"tensor 'model.layers.0.mlp.experts.4.gate_proj.weight' is missing"
+    ):
+        load_experts(checkpoint, 0, config)
+
+
+def test_numbers_of_experts_in_names(tmp_path: Path) -> None:
+    """A single name with a large number must not make a list as long."""
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 3, 5)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b"experts.1.", b"experts.9."))
+    with pytest.raises(ValueError, match=r"experts.1.gate_proj.weight' is missing"):
+        load_experts(tmp_path, 0)
+    layer = find_layer(SafetensorsCheckpoint(tmp_path), 0)
+    assert len(layer.names_of("mlp.experts.{e}.up_proj.weight", 10**9)) == 3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_bytes", "fits"),
+    [((2, 4, 2), 11, False), ((2, 4, 2), 12, True), ((1, 32, 32), 255, False), ((1, 32, 32), 256, True)],
+)
+def test_the_least_that_a_layer_takes(
+    tmp_path: Path, sizes: tuple[int, int, int], num_bytes: int, fits: bool
+) -> None:
+    config = MoEConfig(sizes[0], 1, *sizes[1:])
+    check_fits(config, tmp_path)  # no files: the loader says so
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x.safetensors").write_bytes(bytes(num_bytes))
+    if fits:
+        check_fits(config, tmp_path)
+        return
+    with pytest.raises(ValueError, match=f"but the files have {num_bytes} bytes, too few"):
+        check_fits(config, tmp_path)
+
+
+@pytest.mark.parametrize("name", [*SIZES, "layer_idx"])
+def test_sizes_beyond_any_model(name: str) -> None:
+    MoEConfig(**{**SIZES, name: 2**31 - 1})
+    for value in (2**31, 2**63, 2**64, 10**400):
+        with pytest.raises(ValueError, match=rf"{name} must be at most 2147483647, got {str(value)[:9]}"):
+            MoEConfig(**{**SIZES, name: value})
+        with pytest.raises(ValueError, match=f"{name} must be at most"):
+            KTMoEWrapper(**{"layer_idx": 0, **SIZES, name: value})
+
+
+def test_more_experts_of_a_token_than_there_are(checkpoint: Path) -> None:
+    """A whole model cannot be so; a layer that is made by itself can."""
+    message = "num_experts_per_tok must be at most num_experts, 4, got 5"
+    claim(checkpoint, num_experts_per_tok=5)
+    for read in (KTMoEWrapper.from_pretrained, inspect_checkpoint, lambda path: layer_config(path, 0)):
+        with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+            read(checkpoint)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        MoEConfig.from_hf_config(load_hf_config(checkpoint), 0)
+    assert KTMoEWrapper(0, 4, 5, 64, 32).config.num_experts_per_tok == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": "4"}, "num_experts must be an integer, got '4'"),
+        ({"num_experts": 2**63}, "num_experts must be at most 2147483647"),
+        ({"swiglu_limit": "7"}, "limit must be a number"),
+        ({"hidden_act": ["silu"]}, "activation .* is not supported"),
+        ({"num_experts": [4, 4], "num_hidden_layers": 3}, "num_experts has 2 values"),
+        ({"num_local_experts": 9}, "contradicts itself about num_experts"),
+    ],
+)
+def test_messages_name_the_config(checkpoint: Path, changes: dict[str, Any], message: str) -> None:
+    claim(checkpoint, **changes)
+    for read in (KTMoEWrapper.from_pretrained, inspect_checkpoint):
+        with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
+            read(checkpoint)
+
+
+@pytest.mark.parametrize("model_type", [["qwen3_moe"], {"a": 1}, 3, True, None])
+def test_a_model_type_of_another_type(checkpoint: Path, model_type: Any) -> None:
+    claim(checkpoint, model_type=model_type)
+    assert inspect_checkpoint(checkpoint).model_type is None
+    with pytest.raises(ValueError, match=r"config\.json: model_type: got .*, expected one of qwen3_moe"):
+        MoEDecoder.from_pretrained(checkpoint)
+
+
+def test_nesting_is_followed_as_deep_as_models_nest() -> None:
+    config: dict[str, Any] = SIZES
+    for depth in range(1, 1000):
+        config = {"text_config": config}
+        if depth <= 4:
+            assert MoEConfig.from_hf_config(config, 0).num_experts == 8
+    with pytest.raises(ValueError, match="has no number of experts"):
+        MoEConfig.from_hf_config(config, 0)
