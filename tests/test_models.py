@@ -236,6 +236,20 @@ def test_wrong_measurement(model: MoEDecoder, arguments: Any, message: str) -> N
         ({"num_hidden_layers": 0}, "num_hidden_layers: got 0, expected a positive integer"),
         ({"vocab_size": "absent"}, "vocab_size: got None, expected a positive integer"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps: got 'small', expected a positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: got nan, expected a positive number in the range of"),
+        (
+            {"rope_theta": 10**300},
+            "rope_theta: got 10*, expected a positive number in the range of float32",
+        ),
+        (
+            {"rope_theta": 1e-300},
+            "rope_theta: got 1e-300, expected a positive number in the range of float32",
+        ),
+        ({"vocab_size": 2**63}, "vocab_size: got 9223372036854775808, expected a positive integer below"),
+        ({"num_key_value_heads": 3, "num_attention_heads": 4}, "num_key_value_heads: got 3, expected a divi"),
+        ({"head_dim": 63}, "head_dim: got 63, expected an even number"),
+        ({"model_type": ["qwen3_moe"]}, r"model_type: got \['qwen3_moe'\], expected one of qwen3_moe"),
+        ({"num_experts_per_tok": 1000}, "num_experts_per_tok must be at most num_experts"),
     ],
 )
 def test_wrong_configurations(changes: dict[str, Any], message: str) -> None:

@@ -109,6 +109,13 @@ def test_missing_checkpoints(tmp_path: Path) -> None:
         ({"weight_map": {"a": "../x.safetensors"}}, r"shard '\.\./x\.safetensors' is not a file name inside"),
         ({"weight_map": {"a": "/etc/passwd"}}, "shard '/etc/passwd' is not a file name inside"),
         ({"weight_map": {"a": ""}}, "shard '' is not a file name inside"),
+        ({"weight_map": {"a": "."}}, r"shard '\.' is not a file name inside"),
+        ({"weight_map": {"a": "sub/../../x"}}, r"shard 'sub/\.\./\.\./x' is not a file name inside"),
+        ({"weight_map": {"a": "x\0.safetensors"}}, r"shard 'x\\x00\.safetensors' is not a file name inside"),
+        ({"weight_map": {"a": "\x1b[2J"}}, r"shard '\\x1b\[2J' is not a file name inside"),
+        ({"weight_map": {"a": "x" * 10**5}}, "shard 'x{299} is not a file name inside"),
+        ({"weight_map": {"a": "\ud800"}}, "is not JSON: a string has half a surrogate pair"),
+        ({"weight_map": {"a": float("nan")}}, "is not JSON: NaN is not a JSON number"),
     ],
 )
 def test_wrong_indices(tmp_path: Path, index: Any, message: str) -> None:

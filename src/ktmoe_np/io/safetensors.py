@@ -28,6 +28,9 @@ _indexes: Held[_Index] = Held()
 
 _INDEX_NAME = "model.safetensors.index.json"
 
+#: Letters that no path has.
+_MAX_PATH = 4096
+
 
 class SafetensorsFile:
     """One safetensors file, mapped read-only.
@@ -330,4 +333,5 @@ def _read_index(path: Path) -> dict[str, str]:
 def _is_inside(name: str) -> bool:
     """Whether a shard's name, which the file gives, is one of a file at or below its own directory."""
     path = Path(name)
-    return bool(path.parts) and name.isprintable() and not path.is_absolute() and ".." not in path.parts
+    has_name = bool(path.parts) and len(name) < _MAX_PATH and name.isprintable()
+    return has_name and not path.is_absolute() and ".." not in path.parts
