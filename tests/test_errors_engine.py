@@ -98,6 +98,15 @@ ENGINES: dict[str, tuple[dict[str, Any], str, str]] = {
         "ValueError",
         "numa_nodes: got [0], expected 2 nodes, one for each sub-pool",
     ),
+    **{
+        f"{name}, {value:.0e}": (
+            {name: [value] if name == "numa_nodes" else value, "threadpool_count": 1},
+            "ValueError",
+            f"{name}: got {value}, expected at most 65536",
+        )
+        for name in ("cpuinfer_threads", "numa_nodes")
+        for value in (2**31, 2**63, 2**64)
+    },
     "a missing node": (
         {"numa_nodes": [999]},
         "ValueError",

@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from .config import shown_integer
+
 __all__ = [
     "Array",
     "as_numpy",
@@ -149,17 +151,19 @@ def integer(name: str, value: Any) -> int:
     return int(value)
 
 
-def at_least(name: str, value: Any, least: int) -> int:
-    """`value` as an int of at least `least`.
+def at_least(name: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
+    """`value` as an int of at least `least`, and at most `most`, by default what the core can take.
 
     Raises
     ------
     TypeError
         Not an integer.
     ValueError
-        Below `least`.
+        Below `least` or above `most`.
     """
     number = integer(name, value)
     if number < least:
-        raise ValueError(f"{name}: got {number}, expected {least} or more")
+        raise ValueError(f"{name}: got {shown_integer(number)}, expected {least} or more")
+    if number > most:
+        raise ValueError(f"{name}: got {shown_integer(number)}, expected at most {most}")
     return number

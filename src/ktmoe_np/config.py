@@ -10,7 +10,14 @@ from typing import Any
 
 from ._hf_config import read_hf_layer
 
-__all__ = ["ACTIVATION_KINDS", "ActivationSpec", "MoEConfig", "activation_names", "parse_activation"]
+__all__ = [
+    "ACTIVATION_KINDS",
+    "ActivationSpec",
+    "MoEConfig",
+    "activation_names",
+    "parse_activation",
+    "shown_integer",
+]
 
 #: The activations, in the order of the C++ enumeration: a kind's id is its position here.
 ACTIVATION_KINDS = ("silu", "swigluoai", "swiglustep", "gelu", "gelu_tanh", "situ", "relu2")
@@ -94,7 +101,11 @@ class ActivationSpec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"activation {self.kind}: {name} must be a number, got {value!r}")
-            object.__setattr__(self, name, float(value))
+            try:
+                object.__setattr__(self, name, float(value))
+            except OverflowError:
+                message = f"activation {self.name}: {name} must fit a float, got {shown_integer(int(value))}"
+                raise ValueError(message) from None
             if name not in used:
                 if value != neutral:
                     raise ValueError(f"activation {self.name} has no {name}; got {name}={value!r}")
@@ -180,20 +191,31 @@ def parse_activation(activation: str | ActivationSpec | Mapping[str, Any]) -> Ac
     return replace(spec, **options)
 
 
+def shown_integer(number: int) -> str:
+    """`number` for a message: of a very long one, which Python may refuse to print, how long it is.
+
+    Examples
+    --------
+    >>> shown_integer(-2**64), shown_integer(10**5000)
+    ('-18446744073709551616', 'an integer of 16610 bits')
+    """
+    return str(number) if number.bit_length() < 256 else f"an integer of {number.bit_length()} bits"
+
+
 def _positive(name: str, value: object) -> int:
     """`value` as an int of at least 1."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     number = operator.index(value)
     if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
+        raise ValueError(f"{name} must be at least 1, got {shown_integer(number)}")
     return _bounded(name, number)
 
 
 def _bounded(name: str, number: int) -> int:
     """`number`, unless it is above any size there is."""
     if number > _MAX_SIZE:
-        raise ValueError(f"{name} must be at most {_MAX_SIZE}, got {number}")
+        raise ValueError(f"{name} must be at most {_MAX_SIZE}, got {shown_integer(number)}")
     return number
 
 
@@ -249,7 +271,7 @@ class MoEConfig:
             raise TypeError(f"layer_idx must be an integer, got {self.layer_idx!r}")
         object.__setattr__(self, "layer_idx", _bounded("layer_idx", operator.index(self.layer_idx)))
         if self.layer_idx < 0:
-            raise ValueError(f"layer_idx must be at least 0, got {self.layer_idx}")
+            raise ValueError(f"layer_idx must be at least 0, got {shown_integer(self.layer_idx)}")
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], layer_idx: int) -> MoEConfig:

@@ -16,6 +16,9 @@ from .deferral import DeferralChain, HostCarry
 
 __all__ = ["_MoEBase"]
 
+#: More threads, sub-pools or nodes than any machine has.
+_MOST = 2**16
+
 
 def _engine_config(
     cpuinfer_threads: int | None, threadpool_count: int | None, numa_nodes: Sequence[int] | None
@@ -24,10 +27,10 @@ def _engine_config(
     machine = ext.topology()
     nodes = sorted(machine["node_cpus"])
     threads = machine["cpu_quota"] if cpuinfer_threads is None else cpuinfer_threads
-    threads = at_least("cpuinfer_threads", threads, 1)
+    threads = at_least("cpuinfer_threads", threads, 1, _MOST)
     if threadpool_count is None:
         threadpool_count = min(len(numa_nodes or nodes), threads)
-    if not 1 <= at_least("threadpool_count", threadpool_count, 0) <= threads:
+    if not 1 <= at_least("threadpool_count", threadpool_count, 0, _MOST) <= threads:
         raise ValueError(
             f"threadpool_count: got {threadpool_count}, expected 1 to {threads}, the number of threads"
         )
@@ -37,9 +40,10 @@ def _engine_config(
         raise ValueError(
             f"numa_nodes: got {list(numa_nodes)}, expected {threadpool_count} nodes, one for each sub-pool"
         )
+    numa_nodes = [at_least("numa_nodes", node, 0, _MOST) for node in numa_nodes]
     share, more = divmod(threads, threadpool_count)
     counts = [share + (i < more) for i in range(threadpool_count)]
-    return ext.WorkerPoolConfig(threadpool_count, list(numa_nodes), counts)
+    return ext.WorkerPoolConfig(threadpool_count, numa_nodes, counts)
 
 
 class _MoEBase:

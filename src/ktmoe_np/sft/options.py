@@ -108,14 +108,12 @@ class SFTOptions:
             "max_cache_depth": at_least("max_cache_depth", self.max_cache_depth, 1),
             "full_weight_grad": _boolean("full_weight_grad", self.full_weight_grad),
             "recompute": _boolean("recompute", self.recompute),
-            "seed": at_least("seed", self.seed, 0),
+            "seed": at_least("seed", self.seed, 0, _LARGEST_SEED),
             "cache_dtype": _kept_dtype(self.cache_dtype),
             "reuse_buffers": _boolean("reuse_buffers", self.reuse_buffers),
         }
         if not 0.0 <= values["lora_dropout"] < 1.0:
             raise ValueError(f"lora_dropout: got {self.lora_dropout}, expected at least 0 and below 1")
-        if values["seed"] > _LARGEST_SEED:
-            raise ValueError(f"seed: got {self.seed}, expected at most {_LARGEST_SEED}")
         if values["reuse_buffers"] and values["max_cache_depth"] != 1:
             raise ValueError(
                 f"reuse_buffers: got True with max_cache_depth {self.max_cache_depth}, expected False: the "
@@ -178,9 +176,13 @@ def refuse_options(mode: str, given: Mapping[str, Any]) -> None:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r}, expected a number")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: got {value!r}, expected a finite number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: got {number!r}, expected a finite number")
+    return number
 
 
 def _boolean(name: str, value: Any) -> bool:
