@@ -70,7 +70,8 @@ def assert_sum_close(result: AnyArray, layer: Layer, batch: Batch, mask: AnyArra
     the truth and, as rounding is monotone, the result between that interval's rounded ends.
     """
     arguments = (*batch, *layer.matrices)
-    options = {"activation": layer.activation, **layer.biases, "out_dtype": np.float32}
+    model = {"activation": layer.activation, "scale_inputs": layer.scale_inputs}
+    options = {**model, **layer.biases, "out_dtype": np.float32}
     exact = {**options, "accumulate_dtype": np.float64}
     whole = moe_forward(*arguments, **exact).astype(np.float64)
     part = np.abs(moe_forward(*arguments, gpu_experts_mask=mask, **exact).astype(np.float64))

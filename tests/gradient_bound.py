@@ -200,6 +200,7 @@ def gradient_balls(
     a, b = ({n: ball(round_bf16(getattr(lora, f"{n}_lora_{m}"))) for n in names} for m in "ab")
     x, q, ids = ball(layer["hidden_states"]), ball(grad_output), layer["topk_ids"]
     num_experts, hidden, inter = layer["down_proj"].shape
+    scales = layer.get("scale_inputs", False)
     dropout = layer.get("dropout") or Dropout(0.0)
     kept_x, kept_h = (dropout.mask(len(ids), *sizes) for sizes in ((hidden, "x"), (inter, "h")))
     result: dict[str, list[Ball]] = {
@@ -212,9 +213,9 @@ def gradient_balls(
         bias = {n: ball(layer[f"{n}_bias"][e]) for n in names if layer.get(f"{n}_bias") is not None}
         step = _expert_balls(
             parse_activation(layer["activation"]),
-            _take(x, t),
+            _scaled(layer, t, p, rounded) if scales else _take(x, t),
             _take(q, t),
-            ball(layer["topk_weights"][t, p, None]),
+            ball(np.ones((len(t), 1)) if scales else layer["topk_weights"][t, p, None]),
             ball(lora.scale(dropout.rate)),
             {n: weight[n].at(e) for n in names},
             {n: _take(a[n], e) for n in names},
@@ -224,6 +225,8 @@ def gradient_balls(
             rounded,
             float32_cache,
         )
+        if scales:
+            step |= _through_scaling(step["grad_input"], _take(x, t), ball(layer["topk_weights"][t, p, None]))
         for name, value in step.items():
             if name in slots:
                 slots[name].centre[t, p], slots[name].radius[t, p] = value.centre, value.radius
@@ -239,6 +242,23 @@ def gradient_balls(
         total[name] = total[f"float32 {name}"].bf(rounded)
     total["grad_weights"] = _take(slots["grad_weights"], (..., 0))
     return total
+
+
+def _scaled(layer: Layer, t: AnyArray, p: AnyArray, rounded: bool) -> Ball:
+    """bf(w x), which all evaluations agree on, or how far it is from w x."""
+    x, w = layer["hidden_states"][t], layer["topk_weights"][t, p, None]
+    if rounded:
+        return ball(round_bf16(w * x.astype(np.float32)))
+    exact = ball(w.astype(np.float64) * x.astype(np.float64))
+    return exact.computed(exact.reach).bf(False)
+
+
+def _through_scaling(grad: Ball, x: Ball, w: Ball) -> dict[str, Ball]:
+    """From the gradient of w x to those of w and of x."""
+    terms = Ball(grad.centre * x.centre, grad.radius * x.reach)
+    total = Ball(terms.centre.sum(1, keepdims=True), terms.radius.sum(1, keepdims=True))
+    magnitude = terms.reach.sum(1, keepdims=True)
+    return {"grad_weights": total.computed(magnitude, x.centre.shape[1] + 1), "grad_input": w * grad}
 
 
 def _expert_balls(

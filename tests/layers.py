@@ -97,6 +97,7 @@ class Layer:
     up_bias: AnyArray | None = None
     down_bias: AnyArray | None = None
     activation: Any = "silu"
+    scale_inputs: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -134,7 +135,8 @@ class Layer:
     def wrapper(self, num_experts_per_tok: int, physical_to_logical_map: Any = None, **options: Any) -> Any:
         """A `KTMoEWrapper` of the layer, loaded."""
         sizes = (self.num_experts, num_experts_per_tok, self.hidden_size, self.inter_size)
-        moe = KTMoEWrapper(options.pop("layer_idx", 0), *sizes, activation=self.activation, **options)
+        model = {"activation": self.activation, "scale_inputs": self.scale_inputs}
+        moe = KTMoEWrapper(options.pop("layer_idx", 0), *sizes, **model, **options)
         self.load_into(moe, physical_to_logical_map)
         return moe
 
@@ -188,7 +190,8 @@ def draw_batch(rng: np.random.Generator, layer: Layer, num_tokens: int, num_expe
 def assert_close(actual: AnyArray, layer: Layer, batch: Batch, **options: Any) -> None:
     """`actual` is what the reference says, to the roundings; options are those of `moe_forward`."""
     arguments = (*batch, *layer.matrices)
-    options = {"out_dtype": actual.dtype, "activation": layer.activation, **layer.biases, **options}
+    model = {"activation": layer.activation, "scale_inputs": layer.scale_inputs, **layer.biases}
+    options = {"out_dtype": actual.dtype, **model, **options}
     truth = moe_forward(*arguments, accumulate_dtype=np.float64, **options)
     assert actual.dtype == truth.dtype
     # The strict bound always holds; the sharp one is what finds a wrong sum among thousands of terms.
@@ -215,6 +218,7 @@ def low_level_moe(engine: Any, layer: Layer, num_experts_per_tok: int) -> Any:
         layer.num_experts, num_experts_per_tok, layer.hidden_size, layer.inter_size, pool=engine.backend_
     )
     config.set_activation(spec.kind, spec.gated, spec.limit, spec.alpha, spec.beta1, spec.beta2)
+    config.scale_inputs = layer.scale_inputs
     moe = ext.moe.AMXBF16_MOE(config)
     engine.run(moe.load_weights_task(*layer.matrices, **layer.biases))
     return moe

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from reference_cases import AnyArray, Layer, draw_layer, round_by_bits
+from reference_cases import AnyArray, Layer, draw_layer, entering, round_by_bits
 
 from ktmoe_np.reference import Int4Matrix, Int8GroupMatrix, Int8Matrix, quantize_int4, quantize_int8
 
@@ -77,9 +77,9 @@ def quantized_loop(layer: Layer, formula: Callable[[float, float], float]) -> An
     out = np.zeros(layer["hidden_states"].shape)
     for (t, p), e in np.ndenumerate(layer["topk_ids"]):
         if e >= 0:
-            x = [float(v) for v in layer["hidden_states"][t]]
+            x, w = entering(layer, t, p)
             gate = project(x, "gate", e)
             up = project(x, "up", e) if layer["up_proj"] is not None else [0.0] * len(gate)
             h = [round_by_bits(formula(g, u)) for g, u in zip(gate, up, strict=True)]
-            out[t] += float(layer["topk_weights"][t, p]) * np.array(project(h, "down", e))
+            out[t] += w * np.array(project(h, "down", e))
     return out

@@ -93,9 +93,15 @@ def draw_layer(
     return layer
 
 
+def entering(layer: Layer, t: int, p: int) -> tuple[list[float], float]:
+    """What enters the expert of a slot, and what its output counts."""
+    x, w = [float(v) for v in layer["hidden_states"][t]], float(layer["topk_weights"][t, p])
+    return ([round_by_bits(w * v) for v in x], 1.0) if layer.get("scale_inputs") else (x, w)
+
+
 def loop(layer: Layer, formula: Callable[[float, float], float]) -> AnyArray:
     """The specification one number at a time, in Python's own floats, before the last rounding."""
-    x, ids, weights = (layer[name] for name in ("hidden_states", "topk_ids", "topk_weights"))
+    x, ids = layer["hidden_states"], layer["topk_ids"]
     base, mask, order = (layer.get(name) for name in ("base", "gpu_experts_mask", "physical_to_logical_map"))
     out = np.zeros(x.shape)
 
@@ -109,14 +115,15 @@ def loop(layer: Layer, formula: Callable[[float, float], float]) -> AnyArray:
             if e < 0 or (mask is not None and mask[e]):
                 continue
             e = e if order is None else int(order[e])
+            row, w = entering(layer, t, p)
             gate, up, down = layer["gate_proj"][e], layer["up_proj"], layer["down_proj"][e]
             h = []
             for i in range(len(gate)):
-                g = dot(x[t], gate[i], layer.get("gate_bias"), e, i)
-                u = 0.0 if up is None else dot(x[t], up[e][i], layer.get("up_bias"), e, i)
+                g = dot(row, gate[i], layer.get("gate_bias"), e, i)
+                u = 0.0 if up is None else dot(row, up[e][i], layer.get("up_bias"), e, i)
                 h.append(round_by_bits(formula(g, u)))
             for n in range(x.shape[1]):
-                out[t, n] += float(weights[t, p]) * dot(h, down[n], layer.get("down_bias"), e, n)
+                out[t, n] += w * dot(h, down[n], layer.get("down_bias"), e, n)
     return out if base is None else out + base.astype(np.float64)
 
 

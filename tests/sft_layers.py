@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,6 +129,7 @@ class Student:
             "down_proj": down,
             "product": product_of(method),
             "activation": self.layer.activation,
+            "scale_inputs": self.layer.scale_inputs,
             "lora": LoraWeights(**lora, **without, lora_alpha=self.lora_alpha),
             "dropout": dropout,
             **{name: bias for name, bias in self.layer.biases.items() if bias is not None},
@@ -233,6 +234,8 @@ def draw_case(data: st.DataObject, rng: np.random.Generator, methods: Sequence[M
         method=data.draw(st.sampled_from(methods), "method"),
         with_biases=data.draw(st.booleans(), "biases"),
     )
+    if data.draw(st.booleans(), "scaled inputs"):
+        student = replace(student, layer=replace(student.layer, scale_inputs=True))
     batch, grad_output = draw_training(rng, student, data.draw(st.sampled_from(TOKENS), "T"), num_slots)
     mask = rng.random(num_experts) < 0.5 if data.draw(st.booleans(), "masked") else None
     mapped = rng.integers(0, num_experts, num_experts) if data.draw(st.booleans(), "mapped") else None
@@ -281,6 +284,7 @@ def low_level_sft(engine: Any, student: Student, num_slots: int, **options: Any)
     config = ext.moe.MOESFTConfig(*sizes, pool=engine.backend_)
     config.set_activation(spec.kind, spec.gated, spec.limit, spec.alpha, spec.beta1, spec.beta2)
     own = {"lora_rank": student.rank, "lora_alpha": student.lora_alpha, "group_size": student.method[1] or 0}
+    own["scale_inputs"] = layer.scale_inputs
     for name, value in {**own, **options}.items():
         setattr(config, name, value)
     moe = getattr(ext.moe, find_method(student.method[0], "sft").layer)(config)

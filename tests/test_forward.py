@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     activation = data.draw(st.sampled_from(ACTIVATIONS), "activation")
     with_biases = data.draw(st.booleans(), "biases")
     layer = draw_layer(rng, num_experts, inter, hidden, activation, with_biases=with_biases)
+    layer = replace(layer, scale_inputs=data.draw(st.booleans(), "scaled inputs"))
     batch = draw_batch(rng, layer, data.draw(st.sampled_from(TOKENS), "T"), num_slots)
     batch = routed(batch, data.draw(st.sampled_from(ROUTINGS), "routing"), num_experts, rng)
 

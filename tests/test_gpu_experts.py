@@ -104,13 +104,21 @@ def test_libraries_are_not_imported() -> None:
     seed=st.integers(0, 2**32 - 1),
     num_tokens=st.sampled_from([1, 7]),
     with_biases=st.booleans(),
+    scale_inputs=st.booleans(),
 )
-@settings(max_examples=5)
+@settings(max_examples=10)
 def test_the_sum_is_that_of_all_experts(
-    name: str, activation: Any, mask: list[bool], seed: int, num_tokens: int, with_biases: bool
+    name: str,
+    activation: Any,
+    mask: list[bool],
+    seed: int,
+    num_tokens: int,
+    with_biases: bool,
+    scale_inputs: bool,
 ) -> None:
     arrays, rng, here = library(name), np.random.default_rng(seed), np.array(mask)
     layer = draw_layer(rng, E, I, H, activation, with_biases=with_biases)
+    layer = replace(layer, scale_inputs=scale_inputs)
     batch = draw_batch(rng, layer, num_tokens, P)
     batch.ids[rng.random(batch.ids.shape) < 0.2] = -1
     moe = layer.wrapper(P, gpu_experts_mask=here)

@@ -31,7 +31,7 @@ def test_doctests() -> None:
     st.integers(0, 3),
     st.tuples(st.integers(1, 9), st.integers(1, 7)),
     st.sampled_from([np.int8, np.int32, np.int64]),
-    st.sets(st.sampled_from(["biases", "mask", "map", "base", "lists"])),
+    st.sets(st.sampled_from(["biases", "mask", "map", "base", "lists", "scaled"])),
 )
 @quick
 def test_forward_is_the_loop(
@@ -51,6 +51,8 @@ def test_forward_is_the_loop(
         layer["base"] = rng.standard_normal(layer["hidden_states"].shape).astype(np.float32)
     if "lists" in options:
         layer["down_proj"] = list(layer["down_proj"])
+    if "scaled" in options:
+        layer |= {"topk_weights": 3 * layer["topk_weights"] - 1, "scale_inputs": True}
     expected = loop(layer, formula)
     for out in (np.float64, np.float32, bf16):
         bound = error_bound(**layer, out_dtype=out)

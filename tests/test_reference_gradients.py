@@ -39,13 +39,16 @@ def variant(name: str, activation: Any) -> tuple[Layer, AnyArray]:
     if name == "placed":
         layer["physical_to_logical_map"] = np.array([2, 0, 2])
         layer["gpu_experts_mask"] = np.array([False, True, False])
+    layer["scale_inputs"] = name in ("scaled", "scaled with dropout")
+    if name == "scaled with dropout":
+        layer["dropout"] = Dropout(0.3, seed=6)
     if name == "no lora":
         layer["lora"] = None
     return layer, grad_output
 
 
 @pytest.mark.parametrize("activation", sorted(FORMULAS))
-@pytest.mark.parametrize("name", ["plain", "biases", "dropout", "placed", "no lora"])
+@pytest.mark.parametrize("name", ["plain", "biases", "dropout", "placed", "no lora", "scaled", "scaled with dropout"])
 def test_gradients_are_differences(name: str, activation: str) -> None:
     layer, grad_output = variant(name, FORMULAS[activation][0])
     gradients = present(train(layer, grad_output, exact=True))

@@ -33,7 +33,7 @@ def test_doctests() -> None:
     st.tuples(*(st.integers(low, high) for low, high in ((0, 4), (1, 3), (0, 3), (1, 9), (1, 7), (1, 4)))),
     st.sampled_from([0.0, 0.3, 0.9]),
     st.booleans(),
-    st.sets(st.sampled_from(["biases", "mask", "float32 lora"])),
+    st.sets(st.sampled_from(["biases", "mask", "float32 lora", "scaled"])),
 )
 @quick
 def test_a_step_is_the_loop(
@@ -43,6 +43,7 @@ def test_a_step_is_the_loop(
     layer, grad_output = draw_training(seed, **names, activation=activation, biases="biases" in options)
     if "mask" in options:
         layer["gpu_experts_mask"] = np.random.default_rng(seed).random(names["E"]) < 0.4
+    layer["scale_inputs"] = "scaled" in options
     if "float32 lora" in options:
         layer["lora"] = unrounded(layer["lora"], seed)
     layer["dropout"] = Dropout(rate, seed=seed, step=seed // 2, layer=seed % 9) if rate else None
@@ -83,7 +84,7 @@ def without_b(lora: LoraWeights) -> LoraWeights:
     st.sampled_from(["no lora", "rank 0", "B = 0"]),
     st.sampled_from([None, Dropout(0.5)]),
     st.sampled_from([np.float32, np.float64]),
-    st.sets(st.sampled_from(["biases", "mask", "map"])),
+    st.sets(st.sampled_from(["biases", "mask", "map", "scaled"])),
 )
 @quick
 def test_without_adapters_it_is_inference_bit_for_bit(
@@ -93,6 +94,7 @@ def test_without_adapters_it_is_inference_bit_for_bit(
     layer, grad_output = draw_training(
         seed, T=T, R=rank, activation=FORMULAS[name][0], biases="biases" in options
     )
+    layer["scale_inputs"] = "scaled" in options
     if "mask" in options:
         layer["gpu_experts_mask"] = np.random.default_rng(seed).random(4) < 0.4
     if "map" in options:

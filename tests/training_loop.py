@@ -39,6 +39,7 @@ class Loop:
         self.act, self.slopes = FORMULAS[layer["activation"]][1], SLOPES[layer["activation"]]
         rate = self.dropout.rate if self.dropout else 0.0
         self.s = float(np.float32(lora.lora_alpha / lora.gate_lora_a.shape[1] / (1 - rate)))
+        self.scale_inputs = layer.get("scale_inputs", False)
         self.float32_cache = float32_cache
         self.x, self.q = layer["hidden_states"].astype(float), grad_output.astype(float)
         self.routing = layer["topk_weights"].astype(float)
@@ -63,6 +64,8 @@ class Loop:
         at = {name: value[e] for name, value in self.weights.items()}
         bias = {name: value[e] for name, value in self.biases.items()}
         x, q, w, s = self.x[t], self.q[t], self.routing[t, p], self.s
+        if self.scale_inputs:
+            x, w = rounded(w * x), 1.0
         kept_x, kept_h = self.kept(t, x.size, 0), self.kept(t, at["down_lora_a"].shape[1], 1)
         inner, first = {}, []
         for name in self.projections:
@@ -81,15 +84,19 @@ class Loop:
         self.add("down_lora_b", e, s * q, rounded(w * inner["down"]))
         self.add("down_lora_a", e, rounded(s * w * r), h * kept_h)
         self.add("down_proj", e, q, rounded(w * h))
+        grad_x = np.zeros(x.size)
         for name, slope in zip(self.projections, self.slopes, strict=True):
             act_slope = [slope(*operands) for operands in zip(cached[0], cached[-1], strict=True)]
             d = rounded(w * z * np.array(act_slope))
             d_inner = rounded(s * product(at[f"{name}_lora_b"].T, d))
-            self.gradients["grad_input"][t] += product(at[f"{name}_proj"].T, d)
-            self.gradients["grad_input"][t] += product(at[f"{name}_lora_a"].T, d_inner) * kept_x
+            grad_x += product(at[f"{name}_proj"].T, d) + product(at[f"{name}_lora_a"].T, d_inner) * kept_x
             self.add(f"{name}_lora_b", e, s * d, inner[name])
             self.add(f"{name}_lora_a", e, d_inner, x * kept_x)
             self.add(f"{name}_proj", e, d, x)
+        if self.scale_inputs:
+            self.gradients["grad_weights"][t, p] = grad_x @ self.x[t]
+            grad_x = self.routing[t, p] * grad_x
+        self.gradients["grad_input"][t] += grad_x
 
     def base(self, name: str, e: int, x: AnyArray) -> AnyArray:
         """The product of x with the base weights."""

@@ -273,7 +273,9 @@ pool : WorkerPool, optional
 Attributes
 ----------
 group_size : int
-    Of weights that are quantised by groups; 0 for what the class has by default.)")
+    Of weights that are quantised by groups; 0 for what the class has by default.
+scale_inputs : bool
+    The routing weights scale what enters the experts, rounded to bfloat16, and not what leaves them.)")
       .def(
           "__init__",
           [](GeneralMOEConfig* self, int64_t experts, int64_t per_token, int64_t hidden, int64_t intermediate,
@@ -289,6 +291,7 @@ group_size : int
       .def_rw("intermediate_size", &GeneralMOEConfig::intermediate_size)
       .def_rw("layer_idx", &GeneralMOEConfig::layer_idx)
       .def_rw("group_size", &GeneralMOEConfig::group_size)
+      .def_rw("scale_inputs", &GeneralMOEConfig::scale_inputs)
       .def_rw("pool", &GeneralMOEConfig::pool, nb::arg().none())
       .def(
           "set_activation",

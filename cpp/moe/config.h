@@ -17,7 +17,8 @@ struct GeneralMOEConfig {
   int64_t layer_idx = 0;
   kernels::Activation activation;
   std::shared_ptr<WorkerPool> pool;
-  int64_t group_size = 0;  // of weights that are quantised by groups; 0: the method's own
+  int64_t group_size = 0;     // of weights that are quantised by groups; 0: the method's own
+  bool scale_inputs = false;  // the routing weights scale what enters the experts, not what leaves them
 
   // Throws std::invalid_argument naming the first field that cannot be used.
   void validate() const;

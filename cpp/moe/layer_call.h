@@ -68,18 +68,29 @@ struct LayerCall {
   const GeneralMOEConfig* config = nullptr;
   const ForwardArgs* args = nullptr;
   RoutingPlan plan;
-  const SlotSum* sum = nullptr;  // the one that is computed
-  std::vector<std::byte*> h;     // the intermediate of each active expert, an operand
+  const SlotSum* sum = nullptr;    // the one that is computed
+  const float* weights = nullptr;  // [T, P]: what the row of each slot counts in that; null for ones
+  bf16* scaled_x = nullptr;        // the inputs by rows of the plan, where the routing weights scale them
+  std::vector<std::byte*> h;       // the intermediate of each active expert, an operand
   // Before integer products instead, since a row is quantised when all of it is there:
   bf16* h_rows = nullptr;    // the intermediate by rows of the plan, h_stride() apart
-  kernels::Int8Rows x8, h8;  // the input by token, the intermediate by rows of the plan
+  kernels::Int8Rows x8, h8;  // the inputs, the intermediate by rows of the plan
   std::vector<WorkerScratch> workers;
 
   // Makes the plan. Throws std::out_of_range as RoutingPlan does.
   void plan_batch();
+  // What enters the experts: a row a token, or a row of the plan each where inputs are scaled.
+  kernels::RowsView inputs() const { return {scaled_x ? scaled_x : args->hidden_states, hidden(), nullptr}; }
+  uint32_t num_inputs() const { return config->scale_inputs ? plan.num_rows() : args->num_tokens; }
+  // Those of the rows of the plan from `row` on.
+  kernels::RowsView inputs_from(size_t row) const {
+    if (scaled_x) return {scaled_x + row * hidden(), hidden(), nullptr};
+    return {args->hidden_states, hidden(), plan.token.data() + row};
+  }
   // What is summed by it: two of a batch whose slots are split.
   std::span<const SlotSum> sums();
 
+  size_t hidden() const { return static_cast<size_t>(config->hidden_size); }
   size_t h_stride() const {
     return round_up(static_cast<size_t>(config->intermediate_size), kernels::kOutputBlock);
   }

@@ -117,7 +117,7 @@ class AMX_MOE_BASE {
     c.y = pass_.y + (task.n0 - pass_.columns.begin);
     c.y_stride = pass_.columns.size();
     c.row = sum.row + task.m0 * slots;
-    c.weights = args.topk_weights ? args.topk_weights + task.m0 * slots : nullptr;
+    c.weights = call.weights ? call.weights + task.m0 * slots : nullptr;
     c.tokens = task.m1 - task.m0, c.slots = static_cast<uint32_t>(slots), c.columns = task.n1 - task.n0;
     c.hidden = args.hidden_states + task.m0 * hidden;
     c.hidden_size = static_cast<uint32_t>(hidden);
@@ -175,12 +175,12 @@ class AMX_MOE_BASE {
 
   const kernels::Operand& packed_hidden(const LayerCall& call, WorkerScratch& scratch,
                                         const PanelTask& task) {
-    const int32_t* token = call.plan.token.data() + first_row(call, task);
+    const kernels::RowsView rows = call.inputs_from(first_row(call, task));
     const auto hidden = static_cast<uint32_t>(config_.hidden_size);
-    if (kernel_.is_integer)
-      return scratch.packed.pack_once(*call.kernels, call.x8, token, task, hidden, scratch.operand);
-    return scratch.packed.pack_once(*call.kernels, {call.args->hidden_states, hidden, token}, task, hidden,
-                                    scratch.operand);
+    if (!kernel_.is_integer)
+      return scratch.packed.pack_once(*call.kernels, rows, task, hidden, scratch.operand);
+    const kernels::Int8Rows x8 = rows.index ? call.x8 : call.x8.from(first_row(call, task));
+    return scratch.packed.pack_once(*call.kernels, x8, rows.index, task, hidden, scratch.operand);
   }
 
   // Where the activation writes its operand: nowhere, when it leaves rows.

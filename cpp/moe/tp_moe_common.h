@@ -15,6 +15,7 @@
 #include "moe/gemm_kernel.h"
 #include "moe/interface.h"
 #include "moe/layer_call.h"
+#include "moe/scaled_inputs.h"
 #include "moe/scratch_plan.h"
 
 namespace ktmoe {
@@ -65,6 +66,7 @@ class TP_MOE_Common : public Interface {
     const Scratch layout(*this, passes);
     const ScratchPool::Lease lease = config_.pool->scratch().lease(layout.plan.bytes());
     layout.place(*this, lease.data());
+    run_scale_inputs(args.topk_weights);
     run_gate_up();
     run_down(passes);
   }
@@ -94,15 +96,31 @@ class TP_MOE_Common : public Interface {
     call_.kernels = &kernels::active_table();
     call_.config = &config_;
     call_.args = &args;
+    call_.weights = config_.scale_inputs ? nullptr : args.topk_weights;
     call_.plan_batch();
   }
 
+  // Makes the inputs, of a layer that scales them by the routing weights [T, P].
+  void run_scale_inputs(const float* weights) {
+    if (!config_.scale_inputs) return;
+    constexpr uint32_t kTokens = 4;
+    const uint32_t tokens = call_.args->num_tokens;
+    run_tasks(static_cast<uint32_t>(div_up(tokens, kTokens)), [&](uint32_t, uint32_t task) {
+      scale_inputs(call_.plan, call_.args->hidden_states, weights,
+                   static_cast<size_t>(config_.num_experts_per_tok), call_.hidden(), task * kTokens,
+                   std::min((task + 1) * kTokens, tokens), call_.scaled_x);
+    });
+  }
+  size_t scaled_bytes() const {
+    return config_.scale_inputs ? call_.plan.num_rows() * call_.hidden() * sizeof(bf16) : 0;
+  }
+  void place_scaled(std::byte* at) {
+    call_.scaled_x = config_.scale_inputs ? reinterpret_cast<bf16*>(at) : nullptr;
+  }
+
   void run_gate_up() {
-    if (kernel_.is_integer && call_.plan.num_rows() != 0) {
-      const size_t hidden = static_cast<size_t>(config_.hidden_size);
-      quantize({call_.args->hidden_states, hidden, nullptr}, call_.args->num_tokens,
-               static_cast<uint32_t>(hidden), call_.x8);
-    }
+    if (kernel_.is_integer && call_.plan.num_rows() != 0)
+      quantize(call_.inputs(), call_.num_inputs(), static_cast<uint32_t>(config_.hidden_size), call_.x8);
     for_parts([&](Part& part, int i) { part.cut_gate_up(call_, config_.pool->num_threads(i)); });
     run_phase(&Part::num_gate_up, [&](const Worker& worker, Part& part, uint32_t task) {
       part.gate_up(call_, call_.workers[static_cast<size_t>(worker.index)], task);
@@ -180,12 +198,12 @@ class TP_MOE_Common : public Interface {
   struct Int8Scratch {
     size_t x = 0, h = 0;
     void take(const TP_MOE_Common& layer, ScratchPlan& plan) {
-      x = plan.take(kernels::Int8Rows::bytes(layer.call_.args->num_tokens, hidden(layer)));
+      x = plan.take(kernels::Int8Rows::bytes(layer.call_.num_inputs(), hidden(layer)));
       h = plan.take(kernels::Int8Rows::bytes(layer.call_.plan.num_rows(), width(layer)));
     }
     void place(TP_MOE_Common& layer, std::byte* base) const {
       LayerCall& call = layer.call_;
-      call.x8 = kernels::Int8Rows::in(base + x, call.args->num_tokens, hidden(layer));
+      call.x8 = kernels::Int8Rows::in(base + x, call.num_inputs(), hidden(layer));
       call.h8 = kernels::Int8Rows::in(base + h, call.plan.num_rows(), width(layer));
     }
     static uint32_t hidden(const TP_MOE_Common& layer) {
@@ -244,7 +262,7 @@ class TP_MOE_Common : public Interface {
   struct Scratch {
     ScratchPlan plan;
     std::vector<size_t> h, y;
-    size_t h_rows = 0;
+    size_t h_rows = 0, scaled = 0;
     Int8Scratch int8;
     size_t workers = 0, per_worker = 0, operand = 0, c = 0;
 
@@ -252,6 +270,7 @@ class TP_MOE_Common : public Interface {
       const auto& k = *layer.call_.kernels;
       const auto width = static_cast<uint32_t>(layer.config_.intermediate_size);
       const auto hidden = static_cast<uint32_t>(layer.config_.hidden_size);
+      scaled = plan.take(layer.scaled_bytes());
       if (layer.kernel_.is_integer) {
         h_rows = plan.take(layer.call_.plan.num_rows() * layer.call_.h_stride() * sizeof(bf16));
         int8.take(layer, plan);
@@ -275,6 +294,7 @@ class TP_MOE_Common : public Interface {
 
     void place(TP_MOE_Common& layer, std::byte* base) const {
       LayerCall& call = layer.call_;
+      layer.place_scaled(base + scaled);
       call.h.clear();
       for (size_t at : h) call.h.push_back(base + at);
       if (layer.kernel_.is_integer) {

@@ -2,9 +2,13 @@
 //
 //   dx = dg Wg + dug Ag + du Wu + duu Au   with dropout dug Ag + duu Au is 0 where the mask of x drops
 //
-// The rows of a token are added in slot order and rounded once afterwards, as in the forward pass.
+// These are gradients of what enters the expert. Where the routing weights scale that, so that the input x of
+// a token enters as bf(w x), they give the gradient of w too, block by block: <dx, x>.
+// The rows of a token are added in slot order and rounded once afterwards, as in the forward pass, weighted
+// where inputs are scaled.
 #pragma once
 
+#include "moe/scaled_inputs.h"
 #include "sft/backward_products.h"
 
 namespace ktmoe {
@@ -21,6 +25,18 @@ inline void pack_first_gradients(TrainingPass& pass, BackwardScratch& scratch, c
     if (d) pack(d, pass.inter_stride(), pass.inter());
   for (bf16* d : {rows.d_inner_gate, rows.d_inner_up})
     if (pass.rank()) pack(d, pass.rank_stride(), pass.rank());
+}
+
+// What the gradients of rows [row, row + rows) say of the routing weights, in columns of H.
+inline void dot_with_inputs(TrainingPass& pass, const PanelTask& task, const float* grad, size_t stride) {
+  const BackwardRows& all = pass.rows;
+  if (all.grad_input_weight == nullptr) return;
+  const size_t row = pass.first_row(task), hidden = pass.hidden();
+  const int32_t* tokens = pass.tokens(task);
+  for (uint32_t m = 0; m < task.m1 - task.m0; ++m)
+    dot_by_blocks(grad + m * stride, pass.cache->hidden + static_cast<size_t>(tokens[m]) * hidden + task.n0,
+                  task.n1 - task.n0,
+                  all.grad_input_weight + (row + m) * all.input_blocks + task.n0 / kernels::kOutputBlock);
 }
 
 // `pass_columns` are those of the pass over H, whose results are rows of y.
@@ -59,11 +75,13 @@ inline void backward_input(TrainingPass& pass, BackwardScratch& scratch, const P
   }
   float* to = y + row * stride + (task.n0 - pass_columns.begin);
   multiply_terms(pass, terms, columns, to, stride, scratch.products, nn);
-  if (num_dropped == 0) return;
-  multiply_terms(pass, {dropped, num_dropped}, columns, scratch.l, columns.size(), scratch.products);
-  drop_columns(mask, pass.tokens(task), rows, columns, scratch.l);
-  for (uint32_t m = 0; m < rows; ++m)
-    for (uint32_t i = 0; i < columns.size(); ++i) to[m * stride + i] += scratch.l[m * columns.size() + i];
+  if (num_dropped != 0) {
+    multiply_terms(pass, {dropped, num_dropped}, columns, scratch.l, columns.size(), scratch.products);
+    drop_columns(mask, pass.tokens(task), rows, columns, scratch.l);
+    for (uint32_t m = 0; m < rows; ++m)
+      for (uint32_t i = 0; i < columns.size(); ++i) to[m * stride + i] += scratch.l[m * columns.size() + i];
+  }
+  dot_with_inputs(pass, task, to, stride);
 }
 
 }  // namespace ktmoe

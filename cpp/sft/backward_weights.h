@@ -43,7 +43,8 @@ inline std::vector<WeightGradient> weight_gradients(const TrainingPass& pass) {
   const CachedRows& cached = pass.cache->rows;
   const uint32_t hidden = pass.hidden(), inter = pass.inter(), rank = pass.rank();
   const Rows q{args.grad_output, hidden, hidden, true}, h{cached.kept.h, inter, cached.kept.stride};
-  const Rows x{pass.cache->hidden, hidden, hidden, true};
+  const kernels::RowsView inputs = pass.call->inputs();
+  const Rows x{inputs.data, hidden, inputs.stride, !pass.config->scale_inputs};
   Rows dropped_x = x, dropped_h = h, weighted_h = h;
   dropped_x.mask = mask_of_x(pass), dropped_h.mask = mask_of_h(pass), weighted_h.weighted = true;
   const auto of_rank = [&](const bf16* data) { return Rows{data, rank, rank}; };

@@ -37,7 +37,7 @@ inline void inner_products(const TrainingPass& pass, WorkerScratch& scratch, con
 // ug and uu of a block of rows.
 inline void first_inner(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task) {
   const uint32_t rows = task.m1 - task.m0, hidden = pass.hidden();
-  const kernels::RowsView x{pass.cache->hidden, hidden, pass.tokens(task)};
+  const kernels::RowsView x = pass.call->inputs_from(pass.first_row(task));
   if (const MaskView mask = mask_of_x(pass); mask.bits) {
     ForwardScratch& own = pass.forward[scratch.worker];
     copy_dropped(x, pass.tokens(task), rows, {0, hidden}, mask, own.dropped);

@@ -25,10 +25,11 @@ struct ForwardCache {
   uint32_t step = 0;    // of the dropout masks
   RoutingPlan plan;
   std::shared_ptr<const LoraWeights> lora;
-  bf16* hidden = nullptr;       // x [T, H]; a token that is not finite is all NaN
-  float* row_weight = nullptr;  // [rows]: the routing weight of each
-  uint8_t* mask_x = nullptr;    // [T, mask_row_bytes(H)]: what dropout keeps; null without
-  uint8_t* mask_h = nullptr;    // [T, mask_row_bytes(I)]
+  bf16* hidden = nullptr;         // x [T, H]; a token that is not finite is all NaN
+  float* row_weight = nullptr;    // [rows]: what each counts in its token's sum
+  float* input_weight = nullptr;  // [T, P]: what scales the inputs, of a layer that does; else null
+  uint8_t* mask_x = nullptr;      // [T, mask_row_bytes(H)]: what dropout keeps; null without
+  uint8_t* mask_h = nullptr;      // [T, mask_row_bytes(I)]
   CachedRows rows;
   AlignedBuffer memory;
 };

@@ -250,7 +250,9 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
     finite ? std::copy_n(from, hidden, to) : std::fill_n(to, hidden, kNaN);
     const auto slots = static_cast<size_t>(config_.num_experts_per_tok);
     for (size_t i = t * slots; i < (t + 1) * slots; ++i)
-      if (call_.plan.row[i] >= 0) cache.row_weight[call_.plan.row[i]] = args.topk_weights[i];
+      if (call_.plan.row[i] >= 0)
+        cache.row_weight[call_.plan.row[i]] = cache.input_weight ? 1.0f : args.topk_weights[i];
+    if (cache.input_weight) std::copy_n(args.topk_weights + t * slots, slots, cache.input_weight + t * slots);
     if (cache.mask_x == nullptr) return;
     const auto inter = static_cast<uint32_t>(config_.intermediate_size);
     DropoutKey key{sft_config_.seed, cache.step, static_cast<uint32_t>(config_.layer_idx), 0,
@@ -270,16 +272,19 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
     ScratchPlan plan;
     const std::vector<size_t> y = take_y(plan, passes);
     const size_t threads = static_cast<size_t>(config_.pool->num_threads());
+    const size_t scaled = plan.take(scaled_bytes());
     Int8Scratch int8;
     if (kernel_.is_integer) int8.take(*this, plan);
     const ForwardWorkersPlan workers(pass, most_rows(pass.hidden()), most_rows(pass.inter()), threads, plan);
     const ScratchPool::Lease lease = config_.pool->scratch().lease(plan.bytes());
     place_y(y, lease.data());
+    place_scaled(lease.data() + scaled);
     workers.place(lease.data(), pass);
     if (kernel_.is_integer) int8.place(*this, lease.data());
     call_.h_rows = cache.rows.kept.h;
     const Training training(*this, pass);
 
+    run_scale_inputs(cache.input_weight);
     run_inner(pass, pass.hidden(), first_inner);
     run_gate_up();
     run_inner(pass, pass.inter(), down_inner);
@@ -302,11 +307,12 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
   }
 
   void run_backward(const BackwardArgs& args, ForwardCache& cache) {
-    ForwardArgs to_input;  // dx is combined as outputs are, with weights of one
+    ForwardArgs to_input;  // dx is combined as outputs are, with weights of one or those of the inputs
     to_input.num_tokens = args.num_tokens;
     to_input.hidden_states = cache.hidden;
     to_input.out = args.grad_input;
     call_.args = &to_input;
+    call_.weights = cache.input_weight;
     call_.kernels = &kernels::active_table();
     TrainingPass pass = make_pass(cache);
     pass.args = &args;
@@ -317,11 +323,14 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
     const uint32_t most =
         std::max({most_rows(pass.hidden()), most_rows(pass.inter()), most_rows(2 * pass.inter())});
     const BackwardPlan memory(pass, most, threads, plan);
+    const size_t scaled = plan.take(scaled_bytes());
     const ScratchPool::Lease lease = config_.pool->scratch().lease(plan.bytes());
     place_y(y, lease.data());
     memory.place(lease.data(), pass);
+    place_scaled(lease.data() + scaled);
     const Training training(*this, pass);
 
+    run_scale_inputs(cache.input_weight);
     run_step(pass, pass.hidden(), backward_output);
     consumed_ = !sft_config_.cache_float32 && !sft_config_.recompute;  // dg and du take the place of g and u
     for_parts([&](Part& part, int i) { part.cut_activation(call_, config_.pool->num_threads(i)); });
@@ -362,11 +371,14 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
   // The gradient of a routing weight: the sum over the blocks of its row, in their order.
   void run_grad_weights(const TrainingPass& pass) {
     constexpr size_t kSlots = 512;
-    const size_t num_slots = call_.plan.row.size(), blocks = pass.rows.blocks;
+    const bool scaled = pass.rows.grad_input_weight != nullptr;
+    const size_t num_slots = call_.plan.row.size();
+    const size_t blocks = scaled ? pass.rows.input_blocks : pass.rows.blocks;
+    const float* all = scaled ? pass.rows.grad_input_weight : pass.rows.grad_weight;
     run_tasks(static_cast<uint32_t>(div_up(num_slots, kSlots)), [&](uint32_t, uint32_t task) {
       for (size_t i = task * kSlots; i < std::min((task + 1) * kSlots, num_slots); ++i) {
         const int32_t row = call_.plan.row[i];
-        const float* parts = pass.rows.grad_weight + static_cast<size_t>(std::max(row, 0)) * blocks;
+        const float* parts = all + static_cast<size_t>(std::max(row, 0)) * blocks;
         float sum = 0;
         for (size_t b = 0; row >= 0 && b < blocks; ++b) sum += parts[b];
         pass.args->grad_weights[i] = sum;

@@ -66,8 +66,11 @@ struct BackwardRows {
   bf16 *d_gate = nullptr, *d_up = nullptr;              // dg, du [rows, I]
   bf16 *d_inner_gate = nullptr, *d_inner_up = nullptr;  // dug, duu [rows, R]
   float* grad_weight = nullptr;  // [rows, blocks]: <z, h> over each block of columns, and <q, down_bias> last
-  uint32_t columns = 0;          // of an NN product at most
-  uint32_t blocks = 0;           // blocks of columns and that one
+  // Where inputs are scaled, in the place of these: <grad_x', x> over each block of columns of H.
+  float* grad_input_weight = nullptr;  // [rows, input_blocks]
+  uint32_t input_blocks = 0;
+  uint32_t columns = 0;  // of an NN product at most
+  uint32_t blocks = 0;   // blocks of columns and that one
 };
 
 // Elements from row to row of what becomes a left operand in its own memory.

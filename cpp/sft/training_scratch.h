@@ -49,6 +49,9 @@ class InputPlan {
     const auto hidden = static_cast<uint32_t>(config.hidden_size);
     hidden_ = plan.take(tokens * hidden * sizeof(bf16));
     weight_ = plan.take(rows * sizeof(float));
+    scales_ = config.scale_inputs;
+    if (scales_)
+      input_weight_ = plan.take(tokens * static_cast<size_t>(config.num_experts_per_tok) * sizeof(float));
     if (!drops) return;
     mask_x_ = plan.take(tokens * mask_row_bytes(hidden));
     mask_h_ = plan.take(tokens * mask_row_bytes(static_cast<uint32_t>(config.intermediate_size)));
@@ -57,13 +60,14 @@ class InputPlan {
   void place(std::byte* base, ForwardCache& cache) const {
     cache.hidden = reinterpret_cast<bf16*>(base + hidden_);
     cache.row_weight = reinterpret_cast<float*>(base + weight_);
+    cache.input_weight = scales_ ? reinterpret_cast<float*>(base + input_weight_) : nullptr;
     cache.mask_x = drops_ ? reinterpret_cast<uint8_t*>(base + mask_x_) : nullptr;
     cache.mask_h = drops_ ? reinterpret_cast<uint8_t*>(base + mask_h_) : nullptr;
   }
 
  private:
-  bool drops_;
-  size_t hidden_ = 0, weight_ = 0, mask_x_ = 0, mask_h_ = 0;
+  bool drops_, scales_ = false;
+  size_t hidden_ = 0, weight_ = 0, input_weight_ = 0, mask_x_ = 0, mask_h_ = 0;
 };
 
 // Every worker's scratch of a forward pass.
@@ -126,6 +130,9 @@ class BackwardPlan {
     for (size_t& at : rank_rows_) at = plan.take(rows * pass.rank_stride() * sizeof(bf16));
     for (size_t& at : inter_rows_) at = in_place_ ? 0 : plan.take(rows * pass.inter_stride() * sizeof(bf16));
     grad_weight_ = plan.take(rows * blocks_ * sizeof(float));
+    scales_ = pass.config->scale_inputs;
+    input_blocks_ = static_cast<uint32_t>(div_up(pass.hidden(), kernels::kOutputBlock));
+    if (scales_) grad_input_weight_ = plan.take(rows * input_blocks_ * sizeof(float));
 
     ScratchPlan own;
     left_ = own.take(k.left_bytes(most_rows, std::max({pass.hidden(), pass.inter(), pass.rank()})));
@@ -146,6 +153,8 @@ class BackwardPlan {
     rows.d_gate = in_place_ ? static_cast<bf16*>(kept.gate) : row(inter_rows_[0]);
     rows.d_up = in_place_ ? static_cast<bf16*>(kept.up) : row(inter_rows_[1]);
     rows.grad_weight = reinterpret_cast<float*>(base + grad_weight_), rows.blocks = blocks_;
+    rows.grad_input_weight = scales_ ? reinterpret_cast<float*>(base + grad_input_weight_) : nullptr;
+    rows.input_blocks = input_blocks_;
     rows.columns = columns_;
     pass.backward.clear();
     for (size_t i = 0; i < workers_; ++i) {
@@ -171,9 +180,9 @@ class BackwardPlan {
   }
 
   size_t workers_, per_worker_, begin_;
-  bool in_place_, separate_l_;
-  uint32_t columns_, blocks_;
-  size_t rank_rows_[5], inter_rows_[2], grad_weight_;
+  bool in_place_, separate_l_, scales_;
+  uint32_t columns_, blocks_, input_blocks_;
+  size_t rank_rows_[5], inter_rows_[2], grad_weight_, grad_input_weight_ = 0;
   size_t left_, c_, l_, products_, chunk_;
 };
 

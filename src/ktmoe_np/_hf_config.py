@@ -53,8 +53,14 @@ _NESTED = ("text_config", "language_config", "llm_config", "thinker_config")
 _MAX_DEPTH = 4
 
 
-def read_hf_layer(config: Mapping[str, Any], layer_idx: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the sizes and the activation of a layer.
+#: Models whose routing weights scale the inputs of the experts. No setting of a config.json says it.
+_INPUT_SCALED_MODELS = ("llama4", "llama4_text")
+
+
+def read_hf_layer(
+    config: Mapping[str, Any], layer_idx: int
+) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """Read the sizes and the activation of a layer, and whether routing weights scale its inputs.
 
     Parameters
     ----------
@@ -69,6 +75,7 @@ def read_hf_layer(config: Mapping[str, Any], layer_idx: int) -> tuple[dict[str, 
         ``num_experts``, ``num_experts_per_tok``, ``hidden_size``, ``moe_intermediate_size``.
     activation : dict
         What `ktmoe_np.config.parse_activation` reads.
+    scale_inputs : bool
 
     Raises
     ------
@@ -86,7 +93,8 @@ def read_hf_layer(config: Mapping[str, Any], layer_idx: int) -> tuple[dict[str, 
         )
     sizes = {size: _agreed(part, size, names, layer_idx) for size, names in _SAME_SIZE_NAMES.items()}
     sizes |= {size: _first(part, size, names, layer_idx) for size, names in _FIRST_SIZE_NAMES.items()}
-    return sizes, _read_activation(part, layer_idx)
+    scale_inputs = any(values.get("model_type") in _INPUT_SCALED_MODELS for values in (config, part))
+    return sizes, _read_activation(part, layer_idx), scale_inputs
 
 
 def read_hf_model(config: Mapping[str, Any]) -> tuple[str | None, str | None, int | None]:

@@ -1,4 +1,4 @@
-"""Frozen descriptions of a mixture-of-experts layer: its sizes and the activation inside an expert."""
+"""Frozen descriptions of a mixture-of-experts layer: sizes, activation, and what routing weights scale."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def _bounded(name: str, number: int) -> int:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Sizes and activation of the experts of one layer.
+    """Sizes and activation of the experts of one layer, and what the routing weights scale.
 
     Parameters
     ----------
@@ -237,11 +237,13 @@ class MoEConfig:
         Default gated silu.
     layer_idx : int, optional
         The layer's number in the model, from 0.
+    scale_inputs : bool, optional
+        Routing weights scale what enters the experts, as in Llama-4, and not what leaves them.
 
     Raises
     ------
     TypeError, ValueError
-        A size that is not an integer, not positive or above 2**31 - 1.
+        A size that is not an integer, not positive or above 2**31 - 1; `scale_inputs` that is not a bool.
 
     Examples
     --------
@@ -258,15 +260,18 @@ class MoEConfig:
     moe_intermediate_size: int
     activation: ActivationSpec = _NAMED["silu"]
     layer_idx: int = 0
+    scale_inputs: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.name not in ("activation", "layer_idx"):
+            if field.name not in ("activation", "layer_idx", "scale_inputs"):
                 object.__setattr__(self, field.name, _positive(field.name, getattr(self, field.name)))
         if not isinstance(self.activation, ActivationSpec):
             raise TypeError(
                 f"activation must be an ActivationSpec, got {self.activation!r}; see parse_activation"
             )
+        if not isinstance(self.scale_inputs, bool):
+            raise TypeError(f"scale_inputs: got {self.scale_inputs!r}, expected a bool")
         if isinstance(self.layer_idx, bool) or not hasattr(self.layer_idx, "__index__"):
             raise TypeError(f"layer_idx must be an integer, got {self.layer_idx!r}")
         object.__setattr__(self, "layer_idx", _bounded("layer_idx", operator.index(self.layer_idx)))
@@ -296,8 +301,13 @@ class MoEConfig:
         TypeError
             A value of the wrong type.
         """
-        sizes, activation = read_hf_layer(config, layer_idx)
-        layer = cls(**sizes, activation=parse_activation(activation), layer_idx=layer_idx)
+        sizes, activation, scale_inputs = read_hf_layer(config, layer_idx)
+        layer = cls(
+            **sizes,
+            activation=parse_activation(activation),
+            layer_idx=layer_idx,
+            scale_inputs=scale_inputs,
+        )
         layer.check_model()
         return layer
 

@@ -73,6 +73,10 @@ class KTMoEWrapper:
         How many columns of a row share a scale, where there is a choice. ``AMXINT4``, ``MOE_INT4`` and
         ``RAWINT4``: 32 (which None means too), 64 or 128; ``MOE_INT8``: 32, or None for one scale per row;
         others: None. The same with ``_SFT``. `from_pretrained` finds that of ``RAWINT4``.
+    scale_inputs : bool
+        Routing weights scale the inputs of the experts, as in Llama-4: the expert of slot p of token t takes
+        bf(topk_weights[t, p] * hidden_states[t]), and its output has weight 1. Adapters take the same rows.
+        Which slots are deferred still depends on the weights.
     lora_rank, lora_alpha, lora_dropout, max_cache_depth, full_weight_grad, recompute, seed, cache_dtype
         Of mode ``sft``, by keyword: see `ktmoe_np.sft.SFTOptions`.
     reuse_buffers : bool
@@ -118,6 +122,7 @@ class KTMoEWrapper:
         max_deferred_experts_per_token: int = 0,
         activation: Any = "silu",
         group_size: int | None = None,
+        scale_inputs: bool = False,
         **sft: Any,
     ) -> Any:
         """Make the wrapper; see the class."""
@@ -130,6 +135,7 @@ class KTMoEWrapper:
             moe_intermediate_size=moe_intermediate_size,
             activation=parse_activation(activation),
             layer_idx=layer_idx,
+            scale_inputs=scale_inputs,
         )
         module, name = found.wrapper.split(":")
         wrapper = getattr(importlib.import_module(f".{module}", __package__), name)
@@ -211,6 +217,7 @@ class KTMoEWrapper:
             "hidden_size": config.hidden_size,
             "moe_intermediate_size": config.moe_intermediate_size,
             "activation": config.activation,
+            "scale_inputs": config.scale_inputs,
         }
         overrides = {**sizes, "weight_path": path, **overrides}
         physical_to_logical_map = overrides.pop("physical_to_logical_map", None)

@@ -27,7 +27,8 @@ class GPUExperts:
 
     Every masked expert is applied to every token, and what was not routed to it is left out of the sum: G x T
     rows, however few of the T x P slots are masked. That suits few tokens, as in decoding, and few experts.
-    The results of all rows are there at once, 4 G T H bytes: large batches are better taken in parts.
+    The results of all rows are there at once, 4 G T H bytes: large batches are better taken in parts. Where
+    the routing weights scale the inputs (`MoEConfig.scale_inputs`), every slot is a row: P times as many.
 
     Parameters
     ----------
@@ -112,7 +113,8 @@ class GPUExperts:
         """The part of the layer's output that is of the masked experts.
 
         partial[t] = sum over p of topk_weights[t, p] * expert(topk_ids[t, p])(hidden_states[t]), for those
-        slots whose id is masked.
+        slots whose id is masked. With scaled inputs of expert(topk_ids[t, p])(bf(topk_weights[t, p] *
+        hidden_states[t])), which count with weight 1.
 
         Parameters
         ----------
@@ -144,14 +146,27 @@ class GPUExperts:
         with np.errstate(all="ignore"):  # infinities that finite weights sum up to are values
             is_here = self._numbers == library.integers(ids)[None]  # [G, T, P]
             is_routed = is_here.any(-1)
-            routing = library.filled(weights[None], ~is_here, 0.0).sum(-1)
-            y = routing[:, :, None] * self._outputs(x)
-            total = library.filled(y, ~is_routed[:, :, None], 0.0).sum(0)
+            if c.scale_inputs:
+                rows = self._scaled(x, weights).reshape(-1, c.hidden_size)
+                is_row = is_here.reshape(len(self.experts), -1, 1)
+                y = library.filled(self._outputs(rows), ~is_row, 0.0).sum(0)
+                total = y.reshape(*slots, c.hidden_size).sum(1)
+            else:
+                routing = library.filled(weights[None], ~is_here, 0.0).sum(-1)
+                y = routing[:, :, None] * self._outputs(x)
+                total = library.filled(y, ~is_routed[:, :, None], 0.0).sum(0)
             is_finite = library.xp.isfinite(library.float32(x)).all(-1)
             return library.filled(total, (is_routed.any(0) & ~is_finite)[:, None], np.nan)
 
+    def _scaled(self, x: Any, weights: Any) -> Any:
+        """What enters the experts in every slot, bfloat16 [T, P, H]; a row that is not finite is all NaN."""
+        library = self._library
+        scaled = library.float32(library.round_bf16(weights[:, :, None] * library.float32(x)[:, None]))
+        is_finite = library.xp.isfinite(scaled).all(-1)
+        return library.round_bf16(library.filled(scaled, ~is_finite[:, :, None], np.nan))
+
     def _outputs(self, x: Any) -> Any:
-        """Every masked expert on every token, [G, T, H]."""
+        """Every masked expert on every row, [G, rows, H]."""
         library = self._library
         gate = _with_bias(library.product(x[None], self._gate), self._gate_bias)
         up = None

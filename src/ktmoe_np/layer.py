@@ -84,6 +84,7 @@ class MoELayer(_MoEBase):
             self.cpu_infer.backend_,
         )
         layer.set_activation(spec.kind, spec.gated, spec.limit, spec.alpha, spec.beta1, spec.beta2)
+        layer.scale_inputs = config.scale_inputs
         if self.group_size is not None:
             layer.group_size = self.group_size
         return layer

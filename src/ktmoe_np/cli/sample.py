@@ -142,7 +142,8 @@ class Expected:
         used, ids = np.unique(sample.ids, return_inverse=True)
         used, ids = used[used >= 0], ids.reshape(sample.ids.shape) - int((used < 0).any())
         layer = (sample.hidden_states, ids, sample.weights)
-        options = {"activation": config.activation, **experts.arguments(used.tolist())}
+        model = {"activation": config.activation, "scale_inputs": config.scale_inputs}
+        options = {**model, **experts.arguments(used.tolist())}
         self.num_experts = len(used)
         values = moe_forward(*layer, accumulate_dtype=np.float64, **options)
         self._values = values.astype(np.float64)

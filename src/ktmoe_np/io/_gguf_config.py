@@ -24,6 +24,9 @@ _ACTIVATIONS: Mapping[str, str] = {
 #: Architectures whose experts compute something that the engine does not.
 _UNSUPPORTED: Mapping[str, str] = {"smallthinker": "a gated relu"}
 
+#: Architectures whose routing weights scale the inputs of the experts.
+_INPUT_SCALED = ("llama4",)
+
 #: A limit of up to this counts as none.
 _NO_LIMIT = 1e-6
 
@@ -86,8 +89,9 @@ def gguf_config(checkpoint: GgufCheckpoint | str | os.PathLike[str], layer_idx: 
         "moe_intermediate_size": size("expert_feed_forward_length", "feed_forward_length"),
     }
     activation = _activation(checkpoint, architecture, layer_idx)
+    scales = architecture in _INPUT_SCALED
     with naming_file(checkpoint.path):
-        config = MoEConfig(**sizes, activation=activation, layer_idx=layer_idx)
+        config = MoEConfig(**sizes, activation=activation, layer_idx=layer_idx, scale_inputs=scales)
         config.check_model()
     return config
 

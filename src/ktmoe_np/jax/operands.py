@@ -65,8 +65,7 @@ def called(layers: Any, index: Any, kind: type[Any], name: str) -> tuple[Array, 
 
 
 def _sizes(layer: MoELayer) -> tuple[Any, ...]:
-    c = layer.config
-    return c.num_experts, c.num_experts_per_tok, c.hidden_size, c.moe_intermediate_size, c.activation
+    return tuple(value for name, value in vars(layer.config).items() if name != "layer_idx")
 
 
 def checked(config: MoEConfig, x: Any, ids: Any, weights: Any) -> tuple[Array, Array, Array]:

@@ -52,6 +52,12 @@ def moe_backward(
         dug = bf(s * dg Bg)          duu = bf(s * du Bu)
         grad_input[t] = bf(sum over p in slot order of dg Wg + du Wu + dug Ag + duu Au)
 
+    With `scale_inputs`, where x' = bf(w * x[t]) entered the expert, w is 1 in all of these, x is x' below, and ::
+
+        grad_x'[t, p] = dg Wg + du Wu + dug Ag + duu Au        fp32 [H], not rounded
+        grad_weights[t, p] = <grad_x'[t, p], x[t]>
+        grad_input[t] = bf(sum over p in slot order of w * grad_x'[t, p])
+
     Quantised weights are bf(code * scale) in all of these, whatever the product of the forward pass.
 
     and, summed in float32 over the slots of an expert in the order of the tokens::
@@ -120,6 +126,9 @@ def moe_backward(
             grad_x[slots] = _through_first(cache, rows, "gate", d_gate, sums)
             if d_up is not None:
                 grad_x[slots] += _through_first(cache, rows, "up", d_up, sums)
+            if cache.inputs.scale_inputs:
+                grad_weights[slots] = (grad_x[slots] * cache.inputs.x[rows.token].astype(q_rows.dtype)).sum(axis=1)
+                grad_x[slots] *= cache.inputs.routing[slots][:, None].astype(q_rows.dtype)
         total = np.zeros((tokens, hidden), precision.dtype)
         for p in range(grad_x.shape[1]):
             total += grad_x[:, p]
@@ -130,7 +139,7 @@ def moe_backward(
 def _through_down(cache: ForwardCache, rows: Rows, q: Array, sums: _WeightSums) -> tuple[Array, Array]:
     """Compute z [M, I] and the gradient of the routing weights [M] from q [M, H]."""
     (e, t, p), inputs, bf = rows, cache.inputs, cache.precision.bf
-    w = inputs.routing[t, p, None].astype(q.dtype)
+    w = inputs.combine_weights[t, p, None].astype(q.dtype)
     h = cache.h[t, p].astype(q.dtype)
     z: Array = q @ inputs.down[e].backward(q.dtype)
     if "down" in cache.adapters:
@@ -148,7 +157,7 @@ def _through_down(cache: ForwardCache, rows: Rows, q: Array, sums: _WeightSums) 
 def _through_activation(cache: ForwardCache, rows: Rows, z: Array) -> tuple[Array, Array | None]:
     """Compute dg and du, [M, I], from z."""
     (_, t, p), inputs, bf = rows, cache.inputs, cache.precision.bf
-    dh = inputs.routing[t, p, None].astype(z.dtype) * z
+    dh = inputs.combine_weights[t, p, None].astype(z.dtype) * z
     up = None if cache.up is None else cache.up[t, p].astype(z.dtype)
     slope_gate, slope_up = activate_gradients(inputs.activation, cache.gate[t, p].astype(z.dtype), up)
     return bf(dh * slope_gate), None if slope_up is None else bf(dh * slope_up)
@@ -156,8 +165,8 @@ def _through_activation(cache: ForwardCache, rows: Rows, z: Array) -> tuple[Arra
 
 def _through_first(cache: ForwardCache, rows: Rows, projection: str, d: Array, sums: _WeightSums) -> Array:
     """Compute the part [M, H] of the gradient of x that comes through gate or up, from dg or du."""
-    (e, t, _), inputs = rows, cache.inputs
-    x = inputs.x[t].astype(d.dtype)
+    (e, t, p), inputs = rows, cache.inputs
+    x = inputs.expert_rows(t, p, exact=cache.precision.exact).astype(d.dtype)
     grad_x: Array = d @ getattr(inputs, projection)[e].backward(d.dtype)
     if projection in cache.adapters:
         adapter = cache.adapters[projection]

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .activation import Array, round_bf16
-from .inputs import AnyArray, ForwardInputs, Weights, check_inputs, check_out_dtype
+from .forward import rows_by_expert
+from .inputs import AnyArray, ForwardInputs, Weights, check_inputs, check_out_dtype, finite_rows
 from .rounding import EPS, TINY, Rounding, in_range
 
 __all__ = ["assert_within", "error_bound"]
@@ -48,6 +49,7 @@ def error_bound(
         out       radius  sum_p |w| dy + gamma_{P+2} * (sum_p |w| (|y| + dy) + |base|)
         bound     round(out + radius) - round(out - radius)
 
+    With `scale_inputs`, x is bf(w x), which all evaluations agree on, and the w of the sum is 1.
     With row scales, sum |x| |w| is that of the codes, scaled, and n is K + 2. Of an int8 product, whose sums
     are exact, n is 4, and the codes q and the scale s of h have intervals too, with radii dq and ds, which
     hold their values at the ends of the intervals of h::
@@ -111,9 +113,7 @@ def error_bound(
         else:
             bound = 2.0 * radius + 2.0 * EPS * np.abs(total)
     bound = np.where(np.isnan(bound), np.inf, bound)
-    computed = inputs.ids >= 0
-    finite = np.isfinite(inputs.x.astype(np.float32)).all(axis=1)
-    bound[(computed.any(axis=1) & ~finite) | (computed & np.isnan(inputs.routing)).any(axis=1)] = np.nan
+    bound[_poisoned(inputs)] = np.nan
     return bound
 
 
@@ -148,28 +148,34 @@ def assert_within(actual: AnyArray, expected: AnyArray, bound: Array) -> None:
         )
 
 
+def _poisoned(inputs: ForwardInputs) -> NDArray[np.bool_]:
+    """Which tokens must get NaN, [T]."""
+    poisoned = np.zeros(len(inputs.x), np.bool_)
+    for _, t, p in rows_by_expert(inputs.ids):
+        bad = ~finite_rows(inputs.expert_rows(t, p)) | np.isnan(inputs.routing[t, p])
+        poisoned[t[bad]] = True
+    return poisoned
+
+
 def _combined(inputs: ForwardInputs, rounding: Rounding) -> tuple[Array, Array]:
     """Centre and radius of the sum before the last rounding, both [T, H]."""
     num_slots = inputs.ids.shape[1]
     base = np.zeros(inputs.x.shape) if inputs.base is None else inputs.base.astype(np.float64)
     total, radius, magnitude = base.copy(), np.zeros(base.shape), np.abs(base)
-    for e in np.unique(inputs.ids[inputs.ids >= 0]):
-        rows = np.flatnonzero((inputs.ids == e).any(axis=1))
-        y, dy = _expert(inputs, int(e), rows, rounding)
-        for p in range(num_slots):
-            hit = inputs.ids[rows, p] == e
-            weight = inputs.routing[rows[hit], p, None].astype(np.float64)
-            total[rows[hit]] += weight * y[hit]
-            radius[rows[hit]] += np.abs(weight) * dy[hit]
-            magnitude[rows[hit]] += np.abs(weight) * (np.abs(y[hit]) + dy[hit])
+    for rows in rows_by_expert(inputs.ids):
+        e, t, p = rows
+        y, dy = _expert(inputs, e, inputs.expert_rows(t, p).astype(np.float64), rounding)
+        weight = inputs.combine_weights[t, p, None].astype(np.float64)
+        np.add.at(total, t, weight * y)
+        np.add.at(radius, t, np.abs(weight) * dy)
+        np.add.at(magnitude, t, np.abs(weight) * (np.abs(y) + dy))
     radius += rounding.gamma(num_slots + 2) * magnitude + num_slots * TINY
     return total, np.where(in_range(magnitude, num_slots + 2), radius, np.inf)
 
 
-def _expert(inputs: ForwardInputs, e: int, rows: NDArray[np.intp], rounding: Rounding) -> tuple[Array, Array]:
-    """Centre and radius of y of expert `e` for the tokens `rows`, both [M, H]."""
+def _expert(inputs: ForwardInputs, e: int, x: Array, rounding: Rounding) -> tuple[Array, Array]:
+    """Centre and radius of y of expert `e` for the rows x [M, H], both [M, H]."""
     spec = inputs.activation
-    x = inputs.x[rows].astype(np.float64)
     gate_bias, up_bias, down_bias = (
         None if bias is None else bias[e] for bias in (inputs.gate_bias, inputs.up_bias, inputs.down_bias)
     )

@@ -12,14 +12,13 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..config import ActivationSpec
 from .activation import Array, activate, round_bf16
-from .inputs import AnyArray, ForwardInputs, Weights, check_inputs, check_out_dtype
+from .inputs import AnyArray, ForwardInputs, Weights, check_inputs, check_out_dtype, finite_rows
 from .weights import ExpertWeights
 
 __all__ = [
     "Precision",
     "Rows",
     "combine",
-    "finite_rows",
     "moe_forward",
     "project",
     "rounded",
@@ -60,6 +59,7 @@ def moe_forward(
     out_dtype: DTypeLike = ml_dtypes.bfloat16,
     base: AnyArray | None = None,
     product: str = "bfloat16",
+    scale_inputs: bool = False,
     accumulate_dtype: DTypeLike = np.float32,
 ) -> AnyArray:
     """Run the experts of one layer on a batch of tokens.
@@ -82,6 +82,13 @@ def moe_forward(
     with the codes of the matrix (int8 of an `Int8Matrix`, m * q of an `Int4Matrix`), xq and x_scale from
     `quantize_activations` of X and of h, and exact integer sums. An `Int8GroupMatrix` has no row scale: its
     weights are bf(code * group_scale).
+
+    With `scale_inputs` the routing weights act on what enters the experts, not on what leaves them::
+
+        x' = bf(topk_weights[t, p] * X[t])            in the place of X[t]; the int8 codes are of this row
+        out[t] = bf(base[t] + sum over p in slot order of y)
+
+    A row x' that is not finite is computed as if all of it were NaN.
 
     A token with a NaN or an infinity in its hidden state gets a row of NaN when at least one of its slots is
     computed; one with a NaN routing weight when that slot is computed. No other row changes.
@@ -115,8 +122,10 @@ def moe_forward(
     product : {"bfloat16", "int8"}, optional
         What quantised weights are multiplied with: activations as they are, or their int8 codes, for which
         all weights must be of `Int8Matrix` or `Int4Matrix`.
+    scale_inputs : bool, optional
+        The routing weights scale the inputs of the experts, as in Llama-4.
     accumulate_dtype : dtype, optional
-        float32, or float64 for a truth to check float32 evaluations against: the two roundings to bfloat16
+        float32, or float64 for a truth to check float32 evaluations against: the roundings to bfloat16
         and the int8 codes and scales of activations stay, everything else is in float64.
 
     Returns
@@ -159,6 +168,7 @@ def moe_forward(
         physical_to_logical_map=physical_to_logical_map,
         base=base,
         product=product,
+        scale_inputs=scale_inputs,
     )
     # Infinities that finite weights sum up to are values, not mistakes: nothing here warns.
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
@@ -183,7 +193,7 @@ def _expert_outputs(inputs: ForwardInputs, precision: Precision) -> Array:
     """Compute y of every computed slot, [T, P, H]; 0 for the others."""
     y = np.zeros((*inputs.ids.shape, inputs.x.shape[1]), precision.dtype)
     for e, t, p in rows_by_expert(inputs.ids):
-        x = inputs.x[t].astype(precision.dtype)
+        x = inputs.expert_rows(t, p).astype(precision.dtype)
         gate = project(x, inputs.gate[e], inputs.gate_bias, e)
         up = None if inputs.up is None else project(x, inputs.up[e], inputs.up_bias, e)
         h = precision.bf(activate(inputs.activation, gate, up))
@@ -200,7 +210,7 @@ def project(x: Array, weights: ExpertWeights, bias: AnyArray | None, e: int) -> 
 def combine(inputs: ForwardInputs, y: Array) -> Array:
     """Add the weighted slots, in their order, to the base, [T, H]."""
     computed = inputs.ids >= 0
-    routing = np.where(computed, inputs.routing, 0).astype(y.dtype)
+    routing = np.where(computed, inputs.combine_weights, 0).astype(y.dtype)
     total = np.zeros((y.shape[0], y.shape[2]), y.dtype)
     for p in range(y.shape[1]):
         total += routing[:, p, None] * y[:, p]
@@ -208,11 +218,6 @@ def combine(inputs: ForwardInputs, y: Array) -> Array:
         total = inputs.base.astype(y.dtype) + total
     total[computed.any(axis=1) & ~finite_rows(inputs.x)] = np.nan
     return total
-
-
-def finite_rows(x: AnyArray) -> NDArray[np.bool_]:
-    """Whether each row of x holds finite numbers only."""
-    return np.asarray(np.isfinite(x.astype(np.float64)).all(axis=1))
 
 
 def rounded(total: Array, dtype: np.dtype[Any]) -> AnyArray:

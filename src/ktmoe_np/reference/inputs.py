@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..config import ActivationSpec, parse_activation
+from .activation import round_bf16
 from .quantized import QUANTIZED, Int4Matrix, Int8Matrix, QuantizedMatrix
 from .weights import PRODUCTS, ExpertWeights
 
-__all__ = ["FLOATS", "ForwardInputs", "check_array", "check_inputs", "check_out_dtype"]
+__all__ = ["FLOATS", "ForwardInputs", "check_array", "check_inputs", "check_out_dtype", "finite_rows"]
 
 AnyArray = NDArray[Any]
 #: `[E, N, K]`, or E arrays `[N, K]`.
@@ -41,6 +42,33 @@ class ForwardInputs:
     activation: ActivationSpec
     base: AnyArray | None  # [T, H]
     order: NDArray[np.int64]  # [E], the logical expert behind each physical one
+    scale_inputs: bool = False
+
+    @property
+    def combine_weights(self) -> AnyArray:
+        """What the output of each slot counts in its token's sum, [T, P]."""
+        return np.ones_like(self.routing) if self.scale_inputs else self.routing
+
+    def expert_rows(
+        self, token: NDArray[np.intp], slot: NDArray[np.intp], *, exact: bool = False
+    ) -> AnyArray:
+        """What enters the experts in the slots (token, slot), [M, H]: rows of x, or bf(w x).
+
+        A scaled row that is not finite is all NaN. With `exact`, w x is in float64 and not rounded.
+        """
+        x = self.x[token]
+        if not self.scale_inputs:
+            return x
+        dtype = np.float64 if exact else np.float32
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            scaled = self.routing[token, slot, None].astype(dtype) * x.astype(dtype)
+            scaled = scaled if exact else round_bf16(scaled).astype(ml_dtypes.bfloat16)
+        return np.where(finite_rows(scaled)[:, None], scaled, scaled.dtype.type(np.nan))
+
+
+def finite_rows(x: AnyArray) -> NDArray[np.bool_]:
+    """Whether each row of x holds finite numbers only."""
+    return np.asarray(np.isfinite(x.astype(np.float64)).all(axis=1))
 
 
 def check_inputs(
@@ -59,6 +87,7 @@ def check_inputs(
     physical_to_logical_map: AnyArray | None = None,
     base: AnyArray | None = None,
     product: str = "bfloat16",
+    scale_inputs: bool = False,
     exact: bool = False,
 ) -> ForwardInputs:
     """Check the arguments of `moe_forward`; see there for what they are and what is raised.
@@ -68,6 +97,8 @@ def check_inputs(
     if product not in PRODUCTS:
         raise ValueError(f"product must be {' or '.join(PRODUCTS)}, got {product!r}")
     bf16, float32, biases = (FLOATS,) * 3 if exact else ((ml_dtypes.bfloat16,), (np.float32,), _BIAS_DTYPES)
+    if not isinstance(scale_inputs, bool):
+        raise TypeError(f"scale_inputs must be a bool, got {scale_inputs!r}")
     spec = parse_activation(activation)
     if spec.gated and up_proj is None:
         raise ValueError(f"up_proj is None, but activation {spec.name} is gated: expected [E, I, H]")
@@ -101,6 +132,7 @@ def check_inputs(
         activation=spec,
         base=None if base is None else check_array("base", base, ("T", "H"), sizes, *FLOATS),
         order=order,
+        scale_inputs=scale_inputs,
     )
 
 

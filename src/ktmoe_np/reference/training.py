@@ -13,8 +13,8 @@ from numpy.typing import DTypeLike
 from ..config import ActivationSpec
 from .activation import Array, activate
 from .dropout import Dropout
-from .forward import Precision, Rows, combine, finite_rows, project, rounded, rows_by_expert
-from .inputs import AnyArray, ForwardInputs, Weights, check_inputs, check_out_dtype
+from .forward import Precision, Rows, combine, project, rounded, rows_by_expert
+from .inputs import AnyArray, ForwardInputs, Weights, check_inputs, check_out_dtype, finite_rows
 from .lora import Adapter, LoraWeights, make_adapters
 from .weights import ExpertWeights
 
@@ -51,6 +51,7 @@ def moe_forward_sft(
     gpu_experts_mask: AnyArray | None = None,
     physical_to_logical_map: AnyArray | None = None,
     product: str = "bfloat16",
+    scale_inputs: bool = False,
     out_dtype: DTypeLike = ml_dtypes.bfloat16,
     accumulate_dtype: DTypeLike = np.float32,
     exact: bool = False,
@@ -68,12 +69,13 @@ def moe_forward_sft(
     The cache holds g and u rounded once more, to `cache_dtype`; the activation takes them before that. With
     dropout, A takes x and h with 0 where the mask is False, and s has the factor 1 / (1 - rate).
 
-    A token with a NaN or an infinity in its hidden state is computed as if all of it were NaN.
+    With `scale_inputs` x is bf(topk_weights[t, p] * x[t]) in all of these, dropout acts on that, and out is
+    the sum of y. A token with a NaN or an infinity in its hidden state is computed as if all of it were NaN.
 
     Parameters
     ----------
     hidden_states, topk_ids, topk_weights, gate_proj, up_proj, down_proj, gate_bias, up_bias, down_bias, \
-activation, gpu_experts_mask, physical_to_logical_map, product, out_dtype
+activation, gpu_experts_mask, physical_to_logical_map, product, scale_inputs, out_dtype
         As in `moe_forward`. `product` is how the base weights are multiplied with; adapters take x and h as
         they are.
     lora : LoraWeights, optional
@@ -134,6 +136,7 @@ activation, gpu_experts_mask, physical_to_logical_map, product, out_dtype
         gpu_experts_mask=gpu_experts_mask,
         physical_to_logical_map=physical_to_logical_map,
         product=product,
+        scale_inputs=scale_inputs,
         exact=exact,
     )
     x = inputs.x
@@ -155,7 +158,7 @@ def _run_expert(cache: ForwardCache, rows: Rows) -> Array:
         base = project(x, weights, bias, e)
         return base + cache.adapters[name].output(e, x, t) if name in cache.adapters else base
 
-    x = inputs.x[t].astype(precision.dtype)
+    x = inputs.expert_rows(t, p, exact=precision.exact).astype(precision.dtype)
     gate, up = projection("gate", x, inputs.gate[e], inputs.gate_bias), None
     cache.gate[t, p] = rounded(gate, cache.gate.dtype)
     if inputs.up is not None and cache.up is not None:
