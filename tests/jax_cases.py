@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -32,9 +33,17 @@ def as_jax(batch: Batch) -> tuple[Any, Any, Any]:
 class Trained:
     """A layer with adapters in both worlds: one that programs call, another that NumPy calls."""
 
-    def __init__(self, seed: int, activation: str = "silu", method: Any = ("AMXBF16_SFT", None)) -> None:
+    def __init__(
+        self,
+        seed: int,
+        activation: str = "silu",
+        method: Any = ("AMXBF16_SFT", None),
+        *,
+        scale_inputs: bool = False,
+    ) -> None:
         rng = np.random.default_rng(seed)
         student: Student = draw_student(rng, (E, I, H), R, activation, method=method)
+        student = replace(student, layer=replace(student.layer, scale_inputs=scale_inputs))
         self.called, self.plain = student.wrapper(P), student.wrapper(P)
         self.batch, self.grad = draw_training(rng, student, 6, P)
         self.lora = lora_parameters(self.called)

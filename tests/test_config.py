@@ -246,6 +246,27 @@ def test_hf_config(model: str) -> None:
     assert MoEConfig.from_hf_config(config, 1) == MoEConfig(*sizes, parse_activation(activation), layer_idx=1)
 
 
+@pytest.mark.parametrize(
+    ("model_types", "scale_inputs"),
+    [
+        (("llama4_text", None), True),
+        (("llama4", "llama4_text"), True),
+        (("llama4", None), True),
+        (("llama", None), False),
+        (("qwen3_moe", None), False),
+    ],
+)
+def test_routing_weights_that_scale_inputs(model_types: tuple[str, str | None], scale_inputs: bool) -> None:
+    sizes = {"num_local_experts": 16, "num_experts_per_tok": 1, "hidden_size": 64, "intermediate_size": 32}
+    outer, inner = model_types
+    config = {"model_type": outer, **sizes}
+    if inner is not None:
+        config = {"model_type": outer, "text_config": {"model_type": inner, **sizes}}
+    elif outer == "llama4":
+        config = {"model_type": outer, "text_config": sizes}
+    assert MoEConfig.from_hf_config(config, 0).scale_inputs is scale_inputs
+
+
 HF_BASE = {"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64, "moe_intermediate_size": 32}
 
 

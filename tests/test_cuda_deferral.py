@@ -7,9 +7,10 @@ from fake_cuda_runs import run
 
 #: Four layers that defer, what the host makes of them, and a pass of them in the stream.
 LAYERS = """
+from dataclasses import replace
 from ktmoe_np import KTMoEWrapper
 numbers, deferred = {numbers}, {deferred}
-layers = [draw_layer(rng, 5, 24, 40) for _ in numbers]
+layers = [replace(draw_layer(rng, 5, 24, 40), scale_inputs={scale_inputs}) for _ in numbers]
 batches = [draw_batch(rng, one, 6, 4) for one in layers]
 moes = [
     one.wrapper(4, layer_idx=i, max_deferred_experts_per_token=d)
@@ -40,8 +41,8 @@ def check(expected):
 """
 
 
-def layers(numbers: list[int], deferred: list[int]) -> str:
-    return LAYERS.format(numbers=numbers, deferred=deferred)
+def layers(numbers: list[int], deferred: list[int], *, scale_inputs: bool = False) -> str:
+    return LAYERS.format(numbers=numbers, deferred=deferred, scale_inputs=scale_inputs)
 
 
 @pytest.mark.parametrize(
@@ -52,10 +53,13 @@ def layers(numbers: list[int], deferred: list[int]) -> str:
         ([1, 3, 5, 7], [3, 3, 3, 0]),  # all would use the same slot
     ],
 )
-def test_the_bits_are_those_of_the_host(cuda_driver: str, numbers: list[int], deferred: list[int]) -> None:
+@pytest.mark.parametrize("scale_inputs", [False, True])
+def test_the_bits_are_those_of_the_host(
+    cuda_driver: str, numbers: list[int], deferred: list[int], scale_inputs: bool
+) -> None:
     run(
         cuda_driver,
-        layers(numbers, deferred),
+        layers(numbers, deferred, scale_inputs=scale_inputs),
         """
         expected = on_host()
         for _ in range(3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,10 +66,11 @@ def carried(layer: Layer, batch: Batch, num_deferred: int) -> AnyArray:
 
 
 def drawn(
-    seed: int, num_layers: int, num_tokens: int = T, num_slots: int = P
+    seed: int, num_layers: int, num_tokens: int = T, num_slots: int = P, *, scale_inputs: bool = False
 ) -> tuple[list[Layer], list[Batch]]:
     rng = np.random.default_rng(seed)
     layers = [draw_layer(rng, E, I, H, with_biases=True) for _ in range(num_layers)]
+    layers = [replace(layer, scale_inputs=scale_inputs) for layer in layers]
     return layers, [draw_batch(rng, layer, num_tokens, num_slots) for layer in layers]
 
 
@@ -100,20 +102,22 @@ def run_pass(moes: Sequence[Any], batches: Sequence[Batch], how: str = "forward"
     num_tokens=st.sampled_from([0, 1, 7, 20]),
     chunk=st.sampled_from([4096, 3]),
     how=st.sampled_from(["forward", "submit"]),
+    scale_inputs=st.booleans(),
 )
 def test_a_pass_is_what_the_reference_composes(
-    seed: int, deferred: list[int], num_tokens: int, chunk: int, how: str
+    seed: int, deferred: list[int], num_tokens: int, chunk: int, how: str, scale_inputs: bool
 ) -> None:
     KTMoEWrapper.drain_deferred()
-    layers, batches = drawn(seed, len(deferred), num_tokens)
+    layers, batches = drawn(seed, len(deferred), num_tokens, scale_inputs=scale_inputs)
     outputs = run_pass(wrappers(layers, deferred, chunked_prefill_size=chunk), batches, how)
     left = KTMoEWrapper.drain_deferred()
 
     base, base_error = np.zeros((num_tokens, H)), np.zeros((num_tokens, H))
     for layer, batch, num, output in zip(layers, batches, deferred, outputs, strict=True):
         now, later = parts(batch, num)
-        exact = {"accumulate_dtype": np.float64, "out_dtype": np.float64, **layer.biases}
-        bounded = {"out_dtype": np.float32, "sigmas": 6.0, **layer.biases}
+        model = {"scale_inputs": scale_inputs, **layer.biases}
+        exact = {"accumulate_dtype": np.float64, "out_dtype": np.float64, **model}
+        bounded = {"out_dtype": np.float32, "sigmas": 6.0, **model}
         truth = moe_forward(*now, *layer.matrices, base=base, **exact)
         bound = error_bound(*now, *layer.matrices, base=base, **bounded) + base_error
         assert_within(output, truth, bound)
@@ -129,9 +133,10 @@ def test_a_pass_is_what_the_reference_composes(
 
 
 @pytest.mark.parametrize("how", ["forward", "submit"])
-def test_the_bits_of_a_pass(how: str) -> None:
+@pytest.mark.parametrize("scale_inputs", [False, True])
+def test_the_bits_of_a_pass(how: str, scale_inputs: bool) -> None:
     """The next output starts from the unrounded float32 sum, whatever dtype it has itself."""
-    layers, batches = drawn(1, 3)
+    layers, batches = drawn(1, 3, scale_inputs=scale_inputs)
     moes = wrappers(layers, [2, 1, 3])
     outs = [
         np.empty(batch.x.shape, dtype) for batch, dtype in zip(batches, (bf16, np.float32, bf16), strict=True)

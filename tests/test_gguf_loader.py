@@ -326,9 +326,15 @@ def test_activations_by_architecture(tmp_path: Path, architecture: str, name: st
     assert config(tmp_path, architecture).activation.name == name
 
 
+def test_routing_weights_that_scale_inputs(tmp_path: Path) -> None:
+    assert config(tmp_path, "llama4").scale_inputs
+    assert not config(tmp_path, "llama").scale_inputs
+
+
 def test_architectures_are_those_that_gguf_names() -> None:
     names = set(gguf.MODEL_ARCH_NAMES.values())
     known = {*ktmoe_np.io._gguf_config._ACTIVATIONS, *ktmoe_np.io._gguf_config._UNSUPPORTED}
+    known |= {*ktmoe_np.io._gguf_config._INPUT_SCALED}
     assert known - names <= {"minimax-m3"}  # younger than gguf 0.19
     without_gate = {
         gguf.MODEL_ARCH_NAMES[architecture]

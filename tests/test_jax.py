@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,17 @@ def test_forward_has_the_bits_of_numpy(case: Any, wrap: Callable[..., Any], dtyp
     out = wrap(partial(moe_forward, moe))(x, ids.astype(dtype), weights)
     assert out.dtype == jnp.bfloat16
     assert_same_bits(numpy(out), moe.forward(*batch))
+
+
+def test_scaled_inputs() -> None:
+    rng = np.random.default_rng(2)
+    plain = draw_layer(rng, E, I, H)
+    moe = replace(plain, scale_inputs=True).wrapper(P)
+    batch = draw_batch(rng, plain, 7, P)
+    out = jax.jit(partial(moe_forward, moe))(*as_jax(batch))
+    assert_same_bits(numpy(out), moe.forward(*batch))
+    with pytest.raises(ValueError, match="moe: got 2 kinds of layers"):
+        moe_forward([moe, plain.wrapper(P)], *as_jax(batch), index=0)
 
 
 def test_numpy_arrays_are_taken(case: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +22,9 @@ from ktmoe_np.jax import moe_drain_deferred, moe_forward_deferred, raise_pending
 E, I, H, P, T = 5, 24, 40, 4, 6  # noqa: E741
 
 
-def drawn(deferred: list[int], seed: int = 0) -> tuple[list[Any], list[Any]]:
+def drawn(deferred: list[int], seed: int = 0, *, scale_inputs: bool = False) -> tuple[list[Any], list[Any]]:
     rng = np.random.default_rng(seed)
-    layers = [draw_layer(rng, E, I, H) for _ in deferred]
+    layers = [replace(draw_layer(rng, E, I, H), scale_inputs=scale_inputs) for _ in deferred]
     moes = [
         layer.wrapper(P, layer_idx=i, max_deferred_experts_per_token=d)
         for i, (layer, d) in enumerate(zip(layers, deferred, strict=True))
@@ -47,8 +48,9 @@ def in_program(moes: list[Any], batches: Any) -> list[Any]:
 
 @pytest.mark.parametrize("deferred", [[2, 2, 2], [1, 4, 0], [0, 0]])
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_the_bits_are_those_of_the_host(deferred: list[int], wrap: Any) -> None:
-    moes, batches = drawn(deferred)
+@pytest.mark.parametrize("scale_inputs", [False, True])
+def test_the_bits_are_those_of_the_host(deferred: list[int], wrap: Any, scale_inputs: bool) -> None:
+    moes, batches = drawn(deferred, scale_inputs=scale_inputs)
     expected = on_host(moes, batches)
     call = wrap(partial(in_program, moes))
     for _ in range(3):

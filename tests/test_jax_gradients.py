@@ -21,9 +21,9 @@ from jax_cases import STUDENTS, E, H, I, P, R, Trained, as_jax, assert_same_grad
 from ktmoe_np.jax import lora_parameters, moe_sft  # noqa: E402
 
 
-@pytest.fixture(scope="module", params=STUDENTS.values(), ids=STUDENTS)
+@pytest.fixture(scope="module", params=[*STUDENTS, "scaled inputs"])
 def trained(request: pytest.FixtureRequest) -> Trained:
-    return Trained(2, request.param)
+    return Trained(2, STUDENTS.get(request.param, "silu"), scale_inputs=request.param == "scaled inputs")
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])

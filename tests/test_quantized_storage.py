@@ -286,6 +286,28 @@ def test_saved_and_quantised_layers_compute_the_same(
     assert_close(expected, decoded, batch, product=product)
 
 
+def test_files_say_that_inputs_are_scaled(layer: Layer, tmp_path: Path) -> None:
+    batch = draw_batch(np.random.default_rng(3), layer, 7, P)
+    before = load(wrapper("AMXINT4", scale_inputs=True), layer)
+    file = before.save_weights(tmp_path)
+    assert SafetensorsFile(file).metadata["scale_inputs"] == "true"
+    after = wrapper("AMXINT4", weight_path=tmp_path, scale_inputs=True)
+    after.load_weights()
+    assert_same_bits(after.forward(*batch), before.forward(*batch))
+    plain = wrapper("AMXINT4", weight_path=tmp_path)
+    with pytest.raises(ValueError, match="scale_inputs is 'true', expected 'false'"):
+        plain.load_weights()
+
+
+def test_files_that_do_not_say_whether_inputs_are_scaled(layer: Layer, tmp_path: Path) -> None:
+    """Those of earlier versions: the weights are the same."""
+    file = load(wrapper("MOE_INT8"), layer).save_weights(tmp_path)
+    assert "scale_inputs" not in SafetensorsFile(file).metadata
+    scaled = wrapper("MOE_INT8", weight_path=tmp_path, scale_inputs=True)
+    scaled.load_weights()
+    assert scaled.loaded
+
+
 def test_examples() -> None:
     for module in (ktmoe_np._formats, ktmoe_np.io.quantized, ktmoe_np.cli.quantized):
         found = doctest.testmod(module)

@@ -99,10 +99,12 @@ def run_experts(experts: Any, x: Any, ids: Any, weights: Any) -> Any:
     experts = experts.float()
     if type(experts).__name__ != "Llama4TextExperts":
         return experts(x, ids, weights)
-    # Llama-4's takes the rows of every expert in turn and leaves the weights to its caller.
-    every = experts(x.repeat(E, 1)).view(E, T, H)
-    picked = every[ids, torch.arange(T)[:, None]]
-    return (picked * weights[:, :, None]).sum(dim=1)
+    # Llama-4's takes the rows of every expert in turn, which its caller has scaled by the weights.
+    total = torch.zeros(T, H)
+    for p in range(P):
+        scaled = (weights[:, p, None] * x).bfloat16().float()
+        total += experts(scaled.repeat(E, 1)).view(E, T, H)[ids[:, p], torch.arange(T)]
+    return total
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -122,6 +124,7 @@ def test_a_layer_of_the_model(tmp_path: Path, model_type: str) -> None:
     layer = MoEConfig.from_hf_config(load_hf_config(tmp_path), 1)
     assert (layer.num_experts, layer.num_experts_per_tok, layer.moe_intermediate_size) == (E, P, I)
     assert layer.activation.name == activation
+    assert layer.scale_inputs == (model_type == "llama4_text")
     experts = load_experts(tmp_path, 1, layer)
 
     modules = dict(model.named_modules())
@@ -142,6 +145,7 @@ def test_a_layer_of_the_model(tmp_path: Path, model_type: str) -> None:
         up_bias=experts.up_bias,
         down_bias=experts.down_bias,
         activation=layer.activation,
+        scale_inputs=layer.scale_inputs,
         out_dtype=np.float32,
     )
     error = np.linalg.norm(got - expected) / np.linalg.norm(expected)

@@ -211,7 +211,10 @@ def open_quantized(
     """
     file = SafetensorsFile(path)
     biased = [name for name in projection_sizes(config) if f"{name}.bias" in file]
-    _check_metadata(file, _metadata(config, fmt, biased))
+    expected = {"scale_inputs": "false", **_metadata(config, fmt, biased)}
+    if "scale_inputs" not in file.metadata:
+        del expected["scale_inputs"]  # said only where it is true, and not by earlier versions
+    _check_metadata(file, expected)
     wanted = dict(_wanted(config, fmt, biased))
     for name, (dtype, shape) in wanted.items():
         if name not in file:
@@ -263,6 +266,7 @@ def _metadata(config: MoEConfig, fmt: QuantizedFormat, biased: Any) -> dict[str,
         "moe_intermediate_size": str(config.moe_intermediate_size),
         "activation": " ".join([spec.name, *parameters]),
         "biases": " ".join(name for name in projection_sizes(config) if name in biased) or "none",
+        **({"scale_inputs": "true"} if config.scale_inputs else {}),
     }
 
 
