@@ -48,7 +48,9 @@ def variant(name: str, activation: Any) -> tuple[Layer, AnyArray]:
 
 
 @pytest.mark.parametrize("activation", sorted(FORMULAS))
-@pytest.mark.parametrize("name", ["plain", "biases", "dropout", "placed", "no lora", "scaled", "scaled with dropout"])
+@pytest.mark.parametrize(
+    "name", ["plain", "biases", "dropout", "placed", "no lora", "scaled", "scaled with dropout"]
+)
 def test_gradients_are_differences(name: str, activation: str) -> None:
     layer, grad_output = variant(name, FORMULAS[activation][0])
     gradients = present(train(layer, grad_output, exact=True))

@@ -57,9 +57,7 @@ _MAX_DEPTH = 4
 _INPUT_SCALED_MODELS = ("llama4", "llama4_text")
 
 
-def read_hf_layer(
-    config: Mapping[str, Any], layer_idx: int
-) -> tuple[dict[str, Any], dict[str, Any], bool]:
+def read_hf_layer(config: Mapping[str, Any], layer_idx: int) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """Read the sizes and the activation of a layer, and whether routing weights scale its inputs.
 
     Parameters

@@ -206,6 +206,40 @@ class KTMoEWrapper:
             No checkpoint there.
         ValueError
             A config or a layer that is not what it should be.
+
+        Notes
+        -----
+        Routing is the caller's: `forward` takes ids and final weights, and normalizes nothing. How the
+        routers in transformers weigh the P experts of a token, by the model's config.json where it says so:
+
+        =============================  ================  =============  ==============  =======
+        Family                         Scores            Normalized     Factor          Scale
+        =============================  ================  =============  ==============  =======
+        Mixtral, Qwen3.5-MoE, Hunyuan  softmax           yes            none            outputs
+        Qwen2-MoE, Qwen3-MoE, OLMoE    softmax           by the config  none            outputs
+        Qwen3-Next                     softmax           by the config  none            outputs
+        gpt-oss, Granite, Aria         softmax of the P  yes            none            outputs
+        ERNIE-4.5                      softmax           yes            none            outputs
+        Gemma-4                        softmax           yes            one per expert  outputs
+        Jamba                          softmax           no             none            outputs
+        Phi-MoE                        masked softmax    no             none            outputs
+        DeepSeek-V2, LongCat-Flash     softmax           no             by the config   outputs
+        DeepSeek-V3, Kimi, GLM-4.5     sigmoid           by the config  by the config   outputs
+        dots.1, Nemotron-H, LFM2-MoE   sigmoid           by the config  by the config   outputs
+        DeepSeek-V4                    ``scoring_func``  yes            by the config   outputs
+        MiniMax-M2                     sigmoid           yes            none            outputs
+        MiniMax-M3, Step-3.7           sigmoid           yes            by the config   outputs
+        Llama-4                        sigmoid           no             none            inputs
+        =============================  ================  =============  ==============  =======
+
+        Normalized weights are divided by their sum, if ``norm_topk_prob`` where that is by the config. The
+        factor is ``routed_scaling_factor`` (``moe_router_scaling_factor`` in Step-3.7), also where a model
+        applies it to the sum of its experts. A bias that corrects which experts are chosen is never part of
+        the weights. Shared experts and LongCat's identity experts are the caller's.
+
+        Where weights scale the inputs, the layer is made with ``scale_inputs=True``: found by the
+        ``model_type`` of the config.json (``llama4``, ``llama4_text``) or the architecture of the GGUF file
+        (``llama4``).
         """
         config, native, group_size = _described(
             path, layer_idx, method is None or bool(find_method(method, mode).encodings)

@@ -50,7 +50,7 @@ TEST_CASE("a scaled row is the product rounded to nearest even") {
   const std::vector<bf16> x = random_values(77, 1);
   const std::vector<bf16> got = scaled(x, 0.7f);
   for (size_t i = 0; i < x.size(); ++i) CHECK(got[i].bits == to_bf16(0.7f * to_float(x[i])).bits);
-  // 1 + 2^-7 times 1.5 and 0.5 + 2^-8 lie between two neighbours.
+  // 1 + 2^-7 and 1 + 3 2^-7, times 1.5, lie halfway between two neighbours.
   const bf16 next{0x3f81};
   CHECK(scaled({next}, 1.5f)[0].bits == 0x3fc2);
   CHECK(scaled({bf16{0x3f83}}, 1.5f)[0].bits == 0x3fc4);

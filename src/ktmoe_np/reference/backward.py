@@ -52,7 +52,8 @@ def moe_backward(
         dug = bf(s * dg Bg)          duu = bf(s * du Bu)
         grad_input[t] = bf(sum over p in slot order of dg Wg + du Wu + dug Ag + duu Au)
 
-    With `scale_inputs`, where x' = bf(w * x[t]) entered the expert, w is 1 in all of these, x is x' below, and ::
+    With `scale_inputs`, where x' = bf(w * x[t]) entered the expert, w is 1 in all of these and below, x below
+    is x', and ::
 
         grad_x'[t, p] = dg Wg + du Wu + dug Ag + duu Au        fp32 [H], not rounded
         grad_weights[t, p] = <grad_x'[t, p], x[t]>
@@ -127,8 +128,7 @@ def moe_backward(
             if d_up is not None:
                 grad_x[slots] += _through_first(cache, rows, "up", d_up, sums)
             if cache.inputs.scale_inputs:
-                grad_weights[slots] = (grad_x[slots] * cache.inputs.x[rows.token].astype(q_rows.dtype)).sum(axis=1)
-                grad_x[slots] *= cache.inputs.routing[slots][:, None].astype(q_rows.dtype)
+                grad_x[slots], grad_weights[slots] = _through_scaling(cache, rows, grad_x[slots])
         total = np.zeros((tokens, hidden), precision.dtype)
         for p in range(grad_x.shape[1]):
             total += grad_x[:, p]
@@ -177,6 +177,13 @@ def _through_first(cache: ForwardCache, rows: Rows, projection: str, d: Array, s
         sums.add(f"{projection}_lora_a", e, d_inner.T @ x_dropped)
     sums.add(f"{projection}_proj", e, d.T @ x)
     return grad_x
+
+
+def _through_scaling(cache: ForwardCache, rows: Rows, grad: Array) -> tuple[Array, Array]:
+    """From the gradient [M, H] of w * x, those of x [M, H] and of w [M]."""
+    (_, t, p), inputs = rows, cache.inputs
+    grad_w: Array = (grad * inputs.x[t].astype(grad.dtype)).sum(axis=1)
+    return inputs.routing[t, p, None].astype(grad.dtype) * grad, grad_w
 
 
 class _WeightSums:
