@@ -26,7 +26,7 @@ from ktmoe_np.reference import moe_forward
 pytestmark = pytest.mark.usefixtures("leave_no_engine")
 
 
-@pytest.mark.parametrize("naming", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("naming", ["qwen3_moe", "gpt_oss", "nemotron_h", "llama4"])
 def test_verify_checkpoints_of_others(
     naming: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,8 +54,9 @@ class MoE_Interface {
   // Throws std::invalid_argument when the numbers of matrices or biases do not fit the config.
   virtual void load_weights(ExpertWeights& weights) = 0;
 
-  // out = base + sum of the experts' outputs, weighted by slot. Throws std::out_of_range for an expert id
-  // of expert_num or above, std::runtime_error when nothing is loaded; `out` is then as it was.
+  // out = base + sum of the experts' outputs, weighted by slot unless the weights scale the inputs. Throws
+  // std::out_of_range for an expert id of expert_num or above, std::runtime_error when nothing is loaded;
+  // `out` is then as it was.
   virtual void forward(const ForwardArgs& args) = 0;
 
   // Throws std::runtime_error when nothing is loaded. Does not wait for a call that is under way.

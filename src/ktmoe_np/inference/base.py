@@ -67,6 +67,7 @@ class BaseMoEWrapper(MoELayer):
         """The experts of the layer on a batch of tokens.
 
         out[t] = sum over p in slot order of topk_weights[t, p] * expert(topk_ids[t, p])(hidden_states[t]);
+        with ``scale_inputs`` the sum of expert(topk_ids[t, p])(topk_weights[t, p] * hidden_states[t]).
         `ktmoe_np.reference.moe_forward` states it to the rounding.
 
         Parameters
