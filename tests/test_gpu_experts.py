@@ -239,11 +239,12 @@ def test_ids_of_any_integer_dtype(case: Any, arrays: Arrays, dtype: str) -> None
 # ---- programs ----
 
 
-def test_in_a_program_of_jax(case: Any) -> None:
+@pytest.mark.parametrize("scale_inputs", [False, True])
+def test_in_a_program_of_jax(case: Any, scale_inputs: bool) -> None:
     jax = pytest.importorskip("jax")
     from ktmoe_np.jax import moe_forward
 
-    layer, batch = case
+    layer, batch = replace(case[0], scale_inputs=scale_inputs), case[1]
     moe = layer.wrapper(P, gpu_experts_mask=MASK)
     gpu = gpu_experts(moe, layer, MASK, JAX)
 
@@ -271,13 +272,14 @@ def test_a_program_of_jax_leaves_no_rounding_out() -> None:
 
 
 @pytest.mark.parametrize("has_mixed_product", [False, True])
+@pytest.mark.parametrize("scale_inputs", [False, True])
 def test_no_value_of_torch_is_asked_for(
-    case: Any, has_mixed_product: bool, monkeypatch: pytest.MonkeyPatch
+    case: Any, has_mixed_product: bool, scale_inputs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Arrays that have no values give a result that has none."""
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(_array_library._Torch, "_has_mixed_product", lambda *_: has_mixed_product)
-    layer, batch = case
+    layer, batch = replace(case[0], scale_inputs=scale_inputs), case[1]
     nowhere = Arrays("torch", lambda array: TORCH.take(array).to("meta"), lambda array: array)
     gpu = gpu_experts(layer.wrapper(P), layer, MASK, nowhere)
     part = gpu.forward(*nowhere.batch(batch))
