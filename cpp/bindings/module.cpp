@@ -13,6 +13,7 @@ NB_MODULE(kt_kernel_ext, m) {
   ktmoe::kernels::active_table();  // an unknown or unsupported KTMOE_ISA fails here, at import
   init_arrays();
   init_gil();
+  bind_call_lock(m);
   bind_engine(m);
   nanobind::module_ cuda =
       m.def_submodule("cuda", "What of CUDA is used: streams that call the engine, copies, locked pages.");

@@ -7,6 +7,7 @@ namespace ktmoe::bindings {
 
 namespace nb = nanobind;
 
+void bind_call_lock(nb::module_& m);
 void bind_cuda(nb::module_& m);
 void bind_engine(nb::module_& m);
 void bind_machine(nb::module_& m);

@@ -7,12 +7,25 @@
 #include "bindings/module.h"
 #include "bindings/python_task.h"
 #include "bindings/sft_config.h"
+#include "sft/cache_stack.h"
 #include "sft/tp_moe_sft.h"
 
 namespace ktmoe::bindings {
 namespace {
 
 using Layer = std::shared_ptr<MoE_SFT_Interface>;
+
+// A pass that may be taken back.
+class TrainingTask : public PythonTask {
+ public:
+  TrainingTask(std::shared_ptr<TrainingCall> call, std::function<void()> work,
+               std::shared_ptr<const Arrays> arrays)
+      : PythonTask(std::move(work), std::move(arrays)), call_(std::move(call)) {}
+  void revoke() { call_->revoke(); }
+
+ private:
+  std::shared_ptr<TrainingCall> call_;
+};
 
 PythonTask update_lora_weights_task(Layer layer, nb::handle gate_a, nb::handle gate_b, nb::handle up_a,
                                     nb::handle up_b, nb::handle down_a, nb::handle down_b) {
@@ -25,14 +38,18 @@ PythonTask update_lora_weights_task(Layer layer, nb::handle gate_a, nb::handle g
   return PythonTask([layer, sources, owners] { layer->update_lora_weights(sources); }, owners);
 }
 
-PythonTask forward_sft_task(Layer layer, nb::object hidden_states, nb::object topk_ids,
-                            nb::object topk_weights, nb::object out, bool save_for_backward,
-                            nb::object skip_experts) {
+TrainingTask forward_sft_task(Layer layer, nb::object hidden_states, nb::object topk_ids,
+                              nb::object topk_weights, nb::object out, bool save_for_backward,
+                              nb::object skip_experts) {
   ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, out, skip_experts);
   const auto arrays = forward.arrays();
-  return PythonTask([layer, forward = std::move(forward),
-                     save_for_backward] { layer->forward_sft(forward.args(), save_for_backward); },
-                    arrays);
+  const std::shared_ptr<TrainingCall> call = layer->new_call();
+  return TrainingTask(
+      call,
+      [layer, call, forward = std::move(forward), save_for_backward] {
+        layer->forward_sft(forward.args(), save_for_backward, 0, call.get());
+      },
+      arrays);
 }
 
 // The arrays that a backward pass writes.
@@ -68,10 +85,10 @@ class GradientArrays {
   Arrays arrays_;
 };
 
-PythonTask backward_task(Layer layer, nb::handle grad_output, nb::handle grad_input, nb::handle grad_weights,
-                         nb::handle gate_a, nb::handle gate_b, nb::handle up_a, nb::handle up_b,
-                         nb::handle down_a, nb::handle down_b, nb::handle gate_proj, nb::handle up_proj,
-                         nb::handle down_proj, bool accumulate) {
+TrainingTask backward_task(Layer layer, nb::handle grad_output, nb::handle grad_input,
+                           nb::handle grad_weights, nb::handle gate_a, nb::handle gate_b, nb::handle up_a,
+                           nb::handle up_b, nb::handle down_a, nb::handle down_b, nb::handle gate_proj,
+                           nb::handle up_proj, nb::handle down_proj, bool accumulate) {
   const MOESFTConfig& c = layer->sft_config();
   GradientArrays arrays(c);
   BackwardArgs args;
@@ -95,7 +112,8 @@ PythonTask backward_task(Layer layer, nb::handle grad_output, nb::handle grad_in
                                                 {c.expert_num, c.hidden_size, c.intermediate_size});
   args.accumulate = accumulate;
   const auto owners = std::make_shared<Arrays>(arrays.take());
-  return PythonTask([layer, args, owners] { layer->backward(args); }, owners);
+  const std::shared_ptr<TrainingCall> call = layer->new_call();
+  return TrainingTask(call, [layer, call, args, owners] { layer->backward(args, call.get()); }, owners);
 }
 
 PythonTask clear_cache_task(Layer layer) {
@@ -139,7 +157,7 @@ save_for_backward : bool
 
 Returns
 -------
-Task)");
+TrainingTask)");
 }
 
 void bind_backward(Interface& interface) {
@@ -171,7 +189,7 @@ accumulate : bool
 
 Returns
 -------
-Task)")
+TrainingTask)")
       .def("clear_cache_task", &clear_cache_task, "Make the task that forgets the saved forward passes.")
       .def_prop_ro("num_cached", &MoE_SFT_Interface::num_cached,
                    "Forward passes that wait for their backward pass.")
@@ -205,6 +223,10 @@ void bind_layer(nb::module_& m, const char* name, const char* doc) {
 
 void bind_sft(nb::module_& m) {
   bind_sft_config(m);
+  nb::class_<TrainingTask, PythonTask>(m, "TrainingTask", "A pass of training.")
+      .def("revoke", &TrainingTask::revoke, R"(Take the pass back, for a call that an exception has ended.
+
+Whether it has not begun, is under way or is done: the saved forward passes and the step are as if it had never been. What it writes may be written all the same.)");
   Interface interface(m, "MoE_SFT_Interface", "What a layer that trains does beyond inference.");
   bind_forward(interface);
   bind_backward(interface);

@@ -1,11 +1,10 @@
 #include "bindings/stream_calls.h"
 
+#include "runtime/per_process.h"
+
 namespace ktmoe::bindings {
 
-StreamCalls& stream_calls() {
-  static StreamCalls* calls = new StreamCalls;  // the driver may call until the process is gone
-  return *calls;
-}
+StreamCalls& stream_calls() { return of_this_process<StreamCalls>(); }
 
 StreamTask stream_task(PythonTask& task, nb::handle result) {
   std::span<std::byte> bytes;

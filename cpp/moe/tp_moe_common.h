@@ -86,7 +86,7 @@ class TP_MOE_Common : public Interface {
 
  protected:
   // Throws when the layer's weights must not change now.
-  virtual void check_before_load() const {}
+  virtual void check_before_load() {}
 
   // ---- the steps of a pass, in order; the caller holds mutex_ ----
 

@@ -11,22 +11,24 @@
 namespace ktmoe {
 namespace {
 
-std::atomic<uint32_t> num_forks{0};  // between this process and the one that loaded the library
+std::atomic<uint32_t> forks{0};
 
 void register_fork_handler() {
   static const int result =
-      pthread_atfork(nullptr, nullptr, [] { num_forks.fetch_add(1, std::memory_order_relaxed); });
+      pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
   if (result != 0) throw std::bad_alloc();
 }
 
 }  // namespace
 
-ForkGuard::ForkGuard() {
+uint32_t num_forks() {
   register_fork_handler();
-  generation_ = num_forks.load(std::memory_order_relaxed);
+  return forks.load(std::memory_order_relaxed);
 }
 
-bool ForkGuard::in_child() const { return num_forks.load(std::memory_order_relaxed) != generation_; }
+ForkGuard::ForkGuard() : generation_(num_forks()) {}
+
+bool ForkGuard::in_child() const { return forks.load(std::memory_order_relaxed) != generation_; }
 
 void ForkGuard::throw_in_child() {
   throw_runtime(

@@ -5,6 +5,9 @@
 
 namespace ktmoe {
 
+// Forks between the process that loaded the library and this one.
+uint32_t num_forks();
+
 class ForkGuard {
  public:
   ForkGuard();

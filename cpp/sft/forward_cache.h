@@ -1,8 +1,7 @@
-// What the backward pass needs of a forward pass, and the stack of those that wait for theirs.
+// What the backward pass needs of a forward pass.
 #pragma once
 
 #include <memory>
-#include <vector>
 
 #include "core/aligned_buffer.h"
 #include "kernels/contract.h"
@@ -21,6 +20,7 @@ struct CachedRows {
 
 struct ForwardCache {
   uint32_t num_tokens = 0;
+  uint64_t id = 0;      // of all saved by the layer, in their order
   uint32_t number = 0;  // the caller's, if any
   uint32_t step = 0;    // of the dropout masks
   RoutingPlan plan;
@@ -31,56 +31,8 @@ struct ForwardCache {
   uint8_t* mask_x = nullptr;      // [T, mask_row_bytes(H)]: what dropout keeps; null without
   uint8_t* mask_h = nullptr;      // [T, mask_row_bytes(I)]
   CachedRows rows;
+  bool is_overwritten = false;  // the rows, by a backward pass; a forward pass on `hidden` makes them again
   AlignedBuffer memory;
-};
-
-// Forward passes that wait for their backward pass; the last one goes first. The memory of those that are
-// done serves the next.
-class CacheStack {
- public:
-  explicit CacheStack(size_t depth) : depth_(depth) {}
-
-  size_t size() const { return waiting_.size(); }
-  bool full() const { return size() >= depth_; }
-  ForwardCache& top() { return *waiting_.back(); }
-
-  // One to fill, perhaps with memory.
-  std::unique_ptr<ForwardCache> take_spare() {
-    if (spare_.empty()) return std::make_unique<ForwardCache>();
-    auto cache = std::move(spare_.back());
-    spare_.pop_back();
-    return cache;
-  }
-  // Makes room for one more, so that what follows cannot fail.
-  void reserve() {
-    waiting_.reserve(waiting_.size() + 1);
-    spare_.reserve(spare_.size() + waiting_.size() + 1);
-  }
-  void push(std::unique_ptr<ForwardCache> cache) noexcept { waiting_.push_back(std::move(cache)); }
-  void pop() noexcept {
-    auto cache = std::move(waiting_.back());
-    waiting_.pop_back();
-    give_back(std::move(cache));
-  }
-  // Keeps the memory of one that is not wanted any more, unless the stack has no use for it.
-  void give_back(std::unique_ptr<ForwardCache> cache) noexcept {
-    cache->lora.reset();
-    if (waiting_.size() + spare_.size() < depth_) spare_.push_back(std::move(cache));
-  }
-  void clear() {
-    waiting_.clear();
-    spare_.clear();
-  }
-  size_t bytes() const {
-    size_t sum = 0;
-    for (const auto* list : {&waiting_, &spare_})
-      for (const auto& cache : *list) sum += cache->memory.capacity();
-    return sum;
-  }
-
- private:
-  size_t depth_;
-  std::vector<std::unique_ptr<ForwardCache>> waiting_, spare_;
 };
 
 }  // namespace ktmoe

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <memory>
 
 #include "moe/interface.h"
 #include "sft/config.h"
@@ -21,6 +22,8 @@ struct BackwardArgs {
   bool accumulate = false;                         // add the gradients of matrices to what is there
 };
 
+class TrainingCall;
+
 class MoE_SFT_Interface : public MoE_Interface {
  public:
   virtual const MOESFTConfig& sft_config() const = 0;
@@ -31,7 +34,8 @@ class MoE_SFT_Interface : public MoE_Interface {
   // The layer with its adapters. With `save`, dropout acts and what backward() needs is kept. Throws
   // std::runtime_error when as many forwards wait as may. A forward that is kept may be given a number of its
   // caller's, above 0.
-  virtual void forward_sft(const ForwardArgs& args, bool save, uint32_t number = 0) = 0;
+  virtual void forward_sft(const ForwardArgs& args, bool save, uint32_t number = 0,
+                           TrainingCall* call = nullptr) = 0;
 
   // Whether the forward that backward() would take has that number, above 0, and so many tokens.
   virtual bool is_last(uint32_t number, uint32_t num_tokens) = 0;
@@ -40,9 +44,12 @@ class MoE_SFT_Interface : public MoE_Interface {
   virtual void forget_forwards() = 0;
 
   // Gradients of the last forward that waits, which is then gone. Throws std::runtime_error when none waits,
-  // std::invalid_argument when it had another number of tokens; the forward then still waits. A pass that
-  // fails for want of memory after it has begun takes its forward with it.
-  virtual void backward(const BackwardArgs& args) = 0;
+  // std::invalid_argument when it had another number of tokens. The forward of a pass that fails still waits.
+  virtual void backward(const BackwardArgs& args, TrainingCall* call = nullptr) = 0;
+
+  // A call for one of both, which may be taken back: then the forwards that wait, and the step, are as if it
+  // had never been.
+  virtual std::shared_ptr<TrainingCall> new_call() = 0;
 
   virtual size_t num_cached() const = 0;
   virtual size_t cache_bytes() const = 0;

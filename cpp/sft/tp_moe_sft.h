@@ -4,7 +4,6 @@
 // backward    r | z, dg, du | dug, duu | gradients of matrices | (dg, du to left operands) | dx, combine
 #pragma once
 
-#include <atomic>
 #include <optional>
 #include <utility>
 
@@ -12,6 +11,7 @@
 #include "sft/backward_inner.h"
 #include "sft/backward_output.h"
 #include "sft/backward_weights.h"
+#include "sft/cache_stack.h"
 #include "sft/sft_moe_tp.h"
 #include "sft/training_scratch.h"
 
@@ -27,20 +27,17 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
       : Common((config.validate(), config), kernel),
         sft_config_(std::move(config)),
         lora_(std::make_shared<LoraWeights>(sft_config_, lora)),
-        caches_(static_cast<size_t>(sft_config_.max_cache_depth)) {}
+        caches_(std::make_shared<CacheStack>(static_cast<size_t>(sft_config_.max_cache_depth))) {}
 
   const MOESFTConfig& sft_config() const override { return sft_config_; }
-  // Both may be asked for while a pass runs.
-  size_t num_cached() const override { return num_cached_; }
-  size_t cache_bytes() const override { return cache_bytes_; }
+  size_t num_cached() const override { return caches_->size(); }
+  size_t cache_bytes() const override { return caches_->bytes(); }
   void clear_cache() override {
-    locked([&] {
-      caches_.clear();
-      count_caches();
-    });
+    locked([&] { caches_->clear(); });
   }
-  uint32_t step() const override { return step_; }
-  void set_step(uint32_t step) override { step_ = step; }
+  uint32_t step() const override { return caches_->step(); }
+  void set_step(uint32_t step) override { caches_->set_step(step); }
+  std::shared_ptr<TrainingCall> new_call() override { return std::make_shared<TrainingCall>(caches_); }
 
   void update_lora_weights(const LoraSources& sources) override {
     locked([&] {
@@ -51,30 +48,25 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
   }
 
   void forget_forwards() override {
-    locked([&] {
-      while (caches_.size() > 0) caches_.pop();
-      count_caches();
-    });
+    locked([&] { caches_->forget(); });
   }
 
   bool is_last(uint32_t number, uint32_t num_tokens) override {
     bool is = false;
-    locked([&] {
-      if (caches_.size() == 0 || number == 0) return;
-      is = caches_.top().number == number && caches_.top().num_tokens == num_tokens;
-    });
+    locked([&] { is = caches_->is_last(number, num_tokens); });
     return is;
   }
 
-  void forward_sft(const ForwardArgs& args, bool save, uint32_t number = 0) override {
+  void forward_sft(const ForwardArgs& args, bool save, uint32_t number = 0,
+                   TrainingCall* call = nullptr) override {
     locked([&] {
-      if (save && caches_.full())
+      if (caches_->is_revoked(call)) return;
+      if (save && caches_->size() >= caches_->depth())
         throw_runtime("forward_sft: as many forwards of layer ", config_.layer_idx,
-                      " wait for their backward as may, max_cache_depth ", caches_.size(),
+                      " wait for their backward as may, max_cache_depth ", caches_->depth(),
                       "; call backward or clear the cache first");
       begin(args);
-      caches_.reserve();
-      Filling filling(*this);
+      Filling filling(*caches_);
       ForwardCache& cache = filling.cache();
       fill_input(args, save, cache);
       {
@@ -84,36 +76,38 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
       if (!save) return;
       cache.number = number;
       std::swap(cache.plan, call_.plan);
-      filling.keep();
-      ++step_;
+      filling.keep(call);
     });
   }
 
-  void backward(const BackwardArgs& args) override {
+  void backward(const BackwardArgs& args, TrainingCall* call = nullptr) override {
     locked([&] {
-      if (caches_.size() == 0)
+      if (caches_->is_revoked(call)) return;
+      Using use(*caches_, call);
+      if (use.nothing())
         throw_runtime("backward: no forward of layer ", config_.layer_idx,
                       " waits for it, expected a forward_sft with save_for_backward first");
-      ForwardCache& cache = caches_.top();
+      ForwardCache& cache = use.cache();
       if (args.num_tokens != cache.num_tokens)
         throw_invalid("grad_output: got ", args.num_tokens, " tokens, expected ", cache.num_tokens,
                       " as in the forward pass");
-      const Consuming consuming(*this);
       const PlanLoan loan(call_.plan, cache.plan);
       const RowsLease rows(*this, cache, !sft_config_.recompute, /*for_backward=*/true);
       ForwardArgs forward;
       forward.num_tokens = cache.num_tokens;
-      if (sft_config_.recompute) run_forward(forward, cache, /*to_the_end=*/false);
+      if (sft_config_.recompute || cache.is_overwritten) run_forward(forward, cache, /*to_the_end=*/false);
+      cache.is_overwritten = false;
       run_backward(args, cache);
-      consumed_ = true;
+      use.done();
     });
   }
 
  protected:
-  void check_before_load() const override {
-    if (caches_.size() != 0)
+  void check_before_load() override {
+    if (caches_->size() != 0)
       throw_runtime("load_weights: forwards of layer ", config_.layer_idx, " wait for their backward, got ",
-                    caches_.size(), ", expected none");
+                    caches_->size(), ", expected none");
+    caches_->forget();  // what backward passes of other threads have just used up
   }
 
  private:
@@ -123,42 +117,41 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
     function();
   }
 
-  void count_caches() {
-    num_cached_ = caches_.size();
-    cache_bytes_ = caches_.bytes();
-  }
-
   // A cache that is being filled: kept on the stack in the end, or its memory is spare again.
   class Filling {
    public:
-    explicit Filling(TP_MOE_SFT& layer) : layer_(layer), cache_(layer.caches_.take_spare()) {}
+    explicit Filling(CacheStack& stack) : stack_(stack), cache_(stack.take_spare()) {}
     ~Filling() {
-      if (cache_) layer_.caches_.give_back(std::move(cache_));
-      layer_.count_caches();
+      if (cache_) stack_.give_back(std::move(cache_));
     }
     Filling(const Filling&) = delete;
     Filling& operator=(const Filling&) = delete;
     ForwardCache& cache() { return *cache_; }
-    void keep() { layer_.caches_.push(std::move(cache_)); }
+    void keep(TrainingCall* call) { stack_.push(std::move(cache_), call); }
 
    private:
-    TP_MOE_SFT& layer_;
-    std::unique_ptr<ForwardCache> cache_;
+    CacheStack& stack_;
+    CacheStack::Cache cache_;
   };
 
-  // The cache on top goes when its backward pass is done, or has failed after it began to overwrite it.
-  class Consuming {
+  // The last cache, for a backward pass: gone when that is done, else back where it was.
+  class Using {
    public:
-    explicit Consuming(TP_MOE_SFT& layer) : layer_(layer) { layer.consumed_ = false; }
-    ~Consuming() {
-      if (layer_.consumed_) layer_.caches_.pop();
-      layer_.count_caches();
+    Using(CacheStack& stack, TrainingCall* call) : stack_(stack), call_(call), cache_(stack.take_last()) {}
+    ~Using() {
+      if (cache_) is_done_ ? stack_.use_up(std::move(cache_), call_) : stack_.put_back(std::move(cache_));
     }
-    Consuming(const Consuming&) = delete;
-    Consuming& operator=(const Consuming&) = delete;
+    Using(const Using&) = delete;
+    Using& operator=(const Using&) = delete;
+    bool nothing() const { return cache_ == nullptr; }
+    ForwardCache& cache() { return *cache_; }
+    void done() { is_done_ = true; }
 
    private:
-    TP_MOE_SFT& layer_;
+    CacheStack& stack_;
+    TrainingCall* call_;
+    CacheStack::Cache cache_;
+    bool is_done_ = false;
   };
 
   // The plan of a cache, in use for the length of a scope.
@@ -231,7 +224,7 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
     input.place(cache.memory.data(), cache);
     if (own_rows) cache.rows = own_rows->place(cache.memory.data());
     cache.num_tokens = args.num_tokens;
-    cache.step = step_;
+    cache.step = caches_->step();
     cache.lora = lora_;
 
     constexpr uint32_t kTokens = 16;
@@ -332,7 +325,7 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
 
     run_scale_inputs(cache.input_weight);
     run_step(pass, pass.hidden(), backward_output);
-    consumed_ = !sft_config_.cache_float32 && !sft_config_.recompute;  // dg and du take the place of g and u
+    cache.is_overwritten = !sft_config_.cache_float32;  // dg and du take the place of g and u
     for_parts([&](Part& part, int i) { part.cut_activation(call_, config_.pool->num_threads(i)); });
     run_phase(&Part::num_backward, [&](const Worker& worker, Part& part, uint32_t task) {
       part.activation(static_cast<uint32_t>(worker.index), task);
@@ -407,10 +400,7 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
 
   const MOESFTConfig sft_config_;
   std::shared_ptr<LoraWeights> lora_;
-  CacheStack caches_;
-  bool consumed_ = false;  // of the cache on top, by the backward pass under way
-  std::atomic<size_t> num_cached_{0}, cache_bytes_{0};
-  std::atomic<uint32_t> step_{0};
+  const std::shared_ptr<CacheStack> caches_;
 };
 
 }  // namespace ktmoe

@@ -8,15 +8,15 @@
 
 #include "core/aligned_buffer.h"
 #include "core/error.h"
+#include "runtime/per_process.h"
 #include "runtime/stream_calls.h"
 
 namespace ktmoe::xla {
 namespace {
 
-StreamCalls& stream_calls() {
-  static StreamCalls* calls = new StreamCalls;  // the driver may call until the process is gone
-  return *calls;
-}
+// Not those of Python's calls.
+struct XlaCalls : StreamCalls {};
+StreamCalls& stream_calls() { return of_this_process<XlaCalls>(); }
 
 size_t bytes_of(const Buffer& buffer) {
   size_t bytes = 0;
@@ -121,6 +121,8 @@ class Blocks {
     return block->data();
   }
 
+  std::mutex mutex;  // of the blocks, and of the calls that use one
+
  private:
   static constexpr size_t kSmallest = size_t{2} << 20;  // a huge page
 
@@ -139,14 +141,13 @@ CudaDriver::Stream stream_of(const CallFrame& frame) {
 
 Error* enqueue(CallFrame* frame, const Operation& operation) {
   return answer(frame, operation.name, [&] {
-    static std::mutex mutex;  // of the blocks, and of the calls that use one
-    static Blocks* blocks = new Blocks;
     stream_calls().forget_happened();
     rethrow_error();
     const CudaDriver::Stream stream = stream_of(*frame);
     const auto host = std::make_shared<HostFrame>(*frame);
-    const std::lock_guard lock(mutex);
-    std::byte* args = blocks->at_least(host->args.bytes() + host->rets.bytes(), stream);
+    auto& blocks = of_this_process<Blocks>();
+    const std::lock_guard lock(blocks.mutex);
+    std::byte* args = blocks.at_least(host->args.bytes() + host->rets.bytes(), stream);
     std::byte* rets = host->args.place(args);
     std::byte* end = host->rets.place(rets);
     host->args.copy(stream, /*to_host=*/true);

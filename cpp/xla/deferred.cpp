@@ -11,6 +11,7 @@
 
 #include "core/error.h"
 #include "moe/split_slots.h"
+#include "runtime/per_process.h"
 #include "xla/batch.h"
 #include "xla/work.h"
 
@@ -51,21 +52,18 @@ struct DeferredPart {
 // only so many are kept.
 class Waiting {
  public:
-  static Waiting& all() {
-    static Waiting* waiting = new Waiting;  // threads of XLA may call until the process is gone
-    return *waiting;
-  }
+  static Waiting& all() { return of_this_process<Waiting>(); }
 
   uint32_t add(std::shared_ptr<DeferredPart> part) {
     const std::lock_guard lock(mutex_);
-    if (++last_ == 0) ++last_;
-    parts_[last_] = std::move(part);
-    order_.push_back(last_);
+    const uint32_t number = next_number();
+    parts_[number] = std::move(part);
+    order_.push_back(number);
     while (parts_.size() > kMost || parts_.count(order_.front()) == 0) {
       parts_.erase(order_.front());
       order_.pop_front();
     }
-    return last_;
+    return number;
   }
 
   // Null for the number 0, std::runtime_error for one that is not there.
@@ -93,10 +91,17 @@ class Waiting {
     return found;
   }
 
+  // Never 0; those of a parent process are not used again.
+  static uint32_t next_number() {
+    static std::atomic<uint32_t> last{0};
+    uint32_t number = 0;
+    while (number == 0) number = ++last;
+    return number;
+  }
+
   std::mutex mutex_;
   Parts parts_;
   std::deque<uint32_t> order_;  // as they came
-  uint32_t last_ = 0;
 };
 
 uint32_t take_carry(Call& call) {

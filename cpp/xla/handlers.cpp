@@ -4,6 +4,7 @@
 #include <mutex>
 #include <utility>
 
+#include "runtime/per_process.h"
 #include "xla/batch.h"
 #include "xla/cuda_calls.h"
 #include "xla/deferred.h"
@@ -12,8 +13,10 @@
 namespace ktmoe::xla {
 namespace {
 
-std::mutex addresses_mutex;
-Addresses addresses;
+struct Noted {
+  std::mutex mutex;
+  Addresses addresses;
+};
 
 LoraSources take_lora(Call& call, const MOESFTConfig& c) {
   LoraSources sources;
@@ -47,8 +50,9 @@ uint32_t next_pass() {
 }
 
 void note(const Addresses& now) {
-  const std::lock_guard lock(addresses_mutex);
-  addresses = now;
+  auto& noted = of_this_process<Noted>();
+  const std::lock_guard lock(noted.mutex);
+  noted.addresses = now;
 }
 
 void do_forward(Call& call) {
@@ -155,8 +159,9 @@ std::span<const PlatformHandlers> all_handlers() {
 }
 
 Addresses last_addresses() {
-  const std::lock_guard lock(addresses_mutex);
-  return addresses;
+  auto& noted = of_this_process<Noted>();
+  const std::lock_guard lock(noted.mutex);
+  return noted.addresses;
 }
 
 }  // namespace ktmoe::xla

@@ -1,24 +1,25 @@
 #include "xla/layers.h"
 
 #include <algorithm>
+#include <atomic>
 #include <iterator>
 #include <utility>
 
 #include "core/error.h"
+#include "runtime/per_process.h"
 
 namespace ktmoe::xla {
 
-Layers& Layers::all() {
-  static Layers* layers = new Layers;  // threads of XLA may call until the process is gone
-  return *layers;
-}
+Layers& Layers::all() { return of_this_process<Layers>(); }
 
 int32_t Layers::add(Layer layer) {
   std::vector<Layer> unused;  // destroyed when the lock is released
   const std::lock_guard lock(mutex_);
   unused = take_unused();
-  layers_[++last_] = std::move(layer);
-  return last_;
+  static std::atomic<int32_t> last{0};  // numbers of a parent process are not used again
+  const int32_t number = ++last;
+  layers_[number] = std::move(layer);
+  return number;
 }
 
 void Layers::remove(int32_t number) {

@@ -39,7 +39,6 @@ class Layers {
 
   std::unordered_map<int32_t, Layer> layers_;
   std::vector<Layer> removed_;
-  int32_t last_ = 0;
 };
 
 }  // namespace ktmoe::xla

@@ -7,6 +7,7 @@ from . import config, reference
 from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import ActivationSpec, MoEConfig, parse_activation
 from .cpuinfer import _MoEBase
+from .deferral import DeferralChain
 from .experts import KTMoEWrapper
 from .gpu_experts import GPUExperts
 from .inference import (
@@ -35,6 +36,7 @@ __all__ = [
     "ActivationSpec",
     "BaseMoEWrapper",
     "BaseSFTMoEWrapper",
+    "DeferralChain",
     "GPUExperts",
     "GeneralMoEWrapper",
     "KExpertsCPUBuffer",

@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from . import kt_kernel_ext as ext
 
-__all__ = ["PendingPass"]
+__all__ = ["PendingPass", "Queue"]
 
 Result = TypeVar("Result")
+
+#: Queues a task of the pass that is being begun, and gives its ticket.
+Queue = Callable[[ext.Task], ext.Ticket]
+
+
+class _Begun(Generic[Result]):
+    """The tasks of one pass, and its result when they have run."""
+
+    result: Result
+
+    def __init__(self, engine: ext.CPUInfer) -> None:
+        self._engine = engine
+        self._tasks: list[ext.moe.TrainingTask] = []
+        self.tickets: list[ext.Ticket] = []
+        self.errors: list[Exception] = []
+        self.waiter: object = None  #: the call of `PendingPass.sync` that waits
+
+    def queue(self, task: ext.Task) -> ext.Ticket:
+        if isinstance(task, ext.moe.TrainingTask):
+            self._tasks.append(task)  # before it is queued: an interrupt may come right after that
+        ticket = self._engine.submit(task)
+        self.tickets.append(ticket)
+        return ticket
+
+    def take_back(self) -> None:
+        """Leave the layer as if the pass had never been."""
+        for task in self._tasks:
+            task.revoke()
 
 
 class PendingPass(Generic[Result]):
     """The passes of one kind that a layer begins with submit_* and ends with sync_*: at most one at a time.
+
+    An exception that ends `submit`, such as KeyboardInterrupt, leaves none pending; one that ends the wait
+    of `sync` leaves the pass to be waited for again.
 
     Parameters
     ----------
@@ -30,24 +60,31 @@ class PendingPass(Generic[Result]):
         self._name = name
         self._layer_idx = layer_idx
         self._engine = engine
-        self._lock = threading.Lock()
-        self._started: tuple[Result, list[int]] | None = None
+        self._lock = ext.CallLock(f"submit_{name}", of_engine=True)
+        self._begun: _Begun[Result] | None = None
 
-    def submit(self, start: Callable[[], tuple[Result, list[int]]]) -> None:
-        """Begin a pass: `start` queues it and gives its result and the tickets to wait for.
+    def submit(self, start: Callable[[Queue], Result]) -> None:
+        """Begin a pass: `start` queues its tasks and gives its result.
 
         Raises
         ------
         RuntimeError
             A pass is pending.
         """
-        name = self._name
-        with self._lock:
-            if self._started is not None:
-                raise RuntimeError(
-                    f"submit_{name}: a pass of layer {self._layer_idx} is pending, call sync_{name} first"
-                )
-            self._started = start()
+        name, begun = self._name, _Begun[Result](self._engine)
+        try:
+            with self._lock:
+                if self._begun is not None:
+                    raise RuntimeError(
+                        f"submit_{name}: a pass of layer {self._layer_idx} is pending, call sync_{name} first"
+                    )
+                begun.result = start(begun.queue)
+                self._begun = begun
+        except BaseException:
+            if self._begun is begun:
+                self._begun = None
+            begun.take_back()
+            raise
 
     def sync(self) -> Result:
         """Wait for the pass and give its result, or raise the first exception of its tasks.
@@ -55,23 +92,44 @@ class PendingPass(Generic[Result]):
         Raises
         ------
         RuntimeError
-            None is pending.
+            None is pending, or another call waits for it.
         """
-        name, started = self._name, self._started
-        if started is None:
-            raise RuntimeError(
-                f"sync_{name}: no pass of layer {self._layer_idx} is pending, call submit_{name} first"
-            )
-        result, tickets = started
-        errors = []
-        for ticket in tickets:
+        call, begun = object(), None
+        try:
+            with self._lock:
+                begun = self._claimed(call)
+            while begun.tickets:  # goes on where an interrupt has ended it
+                try:
+                    self._engine.wait(begun.tickets[0])
+                except Exception as error:
+                    if self._engine.num_completed < begun.tickets[0].number:  # it is a signal handler's
+                        raise
+                    begun.errors.append(error)
+                del begun.tickets[0]
+            self._begun = None  # the last: from here on no interrupt is looked for
+        except BaseException:
+            if begun is not None and begun.waiter is call:
+                begun.waiter = None
+            raise
+        if begun.errors:
+            begun.take_back()
             try:
-                self._engine.wait(ticket)
-            except Exception as error:
-                errors.append(error)
-        with self._lock:  # not before: after Ctrl-C the pass can still be waited for
-            if self._started is started:
-                self._started = None
-        if errors:
-            raise errors[0]
-        return result
+                raise begun.errors[0]
+            finally:
+                del begun  # or the exception, which refers to this frame, would keep the result
+        return begun.result
+
+    def _claimed(self, call: object) -> _Begun[Result]:
+        """The pass, which from now on only `call` waits for."""
+        where = f"layer {self._layer_idx}"
+        begun = self._begun
+        if begun is None:
+            raise RuntimeError(
+                f"sync_{self._name}: no pass of {where} is pending, call submit_{self._name} first"
+            )
+        if begun.waiter is not None:
+            raise RuntimeError(
+                f"sync_{self._name}: another call waits for the pass of {where} already, expected one"
+            )
+        begun.waiter = call
+        return begun

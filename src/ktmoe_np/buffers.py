@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -192,7 +191,7 @@ class _ExpertsBuffer(Generic[Slot]):
 
     buffer_depth: ClassVar[int] = 2
     _slot: ClassVar[type[Any]]
-    _lock: ClassVar[threading.Lock]
+    _lock: ClassVar[ext.CallLock]
     _capture_batch_sizes: ClassVar[list[int]]
     _cache_kind: ClassVar[type[_Cache]]
     _cache: ClassVar[_Cache]
@@ -200,7 +199,7 @@ class _ExpertsBuffer(Generic[Slot]):
     def __init_subclass__(cls, slot: type[Any], cache: type[_Cache] = _Cache, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls._slot = slot
-        cls._lock = threading.Lock()
+        cls._lock = ext.CallLock(cls.__name__)
         cls._capture_batch_sizes = []
         cls._cache_kind = cache
         cls._cache = cache()

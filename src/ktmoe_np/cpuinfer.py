@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 from . import kt_kernel_ext as ext
 from ._arrays import at_least
 from .buffers import KExpertsCPUBuffer
-from .deferral import DeferralChain, HostCarry
+from .deferral import SharedChain
 
 __all__ = ["_MoEBase"]
 
@@ -52,11 +51,11 @@ class _MoEBase:
     A second engine would compete for the same cores, so asking for another one is an error.
     """
 
-    _lock: ClassVar[threading.RLock] = threading.RLock()
+    _lock: ClassVar[ext.CallLock] = ext.CallLock("cpuinfer")
     _engine: ClassVar[ext.CPUInfer | None] = None
     _engine_pid: ClassVar[int] = 0
     _loaded: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
-    _chain: ClassVar[DeferralChain[HostCarry]] = DeferralChain()
+    _chain: ClassVar[SharedChain] = SharedChain()
     _streams: ClassVar[dict[int, Any]] = {}  # what passes in a stream share, by its key
 
     @classmethod
@@ -117,7 +116,7 @@ class _MoEBase:
                 _MoEBase._engine.shutdown()
             _MoEBase._engine = None
             _MoEBase._loaded = weakref.WeakSet()
-            _MoEBase._chain = DeferralChain()
+            _MoEBase._chain = SharedChain()
             _MoEBase._streams = {}
             KExpertsCPUBuffer.clear_buffer_cache()  # slots remember tickets of the engine
 

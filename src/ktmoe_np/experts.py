@@ -11,6 +11,7 @@ from ._arrays import Array
 from ._methods import Method, find_method, training_name
 from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import MoEConfig, parse_activation
+from .deferral import DeferralChain
 from .inference.base import BaseMoEWrapper
 from .io import SafetensorsCheckpoint
 from .io._json import naming_file
@@ -286,9 +287,11 @@ class KTMoEWrapper:
         KExpertsSFTBuffer.clear_buffer_cache()
 
     @staticmethod
-    def drain_deferred(cuda_stream: Any = None, *, out: Any = None) -> Array | None:
+    def drain_deferred(
+        cuda_stream: Any = None, *, out: Any = None, chain: DeferralChain | None = None
+    ) -> Array | None:
         """See `BaseMoEWrapper.drain_deferred`."""
-        return BaseMoEWrapper.drain_deferred(cuda_stream, out=out)
+        return BaseMoEWrapper.drain_deferred(cuda_stream, out=out, chain=chain)
 
 
 def _described(

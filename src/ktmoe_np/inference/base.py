@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from .. import kt_kernel_ext as ext
-from .._arrays import Array, at_least, bfloat16
+from .._arrays import Array, at_least
 from .._batch import Batch
 from .._device import stream_handle
 from .._methods import Method
-from .._pending import PendingPass
+from .._pending import PendingPass, Queue
 from ..config import MoEConfig
+from ..deferral import DeferralChain
 from ..layer import MoELayer
 from .expert_buffers import ExpertBuffers
 from .runner import LayerRunner
@@ -63,6 +64,7 @@ class BaseMoEWrapper(MoELayer):
         out: Array | None = None,
         incremental: bool = False,
         num_tokens: Any = None,
+        chain: DeferralChain | None = None,
     ) -> Array:
         """The experts of the layer on a batch of tokens.
 
@@ -92,6 +94,9 @@ class BaseMoEWrapper(MoELayer):
             With a stream, on its device, and read when the stream comes to the pass: how many tokens of the
             batch count. To the others no expert is applied; their results are zero. So a graph of the largest
             batch does for smaller ones.
+        chain : DeferralChain, optional
+            Without a stream, where deferred experts are left and looked for; by default a chain that all
+            calls share, one thread at a time.
 
         Returns
         -------
@@ -105,7 +110,8 @@ class BaseMoEWrapper(MoELayer):
             An expert id of E or above.
         RuntimeError
             Nothing is loaded, or the layer's last pass was submitted and not waited for; deferred experts of
-            a pass before were not drained; with a stream, there is no CUDA driver, or it refuses.
+            a pass before were not drained, or, on the shared chain, another thread has left some; with a
+            stream, there is no CUDA driver, or it refuses.
         OSError
             A file that weights lie in was cut off; see `load_weights`.
 
@@ -129,12 +135,15 @@ class BaseMoEWrapper(MoELayer):
         [[16.0, 16.0, 16.0, 16.0]]
         """
         if cuda_stream is not None:
+            _check_no_chain(chain)
             there = self._stream_batch((hidden_states, topk_ids, topk_weights), out, num_tokens, incremental)
             result: Array = self._stream_runner.run(there, self._stream(cuda_stream))
             return result
         _check_no_num_tokens(num_tokens)
-        if self._runner.defers(self._chain):
-            self.submit_forward(hidden_states, topk_ids, topk_weights, out=out, incremental=incremental)
+        if self._runner.defers(self._chain if chain is None else _checked(chain)):
+            self.submit_forward(
+                hidden_states, topk_ids, topk_weights, out=out, incremental=incremental, chain=chain
+            )
             return self.sync_forward()
         batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental)
         self._files.check()
@@ -151,6 +160,7 @@ class BaseMoEWrapper(MoELayer):
         out: Array | None = None,
         incremental: bool = False,
         num_tokens: Any = None,
+        chain: DeferralChain | None = None,
     ) -> None:
         """Begin what `forward` does and return at once; `sync_forward` gives the result.
 
@@ -160,18 +170,34 @@ class BaseMoEWrapper(MoELayer):
         Raises
         ------
         RuntimeError
-            A pass of this layer is pending, or, with deferred experts, one before was not drained.
+            A pass of this layer is pending, or, with deferred experts, one before was not drained or is
+            another thread's.
         OSError
             A file that weights lie in was cut off; see `load_weights`.
+
+        Notes
+        -----
+        An exception that ends this call, such as KeyboardInterrupt, leaves no pass pending; `out` may then be
+        written all the same.
         """
         if cuda_stream is not None:
+            _check_no_chain(chain)
             there = self._stream_batch((hidden_states, topk_ids, topk_weights), out, num_tokens, incremental)
             self._stream_runner.submit(there, self._stream(cuda_stream))
             return
         _check_no_num_tokens(num_tokens)
-        self._pending.submit(
-            lambda: self._start(Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental))
-        )
+        used = self._chain if chain is None else _checked(chain)
+
+        def start(queue: Queue) -> Array:
+            batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental)
+            self._files.check()
+            if self._runner.defers(used):
+                self._runner.submit_deferring(batch, self.gpu_experts_mask, queue, used)
+            else:
+                self._runner.submit(batch, self.gpu_experts_mask, queue)
+            return batch.out
+
+        self._pending.submit(start)
 
     def _stream_batch(
         self, arrays: tuple[Any, Any, Any], out: Any, num_tokens: Any, incremental: bool
@@ -191,13 +217,6 @@ class BaseMoEWrapper(MoELayer):
         stream: Stream | None = cls._streams.get(key)
         return cls._streams.setdefault(key, Stream(handle, key)) if stream is None else stream
 
-    def _start(self, batch: Batch) -> tuple[Array, list[int]]:
-        """Queue a batch: its output, and the tickets to wait for."""
-        self._files.check()
-        if self._runner.defers(self._chain):
-            return batch.out, self._runner.submit_deferring(batch, self.gpu_experts_mask, self._chain)
-        return batch.out, self._runner.submit(batch, self.gpu_experts_mask)
-
     def sync_forward(self, hidden_states: Any = None, cuda_stream: Any = None) -> Array:
         """Wait for the pass that was submitted and give its result.
 
@@ -215,7 +234,7 @@ class BaseMoEWrapper(MoELayer):
         Raises
         ------
         RuntimeError
-            None is pending.
+            None is pending, or another call waits for it. After KeyboardInterrupt the pass is still pending.
         ValueError
             Another stream than that of the pass.
         IndexError
@@ -325,7 +344,9 @@ class BaseMoEWrapper(MoELayer):
         self._expert_buffers.sync()
 
     @classmethod
-    def drain_deferred(cls, cuda_stream: Any = None, *, out: Any = None) -> Array | None:
+    def drain_deferred(
+        cls, cuda_stream: Any = None, *, out: Any = None, chain: DeferralChain | None = None
+    ) -> Array | None:
         """What the last layer of a pass has deferred, so that nothing is lost.
 
         Parameters
@@ -334,6 +355,8 @@ class BaseMoEWrapper(MoELayer):
             Of passes in that stream, which waits for what is deferred; the call does not.
         out : array of bfloat16 [T, H], optional
             With a stream, where to write.
+        chain : DeferralChain, optional
+            Of passes that were given one.
 
         Returns
         -------
@@ -347,7 +370,8 @@ class BaseMoEWrapper(MoELayer):
         ValueError
             An `out` of another shape, or without a stream.
         RuntimeError
-            The CUDA driver refuses.
+            The CUDA driver refuses; or, without a stream and a chain, another thread is in the middle of a
+            pass.
 
         Examples
         --------
@@ -364,17 +388,25 @@ class BaseMoEWrapper(MoELayer):
         8.0
         """
         if cuda_stream is not None:
+            _check_no_chain(chain)
             drained: Array | None = drain(cls._stream(cuda_stream), out)
             return drained
         if out is not None:
             raise ValueError("out: got one without a cuda_stream, expected None")
-        carry = cls._chain.take()
-        if carry is None:
-            return None
-        cls._get_cpu_infer().wait(carry.ticket)
-        return carry.output.astype(bfloat16)
+        return (cls._chain if chain is None else _checked(chain)).drain()
 
 
 def _check_no_num_tokens(num_tokens: Any) -> None:
     if num_tokens is not None:
         raise ValueError("num_tokens: got one without a cuda_stream, expected None: hand over fewer tokens")
+
+
+def _checked(chain: Any) -> DeferralChain:
+    if not isinstance(chain, DeferralChain):
+        raise TypeError(f"chain: got {type(chain).__name__}, expected a DeferralChain")
+    return chain
+
+
+def _check_no_chain(chain: Any) -> None:
+    if chain is not None:
+        raise ValueError("chain: got one with a cuda_stream, expected None: a stream has a chain of its own")

@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import kt_kernel_ext as ext
 from .._arrays import integer
-from .._pending import PendingPass
+from .._pending import PendingPass, Queue
 
 __all__ = ["ExpertBuffers"]
 
@@ -27,7 +27,7 @@ class ExpertBuffers:
     """
 
     def __init__(self, layer: ext.moe.MoE_Interface, layer_idx: int, engine: ext.CPUInfer) -> None:
-        self._layer, self._engine = layer, engine
+        self._layer = layer
         self._pending: PendingPass[None] = PendingPass("write_weight_scale_to_buffer", layer_idx, engine)
 
     def submit(self, gpu_tp_count: Any, expert_id: Any, **buffers: Any) -> None:
@@ -43,11 +43,10 @@ class ExpertBuffers:
             Nothing is loaded, or an expert is being written.
         """
 
-        def start() -> tuple[None, list[int]]:
+        def start(queue: Queue) -> None:
             count, expert = integer("gpu_tp_count", gpu_tp_count), integer("expert_id", expert_id)
             lists = {name: _as_list(arrays) for name, arrays in buffers.items()}
-            task = self._layer.write_expert_task(count, expert, **lists)
-            return None, [self._engine.submit(task)]
+            queue(self._layer.write_expert_task(count, expert, **lists))
 
         self._pending.submit(start)
 

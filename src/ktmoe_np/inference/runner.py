@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from .. import kt_kernel_ext as ext
 from .._arrays import Array
 from .._batch import Batch
-from ..buffers import BufferSlot, KExpertsCPUBuffer
+from .._pending import Queue
+from ..buffers import BufferSlot
 from ..config import MoEConfig
 from ..deferral import Carry, DeferralChain, HostCarry
 
@@ -49,7 +50,7 @@ class LayerRunner:
         self._chunk_size = chunk_size
         self.num_deferred = num_deferred
 
-    def defers(self, chain: DeferralChain[HostCarry]) -> bool:
+    def defers(self, chain: DeferralChain) -> bool:
         """Whether a pass now takes part in the chain of deferred experts."""
         return self.num_deferred > 0 or chain.is_waiting
 
@@ -58,39 +59,47 @@ class LayerRunner:
         for rows in self._chunks(batch):
             self._engine.run(self._task(batch, rows, skip_experts=skip_experts))
 
-    def submit(self, batch: Batch, skip_experts: Array | None) -> list[ext.Ticket]:
-        """Queue a batch; the tickets to wait for. Nothing is queued when an argument is refused."""
+    def submit(self, batch: Batch, skip_experts: Array | None, queue: Queue) -> None:
+        """Queue a batch. Nothing is queued when an argument is refused."""
         tasks = [self._task(batch, rows, skip_experts=skip_experts) for rows in self._chunks(batch)]
-        return [self._engine.submit(task) for task in tasks]
+        for task in tasks:
+            queue(task)
 
     def submit_deferring(
-        self, batch: Batch, skip_experts: Array | None, chain: DeferralChain[HostCarry]
-    ) -> list[ext.Ticket]:
+        self, batch: Batch, skip_experts: Array | None, queue: Queue, chain: DeferralChain
+    ) -> None:
         """Queue a batch that begins with what the layer before has deferred and defers some itself.
 
-        Returns
-        -------
-        list of Ticket
-            Of what is not deferred.
+        What is deferred is not queued by `queue`: nobody waits for it with the pass.
         """
+        with chain.lock:
+            self._submit_deferring(batch, skip_experts, queue, chain)
+
+    def _submit_deferring(
+        self, batch: Batch, skip_experts: Array | None, queue: Queue, chain: DeferralChain
+    ) -> None:
         carry = chain.receive(self._config.layer_idx, batch.num_tokens)
+        if carry is not None and carry.engine is not self._engine:
+            raise RuntimeError(
+                f"layer {self._config.layer_idx}: the deferred experts of layer {carry.layer_idx} are left "
+                "over from another engine, expected a chain with layers of one"
+            )
         if carry is not None and batch.incremental:
             raise ValueError("incremental: got True, but the output begins with the deferred experts")
         _check_ids(batch.ids, self._config.num_experts)
-        slot = self._free_slot(batch.num_tokens)
+        slot = self._free_slot(chain, batch.num_tokens)
         now, later = self.parts(batch, slot, skip_experts, carry)
         if later:  # the deferred part reads copies: after the sync the caller's arrays are the caller's again
             slot.input[...] = np.asarray(batch.hidden_states)
             slot.weights[...] = np.asarray(batch.weights)
 
-        tickets = [self._engine.submit(task) for task in now]
-        slot.busy_until = tickets[-1]
+        for task in now:
+            slot.busy_until = queue(task)
         left = None
         for task in later:
             slot.busy_until = self._engine.submit(task)
-            left = HostCarry(self._config.layer_idx, slot.deferred_output, slot.busy_until)
+            left = HostCarry(self._config.layer_idx, slot.deferred_output, slot.busy_until, self._engine)
         chain.leave(left)
-        return tickets
 
     def parts(
         self,
@@ -159,11 +168,10 @@ class LayerRunner:
             **options,
         )
 
-    def _free_slot(self, batch_size: int) -> BufferSlot:
+    def _free_slot(self, chain: DeferralChain, batch_size: int) -> BufferSlot:
         """The layer's slot, when no task uses it any more."""
-        config = self._config
-        slots = KExpertsCPUBuffer.get_buffer(batch_size, config.hidden_size, config.num_experts_per_tok)
-        slot = slots[config.layer_idx % len(slots)]
+        slots = chain.slots(self._config, batch_size)
+        slot = slots[self._config.layer_idx % len(slots)]
         if slot.busy_until is not None and slot.busy_until.number > self._engine.num_completed:
             self._engine.wait(slot.busy_until)
         return slot

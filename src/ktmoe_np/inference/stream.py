@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .. import kt_kernel_ext as ext
 from ..buffers import BufferSlot, KExpertsCPUBuffer
 from ..config import MoEConfig
-from ..deferral import Carry, DeferralChain
+from ..deferral import Carry, CarryChain
 
 __all__ = ["SlotUser", "Stream", "StreamCarry"]
 
@@ -45,8 +45,8 @@ class Stream:
     def __init__(self, handle: int, key: int) -> None:
         self.handle, self.key = handle, key
         #: A pass is several things in the stream, which those of other threads must not come between.
-        self.order = threading.RLock()
-        self.chain: DeferralChain[StreamCarry] = DeferralChain()
+        self.order = ext.CallLock("cuda_stream", of_engine=True)
+        self.chain: CarryChain[StreamCarry] = CarryChain()
         self.pending: weakref.WeakSet[Any] = weakref.WeakSet()  # of SlotUser
 
     def free_slot(self, config: MoEConfig, num_tokens: int, carry: Carry | None) -> BufferSlot:

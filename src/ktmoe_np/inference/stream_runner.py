@@ -74,6 +74,7 @@ class StreamRunner:
 
     def __init__(self, runner: LayerRunner, engine: ext.CPUInfer, config: MoEConfig) -> None:
         self._runner, self._engine, self._config = runner, engine, config
+        self._lock = ext.CallLock("cuda_stream", of_engine=True)  # of `_pending`: streams are many
         self._pending: tuple[Stream, _Pass] | None = None
         self._works: weakref.WeakKeyDictionary[BufferSlot, dict[Any, _Work]] = weakref.WeakKeyDictionary()
 
@@ -94,7 +95,7 @@ class StreamRunner:
         Exception
             What passes in streams have raised since somebody asked; their results are NaN.
         """
-        with stream.order:
+        with stream.order, self._lock:
             ready = self._ready(batch, stream)
             ready.work.do.run(stream.handle, ready.addresses, ready.result.address, ready)
             self._leave(ready, stream)
@@ -102,7 +103,7 @@ class StreamRunner:
 
     def submit(self, batch: StreamBatch, stream: Stream) -> None:
         """Let a stream copy a batch to the host and submit its pass; raises what `run` does."""
-        with stream.order:
+        with stream.order, self._lock:
             ready = self._ready(batch, stream)
             ready.work.do.submit(stream.handle, ready.addresses, ready)
             self._leave(ready, stream)
@@ -121,7 +122,7 @@ class StreamRunner:
         Exception
             As `run`, but when the stream has been told all.
         """
-        with stream.order:
+        with stream.order, self._lock:
             if self._pending is None:
                 where = f"no pass of layer {self._config.layer_idx} is pending in a stream"
                 raise RuntimeError(f"sync_forward: {where}, call submit_forward first")

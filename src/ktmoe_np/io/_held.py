@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
+
+from .. import kt_kernel_ext as ext
 
 __all__ = ["Held"]
 
@@ -25,7 +26,7 @@ class Held(Generic[T]):
 
     def __init__(self) -> None:
         self._held: weakref.WeakValueDictionary[Hashable, T] = weakref.WeakValueDictionary()
-        self._lock = threading.Lock()
+        self._lock = ext.CallLock("weight_path")
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The object of that key, made when nobody holds one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +21,7 @@ Array = Any
 
 #: wrapper -> mask, as bytes -> the number under which programs call the layer with it.
 _numbers: weakref.WeakKeyDictionary[MoELayer, dict[bytes | None, int]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = ext.CallLock("layers")
 
 
 def _number_of(layer: MoELayer) -> int:

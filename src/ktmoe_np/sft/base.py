@@ -8,7 +8,7 @@ from .. import kt_kernel_ext as ext
 from .._arrays import Array, at_least, num_tokens
 from .._batch import Batch
 from .._methods import Method
-from .._pending import PendingPass
+from .._pending import PendingPass, Queue
 from ..buffers import Claim
 from ..config import MoEConfig
 from .gradients import SFTGradients, lora_shapes, projection_shapes
@@ -33,6 +33,11 @@ class BaseSFTMoEWrapper(LoraLayer):
     Up to `max_cache_depth` forward passes may be saved; a backward pass takes the last of them.
     `ktmoe_np.reference.moe_forward_sft` and `moe_backward` state what is computed. Calls may come from
     several threads; they are carried out one after the other.
+
+    An exception that ends a pass, KeyboardInterrupt too, leaves the saved passes and `step` as they were
+    before the call: a forward pass is not saved, and that of a backward pass still is. What the call was to
+    write, such as gradients to be added to, is then unspecified. `sync_forward_sft` and `sync_backward` can
+    be called again after KeyboardInterrupt.
     """
 
     def __init__(self, method: Method, config: MoEConfig, *, options: SFTOptions, **layer: Any) -> None:
@@ -123,8 +128,12 @@ class BaseSFTMoEWrapper(LoraLayer):
         ([[288.0]], ['down_lora_a', 'down_lora_b', 'gate_lora_a', 'gate_lora_b'])
         """
         result, task = self._forward_task(hidden_states, topk_ids, topk_weights, save_for_backward, out)
-        self.cpu_infer.run(task)
-        return result
+        try:
+            self.cpu_infer.run(task)
+            return result
+        except BaseException:
+            task.revoke()
+            raise
 
     def submit_forward_sft(
         self,
@@ -145,10 +154,11 @@ class BaseSFTMoEWrapper(LoraLayer):
             A forward pass of this layer is pending.
         """
 
-        def start() -> tuple[tuple[Array, Claim], list[int]]:
+        def start(queue: Queue) -> tuple[Array, Claim]:
             claim, batch = Claim(), (hidden_states, topk_ids, topk_weights)
             result, task = self._forward_task(*batch, save_for_backward, out, claim)
-            return (result, claim), [self.cpu_infer.submit(task)]
+            queue(task)
+            return result, claim
 
         self._forward.submit(start)
 
@@ -172,7 +182,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         save_for_backward: bool,
         out: Any,
         claim: Claim | None = None,
-    ) -> tuple[Array, ext.Task]:
+    ) -> tuple[Array, ext.moe.TrainingTask]:
         if out is None:
             out = self._results.output(num_tokens(hidden_states), hidden_states, claim)
         batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental=False)
@@ -231,8 +241,12 @@ class BaseSFTMoEWrapper(LoraLayer):
             A file that weights lie in was cut off; see `load_weights`. The forward pass stays saved.
         """
         result, task = self._backward_task(grad_output, gradients, accumulate, grad_input, grad_weights)
-        self.cpu_infer.run(task)
-        return result
+        try:
+            self.cpu_infer.run(task)
+            return result
+        except BaseException:
+            task.revoke()
+            raise
 
     def submit_backward(
         self,
@@ -253,10 +267,11 @@ class BaseSFTMoEWrapper(LoraLayer):
             A backward pass of this layer is pending.
         """
 
-        def start() -> tuple[tuple[SFTGradients, Claim], list[int]]:
+        def start(queue: Queue) -> tuple[SFTGradients, Claim]:
             claim, given = Claim(), (gradients, accumulate, grad_input, grad_weights)
             result, task = self._backward_task(grad_output, *given, claim)
-            return (result, claim), [self.cpu_infer.submit(task)]
+            queue(task)
+            return result, claim
 
         self._backward.submit(start)
 
@@ -280,7 +295,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         grad_input: Array | None,
         grad_weights: Array | None,
         claim: Claim | None = None,
-    ) -> tuple[SFTGradients, ext.Task]:
+    ) -> tuple[SFTGradients, ext.moe.TrainingTask]:
         num = num_tokens(grad_output, "grad_output")
         self._files.check()
         matrices = self._matrices(gradients, accumulate, claim)

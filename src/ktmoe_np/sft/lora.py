@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +35,7 @@ class LoraLayer(MoELayer):
     def __init__(self, method: Method, config: MoEConfig, *, options: SFTOptions, **layer: Any) -> None:
         self.options = options
         self._lora: dict[str, Array] = {}
-        self._lora_lock = threading.Lock()
+        self._lora_lock = ext.CallLock("update_lora_weights", of_engine=True)
         super().__init__(method, config, **layer)
 
     def _layer_config(self) -> ext.moe.MOEConfig:
