@@ -41,7 +41,12 @@ def test_a_thread_never_waits_for_itself() -> None:
         with pytest.raises(RuntimeError, match=r"^x: got a call from within another one of the same thread"):
             lock.__enter__()
         free = threading.Event()
-        other = threading.Thread(target=lambda: (lock.__enter__(), free.set(), lock.__exit__()))
+
+        def take() -> None:
+            with lock:
+                free.set()
+
+        other = threading.Thread(target=take)
         other.start()
         assert not free.wait(0.1)
     assert free.wait(10.0)

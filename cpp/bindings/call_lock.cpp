@@ -31,7 +31,7 @@ class PythonLock {
       outcome = lock_.take(std::chrono::steady_clock::now() + kSlice);
     }
   }
-  void exit() { lock_.release(); }
+  void leave() { lock_.release(); }
 
  private:
   static constexpr std::chrono::milliseconds kSlice{50};  // after which Ctrl-C gets through
@@ -68,7 +68,9 @@ RuntimeError
     By `with`: the thread holds it, as in a signal handler that runs in the midst of a call; or, `of_engine`, this is a fork of the process that made it.)")
       .def(nb::init<std::string, bool>(), nb::arg("guards"), nb::arg("of_engine") = false)
       .def("__enter__", &PythonLock::enter)
-      .def("__exit__", [](PythonLock& lock, nb::args) { lock.exit(); });
+      .def(
+          "__exit__", [](PythonLock& lock, nb::handle, nb::handle, nb::handle) { lock.leave(); },
+          nb::arg("kind").none(), nb::arg("error").none(), nb::arg("trace").none());
 }
 
 }  // namespace ktmoe::bindings
