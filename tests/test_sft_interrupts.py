@@ -219,3 +219,44 @@ for forget in (moe.clear_cache, lambda: layer.load_into(moe)):
 """
     done = run_python(SETUP + script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_interrupt_right_after_a_pass_was_queued() -> None:
+    script = """
+class Interrupting:
+    def __init__(self, engine):
+        self.engine = engine
+
+    def submit(self, task):
+        self.engine.submit(task)
+        raise KeyboardInterrupt
+
+def queued_and_interrupted(submit, pending, sync):
+    engine = pending._engine
+    pending._engine = Interrupting(engine)
+    try:
+        submit()
+        print("not interrupted")
+    except KeyboardInterrupt:
+        pending._engine = engine
+    engine.sync()
+    try:
+        sync()
+        print("pending")
+    except RuntimeError:
+        pass
+
+moe = student.wrapper(P, lora_dropout=0.25, max_cache_depth=2)
+expected = trained(moe)
+moe.step = 5
+for _ in range(20):
+    queued_and_interrupted(lambda: moe.submit_forward_sft(*batch), moe._forward, moe.sync_forward_sft)
+    assert (moe.num_cached, moe.step) == (0, 5)
+moe.forward_sft(*batch)
+for _ in range(20):
+    queued_and_interrupted(lambda: moe.submit_backward(grad_output), moe._backward, moe.sync_backward)
+    assert (moe.num_cached, moe.step) == (1, 6)
+assert_same(by_name(moe.backward(grad_output)).values(), expected[1:])
+"""
+    done = run_python(SETUP + script)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

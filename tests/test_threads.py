@@ -99,28 +99,39 @@ def test_one_thread_submits() -> None:
         assert_same_bits(moe.sync_forward(), expected)
 
 
-def test_after_an_interrupt_another_thread_may_wait() -> None:
-    script = """
-    import os, signal, threading
-    import numpy as np
-    from layers import assert_same_bits, batch_taking, draw_layer
+INTERRUPTED = """
+import signal, threading
+import numpy as np
+from layers import assert_same_bits, batch_taking, draw_layer
 
-    layer = draw_layer(np.random.default_rng(0), 4, 128, 256)
-    batch, moe = batch_taking(0.3, layer, 2), layer.wrapper(2)
-    expected = moe.forward(*batch)
+layer = draw_layer(np.random.default_rng(0), 4, 128, 256)
+batch, moe = batch_taking(0.1, layer, 2), layer.wrapper(2)
+expected, armed = moe.forward(*batch), False
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
+def interrupt(*_):
+    global armed
+    if armed:
+        armed = False
+        raise {error}("from the handler")
 
-    signal.signal(signal.SIGALRM, interrupt)
+signal.signal(signal.SIGALRM, interrupt)
+
+def is_interrupted():
+    global armed
     moe.submit_forward(*batch)
-    for _ in range(3):
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 1e-3)
-            moe.sync_forward()
-            print("not interrupted")
-        except KeyboardInterrupt:
-            pass
+    try:
+        armed = True
+        signal.setitimer(signal.ITIMER_REAL, 1e-3)
+        moe.sync_forward()
+        armed = False
+        return False
+    except {error} as error:
+        assert str(error) == "from the handler"
+        return True
+
+for _ in range(3):
+    while not is_interrupted():
+        pass
     thread = threading.Thread(target=lambda: assert_same_bits(moe.sync_forward(), expected))
     thread.start()
     thread.join()
@@ -128,38 +139,14 @@ def test_after_an_interrupt_another_thread_may_wait() -> None:
         moe.sync_forward()
     except RuntimeError as error:
         print(error)
-    """
-    done = run_python(script)
+"""
+
+
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "TimeoutError"])
+def test_after_an_exception_of_a_handler_another_thread_may_wait(error: str) -> None:
+    done = run_python(INTERRUPTED.format(error=error))
     expected = "sync_forward: no pass of layer 0 is pending, call submit_forward first\n"
-    assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
-
-
-def test_an_exception_of_a_signal_handler_is_not_the_passes() -> None:
-    script = """
-    import signal
-    import numpy as np
-    from layers import assert_same_bits, batch_taking, draw_layer
-
-    layer = draw_layer(np.random.default_rng(0), 4, 128, 256)
-    batch, moe = batch_taking(0.3, layer, 2), layer.wrapper(2)
-    expected = moe.forward(*batch)
-
-    def late(*_):
-        raise TimeoutError("late")
-
-    signal.signal(signal.SIGALRM, late)
-    blocker = layer.wrapper(2, layer_idx=1)
-    blocker.submit_forward(*batch)
-    moe.submit_forward(*batch)
-    signal.setitimer(signal.ITIMER_REAL, 1e-3)
-    try:
-        moe.sync_forward()
-    except TimeoutError:
-        print("late")
-    assert_same_bits(moe.sync_forward(), expected)
-    """
-    done = run_python(script)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "late\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, 3 * expected, "")
 
 
 # ---- one chain ----

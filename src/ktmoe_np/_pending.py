@@ -102,7 +102,7 @@ class PendingPass(Generic[Result]):
                 try:
                     self._engine.wait(begun.tickets[0])
                 except Exception as error:
-                    if self._engine.num_completed < begun.tickets[0].number:  # it is a signal handler's
+                    if _is_of_a_handler(error):
                         raise
                     begun.errors.append(error)
                 del begun.tickets[0]
@@ -133,3 +133,8 @@ class PendingPass(Generic[Result]):
             )
         begun.waiter = call
         return begun
+
+
+def _is_of_a_handler(error: Exception) -> bool:
+    """Whether a signal handler has raised it, during a wait: tasks run no Python code."""
+    return error.__traceback__ is not None and error.__traceback__.tb_next is not None

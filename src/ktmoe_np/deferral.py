@@ -35,7 +35,7 @@ class Carry:
 class HostCarry(Carry):
     """What a layer left over on the host."""
 
-    ticket: int  #: of the task that writes it
+    ticket: ext.Ticket  #: of the task that writes it
     engine: ext.CPUInfer  #: which runs that
 
 
