@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from . import kt_kernel_ext as ext
 
-__all__ = ["PendingPass", "Queue"]
+__all__ = ["PendingPass", "Queue", "wait_until_done"]
 
 Result = TypeVar("Result")
 
@@ -138,3 +138,12 @@ class PendingPass(Generic[Result]):
 def _is_of_a_handler(error: Exception) -> bool:
     """Whether a signal handler has raised it, during a wait: tasks run no Python code."""
     return error.__traceback__ is not None and error.__traceback__.tb_next is not None
+
+
+def wait_until_done(engine: ext.CPUInfer, ticket: ext.Ticket) -> None:
+    """Wait for a task whose exception is somebody else's."""
+    try:
+        engine.wait(ticket)
+    except Exception as error:
+        if _is_of_a_handler(error):
+            raise

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .. import kt_kernel_ext as ext
 from .._arrays import Array
 from .._batch import Batch
-from .._pending import Queue
+from .._pending import Queue, wait_until_done
 from ..buffers import BufferSlot
 from ..config import MoEConfig
 from ..deferral import Carry, DeferralChain, HostCarry
@@ -173,7 +173,7 @@ class LayerRunner:
         slots = chain.slots(self._config, batch_size)
         slot = slots[self._config.layer_idx % len(slots)]
         if slot.busy_until is not None and slot.busy_until.number > self._engine.num_completed:
-            self._engine.wait(slot.busy_until)
+            wait_until_done(self._engine, slot.busy_until)
         return slot
 
 
