@@ -3,56 +3,31 @@
 `KTMoEWrapper` makes a layer; `reference` is the specification in NumPy; `isa_info` says what runs here.
 """
 
-from . import config, reference
-from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
-from .config import ActivationSpec, MoEConfig, parse_activation
-from .cpuinfer import _MoEBase
-from .deferral import DeferralChain
-from .experts import KTMoEWrapper
-from .gpu_experts import GPUExperts
-from .inference import (
-    AMXMoEWrapper,
-    BaseMoEWrapper,
-    GeneralMoEWrapper,
-    LlamafileMoEWrapper,
-    NativeMoEWrapper,
-)
-from .kt_kernel_ext import isa_info
-from .masks import generate_gpu_experts_masks
-from .sft import (
-    AMXSFTMoEWrapper,
-    BaseSFTMoEWrapper,
-    LlamafileSFTMoEWrapper,
-    NativeSFTMoEWrapper,
-    QuantizedSFTMoEWrapper,
-    SFTGradients,
-)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AMXMoEWrapper",
-    "AMXSFTMoEWrapper",
-    "ActivationSpec",
-    "BaseMoEWrapper",
-    "BaseSFTMoEWrapper",
-    "DeferralChain",
-    "GPUExperts",
-    "GeneralMoEWrapper",
-    "KExpertsCPUBuffer",
-    "KExpertsSFTBuffer",
-    "KTMoEWrapper",
-    "LlamafileMoEWrapper",
-    "LlamafileSFTMoEWrapper",
-    "MoEConfig",
-    "NativeMoEWrapper",
-    "NativeSFTMoEWrapper",
-    "QuantizedSFTMoEWrapper",
-    "SFTGradients",
-    "_MoEBase",
-    "config",
-    "generate_gpu_experts_masks",
-    "isa_info",
-    "parse_activation",
-    "reference",
-]
+# The names come from `_api`, which is imported when the first of them is used. So the command `ktmoe`, a part
+# of this package, is in control (of Ctrl-C, of a wrong KTMOE_ISA) before NumPy and the extension are loaded.
+if TYPE_CHECKING:
+    from ._api import *  # noqa: F403
+else:
+
+    def __getattr__(name):
+        """Import a module of the package, or what the package offers."""
+        from importlib import import_module
+        from importlib.util import find_spec
+
+        if name == "__all__" or not name.startswith("__"):
+            module = f"{__name__}.{name}"
+            if find_spec(module) is not None:
+                return import_module(module)
+            offered = vars(import_module(f"{__name__}._api"))
+            if name in offered:
+                return globals().setdefault(name, offered[name])
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__getattr__("__all__")})

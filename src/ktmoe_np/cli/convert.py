@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -44,6 +43,7 @@ from .quantized import (
     weight_errors,
 )
 from .table import counted, wrap
+from .terminal import say, say_json
 
 __all__ = ["run"]
 
@@ -67,9 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
         progress.step(f"layer {layers[0]}")
         rows = [conversion.convert(config) for config in configs]
     if arguments.json:
-        print(json.dumps(_report(manifest, target, rows), indent=2))
+        say_json(_report(manifest, target, rows))
     else:
-        print(_text(manifest, target, rows, configs))
+        say(_text(manifest, target, rows, configs))
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from .plot import check_plot, draw_plot
 from .progress import Progress
 from .sample import Expected, draw_sample
 from .table import Row, as_json, counted, machine_limits, make_rows, summary, wrap
+from .terminal import say, say_json
 
 __all__ = ["run"]
 
@@ -60,13 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
             "checked_experts": expected.num_experts,
             "checkpoint": {"config": CONFIG, "weight_bytes": weight_bytes},
         }
-        print(json.dumps(report, indent=2))
+        say_json(report)
     else:
-        print(_text(rows, failures, limits, weight_bytes, runs, expected, busy))
+        say(_text(rows, failures, limits, weight_bytes, runs, expected, busy))
         if arguments.keep:
-            print(f"The checkpoint stays in {path}; try: ktmoe verify {path}")
+            say(f"The checkpoint stays in {path}; try: ktmoe verify {path}")
         if arguments.plot:
-            print(f"The fractions of the limits are drawn in {arguments.plot}")
+            say(f"The fractions of the limits are drawn in {arguments.plot}")
     return 0 if right else 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from ..models import MoEDecoder, bits_per_token, load_tokenizer
 from .progress import Progress
+from .terminal import say, say_json
 
 __all__ = ["run"]
 
@@ -33,7 +33,10 @@ def run(arguments: argparse.Namespace) -> int:
             )
             rows.append(_measure(model, method, tokens, num_bytes))
     value = {"model": str(path), "text": str(file), "bytes": num_bytes, "methods": rows}
-    print(json.dumps(value, indent=2) if arguments.json else _table(value))
+    if arguments.json:
+        say_json(value)
+    else:
+        say(_table(value))
     return 0
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from ..models import MoEDecoder, load_tokenizer
 from .plot import can_draw
 from .progress import EXTRA_HINT
 from .table import wrap
+from .terminal import complain, say, say_json
 from .training_run import TrainingRun
 from .training_state import state_path
 from .training_text import read_training_text
@@ -37,13 +36,16 @@ def run(arguments: argparse.Namespace) -> int:
     training = TrainingRun(arguments, model, tokenizer, text)
     training.begin()
     if not training.run():
-        sys.stderr.write(
+        complain(
             f"stopped after step {training.course.num_steps} of {arguments.steps}; the same command goes on "
-            f"from {state_path(Path(arguments.out))}\n"
+            f"from {state_path(Path(arguments.out))}"
         )
         raise KeyboardInterrupt
     value = _report(arguments, training, model.experts[0].method)
-    print(json.dumps(value, indent=2) if arguments.json else _text(value))
+    if arguments.json:
+        say_json(value)
+    else:
+        say(_text(value))
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from .adam import Adam
 from .plot import check_plot, draw_loss
 from .progress import Progress
 from .table import wrap
+from .terminal import say, say_json
 
 __all__ = ["run"]
 
@@ -65,11 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
             "ms_per_step": 1e3 * float(np.median(course.seconds)),
             "rank": arguments.rank,
         }
-        print(json.dumps(report, indent=2))
+        say_json(report)
     else:
-        print(_text(course, arguments, fraction))
+        say(_text(course, arguments, fraction))
         if arguments.plot:
-            print(f"The curve is drawn in {arguments.plot}")
+            say(f"The curve is drawn in {arguments.plot}")
     return 0 if right else 1
 
 

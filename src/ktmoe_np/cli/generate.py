@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Iterator
 
 from ..models import MoEDecoder, Tokenizer, generate, load_stop_tokens, load_tokenizer
+from .terminal import flush, say, say_json, say_piece
 
 __all__ = ["run"]
 
@@ -37,11 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
         stop=stop,
     )
     if not arguments.json:
-        sys.stdout.write(arguments.prompt)
+        say_piece(arguments.prompt)
     for piece in _pieces(tokenizer, following, tokens):
         if not arguments.json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            say_piece(piece)
+            flush()
     seconds = time.perf_counter() - started
 
     value = {
@@ -54,9 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
         "experts_of_time": model.seconds_in_experts / seconds,
     }
     if arguments.json:
-        print(json.dumps(value, indent=2))
+        say_json(value)
     else:
-        print(
+        say(
             f"\n\n{value['tokens']} tokens, {value['tokens_per_s']:.1f} a second with {value['method']}; "
             f"{value['experts_of_time']:.0%} of the time in the experts"
         )

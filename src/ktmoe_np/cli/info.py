@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 from typing import Any
@@ -17,6 +16,7 @@ from ..cpuinfer import _MoEBase
 from .machine import busy_note, describe_machine, number_ranges
 from .progress import Progress
 from .table import counted, wrap
+from .terminal import say, say_json
 
 __all__ = ["measure_limits", "run"]
 
@@ -37,7 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
         **describe_machine(),
         "limits": measure_limits(arguments.seconds, arguments.threads),
     }
-    print(json.dumps(report, indent=2) if arguments.json else _text(report, busy))
+    if arguments.json:
+        say_json(report)
+    else:
+        say(_text(report, busy))
     return 0
 
 

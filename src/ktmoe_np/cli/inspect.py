@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from ..io.inspect import CheckpointReport, LayerReport, inspect_checkpoint
 from .info import measure_limits
 from .machine import busy_note, memory_sizes, number_ranges
 from .table import counted, wrap
+from .terminal import say, say_json
 
 __all__ = ["run"]
 
@@ -36,7 +36,10 @@ def run(arguments: argparse.Namespace) -> int:
         busy = busy_note()
         limits = measure_limits(arguments.seconds, arguments.threads)
     value = _as_json(report, memory, limits)
-    print(json.dumps(value, indent=2) if arguments.json else _text(report, value, busy))
+    if arguments.json:
+        say_json(value)
+    else:
+        say(_text(report, value, busy))
     return 0
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
+
+from .terminal import complain
 
 __all__ = ["Interrupts"]
 
@@ -20,23 +22,23 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.asked = False
-        self._ours = False
+        self._before: Callable[[int, FrameType | None], object] | None = None
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        sys.stderr.write("\nstopping in a moment; once more to stop at once\n")
         self._restore()
+        complain("stopping in a moment; once more to stop at once")
 
     def _restore(self) -> None:
-        if self._ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._ours = False
+        before, self._before = self._before, None
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
     def __enter__(self) -> Interrupts:
-        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if usual and threading.current_thread() is threading.main_thread():
+        before = signal.getsignal(signal.SIGINT)
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            self._before = before
             signal.signal(signal.SIGINT, self._ask)
-            self._ours = True
         return self
 
     def __exit__(

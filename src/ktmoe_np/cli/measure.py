@@ -24,6 +24,7 @@ from .._arrays import Array
 from ..experts import KTMoEWrapper
 from ..inference import BaseMoEWrapper
 from .sample import Batch, Sample, draw_batch, draw_routings, draw_sample
+from .terminal import say_json
 
 __all__ = ["Measured", "Timing", "measure", "measure_in_child", "run_child"]
 
@@ -173,7 +174,7 @@ def run_child(arguments: argparse.Namespace) -> int:
         for layer in arguments.layers
     ]
     sample = draw_sample(layers[0].config, arguments.experts)
-    print(json.dumps(_encode(measure(layers, sample, arguments.tokens, arguments.seconds))))
+    say_json(_encode(measure(layers, sample, arguments.tokens, arguments.seconds)))
     return 0
 
 

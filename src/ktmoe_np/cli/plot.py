@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from ..io.writer import replacing
 from .progress import EXTRA_HINT
 from .table import Row, counted
+from .terminal import one_line
 
 __all__ = ["can_draw", "check_plot", "draw_course", "draw_loss", "draw_plot"]
 
@@ -79,10 +82,9 @@ def draw_plot(path: str, rows: Sequence[Row], cpu: str) -> None:
     axes.set_xticks(range(len(isas)), isas)
     axes.set_ylabel("% of the limit")
     axes.set_ylim(0, max(115.0, *(115.0 * (row.of_limit or 0.0) for row in timed)))
-    axes.set_title(f"How close to the limit of memory or arithmetic: {cpu}", fontsize=11)
+    _set_title(axes, f"How close to the limit of memory or arithmetic: {cpu}")
     axes.legend(frameon=False, ncols=len(sizes), loc="upper left", bbox_to_anchor=(0, -0.08))
-    axes.spines[["top", "right"]].set_visible(False)
-    _save(path, figure)
+    _save(path, figure, axes)
 
 
 def draw_loss(path: str, losses: Sequence[float], reference_losses: Sequence[float]) -> None:
@@ -130,13 +132,22 @@ def draw_course(path: str | Path, losses: Sequence[float], held_out: Mapping[int
 def _save_curves(path: str | Path, figure: Any, axes: Any, what: str, title: str) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(what)
-    axes.set_title(title, fontsize=11)
+    _set_title(axes, title)
     axes.legend(frameon=False)
+    _save(path, figure, axes)
+
+
+def _set_title(axes: Any, title: str) -> None:
+    """Set it as it is: a name in it may have the letters that begin formulas, or no letters at all."""
+    axes.set_title(one_line(title), fontsize=11, parse_math=False)
+
+
+def _save(path: str | Path, figure: Any, axes: Any) -> None:
+    """Write the picture, all at once."""
     axes.spines[["top", "right"]].set_visible(False)
-    _save(path, figure)
-
-
-def _save(path: str | Path, figure: Any) -> None:
-    """Write a figure, all at once, as the kind that the name ends in."""
+    drawn = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that the font does not have are boxes
+        figure.savefig(drawn, dpi=150, format=Path(path).suffix[1:].lower())
     with replacing(path) as file:
-        figure.savefig(file, format=Path(path).suffix.removeprefix(".").lower(), dpi=150)
+        file.write(drawn.getbuffer())

@@ -8,6 +8,8 @@ import sys
 from types import TracebackType
 from typing import Any
 
+from .terminal import complain, one_line
+
 __all__ = ["EXTRA_HINT", "Progress"]
 
 EXTRA_HINT = "pip install 'ktmoe_np[cli]'"
@@ -33,7 +35,7 @@ class Progress:
         try:
             tqdm = importlib.import_module("tqdm").tqdm
         except ImportError:
-            sys.stderr.write(f"{doing}, {num_steps} steps (for a progress bar: {EXTRA_HINT})\n")
+            complain(f"{doing}, {num_steps} steps (for a progress bar: {EXTRA_HINT})")
             return
         layout = "{desc:<36}|{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
         columns = min(80, shutil.get_terminal_size().columns)
@@ -45,7 +47,7 @@ class Progress:
         """End the step before, if any, and begin the one called `label`."""
         if self._bar is not None:
             self._bar.update(int(self._begun))
-            self._bar.set_description_str(label)
+            self._bar.set_description_str(one_line(label))
         self._begun = True
 
     def skip(self, num_steps: int, label: str) -> None:

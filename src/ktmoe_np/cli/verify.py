@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from .measure import measure
 from .progress import Progress
 from .sample import Expected, draw_sample, experts_in_time
 from .table import Row, as_json, counted, machine_limits, make_rows, summary, wrap
+from .terminal import say, say_json
 
 __all__ = ["run"]
 
@@ -43,9 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     rows = make_rows([run], expected, limits)
     right = all(row.within_bound for row in rows)
     if arguments.json:
-        print(json.dumps({"within_bound": right, **about, "rows": as_json(rows), "limits": limits}, indent=2))
+        say_json({"within_bound": right, **about, "rows": as_json(rows), "limits": limits})
     else:
-        print(_text(about, rows, limits, busy))
+        say(_text(about, rows, limits, busy))
     return 0 if right else 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from .quantized import (
     weight_errors,
 )
 from .table import counted, wrap
+from .terminal import say, say_json
 
 __all__ = ["run"]
 
@@ -58,9 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not layers:
         problems.append(f"{path}: no layer is there")
     if arguments.json:
-        print(json.dumps(_report(path, manifest, rows, problems, why), indent=2))
+        say_json(_report(path, manifest, rows, problems, why))
     else:
-        print(_text(path, manifest, rows, problems, why))
+        say(_text(path, manifest, rows, problems, why))
     return 1 if problems else 0
 
 

@@ -1,0 +1,55 @@
+"""What ``ktmoe_np`` offers, imported at once; the package itself imports this when a name of it is used."""
+
+from __future__ import annotations
+
+from . import config, reference
+from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
+from .config import ActivationSpec, MoEConfig, parse_activation
+from .cpuinfer import _MoEBase
+from .deferral import DeferralChain
+from .experts import KTMoEWrapper
+from .gpu_experts import GPUExperts
+from .inference import (
+    AMXMoEWrapper,
+    BaseMoEWrapper,
+    GeneralMoEWrapper,
+    LlamafileMoEWrapper,
+    NativeMoEWrapper,
+)
+from .kt_kernel_ext import isa_info
+from .masks import generate_gpu_experts_masks
+from .sft import (
+    AMXSFTMoEWrapper,
+    BaseSFTMoEWrapper,
+    LlamafileSFTMoEWrapper,
+    NativeSFTMoEWrapper,
+    QuantizedSFTMoEWrapper,
+    SFTGradients,
+)
+
+__all__ = [
+    "AMXMoEWrapper",
+    "AMXSFTMoEWrapper",
+    "ActivationSpec",
+    "BaseMoEWrapper",
+    "BaseSFTMoEWrapper",
+    "DeferralChain",
+    "GPUExperts",
+    "GeneralMoEWrapper",
+    "KExpertsCPUBuffer",
+    "KExpertsSFTBuffer",
+    "KTMoEWrapper",
+    "LlamafileMoEWrapper",
+    "LlamafileSFTMoEWrapper",
+    "MoEConfig",
+    "NativeMoEWrapper",
+    "NativeSFTMoEWrapper",
+    "QuantizedSFTMoEWrapper",
+    "SFTGradients",
+    "_MoEBase",
+    "config",
+    "generate_gpu_experts_masks",
+    "isa_info",
+    "parse_activation",
+    "reference",
+]

@@ -1,0 +1,312 @@
+"""The commands of `ktmoe` and their options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from .. import __version__
+from ..models import EMBEDDED_MODEL, EMBEDDED_TEXT
+from . import convert, demo, evaluate, finetune, finetune_demo, generate, info, inspect, measure, verify
+from .arguments import (
+    Count,
+    counts,
+    counts_from_0,
+    duration,
+    layer_ranges,
+    method_names,
+    positive,
+    temperature,
+    utf8,
+)
+from .terminal import complain, one_line, say_piece
+
+__all__ = ["parse"]
+
+_DESCRIPTION = "Mixture-of-experts layers on CPUs: what this machine can do, and what is reached on it."
+_EPILOG = "Start with: ktmoe demo"
+_INFO = "Add the output of 'ktmoe info --json' to every bug report."
+_DEMO = (
+    "Writes a small Qwen3-MoE checkpoint (100 MB) to a temporary folder, maps it, runs decode and prefill "
+    "batches and compares the results with the NumPy reference. Takes 10 to 20 seconds; the exit status is "
+    "1 when a result lies outside its computed bound."
+)
+_FINETUNE_DEMO = (
+    "A small layer learns, by Adam in NumPy, what a teacher with other adapters does. The first losses are "
+    "compared with those of the NumPy reference. Takes some seconds; the exit status is 1 when they differ "
+    "or the loss does not fall as it should."
+)
+_INSPECT = (
+    "Reads the headers of a checkpoint of Hugging Face, of GGUF files or of a directory that 'ktmoe convert' "
+    "has written: layers, sizes, formats, bytes, and whether this machine's memory holds the experts. How "
+    "fast memory is read is measured: reading the experts of each token is what limits decoding."
+)
+_CONVERT = (
+    "Quantises the experts of a Hugging Face checkpoint, a file a layer, and copies its config.json; other "
+    "tensors stay where they are. What is there already and whole is kept, so that an interrupted conversion "
+    "goes on. Every file is read back and compared, and the error of the weights measured on some experts."
+)
+_VERIFY = (
+    "Maps the layer's experts, in bfloat16, in an encoding of their own or in GGUF, runs random tokens "
+    "through them and compares some of the results with the NumPy reference. The exit status is 1 when one "
+    "lies outside its computed bound. Of a directory that 'ktmoe convert' has written, every file is "
+    "checked, and the error of the weights measured against the source if that is still there; the exit "
+    "status is 1 when a file is damaged."
+)
+
+_GENERATE = (
+    "Loads a Qwen3-MoE, Mixtral or OLMoE checkpoint, or the small model that comes with the package, and "
+    "goes on with the prompt; the text appears as it is computed."
+)
+_EVAL = (
+    "Measures how well a model expects a text, in bits a byte, less being better, with its experts computed "
+    "by several methods: what quantising them costs."
+)
+_FINETUNE = (
+    "Adapters (LoRA) of all experts learn nine tenths of a text; the last tenth is held out, to measure by. "
+    "The directory gets the adapters as PEFT has them, the losses as CSV and as picture, and a state: after "
+    "Ctrl-C, or with more --steps, the same command goes on as if it had not stopped."
+)
+
+
+#: The exit status of wrong arguments.
+_WRONG = 2
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the arguments of the command; ``run`` of what is returned is what to call with it.
+
+    Raises
+    ------
+    SystemExit
+        After help that was asked for, or after one line about what is wrong.
+    """
+    hidden = argv[:1] == ["_measure"]
+    return _child_parser().parse_args(argv[1:]) if hidden else _parser().parse_args(argv)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and that writes as all of the command does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with status 2."""
+        complain(f"{self.prog}: {one_line(message)}; see '{self.prog} --help'")
+        self.exit(_WRONG)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write help, or a version."""
+        say_piece(message)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="ktmoe", description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"ktmoe_np {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], help: str, more: str) -> _Parser:
+        command: _Parser = commands.add_parser(
+            name, help=help, description=f"{help[0].upper()}{help[1:]}. {more}"
+        )
+        command.set_defaults(run=run)
+        return command
+
+    command = add("info", info.run, "the machine: cores, instruction sets, measured limits", _INFO)
+    _add_common(command, seconds=1.5, meaning="time for measuring the limits")
+
+    command = add("demo", demo.run, "a small model on every instruction set, checked and timed", _DEMO)
+    _add_common(command, seconds=0.25, meaning="time for each batch")
+    command.add_argument("--keep", metavar="DIR", help="write the checkpoint here and leave it")
+    command.add_argument(
+        "--plot", metavar="FILE.png", help="draw the fractions of the limits (needs matplotlib)"
+    )
+
+    command = add(
+        "finetune-demo", finetune_demo.run, "adapters that learn, checked and drawn", _FINETUNE_DEMO
+    )
+    command.add_argument("--steps", type=Count(1), default=300, metavar="N", help="default 300")
+    command.add_argument("--rank", type=Count(1), default=8, metavar="R", help="of the adapters (default 8)")
+    command.add_argument(
+        "--seed", type=Count(0, 2**64 - 1), default=0, metavar="N", help="of everything that is drawn"
+    )
+    command.add_argument("--plot", metavar="FILE.png", help="draw the curve of the loss (needs matplotlib)")
+    _add_threads_and_json(command)
+
+    _add_model_commands(add)
+    _add_finetune(add)
+    _add_checkpoint_commands(add)
+    return parser
+
+
+def _add_model_commands(add: Callable[..., _Parser]) -> None:
+    """Add the commands that run a whole model."""
+    command = add("generate", generate.run, "a text, gone on with by a model", _GENERATE)
+    _add_model(command)
+    command.add_argument("--prompt", type=utf8, default="In the beginning", help="default: %(default)s")
+    _add_method(command)
+    command.add_argument("--tokens", type=Count(1), default=200, metavar="N", help="at most (default 200)")
+    command.add_argument(
+        "--temperature",
+        type=temperature,
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest token (default), 1 draws as the model expects them",
+    )
+    command.add_argument("--seed", type=Count(0, 2**64 - 1), default=0, metavar="N", help="of the draws")
+    _add_adapter(command)
+    _add_threads_and_json(command)
+
+    command = add("eval", evaluate.run, "how well a model expects a text, by each method", _EVAL)
+    _add_model(command)
+    _add_text(command)
+    command.add_argument(
+        "--bytes", type=Count(2), default=16384, metavar="N", help="of the text, at most (default 16384)"
+    )
+    command.add_argument(
+        "--methods",
+        type=method_names,
+        default=["BF16", "AMXINT8", "AMXINT4", "MOE_INT4"],
+        metavar="M,...",
+        help="default BF16,AMXINT8,AMXINT4,MOE_INT4",
+    )
+    _add_adapter(command)
+    _add_threads_and_json(command)
+
+
+def _add_finetune(add: Callable[..., _Parser]) -> None:
+    command = add("finetune", finetune.run, "adapters of a model's experts that learn a text", _FINETUNE)
+    _add_model(command)
+    _add_text(command)
+    command.add_argument("--out", default="ktmoe-adapter", metavar="DIR", help="default %(default)s")
+    _add_method(command)
+    command.add_argument("--steps", type=Count(1), default=200, metavar="N", help="in all (default 200)")
+    command.add_argument(
+        "--rank", type=Count(1), default=16, metavar="R", help="of the adapters (default 16)"
+    )
+    command.add_argument(
+        "--alpha", type=positive, metavar="A", help="scale times rank; default twice the rank"
+    )
+    command.add_argument("--batch", type=Count(1), default=8, metavar="N", help="texts a step (default 8)")
+    command.add_argument(
+        "--window", type=Count(2), default=256, metavar="N", help="tokens each (default 256)"
+    )
+    command.add_argument(
+        "--rate", type=positive, default=1e-3, metavar="X", help="of learning (default 1e-3)"
+    )
+    command.add_argument(
+        "--optimizer",
+        default="adam",
+        metavar="NAME",
+        help="adam (default), or one of optax, as in optax.adamw",
+    )
+    command.add_argument(
+        "--every", type=Count(1), default=20, metavar="N", help="steps to measure after (default 20)"
+    )
+    command.add_argument(
+        "--seed", type=Count(0, 2**64 - 1), default=0, metavar="N", help="of everything that is drawn"
+    )
+    command.add_argument("--prompt", type=utf8, help="of the sample; default how the held-out text begins")
+    _add_threads_and_json(command)
+
+
+def _add_text(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--text", default=EMBEDDED_TEXT, metavar="FILE", help="in UTF-8; default Alice in Wonderland"
+    )
+
+
+def _add_method(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--method", help="how to compute the experts; default what they are encoded in")
+
+
+def _add_adapter(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--adapter", metavar="DIR", help="adapters that 'ktmoe finetune' or PEFT has written"
+    )
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "path",
+        nargs="?",
+        default=EMBEDDED_MODEL,
+        help="directory of a checkpoint; default the model that comes with the package",
+    )
+
+
+def _add_checkpoint_commands(add: Callable[..., _Parser]) -> None:
+    """Add the commands that are about a checkpoint of the user's."""
+    command = add("inspect", inspect.run, "what experts a checkpoint has, and how fast they can be", _INSPECT)
+    command.add_argument("path", help="directory of the checkpoint, or a file of it")
+    command.add_argument(
+        "--no-measure", action="store_true", help="leave out how fast memory is read, and what that allows"
+    )
+    _add_common(command, seconds=0.6, meaning="time for measuring the limits")
+
+    command = add("convert", convert.run, "a checkpoint's experts, quantised to files", _CONVERT)
+    command.add_argument("source", metavar="SRC", help="directory of the checkpoint")
+    command.add_argument("target", metavar="DST", help="directory for the files; made when it is not there")
+    command.add_argument(
+        "--method", required=True, help="what the files are for: AMXINT8, AMXINT4, MOE_INT8 or MOE_INT4"
+    )
+    command.add_argument(
+        "--group-size",
+        type=Count(1),
+        metavar="N",
+        help="columns that share a scale; default that of the method",
+    )
+    command.add_argument(
+        "--layers", type=layer_ranges, metavar="A-B,...", help="default all that have experts"
+    )
+    _add_threads_and_json(command)
+
+    command = add("verify", verify.run, "a layer of your own checkpoint, checked and timed", _VERIFY)
+    command.add_argument(
+        "path", help="directory of the checkpoint, with config.json and *.safetensors; or a GGUF model"
+    )
+    command.add_argument(
+        "--layer",
+        type=Count(0),
+        metavar="N",
+        help="the layer; default the first with experts, or of files that were converted all",
+    )
+    command.add_argument("--method", help="how to compute; default what the checkpoint is encoded in")
+    command.add_argument(
+        "--tokens", type=counts, default=[1, 16, 256], metavar="T,...", help="batch sizes (default 1,16,256)"
+    )
+    command.add_argument(
+        "--check-seconds",
+        type=duration,
+        default=4.0,
+        metavar="S",
+        help="time for the reference, which is slow: decides how many experts are checked (default 4)",
+    )
+    _add_common(command, seconds=0.5, meaning="time for each batch")
+
+
+def _child_parser() -> _Parser:
+    """Make the parser of ``_measure``, which `demo` runs in child processes and no user sees."""
+    command = _Parser(prog="ktmoe _measure")
+    command.set_defaults(run=measure.run_child, command="_measure")
+    command.add_argument("path")
+    command.add_argument("--layers", type=counts_from_0, required=True)
+    command.add_argument("--tokens", type=counts, required=True)
+    command.add_argument("--experts", type=Count(1), required=True)
+    command.add_argument("--seconds", type=float, required=True)
+    command.add_argument("--threads", type=Count(1))
+    return command
+
+
+def _add_common(command: argparse.ArgumentParser, seconds: float, meaning: str) -> None:
+    """Add the options that the commands that measure have."""
+    command.add_argument(
+        "--seconds", type=duration, default=seconds, metavar="S", help=f"{meaning} (default {seconds:g})"
+    )
+    _add_threads_and_json(command)
+
+
+def _add_threads_and_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--threads", type=Count(1), metavar="N", help="threads; default the CPUs that this process may use"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")

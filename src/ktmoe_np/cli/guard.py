@@ -1,0 +1,58 @@
+"""What Ctrl-C does to the process of the command. Imports next to nothing, to be in force early."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from types import FrameType, TracebackType
+
+__all__ = ["EXIT_STATUS", "INTERRUPTED", "RaisingInterrupts", "guard_process"]
+
+#: What is said after Ctrl-C, and the exit status.
+INTERRUPTED, EXIT_STATUS = "ktmoe: interrupted", 130
+
+_STANDARD_ERROR = 2
+
+
+class _Guard:
+    """The process's handler of SIGINT.
+
+    While `raises` is set, the first signal is a KeyboardInterrupt, so that what the command would leave
+    behind is cleared away. At any other time (in imports, which may swallow exceptions; while a first one is
+    dealt with; at the end of the process) nothing has to be cleared away, and the process ends at once.
+    """
+
+    def __init__(self) -> None:
+        self.raises = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.raises:
+            self.raises = False
+            raise KeyboardInterrupt
+        try:
+            os.write(_STANDARD_ERROR, f"{INTERRUPTED}\n".encode())
+        finally:
+            os._exit(EXIT_STATUS)
+
+
+_guard = _Guard()
+
+
+def guard_process() -> None:
+    """Have SIGINT end the process with one line, unless it is ignored or handled otherwise."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with contextlib.suppress(ValueError):  # not in the main thread, which alone handles signals
+            signal.signal(signal.SIGINT, _guard)
+
+
+class RaisingInterrupts:
+    """Within it SIGINT raises KeyboardInterrupt, once, in a process that is guarded. A context manager."""
+
+    def __enter__(self) -> None:
+        _guard.raises = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _guard.raises = False
