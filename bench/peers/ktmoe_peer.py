@@ -16,7 +16,7 @@ from ..spec import Spec
 __all__ = ["LIBRARIES", "Contender", "contenders"]
 
 #: Imported before the load is timed.
-LIBRARIES: tuple[str, ...] = ("ktmoe_np.experts",)
+LIBRARIES: tuple[str, ...] = ("ktmoe_np._api",)
 
 
 def contenders(base: Spec, options: Any) -> list[Spec]:

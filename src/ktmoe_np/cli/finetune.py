@@ -63,7 +63,7 @@ def _report(arguments: argparse.Namespace, training: TrainingRun, method: str) -
         "tokens_per_step": arguments.batch * arguments.window,
         "losses": course.losses,
         "held_out": course.held_out,
-        "ms_per_step": 1e3 * float(np.median(course.seconds)),
+        "ms_per_step": 1e3 * float(np.median(training.seconds)) if training.seconds else None,
         "before": course.before,
         "after": training.sample(),
     }
@@ -72,10 +72,10 @@ def _report(arguments: argparse.Namespace, training: TrainingRun, method: str) -
 def _text(value: dict[str, Any]) -> str:
     losses, held_out = value["losses"], value["held_out"]
     size = f"rank {value['rank']} ({value['num_parameters'] / 1e6:.2f} million numbers)"
+    each = "" if value["ms_per_step"] is None else f", {value['ms_per_step']:.0f} ms each"
     about = wrap(
         f"Adapters of {size} of the experts ({value['method']}) have learnt nine tenths of {value['text']}; "
-        f"the last tenth was held out. {value['tokens_per_step']} tokens a step, "
-        f"{value['ms_per_step']:.0f} ms each."
+        f"the last tenth was held out. {value['tokens_per_step']} tokens a step{each}."
     )
     batches = {step: f"{losses[step - 1]:.4f}" if step else "" for step in held_out}
     rows = [f"{step:6d}   {batches[step]:>11}   {bits:9.4f}" for step, bits in held_out.items()]

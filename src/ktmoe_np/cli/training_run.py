@@ -20,7 +20,15 @@ from .interrupts import Interrupts
 from .optimizers import Optimizer, make_optimizer
 from .plot import can_draw, draw_course
 from .progress import Progress
-from .training_state import Course, fingerprint, read_state, state_path, write_csv, write_state
+from .training_state import (
+    Course,
+    fingerprint,
+    is_leftover,
+    read_state,
+    state_path,
+    write_csv,
+    write_state,
+)
 from .training_text import TrainingText
 
 __all__ = ["TrainingRun"]
@@ -46,6 +54,8 @@ class TrainingRun:
     parameters : dict of str to ndarray of float32
         The adapters, under the layer's number and their names.
     course : Course
+    seconds : list of float
+        Of each step that this process took.
     drawn : bool
         Whether there is a picture.
 
@@ -91,7 +101,9 @@ class TrainingRun:
         }
         self.course = Course()
         self.drawn = False
+        self.seconds: list[float] = []
         self._is_whole = True  # parameters, moments and course are those of one step
+        self._is_saved = False
 
     def begin(self) -> None:
         """Go on from what is in the directory, or from nothing.
@@ -103,24 +115,27 @@ class TrainingRun:
         OSError
             It cannot be made.
         """
-        remove_leftovers(self._directory)
-        if state_path(self._directory).exists():
+        directory = self._directory
+        remove_leftovers(directory)
+        if state_path(directory).exists():
             expected = self._optimizer.state()
-            self.course, state = read_state(self._directory, self._settings, self.parameters, expected)
+            self.course, state = read_state(directory, self._settings, self.parameters, expected)
             self._optimizer.restore(state)
             self._give()
             self._drop_ends_of_earlier_runs()
-        elif self._directory.exists() and any(self._directory.iterdir()):
-            where = self._directory
-            raise ValueError(f"{where}: is not empty and has no state to go on from: give another --out")
-        self._directory.mkdir(parents=True, exist_ok=True)
+        elif directory.exists() and not all(map(is_leftover, directory.iterdir())):
+            raise ValueError(f"{directory}: is not empty and has no state to go on from: give another --out")
+        directory.mkdir(parents=True, exist_ok=True)
 
     def _drop_ends_of_earlier_runs(self) -> None:
         """Forget measurements that a run of all steps at once would not have made."""
-        arguments, held_out = self._arguments, self.course.held_out
-        for step in list(held_out):
-            if step % arguments.every and step != arguments.steps:
-                del held_out[step]
+        for step in list(self.course.held_out):
+            if not self._is_measured(step):
+                del self.course.held_out[step]
+
+    def _is_measured(self, step: int) -> bool:
+        """Whether a run of all steps at once measures the held-out text after so many."""
+        return step % self._arguments.every == 0 or step == self._arguments.steps
 
     def run(self) -> bool:
         """Take the steps that are left; false when interrupted, what was done being saved.
@@ -135,27 +150,33 @@ class TrainingRun:
             Before the first step, or within one.
         """
         course, steps = self.course, self._arguments.steps
-        first = course.num_steps
-        if not course.held_out:
+        if not course.before:
             course.before = self.sample()
-            course.held_out[0] = self._measure()
         try:
-            for step in self._with_progress(range(first, steps)):
+            self._measure_if_due()  # what an earlier run was interrupted in; the first step of all
+            for step in self._with_progress(range(course.num_steps, steps)):
                 with Interrupts() as interrupts:
                     self._step(step)
                 if interrupts.asked:
                     raise KeyboardInterrupt
-                if course.num_steps % self._arguments.every == 0 or course.num_steps == steps:
-                    course.held_out[course.num_steps] = self._measure()
+                if self._measure_if_due():
                     self._save()
         except KeyboardInterrupt:
             if not self._is_whole or course.num_steps == 0:
                 raise
             self._save()
             return False
-        if course.num_steps == first:  # perhaps an earlier one could not write all
-            self._write_results()
+        if not self._is_saved:
+            self._save()
         return True
+
+    def _measure_if_due(self) -> bool:
+        """Measure the held-out text if this many steps ask for it and it was not done yet; whether it was."""
+        course = self.course
+        due = self._is_measured(course.num_steps) and course.num_steps not in course.held_out
+        if due:
+            course.held_out[course.num_steps] = self._measure()
+        return due
 
     def _with_progress(self, steps: range) -> Iterator[int]:
         course = self.course
@@ -191,7 +212,8 @@ class TrainingRun:
         )
         self._give()
         self.course.losses.append(loss.bits_per_token * learnt.tokens_per_byte)
-        self.course.seconds.append(time.perf_counter() - began)
+        self._is_saved = False
+        self.seconds.append(time.perf_counter() - began)
         self._is_whole = True
 
     def _give(self) -> None:
@@ -225,16 +247,20 @@ class TrainingRun:
         return self._tokenizer.decode([*self._prompt, *said])
 
     def _save(self) -> None:
-        """Write all; the state last, so that what it speaks of is there."""
+        """Write the state, which is one step from the old to the new, and then what follows from it.
+
+        Whatever is killed on the way goes on from the one or the other, and writes the rest anew.
+        """
         if not all(np.isfinite(value).all() for value in self.parameters.values()):
             raise ValueError(
                 f"after step {self.course.num_steps} adapters are not finite: try a smaller --rate"
             )
         with Interrupts() as interrupts:
-            self._write_results()
             write_state(
                 self._directory, self._settings, self.course, self.parameters, self._optimizer.state()
             )
+            self._write_results()
+        self._is_saved = True
         if interrupts.asked:
             raise KeyboardInterrupt
 
@@ -246,6 +272,6 @@ class TrainingRun:
         self.drawn = False
         if can_draw():
             title = f"Adapters of rank {arguments.rank} learn {Path(arguments.text).name}"
-            with contextlib.suppress(OSError):  # the rest is worth more than a picture
+            with contextlib.suppress(Exception):  # whatever matplotlib has: the rest is worth more
                 draw_course(self._directory / "loss.png", course.losses, course.held_out, title)
                 self.drawn = True

@@ -16,7 +16,7 @@ from ..io._json import MAX_JSON_BYTES, parse_json_object
 from ..io._regular_file import open_regular, read_regular
 from ..io.writer import replace_text, write_safetensors
 
-__all__ = ["Course", "fingerprint", "read_state", "state_path", "write_csv", "write_state"]
+__all__ = ["Course", "fingerprint", "is_leftover", "read_state", "state_path", "write_csv", "write_state"]
 
 _FORMAT = {"format": "ktmoe_np.finetune", "format_version": "1"}
 _PARAMETER, _OPTIMIZER = "parameter.", "optimizer."
@@ -31,7 +31,6 @@ class Course:
 
     losses: list[float] = field(default_factory=list)  #: of the batch of each step, before it
     held_out: dict[int, float] = field(default_factory=dict)  #: number of steps -> of the held-out text
-    seconds: list[float] = field(default_factory=list)  #: of each step
     before: str = ""  #: what the model said before the first step
 
     @property
@@ -52,6 +51,11 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
 def state_path(directory: Path) -> Path:
     """The file in a directory."""
     return directory / "state.safetensors"
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file is what a killed process had not yet given its name; see `ktmoe_np.io.writer`."""
+    return path.name.startswith(".") and path.suffix == ".part"
 
 
 def write_state(
@@ -123,8 +127,12 @@ def _named(parameters: Mapping[str, Array], optimizer: Mapping[str, Array]) -> d
 
 def _course(told: dict[str, Any], path: Path) -> Course:
     try:
+        told.pop("seconds", None)  # times, which earlier versions kept
+        losses = [float(bits) for bits in told.pop("losses")]
         held_out = {int(step): float(bits) for step, bits in told.pop("held_out").items()}
-        return Course(held_out=held_out, **told)
+        if 0 not in held_out or max(held_out) > len(losses):
+            raise ValueError(f"the held-out text was measured after steps {sorted(held_out)}"[:200])
+        return Course(losses, held_out, **told)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: its course is not one of ktmoe finetune: {error}") from error
 
