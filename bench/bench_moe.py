@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from importlib.util import find_spec
 
@@ -44,15 +45,30 @@ def _scan_specs(shape: Shape, options: argparse.Namespace) -> list[Spec]:
 def _tiny_specs(options: argparse.Namespace) -> list[Spec]:
     """Each way to call, with one thread and with all, and the peers."""
     shape = SHAPES["tiny"]
-    specs = []
+    specs, devices = [], jax_devices()
     for spec in contenders(_base(shape, options), options):
         if spec.peer != "ktmoe":
             specs.append(spec)
             continue
-        for call in ("out", "forward", "submit", *(["jax"] if find_spec("jax") else [])):
-            way = spec.but(family=f"{spec.family} {call}", options={"call": call}, gives_limits=False)
-            specs += [way.but(threads=n) for n in sorted({1, options.threads})]
+        ways: dict[str, dict[str, str]] = {call: {"call": call} for call in ("out", "forward", "submit")}
+        ways |= {f"jax {device}": {"call": "jax", "device": device} for device in devices}
+        for name, way in ways.items():
+            called = spec.but(family=f"{spec.family} {name}", options=way, gives_limits=False)
+            specs += [called.but(threads=n) for n in sorted({1, options.threads})]
     return specs
+
+
+def jax_devices() -> list[str]:
+    """Kinds of devices that JAX has here: cpu, and gpu where there is one; none without JAX.
+
+    Asked in a process of its own: JAX takes most of a GPU's memory as soon as it knows it.
+    """
+    if find_spec("jax") is None:
+        return []
+    asked = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices('gpu')"], capture_output=True, check=False
+    )
+    return ["cpu"] if asked.returncode else ["cpu", "gpu"]
 
 
 def _run(options: argparse.Namespace, results: Results) -> None:

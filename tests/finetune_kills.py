@@ -1,7 +1,7 @@
 """Ends `ktmoe finetune` at every line of what it does between its passes, goes on, and compares the files.
 
-Run as ``python finetune_kills.py SIGNAL STRIDE DRAW OFFSET``: a process of its own with one thread, so that it
-can fork. The model is a few matrices: what is tested is the loop, the state and the files, which are the
+Run as ``python finetune_kills.py SIGNAL STRIDE DRAW OFFSET``: a process of its own with one thread, which can
+fork. The model is a few matrices: what is tested is the loop, the state and the files, which are the
 real ones. Every STRIDE-th line that is run is tried, from the OFFSET-th on.
 """
 

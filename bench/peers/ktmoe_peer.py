@@ -1,4 +1,8 @@
-"""ktmoe_np itself. Options: ``call`` is out, forward, submit or jax; ``checkpoint`` a directory to load."""
+"""ktmoe_np itself.
+
+Options: ``call`` is out, forward, submit or jax; ``device``, of jax, is cpu or gpu; ``checkpoint`` a directory
+to load.
+"""
 
 from __future__ import annotations
 
@@ -101,27 +105,45 @@ class Contender:
         self._moe.sync_forward()
 
     def _prepare_jax(self) -> None:
-        """Compile the program, and make its arrays, which JAX has with ids of 32 bits."""
+        """Make the program, and its arrays, which JAX has with ids of 32 bits.
+
+        A program runs where its arrays were put. Arrays that were not put anywhere go, with the program, to
+        JAX's default device: a GPU where there is one.
+        """
         import jax
 
         from ktmoe_np.jax import moe_forward
 
         self._program = jax.jit(lambda *case: moe_forward(self._moe, *case))
-        with jax.default_device(jax.devices("cpu")[0]):
-            self._jax_cases = [tuple(map(jax.numpy.asarray, case[:3])) for case in self._cases]
+        self._jax_cases = [
+            tuple(jax.device_put(jax.numpy.asarray(array), self._device()) for array in case[:3])
+            for case in self._cases
+        ]
+
+    def _device(self) -> Any:
+        """The device of JAX that is timed."""
+        import jax
+
+        return jax.devices(self._spec.options["device"])[0]
 
     def _jax(self, i: int) -> None:
         self._result = self._program(*self._jax_cases[i]).block_until_ready()
 
     def answer(self) -> dict[str, Array]:
         """See `bench.peers.Contender`."""
+        if self.run == self._jax and self._result.devices() != {self._device()}:
+            raise RuntimeError(f"ran on {self._result.devices()}, expected {self._device()}")
         return {"y": np.asarray(self._result)}
 
     def about(self) -> dict[str, Any]:
         """See `bench.peers.Contender`."""
         import ktmoe_np
 
-        return {"version": ktmoe_np.__version__, "isa": ktmoe_np.isa_info()["active"]}
+        about = {"version": ktmoe_np.__version__, "isa": ktmoe_np.isa_info()["active"]}
+        if self.run == self._jax:
+            device = self._device()
+            about["device"] = f"{device.platform}: {device.device_kind}"
+        return about
 
     def limits(self, seconds: float) -> dict[str, Any]:
         """Measure what the machine can do with this contender's instruction set and threads."""

@@ -5,8 +5,33 @@ engine's threads and the one that calls, never XLA's pool. In a program on a GPU
 copied to the host and back in the program's stream, which waits for the result; the program's other work, and
 the thread that runs it, do not.
 
+A program runs where its arrays were put, or, if none was put anywhere, on JAX's default device: a GPU where
+there is one, even for a program of experts alone. A call of a small layer then takes hundreds of microseconds
+instead of tens. To keep a program on the CPU, put its arrays there with ``jax.device_put``, or call it within
+``jax.default_device``, or, for the whole process, set ``JAX_PLATFORMS=cpu`` before JAX is imported.
+
 A program knows a layer by a number, which is an ordinary operand; so `jax.lax.scan` may go over layers. It
 holds nothing of the layer else: the wrapper must live as long as programs that call it.
+
+Examples
+--------
+A program that stays on the CPU, whatever else JAX finds:
+
+>>> import jax, ml_dtypes, numpy as np
+>>> from ktmoe_np import KTMoEWrapper
+>>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+...                    moe_intermediate_size=2, activation="relu2")
+>>> first, last = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+>>> moe.load_weights_from_tensors(first, None, last)
+>>> cpu = jax.devices("cpu")[0]
+>>> batch = (np.ones((3, 4), ml_dtypes.bfloat16), np.zeros((3, 1), np.int32), np.ones((3, 1), np.float32))
+>>> program = jax.jit(lambda *batch: moe_forward(moe, *batch))
+>>> y = program(*jax.device_put(batch, cpu))
+>>> y.devices() == {cpu}
+True
+>>> with jax.default_device(cpu):
+...     program(*batch).devices() == {cpu}
+True
 """
 
 from .calls import lora_parameters, moe_forward, moe_sft
