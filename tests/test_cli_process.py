@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_runs import COMMAND, QUICK, environment
+from cli_runs import COMMAND, QUICK, environment, run_ktmoe
 
 import ktmoe_np
 from ktmoe_np.cli import main, terminal
@@ -182,6 +182,11 @@ def test_no_error_is_a_traceback(
     out, errors = capsys.readouterr()
     assert (out, errors.count("\n")) == ("", 1)
     assert errors.startswith(f"ktmoe eval: {type(error).__name__}")
+
+
+def test_warnings_are_not_shown() -> None:
+    done = run_ktmoe("generate", "--tokens=2", "--temperature=1e-320", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- what arguments and files may hold ----

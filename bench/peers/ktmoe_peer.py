@@ -1,7 +1,7 @@
 """ktmoe_np itself.
 
-Options: ``call`` is out, forward, submit or jax; ``device``, of jax, is cpu or gpu; ``checkpoint`` a directory
-to load.
+Options: ``call`` is out, forward, submit or jax; ``device``, of jax, is cpu or gpu; ``checkpoint`` is a
+directory to load.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from .guard import EXIT_STATUS, INTERRUPTED, RaisingInterrupts, guard_process
@@ -21,7 +22,8 @@ def entry() -> int:
     """Run the command as all that the process does.
 
     Besides what `main` does, Ctrl-C at any time, during imports too, is one line on standard error and status
-    130; and a standard stream that is closed is not taken by the next file that is opened.
+    130; a standard stream that is closed is not taken by the next file that is opened; and warnings are not
+    shown, unless Python was told to.
 
     Returns
     -------
@@ -30,6 +32,8 @@ def entry() -> int:
     """
     guard_process()
     _fill_descriptors()
+    if not sys.warnoptions:  # numbers that overflow show in the results, and errors are one line
+        warnings.simplefilter("ignore")
     return main()
 
 

@@ -135,7 +135,8 @@ class TrainingRun:
 
     def _is_measured(self, step: int) -> bool:
         """Whether a run of all steps at once measures the held-out text after so many."""
-        return step % self._arguments.every == 0 or step == self._arguments.steps
+        every, steps = self._arguments.every, self._arguments.steps
+        return bool(step % every == 0 or step == steps)
 
     def run(self) -> bool:
         """Take the steps that are left; false when interrupted, what was done being saved.
