@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False  # as in typing, which is not imported for it
 
 # The names come from `_api`, which is imported when the first of them is used. So the command `ktmoe`, a part
 # of this package, is in control (of Ctrl-C, of a wrong KTMOE_ISA) before NumPy and the extension are loaded.
