@@ -246,7 +246,7 @@ def test_texts_that_cannot_be_learnt(
             "--method: got 'BF16_SFT_SkipLoRA', expected one that trains adapters",
         ),
         ("--prompt=", "--prompt: got an empty text, expected at least one token"),
-        (f"--seed={2**64}", f"seed: got {2**64}, expected at most {2**64 - 1}"),
+        (f"--seed={2**64}", f"--seed: got '{2**64}', expected at most {2**64 - 1}"),
     ],
 )
 def test_wrong_options(
