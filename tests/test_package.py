@@ -1,0 +1,48 @@
+"""What ``import ktmoe_np`` gives: all its names, when they are used, whichever module comes first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from cli_runs import environment
+
+import ktmoe_np
+from ktmoe_np import _api
+
+
+def run(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False
+    )
+
+
+def test_every_name_is_there() -> None:
+    assert ktmoe_np.__all__ == _api.__all__  # type: ignore[attr-defined]
+    for name in _api.__all__:
+        assert getattr(ktmoe_np, name) is getattr(_api, name)
+        assert name in dir(ktmoe_np)
+    assert not hasattr(ktmoe_np, "nothing")
+    with pytest.raises(AttributeError, match="module 'ktmoe_np' has no attribute 'nothing'"):
+        ktmoe_np.nothing  # type: ignore[attr-defined] # noqa: B018
+
+
+def test_a_star_gives_all() -> None:
+    done = run(
+        "from ktmoe_np import *; from ktmoe_np import _api; assert set(_api.__all__) <= set(globals())"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_modules_are_there_without_an_import_of_their_own() -> None:
+    done = run("import ktmoe_np; ktmoe_np.io.SafetensorsFile; ktmoe_np.kt_kernel_ext.isa_info()")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "module", ["_quantized", "experts", "inference.amx", "io", "models", "reference", "sft"]
+)
+def test_any_module_may_be_the_first(module: str) -> None:
+    done = run(f"import ktmoe_np.{module}")
+    assert (done.returncode, done.stderr) == (0, "")
