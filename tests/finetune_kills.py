@@ -44,7 +44,7 @@ Trace = Callable[[FrameType, str, Any], Any]
 class Experts:
     """A layer with adapters."""
 
-    layer_idx, method = 3, "AMXBF16_SFT"
+    layer_idx, method, weight_path = 3, "AMXBF16_SFT", None
     config = MoEConfig(2, 1, 8, 4)
     options = SimpleNamespace(lora_rank=RANK, lora_alpha=4.0, lora_dropout=0.0)
 

@@ -289,7 +289,8 @@ def low_level_sft(engine: Any, student: Student, num_slots: int, **options: Any)
         setattr(config, name, value)
     moe = getattr(ext.moe, find_method(student.method[0], "sft").layer)(config)
     engine.run(moe.load_weights_task(**_encoded(engine, student), **layer.biases))
-    engine.run(moe.update_lora_weights_task(**student.lora))
+    if student.lora:
+        engine.run(moe.update_lora_weights_task(**student.lora))
     return moe
 
 

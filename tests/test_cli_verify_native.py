@@ -182,10 +182,10 @@ def test_verify_finds_a_few_wrong_weights(
     method = ENCODINGS[encoding][0]
     right = expert_source._DECODE[method]
 
-    def decode(codes: Any, scale: Any, factors: Any) -> Any:
+    def decode(codes: Any, scale: Any, factors: Any, group_size: int) -> Any:
         flipped = codes.copy()
         flipped.view(np.uint8)[:, 0, :8] ^= 0x80  # a sign, or of codes of four bits half of their range
-        return right(flipped, scale, factors)
+        return right(flipped, scale, factors, group_size)
 
     monkeypatch.setitem(expert_source._DECODE, method, decode)
     assert not verified(capsys, tmp_path, status=1)["within_bound"]

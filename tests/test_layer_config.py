@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +63,6 @@ for read in (KTMoEWrapper.from_pretrained, inspect_checkpoint):
 def test_claims_take_no_memory(checkpoint: Path) -> None:
     claim(checkpoint, num_experts=2**31 - 1)
     subprocess.run([sys.executable, "-c", _IN_LITTLE_MEMORY, str(checkpoint)], check=True, timeout=60)
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2**21  # KiB
 
 
 def test_names_are_listed_up_to_the_first_that_is_missing(checkpoint: Path) -> None:

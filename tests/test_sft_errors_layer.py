@@ -90,7 +90,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], Error, str]] = {
         r"method: got 'BF16' for mode 'sft', expected one of AMXBF16_SFT, BF16_SFT, AMXBF16_SFT_SkipLoRA, ",
     ),
     "group_size": ({"group_size": 32}, ValueError, r"group_size: got 32, expected None: method 'BF16_SFT'"),
-    "layer_idx": ({"layer_idx": 2**31}, ValueError, r"layer_idx: got 2147483648, expected below 2147483648"),
+    "layer_idx": ({"layer_idx": 2**31}, ValueError, r"layer_idx must be at most 2147483647, got 2147483648"),
 }
 
 

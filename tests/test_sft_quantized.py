@@ -30,6 +30,7 @@ from sft_layers import (
 )
 
 from ktmoe_np import SFTGradients
+from ktmoe_np._methods import find_method
 
 AnyArray = Any
 
@@ -154,7 +155,8 @@ def test_what_a_method_gives(method: Method, activation: str, rank: int) -> None
     wrapper = WRAPPERS.get(
         method[0], "QuantizedSFTMoEWrapper" if method in QUANTIZED else "NativeSFTMoEWrapper"
     )
-    assert (type(moe).__name__, moe.method, moe.group_size) == (wrapper, *method)
+    group_size = find_method(method[0], "sft").resolve_group_size(method[1])
+    assert (type(moe).__name__, moe.method, moe.group_size) == (wrapper, method[0], group_size)
     assert moe.expert_bytes == inference(student, 2).expert_bytes
     every = train(moe, batch, grad_output)
     shapes = {"grad_input": batch.x.shape, "grad_weights": (20, 2)}

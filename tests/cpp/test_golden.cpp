@@ -28,11 +28,8 @@ const std::map<std::string, Digests>& kept_digests() {
   return kept;
 }
 
-// The emulator and the tile unit have the same bits.
-std::string isa_of_bits() {
-  const Isa isa = kernels::active_table().isa;
-  return std::string(isa_name(isa == Isa::kAmxEmu ? Isa::kAmx : isa));
-}
+// The emulator of the tile unit has the tile unit's products, but its own vectors: other bits of activations.
+std::string isa_of_bits() { return std::string(isa_name(kernels::active_table().isa)); }
 
 std::vector<GoldenCase> all_cases() {
   std::vector<GoldenCase> cases;
