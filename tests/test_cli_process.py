@@ -147,6 +147,29 @@ def test_more_interrupts_end_as_one(many: int) -> None:
     assert (child.returncode, errors) == (130, b"ktmoe: interrupted\n")
 
 
+def test_an_interrupt_that_an_import_would_swallow(tmp_path: Path) -> None:
+    """A module that is imported while the command runs, and that hides whatever happens in it."""
+    (tmp_path / "swallowing.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    [None for _ in range(99)]\n"
+        "except BaseException:\n    pass\n"
+    )
+    script = (
+        "import sys, time\nfrom ktmoe_np.cli.guard import RaisingInterrupts, guard_process\nguard_process()\n"
+        "try:\n    with RaisingInterrupts():\n        import swallowing\n        time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('interrupted')\n"
+    )
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment(PYTHONPATH=path),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
 @pytest.mark.parametrize("command", [COMMAND, SCRIPT])
 def test_an_instruction_set_that_is_none(command: list[str]) -> None:
     done = subprocess.run(
