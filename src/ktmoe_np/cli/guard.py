@@ -25,8 +25,8 @@ class _Guard:
     behind is cleared away. At any other time (while the command is imported; while a first one is dealt with;
     at the end of the process) nothing has to be cleared away, and the process ends at once.
 
-    An import may swallow the exception, and NumPy imports modules of its own when they are first used. Then the
-    signal waits until the import is over: an alarm brings it again.
+    An import may swallow the exception, and NumPy imports modules of its own when they are first used. Then
+    the signal waits until the import is over: an alarm brings it again.
     """
 
     def __init__(self) -> None:
