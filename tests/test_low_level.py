@@ -15,6 +15,7 @@ from layers import (
     assert_close,
     assert_same_bits,
     bf16,
+    draw,
     draw_batch,
     draw_layer,
     low_level_moe,
@@ -398,3 +399,39 @@ def test_everything_says_what_it_is() -> None:
     ]
     for thing in things:
         assert thing.__doc__, thing
+
+
+def test_chunks_of_a_split_batch_begin_with_their_rows_of_a_bf16_base(engine: Any) -> None:
+    layer = draw_layer(np.random.default_rng(5), 4, 32, 64)
+    batch = draw_batch(np.random.default_rng(6), layer, 8, 2)
+    moe = low_level_moe(engine, layer, 2)
+    base = draw(np.random.default_rng(7), 8, 64)
+    outs = []
+    for chunk in (8, 2):
+        immediate, deferred = np.empty((2, 8, 2), np.int64)
+        split = ext.moe.SlotSplit(batch.ids, batch.weights, immediate, deferred, 4, 1)
+        engine.run(split.task())
+        out, sums = np.zeros((8, 64), np.float32), np.empty((8, 64), np.float32)
+        for first in range(0, 8, chunk):
+            options = {"first_token": first, "num_tokens": chunk, "split": split, "deferred_out": sums}
+            engine.run(moe.forward_task(batch.x, immediate, batch.weights, out, False, base=base, **options))
+        outs.append(out)
+    assert_same_bits(outs[1], outs[0])
+
+
+class Exporting(np.ndarray):
+    """An array whose protocol shows other memory than its own."""
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return np.full(self.shape, 7, self.dtype).__dlpack__(**options)
+
+    def view(self, *_: Any) -> Any:
+        return np.full(self.shape, 7, np.uint16)
+
+
+def test_the_memory_of_a_subclass_is_its_own(engine: Any) -> None:
+    for dtype in (np.float32, bf16):
+        source = np.zeros(1000, dtype)
+        out = np.ones(1000, dtype)
+        engine.copy(np.ndarray.view(source, Exporting), out)
+        assert_same_bits(out, source)

@@ -26,8 +26,7 @@ bool is_numpy(nb::handle object) {
   return PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(names->ndarray.ptr()));
 }
 
-bool is_numpy_bf16(nb::handle object) {
-  if (!is_numpy(object)) return false;
+bool is_bf16(nb::handle object) {
   const nb::object dtype = nb::steal(PyObject_GetAttr(object.ptr(), names->dtype.ptr()));
   return dtype.is(names->bfloat16) || dtype.equal(names->bfloat16);
 }
@@ -41,6 +40,12 @@ nb::object viewed(nb::handle object, const nb::object& dtype) {
 }
 nb::object as_integers(nb::handle object) {
   return viewed(object, nb::cast(str_cat("u", nb::cast<size_t>(nb::object(object.attr("itemsize"))))));
+}
+
+// A NumPy array without what a subclass makes of it: its own memory, whatever the subclass exports.
+nb::object as_plain(nb::handle object) {
+  if (Py_TYPE(object.ptr()) == reinterpret_cast<PyTypeObject*>(names->ndarray.ptr())) return nb::borrow(object);
+  return names->ndarray.attr("view")(object, names->ndarray);
 }
 
 DType dtype_of(const nb::dlpack::dtype& type) {
@@ -104,17 +109,19 @@ bool Array::fill(nb::handle object, const char* name) {
     return exported.is_valid() && nb::try_cast(exported, handle, false) &&
            handle.device_type() == nb::device::cpu::value;
   };
-  if (is_numpy_bf16(object)) {
-    if (!is_taken(viewed(object, names->uint16))) return false;
+  const bool is_of_numpy = is_numpy(object);
+  const nb::object exporter = is_of_numpy ? as_plain(object) : nb::borrow(object);
+  if (is_of_numpy && is_bf16(exporter)) {
+    if (!is_taken(viewed(exporter, names->uint16))) return false;
     dtype_ = DType::kBf16;
-  } else if (is_taken(nb::borrow(object))) {
+  } else if (is_taken(exporter)) {
     dtype_ = dtype_of(handle.dtype());
-  } else if (!is_numpy(object) || !is_taken(as_integers(object))) {
+  } else if (!is_of_numpy || !is_taken(as_integers(exporter))) {
     return false;
   }
   name_ = name;
   // A NumPy array keeps its own memory, and a reference to it is one that the cycle collector can follow.
-  if (!is_numpy(object)) handle_ = nb::ndarray<nb::ro>(handle);
+  if (!is_of_numpy) handle_ = nb::ndarray<nb::ro>(handle);
   object_ = nb::borrow(object);
   data_ = const_cast<void*>(static_cast<const void*>(handle.data()));
   item_bytes_ = handle.dtype().bits / 8u;

@@ -57,6 +57,7 @@ void ForwardArrays::add_to(nb::handle base) {
   b.expect({DType::kBf16, DType::kFloat32}, {out().shape(0), out().shape(1)}).expect_contiguous();
   out().expect_disjoint(b);
   args_.base = b.as<void>(), args_.base_type = float_type(b);
+  base_row_bytes_ = static_cast<size_t>(b.shape(1)) * b.item_bytes();
 }
 
 void ForwardArrays::take_tokens(int64_t first, std::optional<int64_t> number) {
@@ -75,9 +76,7 @@ void ForwardArrays::take_tokens(int64_t first, std::optional<int64_t> number) {
   if (in_place) {
     args_.base = args_.out;
   } else if (args_.base != nullptr) {
-    const Array& b = arrays_->back();
-    args_.base = static_cast<const std::byte*>(args_.base) +
-                 static_cast<size_t>(first) * static_cast<size_t>(b.shape(1)) * b.item_bytes();
+    args_.base = static_cast<const std::byte*>(args_.base) + static_cast<size_t>(first) * base_row_bytes_;
   }
 }
 

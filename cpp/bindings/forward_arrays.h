@@ -42,6 +42,7 @@ class ForwardArrays {
 
   std::shared_ptr<Arrays> arrays_;  // hidden states, ids, weights, out, and what else the arguments refer to
   ForwardArgs args_;
+  size_t base_row_bytes_ = 0;
 };
 
 }  // namespace ktmoe::bindings
