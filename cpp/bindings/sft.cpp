@@ -21,6 +21,12 @@ class TrainingTask : public PythonTask {
   TrainingTask(std::shared_ptr<TrainingCall> call, std::function<void()> work,
                std::shared_ptr<const Arrays> arrays)
       : PythonTask(std::move(work), std::move(arrays)), call_(std::move(call)) {}
+  // Who could take the pass back is gone.
+  ~TrainingTask() {
+    if (call_ != nullptr) call_->finish();
+  }
+  TrainingTask(TrainingTask&&) = default;
+  TrainingTask& operator=(TrainingTask&&) = delete;
   void revoke() { call_->revoke(); }
 
  private:

@@ -56,19 +56,20 @@ void CacheStack::put_back(Cache cache) noexcept {
 void CacheStack::use_up(Cache cache, TrainingCall* call) noexcept {
   const std::lock_guard lock(mutex_);
   is_in_use_ = false;
-  if (call != nullptr && !call->is_revoked_) {
+  if (call != nullptr && !call->is_revoked_ && !call->is_final_) {
     call->used_up_ = std::move(cache);
     call->num_forgotten_ = num_forgotten_;
     return count();
   }
   --num_out_;
-  call == nullptr ? keep_memory(std::move(cache)) : insert(std::move(cache));
+  call != nullptr && call->is_revoked_ ? insert(std::move(cache)) : keep_memory(std::move(cache));
 }
 
 // In a forked child another thread of the parent may hold the lock for ever.
 void CacheStack::settle(TrainingCall& call) noexcept {
   if (fork_guard_.in_child()) return;
   const std::lock_guard lock(mutex_);
+  call.is_final_ = true;
   if (call.used_up_ == nullptr) return;
   --num_out_;
   keep_memory(std::move(call.used_up_));

@@ -51,7 +51,7 @@ class CacheStack {
   void put_back(Cache cache) noexcept;
   // It was used; the call, if any, may still be taken back and so has it for as long as it lives.
   void use_up(Cache cache, TrainingCall* call) noexcept;
-  // Of a call that is done for good.
+  // Of a call that nobody will take back, whether its task has run or not.
   void settle(TrainingCall& call) noexcept;
 
   // Whether the last one has that number, above 0, and so many tokens.
@@ -92,11 +92,13 @@ class TrainingCall {
   TrainingCall& operator=(const TrainingCall&) = delete;
 
   void revoke() noexcept { stack_->revoke(*this); }
+  // Nobody will take it back.
+  void finish() noexcept { stack_->settle(*this); }
 
  private:
   friend class CacheStack;
   const std::shared_ptr<CacheStack> stack_;
-  bool is_revoked_ = false;
+  bool is_revoked_ = false, is_final_ = false;
   uint64_t saved_id_ = 0;       // of what a forward pass has saved
   CacheStack::Cache used_up_;   // by a backward pass
   uint64_t num_forgotten_ = 0;  // at that time

@@ -49,6 +49,26 @@ TEST_CASE("cache stack: a forward pass that is taken back was never saved") {
   CHECK_FALSE(stack->is_revoked(nullptr));
 }
 
+TEST_CASE("cache stack: memory serves the next pass when nobody can take the last one back") {
+  const auto stack = std::make_shared<CacheStack>(1);
+  for (const bool is_early : {true, false}) {
+    const Call forward = call_of(stack), backward = call_of(stack);
+    save(stack, forward, 1);
+    const auto cache_of = [&] {
+      CacheStack::Cache cache = stack->take_spare();
+      const ForwardCache* address = cache.get();
+      stack->give_back(std::move(cache));
+      return address;
+    };
+    if (is_early) backward->finish();
+    CHECK(use(stack, backward) == 1);
+    backward->finish();
+    CHECK(cache_of() == cache_of());
+    backward->revoke();  // of no effect any more
+    CHECK(stack->size() == 0);
+  }
+}
+
 TEST_CASE("cache stack: others keep their order and their steps") {
   const auto stack = std::make_shared<CacheStack>(4);
   const Call calls[] = {call_of(stack), call_of(stack), call_of(stack)};
