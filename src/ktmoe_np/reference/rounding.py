@@ -137,6 +137,7 @@ class Rounding:
         """Centre and radius of the factor of the activation that depends on up; it is monotone."""
         b = up_factor(spec, u)
         db = np.maximum(np.abs(up_factor(spec, u + du) - b), np.abs(up_factor(spec, u - du) - b))
+        db = np.where(np.isfinite(du), db, np.inf)  # u may be NaN, which passes through every clamp
         return b, db + self.activation_ulps * EPS * (np.abs(b) + (spec.kind == "swigluoai"))
 
 
