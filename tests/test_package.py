@@ -46,3 +46,30 @@ def test_modules_are_there_without_an_import_of_their_own() -> None:
 def test_any_module_may_be_the_first(module: str) -> None:
     done = run(f"import ktmoe_np.{module}")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_names_that_are_none() -> None:
+    for name in ("a.b", "config.x", "nothing"):
+        assert not hasattr(ktmoe_np, name)
+
+
+def test_threads_that_want_different_modules_at_once() -> None:
+    script = """
+import threading, ktmoe_np
+names = ["config", "reference", "io", "experts", "buffers", "models", "sft", "inference"] * 2
+barrier, failed = threading.Barrier(len(names)), []
+def want(name):
+    barrier.wait()
+    try:
+        getattr(ktmoe_np, name)
+    except BaseException as error:
+        failed.append(repr(error))
+threads = [threading.Thread(target=want, args=(name,)) for name in names]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(failed)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"

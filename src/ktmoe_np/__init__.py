@@ -20,7 +20,9 @@ else:
         from importlib import import_module
         from importlib.util import find_spec
 
-        if name == "__all__" or not name.startswith("__"):
+        if name == "__all__" or (name.isidentifier() and not name.startswith("__")):
+            if name != "cli":
+                import_module("numpy")  # which threads that want different modules would import side by side
             module = f"{__name__}.{name}"
             if find_spec(module) is not None:
                 return import_module(module)
