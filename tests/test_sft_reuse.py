@@ -317,6 +317,17 @@ def test_a_submitted_pass_keeps_its_arrays() -> None:
     assert np.shares_memory(first.forward(*one), slot.output)  # taken, so free again
 
 
+def test_arrays_of_a_slot_that_are_given_are_held_too() -> None:
+    student = drawn_student()
+    first, second = (student.wrapper(P, layer_idx=i, reuse_buffers=True) for i in (0, 2))
+    training = drawn(student, 5, 0)
+    batch, want = training[0], first.forward_sft(*training[0], save_for_backward=False).copy()
+    slot = KExpertsSFTBuffer.get_buffer(5, H, P)[0]
+    first.submit_forward_sft(*batch, save_for_backward=False, out=slot.output)
+    second.forward_sft(batch[0] + batch[0], *batch[1:], save_for_backward=False)
+    assert_same_bits(first.sync_forward_sft(), want)
+
+
 def test_both_gradients_of_a_layer_that_waits_for_one() -> None:
     student = drawn_student()
     reusing, plain = pair(student)

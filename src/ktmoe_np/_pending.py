@@ -7,15 +7,12 @@ from typing import Generic, TypeVar
 
 from . import kt_kernel_ext as ext
 
-__all__ = ["PendingPass", "Queue", "wait_until_done"]
+__all__ = ["BegunPass", "PendingPass", "is_of_a_handler", "wait_until_done"]
 
 Result = TypeVar("Result")
 
-#: Queues a task of the pass that is being begun, and gives its ticket.
-Queue = Callable[[ext.Task], ext.Ticket]
 
-
-class _Begun(Generic[Result]):
+class BegunPass(Generic[Result]):
     """The tasks of one pass, and its result when they have run."""
 
     result: Result
@@ -23,21 +20,35 @@ class _Begun(Generic[Result]):
     def __init__(self, engine: ext.CPUInfer) -> None:
         self._engine = engine
         self._tasks: list[ext.moe.TrainingTask] = []
+        self._undo: list[Callable[[], None]] = []
+        self.is_taken_back = False
         self.tickets: list[ext.Ticket] = []
         self.errors: list[Exception] = []
         self.waiter: object = None  #: the call of `PendingPass.sync` that waits
 
     def queue(self, task: ext.Task) -> ext.Ticket:
+        """Queue a task of the pass."""
         if isinstance(task, ext.moe.TrainingTask):
             self._tasks.append(task)  # before it is queued: an interrupt may come right after that
         ticket = self._engine.submit(task)
         self.tickets.append(ticket)
         return ticket
 
+    def needs(self, ticket: ext.Ticket) -> None:
+        """Let the pass fail when the task of that ticket, which was queued before, has failed."""
+        self.tickets.append(ticket)
+
+    def when_taken_back(self, undo: Callable[[], None]) -> None:
+        """Call `undo` when the pass is to leave nothing behind."""
+        self._undo.append(undo)
+
     def take_back(self) -> None:
         """Leave the layer as if the pass had never been."""
+        self.is_taken_back = True
         for task in self._tasks:
             task.revoke()
+        while self._undo:
+            self._undo.pop()()
 
 
 class PendingPass(Generic[Result]):
@@ -61,9 +72,9 @@ class PendingPass(Generic[Result]):
         self._layer_idx = layer_idx
         self._engine = engine
         self._lock = ext.CallLock(f"submit_{name}", of_engine=True)
-        self._begun: _Begun[Result] | None = None
+        self._begun: BegunPass[Result] | None = None
 
-    def submit(self, start: Callable[[Queue], Result]) -> None:
+    def submit(self, start: Callable[[BegunPass[Result]], Result]) -> None:
         """Begin a pass: `start` queues its tasks and gives its result.
 
         Raises
@@ -71,19 +82,37 @@ class PendingPass(Generic[Result]):
         RuntimeError
             A pass is pending.
         """
-        name, begun = self._name, _Begun[Result](self._engine)
+        name, begun = self._name, BegunPass[Result](self._engine)
         try:
             with self._lock:
                 if self._begun is not None:
                     raise RuntimeError(
                         f"submit_{name}: a pass of layer {self._layer_idx} is pending, call sync_{name} first"
                     )
-                begun.result = start(begun.queue)
+                begun.result = start(begun)
                 self._begun = begun
         except BaseException:
             if self._begun is begun:
                 self._begun = None
             begun.take_back()
+            raise
+
+    def run(self, start: Callable[[BegunPass[Result]], Result]) -> Result:
+        """Begin a pass and wait for it. An exception that ends the wait leaves none pending either.
+
+        Raises
+        ------
+        RuntimeError
+            A pass is pending.
+        """
+        self.submit(start)
+        begun = self._begun
+        try:
+            return self.sync()
+        except BaseException:
+            if begun is not None and self._begun is begun:
+                self._begun = None
+                begun.take_back()
             raise
 
     def sync(self) -> Result:
@@ -92,7 +121,7 @@ class PendingPass(Generic[Result]):
         Raises
         ------
         RuntimeError
-            None is pending, or another call waits for it.
+            None is pending, another call waits for it, or the call that submitted it took it back.
         """
         call, begun = object(), None
         try:
@@ -102,15 +131,21 @@ class PendingPass(Generic[Result]):
                 try:
                     self._engine.wait(begun.tickets[0])
                 except Exception as error:
-                    if _is_of_a_handler(error):
+                    if is_of_a_handler(error):
                         raise
                     begun.errors.append(error)
                 del begun.tickets[0]
-            self._begun = None  # the last: from here on no interrupt is looked for
+            if self._begun is begun:
+                self._begun = None  # the last: from here on no interrupt is looked for
         except BaseException:
             if begun is not None and begun.waiter is call:
                 begun.waiter = None
             raise
+        if begun.is_taken_back:
+            raise RuntimeError(
+                f"sync_{self._name}: the call that submitted the pass of layer {self._layer_idx} was "
+                "ended by an exception and took it back"
+            )
         if begun.errors:
             begun.take_back()
             try:
@@ -119,7 +154,7 @@ class PendingPass(Generic[Result]):
                 del begun  # or the exception, which refers to this frame, would keep the result
         return begun.result
 
-    def _claimed(self, call: object) -> _Begun[Result]:
+    def _claimed(self, call: object) -> BegunPass[Result]:
         """The pass, which from now on only `call` waits for."""
         where = f"layer {self._layer_idx}"
         begun = self._begun
@@ -135,7 +170,7 @@ class PendingPass(Generic[Result]):
         return begun
 
 
-def _is_of_a_handler(error: Exception) -> bool:
+def is_of_a_handler(error: Exception) -> bool:
     """Whether a signal handler has raised it, during a wait: tasks run no Python code."""
     return error.__traceback__ is not None and error.__traceback__.tb_next is not None
 
@@ -145,5 +180,5 @@ def wait_until_done(engine: ext.CPUInfer, ticket: ext.Ticket) -> None:
     try:
         engine.wait(ticket)
     except Exception as error:
-        if _is_of_a_handler(error):
+        if is_of_a_handler(error):
             raise

@@ -9,6 +9,7 @@ each CUDA stream, and as many as callers make.
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from . import kt_kernel_ext as ext
 from ._arrays import Array, bfloat16
+from ._pending import is_of_a_handler
 from .buffers import BufferSlot, KExpertsCPUBuffer
 from .config import MoEConfig
 
@@ -126,6 +128,12 @@ class DeferralChain(CarryChain[HostCarry]):
             self._slots = tuple(BufferSlot.allocate(*sizes) for _ in range(KExpertsCPUBuffer.buffer_depth))
         return self._slots
 
+    def put_back(self, received: HostCarry | None, left: HostCarry | None) -> None:
+        """Undo what a pass did that has received one carry and left another, if it was the last."""
+        with self.lock:
+            if self._carry is left:
+                self.leave(received)
+
     def drain(self) -> Array | None:
         """What is left, rounded, when it has been computed; None when nothing is."""
         with self.lock:
@@ -134,8 +142,9 @@ class DeferralChain(CarryChain[HostCarry]):
                 return None
             try:
                 carry.engine.wait(carry.ticket)
-            except Exception:
-                self.leave(None)
+            except Exception as error:
+                if not is_of_a_handler(error):
+                    self.leave(None)
                 raise
             output = carry.output.astype(bfloat16)  # before others may write to the buffer
             self.leave(None)
@@ -145,12 +154,28 @@ class DeferralChain(CarryChain[HostCarry]):
         return self._carry
 
 
+class _Thread:
+    """A thread, also one that Python has not started: it lives as long as the thread does."""
+
+
+_here = threading.local()
+
+
+def _this_thread() -> _Thread:
+    try:
+        found: _Thread = _here.thread
+    except AttributeError:
+        found = _here.thread = _Thread()
+    return found
+
+
 class SharedChain(DeferralChain):
     """The chain of all passes that were given none: what a thread has left there is for that thread alone."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._thread: threading.Thread | None = None  # that has left something
+        self._thread: weakref.ref[_Thread] | None = None  # that has left something
+        self._thread_name = ""
 
     def slots(self, config: MoEConfig, batch_size: int) -> tuple[BufferSlot, ...]:
         """Those of all passes of that size."""
@@ -173,23 +198,25 @@ class SharedChain(DeferralChain):
 
     def leave(self, carry: HostCarry | None) -> None:
         """Replace what was received by what this layer leaves, for the same thread."""
-        self._thread, self._carry = (None if carry is None else threading.current_thread()), carry
+        self._thread = None if carry is None else weakref.ref(_this_thread())
+        self._thread_name = threading.current_thread().name
+        self._carry = carry
 
     def _to_drain(self) -> HostCarry | None:
-        if self._is_of_another_thread() and self._thread is not None and self._thread.is_alive():
+        if self._is_of_another_thread() and self._thread is not None and self._thread() is not None:
             raise RuntimeError(f"drain_deferred: {self._whose()}")
         return self._carry
 
     def _is_of_another_thread(self) -> bool:
-        return self._carry is not None and self._thread is not threading.current_thread()
+        return self._carry is not None and (self._thread is None or self._thread() is not _this_thread())
 
     def _whose(self) -> str:
         assert self._carry is not None
         assert self._thread is not None
         what = f"a pass that has deferred experts of layer {self._carry.layer_idx}"
-        if not self._thread.is_alive():
-            return f"{what} was not drained by thread {self._thread.name!r}, now ended; call drain_deferred()"
+        if self._thread() is None:
+            return f"{what} was not drained by thread {self._thread_name!r}, now ended; call drain_deferred()"
         return (
-            f"{what} is under way in thread {self._thread.name!r}; threads that run passes side by side, or "
+            f"{what} is under way in thread {self._thread_name!r}; threads that run passes side by side, or "
             "hand one over, give every pass a chain=DeferralChain() of its own"
         )

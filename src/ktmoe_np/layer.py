@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from . import kt_kernel_ext as ext
 from ._arrays import expert_ids
 from ._methods import Method
+from ._pending import is_of_a_handler
 from .config import MoEConfig
 from .cpuinfer import _MoEBase
 from .io import SafetensorsCheckpoint, load_experts
@@ -160,12 +161,17 @@ class MoELayer(_MoEBase):
         files.check()
         task = self._layer.load_weights_task(physical_to_logical_map=physical_to_logical_map, **weights)
         before, self._files = self._files, MappedFiles() if self._spans_nodes() else files
+        was_loaded = self.loaded
+        self._loaded.add(self)
         try:
             self.cpu_infer.run(task)
-        except Exception:  # the layer is as it was; an interrupt comes when the task is done
-            self._files = before
+        except Exception as error:
+            # After the task's own error the layer is as it was; after an interrupt the task still runs.
+            if not is_of_a_handler(error):
+                self._files = before
+                if not was_loaded:
+                    self._loaded.discard(self)
             raise
-        self._loaded.add(self)
 
     def _spans_nodes(self) -> bool:
         """Whether every NUMA node has been given its own copy of its rows, so that these need not be held."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from .. import kt_kernel_ext as ext
@@ -9,7 +10,7 @@ from .._arrays import Array, at_least
 from .._batch import Batch
 from .._device import stream_handle
 from .._methods import Method
-from .._pending import PendingPass, Queue
+from .._pending import BegunPass, PendingPass
 from ..config import MoEConfig
 from ..deferral import DeferralChain
 from ..layer import MoELayer
@@ -140,11 +141,11 @@ class BaseMoEWrapper(MoELayer):
             result: Array = self._stream_runner.run(there, self._stream(cuda_stream))
             return result
         _check_no_num_tokens(num_tokens)
-        if self._runner.defers(self._chain if chain is None else _checked(chain)):
-            self.submit_forward(
-                hidden_states, topk_ids, topk_weights, out=out, incremental=incremental, chain=chain
+        used = self._chain if chain is None else _checked(chain)
+        if self._runner.defers(used):
+            return self._pending.run(
+                self._starter((hidden_states, topk_ids, topk_weights), out, incremental, used)
             )
-            return self.sync_forward()
         batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental)
         self._files.check()
         self._runner.run(batch, self.gpu_experts_mask)
@@ -187,17 +188,23 @@ class BaseMoEWrapper(MoELayer):
             return
         _check_no_num_tokens(num_tokens)
         used = self._chain if chain is None else _checked(chain)
+        self._pending.submit(self._starter((hidden_states, topk_ids, topk_weights), out, incremental, used))
 
-        def start(queue: Queue) -> Array:
-            batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental)
+    def _starter(
+        self, arrays: tuple[Any, Any, Any], out: Any, incremental: bool, chain: DeferralChain
+    ) -> Callable[[BegunPass[Array]], Array]:
+        """What queues a pass."""
+
+        def start(begun: BegunPass[Array]) -> Array:
+            batch = Batch(self.config, *arrays, out, incremental)
             self._files.check()
-            if self._runner.defers(used):
-                self._runner.submit_deferring(batch, self.gpu_experts_mask, queue, used)
+            if self._runner.defers(chain):
+                self._runner.submit_deferring(batch, self.gpu_experts_mask, begun, chain)
             else:
-                self._runner.submit(batch, self.gpu_experts_mask, queue)
+                self._runner.submit(batch, self.gpu_experts_mask, begun)
             return batch.out
 
-        self._pending.submit(start)
+        return start
 
     def _stream_batch(
         self, arrays: tuple[Any, Any, Any], out: Any, num_tokens: Any, incremental: bool

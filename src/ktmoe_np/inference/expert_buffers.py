@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import kt_kernel_ext as ext
 from .._arrays import integer
-from .._pending import PendingPass, Queue
+from .._pending import BegunPass, PendingPass
 
 __all__ = ["ExpertBuffers"]
 
@@ -43,10 +43,10 @@ class ExpertBuffers:
             Nothing is loaded, or an expert is being written.
         """
 
-        def start(queue: Queue) -> None:
+        def start(begun: BegunPass[None]) -> None:
             count, expert = integer("gpu_tp_count", gpu_tp_count), integer("expert_id", expert_id)
             lists = {name: _as_list(arrays) for name, arrays in buffers.items()}
-            queue(self._layer.write_expert_task(count, expert, **lists))
+            begun.queue(self._layer.write_expert_task(count, expert, **lists))
 
         self._pending.submit(start)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .. import kt_kernel_ext as ext
 from .._arrays import Array
 from .._batch import Batch
-from .._pending import Queue, wait_until_done
+from .._pending import BegunPass, wait_until_done
 from ..buffers import BufferSlot
 from ..config import MoEConfig
 from ..deferral import Carry, DeferralChain, HostCarry
@@ -59,24 +59,24 @@ class LayerRunner:
         for rows in self._chunks(batch):
             self._engine.run(self._task(batch, rows, skip_experts=skip_experts))
 
-    def submit(self, batch: Batch, skip_experts: Array | None, queue: Queue) -> None:
+    def submit(self, batch: Batch, skip_experts: Array | None, begun: BegunPass[Any]) -> None:
         """Queue a batch. Nothing is queued when an argument is refused."""
         tasks = [self._task(batch, rows, skip_experts=skip_experts) for rows in self._chunks(batch)]
         for task in tasks:
-            queue(task)
+            begun.queue(task)
 
     def submit_deferring(
-        self, batch: Batch, skip_experts: Array | None, queue: Queue, chain: DeferralChain
+        self, batch: Batch, skip_experts: Array | None, begun: BegunPass[Any], chain: DeferralChain
     ) -> None:
         """Queue a batch that begins with what the layer before has deferred and defers some itself.
 
-        What is deferred is not queued by `queue`: nobody waits for it with the pass.
+        What is deferred is no task of the pass: nobody waits for it with the pass.
         """
         with chain.lock:
-            self._submit_deferring(batch, skip_experts, queue, chain)
+            self._submit_deferring(batch, skip_experts, begun, chain)
 
     def _submit_deferring(
-        self, batch: Batch, skip_experts: Array | None, queue: Queue, chain: DeferralChain
+        self, batch: Batch, skip_experts: Array | None, begun: BegunPass[Any], chain: DeferralChain
     ) -> None:
         carry = chain.receive(self._config.layer_idx, batch.num_tokens)
         if carry is not None and carry.engine is not self._engine:
@@ -93,12 +93,15 @@ class LayerRunner:
             slot.input[...] = np.asarray(batch.hidden_states)
             slot.weights[...] = np.asarray(batch.weights)
 
+        if carry is not None:
+            begun.needs(carry.ticket)
         for task in now:
-            slot.busy_until = queue(task)
+            slot.busy_until = begun.queue(task)
         left = None
         for task in later:
             slot.busy_until = self._engine.submit(task)
             left = HostCarry(self._config.layer_idx, slot.deferred_output, slot.busy_until, self._engine)
+        begun.when_taken_back(lambda: chain.put_back(carry, left))
         chain.leave(left)
 
     def parts(

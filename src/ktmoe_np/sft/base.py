@@ -8,7 +8,7 @@ from .. import kt_kernel_ext as ext
 from .._arrays import Array, at_least, num_tokens
 from .._batch import Batch
 from .._methods import Method
-from .._pending import PendingPass, Queue
+from .._pending import BegunPass, PendingPass
 from ..buffers import Claim
 from ..config import MoEConfig
 from .gradients import SFTGradients, lora_shapes, projection_shapes
@@ -154,10 +154,10 @@ class BaseSFTMoEWrapper(LoraLayer):
             A forward pass of this layer is pending.
         """
 
-        def start(queue: Queue) -> tuple[Array, Claim]:
+        def start(begun: BegunPass[tuple[Array, Claim]]) -> tuple[Array, Claim]:
             claim, batch = Claim(), (hidden_states, topk_ids, topk_weights)
             result, task = self._forward_task(*batch, save_for_backward, out, claim)
-            queue(task)
+            begun.queue(task)
             return result, claim
 
         self._forward.submit(start)
@@ -185,6 +185,8 @@ class BaseSFTMoEWrapper(LoraLayer):
     ) -> tuple[Array, ext.moe.TrainingTask]:
         if out is None:
             out = self._results.output(num_tokens(hidden_states), hidden_states, claim)
+        else:
+            self._results.claim_given("output", (out,), num_tokens(hidden_states), claim)
         batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental=False)
         self._files.check()
         task = self._layer.forward_sft_task(
@@ -267,10 +269,10 @@ class BaseSFTMoEWrapper(LoraLayer):
             A backward pass of this layer is pending.
         """
 
-        def start(queue: Queue) -> tuple[SFTGradients, Claim]:
+        def start(begun: BegunPass[tuple[SFTGradients, Claim]]) -> tuple[SFTGradients, Claim]:
             claim, given = Claim(), (gradients, accumulate, grad_input, grad_weights)
             result, task = self._backward_task(grad_output, *given, claim)
-            queue(task)
+            begun.queue(task)
             return result, claim
 
         self._backward.submit(start)
@@ -299,6 +301,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         num = num_tokens(grad_output, "grad_output")
         self._files.check()
         matrices = self._matrices(gradients, accumulate, claim)
+        self._results.claim_given("gradients", (grad_input, grad_weights), num, claim)
         if grad_input is None or grad_weights is None:
             made = self._results.row_gradients(num, grad_output, claim)
             grad_input = made[0] if grad_input is None else grad_input

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,6 +63,15 @@ class Results:
             if found.claims.take("all", claim):
                 return {name: array.view() for name, array in found.arrays.items()}
         return {name: np.empty(shape, np.float32) for name, shape in self._shapes.items()}
+
+    def claim_given(self, name: str, given: Iterable[Any], num_tokens: int, claim: Claim | None) -> None:
+        """Let a pass hold the slot's arrays too where the arrays that its caller gives lie there."""
+        if not self._reuse or claim is None:
+            return
+        slot = self._slot(num_tokens)
+        own = (slot.output,) if name == "output" else (slot.grad_input, slot.grad_weights)
+        if any(not _apart(mine, array) for mine in own for array in given):
+            slot.claims.take(name, claim)
 
     def _slot(self, num_tokens: int) -> SFTBufferSlot:
         config = self._config
