@@ -275,6 +275,8 @@ def test_a_gguf_checkpoint_that_was_opened_before(tmp_path: Path) -> None:
     checkpoint = GgufCheckpoint(path)
     assert_told(path, lambda: checkpoint.tensor(checkpoint.names()[0]))
     assert_told(path, lambda: checkpoint.metadata("general.architecture"))
+    for key in ("general.architecture", "qwen3moe.block_count"):
+        assert_told(path, lambda key=key: checkpoint.metadata_of_layer(key, 0))
     assert checkpoint.metadata("general.architecture") == "qwen3moe"
 
 

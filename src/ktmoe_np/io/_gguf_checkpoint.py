@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._gguf_header import GGUF_TYPES, GgufTensorInfo, parse_gguf_header
+from ._gguf_header import GGUF_TYPES, GgufHeader, GgufTensorInfo, parse_gguf_header
 from ._held import Held
 from ._mapped import identity_at, map_file
 from ._regular_file import open_regular
@@ -40,10 +40,14 @@ class _GgufFile:
             self._map = map_file(file, path)
         self.header = parse_gguf_header(path, memoryview(self._map))
 
+    def readable_header(self) -> GgufHeader:
+        """The header, to decode values, which lie in the file; OSError when it was cut off."""
+        self._map.check()
+        return self.header
+
     def value(self, key: str) -> Any:
         """Decode a value of the metadata; None when there is none."""
-        self._map.check()
-        return self.header.value(key)
+        return self.readable_header().value(key)
 
     def rows(self, info: GgufTensorInfo) -> NDArray[np.uint8]:
         """View the bytes of a tensor, row by row."""
@@ -127,16 +131,17 @@ class GgufCheckpoint:
     def _check_split(self) -> None:
         """Raise ValueError when the files say other things of themselves than their names."""
         for number, file in enumerate(self._files):
-            count = file.header.value("split.count")
+            count = file.value("split.count")
             if count not in (None, 0, len(self._files)):
                 raise ValueError(
                     f"{file.path}: metadata 'split.count' is {count!r:.80}, expected {len(self._files)}, by "
                     "the file's name"
                 )
-            if len(self._files) > 1 and file.header.value("split.no") not in (None, number):
+            split_number = file.value("split.no")
+            if len(self._files) > 1 and split_number not in (None, number):
                 raise ValueError(
-                    f"{file.path}: metadata 'split.no' is {file.header.value('split.no')!r:.80}, expected "
-                    f"{number}, by the file's name"
+                    f"{file.path}: metadata 'split.no' is {split_number!r:.80}, expected {number}, by the "
+                    "file's name"
                 )
 
     def metadata_keys(self) -> tuple[str, ...]:
@@ -171,8 +176,10 @@ class GgufCheckpoint:
         ------
         ValueError
             An array without that element, or a string that is not UTF-8.
+        OSError
+            The file was cut off since it was opened.
         """
-        header = self._files[0].header
+        header = self._files[0].readable_header()
         length = header.length(key)
         if length is None:
             return header.value(key)
