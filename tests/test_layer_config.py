@@ -97,13 +97,25 @@ def test_the_least_that_a_layer_takes(
 ) -> None:
     config = MoEConfig(sizes[0], 1, *sizes[1:])
     check_fits(config, tmp_path)  # no files: the loader says so
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "x.safetensors").write_bytes(bytes(num_bytes))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.safetensors").write_bytes(bytes(num_bytes - 1))
+    (tmp_path / "other.safetensors").write_bytes(bytes(1))
+    (tmp_path / "sub").symlink_to("elsewhere")
+    index = {"weight_map": {"a": "sub/x.safetensors", "b": "other.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     if fits:
         check_fits(config, tmp_path)
         return
     with pytest.raises(ValueError, match=f"but the files have {num_bytes} bytes, too few"):
         check_fits(config, tmp_path)
+
+
+def test_only_the_files_of_the_checkpoint_count(checkpoint: Path) -> None:
+    (checkpoint / "cache").mkdir()
+    (checkpoint / "cache" / "x.safetensors").write_bytes(bytes(10**6))
+    claim(checkpoint, moe_intermediate_size=10**4)
+    with pytest.raises(ValueError, match=r"but the files have \d{1,4} bytes, too few"):
+        KTMoEWrapper.from_pretrained(checkpoint)
 
 
 @pytest.mark.parametrize("name", [*SIZES, "layer_idx"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..config import MoEConfig
 from ._gguf_checkpoint import GgufCheckpoint, is_gguf
 from ._gguf_config import gguf_config
 from ._json import naming_file
-from .safetensors import hf_config_path, load_hf_config
+from .safetensors import checkpoint_files, hf_config_path, load_hf_config
 
 __all__ = ["check_fits", "hf_layer_config", "layer_config"]
 
@@ -58,27 +59,34 @@ def check_fits(config: MoEConfig, path: str | os.PathLike[str]) -> None:
     config : MoEConfig
         What the layer is said to be.
     path : str or path-like
-        The checkpoint: a file, or a directory of ``*.safetensors`` and ``*.gguf``. What is not there is left
-        to the loader, which can say what is missing.
+        The checkpoint: a file, or a directory of ``*.safetensors`` and ``*.gguf``, and of what its index
+        names. What is not there is left to the loader, which can say what is missing.
     """
-    num_bytes = _num_bytes(Path(path))
-    if num_bytes is None:
-        return
     hidden, inter = config.hidden_size, config.moe_intermediate_size
     least = config.num_experts * max(hidden + inter, 2 * hidden * inter // 8)
-    if least > num_bytes:
+    num_bytes = _num_bytes(Path(path), least)
+    if num_bytes is not None and num_bytes < least:
         raise ValueError(
             f"{path}: got num_experts {config.num_experts}, hidden_size {hidden} and moe_intermediate_size "
             f"{inter}, but the files have {num_bytes} bytes, too few for a layer of that size"
         )
 
 
-def _num_bytes(path: Path) -> int | None:
-    """Bytes of a checkpoint's files; None when there are none."""
+def _num_bytes(path: Path, enough: int) -> int | None:
+    """Bytes of a checkpoint's files, not all of them once they are `enough`; None when there are none."""
     files = [path]
     if path.is_dir():
-        files = [file for pattern in ("*.safetensors", "*.gguf") for file in path.rglob(pattern)]
+        files = [file for pattern in ("*.safetensors", "*.gguf") for file in path.glob(pattern)]
     elif path.suffix == ".gguf":
         files = list(path.parent.glob("*.gguf"))  # it may be one of a split model
+    num_bytes = _sum_sizes(files)
+    if path.is_dir() and (num_bytes or 0) < enough:  # an index takes a while, and names files further down
+        with contextlib.suppress(FileNotFoundError):
+            num_bytes = _sum_sizes({*files, *checkpoint_files(path)})
+    return num_bytes
+
+
+def _sum_sizes(files: Iterable[Path]) -> int | None:
+    """Bytes of those files that are there; None when none is."""
     sizes = [file.stat().st_size for file in files if file.is_file()]
     return sum(sizes) if sizes else None

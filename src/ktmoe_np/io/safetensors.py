@@ -18,7 +18,14 @@ from ._mapped import FileIdentity, identity_at, map_file
 from ._regular_file import open_regular
 from ._safetensors_header import DTYPES, MAX_HEADER_BYTES, TensorInfo, parse_header
 
-__all__ = ["SafetensorsCheckpoint", "SafetensorsFile", "TensorInfo", "hf_config_path", "load_hf_config"]
+__all__ = [
+    "SafetensorsCheckpoint",
+    "SafetensorsFile",
+    "TensorInfo",
+    "checkpoint_files",
+    "hf_config_path",
+    "load_hf_config",
+]
 
 #: Checkpoints that someone holds, by their path and the identities of all their files.
 _shared: Held[SafetensorsCheckpoint] = Held()
@@ -294,6 +301,11 @@ def hf_config_path(path: str | os.PathLike[str]) -> Path:
     """The config.json of the checkpoint whose directory, or one of whose files, `path` is."""
     where = Path(path)
     return (where if where.is_dir() else where.parent) / "config.json"
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The files that hold a checkpoint's tensors, missing or not; errors are those of the checkpoint."""
+    return _find_files(path)[1]
 
 
 def _find_files(path: Path) -> tuple[_Index | None, list[Path]]:
