@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 from cli_runs import environment
 from converted import name_of, run
+from layers import run_python
 from limited_files import files_of_at_most
 
 from ktmoe_np.cli import main
@@ -131,12 +134,73 @@ def test_a_lock_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     lock.unlink()
 
     def refuse(*_: object) -> None:
-        raise OSError(95, "Operation not supported")
+        raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(OSError, match=r"cannot be locked: Operation not supported: .*\.ktmoe\.lock"):
+    with pytest.raises(OSError, match=r"cannot be locked: Input/output error: .*\.ktmoe\.lock"):
         begin_manifest(tmp_path, manifest(), "1")
     assert not manifest_path(tmp_path).exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    found = begin_manifest(tmp_path, manifest(), "1")
+    record_layer(tmp_path, found, 3, record(), "1")
+    assert read_manifest(tmp_path).layers == {3: record()}
+
+
+def test_the_lock_is_for_all_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0o077)
+    try:
+        begin_manifest(tmp_path, manifest(), "1")
+    finally:
+        os.umask(before)
+    lock = tmp_path / ".ktmoe.lock"
+    assert stat.S_IMODE(lock.stat().st_mode) == 0o666
+    lock.chmod(0o444)  # as another version has made it, which left the rest to the umask
+    original = os.open
+
+    def open_as_another(path: Path, flags: int, *args: object, **options: object) -> int:
+        if path == lock and flags & os.O_RDWR and not flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, flags, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", open_as_another)
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        thread = threading.Thread(target=begin_manifest, args=(tmp_path, manifest(), "1"))
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join()
+
+
+#: Begins a conversion in a directory of all users, as two of them one after the other.
+_USERS = """
+import os, shutil, tempfile
+from ktmoe_np.io.manifest import Manifest, begin_manifest
+directory = tempfile.mkdtemp()
+os.chmod(directory, 0o1777)
+os.umask(0o022)
+try:
+    for user in (65533, 65534):
+        os.seteuid(user)
+        begin_manifest(directory, Manifest("/source", "AMXINT4", 32), "1")
+        os.seteuid(0)
+finally:
+    os.seteuid(0)
+    shutil.rmtree(directory)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act for several users")
+def test_users_share_a_directory() -> None:
+    done = run_python(_USERS)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_full_disk_names_the_layer(

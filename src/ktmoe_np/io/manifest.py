@@ -3,10 +3,16 @@
 Several processes may convert layers into one directory. A process that changes the file holds a lock, reads
 what the others have written, adds to it and replaces the file; readers need no lock. The lock (`flock`) is on
 a file of its own, which is never renamed or removed: a lock on ``ktmoe.json`` would go with the old file.
+Whoever may write to the directory may lock it, other users too.
+
+Some file systems have no locks. There nothing is locked, and only one process at a time may convert into a
+directory: of two, one could undo what the other has recorded.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -25,6 +31,9 @@ _FORMAT, _VERSION = "ktmoe-quantized", 1
 
 #: The file that is locked.
 _LOCK_NAME = ".ktmoe.lock"
+
+#: What `flock` fails with where nobody can lock.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @dataclass(frozen=True)
@@ -92,17 +101,32 @@ def record_layer(
 @contextmanager
 def _locked(directory: str | os.PathLike[str]) -> Iterator[None]:
     """Keep others from changing the file; waits while another does."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     path = Path(directory, _LOCK_NAME)
-    lock = os.open(path, flags, 0o666)
+    lock = _open_lock(path)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(path)) from error
+            if error.errno not in _NO_LOCKS:
+                raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(path)) from error
         yield
     finally:
         os.close(lock)
+
+
+def _open_lock(path: Path) -> int:
+    """Open the file that is locked, of whomever it is, or create it for all."""
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | flags, 0o666)
+    except FileExistsError:
+        try:
+            return os.open(path, os.O_RDWR | flags)  # some network file systems lock only what may be written
+        except PermissionError:
+            return os.open(path, os.O_RDONLY | flags)
+    with contextlib.suppress(OSError):  # some file systems have no permissions
+        os.fchmod(lock, 0o666)  # the file is empty, and a lock is of use only where all can have it
+    return lock
 
 
 def _read_same(directory: str | os.PathLike[str], wanted: Manifest) -> Manifest:
