@@ -94,6 +94,19 @@ def test_group_sizes_come_from_the_directory(source: Path, tmp_path: Path) -> No
         KTMoEWrapper.from_pretrained(tmp_path / "64", method="MOE_INT8")
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_link_to_the_config_of_the_source(link: Any, tmp_path: Path) -> None:
+    source, target = tmp_path / "model", tmp_path / "int4"
+    write_checkpoint(source, "qwen3_moe", [0], E, I, H)
+    target.mkdir()
+    link(source / "config.json", target / "config.json")
+    before = (source / "config.json").stat()
+    assert run(source, target) == 0
+    after = (source / "config.json").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert (target / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
 def test_convert_text(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "int4"
     assert run(source, target, "--layers", "0-1") == 0

@@ -30,6 +30,7 @@ from ..io.quantized import (
     quantized_layers,
     save_quantized,
 )
+from ..io.safetensors import hf_config_path
 from ..io.writer import remove_leftovers, replacing
 from .progress import Progress
 from .quantized import (
@@ -186,10 +187,12 @@ def _begin(target: Path, manifest: Manifest) -> Manifest:
 
 
 def _copy_config(source: Path, target: Path) -> None:
-    """Copy the config.json, which says what the layers are."""
-    folder = source if source.is_dir() else source.parent
-    config = read_regular(folder / "config.json", MAX_JSON_BYTES)
-    with replacing(target / "config.json") as file:
+    """Copy the config.json, which says what the layers are, unless the copy is a link to it."""
+    original, copy = hf_config_path(source), target / "config.json"
+    if copy.exists() and copy.samefile(original):
+        return
+    config = read_regular(original, MAX_JSON_BYTES)
+    with replacing(copy) as file:
         file.write(config)
 
 
