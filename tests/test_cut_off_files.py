@@ -349,5 +349,21 @@ def test_a_memmap_needs_its_own_part_of_a_file(tmp_path: Path) -> None:
         MappedFiles([np.asarray(mapped[5:])]).check()
 
 
+def test_devices_have_no_size(tmp_path: Path) -> None:
+    mapped: list[NDArray[Any]] = [np.memmap("/dev/zero", np.uint8, "r", shape=(100,))]
+    with open("/dev/zero", "r+b") as device:
+        for flags in (mmap.MAP_PRIVATE, mmap.MAP_SHARED):
+            mapped.append(np.frombuffer(mmap.mmap(device.fileno(), 1 << 16, flags=flags), np.uint8))
+    files = MappedFiles(mapped)
+    files.check()
+    assert not files._watched
+    path = tmp_path / "x"
+    path.write_bytes(bytes(100))
+    file = np.memmap(path, np.uint8, "r")
+    os.truncate(path, 0)
+    with pytest.raises(OSError, match="got 0 bytes, expected the 100 that"):
+        MappedFiles([file]).check()
+
+
 def test_example() -> None:
     assert doctest.testmod(ktmoe_np.io._mapped, optionflags=doctest.ELLIPSIS).failed == 0

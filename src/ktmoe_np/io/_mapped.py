@@ -135,18 +135,33 @@ def _mapping_of(array: Any) -> tuple[mmap.mmap | None, Any]:
 
 
 def _watched(mapping: mmap.mmap, memmap: Any) -> _Watched | None:
-    """What is asked of a mapping; nothing when it is of memory, or has kept no descriptor."""
+    """What is asked of a mapping; nothing when it is of memory or a device, or has kept no descriptor."""
     if isinstance(mapping, FileMap):
         return _Watched(mapping.size, len(mapping), mapping.path)
     try:
         size = mapping.size()
     except (OSError, ValueError):
         return None
+    if size == 0 and _has_first_page(mapping):
+        return None  # a device, which has no size and cannot be cut off
     if memmap is None or memmap.filename is None:
         # Where the mapping begins is not known: the file has to stay as long as it is.
         return _Watched(mapping.size, max(size, len(mapping)), "a mapped file")
     begin = memmap.offset - memmap.offset % mmap.ALLOCATIONGRANULARITY
     return _Watched(mapping.size, begin + len(mapping), memmap.filename)
+
+
+def _has_first_page(mapping: mmap.mmap) -> bool:
+    """Whether the first page can be read: the system fails where touching it would end the process."""
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, memoryview(mapping)[:1])
+    except OSError:
+        return False
+    finally:
+        os.close(reader)
+        os.close(writer)
+    return True
 
 
 def _cut_off(name: object, size: int, expected: int) -> OSError:
