@@ -112,7 +112,11 @@ def _is_part(name: object) -> bool:
 @contextmanager
 def _opened(directory: Path) -> Iterator[int]:
     """The descriptor of a directory, so that it stays the same one whatever is renamed."""
-    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    flags = os.O_DIRECTORY | os.O_CLOEXEC
+    try:
+        opened = os.open(directory, os.O_RDONLY | flags)
+    except PermissionError:  # a directory that may be written to, but not listed
+        opened = os.open(directory, os.O_PATH | flags)
     try:
         yield opened
     finally:
