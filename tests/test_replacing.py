@@ -11,10 +11,12 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from layers import run_python
 from limited_files import files_of_at_most
 
 import ktmoe_np.io._replace
@@ -211,6 +213,51 @@ def test_other_files_are_no_leftovers(tmp_path: Path) -> None:
     remove_leftovers(tmp_path)
     assert set(tmp_path.iterdir()) == before
     remove_leftovers(tmp_path / "nowhere")
+
+
+def test_leftovers_from_before_there_were_locks(tmp_path: Path) -> None:
+    two_days_ago = time.time() - 2 * 86400
+    leftover, recent = tmp_path / ".x.safetensors.123.part", tmp_path / ".y.4.part"
+    others = [tmp_path / name for name in (".z.part", "x.1.part", ".x.1a.part", ".1.part", ".x.1.part.x")]
+    for path in (leftover, recent, *others):
+        path.write_bytes(b"half")
+        os.utime(path, (two_days_ago, two_days_ago))
+    os.utime(recent)
+    remove_leftovers(tmp_path)
+    assert set(tmp_path.iterdir()) == {recent, *others}
+
+
+# ---- directories ----
+
+#: Replaces a file in a directory that can be written to and not listed.
+_UNLISTED = """
+import os, shutil, tempfile
+from ktmoe_np.io.writer import replace_text
+directory = tempfile.mkdtemp()
+root = os.geteuid() == 0
+try:
+    os.chmod(directory, 0o333)
+    if root:  # who may list all
+        os.seteuid(65534)
+    for text in ("old", "new"):
+        replace_text(os.path.join(directory, "x"), text)
+    print(open(os.path.join(directory, "x")).read())
+    os.listdir(directory)
+except PermissionError as error:
+    print(error.filename == directory)
+finally:
+    if root:
+        os.seteuid(0)
+    os.chmod(directory, 0o700)
+    print(os.listdir(directory))
+    shutil.rmtree(directory)
+"""
+
+
+def test_a_directory_that_cannot_be_listed() -> None:
+    done = run_python(_UNLISTED)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["new", "True", "['x']"]
 
 
 # ---- full disks ----

@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,10 @@ __all__ = ["remove_leftovers", "replace_text", "replacing"]
 
 #: Between them 32 random hexadecimal digits.
 _PREFIX, _SUFFIX = ".ktmoe-", ".part"
+
+#: What files were called that were not locked while they were written, and for how many seconds they stay.
+_OLD_PART = re.compile(r"\..+\.[0-9]+\.part", re.DOTALL)
+_OLD_AGE = 86400.0
 
 
 @contextmanager
@@ -78,7 +84,7 @@ def remove_leftovers(directory: str | os.PathLike[str]) -> None:
     """Remove what `replacing` has left in a directory when its process was killed.
 
     Files that somebody is writing stay, wherever that process runs, as do those that cannot be locked or
-    removed.
+    removed. Files ``.NAME.NUMBER.part``, as they were called before there were locks, stay for a day.
     """
     try:
         opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -86,9 +92,10 @@ def remove_leftovers(directory: str | os.PathLike[str]) -> None:
         return
     try:
         for name in os.listdir(opened):
-            if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
+            is_old = _OLD_PART.fullmatch(name) is not None
+            if is_old or (name.startswith(_PREFIX) and name.endswith(_SUFFIX)):
                 with contextlib.suppress(OSError):
-                    _remove_unless_locked(name, opened)
+                    _remove_unless_locked(name, opened, _OLD_AGE if is_old else 0.0)
     finally:
         os.close(opened)
 
@@ -149,12 +156,14 @@ def _lock(file: int) -> bool:
     return os.fstat(file).st_nlink > 0
 
 
-def _remove_unless_locked(name: str, directory: int) -> None:
-    """Remove a file that nobody writes; OSError when somebody does, or it cannot be told."""
+def _remove_unless_locked(name: str, directory: int, min_age: float) -> None:
+    """Remove a file that nobody writes, or has for `min_age` seconds; OSError when it cannot be told."""
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     file = os.open(name, flags, dir_fd=directory)
     try:
-        if stat.S_ISREG(os.fstat(file).st_mode):
+        status = os.fstat(file)
+        is_due = min_age == 0 or time.time() - status.st_mtime > min_age
+        if stat.S_ISREG(status.st_mode) and is_due:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.unlink(name, dir_fd=directory)
     finally:
