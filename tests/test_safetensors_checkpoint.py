@@ -214,6 +214,18 @@ def test_a_shard_that_is_replaced_before_it_is_opened(tmp_path: Path) -> None:
     assert SafetensorsCheckpoint.shared(tmp_path).tensor("model.layers.0.norm").shape == (8,)
 
 
+def test_a_shard_that_is_touched_or_rewritten_before_it_is_opened(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0], 2, 4, 8, num_shards=2)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    touched, rewritten = SafetensorsCheckpoint(tmp_path), SafetensorsCheckpoint(tmp_path)
+    os.utime(shard, ns=(1, 1))
+    assert touched.tensor("model.layers.0.norm").shape == (8,)
+    write_checkpoint(tmp_path / "wider", "qwen3_moe", [0], 2, 4, 16, num_shards=2)
+    shard.write_bytes((tmp_path / "wider" / shard.name).read_bytes())
+    with pytest.raises(ValueError, match=f"{shard.name}: got another file than when"):
+        rewritten.tensor("model.layers.0.norm")
+
+
 def test_a_layer_reads_a_replaced_shard_while_another_holds_the_old_one(tmp_path: Path) -> None:
     for seed in (0, 1):
         write_checkpoint(tmp_path / f"{seed}", "qwen3_moe", [0], 2, 32, 32, seed, num_shards=2)

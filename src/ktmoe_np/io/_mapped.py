@@ -34,6 +34,10 @@ class FileIdentity(NamedTuple):
         """Of the file whose status this is."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
+    def is_same_file(self, then: FileIdentity) -> bool:
+        """Whether this is the file of `then`, of the same size, whatever its time is now."""
+        return self == then._replace(mtime_ns=self.mtime_ns)
+
 
 def identity_at(path: Path) -> FileIdentity | None:
     """The identity of the file of that name; None when there is none, or none that can be asked."""

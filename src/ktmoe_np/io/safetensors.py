@@ -145,7 +145,10 @@ class _Shard:
     @cached_property
     def file(self) -> SafetensorsFile:
         file = SafetensorsFile(self.path)
-        if self._identity not in (None, file.identity):  # files of two models must not become one
+        # Files of two models must not become one. A time alone does not tell: the file may have been touched,
+        # and writing to it changes the shards that are mapped already just the same. What is not seen is a
+        # file of the same size that got the number of one that was removed.
+        if self._identity is not None and not file.identity.is_same_file(self._identity):
             raise ValueError(
                 f"{self.path}: got another file than when the checkpoint was opened, expected the same; open "
                 "the checkpoint anew"
