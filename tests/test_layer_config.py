@@ -96,18 +96,20 @@ def test_the_least_that_a_layer_takes(
     tmp_path: Path, sizes: tuple[int, int, int], num_bytes: int, fits: bool
 ) -> None:
     config = MoEConfig(sizes[0], 1, *sizes[1:])
-    check_fits(config, tmp_path)  # no files: the loader says so
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "x.safetensors").write_bytes(bytes(num_bytes - 1))
-    (tmp_path / "other.safetensors").write_bytes(bytes(1))
-    (tmp_path / "sub").symlink_to("elsewhere")
+    model, disk = tmp_path / "model", tmp_path / "disk"
+    model.mkdir()
+    check_fits(config, model)  # no files: the loader says so
+    disk.mkdir()
+    (disk / "x.safetensors").write_bytes(bytes(num_bytes - 1))
+    (model / "other.safetensors").write_bytes(bytes(1))
+    (model / "sub").symlink_to(disk)
     index = {"weight_map": {"a": "sub/x.safetensors", "b": "other.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
     if fits:
-        check_fits(config, tmp_path)
+        check_fits(config, model)
         return
     with pytest.raises(ValueError, match=f"but the files have {num_bytes} bytes, too few"):
-        check_fits(config, tmp_path)
+        check_fits(config, model)
 
 
 def test_only_the_files_of_the_checkpoint_count(checkpoint: Path) -> None:
