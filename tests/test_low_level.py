@@ -180,8 +180,12 @@ def of_torch(array: AnyArray) -> Any:
 
 def of_jax(array: AnyArray) -> Any:
     jax = pytest.importorskip("jax")
+    before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", True)
-    return jax.device_put(array, jax.devices("cpu")[0])
+    try:
+        return jax.device_put(array, jax.devices("cpu")[0])
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 class Exporter:

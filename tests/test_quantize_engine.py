@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,9 @@ def test_threads_change_no_bit(format: str, threads: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("isa", ext.isa_info()["supported"])
 def test_instruction_sets_change_no_bit(isa: str) -> None:
-    script = """
+    script = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
         from test_quantize_engine import FORMATS, assert_is_reference, draw, ext
 
         engine = ext.CPUInfer(1)
