@@ -21,7 +21,7 @@ import numpy as np
 
 from ktmoe_np import isa_info
 from ktmoe_np import kt_kernel_ext as ext
-from ktmoe_np.io.writer import write_safetensors
+from ktmoe_np.io.safetensors.writer import write_safetensors
 from ktmoe_np.models import MoEDecoder
 from ktmoe_np.models.attention import Attention
 from ktmoe_np.models.layer import DecoderLayer

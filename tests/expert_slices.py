@@ -12,7 +12,7 @@ from layers import bf16
 from native_layers import GGUF_BLOCKS
 
 from ktmoe_np import KTMoEWrapper
-from ktmoe_np._gptq import q4_0_rows
+from ktmoe_np.formats.gptq import q4_0_rows
 
 __all__ = ["ENCODINGS", "Encoding", "Experts", "Matrix", "draw_experts", "empty_buffers", "write"]
 

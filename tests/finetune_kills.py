@@ -24,7 +24,7 @@ import ktmoe_np.cli.interrupts as interrupts
 import ktmoe_np.cli.plot as plot
 import ktmoe_np.cli.training_run as training_run
 import ktmoe_np.cli.training_state as training_state
-import ktmoe_np.io.writer as writer
+import ktmoe_np.io.safetensors.writer as writer
 import ktmoe_np.sft.adapters as adapters
 from ktmoe_np.cli.guard import RaisingInterrupts, guard_process
 from ktmoe_np.cli.training_text import Part, TrainingText

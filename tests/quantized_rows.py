@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ktmoe_np._formats import FORMATS
+from ktmoe_np.formats.quantized import FORMATS
 from ktmoe_np.reference import pack_int4, pack_int8, quantize_int4, quantize_int8
 
 AnyArray = NDArray[Any]

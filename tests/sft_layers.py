@@ -27,11 +27,11 @@ from quantized_layers import product_of, quantized_layer
 
 from ktmoe_np import SFTGradients
 from ktmoe_np import kt_kernel_ext as ext
-from ktmoe_np._formats import FORMATS
-from ktmoe_np._methods import find_method
-from ktmoe_np._native_formats import NATIVE_FORMATS, NativeFormat
-from ktmoe_np._quantize import quantize_projection
 from ktmoe_np.config import parse_activation
+from ktmoe_np.formats.encodings import NATIVE_FORMATS, NativeFormat
+from ktmoe_np.formats.methods import find_method
+from ktmoe_np.formats.quantized import FORMATS
+from ktmoe_np.layers.quantize_task import quantize_projection
 from ktmoe_np.reference import Dropout, LoraWeights, assert_within
 
 __all__ = [

@@ -20,10 +20,10 @@ from converted import E, H, I, corrupt, name_of, names_in, run, said
 from quantized_rows import quantized_bytes
 
 from ktmoe_np import KTMoEWrapper
-from ktmoe_np._formats import FORMATS
 from ktmoe_np.cli import convert, main
+from ktmoe_np.formats.quantized import FORMATS
 from ktmoe_np.io import SafetensorsFile
-from ktmoe_np.io.writer import replacing, write_safetensors
+from ktmoe_np.io.safetensors.writer import replacing, write_safetensors
 
 pytestmark = pytest.mark.usefixtures("leave_no_engine")
 

@@ -19,7 +19,7 @@ import ktmoe_np.cli.training_run as training_run
 from ktmoe_np.cli import main
 from ktmoe_np.cli.optimizers import make_optimizer
 from ktmoe_np.io import SafetensorsFile
-from ktmoe_np.io.writer import write_safetensors
+from ktmoe_np.io.safetensors.writer import write_safetensors
 from ktmoe_np.models import EMBEDDED_MODEL, EMBEDDED_TEXT, MoEDecoder, bits_per_token
 
 #: Small, but enough to learn something.

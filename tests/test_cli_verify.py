@@ -11,16 +11,16 @@ import pytest
 from checkpoints import write_checkpoint
 from cli_runs import CONTROL, QUICK, only_error, run_ktmoe
 
-from ktmoe_np._formats import FORMATS
-from ktmoe_np._methods import find_method
 from ktmoe_np.cli import main
 from ktmoe_np.cli.checkpoint import write_demo_checkpoint
 from ktmoe_np.cli.expert_source import TensorSource
 from ktmoe_np.cli.sample import Expected, draw_sample
 from ktmoe_np.config import MoEConfig
+from ktmoe_np.formats.methods import find_method
+from ktmoe_np.formats.quantized import FORMATS
 from ktmoe_np.inference import BaseMoEWrapper
 from ktmoe_np.io import load_experts, load_hf_config
-from ktmoe_np.io.writer import write_safetensors
+from ktmoe_np.io.safetensors.writer import write_safetensors
 from ktmoe_np.reference import moe_forward
 
 pytestmark = pytest.mark.usefixtures("leave_no_engine")

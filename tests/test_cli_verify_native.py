@@ -16,9 +16,9 @@ from inspected import E, H, I, put_config, write_mixed
 from native_checkpoints import ENCODINGS, LAYER, draw_layer, put_layer
 
 from ktmoe_np import KTMoEWrapper
-from ktmoe_np._native_formats import NATIVE_FORMATS
 from ktmoe_np.cli import expert_source, main, measure
 from ktmoe_np.cli.expert_source import open_layer
+from ktmoe_np.formats.encodings import NATIVE_FORMATS
 from ktmoe_np.inference import BaseMoEWrapper
 from ktmoe_np.reference import decode_gguf
 

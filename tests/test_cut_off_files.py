@@ -18,12 +18,12 @@ from fake_cuda_runs import run as run_with_driver
 from layers import assert_same_bits, run_python
 from numpy.typing import NDArray
 
-import ktmoe_np.io._mapped
+import ktmoe_np.io.mapped
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np.io import SafetensorsCheckpoint, SafetensorsFile, load_experts
-from ktmoe_np.io._mapped import MappedFiles
-from ktmoe_np.io.gguf import GgufCheckpoint
-from ktmoe_np.io.writer import write_safetensors
+from ktmoe_np.io.gguf.experts import GgufCheckpoint
+from ktmoe_np.io.mapped import MappedFiles
+from ktmoe_np.io.safetensors.writer import write_safetensors
 
 E, I, H, P = 3, 32, 64, 2  # noqa: E741
 SIZES: dict[str, Any] = {
@@ -366,4 +366,4 @@ def test_devices_have_no_size(tmp_path: Path) -> None:
 
 
 def test_example() -> None:
-    assert doctest.testmod(ktmoe_np.io._mapped, optionflags=doctest.ELLIPSIS).failed == 0
+    assert doctest.testmod(ktmoe_np.io.mapped, optionflags=doctest.ELLIPSIS).failed == 0

@@ -28,8 +28,8 @@ from quantized_layers import quantized_layer
 
 import ktmoe_np.inference.base
 from ktmoe_np import kt_kernel_ext as ext
-from ktmoe_np._methods import METHODS
 from ktmoe_np.cpuinfer import _MoEBase
+from ktmoe_np.formats.methods import METHODS
 from ktmoe_np.reference import Int8GroupMatrix, pack_int4, pack_int8
 
 AnyArray = Any

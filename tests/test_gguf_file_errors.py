@@ -15,8 +15,8 @@ pytest.importorskip("gguf")
 
 from gguf_checkpoints import LAYER, config_of, draw_layer, raw, raw_key, raw_string, raw_tensor, write
 
-from ktmoe_np.io import _gguf_values
-from ktmoe_np.io.gguf import GgufCheckpoint, gguf_config, gguf_layers, load_gguf
+from ktmoe_np.io.gguf import values as _gguf_values
+from ktmoe_np.io.gguf.experts import GgufCheckpoint, gguf_config, gguf_layers, load_gguf
 
 E, I, H = 3, 32, 64  # noqa: E741
 

@@ -30,13 +30,13 @@ from gguf_checkpoints import (  # noqa: E402
     write,
 )
 
-import ktmoe_np._gguf_formats  # noqa: E402
-import ktmoe_np.io._gguf_checkpoint  # noqa: E402
-import ktmoe_np.io._gguf_config  # noqa: E402
-import ktmoe_np.io.gguf  # noqa: E402
-from ktmoe_np._gguf_formats import GGUF_FORMATS  # noqa: E402
-from ktmoe_np.io._gguf_header import GGUF_TYPES  # noqa: E402
-from ktmoe_np.io.gguf import GgufCheckpoint, GgufExperts, gguf_config, gguf_layers, load_gguf  # noqa: E402
+import ktmoe_np.formats.gguf  # noqa: E402
+import ktmoe_np.io.gguf.checkpoint  # noqa: E402
+import ktmoe_np.io.gguf.config  # noqa: E402
+import ktmoe_np.io.gguf.experts  # noqa: E402
+from ktmoe_np.formats.gguf import GGUF_FORMATS  # noqa: E402
+from ktmoe_np.io.gguf.experts import GgufCheckpoint, GgufExperts, gguf_config, gguf_layers, load_gguf  # noqa: E402
+from ktmoe_np.io.gguf.header import GGUF_TYPES  # noqa: E402
 
 E, I, H = 3, 256, 512  # noqa: E741
 
@@ -55,10 +55,10 @@ SIZES = {
 @pytest.mark.parametrize(
     "module",
     [
-        ktmoe_np._gguf_formats,
-        ktmoe_np.io.gguf,
-        ktmoe_np.io._gguf_checkpoint,
-        ktmoe_np.io._gguf_config,
+        ktmoe_np.formats.gguf,
+        ktmoe_np.io.gguf.experts,
+        ktmoe_np.io.gguf.checkpoint,
+        ktmoe_np.io.gguf.config,
     ],
 )
 def test_doctests(module: Any) -> None:
@@ -333,8 +333,8 @@ def test_routing_weights_that_scale_inputs(tmp_path: Path) -> None:
 
 def test_architectures_are_those_that_gguf_names() -> None:
     names = set(gguf.MODEL_ARCH_NAMES.values())
-    known = {*ktmoe_np.io._gguf_config._ACTIVATIONS, *ktmoe_np.io._gguf_config._UNSUPPORTED}
-    known |= {*ktmoe_np.io._gguf_config._INPUT_SCALED}
+    known = {*ktmoe_np.io.gguf.config._ACTIVATIONS, *ktmoe_np.io.gguf.config._UNSUPPORTED}
+    known |= {*ktmoe_np.io.gguf.config._INPUT_SCALED}
     assert known - names <= {"minimax-m3"}  # younger than gguf 0.19
     without_gate = {
         gguf.MODEL_ARCH_NAMES[architecture]

@@ -16,7 +16,7 @@ pytest.importorskip("gguf")
 
 from gguf_checkpoints import LAYER, config_of, draw_layer, raw, raw_key, write
 
-from ktmoe_np.io.gguf import gguf_config, load_gguf
+from ktmoe_np.io.gguf.experts import gguf_config, load_gguf
 
 Tensors = dict[str, tuple[str, NDArray[Any]]]
 Change = Callable[[Tensors], object]

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ktmoe_np._gptq
+import ktmoe_np.formats.gptq
 import ktmoe_np.reference.native
-from ktmoe_np._gptq import first_not_float16, group_sizes, q4_0_rows
-from ktmoe_np._native_formats import NATIVE_FORMATS
+from ktmoe_np.formats.encodings import NATIVE_FORMATS
+from ktmoe_np.formats.gptq import first_not_float16, group_sizes, q4_0_rows
 from ktmoe_np.reference import decode_gptq_int4, round_bf16
 
 BF16 = ml_dtypes.bfloat16
@@ -43,7 +43,7 @@ def decoded(rows: Any) -> Any:
 
 
 def test_doctests() -> None:
-    for module in (ktmoe_np._gptq, ktmoe_np.reference.native):
+    for module in (ktmoe_np.formats.gptq, ktmoe_np.reference.native):
         assert doctest.testmod(module).failed == 0
 
 

@@ -23,8 +23,9 @@ from layers import (
     run_python,
 )
 
-import ktmoe_np.gpu_experts
-from ktmoe_np import GPUExperts, MoEConfig, _array_library, parse_activation
+import ktmoe_np.gpu.experts
+from ktmoe_np import GPUExperts, MoEConfig, parse_activation
+from ktmoe_np.arrays import library as _array_library
 from ktmoe_np.reference import activate, round_bf16
 
 E, I, H, P = 6, 24, 40, 3  # noqa: E741
@@ -75,7 +76,7 @@ def forward(gpu: GPUExperts, arrays: Arrays, x: Any, ids: Any, weights: Any) -> 
 
 
 def test_doctests() -> None:
-    assert doctest.testmod(ktmoe_np.gpu_experts).failed == 0
+    assert doctest.testmod(ktmoe_np.gpu.experts).failed == 0
 
 
 def test_libraries_are_not_imported() -> None:

@@ -15,7 +15,7 @@ from converted import name_of, run, said
 from inspected import E, H, I, put_config, write_gguf, write_mixed, write_native
 from native_checkpoints import ENCODINGS, LAYER, draw_layer
 
-import ktmoe_np._hf_config
+import ktmoe_np.config.hf
 import ktmoe_np.io.inspect
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np.io import SafetensorsCheckpoint, SafetensorsFile
@@ -36,7 +36,7 @@ def headers_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctests() -> None:
-    for module in (ktmoe_np.io.inspect, ktmoe_np._hf_config):
+    for module in (ktmoe_np.io.inspect, ktmoe_np.config.hf):
         assert doctest.testmod(module).failed == 0
 
 

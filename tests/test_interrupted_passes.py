@@ -13,8 +13,8 @@ import pytest
 from layers import assert_same_bits, draw_batch, draw_layer
 
 from ktmoe_np import DeferralChain, _MoEBase
-from ktmoe_np._pending import PendingPass
-from ktmoe_np.deferral import HostCarry
+from ktmoe_np.passes.deferral import HostCarry
+from ktmoe_np.passes.pending import PendingPass
 
 E, I, H, P, T = 6, 16, 24, 3, 5  # noqa: E741
 

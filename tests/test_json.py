@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import ktmoe_np.io._json
-from ktmoe_np.io._json import naming_file, parse_json, parse_json_object, read_json_object, shown
+import ktmoe_np.io.json_text
+from ktmoe_np.io.json_text import naming_file, parse_json, parse_json_object, read_json_object, shown
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**307), 10**307) | st.floats(allow_nan=False) | st.text(),
@@ -22,7 +22,7 @@ values = st.recursive(
 
 
 def test_doctests() -> None:
-    assert doctest.testmod(ktmoe_np.io._json).failed == 0
+    assert doctest.testmod(ktmoe_np.io.json_text).failed == 0
 
 
 @given(values)

@@ -13,10 +13,11 @@ import pytest
 from gguf_checkpoints import raw, raw_key, raw_string, raw_tensor
 
 from ktmoe_np import KTMoEWrapper
-from ktmoe_np.io import SafetensorsFile, _safetensors_header
-from ktmoe_np.io._gguf_values import GgufCursor
-from ktmoe_np.io.gguf import GgufCheckpoint, gguf_config
+from ktmoe_np.io import SafetensorsFile
+from ktmoe_np.io.gguf.experts import GgufCheckpoint, gguf_config
+from ktmoe_np.io.gguf.values import GgufCursor
 from ktmoe_np.io.inspect import inspect_checkpoint
+from ktmoe_np.io.safetensors import header as _safetensors_header
 
 QWEN3: dict[bytes, int] = {
     b"expert_count": 2,

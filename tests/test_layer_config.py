@@ -14,9 +14,9 @@ from checkpoints import write_checkpoint
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np.config import MoEConfig
 from ktmoe_np.io import SafetensorsCheckpoint, load_experts, load_hf_config
-from ktmoe_np.io._expert_layer import find_layer
 from ktmoe_np.io.inspect import inspect_checkpoint
 from ktmoe_np.io.layer_config import check_fits, layer_config
+from ktmoe_np.io.layouts.layer import find_layer
 from ktmoe_np.models import MoEDecoder
 
 SIZES = {"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64, "moe_intermediate_size": 32}

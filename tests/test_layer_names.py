@@ -11,13 +11,13 @@ from checkpoints import write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-import ktmoe_np.io._layer_names
+import ktmoe_np.io.layouts.layer_names
 from ktmoe_np.io import SafetensorsCheckpoint, load_experts
-from ktmoe_np.io._layer_names import LayerNames
+from ktmoe_np.io.layouts.layer_names import LayerNames
 
 
 def test_doctests() -> None:
-    assert doctest.testmod(ktmoe_np.io._layer_names).failed == 0
+    assert doctest.testmod(ktmoe_np.io.layouts.layer_names).failed == 0
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,9 @@ def test_a_layer_is_found_without_looking_at_the_others(
     write_checkpoint(tmp_path, "qwen3_moe", range(8), E=2, I=4, H=4)
     checkpoint = SafetensorsCheckpoint(tmp_path)
     asked: list[str] = []
-    original = ktmoe_np.io._layer_names._template
+    original = ktmoe_np.io.layouts.layer_names._template
     monkeypatch.setattr(
-        ktmoe_np.io._layer_names, "_template", lambda name: (asked.append(name), original(name))[1]
+        ktmoe_np.io.layouts.layer_names, "_template", lambda name: (asked.append(name), original(name))[1]
     )
     load_experts(checkpoint, 3)
     num_names = 2 * 3 + 2

@@ -63,7 +63,7 @@ from sft_layers import Student, draw_lora
 from ktmoe_np import DeferralChain, KExpertsCPUBuffer, KTMoEWrapper
 from ktmoe_np import kt_kernel_ext as ext
 from ktmoe_np.cpuinfer import _MoEBase
-from ktmoe_np.io._held import Held
+from ktmoe_np.io.shared import Held
 
 E, I, H, P, T = 4, 24, 40, 2, 6
 layer = draw_layer(np.random.default_rng(0), E, I, H)

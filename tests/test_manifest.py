@@ -19,7 +19,7 @@ from layers import run_python
 from limited_files import files_of_at_most
 
 from ktmoe_np.cli import main
-from ktmoe_np.io.manifest import (
+from ktmoe_np.io.converted.manifest import (
     LayerRecord,
     Manifest,
     begin_manifest,
@@ -31,7 +31,7 @@ from ktmoe_np.io.manifest import (
 #: Records layers, one after the other, as many processes at a time do.
 _RECORDER = """
 import sys
-from ktmoe_np.io.manifest import LayerRecord, Manifest, begin_manifest, record_layer
+from ktmoe_np.io.converted.manifest import LayerRecord, Manifest, begin_manifest, record_layer
 sys.stdin.readline()  # all begin together
 directory, first = sys.argv[1], int(sys.argv[2])
 manifest = begin_manifest(directory, Manifest("/source", "AMXINT4", 32), "1")
@@ -182,7 +182,7 @@ def test_the_lock_is_for_all_users(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 #: Begins a conversion in a directory of all users, as two of them one after the other.
 _USERS = """
 import os, shutil, tempfile
-from ktmoe_np.io.manifest import Manifest, begin_manifest
+from ktmoe_np.io.converted.manifest import Manifest, begin_manifest
 directory = tempfile.mkdtemp()
 os.chmod(directory, 0o1777)
 os.umask(0o022)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from ktmoe_np.io import load_hf_config
-from ktmoe_np.io.safetensors import SafetensorsCheckpoint
-from ktmoe_np.io.writer import write_safetensors
+from ktmoe_np.io.safetensors.checkpoint import SafetensorsCheckpoint
+from ktmoe_np.io.safetensors.writer import write_safetensors
 from ktmoe_np.models import (
     EMBEDDED_MODEL,
     EMBEDDED_TEXT,

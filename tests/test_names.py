@@ -12,7 +12,7 @@ import pytest
 
 import ktmoe_np
 from ktmoe_np import AMXSFTMoEWrapper, BaseSFTMoEWrapper, KTMoEWrapper
-from ktmoe_np._methods import METHODS
+from ktmoe_np.formats.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,8 +13,8 @@ from layers import assert_same_bits, bf16, draw_batch, draw_layer
 from native_layers import IN_PLACE, NativeLayer, draw_native_layer
 from native_layers import WITH_SCALES as METHODS
 
-import ktmoe_np._native
-import ktmoe_np._native_formats
+import ktmoe_np.formats.encodings
+import ktmoe_np.layers.native
 from ktmoe_np import KTMoEWrapper
 
 E, I, H = 3, 64, 96  # noqa: E741
@@ -85,7 +85,7 @@ def assert_same_weights(method: str, arguments: dict[str, Any]) -> None:
 
 
 def test_doctests() -> None:
-    for module in (ktmoe_np._native, ktmoe_np._native_formats):
+    for module in (ktmoe_np.layers.native, ktmoe_np.formats.encodings):
         assert doctest.testmod(module).failed == 0
 
 

@@ -17,7 +17,7 @@ from native_checkpoints import ENCODINGS, LAYER, NAMINGS, Layer, config_of, draw
 import ktmoe_np.io.native
 from ktmoe_np.io import SafetensorsCheckpoint
 from ktmoe_np.io.native import NativeExperts, load_native, native_method
-from ktmoe_np.io.writer import write_safetensors as write_aligned
+from ktmoe_np.io.safetensors.writer import write_safetensors as write_aligned
 
 E, I, H = 3, 96, 160  # noqa: E741
 

@@ -13,12 +13,12 @@ from layers import Layer, draw_layer
 from quantized_rows import quantized_bytes
 
 from ktmoe_np import KTMoEWrapper
-from ktmoe_np._formats import FORMATS
-from ktmoe_np._quantized import QuantizedWeights
 from ktmoe_np.config import MoEConfig
+from ktmoe_np.formats.quantized import FORMATS
 from ktmoe_np.io import SafetensorsFile
-from ktmoe_np.io.quantized import check_codes, load_quantized
-from ktmoe_np.io.writer import write_safetensors
+from ktmoe_np.io.converted.layer import check_codes, load_quantized
+from ktmoe_np.io.safetensors.writer import write_safetensors
+from ktmoe_np.layers.quantized import QuantizedWeights
 
 E, I, H, P = 4, 24, 41, 2  # noqa: E741
 NAME = "layer-00012.safetensors"

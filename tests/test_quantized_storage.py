@@ -12,14 +12,14 @@ from checkpoints import write_checkpoint
 from layers import Layer, assert_close, assert_same_bits, bf16, draw_batch, draw_layer
 from quantized_rows import quantized_bytes
 
-import ktmoe_np._formats
-import ktmoe_np._quantized
 import ktmoe_np.cli.quantized
-import ktmoe_np.io.quantized
+import ktmoe_np.formats.quantized
+import ktmoe_np.io.converted.layer
+import ktmoe_np.layers.quantized
 from ktmoe_np import AMXMoEWrapper, GeneralMoEWrapper, KTMoEWrapper
 from ktmoe_np import kt_kernel_ext as ext
-from ktmoe_np._formats import FORMATS
-from ktmoe_np._methods import find_method
+from ktmoe_np.formats.methods import find_method
+from ktmoe_np.formats.quantized import FORMATS
 from ktmoe_np.io import SafetensorsFile
 
 E, I, H, P = 3, 24, 41, 2  # noqa: E741
@@ -309,14 +309,14 @@ def test_files_that_do_not_say_whether_inputs_are_scaled(layer: Layer, tmp_path:
 
 
 def test_examples() -> None:
-    for module in (ktmoe_np._formats, ktmoe_np.io.quantized, ktmoe_np.cli.quantized):
+    for module in (ktmoe_np.formats.quantized, ktmoe_np.io.converted.layer, ktmoe_np.cli.quantized):
         found = doctest.testmod(module)
         assert found.attempted > 0
         assert found.failed == 0
 
 
 def test_examples_of_layers() -> None:
-    assert doctest.testmod(ktmoe_np._quantized).failed == 0
+    assert doctest.testmod(ktmoe_np.layers.quantized).failed == 0
 
 
 def test_default_group_sizes() -> None:

@@ -12,7 +12,7 @@ from layers import AnyArray, Batch, Layer, assert_close, assert_same_bits, bf16,
 
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np.io.inspect import inspect_checkpoint
-from ktmoe_np.io.writer import write_safetensors
+from ktmoe_np.io.safetensors.writer import write_safetensors
 from ktmoe_np.reference import decode_rawint4
 
 E, P, LAYER = 3, 2, 5

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import ktmoe_np.io._regular_file
+import ktmoe_np.io.regular_file
 from ktmoe_np.io import SafetensorsCheckpoint, SafetensorsFile, load_hf_config
-from ktmoe_np.io._regular_file import open_regular, read_regular
-from ktmoe_np.io.gguf import GgufCheckpoint
-from ktmoe_np.io.manifest import read_manifest
+from ktmoe_np.io.converted.manifest import read_manifest
+from ktmoe_np.io.gguf.experts import GgufCheckpoint
+from ktmoe_np.io.regular_file import open_regular, read_regular
 from ktmoe_np.models import load_stop_tokens, load_tokenizer
 from ktmoe_np.sft.adapters import peft_scale
 
@@ -47,7 +47,7 @@ def make(kind: str, path: Path) -> None:
 
 
 def test_doctests() -> None:
-    assert doctest.testmod(ktmoe_np.io._regular_file).failed == 0
+    assert doctest.testmod(ktmoe_np.io.regular_file).failed == 0
 
 
 @pytest.mark.timeout(30)

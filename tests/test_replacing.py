@@ -19,11 +19,11 @@ import pytest
 from layers import run_python
 from limited_files import files_of_at_most
 
-import ktmoe_np.io._replace
+import ktmoe_np.io.replace
 from ktmoe_np.cli.checkpoint import write_demo_checkpoint
 from ktmoe_np.cli.plot import draw_course
 from ktmoe_np.io import SafetensorsFile
-from ktmoe_np.io.writer import remove_leftovers, replace_text, replacing, write_safetensors
+from ktmoe_np.io.safetensors.writer import remove_leftovers, replace_text, replacing, write_safetensors
 
 
 def write_half(path: Path) -> None:
@@ -63,7 +63,7 @@ def test_permissions_are_those_of_a_new_file(tmp_path: Path) -> None:
 _WRITER = """
 import os, sys
 os.getpid = lambda: 1  # as in a container
-from ktmoe_np.io.writer import replacing
+from ktmoe_np.io.safetensors.writer import replacing
 for _ in range(40):
     with replacing(sys.argv[1]) as file:
         for _ in range(32):
@@ -156,7 +156,7 @@ def test_what_is_no_file_is_not_replaced(kind: str, tmp_path: Path) -> None:
 #: Writes half a file, says so, and waits to be killed.
 _KILLED = """
 import sys, time
-from ktmoe_np.io.writer import replacing
+from ktmoe_np.io.safetensors.writer import replacing
 with replacing(sys.argv[1]) as file:
     file.write(b"half")
     file.flush()
@@ -188,7 +188,7 @@ def test_a_file_that_this_process_writes_is_no_leftover(tmp_path: Path) -> None:
 def test_a_file_that_is_taken_for_a_leftover_before_it_is_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    create, made = ktmoe_np.io._replace._new_file, []
+    create, made = ktmoe_np.io.replace._new_file, []
 
     def create_and_lose(name: str, directory: int) -> object:
         file = create(name, directory)
@@ -197,7 +197,7 @@ def test_a_file_that_is_taken_for_a_leftover_before_it_is_locked(
             remove_leftovers(tmp_path)
         return file
 
-    monkeypatch.setattr(ktmoe_np.io._replace, "_new_file", create_and_lose)
+    monkeypatch.setattr(ktmoe_np.io.replace, "_new_file", create_and_lose)
     replace_text(tmp_path / "x", "text")
     assert len(made) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
@@ -232,7 +232,7 @@ def test_leftovers_from_before_there_were_locks(tmp_path: Path) -> None:
 #: Replaces a file in a directory that can be written to and not listed.
 _UNLISTED = """
 import os, shutil, tempfile
-from ktmoe_np.io.writer import replace_text
+from ktmoe_np.io.safetensors.writer import replace_text
 directory = tempfile.mkdtemp()
 root = os.geteuid() == 0
 try:
@@ -305,4 +305,4 @@ def test_errors_of_other_files_keep_their_names(tmp_path: Path) -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(ktmoe_np.io._replace).failed == 0
+    assert doctest.testmod(ktmoe_np.io.replace).failed == 0

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import ktmoe_np.io.safetensors
+import ktmoe_np.io.safetensors.checkpoint
 from ktmoe_np.io import SafetensorsFile
 
 AnyArray = NDArray[Any]
@@ -42,7 +42,12 @@ DTYPES = {
 
 
 def test_doctests() -> None:
-    assert doctest.testmod(ktmoe_np.io.safetensors, optionflags=doctest.IGNORE_EXCEPTION_DETAIL).failed == 0
+    assert (
+        doctest.testmod(
+            ktmoe_np.io.safetensors.checkpoint, optionflags=doctest.IGNORE_EXCEPTION_DETAIL
+        ).failed
+        == 0
+    )
 
 
 def same_bytes(a: AnyArray, b: AnyArray) -> bool:

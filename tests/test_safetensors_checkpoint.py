@@ -17,7 +17,8 @@ from checkpoints import write_checkpoint, write_safetensors
 from numpy.typing import NDArray
 
 from ktmoe_np import KTMoEWrapper
-from ktmoe_np.io import SafetensorsCheckpoint, SafetensorsFile, load_hf_config, safetensors
+from ktmoe_np.io import SafetensorsCheckpoint, SafetensorsFile, load_hf_config
+from ktmoe_np.io.safetensors import checkpoint as safetensors
 
 AnyArray = NDArray[Any]
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import ktmoe_np.io.writer
+import ktmoe_np.io.safetensors.writer
 from ktmoe_np.io import SafetensorsFile
-from ktmoe_np.io.writer import write_safetensors
+from ktmoe_np.io.safetensors.writer import write_safetensors
 
 
 def test_writer_aligns(tmp_path: Path) -> None:
@@ -44,4 +44,4 @@ def test_others_read_what_is_written(tmp_path: Path) -> None:
 
 
 def test_example() -> None:
-    assert doctest.testmod(ktmoe_np.io.writer).failed == 0
+    assert doctest.testmod(ktmoe_np.io.safetensors.writer).failed == 0

@@ -13,7 +13,7 @@ from layers import assert_same_bits, bf16
 from sft_layers import Student, draw_student, draw_training
 
 from ktmoe_np.io import SafetensorsFile
-from ktmoe_np.io.writer import write_safetensors
+from ktmoe_np.io.safetensors.writer import write_safetensors
 from ktmoe_np.sft import export_peft, import_peft, peft_scale
 from ktmoe_np.sft.peft_families import REFUSED
 

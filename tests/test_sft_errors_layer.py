@@ -11,7 +11,7 @@ from layers import Batch, assert_same_bits, bf16
 from sft_layers import Student, draw_student, draw_training
 
 from ktmoe_np import KTMoEWrapper
-from ktmoe_np._arrays import as_numpy
+from ktmoe_np.arrays.checks import as_numpy
 
 AnyArray = Any
 Error = type[BaseException]

@@ -30,7 +30,7 @@ from sft_layers import (
 )
 
 from ktmoe_np import SFTGradients
-from ktmoe_np._methods import find_method
+from ktmoe_np.formats.methods import find_method
 
 AnyArray = Any
 

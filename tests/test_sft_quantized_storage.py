@@ -15,8 +15,8 @@ from quantized_rows import quantized_bytes
 from sft_layers import Step, Student, assert_same_steps, by_name, draw_student, draw_training, train
 
 from ktmoe_np import KTMoEWrapper, SFTGradients
-from ktmoe_np._methods import METHODS as TABLE
-from ktmoe_np._methods import find_method
+from ktmoe_np.formats.methods import METHODS as TABLE
+from ktmoe_np.formats.methods import find_method
 
 AnyArray = Any
 

@@ -6,9 +6,9 @@ from . import config, reference
 from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import ActivationSpec, MoEConfig, parse_activation
 from .cpuinfer import _MoEBase
-from .deferral import DeferralChain
 from .experts import KTMoEWrapper
-from .gpu_experts import GPUExperts
+from .gpu.experts import GPUExperts
+from .gpu.masks import generate_gpu_experts_masks
 from .inference import (
     AMXMoEWrapper,
     BaseMoEWrapper,
@@ -17,7 +17,7 @@ from .inference import (
     NativeMoEWrapper,
 )
 from .kt_kernel_ext import isa_info
-from .masks import generate_gpu_experts_masks
+from .passes.deferral import DeferralChain
 from .sft import (
     AMXSFTMoEWrapper,
     BaseSFTMoEWrapper,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import kt_kernel_ext as ext
-from ._arrays import Array, bfloat16
+from .arrays.checks import Array, bfloat16
 
 __all__ = ["BufferSlot", "Claims", "KExpertsCPUBuffer", "KExpertsSFTBuffer", "MatrixSet", "SFTBufferSlot"]
 

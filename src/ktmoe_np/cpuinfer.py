@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from . import kt_kernel_ext as ext
-from ._arrays import at_least
+from .arrays.checks import at_least
 from .buffers import KExpertsCPUBuffer
-from .deferral import SharedChain
+from .passes.deferral import SharedChain
 
 __all__ = ["_MoEBase"]
 

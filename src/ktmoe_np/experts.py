@@ -7,18 +7,18 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
-from ._arrays import Array
-from ._methods import Method, find_method, training_name
+from .arrays.checks import Array
 from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import MoEConfig, parse_activation
-from .deferral import DeferralChain
+from .formats.methods import Method, find_method, training_name
 from .inference.base import BaseMoEWrapper
 from .io import SafetensorsCheckpoint
-from .io._json import naming_file
-from .io.gguf import is_gguf
+from .io.converted.manifest import manifest_path, read_manifest
+from .io.gguf.experts import is_gguf
+from .io.json_text import naming_file
 from .io.layer_config import check_fits, layer_config
-from .io.manifest import manifest_path, read_manifest
 from .io.native import native_group_size, native_method
+from .passes.deferral import DeferralChain
 from .sft.base import BaseSFTMoEWrapper
 from .sft.options import SFTOptions, refuse_options
 

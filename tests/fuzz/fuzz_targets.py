@@ -15,14 +15,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from ktmoe_np.io._native_layer import find_forms
+from ktmoe_np.io.converted.manifest import read_manifest
 from ktmoe_np.io.experts import expert_layers, load_experts
-from ktmoe_np.io.gguf import GgufCheckpoint, gguf_config, gguf_layers, load_gguf
+from ktmoe_np.io.gguf.experts import GgufCheckpoint, gguf_config, gguf_layers, load_gguf
 from ktmoe_np.io.inspect import inspect_checkpoint
 from ktmoe_np.io.layer_config import check_fits, layer_config
-from ktmoe_np.io.manifest import read_manifest
-from ktmoe_np.io.safetensors import SafetensorsCheckpoint, SafetensorsFile
-from ktmoe_np.io.writer import write_safetensors
+from ktmoe_np.io.layouts.native_layer import find_forms
+from ktmoe_np.io.safetensors.checkpoint import SafetensorsCheckpoint, SafetensorsFile
+from ktmoe_np.io.safetensors.writer import write_safetensors
 from ktmoe_np.models.config import DecoderConfig
 from ktmoe_np.models.tokenizer import load_stop_tokens
 

@@ -11,8 +11,8 @@ import pytest
 from fuzz_mutations import mutate
 from fuzz_targets import TARGETS, make_target
 
+from ktmoe_np.io.converted.manifest import read_manifest
 from ktmoe_np.io.inspect import inspect_checkpoint
-from ktmoe_np.io.manifest import read_manifest
 from ktmoe_np.models.config import DecoderConfig
 
 CORPUS = sorted(path for path in Path(__file__).with_name("corpus").glob("*/*") if path.is_file())

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .._arrays import Array
+from ..arrays.checks import Array
 
 __all__ = ["Adam"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .._arrays import Array
-from ..io.writer import replace_text, write_safetensors
+from ..arrays.checks import Array
+from ..io.safetensors.writer import replace_text, write_safetensors
 
 __all__ = ["CONFIG", "NUM_LAYERS", "write_demo_checkpoint"]
 

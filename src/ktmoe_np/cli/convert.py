@@ -11,17 +11,12 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from .._arrays import Array
-from .._formats import FORMATS, QuantizedFormat
-from .._quantize import quantize_projection
+from ..arrays.checks import Array
 from ..config import MoEConfig
 from ..cpuinfer import _MoEBase
+from ..formats.quantized import FORMATS, QuantizedFormat
 from ..io import SafetensorsCheckpoint, expert_layers, load_experts, load_hf_config
-from ..io._json import MAX_JSON_BYTES
-from ..io._regular_file import read_regular
-from ..io.layer_config import hf_layer_config
-from ..io.manifest import LayerRecord, Manifest, begin_manifest, record_layer
-from ..io.quantized import (
+from ..io.converted.layer import (
     QuantizedExperts,
     check_codes,
     layer_path,
@@ -30,8 +25,13 @@ from ..io.quantized import (
     quantized_layers,
     save_quantized,
 )
-from ..io.safetensors import hf_config_path
-from ..io.writer import remove_leftovers, replacing
+from ..io.converted.manifest import LayerRecord, Manifest, begin_manifest, record_layer
+from ..io.json_text import MAX_JSON_BYTES
+from ..io.layer_config import hf_layer_config
+from ..io.regular_file import read_regular
+from ..io.safetensors.checkpoint import hf_config_path
+from ..io.safetensors.writer import remove_leftovers, replacing
+from ..layers.quantize_task import quantize_projection
 from .progress import Progress
 from .quantized import (
     LayerRow,

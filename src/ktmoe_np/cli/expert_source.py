@@ -9,17 +9,17 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .._arrays import Array
-from .._formats import FORMATS, QuantizedFormat
-from .._methods import find_method
-from .._native_formats import NATIVE_FORMATS
+from ..arrays.checks import Array
 from ..config import MoEConfig
+from ..formats.encodings import NATIVE_FORMATS
+from ..formats.methods import find_method
+from ..formats.quantized import FORMATS, QuantizedFormat
 from ..io import ExpertTensors, SafetensorsCheckpoint, load_experts
-from ..io._expert_layer import layers_with
-from ..io._mapped import MappedFiles
-from ..io.gguf import GgufCheckpoint, GgufExperts, gguf_config, gguf_layers, is_gguf, load_gguf
+from ..io.gguf.experts import GgufCheckpoint, GgufExperts, gguf_config, gguf_layers, is_gguf, load_gguf
 from ..io.inspect import known_templates
 from ..io.layer_config import layer_config
+from ..io.layouts.layer import layers_with
+from ..io.mapped import MappedFiles
 from ..io.native import NativeExperts, load_native, native_method
 from ..reference import (
     decode_fp8,

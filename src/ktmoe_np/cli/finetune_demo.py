@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import Array, bfloat16
+from ..arrays.checks import Array, bfloat16
 from ..experts import KTMoEWrapper
 from ..reference import LoraWeights, moe_backward, moe_forward_sft
 from ..sft.gradients import lora_shapes

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from .. import kt_kernel_ext as ext
-from .._arrays import Array
+from ..arrays.checks import Array
 from ..experts import KTMoEWrapper
 from ..inference import BaseMoEWrapper
 from .sample import Batch, Sample, draw_batch, draw_routings, draw_sample

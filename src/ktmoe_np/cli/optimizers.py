@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .._arrays import Array
+from ..arrays.checks import Array
 from .adam import Adam
 
 __all__ = ["Optimizer", "make_optimizer"]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..io.writer import replacing
+from ..io.safetensors.writer import replacing
 from .progress import EXTRA_HINT
 from .table import Row, counted
 from .terminal import one_line

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from .._formats import QuantizedFormat
-from .._methods import METHODS, Method, find_method
 from ..config import MoEConfig
+from ..formats.methods import METHODS, Method, find_method
+from ..formats.quantized import QuantizedFormat
 from ..io import ExpertTensors
-from ..io._mapped import MappedFiles
-from ..io._regular_file import open_regular
-from ..io.quantized import QuantizedExperts, projection_sizes
+from ..io.converted.layer import QuantizedExperts, projection_sizes
+from ..io.mapped import MappedFiles
+from ..io.regular_file import open_regular
 from .table import counted, wrap
 
 __all__ = [

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from .._arrays import Array
+from ..arrays.checks import Array
 from ..config import MoEConfig
 from ..reference import assert_within, error_bound, moe_forward
 from .expert_source import ExpertSource

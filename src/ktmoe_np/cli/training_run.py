@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .._arrays import Array
-from .._methods import find_method, main_name
-from ..io.writer import remove_leftovers
+from ..arrays.checks import Array
+from ..formats.methods import find_method, main_name
+from ..io.safetensors.writer import remove_leftovers
 from ..models import MoEDecoder, Tokenizer, bits_per_token, generate, load_stop_tokens, loss_and_gradients
 from ..sft.adapters import export_peft
 from .interrupts import Interrupts

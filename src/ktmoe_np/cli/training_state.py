@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .._arrays import Array, described
+from ..arrays.checks import Array, described
 from ..io import SafetensorsFile
-from ..io._json import MAX_JSON_BYTES, parse_json_object
-from ..io._regular_file import open_regular, read_regular
-from ..io.writer import replace_text, write_safetensors
+from ..io.json_text import MAX_JSON_BYTES, parse_json_object
+from ..io.regular_file import open_regular, read_regular
+from ..io.safetensors.writer import replace_text, write_safetensors
 
 __all__ = ["Course", "fingerprint", "is_leftover", "read_state", "state_path", "write_csv", "write_state"]
 
@@ -54,7 +54,7 @@ def state_path(directory: Path) -> Path:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file is what a killed process had not yet given its name; see `ktmoe_np.io.writer`."""
+    """Whether a killed process had not yet given a file its name; see `ktmoe_np.io.replace`."""
     return path.name.startswith(".") and path.suffix == ".part"
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..experts import KTMoEWrapper
 from ..inference import BaseMoEWrapper
-from ..io.gguf import is_gguf
-from ..io.manifest import manifest_path
+from ..io.converted.manifest import manifest_path
+from ..io.gguf.experts import is_gguf
 from . import verify_quantized
 from .expert_source import open_layer
 from .machine import busy_note

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .._formats import FORMATS, QuantizedFormat
 from ..config import MoEConfig
+from ..formats.quantized import FORMATS, QuantizedFormat
 from ..io import SafetensorsCheckpoint, load_experts, load_hf_config
+from ..io.converted.layer import QuantizedExperts, check_codes, layer_path, load_quantized, quantized_layers
+from ..io.converted.manifest import LayerRecord, Manifest, manifest_path, read_manifest
 from ..io.layer_config import hf_layer_config
-from ..io.manifest import LayerRecord, Manifest, manifest_path, read_manifest
-from ..io.quantized import QuantizedExperts, check_codes, layer_path, load_quantized, quantized_layers
 from .progress import Progress
 from .quantized import (
     LayerRow,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .._quantized import QuantizedWeights
+from ..layers.quantized import QuantizedWeights
 from .base import BaseMoEWrapper
 
 __all__ = ["AMXMoEWrapper"]

@@ -6,18 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import kt_kernel_ext as ext
-from .._arrays import Array, at_least
-from .._batch import Batch
-from .._device import stream_handle
-from .._methods import Method
-from .._pending import BegunPass, PendingPass
+from ..arrays.checks import Array, at_least
+from ..arrays.device import stream_handle
 from ..config import MoEConfig
-from ..deferral import DeferralChain
-from ..layer import MoELayer
+from ..formats.methods import Method
+from ..layers.base import MoELayer
+from ..passes.batch import Batch
+from ..passes.deferral import DeferralChain
+from ..passes.host import LayerRunner
+from ..passes.pending import BegunPass, PendingPass
+from ..passes.stream import Stream
+from ..passes.stream_runner import StreamBatch, StreamRunner, drain
 from .expert_buffers import ExpertBuffers
-from .runner import LayerRunner
-from .stream import Stream
-from .stream_runner import StreamBatch, StreamRunner, drain
 
 __all__ = ["BaseMoEWrapper"]
 

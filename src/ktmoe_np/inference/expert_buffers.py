@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from .. import kt_kernel_ext as ext
-from .._arrays import integer
-from .._pending import BegunPass, PendingPass
+from ..arrays.checks import integer
+from ..passes.pending import BegunPass, PendingPass
 
 __all__ = ["ExpertBuffers"]
 

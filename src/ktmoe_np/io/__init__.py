@@ -1,7 +1,7 @@
 """Checkpoints: readers that map files into memory, and the finders of a layer's experts in them."""
 
 from .experts import ExpertTensors, expert_layers, load_experts
-from .safetensors import SafetensorsCheckpoint, SafetensorsFile, TensorInfo, load_hf_config
+from .safetensors.checkpoint import SafetensorsCheckpoint, SafetensorsFile, TensorInfo, load_hf_config
 
 __all__ = [
     "ExpertTensors",

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import MoEConfig
-from ._expert_layer import ExpertLayer, expert_layers, find_layer
-from ._namings import Naming
-from .safetensors import SafetensorsCheckpoint
+from .layouts.layer import ExpertLayer, expert_layers, find_layer
+from .layouts.name_patterns import Naming
+from .safetensors.checkpoint import SafetensorsCheckpoint
 
 __all__ = ["ExpertTensors", "expert_layers", "find_experts", "load_experts"]
 
@@ -59,7 +59,7 @@ def load_experts(
     layer_idx: int,
     config: MoEConfig | None = None,
 ) -> ExpertTensors:
-    """Find the experts of a layer, whatever the checkpoint calls them (`ktmoe_np.io._namings`).
+    """Find the experts of a layer, whatever the checkpoint calls them (`ktmoe_np.io.layouts.name_patterns`).
 
     Parameters
     ----------

@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._formats import FORMATS
-from .._hf_config import read_hf_model
-from .._methods import Method, find_method
 from ..config import MoEConfig
-from ._expert_layer import layers_with, speaks_of_experts
-from ._json import naming_file
-from ._namings import NAMINGS
-from ._native_layer import find_forms
-from ._native_namings import FORMS
+from ..config.hf import read_hf_model
+from ..formats.methods import Method, find_method
+from ..formats.quantized import FORMATS
+from .converted.layer import find_quantized, open_quantized, projection_sizes, quantized_layers
+from .converted.manifest import manifest_path, read_manifest
 from .experts import find_experts
-from .gguf import GgufCheckpoint, gguf_config, gguf_layers, is_gguf, load_gguf
+from .gguf.experts import GgufCheckpoint, gguf_config, gguf_layers, is_gguf, load_gguf
+from .json_text import naming_file
 from .layer_config import hf_layer_config
-from .manifest import manifest_path, read_manifest
-from .quantized import find_quantized, open_quantized, projection_sizes, quantized_layers
-from .safetensors import SafetensorsCheckpoint, load_hf_config
+from .layouts.encodings import FORMS
+from .layouts.layer import layers_with, speaks_of_experts
+from .layouts.name_patterns import NAMINGS
+from .layouts.native_layer import find_forms
+from .safetensors.checkpoint import SafetensorsCheckpoint, load_hf_config
 
 __all__ = ["CheckpointReport", "LayerReport", "inspect_checkpoint", "known_templates"]
 
@@ -125,7 +125,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
     --------
     >>> import json, pathlib, tempfile
     >>> import ml_dtypes, numpy as np
-    >>> from ktmoe_np.io.writer import write_safetensors
+    >>> from ktmoe_np.io.safetensors.writer import write_safetensors
     >>> path = pathlib.Path(tempfile.mkdtemp())
     >>> config = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 1, "hidden_size": 8,
     ...           "moe_intermediate_size": 8, "num_hidden_layers": 2}

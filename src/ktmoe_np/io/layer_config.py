@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import MoEConfig
-from ._gguf_checkpoint import GgufCheckpoint, is_gguf
-from ._gguf_config import gguf_config
-from ._json import naming_file
-from .safetensors import checkpoint_files, hf_config_path, load_hf_config
+from .gguf.checkpoint import GgufCheckpoint, is_gguf
+from .gguf.config import gguf_config
+from .json_text import naming_file
+from .safetensors.checkpoint import checkpoint_files, hf_config_path, load_hf_config
 
 __all__ = ["check_fits", "hf_layer_config", "layer_config"]
 

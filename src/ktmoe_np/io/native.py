@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import MoEConfig
-from ._encoding import Part, Sizes
-from ._expert_layer import aligned
-from ._native_layer import Form, find_forms, no_form
-from ._native_namings import METHODS
-from .safetensors import SafetensorsCheckpoint
+from .layouts.encoding import Part, Sizes
+from .layouts.encodings import METHODS
+from .layouts.layer import aligned
+from .layouts.native_layer import Form, find_forms, no_form
+from .safetensors.checkpoint import SafetensorsCheckpoint
 
 __all__ = ["NativeExperts", "NativeProjection", "load_native", "native_group_size", "native_method"]
 
@@ -71,7 +71,7 @@ def native_method(checkpoint: SafetensorsCheckpoint | str | os.PathLike[str], la
     Examples
     --------
     >>> import tempfile, pathlib
-    >>> from ktmoe_np.io.writer import write_safetensors
+    >>> from ktmoe_np.io.safetensors.writer import write_safetensors
     >>> path = pathlib.Path(tempfile.mkdtemp(), "model.safetensors")
     >>> stem = "model.layers.0.mlp.experts.0.down_proj"
     >>> codes, scale = np.zeros((128, 64), np.uint8), np.zeros((128, 4), np.uint8)
@@ -132,7 +132,7 @@ def load_native(
     Examples
     --------
     >>> import tempfile, pathlib
-    >>> from ktmoe_np.io.writer import write_safetensors
+    >>> from ktmoe_np.io.safetensors.writer import write_safetensors
     >>> tensors = {}
     >>> for name, shape in {"gate_proj": (160, 64), "up_proj": (160, 64), "down_proj": (64, 160)}.items():
     ...     stem = f"model.layers.0.mlp.experts.0.{name}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import kt_kernel_ext as ext
 from ..config import MoEConfig
-from ..layer import MoELayer
+from ..layers.base import MoELayer
 from ..sft.base import BaseSFTMoEWrapper
 
 __all__ = ["Array", "adapter", "called", "checked"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import MoEConfig
-from ..io._json import naming_file
-from ..io.safetensors import hf_config_path, load_hf_config
+from ..io.json_text import naming_file
+from ..io.safetensors.checkpoint import hf_config_path, load_hf_config
 
 __all__ = ["DecoderConfig"]
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._methods import training_name
 from ..experts import KTMoEWrapper
+from ..formats.methods import training_name
 from ..inference.base import BaseMoEWrapper
-from ..io.safetensors import SafetensorsCheckpoint
+from ..io.safetensors.checkpoint import SafetensorsCheckpoint
 from ..sft.adapters import import_peft, peft_scale
 from ..sft.base import BaseSFTMoEWrapper
 from ..sft.gradients import SFTGradients

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..inference.base import BaseMoEWrapper
-from ..io.safetensors import SafetensorsCheckpoint
+from ..io.safetensors.checkpoint import SafetensorsCheckpoint
 from ..sft.base import BaseSFTMoEWrapper
 from ._arithmetic import Floats
 from .attention import Attention

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..io._json import MAX_JSON_BYTES, parse_json_object, read_json_object, shown
-from ..io._regular_file import read_regular
+from ..io.json_text import MAX_JSON_BYTES, parse_json_object, read_json_object, shown
+from ..io.regular_file import read_regular
 
 __all__ = ["Tokenizer", "load_stop_tokens", "load_tokenizer"]
 

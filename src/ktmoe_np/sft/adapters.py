@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._arrays import Array
+from ..arrays.checks import Array
 from ..io import SafetensorsFile
-from ..io._json import read_json_object, shown
-from ..io.writer import replace_text, write_safetensors
+from ..io.json_text import read_json_object, shown
+from ..io.safetensors.writer import replace_text, write_safetensors
 from .gradients import lora_shapes
 from .peft_families import LOADED, PeftNames, peft_names
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from .. import kt_kernel_ext as ext
-from .._arrays import Array, at_least, num_tokens
-from .._batch import Batch
-from .._methods import Method
-from .._pending import BegunPass, PendingPass
+from ..arrays.checks import Array, at_least, num_tokens
 from ..buffers import Claim
 from ..config import MoEConfig
+from ..formats.methods import Method
+from ..passes.batch import Batch
+from ..passes.pending import BegunPass, PendingPass
 from .gradients import SFTGradients, lora_shapes, projection_shapes
 from .lora import LoraLayer
 from .options import SFTOptions

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from .._arrays import Array
+from ..arrays.checks import Array
 from ..config import MoEConfig
 
 __all__ = ["LORA_NAMES", "PROJECTION_NAMES", "SFTGradients", "lora_shapes", "projection_shapes"]

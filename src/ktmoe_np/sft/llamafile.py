@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .._gguf import GgufWeights
+from ..layers.gguf import GgufWeights
 from .amx import AMXSFTMoEWrapper
 
 __all__ = ["LlamafileSFTMoEWrapper"]

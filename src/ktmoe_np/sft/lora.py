@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from .. import kt_kernel_ext as ext
-from .._arrays import Array, as_numpy, bfloat16
-from .._methods import Method
+from ..arrays.checks import Array, as_numpy, bfloat16
 from ..config import MoEConfig
-from ..layer import MoELayer
+from ..formats.methods import Method
+from ..layers.base import MoELayer
 from .adapters import load_lora_weights, save_lora_weights
 from .gradients import LORA_NAMES, lora_shapes
 from .options import SFTOptions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .._native import NativeWeights
+from ..layers.native import NativeWeights
 from .amx import AMXSFTMoEWrapper
 
 __all__ = ["NativeSFTMoEWrapper"]

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .._arrays import at_least, bfloat16
-from .._methods import Method
+from ..arrays.checks import at_least, bfloat16
+from ..formats.methods import Method
 
 __all__ = ["SFTOptions"]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..io import load_hf_config
-from ..io.gguf import is_gguf
+from ..io.gguf.experts import is_gguf
 
 if TYPE_CHECKING:
     from .lora import LoraLayer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .._quantized import QuantizedWeights
+from ..layers.quantized import QuantizedWeights
 from .amx import AMXSFTMoEWrapper
 
 __all__ = ["QuantizedSFTMoEWrapper"]

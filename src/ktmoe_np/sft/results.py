@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._arrays import Array, bfloat16
+from ..arrays.checks import Array, bfloat16
 from ..buffers import Claim, KExpertsSFTBuffer, SFTBufferSlot
 
 if TYPE_CHECKING:

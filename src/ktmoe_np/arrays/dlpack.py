@@ -1,0 +1,59 @@
+"""Arrays of JAX on a GPU, by DLPack: what is ready when, two streams agree on.
+
+JAX runs its programs in a stream of its own, which nobody else sees. When it exports an array, the stream
+that it is told waits for the array; when it imports one, it asks the exporter for the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from .. import kt_kernel_ext as ext
+
+__all__ = ["exported", "handed_over", "is_of_jax", "is_on_cuda", "made_like"]
+
+#: DLPack's number of CUDA devices, and what it calls the default stream.
+_CUDA, _DEFAULT_STREAM = 2, 1
+
+
+def is_on_cuda(value: Any) -> bool:
+    """Whether an array says by DLPack that it is on a CUDA device."""
+    return hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) == _CUDA
+
+
+def is_of_jax(value: Any) -> bool:
+    """Whether it is an array of JAX."""
+    return type(value).__module__.partition(".")[0] in ("jax", "jaxlib")
+
+
+def exported(value: Any, stream: int) -> tuple[int, str, tuple[int, ...], bool, object]:
+    """Address, dtype, shape, whether it has no gaps, and what holds the memory. The stream waits for it."""
+    return ext.cuda.exported_array(value.__dlpack__(stream=stream or _DEFAULT_STREAM))
+
+
+def made_like(value: Any) -> Any:
+    """A new array of JAX, which nobody but the caller knows: to be written to, then handed over."""
+    array = sys.modules["jax"].numpy.empty_like(value)
+    return array.block_until_ready()
+
+
+def handed_over(array: Any, stream: int) -> Any:
+    """An array of JAX that is ready when a stream has come to this point."""
+    return sys.modules["jax"].dlpack.from_dlpack(_WrittenIn(array, stream))
+
+
+class _WrittenIn:
+    """An array that a stream writes to, as DLPack exports one."""
+
+    def __init__(self, array: Any, stream: int) -> None:
+        self._array, self._stream = array, stream
+
+    def __dlpack_device__(self) -> Any:
+        return self._array.__dlpack_device__()
+
+    def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
+        if stream != -1:  # which stands for: do not wait
+            waiting = 0 if stream in (None, _DEFAULT_STREAM) else int(stream or 0)
+            ext.cuda.wait(waiting, self._stream)
+        return self._array.__dlpack__(**options)

@@ -1,0 +1,150 @@
+"""Arrays of NumPy, CuPy, JAX or torch: what each of them does under a name, or in a way, of its own.
+
+What all have under one name is taken from `ArrayLibrary.xp`. Nothing is read back from a device or copied to
+one but by `ArrayLibrary.beside`, so that calls go into CUDA graphs and programs of JAX.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from ..reference.activation import erfc
+from .checks import Array, bfloat16
+
+__all__ = ["ArrayLibrary", "dtype_name", "library_of"]
+
+
+class ArrayLibrary:
+    """NumPy, and what the others have in common with it.
+
+    Parameters
+    ----------
+    xp : module
+        The namespace.
+    """
+
+    name = "NumPy"
+
+    def __init__(self, xp: Any) -> None:
+        self.xp = xp
+
+    def beside(self, constant: Array, other: Any) -> Any:
+        """An array of NumPy as one that lies where the other does."""
+        return constant
+
+    def integers(self, x: Any) -> Any:
+        """Integers that may be compared with int32."""
+        return x
+
+    def float32(self, x: Any) -> Any:
+        """The array in float32."""
+        return x.astype(np.float32)
+
+    def round_bf16(self, x: Any) -> Any:
+        """A float32 array in bfloat16, to nearest with ties to even."""
+        return x.astype(bfloat16)
+
+    def filled(self, x: Any, where: Any, value: float) -> Any:
+        """The array with a number where a mask is set; both are broadcast."""
+        return self.xp.where(where, value, x)
+
+    def product(self, x: Any, w: Any) -> Any:
+        """X w^T in float32 for every matrix: bfloat16 [1 or G, T, K] and [G, N, K] to [G, T, N]."""
+        return self.xp.matmul(self.float32(x), self.float32(w).swapaxes(-1, -2))
+
+    def erfc(self, x: Any) -> Any:
+        """1 - erf(x), without cancelling."""
+        return np.asarray(erfc(x), np.float32)
+
+
+class _Cupy(ArrayLibrary):
+    # Products are those of float32: in bfloat16 they would also come out in it.
+    name = "CuPy"
+
+    def beside(self, constant: Array, other: Any) -> Any:
+        with other.device:
+            return self.xp.asarray(constant)
+
+    def erfc(self, x: Any) -> Any:
+        return self.xp.ElementwiseKernel("float32 x", "float32 y", "y = erfcf(x)", "ktmoe_erfc")(x)
+
+
+class _Jax(ArrayLibrary):
+    name = "JAX"
+
+    def beside(self, constant: Array, other: Any) -> Any:
+        return self.xp.asarray(constant)
+
+    def round_bf16(self, x: Any) -> Any:
+        # A program may leave out a conversion that is undone by the next; it may not leave out this.
+        rounded = sys.modules["jax"].lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        return rounded.astype(bfloat16)
+
+    def product(self, x: Any, w: Any) -> Any:
+        return self.xp.matmul(x, w.swapaxes(-1, -2), preferred_element_type=np.float32)
+
+    def erfc(self, x: Any) -> Any:
+        return sys.modules["jax"].lax.erfc(x)
+
+
+class _Torch(ArrayLibrary):
+    name = "torch"
+
+    def beside(self, constant: Array, other: Any) -> Any:
+        return self.xp.from_numpy(constant).to(other.device)
+
+    def integers(self, x: Any) -> Any:
+        return x.to(self.xp.int64)
+
+    def float32(self, x: Any) -> Any:
+        return x.to(self.xp.float32)
+
+    def round_bf16(self, x: Any) -> Any:
+        return x.to(self.xp.bfloat16)
+
+    def filled(self, x: Any, where: Any, value: float) -> Any:
+        return x.masked_fill(where, value)  # torch.where would copy the number to the device
+
+    def product(self, x: Any, w: Any) -> Any:
+        if not self._has_mixed_product(w):
+            return super().product(x, w)
+        return self.xp.bmm(x.expand(len(w), -1, -1), w.swapaxes(-1, -2), out_dtype=self.xp.float32)
+
+    def _has_mixed_product(self, w: Any) -> bool:
+        """Whether torch multiplies bfloat16 to float32 there."""
+        torch = self.xp
+        return bool(w.is_cuda and torch.version.cuda and "dtype" in torch.ops.aten.bmm.overloads())
+
+    def erfc(self, x: Any) -> Any:
+        return self.xp.erfc(x)
+
+
+#: Module, the name of its arrays' class, the namespace in it, and the library.
+_LIBRARIES: tuple[tuple[str, str, str, type[ArrayLibrary]], ...] = (
+    ("numpy", "ndarray", "numpy", ArrayLibrary),
+    ("torch", "Tensor", "torch", _Torch),
+    ("jax", "Array", "jax.numpy", _Jax),
+    ("cupy", "ndarray", "cupy", _Cupy),
+)
+
+
+def library_of(value: Any, name: str) -> ArrayLibrary:
+    """The library that an array is of, among those that the caller has imported.
+
+    Raises
+    ------
+    TypeError
+        An array of none of them.
+    """
+    for module, kind, namespace, library in _LIBRARIES:
+        if module in sys.modules and isinstance(value, getattr(sys.modules[module], kind)):
+            return library(sys.modules[namespace])
+    raise TypeError(f"{name}: got {type(value).__name__}, expected an array of NumPy, CuPy, JAX or torch")
+
+
+def dtype_name(value: Any) -> str:
+    """The name of an array's dtype, the same in all libraries."""
+    return str(value.dtype).removeprefix("torch.")

@@ -1,0 +1,114 @@
+"""The encodings of quantised weights: the bytes of a row, what they may not be, and the numbers in them.
+
+`ktmoe_np.reference.packing` lays the bytes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..reference import QuantizedMatrix, dequantize, quantize_int4, quantize_int8, unpack_int4, unpack_int8
+
+__all__ = ["FORMATS", "QuantizedFormat"]
+
+
+@dataclass(frozen=True)
+class QuantizedFormat:
+    """One way to encode rows of weights as integers and scales."""
+
+    name: str
+    bits: int  #: of a code: 4 or 8
+    group_size: int | None  #: columns that share a scale inside the row; None: the row has one scale
+
+    @property
+    def has_row_scale(self) -> bool:
+        """Whether a float32 for every row is held apart from the rows."""
+        return self.bits == 4 or self.group_size is None
+
+    def row_bytes(self, num_columns: int) -> int:
+        """Count the bytes of a row of so many weights.
+
+        Examples
+        --------
+        >>> [FORMATS[name].row_bytes(48) for name in ("int8", "int8_group32", "int4_group32")]
+        [48, 56, 26]
+        """
+        size = -(-num_columns * self.bits // 8)
+        if self.group_size is None:
+            return size
+        return size + -(-num_columns // self.group_size) * (1 if self.bits == 4 else 4)
+
+    def unpack(
+        self, codes: NDArray[np.uint8], row_scale: NDArray[np.float32] | None, num_columns: int
+    ) -> QuantizedMatrix:
+        """Take rows [..., N, row_bytes] apart."""
+        if self.group_size is None:
+            assert row_scale is not None
+            return unpack_int8(codes, row_scale, num_columns)
+        if self.bits == 8:
+            return unpack_int8(codes, None, num_columns, group_size=self.group_size)
+        assert row_scale is not None
+        return unpack_int4(codes, row_scale, num_columns, group_size=self.group_size)
+
+    def quantize(self, weights: NDArray[Any]) -> QuantizedMatrix:
+        """Quantise matrices [..., N, K] by the reference, which is slow."""
+        if self.bits == 4:
+            assert self.group_size is not None
+            return quantize_int4(weights, group_size=self.group_size)
+        if self.group_size is None:
+            return quantize_int8(weights)
+        return quantize_int8(weights, group_size=self.group_size)
+
+    def decode(
+        self, codes: NDArray[np.uint8], row_scale: NDArray[np.float32] | None, num_columns: int
+    ) -> NDArray[np.float32]:
+        """Compute the weights [..., N, K] that rows stand for."""
+        weights: NDArray[np.float32] = dequantize(self.unpack(codes, row_scale, num_columns))
+        return weights
+
+    def problem(self, codes: NDArray[np.uint8], num_columns: int) -> str | None:
+        """Say what rows [N, row_bytes] hold that no quantised weights are, and where; None if nothing.
+
+        Row scales are not looked at.
+        """
+        if self.bits == 8:
+            values = codes[:, :num_columns].view(np.int8)
+            found = _first("code", values, values == -128, "-127 to 127")
+            if found is None and self.group_size is not None:
+                scales = np.ascontiguousarray(codes[:, num_columns:]).view("<f4")
+                found = _first("scale", scales, ~np.isfinite(scales), "a finite number")
+            return found
+        num_pairs = -(-num_columns // 2)
+        multipliers = codes[:, num_pairs:].view(np.int8)
+        wrong = (multipliers < -15) | (multipliers > 15) | (multipliers == 0)
+        found = _first("multiplier", multipliers, wrong, "-15 to 15 and not 0")
+        if found is None and num_columns % 2:
+            unused = codes[:, num_pairs - 1 : num_pairs] >> np.uint8(4)
+            found = _first("unused bits", unused, unused != 0, "0")
+        return found
+
+
+def _first(what: str, values: NDArray[Any], wrong: NDArray[np.bool_], expected: str) -> str | None:
+    """Say where the first wrong value of a matrix is."""
+    if not wrong.any():
+        return None
+    row, column = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
+    return f"row {row} holds {what} {values[row, column]}, expected {expected}"
+
+
+#: The formats by name.
+FORMATS: Mapping[str, QuantizedFormat] = {
+    name: QuantizedFormat(name, bits, group_size)
+    for name, bits, group_size in (
+        ("int8", 8, None),
+        ("int8_group32", 8, 32),
+        ("int4_group32", 4, 32),
+        ("int4_group64", 4, 64),
+        ("int4_group128", 4, 128),
+    )
+}

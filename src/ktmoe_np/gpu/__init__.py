@@ -1,0 +1,1 @@
+"""Experts that a GPU computes: which ones, and their arrays."""

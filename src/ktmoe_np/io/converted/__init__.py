@@ -1,0 +1,1 @@
+"""Directories of converted layers: a file per layer, and the manifest."""

@@ -1,0 +1,315 @@
+"""Files of quantised experts, one a layer: written atomically, checked field by field, mapped without a copy.
+
+``layer-00012.safetensors`` holds ``gate_proj.codes`` U8 [E, I, row_bytes], ``gate_proj.row_scale`` F32 [E, I]
+where the format has row scales, ``gate_proj.bias`` F32 [E, I] where there are biases, and ``up_proj`` and
+``down_proj`` likewise; its metadata says what they are. The bytes depend on the weights alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...config import MoEConfig
+from ...formats.quantized import QuantizedFormat
+from ..layouts.layer import aligned
+from ..mapped import MappedFiles
+from ..safetensors.checkpoint import SafetensorsFile
+from ..safetensors.writer import write_safetensors
+
+__all__ = [
+    "QuantizedExperts",
+    "QuantizedProjection",
+    "check_codes",
+    "find_quantized",
+    "layer_path",
+    "load_quantized",
+    "open_quantized",
+    "projection_sizes",
+    "quantized_layers",
+    "refuse_quantized",
+    "save_quantized",
+]
+
+AnyArray = NDArray[Any]
+
+_FORMAT = {"format": "ktmoe-quantized", "version": "1"}
+_FILE_NAME = re.compile(r"layer-([0-9]{5,9})\.safetensors")
+
+
+class QuantizedProjection(NamedTuple):
+    """The matrices of a projection."""
+
+    codes: Any  # uint8 [E, N, row_bytes], or E arrays [N, row_bytes]
+    row_scale: Any  # float32 [E, N], or E arrays [N]; None where the format has none
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedExperts:
+    """The experts of a layer as codes and scales, in the order of the checkpoint."""
+
+    matrices: Mapping[str, QuantizedProjection]  # gate_proj, up_proj when gated, down_proj
+    biases: Mapping[str, Any]  # the projections that have one -> [E, N]
+
+
+def projection_sizes(config: MoEConfig) -> dict[str, tuple[int, int]]:
+    """N and K of the projections that a layer has."""
+    first = (config.moe_intermediate_size, config.hidden_size)
+    names = ("gate_proj", "up_proj") if config.activation.gated else ("gate_proj",)
+    return {**dict.fromkeys(names, first), "down_proj": first[::-1]}
+
+
+def layer_path(directory: str | os.PathLike[str], layer_idx: int) -> Path:
+    """The file of a layer.
+
+    Examples
+    --------
+    >>> layer_path("model", 12).name
+    'layer-00012.safetensors'
+    """
+    return Path(directory) / f"layer-{layer_idx:05}.safetensors"
+
+
+def quantized_layers(directory: str | os.PathLike[str]) -> tuple[int, ...]:
+    """List the layers that have a file in a directory, in order."""
+    path = Path(directory)
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    return tuple(sorted(int(found[1]) for found in map(_FILE_NAME.fullmatch, names) if found))
+
+
+def find_quantized(path: str | os.PathLike[str], layer_idx: int) -> Path | None:
+    """The file of a layer in a directory of such files, or `path` itself if it is one.
+
+    Returns
+    -------
+    Path, or None when it is another kind of checkpoint
+
+    Raises
+    ------
+    FileNotFoundError
+        A directory of such files, but without this layer.
+    """
+    where = Path(path)
+    if _FILE_NAME.fullmatch(where.name) and where.is_file():
+        return where
+    layers = quantized_layers(where)
+    if not layers:
+        return None
+    file = layer_path(where, layer_idx)
+    if layer_idx not in layers:
+        there = ", ".join(map(str, layers))
+        raise FileNotFoundError(f"{file}: no such file; layers that are there: {there}")
+    return file
+
+
+def refuse_quantized(path: str | os.PathLike[str], method: str) -> None:
+    """Raise ValueError for such a file, or a directory of nothing else: the method cannot read it."""
+    where = Path(path)
+    layers = quantized_layers(where)
+    if (layers and len(layers) == len(list(where.glob("*.safetensors")))) or (
+        _FILE_NAME.fullmatch(where.name) and where.is_file()
+    ):
+        raise ValueError(f"{where}: holds quantised weights, which method {method!r} does not read")
+
+
+def save_quantized(
+    directory: str | os.PathLike[str], experts: QuantizedExperts, config: MoEConfig, fmt: QuantizedFormat
+) -> Path:
+    """Write the file of a layer; one that is there is replaced, all at once.
+
+    Parameters
+    ----------
+    directory : str or path-like
+        Made when it is not there.
+    experts : QuantizedExperts
+    config : MoEConfig
+        What the layer is.
+    fmt : QuantizedFormat
+        What its rows are.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written.
+    """
+    tensors: dict[str, AnyArray] = {}
+    for name in projection_sizes(config):
+        matrix = experts.matrices[name]
+        tensors[f"{name}.codes"] = _stacked(matrix.codes)
+        if matrix.row_scale is not None:
+            tensors[f"{name}.row_scale"] = _stacked(matrix.row_scale)
+        if name in experts.biases:
+            tensors[f"{name}.bias"] = np.asarray(experts.biases[name]).astype(np.float32)
+    path = layer_path(directory, config.layer_idx)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path, tensors, _metadata(config, fmt, experts.biases))
+    return path
+
+
+def load_quantized(path: str | os.PathLike[str], config: MoEConfig, fmt: QuantizedFormat) -> QuantizedExperts:
+    """Map the file of a layer, when it is what it should be.
+
+    Header and scales are checked; codes are not read: `check_codes` does.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The file.
+    config : MoEConfig
+        What the layer must be.
+    fmt : QuantizedFormat
+        What its rows must be.
+
+    Returns
+    -------
+    QuantizedExperts
+        Views of the mapped file.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        Not such a file, cut off, or of another layer: names the file, and the field or tensor, what came and
+        what was expected.
+    """
+    file, biased = open_quantized(path, config, fmt)
+    matrices = {
+        name: QuantizedProjection(file.tensor(f"{name}.codes"), _row_scale(file, name, fmt))
+        for name in projection_sizes(config)
+    }
+    return QuantizedExperts(matrices, {name: aligned(file.tensor(f"{name}.bias")) for name in biased})
+
+
+def open_quantized(
+    path: str | os.PathLike[str], config: MoEConfig, fmt: QuantizedFormat
+) -> tuple[SafetensorsFile, list[str]]:
+    """Open the file of a layer and check its header, which is all that is read.
+
+    Returns
+    -------
+    file : SafetensorsFile
+    biased : list of str
+        The projections that have a bias.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Those of `load_quantized`, but for its scales.
+    """
+    file = SafetensorsFile(path)
+    biased = [name for name in projection_sizes(config) if f"{name}.bias" in file]
+    expected = {"scale_inputs": "false", **_metadata(config, fmt, biased)}
+    if "scale_inputs" not in file.metadata:
+        del expected["scale_inputs"]  # said only where it is true, and not by earlier versions
+    _check_metadata(file, expected)
+    wanted = dict(_wanted(config, fmt, biased))
+    for name, (dtype, shape) in wanted.items():
+        if name not in file:
+            raise ValueError(f"{file.path}: tensor {name!r} is missing, expected {dtype} {list(shape)}")
+        info = file.info(name)
+        if info.dtype != dtype or info.shape != shape:
+            raise ValueError(
+                f"{file.path}: tensor {name!r} is {info.dtype} {list(info.shape)}, "
+                f"expected {dtype} {list(shape)}"
+            )
+    for name in file.names():
+        if name not in wanted:
+            raise ValueError(f"{file.path}: tensor {name!r} is there, expected only {', '.join(wanted)}")
+    return file, biased
+
+
+def check_codes(
+    path: str | os.PathLike[str], experts: QuantizedExperts, config: MoEConfig, fmt: QuantizedFormat
+) -> None:
+    """Read all codes of a file that `load_quantized` has mapped.
+
+    Raises
+    ------
+    ValueError
+        Codes, multipliers or scales that no quantised weights have: names the file, the tensor, the expert
+        and the row.
+    OSError
+        The file was cut off since it was mapped.
+    """
+    for name, (_, num_columns) in projection_sizes(config).items():
+        for e, codes in enumerate(experts.matrices[name].codes):
+            MappedFiles([codes]).check()
+            problem = fmt.problem(codes, num_columns)
+            if problem is not None:
+                raise ValueError(f"{path}: tensor '{name}.codes': expert {e}, {problem}")
+
+
+def _metadata(config: MoEConfig, fmt: QuantizedFormat, biased: Any) -> dict[str, str]:
+    """What a file says of itself."""
+    spec = config.activation
+    parameters = (f"{name}={getattr(spec, name)!r}" for name in ("limit", "alpha", "beta1", "beta2"))
+    return {
+        **_FORMAT,
+        "layer_idx": str(config.layer_idx),
+        **{f"{name}.format": fmt.name for name in projection_sizes(config)},
+        "group_size": str(fmt.group_size or "none"),
+        "num_experts": str(config.num_experts),
+        "hidden_size": str(config.hidden_size),
+        "moe_intermediate_size": str(config.moe_intermediate_size),
+        "activation": " ".join([spec.name, *parameters]),
+        "biases": " ".join(name for name in projection_sizes(config) if name in biased) or "none",
+        **({"scale_inputs": "true"} if config.scale_inputs else {}),
+    }
+
+
+def _check_metadata(file: SafetensorsFile, expected: Mapping[str, str]) -> None:
+    for name, value in expected.items():
+        got = file.metadata.get(name)
+        if got is None:
+            raise ValueError(f"{file.path}: {name} is missing in the metadata, expected {value!r}")
+        if got != value:
+            raise ValueError(f"{file.path}: {name} is {got!r:.80}, expected {value!r}")
+    for name in file.metadata:
+        if name not in expected:
+            raise ValueError(
+                f"{file.path}: {name!r:.80} is in the metadata, expected only {', '.join(expected)}"
+            )
+
+
+def _wanted(
+    config: MoEConfig, fmt: QuantizedFormat, biased: list[str]
+) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    """Dtype and shape of the tensors of a file."""
+    for name, (num_rows, num_columns) in projection_sizes(config).items():
+        rows = (config.num_experts, num_rows)
+        yield f"{name}.codes", ("U8", (*rows, fmt.row_bytes(num_columns)))
+        if fmt.has_row_scale:
+            yield f"{name}.row_scale", ("F32", rows)
+        if name in biased:
+            yield f"{name}.bias", ("F32", rows)
+
+
+def _row_scale(file: SafetensorsFile, name: str, fmt: QuantizedFormat) -> AnyArray | None:
+    if not fmt.has_row_scale:
+        return None
+    scale = aligned(file.tensor(f"{name}.row_scale"))
+    wrong = ~np.isfinite(scale)
+    if wrong.any():
+        e, row = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"{file.path}: tensor '{name}.row_scale': expert {e}, row {row} holds {scale[e, row]}, "
+            "expected finite scales"
+        )
+    return scale
+
+
+def _stacked(source: Any) -> AnyArray:
+    return np.stack(source) if isinstance(source, list | tuple) else np.asarray(source)

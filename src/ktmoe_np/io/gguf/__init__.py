@@ -1,0 +1,1 @@
+"""GGUF: headers, files, values, and the experts in them."""

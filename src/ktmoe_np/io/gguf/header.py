@@ -1,0 +1,248 @@
+"""The header of a GGUF file: what it may say, and the checks that it does not lie.
+
+The header is parsed here, not by the `gguf` package: that one believes every length (an array said to have
+2**60 elements is a loop of as many steps) and makes a Python object of every string of a vocabulary. Here a
+value is stepped over, and decoded when someone asks for it; a length is believed when the file has the bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from struct import Struct
+from typing import Any, NamedTuple
+
+from ...formats.gguf import GGUF_FORMATS, GgufFormat
+from .values import U32, UINT32, GgufCursor, GgufValue, decode_element, decode_value, skip_value
+
+__all__ = ["GGUF_TYPES", "GgufHeader", "GgufTensorInfo", "parse_gguf_header"]
+
+#: The tensor types by their numbers in a file. Those that the engine does not compute from are sized too.
+GGUF_TYPES: Mapping[int, GgufFormat] = {
+    **{
+        number: GGUF_FORMATS[name]
+        for number, name in {
+            **{0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k"},
+            **{11: "q3_k", 12: "q4_k", 13: "q5_k", 14: "q6_k", 20: "iq4_nl", 23: "iq4_xs", 30: "bf16"},
+        }.items()
+    },
+    **{
+        number: GgufFormat(name, block, block_bytes)
+        for number, name, block, block_bytes in (
+            (9, "q8_1", 32, 40),
+            (15, "q8_k", 256, 292),
+            (16, "iq2_xxs", 256, 66),
+            (17, "iq2_xs", 256, 74),
+            (18, "iq3_xxs", 256, 98),
+            (19, "iq1_s", 256, 50),
+            (21, "iq3_s", 256, 110),
+            (22, "iq2_s", 256, 82),
+            (24, "i8", 1, 1),
+            (25, "i16", 1, 2),
+            (26, "i32", 1, 4),
+            (27, "i64", 1, 8),
+            (28, "f64", 1, 8),
+            (29, "iq1_m", 256, 56),
+            (34, "tq1_0", 256, 54),
+            (35, "tq2_0", 256, 66),
+            (39, "mxfp4", 32, 17),
+            (40, "nvfp4", 64, 36),
+            (41, "q1_0", 128, 18),
+        )
+    },
+}
+
+_MAX_DIMENSIONS = 4
+_DEFAULT_ALIGNMENT = 32
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+
+_START = Struct("<4sIQQ")  # magic, version, tensors, keys
+
+#: What an entry of a tensor has behind its name and the number of its dimensions, by that number.
+_ENTRIES = tuple(Struct(f"<{n}QIQ") for n in range(_MAX_DIMENSIONS + 1))
+
+#: The least bytes of an entry: a key with its length, type and value; a tensor without dimensions.
+_LEAST_KEY, _LEAST_TENSOR = 13, 24
+
+#: The most entries that are read, ten times what the largest models have; each takes microseconds.
+_MOST_KEYS, _MOST_TENSORS = 2**16, 2**20
+
+#: The format's own limit on keys; nobody names a tensor at more length.
+_MAX_NAME_BYTES = 2**16 - 1
+
+
+class GgufTensorInfo(NamedTuple):
+    """A tensor: its type, its shape as NumPy has it, and which bytes of the file it is."""
+
+    type: str  #: in small letters; "type 99" for one that is not known
+    shape: tuple[int, ...]
+    row_bytes: int  #: of the last dimension; 0 for a type that is not known
+    begin: int
+    num_bytes: int  #: 0 for a type that is not known
+
+
+class _Entry(NamedTuple):
+    """A tensor as the header has it."""
+
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+
+
+class GgufHeader:
+    """A parsed header; values of the metadata are decoded when they are asked for."""
+
+    def __init__(
+        self, cursor: GgufCursor, values: Mapping[str, GgufValue], tensors: Mapping[str, GgufTensorInfo]
+    ) -> None:
+        self._cursor = cursor
+        self.values = values
+        self.tensors = tensors
+
+    def value(self, key: str) -> Any:
+        """Decode a value; None when there is none."""
+        value = self.values.get(key)
+        return None if value is None else decode_value(self._cursor, value, f"metadata {key!r}")
+
+    def length(self, key: str) -> int | None:
+        """Number of elements of an array; None when there is no such key, or its value is no array."""
+        value = self.values.get(key)
+        return None if value is None else value.length
+
+    def element(self, key: str, index: int) -> Any:
+        """Decode one element, of those that `length` counts, without the others where they are numbers."""
+        return decode_element(self._cursor, self.values[key], index, f"metadata {key!r}")
+
+
+def parse_gguf_header(path: Path, data: memoryview) -> GgufHeader:
+    """Parse and check a header.
+
+    Parameters
+    ----------
+    path : Path
+        For messages.
+    data : memoryview
+        The file.
+
+    Returns
+    -------
+    GgufHeader
+        Tensors in the order of the header, each of them inside the file.
+
+    Raises
+    ------
+    ValueError
+        Names the file and, where it is about one, the tensor.
+    """
+    cursor = GgufCursor(path, data)
+    num_tensors, num_keys = _parse_start(cursor)
+    cursor.need(
+        num_keys * _LEAST_KEY + num_tensors * _LEAST_TENSOR, f"{num_keys} keys and {num_tensors} tensors"
+    )
+    for got, most, what in ((num_keys, _MOST_KEYS, "keys"), (num_tensors, _MOST_TENSORS, "tensors")):
+        if got > most:
+            raise ValueError(f"{path}: the header has {got} {what}, expected at most {most}")
+    values: dict[str, GgufValue] = {}
+    for number in range(num_keys):
+        key = cursor.string(f"key {number} of the metadata", _MAX_NAME_BYTES)
+        if key in values:
+            raise ValueError(f"{path}: key {key!r} occurs twice")
+        values[key] = skip_value(cursor, f"metadata {key!r}")
+    alignment = _alignment(cursor, values.get("general.alignment"))
+    entries: dict[str, _Entry] = {}
+    for number in range(num_tensors):
+        name = cursor.string(f"the name of tensor {number}", _MAX_NAME_BYTES)
+        if name in entries:
+            raise ValueError(f"{path}: tensor {name!r} occurs twice")
+        entries[name] = _parse_entry(cursor, f"tensor {name!r}")
+    start = -(-cursor.place // alignment) * alignment
+    tensors = {}
+    for name, entry in entries.items():
+        if entry.offset % alignment:
+            raise ValueError(
+                f"{path}: tensor {name!r} has offset {entry.offset}, not a multiple of {alignment}"
+            )
+        tensors[name] = _place(path, name, entry, start, len(data))
+    _check_disjoint(path, tensors)
+    return GgufHeader(cursor, values, tensors)
+
+
+def _parse_start(cursor: GgufCursor) -> tuple[int, int]:
+    """Count the tensors and the keys."""
+    size = len(cursor.data)
+    if size < _START.size:
+        raise ValueError(f"{cursor.path}: {size} bytes are too short for a GGUF file")
+    magic, version, num_tensors, num_keys = _START.unpack(cursor.take(_START.size, "the start"))
+    if magic != _MAGIC:
+        raise ValueError(f"{cursor.path}: not a GGUF file: it begins with {magic!r}, expected {_MAGIC!r}")
+    if version and version % 2**16 == 0:
+        raise ValueError(f"{cursor.path}: a big-endian GGUF file; only little-endian ones are read")
+    if version not in _VERSIONS:
+        expected = " or ".join(map(str, _VERSIONS))
+        raise ValueError(f"{cursor.path}: a GGUF file of version {version}, expected {expected}")
+    return num_tensors, num_keys
+
+
+def _alignment(cursor: GgufCursor, value: GgufValue | None) -> int:
+    """Of what the offsets of tensors are multiples."""
+    if value is None:
+        return _DEFAULT_ALIGNMENT
+    if value.type != UINT32 or value.length is not None:
+        raise ValueError(f"{cursor.path}: metadata 'general.alignment' must be a uint32")
+    (alignment,) = U32.unpack_from(cursor.data, value.begin)
+    if alignment == 0 or alignment & (alignment - 1):
+        raise ValueError(
+            f"{cursor.path}: metadata 'general.alignment' is {alignment}, expected a power of two"
+        )
+    return int(alignment)
+
+
+def _parse_entry(cursor: GgufCursor, what: str) -> _Entry:
+    num_dimensions = cursor.number(U32, what)
+    if num_dimensions > _MAX_DIMENSIONS:
+        raise ValueError(
+            f"{cursor.path}: {what} has {num_dimensions} dimensions, more than {_MAX_DIMENSIONS}"
+        )
+    form = _ENTRIES[num_dimensions]
+    *shape, kind, offset = form.unpack(cursor.take(form.size, what))
+    return _Entry(tuple(shape[::-1]), kind, offset)  # a file names the contiguous dimension first
+
+
+def _place(path: Path, name: str, entry: _Entry, start: int, size: int) -> GgufTensorInfo:
+    """Make sure of a tensor's entry; data begin at `start` of a file of `size` bytes."""
+    if not all(entry.shape):
+        raise ValueError(f"{path}: tensor {name!r} has shape {list(entry.shape)}, expected no dimension of 0")
+    kind = GGUF_TYPES.get(entry.type)
+    num_columns = entry.shape[-1] if entry.shape else 1
+    if kind is None:
+        # Files of a newer ggml stay readable, but for this tensor.
+        row_bytes = num_bytes = 0
+    else:
+        if num_columns % kind.block:
+            raise ValueError(
+                f"{path}: tensor {name!r} is {kind.name} with rows of {num_columns}, expected a multiple of "
+                f"{kind.block}"
+            )
+        row_bytes = kind.row_bytes(num_columns)
+        num_bytes = math.prod(entry.shape[:-1]) * row_bytes
+    begin = start + entry.offset
+    end = begin + num_bytes
+    if begin >= size or end > size:
+        raise ValueError(
+            f"{path}: tensor {name!r} lies at bytes {begin} to {end}, but the file has {size}: it is cut "
+            "off, or its header lies"
+        )
+    type_name = f"type {entry.type}" if kind is None else kind.name
+    return GgufTensorInfo(type_name, entry.shape, row_bytes, begin, num_bytes)
+
+
+def _check_disjoint(path: Path, tensors: Mapping[str, GgufTensorInfo]) -> None:
+    """Raise ValueError when two tensors share bytes."""
+    spans = sorted((info.begin, info.begin + info.num_bytes, name) for name, info in tensors.items())
+    for (_, end, name), (begin, _, following) in pairwise(spans):
+        if begin < end:
+            raise ValueError(f"{path}: tensors {name!r} and {following!r} overlap")

@@ -1,0 +1,1 @@
+"""How checkpoints name and lay out the tensors of experts."""

@@ -1,0 +1,144 @@
+"""How checkpoints store natively quantised experts: tables, a row an encoding and a row a naming."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import ml_dtypes
+import numpy as np
+
+from .encoding import AnyArray, Encoding, Part, Shapes, Sizes
+from .gptq import GPTQ_INT4
+from .name_patterns import NAMINGS, Naming
+
+__all__ = ["ENCODINGS", "FORMS", "METHODS"]
+
+_FP8_BLOCK = 128
+
+_FLOAT32 = np.dtype(np.float32)
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_UINT8 = np.dtype(np.uint8)
+
+#: E8M0 scales are bytes to torch versions without a dtype for them.
+_E8M0 = ("U8", "F8_E8M0")
+
+
+def _elements(values: int, num_rows: int, num_columns: int) -> Shapes:
+    """`values` weights an element."""
+    return ((num_rows, num_columns // values),)
+
+
+def _blocks_of_32(num_rows: int, num_columns: int) -> Shapes:
+    """16 bytes a group of 32 nibbles."""
+    return ((num_rows, num_columns // 32, 16),)
+
+
+def _squares(num_rows: int, num_columns: int) -> Shapes:
+    """A scale for each square block, the last ones as small as the rest is."""
+    return ((-(-num_rows // _FP8_BLOCK), -(-num_columns // _FP8_BLOCK)),)
+
+
+def _channels(num_rows: int, num_columns: int) -> Shapes:
+    """A scale for each row, or one for all of them."""
+    return ((num_rows, 1), (num_rows,), (1,), ())
+
+
+def _one(num_rows: int, num_columns: int) -> Shapes:
+    return ((), (1,))
+
+
+def _two(num_rows: int, num_columns: int) -> Shapes:
+    return ((2,),)
+
+
+def _other_size(array: AnyArray, sizes: Sizes) -> str | None:
+    """What is wrong with a tensor that holds N and K."""
+    expected = [sizes.num_rows, sizes.num_columns]
+    return None if array.tolist() == expected else f"holds {array.tolist()}, expected {expected}"
+
+
+def _groups(suffix: str, dtypes: tuple[str, ...], size: int) -> Part:
+    """Scales of groups of `size` weights of a row."""
+    return Part(suffix, dtypes, partial(_elements, size))
+
+
+def _fp8(suffix: str) -> Encoding:
+    scale = Part(suffix, ("F32", "BF16", "F8_E8M0"), _squares)
+    return Encoding("FP8", _E4M3, scale, _FLOAT32)
+
+
+def _mxfp8(suffix: str) -> Encoding:
+    return Encoding("MXFP8", _E4M3, _groups(suffix, _E8M0, 32), _UINT8, group_size=32)
+
+
+def _mxfp4(codes: Part, suffix: str) -> Encoding:
+    return Encoding("MXFP4", codes, _groups(suffix, _E8M0, 32), _UINT8, values=2, group_size=32)
+
+
+def _nvfp4(codes: str, factor: str, reciprocal: bool) -> Encoding:
+    return Encoding(
+        "NVFP4",
+        Part(codes, ("U8",), partial(_elements, 2)),
+        _groups(".weight_scale", ("F8_E4M3",), 16),
+        _UINT8,
+        values=2,
+        group_size=16,
+        global_scale=Part(factor, ("F32",), _one),
+        reciprocal=reciprocal,
+    )
+
+
+def _rawint4(group_size: int) -> Encoding:
+    """compressed-tensors, format "pack-quantized": Kimi-K2-Thinking has groups of 32."""
+    return Encoding(
+        "RAWINT4",
+        Part(".weight_packed", ("I32",), partial(_elements, 8)),
+        _groups(".weight_scale", ("BF16",), group_size),
+        _BFLOAT16,
+        values=8,
+        group_size=group_size,
+        others=(Part(".weight_shape", ("I64", "I32"), _two, _other_size),),
+        refused=(".weight_zero_point", ".weight_g_idx"),
+    )
+
+
+_E4M3 = Part(".weight", ("F8_E4M3",), partial(_elements, 1))
+
+#: Of encodings that fit equally well, when something is wrong or missing, the first counts.
+ENCODINGS = (
+    _fp8(".weight_scale_inv"),  # DeepSeek-V3, Qwen3, GLM, MiniMax-M2
+    Encoding("FP8_PERCHANNEL", _E4M3, Part(".weight_scale", ("F32", "BF16"), _channels), _FLOAT32),
+    _mxfp8(".weight_scale_inv"),  # MiniMax-M3
+    _mxfp8(".weight_scale"),
+    _fp8(".weight_scale"),  # compressed-tensors, strategy "block"
+    _fp8(".scale"),  # DeepSeek-V4 before its experts are four bits wide
+    *(_rawint4(size) for size in (32, 64, 128)),
+    GPTQ_INT4,
+    _nvfp4(".weight", ".weight_scale_2", reciprocal=False),  # ModelOpt
+    _nvfp4(".weight_packed", ".weight_global_scale", reciprocal=True),  # compressed-tensors
+    _mxfp4(Part(".weight_packed", ("U8",), partial(_elements, 2)), ".weight_scale"),  # Kimi-K3
+    _mxfp4(Part(".weight", ("U8", "I8"), partial(_elements, 2)), ".scale"),  # DeepSeek-V4
+)
+
+_GPT_OSS = Naming(
+    {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"},
+    {"gate_up": "mlp.experts.gate_up_proj_bias", "down": "mlp.experts.down_proj_bias"},
+    interleaved=True,
+)
+
+
+def _stems(naming: Naming) -> Naming:
+    """`naming` with the projections' names instead of those of their weights."""
+    return replace(
+        naming, tensors={role: name.removesuffix(".weight") for role, name in naming.tensors.items()}
+    )
+
+
+#: Naming, with the names of the projections, and encoding. Fused gate_up has no encoding but that of gpt-oss.
+FORMS: tuple[tuple[Naming, Encoding], ...] = (
+    *((_stems(naming), encoding) for naming in NAMINGS if "gate" in naming.tensors for encoding in ENCODINGS),
+    (_GPT_OSS, _mxfp4(Part("_blocks", ("U8",), _blocks_of_32), "_scales")),
+)
+
+METHODS = tuple(dict.fromkeys(encoding.method for encoding in ENCODINGS))

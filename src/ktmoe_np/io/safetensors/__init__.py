@@ -1,0 +1,1 @@
+"""Safetensors: headers, files, checkpoints of several files, writing."""

@@ -1,0 +1,205 @@
+"""What layers of experts for inference and for training have in common: engine, config, weights."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import kt_kernel_ext as ext
+from ..arrays.checks import expert_ids
+from ..config import MoEConfig
+from ..cpuinfer import _MoEBase
+from ..formats.methods import Method
+from ..gpu.masks import checked_mask
+from ..io import SafetensorsCheckpoint, load_experts
+from ..io.mapped import MappedFiles
+from ..passes.pending import is_of_a_handler
+
+__all__ = ["MoELayer"]
+
+ConfigT = TypeVar("ConfigT", bound=ext.moe.MOEConfig)
+
+
+class MoELayer(_MoEBase):
+    """A layer of experts on the engine, before what is computed with it.
+
+    Parameters
+    ----------
+    method : Method
+        How weights are encoded and which class of the extension computes.
+    config : MoEConfig
+        Sizes and activation.
+    gpu_experts_mask, cpuinfer_threads, threadpool_count, weight_path, numa_nodes, group_size
+        See `KTMoEWrapper`.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        config: MoEConfig,
+        *,
+        gpu_experts_mask: Any = None,
+        cpuinfer_threads: int | None = None,
+        threadpool_count: int | None = None,
+        weight_path: str | os.PathLike[str] | None = None,
+        numa_nodes: Sequence[int] | None = None,
+        group_size: int | None = None,
+    ) -> None:
+        self.method = method.name
+        self.group_size = method.resolve_group_size(group_size)
+        self.config = config
+        self.weight_path = weight_path
+        self._files = MappedFiles()  # that the weights lie in
+        self.set_gpu_experts_mask(gpu_experts_mask)
+        self.cpu_infer = self._get_cpu_infer(cpuinfer_threads, threadpool_count, numa_nodes)
+        self._layer = getattr(ext.moe, method.layer)(self._layer_config())
+
+    @property
+    def layer_idx(self) -> int:
+        """The layer's number in the model."""
+        return self.config.layer_idx
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the layer has weights."""
+        return bool(self._layer.loaded)
+
+    def _layer_config(self) -> ext.moe.MOEConfig:
+        """The extension's config of the layer."""
+        return self._described(ext.moe.MOEConfig)
+
+    def _described(self, kind: type[ConfigT]) -> ConfigT:
+        """A config of that class with the layer's sizes, activation and threads."""
+        config, spec = self.config, self.config.activation
+        layer = kind(
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.hidden_size,
+            config.moe_intermediate_size,
+            config.layer_idx,
+            self.cpu_infer.backend_,
+        )
+        layer.set_activation(spec.kind, spec.gated, spec.limit, spec.alpha, spec.beta1, spec.beta2)
+        layer.scale_inputs = config.scale_inputs
+        if self.group_size is not None:
+            layer.group_size = self.group_size
+        return layer
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of the weights of one expert."""
+        config = self.config
+        return 2 * config.hidden_size * config.moe_intermediate_size * (3 if config.activation.gated else 2)
+
+    # ---- weights ----
+
+    def load_weights(self, physical_to_logical_map: Any = None) -> None:
+        """Load the layer from `weight_path`. Does nothing when it is loaded already.
+
+        Parameters
+        ----------
+        physical_to_logical_map : array of int64 [E], optional
+            Expert i uses the weights of the checkpoint's expert map[i].
+
+        Raises
+        ------
+        RuntimeError
+            The layer was made without a `weight_path`.
+        FileNotFoundError, ValueError
+            The checkpoint is not there, or does not hold this layer: names file and tensor.
+        OSError
+            A file was cut off since it was opened.
+
+        Notes
+        -----
+        Weights stay in their mapped files where the method allows it, so these must not be written to while
+        the layer lives; to replace one, rename another file to its name. A pass raises OSError when a file
+        has been cut off before it began. If that happens while the pass is pending or computed, or if no
+        Python code begins the pass (replayed CUDA graphs, compiled JAX programs), reading what is gone ends
+        the process with SIGBUS.
+        """
+        if self._may_load():
+            self._load_from_path(physical_to_logical_map)
+
+    def _may_load(self) -> bool:
+        """Whether there is something to load; RuntimeError when nobody said from where."""
+        if self.loaded:
+            return False
+        if self.weight_path is None:
+            raise RuntimeError("weight_path: got None, expected a checkpoint to load from")
+        return True
+
+    @abstractmethod
+    def _load_from_path(self, physical_to_logical_map: object) -> None: ...
+
+    def _load_from_checkpoint(self, physical_to_logical_map: object, **options: Any) -> None:
+        """Give the layer the experts of the Hugging Face checkpoint at `weight_path`."""
+        assert self.weight_path is not None
+        self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
+        experts = load_experts(self._checkpoint, self.layer_idx, self.config)
+        self.load_weights_from_tensors(
+            experts.gate,
+            experts.up,
+            experts.down,
+            physical_to_logical_map,
+            gate_bias=experts.gate_bias,
+            up_bias=experts.up_bias,
+            down_bias=experts.down_bias,
+            **options,
+        )
+
+    def _give_to_engine(self, physical_to_logical_map: Any, **weights: Any) -> None:
+        """Give the engine's layer its weights, as its class takes them."""
+        if physical_to_logical_map is not None:
+            physical_to_logical_map = expert_ids(physical_to_logical_map, "physical_to_logical_map")
+        files = MappedFiles(weights.values())
+        files.check()
+        task = self._layer.load_weights_task(physical_to_logical_map=physical_to_logical_map, **weights)
+        before, self._files = self._files, MappedFiles() if self._spans_nodes() else files
+        was_loaded = self.loaded
+        self._loaded.add(self)
+        try:
+            self.cpu_infer.run(task)
+        except Exception as error:
+            # After the task's own error the layer is as it was; after an interrupt the task still runs.
+            if not is_of_a_handler(error):
+                self._files = before
+                if not was_loaded:
+                    self._loaded.discard(self)
+            raise
+
+    def _spans_nodes(self) -> bool:
+        """Whether every NUMA node has been given its own copy of its rows, so that these need not be held."""
+        return len(set(self.cpu_infer.backend_.config.subpool_numa_map)) > 1
+
+    @abstractmethod
+    def load_weights_from_tensors(self, *weights: Any, **more: Any) -> None:
+        """Give the layer its weights: gate, up and down, perhaps a map, and what its method takes besides."""
+
+    def set_gpu_experts_mask(self, gpu_experts_mask: Any) -> None:
+        """Name the experts that someone else computes; from the next call on they are skipped here.
+
+        Parameters
+        ----------
+        gpu_experts_mask : array of bool [E], or None for none
+
+        Raises
+        ------
+        ValueError
+            Another shape.
+        TypeError
+            Another dtype.
+        """
+        # A new array for a new mask: calls under way keep theirs.
+        mask = checked_mask(gpu_experts_mask, self.config.num_experts)
+        self.gpu_experts_mask: NDArray[np.bool_] | None = mask if mask.any() else None
+
+    @staticmethod
+    def _check_stream(cuda_stream: Any) -> None:
+        if cuda_stream is not None:
+            raise RuntimeError(f"cuda_stream: got {cuda_stream!r}, expected None: arrays are on the CPU")

@@ -1,0 +1,163 @@
+"""What layers have in common whose weights are blocks of GGUF."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..arrays.checks import Array, bfloat16, each_expert
+from ..formats.gguf import GGUF_FORMATS
+from ..io.converted.layer import projection_sizes
+from ..io.gguf.experts import GgufCheckpoint, load_gguf
+from .base import MoELayer
+
+__all__ = ["GgufWeights"]
+
+#: Arrays of numbers that say themselves what they are.
+_PLAIN = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", bfloat16: "bf16"}
+
+
+class GgufWeights(MoELayer):
+    """A layer whose weights stay as a GGUF file has them, each projection in a tensor type of its own."""
+
+    _formats: dict[str, str] | None = None  # of the projections, when loaded
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of the weights of one expert.
+
+        Raises
+        ------
+        RuntimeError
+            Nothing is loaded: the weights say what they are.
+        """
+        if self._formats is None:
+            raise RuntimeError(
+                "expert_bytes: nothing is loaded, and weights of GGUF say themselves what they are"
+            )
+        sizes = projection_sizes(self.config)
+        return sum(
+            sizes[name][0] * GGUF_FORMATS[fmt].row_bytes(sizes[name][1])
+            for name, fmt in self._formats.items()
+        )
+
+    def load_weights_from_tensors(
+        self,
+        gate_proj: Any,
+        up_proj: Any,
+        down_proj: Any,
+        physical_to_logical_map: Any = None,
+        *,
+        gate_format: Any = None,
+        up_format: Any = None,
+        down_format: Any = None,
+        gate_bias: Any = None,
+        up_bias: Any = None,
+        down_bias: Any = None,
+    ) -> None:
+        """Give the layer its weights. They are held, not copied: do not write to them afterwards.
+
+        `ktmoe_np.reference.decode_gguf` says what the bytes stand for.
+
+        Parameters
+        ----------
+        gate_proj, up_proj : array of uint8 [E, I, B], or E arrays
+            Rows of B bytes, whole blocks of the format. float32, float16 and bfloat16 [E, I, H] are taken as
+            they are. `up_proj` is None when the activation is not gated.
+        down_proj : array of uint8 [E, H, B], or E arrays
+        physical_to_logical_map : array of int64 [E], optional
+            Expert i uses the weights of entry map[i].
+        gate_format, up_format, down_format : str
+            The tensor types, as GGUF names them, in any case: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0,
+            Q2_K to Q6_K, IQ4_NL and IQ4_XS; or members of ``gguf.GGMLQuantizationType``.
+        gate_bias, up_bias : array of float32 or bfloat16 [E, I], optional
+            Added before the activation. Copied, unlike the weights.
+        down_bias : array of float32 or bfloat16 [E, H], optional
+            Added before the routing weight is applied.
+
+        Raises
+        ------
+        TypeError
+            Not arrays, another dtype, or a last axis with gaps.
+        ValueError
+            Another format, another shape or number of arrays, rows that are not whole blocks, or an `up_proj`
+            that the activation does not use.
+        IndexError
+            An entry of the map outside 0 to E - 1.
+        RuntimeError
+            Of a layer for training: saved forward passes wait for their backward pass.
+        OSError
+            A mapped file that arrays lie in was cut off.
+
+        Examples
+        --------
+        >>> import ml_dtypes, numpy as np
+        >>> from ktmoe_np import KTMoEWrapper
+        >>> moe = KTMoEWrapper(layer_idx=0, num_experts=1, num_experts_per_tok=1, hidden_size=32,
+        ...                    moe_intermediate_size=32, activation="relu2", method="LLAMAFILE")
+        >>> block = np.frombuffer(np.float16(0.25).tobytes() + bytes([0x99] * 16), np.uint8)  # of 0.25
+        >>> rows = np.tile(block, (1, 32, 1))
+        >>> moe.load_weights_from_tensors(rows, None, rows, gate_format="Q4_0", down_format="Q4_0")
+        >>> x = np.ones((1, 32), ml_dtypes.bfloat16)
+        >>> moe.forward(x, np.array([[0]]), np.array([[0.5]], np.float32))[0, :2].astype(float).tolist()
+        [256.0, 256.0]
+        """
+        given = {
+            "gate": (gate_proj, gate_format),
+            "up": (up_proj, up_format),
+            "down": (down_proj, down_format),
+        }
+        sizes = projection_sizes(self.config)
+        arguments: dict[str, Any] = {}
+        formats = {}
+        for name, (rows, fmt) in given.items():
+            array, fmt = rows, _format_name(fmt)
+            if f"{name}_proj" in sizes:
+                array, fmt = self._as_the_engine_takes(f"{name}_proj", rows, fmt)
+                if fmt is not None:
+                    formats[f"{name}_proj"] = fmt
+            arguments |= {f"{name}_proj": array, f"{name}_format": fmt}
+        self._give_to_engine(
+            physical_to_logical_map,
+            **arguments,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            down_bias=down_bias,
+        )
+        self._formats = formats
+
+    def _as_the_engine_takes(self, name: str, rows: Any, fmt: str | None) -> tuple[Any, str | None]:
+        """Rows as bytes or, of the format bf16, as numbers; and the format, which numbers say themselves."""
+        found = fmt
+
+        def taken(array: Array, lead: tuple[int, ...]) -> Array:
+            nonlocal found
+            if found is None:
+                found = _PLAIN.get(array.dtype)
+            contiguous = array.ndim > 0 and array.strides[-1] == array.itemsize
+            if found == _PLAIN.get(array.dtype) and found != "bf16" and contiguous:
+                return array.view(np.uint8)
+            if found == "bf16" and array.dtype == np.uint8 and contiguous and array.shape[-1] % 2 == 0:
+                return array.view(bfloat16)
+            return array
+
+        return each_expert(name, rows, self.config.num_experts, taken), found
+
+    def _load_from_path(self, physical_to_logical_map: object) -> None:
+        assert self.weight_path is not None
+        self._gguf = GgufCheckpoint.shared(self.weight_path)  # other layers find its headers read
+        experts = load_gguf(self._gguf, self.layer_idx, self.config)
+        arguments: dict[str, Any] = {"up_proj": None}
+        for name, projection in experts.projections.items():
+            role = name.removesuffix("_proj")
+            arguments |= {name: projection.data, f"{role}_format": projection.format}
+            arguments[f"{role}_bias"] = experts.biases.get(name)
+        self.load_weights_from_tensors(physical_to_logical_map=physical_to_logical_map, **arguments)
+
+
+def _format_name(fmt: Any) -> str | None:
+    """The name of a format as the engine knows it."""
+    if fmt is None:
+        return None
+    return str(getattr(fmt, "name", fmt)).lower()

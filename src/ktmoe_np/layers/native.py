@@ -1,0 +1,179 @@
+"""What layers have in common whose weights are in their checkpoint's own encoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import MoEConfig
+from ..formats.encodings import NATIVE_FORMATS
+from ..formats.methods import Method
+from ..io import SafetensorsCheckpoint
+from ..io.converted.layer import projection_sizes, refuse_quantized
+from ..io.mapped import MappedFiles
+from ..io.native import load_native
+from .base import MoELayer
+
+__all__ = ["NativeWeights"]
+
+
+class NativeWeights(MoELayer):
+    """A layer whose weights stay as the checkpoint has them: arrays stay the caller's, files stay mapped.
+
+    But for those of an encoding whose rows do not lie together: they are converted, once.
+    """
+
+    def __init__(self, method: Method, config: MoEConfig, **layer: Any) -> None:
+        super().__init__(method, config, **layer)
+        name = method.weights if self.group_size is None else method.encodings[self.group_size]
+        self._format = NATIVE_FORMATS.get(name)  # None: bfloat16
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of the weights of one expert, scales included."""
+        if self._format is None:
+            return super().expert_bytes
+        return sum(self._format.matrix_bytes(*size) for size in projection_sizes(self.config).values())
+
+    def load_weights_from_tensors(
+        self,
+        gate_proj: Any,
+        up_proj: Any,
+        down_proj: Any,
+        physical_to_logical_map: Any = None,
+        *,
+        gate_scale: Any = None,
+        up_scale: Any = None,
+        down_scale: Any = None,
+        gate_global_scale: Any = None,
+        up_global_scale: Any = None,
+        down_global_scale: Any = None,
+        gate_bias: Any = None,
+        up_bias: Any = None,
+        down_bias: Any = None,
+    ) -> None:
+        """Give the layer its weights. They are held, not copied: do not write to them afterwards.
+
+        Those of ``GPTQ_INT4`` are converted instead, once: rows are made of them and held, of the same
+        weights to the bit, and the arrays given are let go.
+
+        With [N, K] being [I, H] of gate and up and [H, I] of down, E of each in one array or a sequence,
+        codes and scales are
+
+        ==================  ================================  ==============================================
+        ``BF16``            bfloat16 [N, K]
+        ``FP8``             float8_e4m3fn [N, K]              float32 [ceil(N / 128), ceil(K / 128)]
+        ``FP8_PERCHANNEL``  float8_e4m3fn [N, K]              float32 [N] or [N, 1]
+        ``MXFP8``           float8_e4m3fn [N, K]              uint8 or float8_e8m0fnu [N, ceil(K / 32)]
+        ``RAWINT4``         uint8 [N, ceil(K / 2)] or int32   bfloat16 [N, ceil(K / group_size)]
+        ``GPTQ_INT4``       int32 [K / 8, N]; converted       float16 or bfloat16 [ceil(K / g), N]
+        ``MXFP4``           uint8 [N, ceil(K / 2)]            uint8 or float8_e8m0fnu [N, ceil(K / 32)]
+        ``NVFP4``           uint8 [N, ceil(K / 2)]            float8_e4m3fn [N, ceil(K / 16)]; global scales
+        ==================  ================================  ==============================================
+
+        float8_e4m3fn may be given as uint8. `ktmoe_np.reference` says what they stand for (``decode_fp8`` and
+        those beside it). With ``GPTQ_INT4``, K is a multiple of 32 and weights are symmetric in groups of
+        neighbours; g is a power of two from 32 on, or K. Scales in bfloat16 must be numbers that float16
+        has.
+
+        Parameters
+        ----------
+        gate_proj, up_proj, down_proj : array, or E arrays
+            `up_proj` is None when the activation is not gated. Rows may lie apart in memory, the last axis
+            must be contiguous.
+        physical_to_logical_map : array of int64 [E], optional
+            Expert i uses the weights of entry map[i].
+        gate_scale, up_scale, down_scale : array, or E arrays
+            None with ``BF16``.
+        gate_global_scale, up_global_scale, down_global_scale : array of float32 [E]
+            Of ``NVFP4``: what all of a matrix is multiplied by.
+        gate_bias, up_bias : array of float32 or bfloat16 [E, I], optional
+            Added before the activation. Copied, unlike the weights.
+        down_bias : array of float32 or bfloat16 [E, H], optional
+            Added before the routing weight is applied.
+
+        Raises
+        ------
+        TypeError
+            Not arrays, another dtype, or a last axis with gaps.
+        ValueError
+            Another shape or number of arrays, or an `up_proj` that the activation does not use. Of
+            ``GPTQ_INT4``: sizes that are no multiples of 32, or a scale that float16 does not have.
+        IndexError
+            An entry of the map outside 0 to E - 1.
+        RuntimeError
+            Of a layer for training: saved forward passes wait for their backward pass.
+        OSError
+            A mapped file that arrays lie in was cut off.
+
+        Examples
+        --------
+        >>> import ml_dtypes, numpy as np
+        >>> from ktmoe_np import KTMoEWrapper
+        >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+        ...                    moe_intermediate_size=2, activation="relu2", method="FP8")
+        >>> first, last = (np.ones(shape, ml_dtypes.float8_e4m3fn) for shape in ((2, 2, 4), (2, 4, 2)))
+        >>> scale = np.ones((2, 1, 1), np.float32)
+        >>> moe.load_weights_from_tensors(first, None, last, gate_scale=scale, down_scale=scale)
+        >>> x = np.ones((1, 4), ml_dtypes.bfloat16)
+        >>> moe.forward(x, np.array([[1]]), np.array([[0.5]], np.float32)).astype(float).tolist()
+        [[16.0, 16.0, 16.0, 16.0]]
+        """
+        given = {
+            "gate": (gate_proj, gate_scale, gate_global_scale),
+            "up": (up_proj, up_scale, up_global_scale),
+            "down": (down_proj, down_scale, down_global_scale),
+        }
+        MappedFiles(array for arrays in given.values() for array in arrays).check()
+        self._give_to_engine(
+            physical_to_logical_map,
+            **self._as_the_engine_takes(given),
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            down_bias=down_bias,
+        )
+
+    def _as_the_engine_takes(self, given: dict[str, tuple[Any, Any, Any]]) -> dict[str, Any]:
+        """Codes, scale and global scale of each projection as arguments of the engine."""
+        arguments: dict[str, Any] = {}
+        sizes = projection_sizes(self.config)
+        for name, (codes, scale, global_scale) in given.items():
+            present = f"{name}_proj" in sizes
+            for what, value in ((f"{name}_scale", scale), (f"{name}_global_scale", global_scale)):
+                if value is not None and (self._format is None or not present):
+                    why = "the activation is not gated" if not present else "bfloat16 weights have no scales"
+                    raise ValueError(f"{what}: got one, expected None: {why}")
+            if self._format is None or not present:
+                arguments[f"{name}_proj"] = codes
+                continue
+            shape = (self.config.num_experts, *sizes[f"{name}_proj"])
+            made = self._format.matrices(name, codes, scale, global_scale, shape)
+            arguments |= {
+                f"{name}_proj": made.codes,
+                f"{name}_scales": made.scales,
+                f"{name}_scale": made.row_scale,
+            }
+        return arguments
+
+    def _load_from_path(self, physical_to_logical_map: object) -> None:
+        assert self.weight_path is not None
+        refuse_quantized(self.weight_path, self.method)
+        if self._format is None:
+            self._load_from_checkpoint(physical_to_logical_map)
+            return
+        self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
+        experts = load_native(self._checkpoint, self.layer_idx, self.config, self._format.method)
+        if self.group_size not in (None, experts.group_size):
+            raise ValueError(
+                f"{self._checkpoint.path}: the experts of layer {self.layer_idx} are {experts.method} in "
+                f"groups of {experts.group_size}, expected groups of {self.group_size}: make the layer with "
+                f"group_size={experts.group_size}"
+            )
+        arguments: dict[str, Any] = {}
+        for name in ("gate", "up", "down"):
+            projection = experts.projections.get(f"{name}_proj")
+            arguments[f"{name}_proj"] = None if projection is None else projection.codes
+            arguments[f"{name}_bias"] = experts.biases.get(f"{name}_proj")
+            if projection is not None:
+                arguments[f"{name}_scale"] = projection.scale
+                arguments[f"{name}_global_scale"] = projection.global_scale
+        self.load_weights_from_tensors(physical_to_logical_map=physical_to_logical_map, **arguments)

@@ -1,0 +1,93 @@
+"""Quantising the matrices of a projection, one expert at a time, on the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .. import kt_kernel_ext as ext
+from ..arrays.checks import Array, as_numpy, bfloat16, described
+from ..formats.quantized import QuantizedFormat
+from ..io.converted.layer import QuantizedProjection
+from ..io.mapped import MappedFiles
+
+__all__ = ["quantize_projection"]
+
+_DTYPES = "bfloat16 or float32"
+
+
+def quantize_projection(
+    engine: ext.CPUInfer,
+    fmt: QuantizedFormat,
+    name: str,
+    source: Any,
+    shape: tuple[int, int, int],
+    done: Callable[[], object] = lambda: None,
+) -> QuantizedProjection:
+    """Quantise the matrices of a projection.
+
+    They are read in place; what NumPy or the engine cannot read so is copied, one matrix at a time.
+
+    Parameters
+    ----------
+    engine : ext.CPUInfer
+        Whose threads share each matrix.
+    fmt : QuantizedFormat
+    name : str
+        What messages call the projection.
+    source : array of bfloat16 or float32 [E, N, K], or E arrays [N, K]
+    shape : tuple of int
+        E, N and K.
+    done : callable, optional
+        Called after each matrix.
+
+    Raises
+    ------
+    TypeError
+        Not arrays, or another dtype.
+    ValueError
+        Another shape or number of arrays; a weight that is not finite: names expert and row.
+    OSError
+        A file that the matrices lie in was cut off.
+    """
+    num_experts, num_rows, num_columns = shape
+    _check_number(name, source, shape)
+    codes = np.empty((num_experts, num_rows, fmt.row_bytes(num_columns)), np.uint8)
+    scale = np.empty((num_experts, num_rows), np.float32) if fmt.has_row_scale else None
+    for e in range(num_experts):
+        weights = _matrix(name, source[e], e, shape[1:])
+        row_scale = None if scale is None else scale[e]
+        task = ext.quantize_task(fmt.name, weights, codes[e], row_scale, pool=engine.backend_)
+        try:
+            engine.run(task)
+        except ValueError as error:
+            where = str(error).removeprefix("weights: ")
+            raise ValueError(f"{name}: expert {e}, {where}") from None
+        done()
+    return QuantizedProjection(codes, scale)
+
+
+def _check_number(name: str, source: Any, shape: tuple[int, int, int]) -> None:
+    """Raise unless there is a matrix for every expert."""
+    if isinstance(source, list | tuple):
+        if len(source) != shape[0]:
+            raise ValueError(f"{name}: got {len(source)} arrays, expected {shape[0]}")
+        return
+    if not hasattr(source, "shape"):
+        raise TypeError(f"{name}: got {type(source).__name__}, expected an array")
+    if tuple(source.shape) != shape:
+        got = f"{getattr(source, 'dtype', '')} {list(source.shape)}".strip()
+        raise ValueError(f"{name}: got {got}, expected {_DTYPES} {list(shape)}")
+
+
+def _matrix(name: str, item: Any, e: int, shape: tuple[int, ...]) -> Array:
+    """The matrix of one expert as the engine reads it."""
+    matrix = as_numpy(item, name)
+    MappedFiles([matrix]).check()
+    if matrix.dtype not in (bfloat16, np.float32) or matrix.shape != shape:
+        kind = ValueError if matrix.dtype in (bfloat16, np.float32) else TypeError
+        raise kind(f"{name}: got {described(matrix)} for expert {e}, expected {_DTYPES} {list(shape)}")
+    has_gaps = matrix.shape[1] > 1 and matrix.strides[1] != matrix.itemsize
+    return matrix.copy() if has_gaps or not matrix.flags.aligned else matrix

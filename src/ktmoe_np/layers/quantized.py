@@ -1,0 +1,241 @@
+"""What layers of quantised experts have in common: quantising, loading and saving."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..config import MoEConfig
+from ..formats.methods import Method
+from ..formats.quantized import FORMATS
+from ..io.converted.layer import (
+    QuantizedExperts,
+    QuantizedProjection,
+    find_quantized,
+    load_quantized,
+    projection_sizes,
+    save_quantized,
+)
+from ..io.mapped import MappedFiles
+from .base import MoELayer
+from .quantize_task import quantize_projection
+from .quantized_arrays import are_codes, checked_biases, checked_map, given_projection, refuse_strays
+
+__all__ = ["QuantizedWeights"]
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class QuantizedWeights(MoELayer):
+    """A layer whose weights are integers and scales, quantised when they are loaded or long before.
+
+    `ktmoe_np.reference.quantize_int8` and `quantize_int4` say what the integers are, to the bit;
+    `pack_int8` and `pack_int4` beside them how they lie in memory and in files.
+
+    Attributes
+    ----------
+    group_size : int or None
+        Columns of a row that share a scale; None when the row has one scale.
+    """
+
+    def __init__(self, method: Method, config: MoEConfig, **layer: Any) -> None:
+        super().__init__(method, config, **layer)
+        self._format = FORMATS[method.formats[self.group_size]]
+        self._experts: QuantizedExperts | None = None
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of the weights of one expert, scales included."""
+        scale = 4 if self._format.has_row_scale else 0
+        sizes = projection_sizes(self.config).values()
+        return sum(rows * (self._format.row_bytes(columns) + scale) for rows, columns in sizes)
+
+    # ---- loading ----
+
+    def load_weights(
+        self, physical_to_logical_map: Any = None, *, progress: Callable[[int, int], object] | None = None
+    ) -> None:
+        """Load the layer from `weight_path`. Does nothing when it is loaded already.
+
+        Files that `save_weights` or ``ktmoe convert`` have written are mapped, not copied. Weights of a
+        Hugging Face checkpoint are quantised.
+
+        Parameters
+        ----------
+        physical_to_logical_map : array of int64 [E], optional
+            Expert i uses the weights of the checkpoint's expert map[i].
+        progress : callable, optional
+            See `load_weights_from_tensors`.
+
+        Raises
+        ------
+        RuntimeError
+            The layer was made without a `weight_path`.
+        FileNotFoundError, ValueError
+            The checkpoint is not there, does not hold this layer, or is of another method: names the file,
+            and the field or tensor, what came and what was expected.
+        """
+        if self._may_load():
+            self._load_from_path(physical_to_logical_map, progress)
+
+    def _load_from_path(
+        self,
+        physical_to_logical_map: object,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
+        assert self.weight_path is not None
+        file = find_quantized(self.weight_path, self.layer_idx)
+        if file is not None:
+            logical = checked_map(physical_to_logical_map, self.config.num_experts)
+            self._give(load_quantized(file, self.config, self._format), logical)
+            return
+        self._load_from_checkpoint(physical_to_logical_map, progress=progress)
+
+    def load_weights_from_tensors(
+        self,
+        gate_proj: Any,
+        up_proj: Any,
+        down_proj: Any,
+        physical_to_logical_map: Any = None,
+        *,
+        gate_scale: Any = None,
+        up_scale: Any = None,
+        down_scale: Any = None,
+        gate_bias: Any = None,
+        up_bias: Any = None,
+        down_bias: Any = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
+        """Give the layer its weights: to be quantised, one expert after the other, or quantised already.
+
+        Parameters
+        ----------
+        gate_proj, up_proj : array of bfloat16 or float32 [E, I, H], or E arrays [I, H]
+            Read, and let go. Or uint8 [E, I, row_bytes], or E arrays [I, row_bytes], laid out as
+            `ktmoe_np.reference.packing` says: these are held, not copied, and their codes are not looked at.
+            `up_proj` is None when the activation is not gated.
+        down_proj : array of bfloat16 or float32 [E, H, I], or E arrays [H, I]
+            Or uint8 [E, H, row_bytes], or E arrays [H, row_bytes].
+        physical_to_logical_map : array of int64 [E], optional
+            Expert i uses the weights of entry map[i].
+        gate_scale, up_scale : array of float32 [E, I], or E arrays [I]
+            Scales of the rows of quantised weights, which are held; None when the rows hold the scales
+            themselves (``MOE_INT8`` with a group size).
+        down_scale : array of float32 [E, H], or E arrays [H]
+        gate_bias, up_bias : array of float32 or bfloat16 [E, I], optional
+            Added before the activation. Copied.
+        down_bias : array of float32 or bfloat16 [E, H], optional
+            Added before the routing weight is applied.
+        progress : callable, optional
+            Called with (matrices that are quantised, matrices to quantise) after each one.
+
+        Raises
+        ------
+        TypeError
+            Not arrays, or another dtype.
+        ValueError
+            Another shape or number of arrays; weights or scales that are not finite: names the projection,
+            the expert and the row; scales without quantised weights or the other way round; an `up_proj`
+            that the activation does not use.
+        IndexError
+            An entry of the map outside 0 to E - 1.
+        RuntimeError
+            Of a layer for training: saved forward passes wait for their backward pass.
+        OSError
+            A mapped file that arrays lie in was cut off.
+
+        Examples
+        --------
+        >>> import ml_dtypes, numpy as np
+        >>> from ktmoe_np import KTMoEWrapper
+        >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+        ...                    moe_intermediate_size=2, activation="relu2", method="MOE_INT8")
+        >>> first, last = np.ones((2, 2, 4), np.float32), np.ones((2, 4, 2), np.float32)
+        >>> moe.load_weights_from_tensors(first, None, last)
+        >>> x = np.ones((1, 4), ml_dtypes.bfloat16)
+        >>> moe.forward(x, np.array([[1]]), np.array([[0.5]], np.float32)).astype(float).tolist()
+        [[16.0, 16.0, 16.0, 16.0]]
+        """
+        num_experts, sizes = self.config.num_experts, projection_sizes(self.config)
+        sources = dict(zip(_PROJECTIONS, (gate_proj, up_proj, down_proj), strict=True))
+        scales = dict(zip(_PROJECTIONS, (gate_scale, up_scale, down_scale), strict=True))
+        biases = dict(zip(_PROJECTIONS, (gate_bias, up_bias, down_bias), strict=True))
+        MappedFiles([*sources.values(), *scales.values(), *biases.values()]).check()
+        refuse_strays(sources, scales, sizes)
+        physical_to_logical_map = checked_map(physical_to_logical_map, num_experts)
+        given = checked_biases(biases, num_experts, {name: size[0] for name, size in sizes.items()})
+        matrices = {
+            name: given_projection(self._format, name, sources[name], scales[name], (num_experts, *size))
+            for name, size in sizes.items()
+            if are_codes(sources[name])
+        }
+        total, num_done = num_experts * (len(sizes) - len(matrices)), 0
+
+        def tell() -> None:
+            nonlocal num_done
+            num_done += 1
+            if progress is not None:
+                progress(num_done, total)
+
+        for name, size in sizes.items():
+            if name not in matrices:
+                shape = (num_experts, *size)
+                matrices[name] = quantize_projection(
+                    self.cpu_infer, self._format, name, sources[name], shape, tell
+                )
+        self._give(QuantizedExperts(matrices, given), physical_to_logical_map)
+
+    def _give(self, experts: QuantizedExperts, physical_to_logical_map: Any) -> None:
+        """Give the layer codes and scales."""
+        absent = QuantizedProjection(None, None)
+        gate, up, down = (experts.matrices.get(name, absent) for name in _PROJECTIONS)
+        gate_bias, up_bias, down_bias = (experts.biases.get(name) for name in _PROJECTIONS)
+        self._give_to_engine(
+            physical_to_logical_map,
+            gate_proj=gate.codes,
+            up_proj=up.codes,
+            down_proj=down.codes,
+            gate_scale=gate.row_scale,
+            up_scale=up.row_scale,
+            down_scale=down.row_scale,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            down_bias=down_bias,
+        )
+        self._experts = None if self._spans_nodes() else experts
+
+    # ---- saving ----
+
+    def save_weights(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the quantised weights to a file of their own, for `weight_path`.
+
+        The bytes do not depend on the machine, its instruction sets or the number of threads. Experts are in
+        the order in which they were given, before `physical_to_logical_map`.
+
+        Parameters
+        ----------
+        directory : str or path-like
+            Made when it is not there. A file of this layer is replaced, all at once.
+
+        Returns
+        -------
+        Path
+            The file, ``layer-00012.safetensors``.
+
+        Raises
+        ------
+        RuntimeError
+            Nothing is loaded, or the weights are spread over NUMA nodes.
+        OSError
+            The file cannot be written, or that which the weights lie in was cut off.
+        """
+        if not self.loaded:
+            raise RuntimeError("save_weights: no weights are loaded; call load_weights first")
+        if self._experts is None:
+            raise RuntimeError(
+                "save_weights: every NUMA node holds its own rows of the weights, and nobody all of them; "
+                "save them with threadpool_count=1, or use the command 'ktmoe convert'"
+            )
+        return save_quantized(directory, self._experts, self.config, self._format)

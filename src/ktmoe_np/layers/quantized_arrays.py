@@ -1,0 +1,130 @@
+"""Arrays that a layer of quantised experts is given, checked before anything is quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..arrays.checks import Array, as_numpy, bfloat16, described, each_expert, expert_ids
+from ..formats.quantized import QuantizedFormat
+from ..io.converted.layer import QuantizedProjection
+
+__all__ = ["are_codes", "checked_biases", "checked_map", "given_projection", "refuse_strays"]
+
+
+def are_codes(source: Any) -> bool:
+    """Whether these weights are quantised."""
+    return _dtype(source) == "uint8"
+
+
+def refuse_strays(sources: Mapping[str, Any], scales: Mapping[str, Any], present: Container[str]) -> None:
+    """Raise ValueError for weights that the layer does not have, and for scales without quantised weights."""
+    for name, source in sources.items():
+        for what, value in ((name, source), (_scale_of(name), scales[name])):
+            if name not in present and value is not None:
+                raise ValueError(f"{what}: got one, expected None: the activation is not gated")
+        if scales[name] is not None and not are_codes(source):
+            raise ValueError(
+                f"{_scale_of(name)}: got one, expected None: {name} is {_dtype(source)}, and quantised "
+                "weights are uint8"
+            )
+
+
+def given_projection(
+    fmt: QuantizedFormat, name: str, codes: Any, scale: Any, shape: tuple[int, int, int]
+) -> QuantizedProjection:
+    """Quantised weights of the caller, when they are what they should be; nothing is copied.
+
+    `shape` is E, N and K. Codes are not looked at.
+    """
+    num_experts, num_rows, num_columns = shape
+    held = _held(name, codes, np.dtype(np.uint8), (num_experts, num_rows, fmt.row_bytes(num_columns)))
+    name = _scale_of(name)
+    if not fmt.has_row_scale:
+        if scale is not None:
+            raise ValueError(f"{name}: got one, expected None: rows of {fmt.name} hold their scales")
+        return QuantizedProjection(held, None)
+    scales = _held(name, scale, np.dtype(np.float32), (num_experts, num_rows))
+    for e, row_scale in enumerate(scales):
+        wrong = ~np.isfinite(row_scale)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise ValueError(f"{name}: expert {e}, row {row} holds {row_scale[row]}, expected finite scales")
+    return QuantizedProjection(held, scales)
+
+
+def checked_biases(
+    biases: Mapping[str, Any], num_experts: int, num_rows: Mapping[str, int]
+) -> dict[str, Array]:
+    """The biases that are given, by projection; `num_rows` has the projections that there are.
+
+    Raises
+    ------
+    TypeError
+        Not an array, or another dtype.
+    ValueError
+        Another shape, or of a projection that the layer does not have.
+    """
+    checked = {}
+    for projection, bias in biases.items():
+        if bias is None:
+            continue
+        name = projection.replace("_proj", "_bias")
+        if projection not in num_rows:
+            raise ValueError(f"{name}: got one, expected None: the activation is not gated")
+        array, shape = as_numpy(bias, name), (num_experts, num_rows[projection])
+        if array.dtype not in (np.float32, bfloat16) or array.shape != shape:
+            kind = ValueError if array.dtype in (np.float32, bfloat16) else TypeError
+            raise kind(f"{name}: got {described(array)}, expected float32 or bfloat16 {list(shape)}")
+        checked[projection] = np.ascontiguousarray(array)
+    return checked
+
+
+def checked_map(physical_to_logical_map: Any, num_experts: int) -> Array | None:
+    """The map as int64 [E].
+
+    Raises
+    ------
+    TypeError
+        Not integers.
+    ValueError
+        Another shape.
+    IndexError
+        An entry outside 0 to E - 1.
+    """
+    name = "physical_to_logical_map"
+    if physical_to_logical_map is None:
+        return None
+    experts = expert_ids(physical_to_logical_map, name)
+    if experts.shape != (num_experts,):
+        raise ValueError(f"{name}: got {described(experts)}, expected int64 [{num_experts}]")
+    wrong = (experts < 0) | (experts >= num_experts)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise IndexError(f"{name}: got expert {experts[at]} at {at}, expected 0 to {num_experts - 1}")
+    return experts
+
+
+def _scale_of(projection: str) -> str:
+    return projection.replace("_proj", "_scale")
+
+
+def _dtype(source: Any) -> str:
+    """The name of the dtype of an array of any framework, or of the first of several."""
+    first = source[0] if isinstance(source, list | tuple) and source else source
+    return str(getattr(first, "dtype", type(first).__name__)).removeprefix("torch.")
+
+
+def _held(name: str, source: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array | list[Array]:
+    """Arrays of the caller as those of NumPy."""
+
+    def checked(array: Array, lead: tuple[int, ...]) -> Array:
+        wanted = (*lead, *shape[1:])
+        if array.dtype != dtype or array.shape != wanted:
+            kind = TypeError if array.dtype != dtype else ValueError
+            raise kind(f"{name}: got {described(array)}, expected {dtype} {list(wanted)}")
+        return array
+
+    return each_expert(name, source, shape[0], checked)

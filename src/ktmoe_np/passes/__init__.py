@@ -1,0 +1,1 @@
+"""Passes of a layer: batches, tasks, what is pending, deferred experts, CUDA streams."""

@@ -1,0 +1,244 @@
+"""Forward passes on arrays of a GPU: copied down, computed and copied up in the order of a CUDA stream."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import kt_kernel_ext as ext
+from ..arrays.checks import Array, bfloat16
+from ..arrays.device import DeviceArray, device_array, given_back, new_like
+from ..arrays.dlpack import is_of_jax
+from ..buffers import BufferSlot
+from ..config import MoEConfig
+from .batch import Batch
+from .deferral import Carry
+from .host import LayerRunner
+from .stream import Stream, StreamCarry
+
+__all__ = ["StreamBatch", "StreamRunner", "drain"]
+
+#: What is kept for a slot: batches of a few sizes. Masks, and layers before that defer, come and go.
+_MOST_WORKS = 8
+
+_INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
+
+
+@dataclass(frozen=True)
+class StreamBatch:
+    """A batch as a stream has it: arrays on its device."""
+
+    hidden_states: Any
+    topk_ids: Any
+    topk_weights: Any
+    out: Any  #: where to write, None for a new array
+    num_tokens: Any  #: how many tokens count, None for all
+    skip_experts: Array | None  #: bool [E], on the host
+
+
+class _Work(NamedTuple):
+    """What is done in the stream, from and to the first rows of a slot."""
+
+    do: ext.cuda.StreamPass
+    deferred_output: Array  #: what it leaves for the next layer
+
+
+class _Pass(NamedTuple):
+    """A pass, checked and ready to be put into its stream."""
+
+    work: _Work
+    result: DeviceArray
+    slot: BufferSlot
+    carry: StreamCarry | None
+    arrays: list[DeviceArray]  #: what is copied down
+
+    @property
+    def addresses(self) -> list[int]:
+        """Where that is."""
+        return [array.address for array in self.arrays]
+
+
+class StreamRunner:
+    """Puts passes of a layer into streams: `run`, or `submit` and `sync`. None waits for the GPU or the CPU.
+
+    Parameters
+    ----------
+    runner : LayerRunner
+        Makes the tasks of a batch.
+    engine : ext.CPUInfer
+    config : MoEConfig
+    """
+
+    def __init__(self, runner: LayerRunner, engine: ext.CPUInfer, config: MoEConfig) -> None:
+        self._runner, self._engine, self._config = runner, engine, config
+        self._lock = ext.CallLock("cuda_stream", of_engine=True)  # of `_pending`: streams are many
+        self._pending: tuple[Stream, _Pass] | None = None
+        self._works: weakref.WeakKeyDictionary[BufferSlot, dict[Any, _Work]] = weakref.WeakKeyDictionary()
+
+    def run(self, batch: StreamBatch, stream: Stream) -> Any:
+        """Let a stream copy a batch to the host, compute its pass and copy the result back.
+
+        Returns
+        -------
+        array
+            The one that will have the result.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument of another kind, dtype or shape.
+        RuntimeError
+            A pass is pending, there is no CUDA driver, or it refuses.
+        Exception
+            What passes in streams have raised since somebody asked; their results are NaN.
+        """
+        with stream.order, self._lock:
+            ready = self._ready(batch, stream)
+            ready.work.do.run(stream.handle, ready.addresses, ready.result.address, ready)
+            self._leave(ready, stream)
+            return given_back(ready.result, stream.handle)
+
+    def submit(self, batch: StreamBatch, stream: Stream) -> None:
+        """Let a stream copy a batch to the host and submit its pass; raises what `run` does."""
+        with stream.order, self._lock:
+            ready = self._ready(batch, stream)
+            ready.work.do.submit(stream.handle, ready.addresses, ready)
+            self._leave(ready, stream)
+            self._pending = stream, ready
+            stream.pending.add(self)
+
+    def sync(self, stream: Stream) -> Any:
+        """Let the stream wait for the pass and copy its result to the device: the array that will have it.
+
+        Raises
+        ------
+        ValueError
+            Another stream.
+        RuntimeError
+            None is pending, or the driver refuses.
+        Exception
+            As `run`, but when the stream has been told all.
+        """
+        with stream.order, self._lock:
+            if self._pending is None:
+                where = f"no pass of layer {self._config.layer_idx} is pending in a stream"
+                raise RuntimeError(f"sync_forward: {where}, call submit_forward first")
+            submitted_to, ready = self._pending
+            if submitted_to is not stream:
+                expected = f"expected that of the pass, {submitted_to.handle:#x}"
+                raise ValueError(f"cuda_stream: got {stream.handle:#x}, {expected}")
+            self._pending = None
+            ready.work.do.sync(stream.handle, ready.result.address, ready)
+            ext.cuda.raise_error()
+            return given_back(ready.result, stream.handle)
+
+    def slots_in_use(self) -> list[BufferSlot]:
+        """The slots of a pass that was submitted, and of what it begins with."""
+        if self._pending is None:
+            return []
+        _, ready = self._pending
+        return [ready.slot] if ready.carry is None else [ready.slot, ready.carry.slot]
+
+    def drain(self, carry: StreamCarry, stream: Stream, out: Any) -> Any:
+        """Copy what this layer has deferred to the device: the array that will have it, rounded."""
+        if any(slot is carry.slot for slot in self.slots_in_use()):
+            raise RuntimeError(
+                f"a pass of layer {self._config.layer_idx} is pending in the stream, call sync_forward first"
+            )
+        num_tokens = len(carry.output)
+        slot = carry.slot.first(num_tokens)
+        result = self._result(carry.like, num_tokens, out, stream.handle)
+        none = np.zeros(1, np.int64)  # no token counts: the output is the carry alone
+        batch = Batch(self._config, slot.input, slot.topk_ids, slot.weights, slot.output, incremental=False)
+        tasks, _ = self._runner.parts(batch, slot, None, carry, none)
+        work = ext.cuda.StreamPass(self._engine, [], [(task, slot.output) for task in tasks], slot.output, 0)
+        work.run(stream.handle, [], result.address, (result, carry))
+        return given_back(result, stream.handle)
+
+    # ---- what is ready to be put into a stream ----
+
+    def _ready(self, batch: StreamBatch, stream: Stream) -> _Pass:
+        """The pass of a batch; nothing has changed when an argument is refused."""
+        ext.cuda.raise_error()
+        c, handle = self._config, stream.handle
+        if self._pending is not None:
+            raise RuntimeError(
+                f"a pass of layer {c.layer_idx} is pending in a stream, call sync_forward first"
+            )
+        x = device_array(batch.hidden_states, "hidden_states", [bfloat16], ("T", c.hidden_size), handle)
+        routes = x.shape[0], c.num_experts_per_tok
+        ids = device_array(batch.topk_ids, "topk_ids", _INTEGERS, routes, handle)
+        weights = device_array(batch.topk_weights, "topk_weights", [np.dtype(np.float32)], routes, handle)
+        arrays = [x, ids, weights]
+        if batch.num_tokens is not None:
+            arrays.append(device_array(batch.num_tokens, "num_tokens", _INTEGERS, (1,), handle))
+        result = self._result(batch.hidden_states, x.shape[0], batch.out, handle)
+        carry = stream.chain.receive(c.layer_idx, x.shape[0])
+        slot = stream.free_slot(c, x.shape[0], carry)
+        return _Pass(self._work(slot, carry, batch.skip_experts, arrays), result, slot, carry, arrays)
+
+    def _leave(self, ready: _Pass, stream: Stream) -> None:
+        """Leave to the stream's chain what the pass defers."""
+        left = None
+        if self._runner.num_deferred:
+            like, output = ready.arrays[0].owner, ready.work.deferred_output
+            left = StreamCarry(self._config.layer_idx, output, ready.slot, self, like)
+        stream.chain.leave(left)
+
+    def _work(
+        self, slot: BufferSlot, carry: Carry | None, skip_experts: Array | None, arrays: list[DeviceArray]
+    ) -> _Work:
+        """What does a pass, made when it is first needed.
+
+        What it is made of is known by its arrays, which it holds as long as it is known.
+        """
+        num_tokens, base = arrays[0].shape[0], None if carry is None else carry.output
+        key = num_tokens, tuple(array.dtype for array in arrays), id(base), id(skip_experts)
+        works = self._works.setdefault(slot, {})
+        if key not in works:
+            while len(works) >= _MOST_WORKS:
+                del works[next(iter(works))]
+            works[key] = self._new_work(slot.first(num_tokens), carry, skip_experts, arrays)
+        return works[key]
+
+    def _new_work(
+        self, slot: BufferSlot, carry: Carry | None, skip_experts: Array | None, arrays: list[DeviceArray]
+    ) -> _Work:
+        dtypes = [array.dtype for array in arrays]
+        batch = Batch(self._config, slot.input, slot.topk_ids, slot.weights, slot.output, incremental=False)
+        batch.ids = _viewed(slot.topk_ids, dtypes[1])
+        number = _viewed(slot.num_tokens, dtypes[3]) if len(dtypes) > 3 else None
+        inputs = [slot.input, batch.ids, slot.weights] + ([] if number is None else [number])
+        now, later = self._runner.parts(batch, slot, skip_experts, carry, number)
+        tasks = [(task, slot.output) for task in now] + [(task, slot.deferred_output) for task in later]
+        do = ext.cuda.StreamPass(self._engine, inputs, tasks, slot.output, len(later))
+        return _Work(do, slot.deferred_output)
+
+    def _result(self, like: Any, num_tokens: int, out: Any, stream: int) -> DeviceArray:
+        if out is not None and is_of_jax(out):
+            raise TypeError("out: got an array of JAX, which nobody writes to, expected None")
+        target = new_like(like) if out is None else out
+        return device_array(target, "out", [bfloat16], (num_tokens, self._config.hidden_size), stream)
+
+
+def drain(stream: Stream, out: Any) -> Any:
+    """What the last layer of a pass has left in a stream, or None; see `BaseMoEWrapper.drain_deferred`."""
+    with stream.order:
+        ext.cuda.raise_error()
+        left = stream.chain.take()
+        if left is None:
+            return None
+        try:
+            return left.left_by.drain(left, stream, out)
+        except Exception:  # it is still left
+            stream.chain.leave(left)
+            raise
+
+
+def _viewed(to: Array, dtype: np.dtype[Any]) -> Array:
+    """The beginning of an array as one of another dtype, of the same shape."""
+    viewed: Array = to.reshape(-1).view(dtype)[: to.size].reshape(to.shape)
+    return viewed
