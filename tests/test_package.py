@@ -41,7 +41,7 @@ def test_modules_are_there_without_an_import_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["layers.quantized", "experts", "inference.amx", "io", "models", "reference", "sft"]
+    "module", ["layers.quantized", "experts", "inference.wrappers", "io", "models", "reference", "sft"]
 )
 def test_any_module_may_be_the_first(module: str) -> None:
     done = run(f"import ktmoe_np.{module}")

@@ -50,15 +50,15 @@ class Method:
         raise ValueError(f"group_size: got {size}, expected {known} with method {self.name!r}")
 
 
-_AMX, _GENERAL = "inference.amx:AMXMoEWrapper", "inference.general:GeneralMoEWrapper"
-_NATIVE, _LLAMAFILE = "inference.native:NativeMoEWrapper", "inference.llamafile:LlamafileMoEWrapper"
+_AMX, _GENERAL = "inference.wrappers:AMXMoEWrapper", "inference.wrappers:GeneralMoEWrapper"
+_NATIVE, _LLAMAFILE = "inference.wrappers:NativeMoEWrapper", "inference.wrappers:LlamafileMoEWrapper"
 
 #: Wrapper for inference -> that for training.
 _TRAINING_WRAPPERS = {
-    _AMX: "sft.quantized:QuantizedSFTMoEWrapper",
-    _GENERAL: "sft.quantized:QuantizedSFTMoEWrapper",
-    _NATIVE: "sft.native:NativeSFTMoEWrapper",
-    _LLAMAFILE: "sft.llamafile:LlamafileSFTMoEWrapper",
+    _AMX: "sft.wrappers:QuantizedSFTMoEWrapper",
+    _GENERAL: "sft.wrappers:QuantizedSFTMoEWrapper",
+    _NATIVE: "sft.wrappers:NativeSFTMoEWrapper",
+    _LLAMAFILE: "sft.wrappers:LlamafileSFTMoEWrapper",
 }
 
 

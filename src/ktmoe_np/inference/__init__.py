@@ -1,10 +1,7 @@
-"""The layers of experts for inference, a module a family of methods."""
+"""The layers of experts for inference, and the base that they share."""
 
-from .amx import AMXMoEWrapper
 from .base import BaseMoEWrapper
-from .general import GeneralMoEWrapper
-from .llamafile import LlamafileMoEWrapper
-from .native import NativeMoEWrapper
+from .wrappers import AMXMoEWrapper, GeneralMoEWrapper, LlamafileMoEWrapper, NativeMoEWrapper
 
 __all__ = [
     "AMXMoEWrapper",

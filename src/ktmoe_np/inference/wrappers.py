@@ -1,0 +1,44 @@
+"""The wrappers of layers for inference: one per way that weights are held."""
+
+from __future__ import annotations
+
+from ..layers.gguf import GgufWeights
+from ..layers.native import NativeWeights
+from ..layers.quantized import QuantizedWeights
+from .base import BaseMoEWrapper
+
+__all__ = ["AMXMoEWrapper", "GeneralMoEWrapper", "LlamafileMoEWrapper", "NativeMoEWrapper"]
+
+
+class AMXMoEWrapper(QuantizedWeights, BaseMoEWrapper):
+    """Experts computed in integers: methods ``AMXINT8`` and ``AMXINT4``.
+
+    Weights are int8 or two-level int4 codes, activations become int8 codes token by token.
+    """
+
+
+class GeneralMoEWrapper(QuantizedWeights, BaseMoEWrapper):
+    """Experts computed in bf16 from quantised weights: methods ``MOE_INT8`` and ``MOE_INT4``.
+
+    The files are those of ``AMXINT8`` and ``AMXINT4``; ``MOE_INT8`` also has a finer one, with a scale for
+    every 32 columns.
+    """
+
+
+class LlamafileMoEWrapper(GgufWeights, BaseMoEWrapper):
+    """Experts computed from GGUF: method ``LLAMAFILE``.
+
+    Gate, up and down each have a tensor type of their own, as mixtures of quantisations do. Weights are
+    referred to, never copied: arrays stay the caller's, files stay mapped.
+    """
+
+
+class NativeMoEWrapper(NativeWeights, BaseMoEWrapper):
+    """Experts computed from a checkpoint's own encoding.
+
+    Methods ``BF16``, ``FP8``, ``FP8_PERCHANNEL``, ``MXFP8``, ``RAWINT4``, ``GPTQ_INT4``, ``MXFP4`` and
+    ``NVFP4``.
+
+    Weights are referred to, never copied: arrays stay the caller's, files stay mapped. Those of
+    ``GPTQ_INT4``, whose rows do not lie together, are converted once.
+    """
