@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +16,9 @@ from ..arrays.checks import Array
 from ..io import SafetensorsFile
 from ..io.json_text import read_json_object, shown
 from ..io.safetensors.writer import replace_text, write_safetensors
+from .adapted import AdaptedLayer
 from .gradients import lora_shapes
 from .peft_families import LOADED, PeftNames, peft_names
-
-if TYPE_CHECKING:
-    from .lora import LoraLayer
 
 __all__ = ["export_peft", "import_peft", "load_lora_weights", "peft_scale", "save_lora_weights"]
 
@@ -42,7 +40,7 @@ _PEFT_DTYPES = (*_DTYPES, "F16")
 # ---- one layer ----
 
 
-def save_lora_weights(path: str | os.PathLike[str], layer: LoraLayer) -> None:
+def save_lora_weights(path: str | os.PathLike[str], layer: AdaptedLayer) -> None:
     """Write the adapters of a layer to one safetensors file, whose metadata says what they are.
 
     Parameters
@@ -61,7 +59,7 @@ def save_lora_weights(path: str | os.PathLike[str], layer: LoraLayer) -> None:
     write_safetensors(path, _adapters_of(layer), _metadata(layer))
 
 
-def load_lora_weights(path: str | os.PathLike[str], layer: LoraLayer) -> None:
+def load_lora_weights(path: str | os.PathLike[str], layer: AdaptedLayer) -> None:
     """Give a layer the adapters that `save_lora_weights` wrote.
 
     Parameters
@@ -91,7 +89,7 @@ def load_lora_weights(path: str | os.PathLike[str], layer: LoraLayer) -> None:
     layer.update_lora_weights(**{name: _tensor(file, name, shape, _DTYPES) for name, shape in shapes.items()})
 
 
-def _metadata(layer: LoraLayer) -> dict[str, str]:
+def _metadata(layer: AdaptedLayer) -> dict[str, str]:
     config, options = layer.config, layer.options
     return {
         **_FORMAT,
@@ -109,7 +107,7 @@ def _metadata(layer: LoraLayer) -> dict[str, str]:
 
 
 def export_peft(
-    directory: str | os.PathLike[str], layers: Sequence[LoraLayer], *, model_type: str | None = None
+    directory: str | os.PathLike[str], layers: Sequence[AdaptedLayer], *, model_type: str | None = None
 ) -> None:
     """Write the adapters of layers of one model as PEFT has them: a directory of two files.
 
@@ -170,7 +168,7 @@ def export_peft(
     replace_text(target / _PEFT_CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def import_peft(directory: str | os.PathLike[str], layers: Sequence[LoraLayer]) -> None:
+def import_peft(directory: str | os.PathLike[str], layers: Sequence[AdaptedLayer]) -> None:
     """Give layers the adapters of a directory that PEFT or `export_peft` wrote.
 
     Parameters
@@ -236,7 +234,7 @@ def peft_scale(directory: str | os.PathLike[str]) -> tuple[int, float]:
     return rank, float(alpha)
 
 
-def _common_scale(layers: Sequence[LoraLayer]) -> tuple[int, float]:
+def _common_scale(layers: Sequence[AdaptedLayer]) -> tuple[int, float]:
     """The rank and alpha that all layers have."""
     if not layers:
         raise ValueError("layers: got none, expected one or more")
@@ -308,7 +306,7 @@ def _peft_matrices(
 # ---- both ----
 
 
-def _shapes(layer: LoraLayer) -> dict[str, tuple[int, int, int]]:
+def _shapes(layer: AdaptedLayer) -> dict[str, tuple[int, int, int]]:
     """The shapes of a layer's adapters, of which there are some."""
     if layer.options.lora_rank == 0:
         raise ValueError(
@@ -317,7 +315,7 @@ def _shapes(layer: LoraLayer) -> dict[str, tuple[int, int, int]]:
     return lora_shapes(layer.config, layer.options.lora_rank)
 
 
-def _adapters_of(layer: LoraLayer) -> dict[str, Array]:
+def _adapters_of(layer: AdaptedLayer) -> dict[str, Array]:
     _shapes(layer)
     return layer.lora_weights
 

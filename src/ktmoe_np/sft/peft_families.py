@@ -10,13 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..io import load_hf_config
 from ..io.gguf.experts import is_gguf
-
-if TYPE_CHECKING:
-    from .lora import LoraLayer
+from .adapted import AdaptedLayer
 
 __all__ = ["LOADED", "REFUSED", "PeftNames", "peft_names"]
 
@@ -93,7 +90,7 @@ REFUSED: dict[str, str] = {
 }
 
 
-def peft_names(layers: Sequence[LoraLayer], model_type: str | None = None) -> PeftNames:
+def peft_names(layers: Sequence[AdaptedLayer], model_type: str | None = None) -> PeftNames:
     """Find the names under which PEFT loads adapters of these layers.
 
     Parameters
@@ -126,7 +123,7 @@ def _names(model_type: str) -> PeftNames:
     return names
 
 
-def _model_type(layer: LoraLayer) -> str | None:
+def _model_type(layer: AdaptedLayer) -> str | None:
     """The family of the checkpoint that a layer is from; None when it is from none that says so."""
     if layer.weight_path is None:
         return None
