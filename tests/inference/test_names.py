@@ -14,7 +14,7 @@ import ktmoe_np
 from ktmoe_np import AMXSFTMoEWrapper, BaseSFTMoEWrapper, KTMoEWrapper
 from ktmoe_np.formats.methods import METHODS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 #: What must be among them: the names that are fixed.
 FIXED = [

@@ -10,7 +10,7 @@ import pytest
 
 jax = pytest.importorskip("jax")
 
-SOURCES = Path(__file__).resolve().parents[1] / "cpp"
+SOURCES = Path(__file__).resolve().parents[2] / "cpp"
 
 #: Our structs and theirs, each with the members that must lie at the same places.
 STRUCTS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cli_runs import COMMAND, environment
 
-KILLS = Path(__file__).with_name("finetune_kills.py")
+KILLS = Path(__file__).parents[1] / "support" / "finetune_kills.py"
 FILES = ["adapter_config.json", "adapter_model.safetensors", "loss.csv", "state.safetensors"]
 
 

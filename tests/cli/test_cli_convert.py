@@ -223,7 +223,10 @@ def child_command(source: Path, target: Path) -> list[str]:
 
 def child_environment() -> dict[str, str]:
     here = environment()
-    return {**here, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), here["PYTHONPATH"]])}
+    return {
+        **here,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1] / "support"), here["PYTHONPATH"]]),
+    }
 
 
 @pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
