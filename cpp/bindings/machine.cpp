@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "bindings/gil.h"
+#include "bindings/tasks/gil.h"
 #include "bindings/module.h"
 #include "core/error.h"
 #include "isa/isa.h"

@@ -1,8 +1,8 @@
 // ktmoe_np.kt_kernel_ext: the C++ core as Python sees it.
 #include "bindings/module.h"
 
-#include "bindings/arrays.h"
-#include "bindings/gil.h"
+#include "bindings/convert/arrays.h"
+#include "bindings/tasks/gil.h"
 #include "kernels/table.h"
 
 NB_MODULE(kt_kernel_ext, m) {

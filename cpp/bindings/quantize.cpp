@@ -4,11 +4,11 @@
 
 #include <utility>
 
-#include "bindings/arrays.h"
+#include "bindings/convert/arrays.h"
 #include "bindings/module.h"
-#include "bindings/python_task.h"
+#include "bindings/tasks/task.h"
 #include "core/error.h"
-#include "moe/quantize.h"
+#include "moe/weights/quantize.h"
 
 namespace ktmoe::bindings {
 namespace {

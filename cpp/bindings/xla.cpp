@@ -5,7 +5,7 @@
 
 #include <utility>
 
-#include "bindings/arrays.h"
+#include "bindings/convert/arrays.h"
 #include "bindings/module.h"
 #include "core/error.h"
 #include "xla/cuda_calls.h"

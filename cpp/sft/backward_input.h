@@ -8,7 +8,7 @@
 // where inputs are scaled.
 #pragma once
 
-#include "moe/scaled_inputs.h"
+#include "moe/layer/scaled_inputs.h"
 #include "sft/backward_products.h"
 
 namespace ktmoe {

@@ -1,7 +1,7 @@
 // The shape of an expert layer that trains: its adapters, and how much of a forward pass is kept.
 #pragma once
 
-#include "moe/config.h"
+#include "moe/layer/config.h"
 
 namespace ktmoe {
 

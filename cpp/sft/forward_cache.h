@@ -5,7 +5,7 @@
 
 #include "core/aligned_buffer.h"
 #include "kernels/contract.h"
-#include "moe/routing_plan.h"
+#include "moe/plan/routing_plan.h"
 #include "sft/config.h"
 #include "sft/lora.h"
 

@@ -4,7 +4,7 @@
 #include <array>
 #include <memory>
 
-#include "moe/interface.h"
+#include "moe/layer/interface.h"
 #include "sft/config.h"
 #include "sft/lora.h"
 

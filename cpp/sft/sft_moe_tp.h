@@ -2,7 +2,7 @@
 // pass that are shared out by outputs. Without a training pass it is the layer for inference.
 #pragma once
 
-#include "moe/moe_base.h"
+#include "moe/layer/moe_base.h"
 #include "sft/backward_activation.h"
 #include "sft/backward_input.h"
 #include "sft/forward_adapters.h"

@@ -7,7 +7,7 @@
 #include <optional>
 #include <utility>
 
-#include "moe/tp_moe_common.h"
+#include "moe/layer/tp_moe_common.h"
 #include "sft/backward_inner.h"
 #include "sft/backward_output.h"
 #include "sft/backward_weights.h"

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "kernels/contract_training.h"
-#include "moe/gemm_kernel.h"
-#include "moe/layer_call.h"
+#include "moe/layer/gemm_kernel.h"
+#include "moe/plan/layer_call.h"
 #include "sft/dropout.h"
 #include "sft/forward_cache.h"
 #include "sft/interface.h"

@@ -1,7 +1,7 @@
 // Where a training pass keeps things: in a cache's own memory, or in borrowed scratch.
 #pragma once
 
-#include "moe/scratch_plan.h"
+#include "moe/plan/scratch_plan.h"
 #include "sft/training_pass.h"
 
 namespace ktmoe {

@@ -10,7 +10,7 @@
 #include <utility>
 
 #include "core/error.h"
-#include "moe/split_slots.h"
+#include "moe/plan/split_slots.h"
 #include "runtime/per_process.h"
 #include "xla/batch.h"
 #include "xla/work.h"

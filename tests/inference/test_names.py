@@ -107,7 +107,7 @@ def test_what_has_lost_its_parameters_says_so() -> None:
 
 
 def test_a_name_that_is_not_there_is_found_out() -> None:
-    assert not declares("cpp/moe/tp_moe.h", "TP_MOE_Common")  # used there, declared elsewhere
+    assert not declares("cpp/moe/layer/tp_moe.h", "TP_MOE_Common")  # used there, declared elsewhere
     assert not declares("cpp/runtime/task_queue.h", "CPUInfer")
     with pytest.raises(AttributeError):
         resolve("ktmoe_np.BaseMoEWrapper.forward_sft")

@@ -1,0 +1,425 @@
+// The expert layers in Python: configs, and a class a method.
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+
+#include <map>
+#include <optional>
+
+#include "bindings/layers/expert_slices.h"
+#include "bindings/convert/forward_arrays.h"
+#include "bindings/module.h"
+#include "bindings/tasks/task.h"
+#include "bindings/streams/split_slots.h"
+#include "formats/registry.h"
+#include "moe/layer/tp_moe.h"
+
+namespace ktmoe::bindings {
+namespace {
+
+using Layer = std::shared_ptr<MoE_Interface>;
+
+// A projection's weights as they are given, and how they must be.
+struct Projection {
+  nb::handle weights, scale, scales;
+  const char *name, *scale_name, *scales_name;
+  int64_t num, rows, columns;
+  FormatId format;
+};
+
+// Arrays of one dtype and shape, an expert each: from one array [E, ..] or a sequence of E arrays. Calls
+// add(array, axis, data) for every expert, whose elements begin at `data` and whose axes at `axis`.
+template <class Add>
+void for_experts(nb::handle source, const char* name, int64_t num, DType dtype, const Dims& shape,
+                 Arrays& owners, Add&& add) {
+  if (nb::isinstance<nb::list>(source) || nb::isinstance<nb::tuple>(source)) {
+    const size_t got = nb::len(source);
+    if (got != static_cast<size_t>(num)) throw_invalid(name, ": got ", got, " arrays, expected ", num);
+    for (int64_t e = 0; e < num; ++e) {
+      const nb::object item = source[e];
+      const Array& one = owners.emplace_back(Array::read(item, name)).expect({dtype}, shape);
+      add(one, 0, one.as<const std::byte>());
+    }
+    return;
+  }
+  Dims stacked = {num};
+  stacked.insert(stacked.end(), shape.begin(), shape.end());
+  const Array& all = owners.emplace_back(Array::read(source, name)).expect({dtype}, stacked);
+  for (int64_t e = 0; e < num; ++e) add(all, 1, all.as<const std::byte>() + e * all.stride_bytes(0));
+}
+
+// The E matrices [rows, bytes of a row] of a projection. Only the last axis has to be contiguous. bf16 is
+// given as such, other formats as bytes.
+std::vector<WeightView> matrices(const Projection& p, Arrays& owners) {
+  const auto block = static_cast<int64_t>(format_block(p.format));
+  if (p.columns % block != 0)
+    throw_invalid(p.name, ": got rows of ", p.columns, " values, expected a multiple of ", block,
+                  ", a block of ", format_name(p.format));
+  const bool is_bf16 = p.format == FormatId::kBf16;
+  const int64_t width =
+      is_bf16 ? p.columns : static_cast<int64_t>(format_row_bytes(p.format, static_cast<size_t>(p.columns)));
+  std::vector<WeightView> views;
+  const auto add = [&](const Array& a, size_t axis, const std::byte* data) {
+    a.expect_contiguous_rows();
+    WeightView view{data, static_cast<ptrdiff_t>(a.stride_bytes(axis)), static_cast<uint32_t>(p.columns)};
+    view.format = p.format;
+    views.push_back(view);
+  };
+  for_experts(p.weights, p.name, p.num, is_bf16 ? DType::kBf16 : DType::kUint8, {p.rows, width}, owners, add);
+  return views;
+}
+
+// The row scales of a projection, float32 [rows] an expert, of formats that have them.
+void add_scales(const Projection& p, Arrays& owners, std::vector<WeightView>& views) {
+  if (!format_has_row_scale(p.format)) {
+    if (!p.scale.is_none())
+      throw_invalid(p.scale_name, ": got one, expected None: ", format_name(p.format), " has no row scales");
+    return;
+  }
+  auto view = views.begin();
+  for_experts(p.scale, p.scale_name, p.num, DType::kFloat32, {p.rows}, owners,
+              [&](const Array& a, size_t, const std::byte* data) {
+                a.expect_contiguous();
+                (view++)->row_scale = reinterpret_cast<const float*>(data);
+              });
+}
+
+// The scales of a projection that lie apart, uint8 [rows of scales, bytes of one] an expert.
+void add_scales_apart(const Projection& p, Arrays& owners, std::vector<WeightView>& views) {
+  const int64_t serves = format_scale_rows(p.format);
+  if (serves == 0) {
+    if (!p.scales.is_none())
+      throw_invalid(p.scales_name, ": got one, expected None: ", format_name(p.format),
+                    " has no scales apart");
+    return;
+  }
+  const auto width = static_cast<int64_t>(format_scale_bytes(p.format, static_cast<size_t>(p.columns)));
+  auto view = views.begin();
+  for_experts(p.scales, p.scales_name, p.num, DType::kUint8, {(p.rows + serves - 1) / serves, width}, owners,
+              [&](const Array& a, size_t axis, const std::byte* data) {
+                a.expect_contiguous_rows();
+                view->scales = data;
+                (view++)->scales_stride_bytes = static_cast<ptrdiff_t>(a.stride_bytes(axis));
+              });
+}
+
+std::vector<WeightView> scaled_matrices(const Projection& p, Arrays& owners) {
+  std::vector<WeightView> views = matrices(p, owners);
+  add_scales(p, owners, views);
+  add_scales_apart(p, owners, views);
+  return views;
+}
+
+std::vector<float> biases(nb::handle source, const char* name, int64_t num, int64_t width) {
+  if (source.is_none()) return {};
+  const Array a = Array::read(source, name);
+  a.expect({DType::kFloat32, DType::kBf16}, {num, width}).expect_contiguous();
+  std::vector<float> values(a.size());
+  for (size_t i = 0; i < values.size(); ++i)
+    values[i] = a.dtype() == DType::kBf16 ? to_float(a.as<bf16>()[i]) : a.as<float>()[i];
+  return values;
+}
+
+// Physical expert i is given logical expert map[i].
+template <class Item>
+std::vector<Item> permuted(const std::vector<Item>& logical, const std::vector<int64_t>& map, size_t width) {
+  std::vector<Item> physical;
+  physical.reserve(logical.size());
+  for (size_t i = 0; i < map.size() && !logical.empty(); ++i) {
+    const auto* first = logical.data() + static_cast<size_t>(map[i]) * width;
+    physical.insert(physical.end(), first, first + width);
+  }
+  return physical;
+}
+
+void apply_map(nb::handle source, const GeneralMOEConfig& c, ExpertWeights& w) {
+  if (source.is_none()) return;
+  const Array a = Array::read(source, "physical_to_logical_map");
+  a.expect({DType::kInt64}, {c.expert_num}).expect_contiguous();
+  const std::vector<int64_t> map(a.as<int64_t>(), a.as<int64_t>() + a.size());
+  for (size_t i = 0; i < map.size(); ++i) {
+    if (map[i] < 0 || map[i] >= c.expert_num)
+      throw_out_of_range("physical_to_logical_map: got expert ", map[i], " at ", i, ", expected 0 to ",
+                         c.expert_num - 1);
+  }
+  const auto width = static_cast<size_t>(c.intermediate_size), hidden = static_cast<size_t>(c.hidden_size);
+  ExpertMatrices& m = w.matrices;
+  m.gate = permuted(m.gate, map, 1), m.up = permuted(m.up, map, 1), m.down = permuted(m.down, map, 1);
+  w.logical.assign(map.begin(), map.end());
+  ExpertBiases& b = w.biases;
+  b.gate = permuted(b.gate, map, width), b.up = permuted(b.up, map, width),
+  b.down = permuted(b.down, map, hidden);
+}
+
+// The format of a projection: that of the layer, or, where projections have some of their own, the one named.
+FormatId projection_format(const GemmKernel& kernel, const std::optional<std::string>& given,
+                           const char* name) {
+  if (kernel.format) {
+    if (given) throw_invalid(name, ": got '", *given, "', expected None: the layer has one format");
+    return *kernel.format;
+  }
+  std::string known = "bf16";
+  for (size_t i = 0; i < kNumFormats; ++i) {
+    const auto id = static_cast<FormatId>(i);
+    if (id != FormatId::kBf16 && !format_is_blocks(id)) continue;
+    if (given && *given == format_name(id)) return id;
+    if (id != FormatId::kBf16) known += str_cat(", ", format_name(id));
+  }
+  throw_invalid(name, ": got ", given ? str_cat("'", *given, "'") : std::string("None"), ", expected one of ",
+                known);
+}
+
+PythonTask load_weights_task(Layer layer, nb::object gate, nb::object up, nb::object down, nb::object map,
+                             nb::object gate_scale, nb::object up_scale, nb::object down_scale,
+                             nb::object gate_scales, nb::object up_scales, nb::object down_scales,
+                             nb::object gate_bias, nb::object up_bias, nb::object down_bias,
+                             std::optional<std::string> gate_format, std::optional<std::string> up_format,
+                             std::optional<std::string> down_format) {
+  const GeneralMOEConfig& c = layer->config();
+  const GemmKernel& kernel = layer->kernel();
+  const int64_t num = c.expert_num, inter = c.intermediate_size, hidden = c.hidden_size;
+  auto owners = std::make_shared<Arrays>();
+  owners->reserve(9 * static_cast<size_t>(c.expert_num));
+  auto weights = std::make_shared<ExpertWeights>();
+  weights->matrices.gate =
+      scaled_matrices({gate, gate_scale, gate_scales, "gate_proj", "gate_scale", "gate_scales", num, inter,
+                       hidden, projection_format(kernel, gate_format, "gate_format")},
+                      *owners);
+  weights->biases.gate = biases(gate_bias, "gate_bias", c.expert_num, c.intermediate_size);
+  if (c.activation.gated) {
+    weights->matrices.up = scaled_matrices({up, up_scale, up_scales, "up_proj", "up_scale", "up_scales", num,
+                                            inter, hidden, projection_format(kernel, up_format, "up_format")},
+                                           *owners);
+    weights->biases.up = biases(up_bias, "up_bias", c.expert_num, c.intermediate_size);
+  } else if (!up.is_none() || !up_scale.is_none() || !up_scales.is_none() || !up_bias.is_none() ||
+             up_format) {
+    throw_invalid(!up.is_none()          ? "up_proj"
+                  : !up_scale.is_none()  ? "up_scale"
+                  : !up_scales.is_none() ? "up_scales"
+                  : !up_bias.is_none()   ? "up_bias"
+                                         : "up_format",
+                  ": got one, expected None: the activation is not gated");
+  }
+  weights->matrices.down =
+      scaled_matrices({down, down_scale, down_scales, "down_proj", "down_scale", "down_scales", num, hidden,
+                       inter, projection_format(kernel, down_format, "down_format")},
+                      *owners);
+  weights->biases.down = biases(down_bias, "down_bias", c.expert_num, c.hidden_size);
+  apply_map(map, c, *weights);
+  weights->owner = owners;
+  return PythonTask([layer, weights] { layer->load_weights(*weights); }, owners);
+}
+
+PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_ids, nb::object topk_weights,
+                        nb::object out, bool incremental, nb::object base, nb::object skip_experts,
+                        int64_t first_token, std::optional<int64_t> num_tokens, const PythonSplit* split,
+                        nb::object deferred_out) {
+  ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, out, skip_experts);
+  if (incremental) forward.add_to_out();
+  if (!base.is_none()) {
+    if (incremental) throw_invalid("base: got one with incremental=True, expected one of the two");
+    forward.add_to(base);
+  }
+  if (split == nullptr && !deferred_out.is_none())
+    throw_invalid("deferred_out: got one without a split, expected None");
+  std::optional<SplitPart> part;
+  if (split != nullptr) part.emplace(layer->config(), *split, deferred_out, forward, first_token);
+  forward.take_tokens(first_token, num_tokens);
+  const auto arrays = forward.arrays();
+  return PythonTask(
+      [layer, forward = std::move(forward), part = std::move(part)] {
+        forward.check_ids(layer->config());
+        if (part) return part->run(*layer, forward.args());
+        layer->forward(forward.args());
+      },
+      arrays);
+}
+
+// Parameters that are not given are those of the models that introduced the activation.
+kernels::Activation make_activation(const std::string& name, bool gated, std::optional<float> limit,
+                                    std::optional<float> alpha, std::optional<float> beta1,
+                                    std::optional<float> beta2) {
+  using Kind = kernels::ActivationKind;
+  static const std::map<std::string, Kind> kinds = {
+      {"silu", Kind::kSilu},  {"swigluoai", Kind::kSwigluOai}, {"swiglustep", Kind::kSwigluStep},
+      {"gelu", Kind::kGelu},  {"gelu_tanh", Kind::kGeluTanh},  {"situ", Kind::kSitu},
+      {"relu2", Kind::kRelu2}};
+  const auto found = kinds.find(name);
+  if (found == kinds.end()) {
+    std::string known;
+    for (const auto& [other, unused] : kinds) known += (known.empty() ? "" : ", ") + other;
+    throw_invalid("activation: got '", name, "', expected one of ", known);
+  }
+  kernels::Activation a;
+  a.kind = found->second, a.gated = gated;
+  if (a.kind == Kind::kSwigluOai || a.kind == Kind::kSwigluStep) a.limit = 7.0f;
+  a.limit = limit.value_or(a.limit), a.alpha = alpha.value_or(a.alpha);
+  a.beta1 = beta1.value_or(a.beta1), a.beta2 = beta2.value_or(a.beta2);
+  return a;
+}
+
+void bind_config(nb::module_& m) {
+  nb::class_<GeneralMOEConfig>(m, "MOEConfig", R"(The shape of an expert layer.
+
+Parameters
+----------
+expert_num, num_experts_per_tok, hidden_size, intermediate_size : int
+    E, P, H and I.
+layer_idx : int
+    Which layer of the model this is.
+pool : WorkerPool, optional
+    The threads to run on: the `backend_` of a CPUInfer. Needed before a layer is made.
+
+Attributes
+----------
+group_size : int
+    Of weights that are quantised by groups; 0 for what the class has by default.
+scale_inputs : bool
+    The routing weights scale what enters the experts, rounded to bfloat16, and not what leaves them.)")
+      .def(
+          "__init__",
+          [](GeneralMOEConfig* self, int64_t experts, int64_t per_token, int64_t hidden, int64_t intermediate,
+             int64_t layer_idx, std::shared_ptr<WorkerPool> pool) {
+            new (self)
+                GeneralMOEConfig{experts, per_token, hidden, intermediate, layer_idx, {}, std::move(pool)};
+          },
+          nb::arg("expert_num") = 0, nb::arg("num_experts_per_tok") = 0, nb::arg("hidden_size") = 0,
+          nb::arg("intermediate_size") = 0, nb::arg("layer_idx") = 0, nb::arg("pool").none() = nb::none())
+      .def_rw("expert_num", &GeneralMOEConfig::expert_num)
+      .def_rw("num_experts_per_tok", &GeneralMOEConfig::num_experts_per_tok)
+      .def_rw("hidden_size", &GeneralMOEConfig::hidden_size)
+      .def_rw("intermediate_size", &GeneralMOEConfig::intermediate_size)
+      .def_rw("layer_idx", &GeneralMOEConfig::layer_idx)
+      .def_rw("group_size", &GeneralMOEConfig::group_size)
+      .def_rw("scale_inputs", &GeneralMOEConfig::scale_inputs)
+      .def_rw("pool", &GeneralMOEConfig::pool, nb::arg().none())
+      .def(
+          "set_activation",
+          [](GeneralMOEConfig& self, const std::string& kind, bool gated, std::optional<float> limit,
+             std::optional<float> alpha, std::optional<float> beta1, std::optional<float> beta2) {
+            self.activation = make_activation(kind, gated, limit, alpha, beta1, beta2);
+          },
+          nb::arg("kind"), nb::arg("gated") = true, nb::arg("limit").none() = nb::none(),
+          nb::arg("alpha").none() = nb::none(), nb::arg("beta1").none() = nb::none(),
+          nb::arg("beta2").none() = nb::none(),
+          "Set the activation function by name; the reference states the formulas.");
+}
+
+void bind_interface(nb::module_& m) {
+  nb::class_<MoE_Interface> layer(m, "MoE_Interface", "What every layer of experts does.");
+  layer.def_prop_ro("loaded", &MoE_Interface::loaded)
+      .def("load_weights_task", &load_weights_task, nb::arg("gate_proj").none(), nb::arg("up_proj").none(),
+           nb::arg("down_proj").none(), nb::arg("physical_to_logical_map").none() = nb::none(), nb::kw_only(),
+           nb::arg("gate_scale").none() = nb::none(), nb::arg("up_scale").none() = nb::none(),
+           nb::arg("down_scale").none() = nb::none(), nb::arg("gate_scales").none() = nb::none(),
+           nb::arg("up_scales").none() = nb::none(), nb::arg("down_scales").none() = nb::none(),
+           nb::arg("gate_bias").none() = nb::none(), nb::arg("up_bias").none() = nb::none(),
+           nb::arg("down_bias").none() = nb::none(), nb::arg("gate_format").none() = nb::none(),
+           nb::arg("up_format").none() = nb::none(), nb::arg("down_format").none() = nb::none(),
+           R"(Make the task that gives the layer its weights. They are referred to, not copied.
+
+Parameters
+----------
+gate_proj, up_proj : array or sequence of arrays
+    bfloat16 [E, I, H], or E arrays [I, H]. up_proj is None when the activation is not gated. Of other
+    formats uint8 [E, I, B], or E arrays [I, B], B the bytes of a row (`quantized_row_bytes`).
+down_proj : array or sequence of arrays
+    bfloat16 [E, H, I], or E arrays [H, I]; or uint8.
+physical_to_logical_map : array, optional
+    int64 [E]: expert i uses the weights of map[i].
+gate_scale, up_scale, down_scale : array or sequence of arrays
+    float32 [E, I], [E, I], [E, H], or E arrays each: the scales of rows, where the format has them.
+gate_scales, up_scales, down_scales : array or sequence of arrays
+    uint8 [E, S, B], or E arrays [S, B]: S rows of B bytes of scales, where the format has some that lie apart.
+gate_bias, up_bias, down_bias : array, optional
+    float32 or bfloat16 [E, I], [E, I], [E, H].
+gate_format, up_format, down_format : str, optional
+    Of a layer whose projections each have a format: its name, "q4_k" for example.
+
+Returns
+-------
+Task)")
+      .def("forward_task", &forward_task, nb::arg("hidden_states").none(), nb::arg("topk_ids").none(),
+           nb::arg("topk_weights").none(), nb::arg("out").none(), nb::arg("incremental") = false,
+           nb::kw_only(), nb::arg("base").none() = nb::none(), nb::arg("skip_experts").none() = nb::none(),
+           nb::arg("first_token") = 0, nb::arg("num_tokens").none() = nb::none(),
+           nb::arg("split").none() = nb::none(), nb::arg("deferred_out").none() = nb::none(),
+           R"(Make the task of one forward pass.
+
+Parameters
+----------
+hidden_states : array
+    bfloat16 [T, H].
+topk_ids : array
+    int64 [T, P]; negative ids are skipped.
+topk_weights : array
+    float32 [T, P].
+out : array
+    bfloat16 or float32 [T, H], written.
+incremental : bool
+    Add to what `out` holds.
+base : array, optional
+    bfloat16 or float32 [T, H], added to the result.
+skip_experts : array, optional
+    bool [E]: experts that are left out.
+first_token, num_tokens : int, optional
+    The tokens of the batch to compute; all from the first on by default.
+split : SlotSplit, optional
+    Of the batch, when `topk_ids` is one part of it: the immediate ids, or the deferred ones.
+deferred_out : array, optional
+    float32 [T, H]. Of the first part: written with the sums of the other, when the split finds that the two
+    share many experts; then the task of the other part does nothing.
+
+Returns
+-------
+Task)");
+  bind_expert_slices(layer);
+}
+
+// A class a method.
+template <GemmKernel (*kKernel)(const GeneralMOEConfig&)>
+struct InferenceLayer final : TP_MOE {
+  explicit InferenceLayer(const GeneralMOEConfig& config) : TP_MOE(config, kKernel(config)) {}
+};
+
+template <GemmKernel (*kKernel)(const GeneralMOEConfig&)>
+void bind_layer(nb::module_& m, const char* name, const char* doc) {
+  nb::class_<InferenceLayer<kKernel>, MoE_Interface>(m, name, doc)
+      .def(nb::init<GeneralMOEConfig>(), nb::arg("config"));
+}
+
+}  // namespace
+
+void bind_moe(nb::module_& m) {
+  bind_config(m);
+  bind_interface(m);
+  bind_layer<native_kernel<FormatId::kBf16>>(m, "AMXBF16_MOE",
+                                             "Experts with bf16 weights, as they lie in memory.");
+  bind_layer<amx_int8_kernel>(m, "AMXInt8_MOE",
+                              "Experts with int8 weights, a scale a row; activations are quantised to int8.");
+  bind_layer<amx_int4_kernel>(
+      m, "AMXInt4_MOE",
+      "Experts with two-level int4 weights, in groups of 32, 64 or 128 (`group_size`); "
+      "activations are quantised to int8.");
+  bind_layer<int8_kernel>(m, "Int8_MOE",
+                          "Experts with int8 weights, a scale a row or every 32 columns (`group_size`).");
+  bind_layer<int4_kernel>(m, "Int4_MOE",
+                          "Experts with two-level int4 weights, in groups of 32, 64 or 128 (`group_size`).");
+  bind_layer<native_kernel<FormatId::kFp8>>(m, "AMXFP8_MOE",
+                                            "Experts with E4M3 weights, a scale a block of 128 x 128.");
+  bind_layer<native_kernel<FormatId::kFp8Row>>(m, "AMXFP8PerChannel_MOE",
+                                               "Experts with E4M3 weights, a scale a row.");
+  bind_layer<native_kernel<FormatId::kMxFp8>>(m, "MXFP8_MOE", "Experts with MXFP8 weights.");
+  bind_layer<rawint4_kernel>(
+      m, "RAWINT4_MOE",
+      "Experts with int4 weights as compressed-tensors packs them, in groups of 32, 64 "
+      "or 128 (`group_size`).");
+  bind_layer<native_kernel<FormatId::kMxFp4>>(m, "MXFP4_MOE", "Experts with MXFP4 weights.");
+  bind_layer<native_kernel<FormatId::kNvFp4>>(m, "NVFP4_MOE", "Experts with NVFP4 weights.");
+  bind_layer<native_kernel<FormatId::kQ4_0>>(
+      m, "GPTQ_INT4_MOE", "Experts with GPTQ's symmetric int4 weights, as rows of blocks of Q4_0.");
+  bind_layer<llamafile_kernel>(
+      m, "Llamafile_MOE", "Experts with weights as GGUF has them, every projection in a format of its own.");
+}
+
+}  // namespace ktmoe::bindings

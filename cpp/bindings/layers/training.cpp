@@ -1,0 +1,265 @@
+// The expert layers that train in Python: a class a method.
+#include <nanobind/stl/shared_ptr.h>
+
+#include <algorithm>
+
+#include "bindings/convert/lora_arrays.h"
+#include "bindings/module.h"
+#include "bindings/tasks/task.h"
+#include "bindings/layers/training_config.h"
+#include "sft/cache_stack.h"
+#include "sft/tp_moe_sft.h"
+
+namespace ktmoe::bindings {
+namespace {
+
+using Layer = std::shared_ptr<MoE_SFT_Interface>;
+
+// A pass that may be taken back.
+class TrainingTask : public PythonTask {
+ public:
+  TrainingTask(std::shared_ptr<TrainingCall> call, std::function<void()> work,
+               std::shared_ptr<const Arrays> arrays)
+      : PythonTask(std::move(work), std::move(arrays)), call_(std::move(call)) {}
+  // Who could take the pass back is gone.
+  ~TrainingTask() {
+    if (call_ != nullptr) call_->finish();
+  }
+  TrainingTask(TrainingTask&&) = default;
+  TrainingTask& operator=(TrainingTask&&) = delete;
+  void revoke() { call_->revoke(); }
+
+ private:
+  std::shared_ptr<TrainingCall> call_;
+};
+
+PythonTask update_lora_weights_task(Layer layer, nb::handle gate_a, nb::handle gate_b, nb::handle up_a,
+                                    nb::handle up_b, nb::handle down_a, nb::handle down_b) {
+  const LoraHandles handles = {gate_a, gate_b, up_a, up_b, down_a, down_b};
+  if (std::all_of(handles.begin(), handles.end(), [](nb::handle h) { return h.is_none(); }))
+    throw_invalid("update_lora_weights: got no matrix, expected at least one of ",
+                  "gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b");
+  const auto owners = std::make_shared<Arrays>();
+  const LoraSources sources = read_lora(layer->sft_config(), handles, *owners);
+  return PythonTask([layer, sources, owners] { layer->update_lora_weights(sources); }, owners);
+}
+
+TrainingTask forward_sft_task(Layer layer, nb::object hidden_states, nb::object topk_ids,
+                              nb::object topk_weights, nb::object out, bool save_for_backward,
+                              nb::object skip_experts) {
+  ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, out, skip_experts);
+  const auto arrays = forward.arrays();
+  const std::shared_ptr<TrainingCall> call = layer->new_call();
+  return TrainingTask(
+      call,
+      [layer, call, forward = std::move(forward), save_for_backward] {
+        layer->forward_sft(forward.args(), save_for_backward, 0, call.get());
+      },
+      arrays);
+}
+
+// The arrays that a backward pass writes.
+class GradientArrays {
+ public:
+  explicit GradientArrays(const MOESFTConfig& config) : config_(config) { arrays_.reserve(12); }
+
+  const Array& read(nb::handle source, const char* name) {
+    return arrays_.emplace_back(Array::read(source, name));
+  }
+
+  // Null for None.
+  template <class T>
+  T* write_if_given(nb::handle target, const char* name, DType dtype, const Dims& shape, bool of_up = false) {
+    if (target.is_none()) return nullptr;
+    check_lora_exists(config_, name, of_up);
+    return write<T>(target, name, dtype, shape);
+  }
+
+  // Shares memory with none of those before.
+  template <class T>
+  T* write(nb::handle target, const char* name, DType dtype, const Dims& shape) {
+    const Array a = Array::write(target, name);
+    a.expect({dtype}, shape).expect_contiguous();
+    for (const Array& other : arrays_) a.expect_disjoint(other);
+    return arrays_.emplace_back(a).as<T>();
+  }
+
+  Arrays take() { return std::move(arrays_); }
+
+ private:
+  const MOESFTConfig& config_;
+  Arrays arrays_;
+};
+
+TrainingTask backward_task(Layer layer, nb::handle grad_output, nb::handle grad_input,
+                           nb::handle grad_weights, nb::handle gate_a, nb::handle gate_b, nb::handle up_a,
+                           nb::handle up_b, nb::handle down_a, nb::handle down_b, nb::handle gate_proj,
+                           nb::handle up_proj, nb::handle down_proj, bool accumulate) {
+  const MOESFTConfig& c = layer->sft_config();
+  GradientArrays arrays(c);
+  BackwardArgs args;
+  const Array& q = arrays.read(grad_output, "grad_output");
+  q.expect({DType::kBf16}, {"T", c.hidden_size}).expect_contiguous();
+  const int64_t tokens = q.shape(0);
+  if (tokens * c.num_experts_per_tok > INT32_MAX)
+    throw_invalid("grad_output: got ", tokens, " tokens, expected fewer in one call");
+  args.num_tokens = static_cast<uint32_t>(tokens), args.grad_output = q.as<bf16>();
+  args.grad_input = arrays.write<bf16>(grad_input, "grad_input", DType::kBf16, {tokens, c.hidden_size});
+  args.grad_weights =
+      arrays.write<float>(grad_weights, "grad_weights", DType::kFloat32, {tokens, c.num_experts_per_tok});
+  const LoraHandles handles = {gate_a, gate_b, up_a, up_b, down_a, down_b};
+  for (size_t i = 0; i < kNumLora; ++i)
+    args.lora[i] = arrays.write_if_given<float>(handles[i], lora_name(c, i), DType::kFloat32, lora_dims(c, i),
+                                                is_up_lora(i));
+  const Dims first = {c.expert_num, c.intermediate_size, c.hidden_size};
+  args.gate_proj = arrays.write_if_given<float>(gate_proj, "gate_proj", DType::kFloat32, first);
+  args.up_proj = arrays.write_if_given<float>(up_proj, "up_proj", DType::kFloat32, first, true);
+  args.down_proj = arrays.write_if_given<float>(down_proj, "down_proj", DType::kFloat32,
+                                                {c.expert_num, c.hidden_size, c.intermediate_size});
+  args.accumulate = accumulate;
+  const auto owners = std::make_shared<Arrays>(arrays.take());
+  const std::shared_ptr<TrainingCall> call = layer->new_call();
+  return TrainingTask(call, [layer, call, args, owners] { layer->backward(args, call.get()); }, owners);
+}
+
+PythonTask clear_cache_task(Layer layer) {
+  return PythonTask([layer] { layer->clear_cache(); });
+}
+
+using Interface = nb::class_<MoE_SFT_Interface, MoE_Interface>;
+
+void bind_forward(Interface& interface) {
+  const auto none = nb::none();
+  interface
+      .def("update_lora_weights_task", &update_lora_weights_task, nb::arg("gate_lora_a").none() = none,
+           nb::arg("gate_lora_b").none() = none, nb::arg("up_lora_a").none() = none,
+           nb::arg("up_lora_b").none() = none, nb::arg("down_lora_a").none() = none,
+           nb::arg("down_lora_b").none() = none,
+           R"(Make the task that gives the adapters new values; what is None stays, but not all.
+
+Parameters
+----------
+gate_lora_a, up_lora_a : array, optional
+    float32 or bfloat16 [E, R, H]. Copied when the task runs, as bfloat16.
+gate_lora_b, up_lora_b : array, optional
+    [E, I, R].
+down_lora_a, down_lora_b : array, optional
+    [E, R, I] and [E, H, R].
+
+Returns
+-------
+Task)")
+      .def("forward_sft_task", &forward_sft_task, nb::arg("hidden_states").none(), nb::arg("topk_ids").none(),
+           nb::arg("topk_weights").none(), nb::arg("out").none(), nb::arg("save_for_backward") = true,
+           nb::kw_only(), nb::arg("skip_experts").none() = none,
+           R"(Make the task of one forward pass with adapters.
+
+Parameters
+----------
+hidden_states, topk_ids, topk_weights, out, skip_experts
+    As in forward_task.
+save_for_backward : bool
+    Keep what backward_task needs; dropout acts only then.
+
+Returns
+-------
+TrainingTask)");
+}
+
+void bind_backward(Interface& interface) {
+  const auto none = nb::none();
+  interface
+      .def("backward_task", &backward_task, nb::arg("grad_output").none(), nb::arg("grad_input").none(),
+           nb::arg("grad_weights").none(), nb::kw_only(), nb::arg("gate_lora_a").none() = none,
+           nb::arg("gate_lora_b").none() = none, nb::arg("up_lora_a").none() = none,
+           nb::arg("up_lora_b").none() = none, nb::arg("down_lora_a").none() = none,
+           nb::arg("down_lora_b").none() = none, nb::arg("gate_proj").none() = none,
+           nb::arg("up_proj").none() = none, nb::arg("down_proj").none() = none,
+           nb::arg("accumulate") = false,
+           R"(Make the task of the backward pass of the last forward pass that was saved.
+
+Parameters
+----------
+grad_output : array
+    bfloat16 [T, H].
+grad_input : array
+    bfloat16 [T, H], written.
+grad_weights : array
+    float32 [T, P], written: the gradient of the routing weights.
+gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b : array, optional
+    float32 gradients of the adapters, written. None: not computed.
+gate_proj, up_proj, down_proj : array, optional
+    float32 gradients of the weights, [E, I, H], [E, I, H], [E, H, I].
+accumulate : bool
+    Add the gradients of matrices to what is there.
+
+Returns
+-------
+TrainingTask)")
+      .def("clear_cache_task", &clear_cache_task, "Make the task that forgets the saved forward passes.")
+      .def_prop_ro("num_cached", &MoE_SFT_Interface::num_cached,
+                   "Forward passes that wait for their backward pass.")
+      .def_prop_ro("cache_bytes", &MoE_SFT_Interface::cache_bytes, "Memory of saved forward passes, and what is kept of it for the next.")
+      .def_prop_rw("step", &MoE_SFT_Interface::step, &MoE_SFT_Interface::set_step,
+                   "The number of the next saving forward pass, which keys its dropout masks.");
+}
+
+// A class a method.
+template <GemmKernel (*kKernel)(const GeneralMOEConfig&)>
+struct TrainingLayer final : TP_MOE_SFT {
+  TrainingLayer(const MOESFTConfig& config, const LoraSources& lora)
+      : TP_MOE_SFT(config, kKernel(config), lora) {}
+};
+
+template <GemmKernel (*kKernel)(const GeneralMOEConfig&)>
+void bind_layer(nb::module_& m, const char* name, const char* doc) {
+  using Trained = TrainingLayer<kKernel>;
+  nb::class_<Trained, MoE_SFT_Interface>(m, name, doc)
+      .def(
+          "__init__",
+          [](Trained* self, SFTConfig config) {  // a copy: reading arrays may run Python, which may change it
+            config.validate();
+            Arrays owners;
+            new (self) Trained(config, read_lora(config, config.lora_handles(), owners));
+          },
+          nb::arg("config"));
+}
+
+}  // namespace
+
+void bind_sft(nb::module_& m) {
+  bind_sft_config(m);
+  nb::class_<TrainingTask, PythonTask>(m, "TrainingTask", "A pass of training.")
+      .def("revoke", &TrainingTask::revoke, R"(Take the pass back, for a call that an exception has ended.
+
+Whether it has not begun, is under way or is done: the saved forward passes and the step are as if it had never been. What it writes may be written all the same.)");
+  Interface interface(m, "MoE_SFT_Interface", "What a layer that trains does beyond inference.");
+  bind_forward(interface);
+  bind_backward(interface);
+  bind_layer<native_kernel<FormatId::kBf16>>(m, "AMXBF16_SFT_MOE",
+                                             "Experts with bf16 weights and adapters that train.");
+  bind_layer<amx_int8_kernel>(m, "AMXInt8_SFT_MOE",
+                              "Experts as those of AMXInt8_MOE, and adapters that train.");
+  bind_layer<amx_int4_kernel>(m, "AMXInt4_SFT_MOE",
+                              "Experts as those of AMXInt4_MOE, and adapters that train.");
+  bind_layer<int8_kernel>(m, "Int8_SFT_MOE", "Experts as those of Int8_MOE, and adapters that train.");
+  bind_layer<int4_kernel>(m, "Int4_SFT_MOE", "Experts as those of Int4_MOE, and adapters that train.");
+  bind_layer<native_kernel<FormatId::kFp8>>(m, "AMXFP8_SFT_MOE",
+                                            "Experts as those of AMXFP8_MOE, and adapters that train.");
+  bind_layer<native_kernel<FormatId::kFp8Row>>(
+      m, "AMXFP8PerChannel_SFT_MOE", "Experts as those of AMXFP8PerChannel_MOE, and adapters that train.");
+  bind_layer<native_kernel<FormatId::kMxFp8>>(m, "MXFP8_SFT_MOE",
+                                              "Experts as those of MXFP8_MOE, and adapters that train.");
+  bind_layer<rawint4_kernel>(m, "RAWINT4_SFT_MOE",
+                             "Experts as those of RAWINT4_MOE, and adapters that train.");
+  bind_layer<native_kernel<FormatId::kMxFp4>>(m, "MXFP4_SFT_MOE",
+                                              "Experts as those of MXFP4_MOE, and adapters that train.");
+  bind_layer<native_kernel<FormatId::kNvFp4>>(m, "NVFP4_SFT_MOE",
+                                              "Experts as those of NVFP4_MOE, and adapters that train.");
+  bind_layer<native_kernel<FormatId::kQ4_0>>(m, "GPTQ_INT4_SFT_MOE",
+                                             "Experts as those of GPTQ_INT4_MOE, and adapters that train.");
+  bind_layer<llamafile_kernel>(m, "Llamafile_SFT_MOE",
+                               "Experts as those of Llamafile_MOE, and adapters that train.");
+}
+
+}  // namespace ktmoe::bindings

@@ -1,0 +1,222 @@
+// The engine in Python: WorkerPoolConfig, WorkerPool, CPUInfer, Task.
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "bindings/convert/arrays.h"
+#include "bindings/tasks/gil.h"
+#include "bindings/module.h"
+#include "bindings/tasks/task.h"
+#include "bindings/streams/stream_calls.h"
+#include "core/aligned_buffer.h"
+#include "core/error.h"
+#include "runtime/cpuinfer.h"
+
+namespace ktmoe::bindings {
+namespace {
+
+// Tasks that have run hold Python references; they are let go here, where the GIL is held.
+void release_finished(CPUInfer& engine) { engine.take_finished(); }
+
+// Repeats a wait of limited time, so that Ctrl-C gets through while another thread does the work.
+template <class WaitFor>
+void wait_in_slices(CPUInfer& engine, WaitFor&& wait_for) {
+  constexpr std::chrono::milliseconds kSlice{50};
+  struct Release {
+    CPUInfer& engine;
+    ~Release() { release_finished(engine); }
+  } release{engine};
+  for (bool done = false; !done;) {
+    {
+      const GilRelease no_gil;
+      done = wait_for(kSlice);
+    }
+    if (PyErr_CheckSignals() != 0) nb::raise_python_error();
+  }
+}
+
+void wait(CPUInfer& engine, const Ticket& ticket) {
+  wait_in_slices(engine, [&](auto slice) { return engine.wait_for(ticket, slice); });
+}
+
+void sync(CPUInfer& engine, uint64_t allow_n_pending) {
+  stream_calls().forget_happened();
+  const uint64_t submitted = engine.num_submitted(), last = submitted - std::min(submitted, allow_n_pending);
+  wait_in_slices(engine, [&](auto slice) { return engine.sync_for(last, slice); });
+  stream_calls().rethrow();
+}
+
+Ticket submit(CPUInfer& engine, PythonTask& task) {
+  release_finished(engine);
+  return engine.submit(task.take());
+}
+
+void run(CPUInfer& engine, PythonTask& task) { wait(engine, engine.submit(task.take(), /*wake=*/false)); }
+
+// Fresh memory is slow to write to on one thread: every page of it is asked for.
+void copy(CPUInfer& engine, nb::handle source, nb::handle to) {
+  static constexpr size_t kChunk = size_t{1} << 18;
+  const auto from = std::make_shared<Array>(Array::read(source, "source"));
+  const auto target = std::make_shared<Array>(Array::write(to, "to"));
+  from->expect_contiguous(), target->expect_contiguous().expect_disjoint(*from);
+  const size_t bytes = from->bytes();
+  if (target->bytes() != bytes) throw_invalid("to: got ", target->bytes(), " bytes, expected ", bytes);
+  PythonTask task([from, target, bytes, pool = engine.backend()] {
+    pool->run(static_cast<uint32_t>(div_up(bytes, kChunk)), [&](const Worker&, int, uint32_t i) {
+      const size_t begin = i * kChunk, size = std::min(kChunk, bytes - begin);
+      std::memcpy(target->as<std::byte>() + begin, from->as<const std::byte>() + begin, size);
+    });
+  });
+  run(engine, task);
+}
+
+WorkerPoolConfig make_config(int subpool_count, std::vector<int> numa_map, std::vector<int> thread_count) {
+  WorkerPoolConfig config;
+  config.subpool_count = subpool_count;
+  config.subpool_numa_map = std::move(numa_map);
+  config.subpool_thread_count = std::move(thread_count);
+  return config;
+}
+
+void bind_streams(nb::class_<CPUInfer>& engine) {
+  engine
+      .def(
+          "submit_with_cuda_stream",
+          [](std::shared_ptr<CPUInfer> engine, uint64_t stream, PythonTask& task, nb::handle result) {
+            settle(*engine);
+            const std::vector<StreamTask> tasks = {stream_task(task, result)};  // let go of with the GIL
+            const GilRelease no_gil;  // the driver may wait for the stream
+            stream_calls().submit(as_stream(stream), engine, tasks);
+          },
+          nb::arg("stream"), nb::arg("task"), nb::arg("result").none() = nb::none(),
+          R"(Submit a task when a CUDA stream comes to this point; returns at once.
+
+In a stream that is being captured, the graph submits the task whenever it is replayed; the task and its arrays are then kept for good.
+
+Parameters
+----------
+stream : int
+    The stream's handle; 0 is the default stream.
+task : Task
+result : array of floats, optional
+    What the task writes, and so holds: NaN when the task raises, which nobody can know in the stream.
+
+Raises
+------
+RuntimeError
+    There is no CUDA driver, or it refuses.)")
+      .def(
+          "sync_with_cuda_stream",
+          [](std::shared_ptr<CPUInfer> engine, uint64_t stream, uint64_t allow_n_pending) {
+            settle(*engine);
+            {
+              const GilRelease no_gil;
+              stream_calls().sync(as_stream(stream), engine, allow_n_pending);
+            }
+            stream_calls().rethrow();
+          },
+          nb::arg("stream"), nb::arg("allow_n_pending") = 0,
+          R"(Let a CUDA stream wait, at this point, until at most `allow_n_pending` tasks are unfinished; returns at once.
+
+Exceptions of tasks that streams have submitted are raised by this, when all is said to the stream, or by `sync`.)");
+}
+
+void bind_pool(nb::module_& m) {
+  nb::class_<WorkerPoolConfig>(m, "WorkerPoolConfig",
+                               R"(Threads of an engine, in sub-pools that stay on a NUMA node.
+
+Parameters
+----------
+subpool_count : int
+    Number of sub-pools. Several may be on one node.
+subpool_numa_map : list of int
+    The NUMA node of each sub-pool.
+subpool_thread_count : list of int
+    The number of threads of each sub-pool, the calling thread included.)")
+      .def(
+          "__init__",
+          [](WorkerPoolConfig* self, int count, std::vector<int> numa_map, std::vector<int> threads) {
+            new (self) WorkerPoolConfig(make_config(count, std::move(numa_map), std::move(threads)));
+          },
+          nb::arg("subpool_count"), nb::arg("subpool_numa_map"), nb::arg("subpool_thread_count"))
+      .def_static(
+          "defaults", [] { return WorkerPoolConfig::defaults(Topology::read()); },
+          "One sub-pool for every node with CPUs that this process may use, a thread for each of them.")
+      .def_rw("subpool_count", &WorkerPoolConfig::subpool_count)
+      .def_rw("subpool_numa_map", &WorkerPoolConfig::subpool_numa_map)
+      .def_rw("subpool_thread_count", &WorkerPoolConfig::subpool_thread_count);
+
+  nb::class_<WorkerPool>(m, "WorkerPool", "The threads of an engine; made by CPUInfer, handed to layers.")
+      .def_prop_ro("num_threads", [](const WorkerPool& pool) { return pool.num_threads(); })
+      .def_prop_ro("num_subpools", &WorkerPool::num_subpools)
+      .def_prop_ro("config", &WorkerPool::config, nb::rv_policy::copy);
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  bind_pool(m);
+  nb::class_<PythonTask>(m, "Task", "Work for an engine, made by a layer; it can be submitted once.",
+                         nb::type_slots(PythonTask::slots));
+  nb::class_<Ticket>(m, "Ticket", R"(A submitted task, for those who wait for it.
+
+As long as it lives, `CPUInfer.wait` raises the exception of a task that failed, whoever else was told of it.)")
+      .def_prop_ro("number", &Ticket::number, "1, 2, 3 ... in the order of execution.")
+      .def("__repr__", [](const Ticket& ticket) { return str_cat("Ticket(", ticket.number(), ")"); });
+
+  nb::class_<CPUInfer> engine(
+      m, "CPUInfer",
+      R"(The engine: threads, and a queue of tasks that run in the order of submission.
+
+Parameters
+----------
+config : WorkerPoolConfig or int
+    The threads, or just their number.
+
+Raises
+------
+ValueError
+    Threads or sub-pools that cannot be: the message names the field, and the nodes that exist.)");
+  bind_streams(engine);
+  engine.def(nb::init<WorkerPoolConfig>(), nb::arg("config"))
+      .def(nb::init<int>(), nb::arg("num_threads"))
+      .def_prop_ro("backend_", &CPUInfer::backend, "The threads, as layers take them in their config.")
+      .def("submit", &submit, nb::arg("task"), "Queue a task and return its ticket; does not wait.")
+      .def("sync", &sync, nb::arg("allow_n_pending") = 0,
+           R"(Wait until at most `allow_n_pending` of the submitted tasks are unfinished.
+
+Raises
+------
+Exception
+    The first one that a task waited for has raised. The engine stays usable.)")
+      .def("wait", &wait, nb::arg("ticket"),
+           R"(Wait for the task with that ticket.
+
+Raises
+------
+Exception
+    What the task raised, as often as it is asked.
+ValueError
+    The ticket of another engine.)")
+      .def("run", &run, nb::arg("task"), "Submit a task and wait for it, without waking another thread.")
+      .def("copy", &copy, nb::arg("source"), nb::arg("to"),
+           "Copy an array to another of as many bytes, by all threads, after what was submitted before.")
+      .def(
+          "shutdown",
+          [](CPUInfer& engine) {
+            {
+              const GilRelease release;
+              engine.shutdown();
+            }
+            release_finished(engine);
+          },
+          "Finish what is queued and end the threads. May be called again.")
+      .def_prop_ro("num_submitted", &CPUInfer::num_submitted)
+      .def_prop_ro("num_completed", &CPUInfer::num_completed);
+}
+
+}  // namespace ktmoe::bindings

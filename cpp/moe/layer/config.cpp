@@ -1,0 +1,34 @@
+#include "moe/layer/config.h"
+
+#include "core/error.h"
+
+namespace ktmoe {
+namespace {
+
+void require_positive(const char* name, int64_t value) {
+  constexpr int64_t kMax = int64_t{1} << 24;  // keeps every row and index of a layer within 32 bits
+  if (value < 1 || value > kMax) throw_invalid(name, ": got ", value, ", expected 1 to ", kMax);
+}
+
+}  // namespace
+
+void GeneralMOEConfig::validate() const {
+  using Kind = kernels::ActivationKind;
+  require_positive("expert_num", expert_num);
+  require_positive("num_experts_per_tok", num_experts_per_tok);
+  require_positive("hidden_size", hidden_size);
+  require_positive("intermediate_size", intermediate_size);
+  if (layer_idx < 0) throw_invalid("layer_idx: got ", layer_idx, ", expected 0 or more");
+  if (pool == nullptr) throw_invalid("pool: got none, expected the backend_ of a CPUInfer");
+
+  const Kind kind = activation.kind;
+  const bool ungated_kind = kind == Kind::kSilu || kind == Kind::kGeluTanh || kind == Kind::kRelu2;
+  if (activation.gated && kind == Kind::kRelu2) throw_invalid("activation: relu2 has no gated form");
+  if (!activation.gated && !ungated_kind)
+    throw_invalid("activation: without a gate only silu, gelu_tanh and relu2 exist");
+  if (!(activation.limit > 0)) throw_invalid("activation: limit ", activation.limit, ", expected above 0");
+  if (!(activation.beta1 > 0) || !(activation.beta2 > 0))
+    throw_invalid("activation: beta ", activation.beta1, ", ", activation.beta2, ", expected above 0");
+}
+
+}  // namespace ktmoe

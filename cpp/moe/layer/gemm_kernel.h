@@ -1,0 +1,60 @@
+// What a layer multiplies with: a weight format, and what products it enters. "224" is the shape of a tile
+// step: two weight tiles, two activation tiles, four accumulators; every kernel runs on every instruction
+// set.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+
+#include "kernels/contract.h"
+#include "kernels/contract_training.h"
+#include "moe/layer/config.h"
+
+namespace ktmoe {
+
+struct GemmKernel {
+  // None: every projection has one of its own, which are among those of blocks and bf16.
+  std::optional<FormatId> format;
+  // Products of int8: activations are quantised, row by row. Else of bf16: weights are decoded on the way.
+  bool is_integer;
+
+  // Bytes of an operand of m rows and k columns.
+  size_t operand_bytes(const kernels::KernelTable& table, uint32_t m, uint32_t k) const {
+    return (is_integer ? table.int8_operand_bytes : table.operand_bytes)(m, k);
+  }
+  void multiply(const kernels::KernelTable& table, const kernels::NtArgs& args) const {
+    (is_integer ? table.nt_int8 : table.nt)[static_cast<size_t>(args.w.format)](args);
+  }
+  // Of terms that are bf16 or all of formats that one kernel takes.
+  void multiply(const kernels::KernelTable& table, const kernels::NnArgs& args) const {
+    const auto encoded = std::ranges::find_if(
+        args.terms, [](const kernels::NnTerm& term) { return term.w.format != FormatId::kBf16; });
+    const FormatId nn = encoded == args.terms.end() ? FormatId::kBf16 : encoded->w.format;
+    table.nn[static_cast<size_t>(nn)](args);
+  }
+};
+
+inline constexpr GemmKernel GemmKernel224BF{FormatId::kBf16, false};
+inline constexpr GemmKernel GemmKernel224Int8{FormatId::kInt8, true};
+inline constexpr GemmKernel GemmKernel224Int4{FormatId::kInt4Group32, true};
+
+// The kernels of methods, which may depend on the config's group size. Throw std::invalid_argument for one
+// that the method does not have, and for rows whose integer sums could overflow.
+void refuse_group_size(const GeneralMOEConfig& config);      // one that is given
+GemmKernel amx_int8_kernel(const GeneralMOEConfig& config);  // scales of rows
+GemmKernel amx_int4_kernel(const GeneralMOEConfig& config);  // groups of 32 (the default), 64, 128
+GemmKernel int8_kernel(const GeneralMOEConfig& config);      // scales of rows (the default), groups of 32
+GemmKernel int4_kernel(const GeneralMOEConfig& config);      // groups of 32 (the default), 64, 128
+GemmKernel rawint4_kernel(const GeneralMOEConfig& config);   // likewise, as the checkpoint has them
+
+// Formats of each projection, as GGUF files have them.
+GemmKernel llamafile_kernel(const GeneralMOEConfig& config);
+
+// Of formats as checkpoints have them, without a choice of groups.
+template <FormatId kFormat>
+GemmKernel native_kernel(const GeneralMOEConfig& config) {
+  refuse_group_size(config);
+  return {kFormat, false};
+}
+
+}  // namespace ktmoe

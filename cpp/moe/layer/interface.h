@@ -1,0 +1,70 @@
+// What a layer of experts does, whatever its weight format and however many nodes share it.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "moe/layer/config.h"
+#include "moe/weights/expert_matrices.h"
+#include "moe/weights/expert_slices.h"
+#include "moe/layer/gemm_kernel.h"
+
+namespace ktmoe {
+
+struct ExpertBiases {
+  std::vector<float> gate, up, down;  // [E, I], [E, I], [E, H], or empty
+};
+
+// The weights of a layer as they are given, a matrix a physical expert; `owner` keeps their memory alive.
+struct ExpertWeights {
+  ExpertMatrices matrices;
+  ExpertBiases biases;
+  std::vector<uint32_t> logical;  // [E]: the expert of the checkpoint that each one is; empty: itself
+  std::shared_ptr<const void> owner;
+};
+
+// One forward pass of the routed experts. All arrays are contiguous and the caller's.
+struct ForwardArgs {
+  uint32_t num_tokens = 0;                // T
+  const bf16* hidden_states = nullptr;    // [T, H]
+  const int64_t* topk_ids = nullptr;      // [T, P]
+  const float* topk_weights = nullptr;    // [T, P]
+  const uint8_t* skip_experts = nullptr;  // [E] or null: experts that someone else computes
+  const void* base = nullptr;             // [T, H] or null: what the result is added to; may be `out`
+  kernels::FloatType base_type = kernels::FloatType::kFloat32;
+  void* out = nullptr;  // [T, H]
+  kernels::FloatType out_type = kernels::FloatType::kBf16;
+  // What is summed apart from that, of a batch whose slots are split in two; or null.
+  const int64_t* deferred_ids = nullptr;  // [T, P], negative where topk_ids has an id
+  float* deferred_out = nullptr;          // [T, H]
+};
+
+class MoE_Interface {
+ public:
+  MoE_Interface() = default;
+  virtual ~MoE_Interface() = default;
+  MoE_Interface(const MoE_Interface&) = delete;
+  MoE_Interface& operator=(const MoE_Interface&) = delete;
+
+  virtual const GeneralMOEConfig& config() const = 0;
+  virtual const GemmKernel& kernel() const = 0;
+  virtual bool loaded() const = 0;
+
+  // Takes the weights and leaves in `weights` what the layer no longer holds, for the caller to release.
+  // Throws std::invalid_argument when the numbers of matrices or biases do not fit the config.
+  virtual void load_weights(ExpertWeights& weights) = 0;
+
+  // out = base + sum of the experts' outputs, weighted by slot unless the weights scale the inputs. Throws
+  // std::out_of_range for an expert id of expert_num or above, std::runtime_error when nothing is loaded;
+  // `out` is then as it was.
+  virtual void forward(const ForwardArgs& args) = 0;
+
+  // Throws std::runtime_error when nothing is loaded. Does not wait for a call that is under way.
+  virtual ProjectionFormats formats() const = 0;
+
+  // Writes an expert to the slices' arrays. Throws std::runtime_error when the layer has no weights, or now
+  // has some of other formats than those of the slices.
+  virtual void write_expert(const ExpertSlices& slices) = 0;
+};
+
+}  // namespace ktmoe

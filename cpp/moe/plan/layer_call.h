@@ -1,0 +1,106 @@
+// What one forward pass of a layer works on: the caller's arrays, the routing, and the borrowed scratch.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <span>
+#include <vector>
+
+#include "moe/layer/interface.h"
+#include "moe/plan/panel_tasks.h"
+#include "moe/plan/routing_plan.h"
+
+namespace ktmoe {
+
+// The activations a worker has packed last: consecutive panels of an expert share them.
+struct PackedRows {
+  uint32_t active = UINT32_MAX;
+  uint32_t m0 = 0;
+  kernels::Operand operand;
+
+  // The rows of a task as an operand, packed anew only when the expert or the rows change: pack() does it.
+  template <class Pack>
+  const kernels::Operand& pack_once(const PanelTask& task, Pack&& pack) {
+    if (active == task.active && m0 == task.m0) return operand;
+    operand = pack();
+    active = task.active, m0 = task.m0;
+    return operand;
+  }
+  const kernels::Operand& pack_once(const kernels::KernelTable& table, const kernels::RowsView& rows,
+                                    const PanelTask& task, uint32_t k, std::byte* memory) {
+    return pack_once(task, [&] { return table.pack(rows, task.m1 - task.m0, k, memory); });
+  }
+  const kernels::Operand& pack_once(const kernels::KernelTable& table, const kernels::Int8Rows& rows,
+                                    const int32_t* index, const PanelTask& task, uint32_t k,
+                                    std::byte* memory) {
+    return pack_once(task, [&] { return table.pack_int8(rows, index, task.m1 - task.m0, k, memory); });
+  }
+};
+
+// A worker's own scratch.
+struct WorkerScratch {
+  uint32_t worker = 0;  // its number in the pool
+  PackedRows packed;
+  std::byte* operand = nullptr;  // packed activations
+  float* c_gate = nullptr;       // C blocks
+  float* c_up = nullptr;
+  std::byte* nt = nullptr;  // of the product kernel
+};
+
+// The down projection goes over a part's columns in passes, so that its fp32 results stay in cache until
+// they are combined: in pass i, columns [pass.begin, pass.end) are in y, row after row.
+struct ColumnPass {
+  Span columns;
+  float* y = nullptr;
+};
+
+// Slots that are summed: out = base + the weighted rows of each token's slots.
+struct SlotSum {
+  const int32_t* row = nullptr;  // [T, P]: slot -> row of the plan, or -1 for a slot that is not
+  const void* base = nullptr;
+  kernels::FloatType base_type = kernels::FloatType::kFloat32;
+  void* out = nullptr;
+  kernels::FloatType out_type = kernels::FloatType::kBf16;
+};
+
+struct LayerCall {
+  const kernels::KernelTable* kernels = nullptr;
+  const GeneralMOEConfig* config = nullptr;
+  const ForwardArgs* args = nullptr;
+  RoutingPlan plan;
+  const SlotSum* sum = nullptr;    // the one that is computed
+  const float* weights = nullptr;  // [T, P]: what the row of each slot counts in that; null for ones
+  bf16* scaled_x = nullptr;        // the inputs by rows of the plan, where the routing weights scale them
+  std::vector<std::byte*> h;       // the intermediate of each active expert, an operand
+  // Before integer products instead, since a row is quantised when all of it is there:
+  bf16* h_rows = nullptr;    // the intermediate by rows of the plan, h_stride() apart
+  kernels::Int8Rows x8, h8;  // the inputs, the intermediate by rows of the plan
+  std::vector<WorkerScratch> workers;
+
+  // Makes the plan. Throws std::out_of_range as RoutingPlan does.
+  void plan_batch();
+  // What enters the experts: a row a token, or a row of the plan each where inputs are scaled.
+  kernels::RowsView inputs() const { return {scaled_x ? scaled_x : args->hidden_states, hidden(), nullptr}; }
+  uint32_t num_inputs() const { return config->scale_inputs ? plan.num_rows() : args->num_tokens; }
+  // Those of the rows of the plan from `row` on.
+  kernels::RowsView inputs_from(size_t row) const {
+    if (scaled_x) return {scaled_x + row * hidden(), hidden(), nullptr};
+    return {args->hidden_states, hidden(), plan.token.data() + row};
+  }
+  // What is summed by it: two of a batch whose slots are split.
+  std::span<const SlotSum> sums();
+
+  size_t hidden() const { return static_cast<size_t>(config->hidden_size); }
+  size_t h_stride() const {
+    return round_up(static_cast<size_t>(config->intermediate_size), kernels::kOutputBlock);
+  }
+
+ private:
+  std::array<SlotSum, 2> sums_;
+  // Of a batch whose slots are split: all ids, which of them are deferred, and the rows of either part.
+  std::vector<int64_t> all_ids_;
+  std::vector<uint8_t> is_deferred_;
+  std::vector<int32_t> rows_now_, rows_deferred_;
+};
+
+}  // namespace ktmoe

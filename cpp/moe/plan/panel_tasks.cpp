@@ -1,0 +1,68 @@
+#include "moe/plan/panel_tasks.h"
+
+#include <algorithm>
+
+#include "core/aligned_buffer.h"
+
+namespace ktmoe {
+namespace {
+
+// Equal blocks of about `target` rows, in multiples of a panel. Up to one and a half times as many stay
+// together: reading the weights once more costs more than activations that do not quite fit the cache.
+uint32_t row_block(uint32_t rows, uint32_t target) {
+  const size_t blocks = rows <= target / 2 * 3 ? 1 : div_up(rows - target / 2, target);
+  return static_cast<uint32_t>(round_up(div_up(rows, blocks), kernels::kOutputBlock));
+}
+
+}  // namespace
+
+uint32_t most_rows_per_block(uint32_t k) {
+  return static_cast<uint32_t>(round_up(rows_per_block(k) / 2 * 3, kernels::kOutputBlock));
+}
+
+uint32_t rows_per_block(uint32_t k) {
+  constexpr uint32_t kCacheBytes = 1u << 20;
+  const uint32_t rows =
+      kCacheBytes / (k * static_cast<uint32_t>(sizeof(bf16))) / kernels::kOutputBlock * kernels::kOutputBlock;
+  return std::clamp(rows, kernels::kOutputBlock, kernels::kMaxPanelRows / 3 * 2);
+}
+
+void cut_panels(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threads,
+                std::vector<PanelTask>& tasks, BlockWidth block_width) {
+  tasks.clear();
+  const uint32_t target = rows_per_block(k);
+  size_t row_blocks = 0;
+  for (const auto& expert : plan.active) row_blocks += div_up(expert.rows, row_block(expert.rows, target));
+
+  uint32_t width = block_width.most;
+  const size_t wanted = size_t{block_width.tasks_per_thread} * static_cast<size_t>(num_threads);
+  while (width > block_width.least && row_blocks * div_up(outputs.size(), width) < wanted) width /= 2;
+
+  for (uint32_t a = 0; a < plan.active.size(); ++a) {
+    const uint32_t rows = plan.active[a].rows, block = row_block(rows, target);
+    for (uint32_t m = 0; m < rows; m += block)
+      for (uint32_t n = outputs.begin; n < outputs.end; n += width)
+        tasks.push_back({a, m, std::min(m + block, rows), n, std::min(n + width, outputs.end)});
+  }
+}
+
+void cut_tokens(uint32_t num_tokens, Span columns, int num_threads, std::vector<PanelTask>& tasks) {
+  tasks.clear();
+  constexpr uint32_t kColumns = 512;
+  const size_t wanted = size_t{4} * static_cast<size_t>(num_threads);
+  const uint32_t rows = static_cast<uint32_t>(std::clamp<size_t>(num_tokens / wanted, 1, 64));
+  const uint32_t width = num_tokens < wanted ? kColumns : std::max(columns.size(), 1u);
+  for (uint32_t t = 0; t < num_tokens; t += rows)
+    for (uint32_t c = columns.begin; c < columns.end; c += width)
+      tasks.push_back({0, t, std::min(t + rows, num_tokens), c, std::min(c + width, columns.end)});
+}
+
+Span share_of(uint32_t total, uint32_t multiple, uint32_t part, uint32_t parts) {
+  const auto cut = [&](uint32_t i) {
+    const size_t units = div_up(total, multiple);
+    return static_cast<uint32_t>(std::min<size_t>(units * i / parts * multiple, total));
+  };
+  return {cut(part), cut(part + 1)};
+}
+
+}  // namespace ktmoe

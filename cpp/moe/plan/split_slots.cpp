@@ -1,0 +1,82 @@
+#include "moe/plan/split_slots.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "core/error.h"
+#include "moe/plan/routing_plan.h"
+
+namespace ktmoe {
+namespace {
+
+// How many slots of a token come before this one. NaN is less than any weight.
+uint32_t rank_of(uint32_t slot, const float* weights, uint32_t num_slots) {
+  const float own = weights[slot];
+  uint32_t before = 0;
+  for (uint32_t p = 0; p < num_slots; ++p) {
+    const float other = weights[p];
+    const bool is_larger = other > own || (own != own && other == other);
+    const bool is_equal = other == own || (own != own && other != other);
+    before += is_larger || (is_equal && p < slot);
+  }
+  return before;
+}
+
+}  // namespace
+
+// An id is read once: its owner may write to it meanwhile, and so may that of the arrays written here.
+template <class Id>
+void SlotSplit::split(const Id* ids_at, size_t used, std::vector<uint8_t>& uses) const {
+  const uint32_t num_immediate = num_slots - num_deferred;
+  for (size_t i = 0; i < used; ++i) {
+    const auto slot = static_cast<uint32_t>(i % num_slots);
+    const bool is_deferred =
+        num_deferred != 0 && rank_of(slot, weights + (i - slot), num_slots) >= num_immediate;
+    const int64_t id = read_once(ids_at + i);
+    if (id >= num_experts) throw_wrong_expert(id, i, num_slots, num_experts);
+    if (id >= 0) uses[static_cast<size_t>(id)] |= is_deferred ? kDeferred : kImmediate;
+    immediate[i] = is_deferred ? -1 : id;
+    if (deferred != nullptr) deferred[i] = is_deferred ? id : -1;
+  }
+}
+
+void SlotSplit::run() {
+  const size_t all = size_t{num_tokens} * num_slots;
+  const auto fill = [&](size_t from, int64_t id) {
+    std::fill(immediate + from, immediate + all, id);
+    if (deferred != nullptr) std::fill(deferred + from, deferred + all, id);
+  };
+  is_joint = false;
+  std::vector<uint8_t> uses(num_experts, 0);
+  try {
+    const size_t used = size_t{checked_num_used()} * num_slots;
+    std::visit([&](const auto* at) { split(at, used, uses); }, ids);
+    fill(used, -1);
+  } catch (...) {
+    fill(0, std::numeric_limits<int64_t>::max());
+    throw;
+  }
+  is_joint = deferred != nullptr && shares_experts(uses);
+}
+
+uint32_t SlotSplit::checked_num_used() const {
+  const auto number = [&](const auto* at) -> int64_t {
+    return at == nullptr ? int64_t{num_tokens} : read_once(at);
+  };
+  const int64_t used = std::visit(number, num_used);
+  if (used < 0 || used > num_tokens)
+    throw_out_of_range("num_tokens: got ", used, ", expected 0 to ", num_tokens);
+  return static_cast<uint32_t>(used);
+}
+
+// To read weights twice takes longer than what is gained by waiting for fewer experts, which is a GPU's part
+// of a layer: some tenths of the time of one token's experts, less of more tokens'.
+bool SlotSplit::shares_experts(const std::vector<uint8_t>& uses) {
+  constexpr size_t kJointFromOneIn = 16;  // experts that are used
+  const auto shared = static_cast<size_t>(std::count(uses.begin(), uses.end(), kImmediate | kDeferred));
+  const auto unused = static_cast<size_t>(std::count(uses.begin(), uses.end(), 0));
+  return shared * kJointFromOneIn > uses.size() - unused;
+}
+
+}  // namespace ktmoe

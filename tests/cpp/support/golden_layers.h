@@ -1,0 +1,260 @@
+// Layers with weights that are the same numbers on every platform, and digests of what they compute.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "formats/registry.h"
+#include "kernel_helpers.h"
+#include "moe/layer/tp_moe.h"
+#include "sft/tp_moe_sft.h"
+
+namespace ktmoe::test {
+
+// FNV-1a over the bytes of arrays.
+class Digest {
+ public:
+  template <class T>
+  void add(const std::vector<T>& values) {
+    const auto* bytes = reinterpret_cast<const unsigned char*>(values.data());
+    for (size_t i = 0; i < values.size() * sizeof(T); ++i) state_ = (state_ ^ bytes[i]) * 0x100000001b3;
+  }
+  uint64_t value() const { return state_; }
+
+ private:
+  uint64_t state_ = 0xcbf29ce484222325;
+};
+
+// A projection's matrices in a format: any codes, and scales that keep weights small.
+class GoldenMatrices {
+ public:
+  GoldenMatrices(FormatId format, size_t experts, size_t rows, size_t k, Random& random)
+      : format_(format), rows_(rows), k_(k), row_bytes_(format_row_bytes(format, k)) {
+    codes_.resize(experts * rows * row_bytes_);
+    for (size_t n = 0; n < experts * rows; ++n) draw_row(codes_.data() + n * row_bytes_, random);
+    if (format_has_row_scale(format)) {
+      const float size = format == FormatId::kNvFp4 ? 0x1p-6f : 0x1p-10f;
+      for (size_t n = 0; n < experts * rows; ++n) row_scale_.push_back(size * (1.5f + 0.5f * random.unit()));
+    }
+    if (const uint32_t serves = format_scale_rows(format)) {
+      scale_rows_ = div_up(rows, serves), scale_bytes_ = format_scale_bytes(format, k);
+      scales_.resize(experts * scale_rows_ * scale_bytes_);
+      draw_scales(random);
+    }
+  }
+
+  std::vector<WeightView> views() const {
+    std::vector<WeightView> all;
+    for (size_t e = 0; e < codes_.size() / (rows_ * row_bytes_); ++e) {
+      WeightView view{codes_.data() + e * rows_ * row_bytes_, static_cast<ptrdiff_t>(row_bytes_),
+                      static_cast<uint32_t>(k_)};
+      view.format = format_;
+      if (!row_scale_.empty()) view.row_scale = row_scale_.data() + e * rows_;
+      if (!scales_.empty()) {
+        view.scales = scales_.data() + e * scale_rows_ * scale_bytes_;
+        view.scales_stride_bytes = static_cast<ptrdiff_t>(scale_bytes_);
+      }
+      all.push_back(view);
+    }
+    return all;
+  }
+
+ private:
+  void draw_row(std::byte* row, Random& random) {
+    const auto put = [&](size_t at, const auto& value) { std::memcpy(row + at, &value, sizeof value); };
+    const size_t codes = format_code_bytes(format_, k_);
+    for (size_t i = 0; i < row_bytes_; ++i) row[i] = static_cast<std::byte>(random.below(256));
+    switch (format_) {
+      case FormatId::kBf16:
+        for (size_t i = 0; i < k_; ++i) put(2 * i, to_bf16(random.unit() * 0.125f));
+        return;
+      case FormatId::kInt8:
+      case FormatId::kInt8Group32:
+        for (size_t i = 0; i < k_; ++i)
+          put(i, static_cast<int8_t>(static_cast<int>(random.below(255)) - 127));
+        for (size_t at = codes; at < row_bytes_; at += sizeof(float))
+          put(at, 0x1p-10f * (1.5f + 0.5f * random.unit()));
+        return;
+      case FormatId::kInt4Group32:
+      case FormatId::kInt4Group64:
+      case FormatId::kInt4Group128:
+        for (size_t at = codes; at < row_bytes_; ++at) {
+          const int multiplier = 1 + static_cast<int>(random.below(15));
+          put(at, static_cast<int8_t>(random.below(2) ? multiplier : -multiplier));
+        }
+        return;
+      case FormatId::kFp8:
+      case FormatId::kFp8Row:
+      case FormatId::kMxFp8:
+        for (size_t i = 0; i < k_; ++i) row[i] &= std::byte{0xbf};  // below 2, and no NaN
+        return;
+      default: draw_halves(row, random);
+    }
+  }
+
+  // Numbers in float16 or float32 of a row of blocks, between 2^-14 and 2^-6.
+  void draw_halves(std::byte* row, Random& random) {
+    if (!format_is_blocks(format_)) return;
+    const size_t block = format_block(format_), block_bytes = format_row_bytes(format_, block);
+    for (size_t at = 0; at < row_bytes_; at += block_bytes) {
+      const auto put_half = [&](size_t byte) {
+        row[at + byte + 1] = static_cast<std::byte>((random.bits() & 0x9f) | 0x04);
+      };
+      switch (format_) {
+        case FormatId::kF32: row[at + 3] = static_cast<std::byte>((random.bits() & 0x81) | 0x3c); break;
+        case FormatId::kQ4_1:
+        case FormatId::kQ5_1:
+        case FormatId::kQ4K:
+        case FormatId::kQ5K: put_half(0), put_half(2); break;
+        case FormatId::kQ2K: put_half(80), put_half(82); break;
+        case FormatId::kQ3K: put_half(108); break;
+        case FormatId::kQ6K: put_half(208); break;
+        default: put_half(0);
+      }
+    }
+  }
+
+  void draw_scales(Random& random) {
+    const auto fill = [&](auto next) {
+      for (size_t at = 0; at + sizeof(next()) <= scales_.size(); at += sizeof(next())) {
+        const auto value = next();
+        std::memcpy(scales_.data() + at, &value, sizeof value);
+      }
+    };
+    switch (format_) {
+      case FormatId::kFp8: return fill([&] { return 0x1p-4f * (1.5f + 0.5f * random.unit()); });
+      case FormatId::kRawInt4Group32:
+      case FormatId::kRawInt4Group64:
+      case FormatId::kRawInt4Group128:
+        return fill([&] { return to_bf16(0x1p-7f * (1.5f + 0.5f * random.unit())); });
+      case FormatId::kNvFp4: return fill([&] { return static_cast<uint8_t>(0x30 + random.below(24)); });
+      default: return fill([&] { return static_cast<uint8_t>(121 + random.below(5)); });
+    }
+  }
+
+  FormatId format_;
+  size_t rows_, k_, row_bytes_, scale_rows_ = 0, scale_bytes_ = 0;
+  std::vector<std::byte> codes_, scales_;
+  std::vector<float> row_scale_;
+};
+
+struct GoldenCase {
+  std::string name;
+  GemmKernel kernel;
+  FormatId format;
+  kernels::Activation activation = {};
+  int64_t hidden = 96, intermediate = 70;
+};
+
+// A layer of five experts, two for each token, a batch, and what a training step gives.
+class GoldenLayer {
+ public:
+  static constexpr int64_t kExperts = 5, kSlots = 2, kRank = 3;
+
+  explicit GoldenLayer(const GoldenCase& c) : layer_(config_of(c), c.kernel), hidden_(size(c.hidden)) {
+    const size_t width = size(c.intermediate), experts = size(kExperts);
+    gate_ = std::make_unique<GoldenMatrices>(c.format, experts, width, hidden_, random_);
+    up_ = std::make_unique<GoldenMatrices>(c.format, experts, width, hidden_, random_);
+    down_ = std::make_unique<GoldenMatrices>(c.format, experts, hidden_, width, random_);
+    ExpertWeights weights;
+    weights.matrices = {gate_->views(), up_->views(), down_->views()};
+    if (!c.activation.gated) weights.matrices.up.clear();
+    weights.biases.gate = floats(experts * width, 0.1f),
+    weights.biases.down = floats(experts * hidden_, 0.1f);
+    layer_.load_weights(weights);
+    LoraSources sources;
+    for (size_t i = 0; i < kNumLora; ++i) {
+      lora_.push_back(floats(experts * lora_size(i), 0.2f));
+      if (lora_size(i) != 0) sources[i] = {lora_.back().data(), kernels::FloatType::kFloat32};
+    }
+    layer_.update_lora_weights(sources);
+  }
+
+  uint64_t forward(uint32_t num_tokens) {
+    const Batch batch(*this, num_tokens);
+    std::vector<float> out(num_tokens * hidden_);
+    ForwardArgs args = batch.args(out.data());
+    args.out_type = kernels::FloatType::kFloat32;
+    layer_.forward(args);
+    for (float value : out) REQUIRE(std::isfinite(value));
+    Digest digest;
+    digest.add(out);
+    return digest.value();
+  }
+
+  uint64_t step(uint32_t num_tokens) {
+    const Batch batch(*this, num_tokens);
+    std::vector<bf16> out(num_tokens * hidden_), grad_input(num_tokens * hidden_);
+    std::vector<float> grad_weights(num_tokens * size(kSlots));
+    layer_.forward_sft(batch.args(out.data()), true);
+    BackwardArgs args;
+    args.num_tokens = num_tokens, args.grad_output = batch.grad_output.data();
+    args.grad_input = grad_input.data(), args.grad_weights = grad_weights.data();
+    std::vector<std::vector<float>> grads;
+    for (size_t i = 0; i < kNumLora; ++i) {
+      grads.emplace_back(size(kExperts) * lora_size(i));
+      if (lora_size(i) != 0) args.lora[i] = grads.back().data();
+    }
+    std::vector<float> grad_down(size(kExperts) * hidden_ * size(layer_.config().intermediate_size));
+    args.down_proj = grad_down.data();
+    layer_.backward(args);
+    for (float value : grad_down) REQUIRE(std::isfinite(value));
+    for (bf16 value : grad_input) REQUIRE(std::isfinite(to_float(value)));
+    Digest digest;
+    digest.add(out), digest.add(grad_input), digest.add(grad_weights), digest.add(grad_down);
+    for (const auto& grad : grads) digest.add(grad);
+    return digest.value();
+  }
+
+ private:
+  struct Batch {
+    std::vector<bf16> x, grad_output;
+    std::vector<int64_t> ids;
+    std::vector<float> weights;
+    uint32_t num_tokens;
+
+    Batch(GoldenLayer& layer, uint32_t num) : num_tokens(num) {
+      Random random(num);
+      for (size_t i = 0; i < num * layer.hidden_; ++i) x.push_back(to_bf16(random.unit()));
+      for (size_t i = 0; i < num * layer.hidden_; ++i) grad_output.push_back(to_bf16(random.unit()));
+      for (size_t i = 0; i < num * size(kSlots); ++i) {
+        ids.push_back(static_cast<int64_t>(random.below(kExperts + 1)) - 1);
+        weights.push_back(random.unit());
+      }
+    }
+    ForwardArgs args(void* out) const {
+      ForwardArgs args;
+      args.num_tokens = num_tokens, args.hidden_states = x.data();
+      args.topk_ids = ids.data(), args.topk_weights = weights.data(), args.out = out;
+      return args;
+    }
+  };
+
+  static size_t size(int64_t n) { return static_cast<size_t>(n); }
+  size_t lora_size(size_t i) const { return lora_shape(layer_.sft_config(), static_cast<LoraId>(i)).size(); }
+  std::vector<float> floats(size_t count, float largest) {
+    std::vector<float> drawn(count);
+    for (float& value : drawn) value = largest * random_.unit();
+    return drawn;
+  }
+
+  static MOESFTConfig config_of(const GoldenCase& c) {
+    MOESFTConfig config;
+    config.expert_num = kExperts, config.num_experts_per_tok = kSlots;
+    config.hidden_size = c.hidden, config.intermediate_size = c.intermediate;
+    config.activation = c.activation;
+    config.pool = std::make_shared<WorkerPool>(WorkerPoolConfig{1, {0}, {2}}, Topology::read());
+    config.lora_rank = kRank, config.lora_alpha = 5.0, config.lora_dropout = 0.25;
+    return config;
+  }
+
+  TP_MOE_SFT layer_;
+  size_t hidden_;
+  Random random_{1};
+  std::unique_ptr<GoldenMatrices> gate_, up_, down_;
+  std::vector<std::vector<float>> lora_;
+};
+
+}  // namespace ktmoe::test
