@@ -69,6 +69,11 @@ def compiled(assertions: list[str], tmp_path: Path) -> subprocess.CompletedProce
     if compiler is None:
         pytest.skip("no C++ compiler")
     source = tmp_path / "abi.cpp"
+    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    if "XLA_FFI_InternalExtension" in header:  # its name in newer versions
+        assertions = [
+            line.replace("XLA_FFI_Extension_Base", "XLA_FFI_InternalExtension") for line in assertions
+        ]
     includes = ['#include "xla/abi.h"', '#include "xla/ffi/api/c_api.h"', "using namespace ktmoe::xla;"]
     source.write_text("\n".join([*includes, *assertions]) + "\n")
     paths = [f"-I{SOURCES}", f"-I{jax.ffi.include_dir()}"]
