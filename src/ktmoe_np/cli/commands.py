@@ -38,35 +38,34 @@ _FINETUNE_DEMO = (
     "or the loss does not fall as it should."
 )
 _INSPECT = (
-    "Reads the headers of a checkpoint of Hugging Face, of GGUF files or of a directory that 'ktmoe convert' "
-    "has written: layers, sizes, formats, bytes, and whether this machine's memory holds the experts. How "
-    "fast memory is read is measured: reading the experts of each token is what limits decoding."
+    "Reads the headers of a Hugging Face checkpoint, of GGUF files or of a directory written by 'ktmoe "
+    "convert': layers, sizes, formats, bytes, and whether the experts fit in memory. Measures memory "
+    "bandwidth, since reading each token's experts limits decoding."
 )
 _CONVERT = (
-    "Quantises the experts of a Hugging Face checkpoint, a file a layer, and copies its config.json; other "
-    "tensors stay where they are. What is there already and whole is kept, so that an interrupted conversion "
-    "goes on. Every file is read back and compared, and the error of the weights measured on some experts."
+    "Quantizes the experts of a Hugging Face checkpoint, one file per layer, and copies its config.json; "
+    "other tensors stay where they are. Files that are complete are kept, so an interrupted conversion "
+    "resumes. Every file is read back and compared, and the weight error is measured on some experts."
 )
 _VERIFY = (
-    "Maps the layer's experts, in bfloat16, in an encoding of their own or in GGUF, runs random tokens "
-    "through them and compares some of the results with the NumPy reference. The exit status is 1 when one "
-    "lies outside its computed bound. Of a directory that 'ktmoe convert' has written, every file is "
-    "checked, and the error of the weights measured against the source if that is still there; the exit "
-    "status is 1 when a file is damaged."
+    "Maps the layer's experts (bfloat16, natively quantized or GGUF), runs random tokens through them and "
+    "compares some of the results with the NumPy reference. The exit status is 1 when one lies outside its "
+    "computed bound. In a directory written by 'ktmoe convert' every file is checked, and the weight error "
+    "is measured against the source if it is still there; the exit status is 1 when a file is damaged."
 )
 
 _GENERATE = (
     "Loads a Qwen3-MoE, Mixtral or OLMoE checkpoint, or the small model that comes with the package, and "
-    "goes on with the prompt; the text appears as it is computed."
+    "continues the prompt; the text is shown as it is computed."
 )
 _EVAL = (
-    "Measures how well a model expects a text, in bits a byte, less being better, with its experts computed "
-    "by several methods: what quantising them costs."
+    "Measures how well a model predicts a text, in bits per byte (lower is better), with its experts "
+    "computed by several methods: what quantizing them costs."
 )
 _FINETUNE = (
-    "Adapters (LoRA) of all experts learn nine tenths of a text; the last tenth is held out, to measure by. "
-    "The directory gets the adapters as PEFT has them, the losses as CSV and as picture, and a state: after "
-    "Ctrl-C, or with more --steps, the same command goes on as if it had not stopped."
+    "Fine-tunes LoRA adapters of all experts on nine tenths of a text; the last tenth is held out. The "
+    "output directory gets the adapters in PEFT's format, the losses as CSV and as a picture, and a state: "
+    "after Ctrl-C, or with more --steps, the same command resumes as if it had never stopped."
 )
 
 
@@ -140,7 +139,7 @@ def _parser() -> _Parser:
 
 def _add_model_commands(add: Callable[..., _Parser]) -> None:
     """Add the commands that run a whole model."""
-    command = add("generate", generate.run, "a text, gone on with by a model", _GENERATE)
+    command = add("generate", generate.run, "continue a text with a model", _GENERATE)
     _add_model(command)
     command.add_argument("--prompt", type=utf8, default="In the beginning", help="default: %(default)s")
     _add_method(command)
@@ -156,7 +155,7 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
     _add_adapter(command)
     _add_threads_and_json(command)
 
-    command = add("eval", evaluate.run, "how well a model expects a text, by each method", _EVAL)
+    command = add("eval", evaluate.run, "how well a model predicts a text, by method", _EVAL)
     _add_model(command)
     _add_text(command)
     command.add_argument(

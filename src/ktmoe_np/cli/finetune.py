@@ -1,4 +1,4 @@
-"""`ktmoe finetune`: adapters of a whole model's experts learn a text; can be stopped and gone on with."""
+"""`ktmoe finetune`: fine-tunes adapters of a whole model's experts on a text; can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _text(value: dict[str, Any]) -> str:
         f"the last tenth was held out. {value['tokens_per_step']} tokens a step{each}."
     )
     batches = {step: f"{losses[step - 1]:.4f}" if step else "" for step in held_out}
-    rows = [f"{step:6d}   {batches[step]:>11}   {bits:9.4f}" for step, bits in held_out.items()]
+    rows = [f"{step:6d}   {batches[step]:>13}   {bits:9.4f}" for step, bits in held_out.items()]
     why = "could not be written" if can_draw() else f"needs {EXTRA_HINT}"
     picture = "loss.csv and loss.png" if value["drawn"] else f"loss.csv (a picture {why})"
     end = wrap(
@@ -87,4 +87,4 @@ def _text(value: dict[str, Any]) -> str:
     )
     before, after = (wrap(" ".join(value[when].split())) for when in ("before", "after"))
     samples = ["Before:", before, "", "After:", after]
-    return "\n".join([about, "", "  step   bits a byte    held out", *rows, "", *samples, "", end])
+    return "\n".join([about, "", "  step   bits per byte    held out", *rows, "", *samples, "", end])

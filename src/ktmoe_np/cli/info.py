@@ -27,7 +27,7 @@ _LIMITS = ("read_bytes_per_s", "dot_flop_per_s", "step_flop_per_s")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what the machine is; always 0."""
+    """Print machine information; always 0."""
     busy = busy_note()
     report = {
         "ktmoe_np": __version__,

@@ -106,7 +106,7 @@ def draw_loss(path: str, losses: Sequence[float], reference_losses: Sequence[flo
 
 
 def draw_course(path: str | Path, losses: Sequence[float], held_out: Mapping[int, float], title: str) -> None:
-    """Draw bits a byte by step: of each batch before the step, and of a held-out text after some steps.
+    """Draw bits per byte by step: of each batch before the step, and of a held-out text after some steps.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def draw_course(path: str | Path, losses: Sequence[float], held_out: Mapping[int
     losses : sequence of float
         From step 1 on.
     held_out : mapping of int to float
-        Number of steps -> bits a byte.
+        Number of steps -> bits per byte.
     title : str
     """
     figure = _figure_module().Figure(figsize=(6.4, 4.0), layout="constrained")
@@ -126,7 +126,7 @@ def draw_course(path: str | Path, losses: Sequence[float], held_out: Mapping[int
         axes.annotate(
             f"{bits:.2f}", (step, bits), (0, 7), textcoords="offset points", ha="center", fontsize=8
         )
-    _save_curves(path, figure, axes, "bits a byte", title)
+    _save_curves(path, figure, axes, "bits per byte", title)
 
 
 def _save_curves(path: str | Path, figure: Any, axes: Any, what: str, title: str) -> None:

@@ -183,13 +183,12 @@ class TrainingRun:
         course = self.course
         with Progress(self._arguments.steps, "fine-tuning") as progress:
             if steps.start:
-                progress.step("going on")
+                progress.step("resuming")
             for step in steps:
                 label = "first step"
                 if course.losses:
-                    label = (
-                        f"{course.losses[-1]:.3f} bits a byte, held out {max(course.held_out.items())[1]:.3f}"
-                    )
+                    held_out = max(course.held_out.items())[1]
+                    label = f"{course.losses[-1]:.3f} bits per byte, held out {held_out:.3f}"
                 if step and step == steps.start:
                     progress.skip(step, label)
                 else:
