@@ -30,8 +30,8 @@ class TaskErrors {
     std::exception_ptr error;
   };
 
-  // Nobody may ever ask, so their number is bounded. The first ones are kept, since the first is what is
-  // reported, and the very last, so that whoever has been told of the others still learns of a failure.
+  // Bounded, since errors may never be collected. The oldest are kept, because sync() reports the first one,
+  // and the newest, so that a later sync() still reports a failure.
   static constexpr size_t kMaxKept = 1024;
 
   std::vector<Entry>::iterator first_from(uint64_t ticket);

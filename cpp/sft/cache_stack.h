@@ -92,7 +92,7 @@ class TrainingCall {
   TrainingCall& operator=(const TrainingCall&) = delete;
 
   void revoke() noexcept { stack_->revoke(*this); }
-  // Nobody will take it back.
+  // The call can no longer be revoked.
   void finish() noexcept { stack_->settle(*this); }
 
  private:

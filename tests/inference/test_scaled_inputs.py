@@ -221,7 +221,7 @@ def test_what_is_repeated_is_what_was_kept() -> None:
 
 
 def test_the_routing_of_a_saved_pass_is_its_own() -> None:
-    """Two passes wait; the arrays of the first change before its gradients are asked for."""
+    """Two passes wait; the arrays of the first change before its backward pass."""
     student, batch, grad_output = trained(5)
     expected = train(student.wrapper(P), batch, grad_output)
     moe, first = student.wrapper(P, max_cache_depth=2), batch.rows(slice(None))

@@ -389,7 +389,7 @@ def test_a_claim_ends_with_its_holder() -> None:
 
 
 class Pair:
-    """A layer that reuses its buffers and one that does not, which are asked for the same."""
+    """The same calls of a layer that reuses its buffers and of one that does not."""
 
     def __init__(self, layer_idx: int) -> None:
         self._student = drawn_student(seed=layer_idx)

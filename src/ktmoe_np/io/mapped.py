@@ -1,11 +1,10 @@
-"""Files mapped read-only, and what happens when somebody shortens them meanwhile.
+"""Files mapped read-only, and what happens when they are truncated while in use.
 
-Touching a page that a file no longer has ends the process by SIGBUS, and no exception can be made of that
-without a signal handler, which is the whole process's. So the size of a mapped file is asked for, by the
-descriptor that its mapping keeps, before anything reads it: when a tensor is looked up, when weights are
-loaded, and when a pass begins. A file that is cut off between that moment and the last read of the pass still
-ends the process. To replace a file that may be in use, rename another one to its name: who has mapped the old
-one keeps it.
+Reading a page beyond the end of a truncated file raises SIGBUS, which only a process-wide signal handler could
+turn into an exception. So the size of a mapped file is checked, through the descriptor that the mapping keeps,
+before it is read: when a tensor is looked up, when weights are loaded, and when a pass begins. Truncating a
+file between that check and the last read of the pass still ends the process. To replace a file that may be in
+use, rename another file over it: existing mappings keep the old one.
 """
 
 from __future__ import annotations

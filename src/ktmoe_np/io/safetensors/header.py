@@ -54,7 +54,7 @@ MAX_HEADER_BYTES = MAX_JSON_BYTES
 _MAX_DIMENSIONS = 64
 _MAX_BYTES = 2**63 - 1
 
-#: Nobody names a tensor at more length, and messages have the name.
+#: Longest name of a tensor, in letters; error messages quote names.
 _MAX_NAME = 2**16 - 1
 
 
