@@ -1,10 +1,10 @@
 """Files mapped read-only, and what happens when they are truncated while in use.
 
-Reading a page beyond the end of a truncated file raises SIGBUS, which only a process-wide signal handler could
-turn into an exception. So the size of a mapped file is checked, through the descriptor that the mapping keeps,
-before it is read: when a tensor is looked up, when weights are loaded, and when a pass begins. Truncating a
-file between that check and the last read of the pass still ends the process. To replace a file that may be in
-use, rename another file over it: existing mappings keep the old one.
+Reading a page beyond the end of a truncated file raises SIGBUS, which only a process-wide signal handler
+could turn into an exception. So the size of a mapped file is checked, through the descriptor that the mapping
+keeps, before it is read: when a tensor is looked up, when weights are loaded, and when a pass begins.
+Truncating a file between that check and the last read of the pass still ends the process. To replace a file
+that may be in use, rename another file over it: existing mappings keep the old one.
 """
 
 from __future__ import annotations
