@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from layers import IS_SLOW
 
 from ktmoe_np.io import load_hf_config
 from ktmoe_np.io.safetensors.checkpoint import SafetensorsCheckpoint
@@ -31,9 +32,9 @@ from ktmoe_np.models import (
 TEXT = b"And God said, Let there be light: and there was"
 OTHER = b"In the beginning God created the heaven and the earth."
 
-#: Bits a byte of Alice's first 4096 bytes, as measured, and how far another machine's arithmetic may lie.
-MEASURED = {"BF16": 2.6486, "AMXINT8": 2.6498, "AMXINT4": 2.6556, "MOE_INT8": 2.6485, "MOE_INT4": 2.6564}
-WITHIN = 0.005
+#: Bits per byte of Alice's first 4096 bytes, as measured, the mean of five instruction sets.
+MEASURED = {"BF16": 2.6486, "AMXINT8": 2.6498, "AMXINT4": 2.6556, "MOE_INT8": 2.6485, "MOE_INT4": 2.6563}
+LAST_DIGIT = 0.00005
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +103,13 @@ def test_the_embedded_model_has_learnt_its_texts(model: MoEDecoder) -> None:
 def test_bits_per_byte_of_every_method_are_as_measured(method: str) -> None:
     model = MoEDecoder.from_pretrained(method=method)
     assert model.experts[0].method == method
-    bits = bits_per_token(model, list(EMBEDDED_TEXT.read_bytes()[:4096]))
-    assert abs(bits - MEASURED[method]) < WITHIN
+    text, embedding, rng = list(EMBEDDED_TEXT.read_bytes()[:4096]), model._embedding, np.random.default_rng(0)
+    bits, moves = bits_per_token(model, text), []
+    for _ in range(2 if IS_SLOW else 4):  # how far roundings take it: when the embedding's last bits change
+        noise = rng.choice(np.float32([1 - 2.0**-23, 1 + 2.0**-23]), embedding.shape)
+        model._embedding = embedding * noise
+        moves.append(abs(bits_per_token(model, text) - bits))
+    assert abs(bits - MEASURED[method]) <= 2 * max(moves) + LAST_DIGIT
 
 
 def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(model: MoEDecoder) -> None:
