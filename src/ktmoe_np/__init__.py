@@ -22,7 +22,9 @@ else:
 
         if name == "__all__" or (name.isidentifier() and not name.startswith("__")):
             if name != "cli":
-                import_module("numpy")  # which threads that want different modules would import side by side
+                # Threads that want different modules all take this one first. A thread that imported a module of
+                # a package while another imports the package would wait for it in a circle.
+                import_module(f"{__name__}._api")
             module = f"{__name__}.{name}"
             if find_spec(module) is not None:
                 return import_module(module)
