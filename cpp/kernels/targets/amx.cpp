@@ -18,14 +18,14 @@ namespace ktmoe::kernels::amx {
 
 constexpr Isa kIsa = Isa::kAmx;
 #define KT_HAS_AVX512_BF16 1
-#include "kernels/body/region.h"
+#include "kernels/targets/region-inl.h"
 #include "kernels/policy/tile_amx.h"
 #include "kernels/policy/vec_avx512.h"
 #include "kernels/policy/bytes_avx2.h"
 #include "kernels/policy/tile_sums_amx.h"
-#include "kernels/body/transpose_avx512.h"
-#include "kernels/body/interleave_avx512.h"
-#include "kernels/body/tiles_target.h"
+#include "kernels/layouts/transpose_avx512-inl.h"
+#include "kernels/layouts/interleave_avx512-inl.h"
+#include "kernels/targets/tiles_target-inl.h"
 
 }  // namespace ktmoe::kernels::amx
 

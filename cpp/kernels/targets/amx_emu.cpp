@@ -4,13 +4,13 @@
 namespace ktmoe::kernels::amx_emu {
 
 constexpr Isa kIsa = Isa::kAmxEmu;
-#include "kernels/body/region.h"
+#include "kernels/targets/region-inl.h"
 #include "kernels/policy/tile_emu.h"
 #include "kernels/policy/vec_scalar.h"
 #include "kernels/policy/bytes_portable.h"
 #include "kernels/policy/tile_sums_emu.h"
-#include "kernels/body/transpose_portable.h"
-#include "kernels/body/interleave_portable.h"
-#include "kernels/body/tiles_target.h"
+#include "kernels/layouts/transpose_portable-inl.h"
+#include "kernels/layouts/interleave_portable-inl.h"
+#include "kernels/targets/tiles_target-inl.h"
 
 }  // namespace ktmoe::kernels::amx_emu

@@ -14,12 +14,12 @@ namespace ktmoe::kernels::avx2 {
 
 constexpr Isa kIsa = Isa::kAvx2;
 
-#include "kernels/body/region.h"
+#include "kernels/targets/region-inl.h"
 #include "kernels/policy/vec_avx2.h"
 #include "kernels/policy/bytes_avx2.h"
-#include "kernels/body/transpose_portable.h"
-#include "kernels/body/interleave_avx2.h"
-#include "kernels/body/rows_target.h"
+#include "kernels/layouts/transpose_portable-inl.h"
+#include "kernels/layouts/interleave_avx2-inl.h"
+#include "kernels/targets/rows_target-inl.h"
 
 }  // namespace ktmoe::kernels::avx2
 

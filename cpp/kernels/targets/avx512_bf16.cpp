@@ -18,12 +18,12 @@ namespace ktmoe::kernels::avx512_bf16 {
 
 constexpr Isa kIsa = Isa::kAvx512Bf16;
 #define KT_HAS_AVX512_BF16 1
-#include "kernels/body/region.h"
+#include "kernels/targets/region-inl.h"
 #include "kernels/policy/vec_avx512.h"
 #include "kernels/policy/bytes_avx2.h"
-#include "kernels/body/transpose_avx512.h"
-#include "kernels/body/interleave_avx512.h"
-#include "kernels/body/rows_target.h"
+#include "kernels/layouts/transpose_avx512-inl.h"
+#include "kernels/layouts/interleave_avx512-inl.h"
+#include "kernels/targets/rows_target-inl.h"
 
 }  // namespace ktmoe::kernels::avx512_bf16
 

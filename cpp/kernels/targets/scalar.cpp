@@ -4,11 +4,11 @@
 namespace ktmoe::kernels::scalar {
 
 constexpr Isa kIsa = Isa::kScalar;
-#include "kernels/body/region.h"
+#include "kernels/targets/region-inl.h"
 #include "kernels/policy/vec_scalar.h"
 #include "kernels/policy/bytes_portable.h"
-#include "kernels/body/transpose_portable.h"
-#include "kernels/body/interleave_portable.h"
-#include "kernels/body/rows_target.h"
+#include "kernels/layouts/transpose_portable-inl.h"
+#include "kernels/layouts/interleave_portable-inl.h"
+#include "kernels/targets/rows_target-inl.h"
 
 }  // namespace ktmoe::kernels::scalar

@@ -7,13 +7,13 @@
 #include "runtime_helpers.h"
 
 namespace ktmoe::test::emulated {
-#include "kernels/body/region.h"
+#include "kernels/targets/region-inl.h"
 #include "kernels/policy/tile_emu.h"
 }  // namespace ktmoe::test::emulated
 
 #if defined(__x86_64__)
 namespace ktmoe::test::hardware {
-#include "kernels/body/region.h"
+#include "kernels/targets/region-inl.h"
 #include "kernels/policy/tile_amx.h"
 }  // namespace ktmoe::test::hardware
 #endif

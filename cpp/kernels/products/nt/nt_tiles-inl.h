@@ -11,7 +11,7 @@
 // tiles cannot be loaded from stores that are still on their way, and vectors and tiles work at the same
 // time. Between blocks of K sums wait in C, so the order along K stays.
 //
-// The entry nt_tiles and the ways of few rows are in nt_decoded_tile.h.
+// The entry nt_tiles and the ways of few rows are in nt_decoded_tile-inl.h.
 //
 // A Product says what is multiplied: bf16 pairs into fp32, or int8 quads into int32, which become fp32 when
 // all of K is done. The bytes of tiles, panels and blocks are the same for both; what counts steps counts 64

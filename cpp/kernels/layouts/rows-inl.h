@@ -1,5 +1,5 @@
 // Everything but the product for the rows-dot-rows kernels: operands are plain bf16 rows, C blocks are
-// row-major. Included inside a target's namespace, after nt_rows.h and activation.h.
+// row-major. Included inside a target's namespace, after nt_rows-inl.h and activation-inl.h.
 
 // Rows of an intermediate start on cache lines.
 KT_INLINE size_t operand_stride(uint32_t k) { return round_up(k * sizeof(bf16), kCacheLine); }

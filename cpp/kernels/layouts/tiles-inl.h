@@ -1,5 +1,5 @@
 // Everything but the product for the tile kernels: operands are K-paired panels of 16 rows, C blocks are
-// transposed. Included inside a target's namespace, after nt_tiles.h and activation.h.
+// transposed. Included inside a target's namespace, after nt_tiles-inl.h and activation-inl.h.
 //
 // A panel of w rows: [K/32][16 pairs][w][2] bf16; w is 16 but for the last panel, which is only as wide as
 // its rows: a single row is thus stored as it is, and decoding reads no padding.

@@ -1,8 +1,8 @@
 // NT on the tile unit for up to 16 rows of activations by weights that are decoded: what takes the time is
-// decoding and memory. Included inside a target's namespace, after nt_tiles.h.
+// decoding and memory. Included inside a target's namespace, after nt_tiles-inl.h.
 
 // Decodes steps of a tile of rows, which follow one another, and asks for a line of each row where there is
-// one to ask for (decode_tile in nt_tiles.h). A format may keep something from step to step.
+// one to ask for (decode_tile in nt_tiles-inl.h). A format may keep something from step to step.
 template <class Format, class Product>
 struct TileDecoder {
   KT_INLINE void decode(const WeightView& rows, size_t step, std::byte* to, ptrdiff_t line) {

@@ -1,0 +1,31 @@
+// The bodies of a tile target, in order. Included inside a target's namespace, after its policies.
+
+#define KT_TARGET_REGION
+#define KT_HAS_TILES
+#include "kernels/unpack/codes-inl.h"
+#include "formats/all.h"
+#include "kernels/unpack/blocks-inl.h"
+#include "kernels/elementwise/math-inl.h"
+#include "kernels/elementwise/elements-inl.h"
+#include "kernels/elementwise/activation-inl.h"
+#include "kernels/elementwise/activation_backward-inl.h"
+#include "kernels/elementwise/combine-inl.h"
+#include "kernels/quantize/quantize-inl.h"
+#include "kernels/quantize/quantize_rows-inl.h"
+#include "kernels/quantize/quantize_int4-inl.h"
+#include "kernels/products/nt/nt_rows-inl.h"
+#include "kernels/products/nt/nt_tiles-inl.h"
+#include "kernels/products/nt/nt_decoded_tile-inl.h"
+#include "kernels/products/nt/nt_blocks-inl.h"
+#include "kernels/layouts/tiles-inl.h"
+#include "kernels/layouts/pairs-inl.h"
+#include "kernels/products/nn/nn-inl.h"
+#include "kernels/products/nn/nn_few_rows-inl.h"
+#include "kernels/products/nn/nn_tiles-inl.h"
+#include "kernels/products/tn/tn-inl.h"
+#include "kernels/products/tn/tn_tiles-inl.h"
+#include "kernels/limits/limits-inl.h"
+#include "kernels/limits/limits_tiles-inl.h"
+#include "kernels/targets/table_tiles-inl.h"
+#undef KT_HAS_TILES
+#undef KT_TARGET_REGION
