@@ -14,16 +14,27 @@ std::string names(const std::vector<Isa>& isas) {
   return list;
 }
 
+enum class Choice { automatic, on_request };
+
+// Whether it is chosen without being asked for.
+bool is_automatic(Isa isa) {
+  switch (isa) {
+#define KT_ISA(enumerator, name, platform, choice, supported) \
+  case Isa::enumerator: return Choice::choice == Choice::automatic;
+#include "isa/isas.inc"
+#undef KT_ISA
+  }
+  return false;
+}
+
 }  // namespace
 
 std::string_view isa_name(Isa isa) {
   switch (isa) {
-    case Isa::kScalar: return "scalar";
-    case Isa::kAvx2: return "avx2";
-    case Isa::kAvx512: return "avx512";
-    case Isa::kAvx512Bf16: return "avx512_bf16";
-    case Isa::kAmx: return "amx";
-    case Isa::kAmxEmu: return "amx_emu";
+#define KT_ISA(enumerator, name, platform, choice, supported) \
+  case Isa::enumerator: return #name;
+#include "isa/isas.inc"
+#undef KT_ISA
   }
   return "unknown";
 }
@@ -35,14 +46,12 @@ Isa isa_from_name(std::string_view name) {
                 names({std::begin(kAllIsas), std::end(kAllIsas)}));
 }
 
-bool supports(const CpuFeatures& features, Isa isa) {
+bool supports(const CpuFeatures& f, Isa isa) {
   switch (isa) {
-    case Isa::kScalar:
-    case Isa::kAmxEmu: return true;
-    case Isa::kAvx2: return features.avx2;
-    case Isa::kAvx512: return features.avx512;
-    case Isa::kAvx512Bf16: return features.avx512_bf16;
-    case Isa::kAmx: return features.amx;
+#define KT_ISA(enumerator, name, platform, choice, supported) \
+  case Isa::enumerator: return supported;
+#include "isa/isas.inc"
+#undef KT_ISA
   }
   return false;
 }
@@ -60,7 +69,7 @@ Isa select_isa(const CpuFeatures& features, const std::vector<Isa>& compiled,
   }
   Isa best = Isa::kScalar;
   for (Isa isa : usable)
-    if (isa != Isa::kAmxEmu) best = std::max(best, isa);
+    if (is_automatic(isa)) best = std::max(best, isa);
   return best;
 }
 

@@ -1,4 +1,4 @@
-// The lattice of instruction sets, and which of them serves on a machine.
+// The instruction sets that there are kernels for, and which of them serves on a machine.
 #pragma once
 
 #include <optional>
@@ -9,11 +9,18 @@
 
 namespace ktmoe {
 
-// In rising order of preference; amx_emu stands apart: it runs anywhere, slowly, and is only ever asked for.
-enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmu };
+// In rising order of preference. amx_emu runs anywhere, slowly, and is used only when asked for.
+enum class Isa {
+#define KT_ISA(enumerator, name, platform, choice, supported) enumerator,
+#include "isa/isas.inc"
+#undef KT_ISA
+};
 
-inline constexpr Isa kAllIsas[] = {Isa::kScalar,     Isa::kAvx2, Isa::kAvx512,
-                                   Isa::kAvx512Bf16, Isa::kAmx,  Isa::kAmxEmu};
+inline constexpr Isa kAllIsas[] = {
+#define KT_ISA(enumerator, name, platform, choice, supported) Isa::enumerator,
+#include "isa/isas.inc"
+#undef KT_ISA
+};
 
 std::string_view isa_name(Isa isa);
 

@@ -224,7 +224,7 @@ struct KernelTable {
   void (*pack_left_in_rows)(bf16* rows, size_t stride, uint32_t m, uint32_t n, std::byte* scratch);
   Operand (*left_in_rows)(const bf16* rows, size_t stride, uint32_t m, uint32_t n);
   size_t (*nn_scratch_bytes)();
-  std::array<void (*)(const NnArgs&), kNumFormats> nn;
+  void (*nn)(const NnArgs&);
   size_t (*tn_scratch_bytes)();
   void (*tn)(const TnArgs&);
   void (*activate_backward)(const ActivateBackwardArgs&);

@@ -8,26 +8,15 @@
 
 namespace ktmoe::kernels {
 
+// KTMOE_HAS_name is 1 for what the build has, else 0.
 const KernelTable* find_table(Isa isa) {
-  switch (isa) {
-    case Isa::kScalar: return &scalar::table();
-#if defined(KTMOE_HAS_AVX2)
-    case Isa::kAvx2: return &avx2::table();
-#endif
-#if defined(KTMOE_HAS_AVX512)
-    case Isa::kAvx512: return &avx512::table();
-#endif
-#if defined(KTMOE_HAS_AVX512_BF16)
-    case Isa::kAvx512Bf16: return &avx512_bf16::table();
-#endif
-#if defined(KTMOE_HAS_AMX)
-    case Isa::kAmx: return &amx::table();
-#endif
-#if defined(KTMOE_HAS_AMX_EMU)
-    case Isa::kAmxEmu: return &amx_emu::table();
-#endif
-    default: return nullptr;
+#define KT_ISA(enumerator, name, platform, choice, supported) \
+  if constexpr (KTMOE_HAS_##name) {                           \
+    if (isa == Isa::enumerator) return &name::table();        \
   }
+#include "isa/isas.inc"
+#undef KT_ISA
+  return nullptr;
 }
 
 std::vector<Isa> compiled_isas() {

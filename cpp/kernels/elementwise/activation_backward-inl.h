@@ -157,6 +157,4 @@ struct ActivateBackward {
   }
 };
 
-inline void activate_backward_rows(const ActivateBackwardArgs& args) {
-  for_activation<ActivateBackward>(args);
-}
+inline void activate_backward(const ActivateBackwardArgs& args) { for_activation<ActivateBackward>(args); }

@@ -38,6 +38,6 @@ inline void combine_token(const CombineArgs& a, uint32_t t) {
   }
 }
 
-inline void combine_rows(const CombineArgs& args) {
+inline void combine(const CombineArgs& args) {
   for (uint32_t t = 0; t < args.tokens; ++t) combine_token(args, t);
 }

@@ -4,15 +4,15 @@
 // Rows of an intermediate start on cache lines.
 KT_INLINE size_t operand_stride(uint32_t k) { return round_up(k * sizeof(bf16), kCacheLine); }
 
-inline size_t operand_bytes_rows(uint32_t m, uint32_t k) { return m * operand_stride(k); }
+inline size_t operand_bytes(uint32_t m, uint32_t k) { return m * operand_stride(k); }
 
-inline Operand operand_block_rows(std::byte* data, uint32_t, uint32_t k, uint32_t m0, uint32_t m1) {
+inline Operand operand_block(std::byte* data, uint32_t, uint32_t k, uint32_t m0, uint32_t m1) {
   const size_t stride = operand_stride(k);
   return Operand{data + m0 * stride, stride, nullptr, m1 - m0, k};
 }
 
 // Rows that straddle cache lines are read by every group of weights anew, so they are copied once.
-inline Operand pack_rows(const RowsView& rows, uint32_t m, uint32_t k, std::byte* data) {
+inline Operand pack(const RowsView& rows, uint32_t m, uint32_t k, std::byte* data) {
   const std::byte* source = reinterpret_cast<const std::byte*>(rows.data);
   const size_t source_stride = rows.stride * sizeof(bf16);
   if (is_aligned(source, source_stride)) return Operand{source, source_stride, rows.index, m, k};
@@ -24,10 +24,9 @@ inline Operand pack_rows(const RowsView& rows, uint32_t m, uint32_t k, std::byte
   return Operand{data, stride, nullptr, m, k};
 }
 
-inline size_t int8_operand_bytes_rows(uint32_t, uint32_t) { return 0; }
+inline size_t int8_operand_bytes(uint32_t, uint32_t) { return 0; }
 
-inline Operand pack_int8_rows(const Int8Rows& rows, const int32_t* index, uint32_t m, uint32_t k,
-                              std::byte*) {
+inline Operand pack_int8(const Int8Rows& rows, const int32_t* index, uint32_t m, uint32_t k, std::byte*) {
   return {rows.codes, rows.stride, index, m, k, rows.row};
 }
 
@@ -91,9 +90,9 @@ struct ActivateRows {
   }
 };
 
-inline void activate_rows(const ActivateArgs& args) { for_activation<ActivateRows>(args); }
+inline void activate(const ActivateArgs& args) { for_activation<ActivateRows>(args); }
 
-inline void store_rows_rows(const StoreRowsArgs& a) {
+inline void store_rows(const StoreRowsArgs& a) {
   const size_t ld = c_stride(a.n);
   const bool copied = a.l == nullptr && a.bias == nullptr && a.y_type == FloatType::kFloat32;
   const Float scale = Vec::set(a.lora_scale);

@@ -1,17 +1,12 @@
 // Everything but the product for the tile kernels: operands are K-paired panels of 16 rows, C blocks are
-// transposed. Included inside a target's namespace, after nt_tiles-inl.h and activation-inl.h.
-//
-// A panel of w rows: [K/32][16 pairs][w][2] bf16; w is 16 but for the last panel, which is only as wide as
-// its rows: a single row is thus stored as it is, and decoding reads no padding.
-
-KT_INLINE size_t panel_bytes(uint32_t k) { return round_up(k, kTileK) * kPanelColumns * sizeof(bf16); }
+// transposed. Included inside a target's namespace, after panels-inl.h and activation-inl.h.
 
 // A vector store may reach beyond a narrow last panel.
-inline size_t operand_bytes_tiles(uint32_t m, uint32_t k) {
+inline size_t operand_bytes(uint32_t m, uint32_t k) {
   return div_up(m, kPanelColumns) * panel_bytes(k) + kCacheLine;
 }
 
-inline Operand operand_block_tiles(std::byte* data, uint32_t, uint32_t k, uint32_t m0, uint32_t m1) {
+inline Operand operand_block(std::byte* data, uint32_t, uint32_t k, uint32_t m0, uint32_t m1) {
   return Operand{data + m0 / kPanelColumns * panel_bytes(k), panel_bytes(k), nullptr, m1 - m0, k};
 }
 
@@ -46,7 +41,7 @@ inline void pack_panel(const RowsView& rows, uint32_t m0, uint32_t width, uint32
   }
 }
 
-inline Operand pack_tiles(const RowsView& rows, uint32_t m, uint32_t k, std::byte* data) {
+inline Operand pack(const RowsView& rows, uint32_t m, uint32_t k, std::byte* data) {
   if (m == 1 && k % kTileK == 0) {  // a row is its own panel
     const size_t index = rows.index ? rows.index[0] : 0;
     const bf16* row = rows.data + index * rows.stride;
@@ -64,14 +59,12 @@ KT_INLINE uint32_t int8_as_bf16(uint32_t k) {
   return static_cast<uint32_t>(Int8Rows::stride_of(k) / sizeof(bf16));
 }
 
-inline size_t int8_operand_bytes_tiles(uint32_t m, uint32_t k) {
-  return operand_bytes_tiles(m, int8_as_bf16(k));
-}
+inline size_t int8_operand_bytes(uint32_t m, uint32_t k) { return operand_bytes(m, int8_as_bf16(k)); }
 
-inline Operand pack_int8_tiles(const Int8Rows& rows, const int32_t* index, uint32_t m, uint32_t k,
-                               std::byte* data) {
+inline Operand pack_int8(const Int8Rows& rows, const int32_t* index, uint32_t m, uint32_t k,
+                         std::byte* data) {
   const RowsView codes{reinterpret_cast<const bf16*>(rows.codes), int8_as_bf16(k), index};
-  Operand packed = pack_tiles(codes, m, int8_as_bf16(k), data);
+  Operand packed = pack(codes, m, int8_as_bf16(k), data);
   packed.index = index, packed.k = k, packed.quantized = rows.row;
   return packed;
 }
@@ -242,7 +235,7 @@ struct ActivateTiles {
   }
 };
 
-inline void activate_tiles(const ActivateArgs& args) { for_activation<ActivateTiles>(args); }
+inline void activate(const ActivateArgs& args) { for_activation<ActivateTiles>(args); }
 
 // Outputs of the panel that begins with row m0, in fp32 as they are but for the bias.
 inline void store_panel(const StoreRowsArgs& a, const float* c, uint32_t m0, uint32_t width) {
@@ -287,7 +280,7 @@ inline void store_adapted_panel(const StoreRowsArgs& a, size_t c, uint32_t m0, u
   }
 }
 
-inline void store_rows_tiles(const StoreRowsArgs& a) {
+inline void store_rows(const StoreRowsArgs& a) {
   const uint32_t n_padded = tile_n_padded(a.n);
   const bool plain = a.l == nullptr && a.y_type == FloatType::kFloat32;
   for (uint32_t m = 0; m < a.m; m += kPanelColumns) {

@@ -190,10 +190,10 @@ uint32_t quantize_int8_group_of(const QuantizeArgs& a) {
   return a.n;
 }
 
-inline uint32_t quantize_int8_rows(const QuantizeArgs& a) {
+inline uint32_t quantize_int8(const QuantizeArgs& a) {
   return a.type == FloatType::kBf16 ? quantize_int8_of<bf16>(a) : quantize_int8_of<float>(a);
 }
 
-inline uint32_t quantize_int8_group_rows(const QuantizeArgs& a) {
+inline uint32_t quantize_int8_group(const QuantizeArgs& a) {
   return a.type == FloatType::kBf16 ? quantize_int8_group_of<bf16>(a) : quantize_int8_group_of<float>(a);
 }

@@ -226,6 +226,6 @@ uint32_t quantize_int4_in_groups(const QuantizeArgs& a) {
   return quantize_int4_of<T, 128>(a);
 }
 
-inline uint32_t quantize_int4_rows(const QuantizeArgs& a) {
+inline uint32_t quantize_int4(const QuantizeArgs& a) {
   return a.type == FloatType::kBf16 ? quantize_int4_in_groups<bf16>(a) : quantize_int4_in_groups<float>(a);
 }

@@ -11,6 +11,9 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "core/aligned_buffer.h"
 #include "core/types.h"

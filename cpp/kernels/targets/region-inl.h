@@ -3,12 +3,24 @@
 
 #undef KT_INLINE
 #undef KT_UNROLL
+#undef KT_NO_UNROLL
 #define KT_INLINE inline __attribute__((always_inline))
 #if defined(__clang__)
 #define KT_UNROLL _Pragma("unroll")
+#define KT_NO_UNROLL _Pragma("nounroll")
 #else
 #define KT_UNROLL _Pragma("GCC unroll 32")
+#define KT_NO_UNROLL _Pragma("GCC unroll 1")
 #endif
 
+// How a format is decoded in registers: the lower part of a format's header specializes it.
 template <class Format>
 struct Unpack;
+
+// The format whose loops serve this one too; which it is they learn from the view of a matrix.
+template <class Format>
+struct LoopFormatOf {
+  using type = Format;
+};
+template <class Format>
+using LoopFormat = typename LoopFormatOf<Format>::type;

@@ -1,27 +1,11 @@
-// The kernel tables of the targets; a build has those of KTMOE_ISAS.
+// The kernel tables of the instruction sets; a build has those of KTMOE_ISAS.
 #pragma once
 
 #include "kernels/contract.h"
 
-namespace ktmoe::kernels {
-
-namespace scalar {
-const KernelTable& table();
-}
-namespace avx2 {
-const KernelTable& table();
-}
-namespace avx512 {
-const KernelTable& table();
-}
-namespace avx512_bf16 {
-const KernelTable& table();
-}
-namespace amx {
-const KernelTable& table();
-}
-namespace amx_emu {
-const KernelTable& table();
-}
-
-}  // namespace ktmoe::kernels
+#define KT_ISA(enumerator, name, platform, choice, supported) \
+  namespace ktmoe::kernels::name {                            \
+  const KernelTable& table();                                 \
+  }
+#include "isa/isas.inc"
+#undef KT_ISA

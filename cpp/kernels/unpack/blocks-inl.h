@@ -3,7 +3,7 @@
 // format. Included inside a target's namespace, after its vectors and formats.
 
 // Elements that lie side by side where runs are unpacked to: what products take of a row at a time.
-#if defined(KT_HAS_TILES)
+#if KT_HAS_TILES
 inline constexpr size_t kRunElements = 32;
 #else
 inline constexpr size_t kRunElements = Vec::kStep;
@@ -101,27 +101,6 @@ class RunWriter {
   size_t at_ = 0;
 };
 
-// Elements [k0, k1) of a row, kRunElements of them every `stride` bytes; k0 a multiple of 32, k1 the row's
-// end or another. Behind the row's end zeros fill a vector.
-template <class Format>
-struct UnpackRun {
-  static void run(const std::byte* row, size_t k0, size_t k1, std::byte* to, ptrdiff_t stride) {
-    RunWriter out(to, stride);
-    for (size_t k = k0; k < k1;) {
-      const size_t block = k / Format::kBlock, begin = block * Format::kBlock;
-      const size_t end = begin + Format::kBlock < k1 ? begin + Format::kBlock : k1;
-      const std::byte* data = row + block * Format::kBlockBytes;
-      typename Format::Scales scales;
-      open_block<Format>(data, scales);
-      if (k == begin && end == begin + Format::kBlock) {
-        KT_UNROLL for (size_t g = 0; g < Format::kBlock / 32; ++g) store_group<Format>(data, scales, g, out);
-        k = end;
-      }
-      for (; k < end; k += 32) store_group<Format>(data, scales, (k - begin) / 32, out);
-    }
-  }
-};
-
 // kStep plain numbers, rounded.
 template <PlainFormat Format>
 KT_INLINE void store_plain(const std::byte* numbers, std::byte* to) {
@@ -132,34 +111,13 @@ KT_INLINE void store_plain(const std::byte* numbers, std::byte* to) {
   Vec::store_rounded(to, x);
 }
 
-template <PlainFormat Format>
-struct UnpackRun<Format> {
-  static void run(const std::byte* row, size_t k0, size_t k1, std::byte* to, ptrdiff_t stride) {
-    RunWriter out(to, stride);
-    size_t k = k0;
-    for (; k + Vec::kStep <= k1; k += Vec::kStep)
-      store_plain<Format>(row + Format::row_bytes(k), out.place());
-    if (k == k1) return;
-    std::byte last[Format::row_bytes(Vec::kStep)] = {};
-    std::memcpy(last, row + Format::row_bytes(k), Format::row_bytes(k1 - k));
-    store_plain<Format>(last, out.place());
-  }
-};
-
 using UnpackFunction = void (*)(const std::byte* row, size_t k0, size_t k1, std::byte* to, ptrdiff_t stride);
-template <class Format>
-constexpr UnpackFunction unpack_function() {
-  if constexpr (BlockFormat<Format>) {
-    return UnpackRun<Format>::run;
-  } else {
-    return nullptr;
-  }
-}
-inline constexpr UnpackFunction kUnpackFunctions[] = {
-#define KT_FORMAT(id, type) unpack_function<formats::type>(),
-#include "formats/formats.inc"
-#undef KT_FORMAT
-};
+// By format; null for those without blocks. Defined in targets/table.cpp.
+extern const UnpackFunction kUnpackFunctions[kNumFormats];
+
+// Columns [k0, k1) of row n, rounded to bf16 with all their scales. Written are whole vectors.
+using DecodeFunction = void (*)(const WeightView& w, uint32_t n, uint32_t k0, uint32_t k1, std::byte* to);
+extern const DecodeFunction kDecodeFunctions[kNumFormats];
 
 // What stands for a format of blocks in the loops of products: the view of a matrix says which one it is.
 struct AnyBlocks {
@@ -174,24 +132,7 @@ struct Unpack<AnyBlocks> {
   static constexpr bool kAsStored = false;
 };
 
-// What loops over a format take in its place.
-template <class Format>
-struct LoopFormatOf {
-  using type = Format;
-};
 template <BlockFormat Format>
 struct LoopFormatOf<Format> {
   using type = AnyBlocks;
 };
-template <class Format>
-using LoopFormat = typename LoopFormatOf<Format>::type;
-
-// Bytes of the first k elements of a row.
-template <class Format>
-KT_INLINE size_t row_bytes_of(const WeightView& w, size_t k) {
-  if constexpr (std::is_same_v<Format, AnyBlocks>) {
-    return format_row_bytes(w.format, k);
-  } else {
-    return Format::row_bytes(k);
-  }
-}

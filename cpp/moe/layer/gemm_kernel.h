@@ -30,7 +30,7 @@ struct GemmKernel {
     const auto encoded = std::ranges::find_if(
         args.terms, [](const kernels::NnTerm& term) { return term.w.format != FormatId::kBf16; });
     const FormatId nn = encoded == args.terms.end() ? FormatId::kBf16 : encoded->w.format;
-    table.nn[static_cast<size_t>(nn)](args);
+    table.nn(args);
   }
 };
 

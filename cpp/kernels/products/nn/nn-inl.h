@@ -60,15 +60,12 @@ class NnBlocks {
 };
 
 // Columns [k0, k1) of rows of weights. Those that are not bf16 are decoded, into memory for two rows.
-template <class Format>
 struct WeightColumns {
   uint32_t k0, k1;
   std::byte* decoded;
 
   KT_INLINE uint32_t size() const { return k1 - k0; }
-  static KT_INLINE bool is_stored(const WeightView& w) {
-    return Unpack<Format>::kAsStored || w.format == FormatId::kBf16;
-  }
+  static KT_INLINE bool is_stored(const WeightView& w) { return w.format == FormatId::kBf16; }
   // Valid until the next row of the same parity is asked for.
   KT_INLINE const std::byte* of(const NnTerm& term, uint32_t s) const {
     if (is_stored(term.w)) return begin(term.w, s);
@@ -79,15 +76,7 @@ struct WeightColumns {
   // Where the columns of a row begin.
   KT_INLINE const std::byte* begin(const WeightView& w, uint32_t s) const { return w.row(s) + offset(w, k0); }
   KT_INLINE void decode(const WeightView& w, uint32_t s, std::byte* to) const {
-    if constexpr (std::is_same_v<Format, AnyBlocks>) {
-      AnyBlocks::unpack(w, s, k0, k1, to, kRunElements * sizeof(bf16));
-    } else {
-      const typename Unpack<Format>::Row row(w, s);
-      uint32_t k = k0;
-      for (; k + Vec::kStep <= k1; k += Vec::kStep, to += Vec::kStep * sizeof(bf16))
-        Vec::store(to, row.weights(k));
-      if (k < k1) Vec::store(to, row.weights_tail(k, k1 - k));
-    }
+    kDecodeFunctions[static_cast<size_t>(w.format)](w, s, k0, k1, to);
   }
   // Asks for what of() reads.
   template <int kHint>
@@ -100,17 +89,16 @@ struct WeightColumns {
  private:
   // Of column k in a row, or of the end of its block.
   static KT_INLINE size_t offset(const WeightView& w, uint32_t k) {
-    return w.format == FormatId::kBf16 ? k * sizeof(bf16) : row_bytes_of<Format>(w, k);
+    return is_stored(w) ? k * sizeof(bf16) : format_row_bytes(w.format, k);
   }
 };
 inline constexpr size_t kDecodedBytes = 2 * kPanelColumnsMost * sizeof(bf16);
 inline constexpr size_t kNnScratchBytes = 2 * kNnPanelBytes + kDecodedBytes;
 
 // Fills a panel with a block, pair by pair.
-template <class Format>
 class BlockFill {
  public:
-  KT_INLINE BlockFill(const NnBlock& block, const WeightColumns<Format>& columns, const PairsPanel& panel)
+  KT_INLINE BlockFill(const NnBlock& block, const WeightColumns& columns, const PairsPanel& panel)
       : block_(block), columns_(columns), panel_(panel), pairs_(block.num_pairs()) {
     if (pairs_) row_ = block.slices[0].s0;
   }
@@ -120,8 +108,8 @@ class BlockFill {
     const NnSlice& slice = block_.slices[slice_];
     const NnTerm& term = *slice.term;
     const uint32_t ahead = row_ + kRowsAhead;
-    if (ahead < slice.s1) columns_.template prefetch<3>(term.w, ahead);
-    if (ahead + 1 < slice.s1) columns_.template prefetch<3>(term.w, ahead + 1);
+    if (ahead < slice.s1) columns_.prefetch<3>(term.w, ahead);
+    if (ahead + 1 < slice.s1) columns_.prefetch<3>(term.w, ahead + 1);
     const std::byte* even = columns_.of(term, row_);
     const std::byte* odd = row_ + 1 < slice.s1 ? columns_.of(term, row_ + 1) : kZeroRow;
     interleave_pair(even, odd, columns_.size(), panel_, at_);
@@ -138,7 +126,7 @@ class BlockFill {
 
  private:
   const NnBlock& block_;
-  const WeightColumns<Format>& columns_;
+  const WeightColumns& columns_;
   const PairsPanel panel_;
   size_t at_ = 0;  // bytes of a group that are filled
   uint32_t pairs_, slice_ = 0, row_ = 0;
@@ -171,10 +159,9 @@ struct NothingAhead : WorkAhead {
 
 // The next block is filled, or behind the last one the rows that the caller multiplies by next are asked for,
 // into the second-level cache.
-template <class Format>
 class BlockAhead : public WorkAhead {
  public:
-  KT_INLINE BlockAhead(const NnArgs& args, const NnBlock& next, const WeightColumns<Format>& columns,
+  KT_INLINE BlockAhead(const NnArgs& args, const NnBlock& next, const WeightColumns& columns,
                        const PairsPanel& panel)
       : WorkAhead(work, next.num_steps     ? next.num_pairs()
                         : args.next_w.data ? smaller(args.next_n, kMostAsked)
@@ -191,30 +178,30 @@ class BlockAhead : public WorkAhead {
       if (self.fill_.pairs_left()) {
         self.fill_.pair();
       } else {
-        self.next_columns_.template prefetch<2>(self.next_w_, self.asked_++);
+        self.next_columns_.prefetch<2>(self.next_w_, self.asked_++);
       }
     }
   }
 
   static constexpr uint32_t kMostAsked = 512;  // rows: what stays in the cache until it is used
-  BlockFill<Format> fill_;
+  BlockFill fill_;
   const WeightView next_w_;
-  const WeightColumns<Format> next_columns_;
+  const WeightColumns next_columns_;
   uint32_t asked_ = 0;
 };
 
 // Walks over the blocks of so many columns: product.run(block, panel, is_first, ahead) for each.
-template <class Format, class Product>
+template <class Product>
 KT_INLINE void for_blocks(const NnArgs& args, uint32_t k0, uint32_t k1, Product& product) {
-  const WeightColumns<Format> columns{k0, k1, args.scratch + 2 * kNnPanelBytes};
+  const WeightColumns columns{k0, k1, args.scratch + 2 * kNnPanelBytes};
   NnBlocks blocks(args.terms, panel_steps(kNnPanelBytes, columns.size()));
   const PairsPanel panels[2] = {pairs_panel(args.scratch, blocks.steps()),
                                 pairs_panel(args.scratch + kNnPanelBytes, blocks.steps())};
   NnBlock block = blocks.next();
-  BlockFill<Format>(block, columns, panels[0]).finish();
+  BlockFill(block, columns, panels[0]).finish();
   for (uint32_t i = 0; block.num_steps > 0; ++i) {
     const NnBlock next = blocks.next();
-    BlockAhead<Format> ahead(args, next, columns, panels[(i + 1) % 2]);
+    BlockAhead ahead(args, next, columns, panels[(i + 1) % 2]);
     product.run(block, panels[i % 2], i == 0, ahead);
     ahead.finish();
     block = next;

@@ -87,7 +87,6 @@ KT_INLINE void few_rows_group(FewRowsStep& s, uint32_t rows, size_t at, float* c
     few_rows_tiles<kFewRowsTile>(s, r, smaller(rows - r, kFewRowsTile), at, c + r * kFewColumns);
 }
 
-template <class Format>
 class FewRows {
  public:
   KT_INLINE explicit FewRows(const NnArgs& args)
@@ -140,8 +139,7 @@ class FewRows {
       ask_for(args_.next_w, 0, any ? args_.next_n : 0, {args_.next_k0, args_.next_k1, nullptr});
     }
   }
-  KT_INLINE void ask_for(const WeightView& w, uint32_t s0, uint32_t end,
-                         const WeightColumns<Format>& columns) {
+  KT_INLINE void ask_for(const WeightView& w, uint32_t s0, uint32_t end, const WeightColumns& columns) {
     RowsAhead& ahead = step_.ahead;
     ahead.num_rows = smaller(end - s0, kPairsStep);
     for (uint32_t n = 0; n < ahead.num_rows; ++n) ahead.row[n] = columns.begin(w, s0 + n);
@@ -186,7 +184,7 @@ class FewRows {
     for (uint32_t n = 0; n < kPairsStep; ++n) step_.row[n] = n < count ? copies_ + n * kCopyBytes : kZeroRow;
     for (uint32_t k = 0; k < columns_.size(); k += kCopyColumns) {
       const uint32_t end = smaller(k + kCopyColumns, columns_.size());
-      const WeightColumns<Format> some{columns_.k0 + k, columns_.k0 + end, nullptr};
+      const WeightColumns some{columns_.k0 + k, columns_.k0 + end, nullptr};
       for (uint32_t n = 0; n < count; ++n) some.decode(term.w, s0 + n, copies_ + n * kCopyBytes);
       groups(k / kFewColumns, static_cast<uint32_t>(div_up(end, kFewColumns)), k);
     }
@@ -206,16 +204,15 @@ class FewRows {
 
   const NnArgs& args_;
   const uint32_t rows_;
-  const WeightColumns<Format> columns_;
+  const WeightColumns columns_;
   const uint32_t groups_;
   float* const c_;
   std::byte* const copies_;
   FewRowsStep step_;
 };
 
-template <class Format>
-void nn_few_rows(const NnArgs& args) {
-  FewRows<Format> product(args);
+inline void nn_few_rows(const NnArgs& args) {
+  FewRows product(args);
   product.load_c();
   product.run();
   product.store_c();

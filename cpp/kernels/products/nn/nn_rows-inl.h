@@ -7,19 +7,19 @@
 // Left rows are read in place, their pairs any distance apart: 4 bytes in rows of G, a cache line where G is
 // itself interleaved (tn_rows.h).
 
-inline size_t left_bytes_rows(uint32_t, uint32_t) { return 0; }
+inline size_t left_bytes(uint32_t, uint32_t) { return 0; }
 
-inline Operand pack_left_rows(const RowsView& rows, uint32_t m, uint32_t n, std::byte*) {
+inline Operand pack_left(const RowsView& rows, uint32_t m, uint32_t n, std::byte*) {
   return Operand{reinterpret_cast<const std::byte*>(rows.data), rows.stride * sizeof(bf16), rows.index, m, n};
 }
 
-inline size_t nn_scratch_bytes_rows() { return kNnScratchBytes; }
+inline size_t nn_scratch_bytes() { return kNnScratchBytes; }
 
-inline Operand left_in_rows_rows(const bf16* rows, size_t stride, uint32_t m, uint32_t n) {
+inline Operand left_in_rows(const bf16* rows, size_t stride, uint32_t m, uint32_t n) {
   return {reinterpret_cast<const std::byte*>(rows), stride * sizeof(bf16), nullptr, m, n};
 }
 
-inline void pack_left_in_rows_rows(bf16*, size_t, uint32_t, uint32_t, std::byte*) {}
+inline void pack_left_in_rows(bf16*, size_t, uint32_t, uint32_t, std::byte*) {}
 
 // Part of a sum: left rows, whose pairs are pair_bytes apart, and where their counterpart begins in each
 // group of the panel.
@@ -175,10 +175,9 @@ struct NnRows {
   }
 };
 
-template <class Format>
-void nn_rows(const NnArgs& args) {
+inline void nn(const NnArgs& args) {
   for (uint32_t k0 = args.k0; k0 < args.k1; k0 += kPanelColumnsMost) {
     NnRows product{args, k0, smaller(args.k1, k0 + kPanelColumnsMost)};
-    for_blocks<Format>(args, product.k0, product.k1, product);
+    for_blocks(args, product.k0, product.k1, product);
   }
 }

@@ -8,9 +8,9 @@
 // The left operand is panels of 16 rows, the last one only as tall as its rows: [N/32][rows][32] bf16, N
 // padded with zeros. Few rows stay where they are (nn_few_rows.h).
 
-inline size_t left_bytes_tiles(uint32_t m, uint32_t n) { return div_up(m, kTileRows) * panel_bytes(n); }
+inline size_t left_bytes(uint32_t m, uint32_t n) { return div_up(m, kTileRows) * panel_bytes(n); }
 
-inline Operand pack_left_tiles(const RowsView& rows, uint32_t m, uint32_t n, std::byte* data) {
+inline Operand pack_left(const RowsView& rows, uint32_t m, uint32_t n, std::byte* data) {
   if (m <= kFewRows)
     return {reinterpret_cast<const std::byte*>(rows.data), rows.stride * sizeof(bf16), rows.index, m, n};
   constexpr size_t kStepBytes = kTileK * sizeof(bf16);
@@ -29,18 +29,18 @@ inline Operand pack_left_tiles(const RowsView& rows, uint32_t m, uint32_t n, std
   return {data, panel_bytes(n), nullptr, m, n};
 }
 
-inline Operand left_in_rows_tiles(const bf16* rows, size_t stride, uint32_t m, uint32_t n) {
+inline Operand left_in_rows(const bf16* rows, size_t stride, uint32_t m, uint32_t n) {
   const auto* data = reinterpret_cast<const std::byte*>(rows);
   return {data, m <= kFewRows ? stride * sizeof(bf16) : panel_bytes(n), nullptr, m, n};
 }
 
-inline void pack_left_in_rows_tiles(bf16* rows, size_t stride, uint32_t m, uint32_t n, std::byte* scratch) {
+inline void pack_left_in_rows(bf16* rows, size_t stride, uint32_t m, uint32_t n, std::byte* scratch) {
   if (m <= kFewRows) return;
-  pack_left_tiles({rows, stride, nullptr}, m, n, scratch);
+  pack_left({rows, stride, nullptr}, m, n, scratch);
   std::memcpy(rows, scratch, m * round_up(n, kTileK) * sizeof(bf16));
 }
 
-inline size_t nn_scratch_bytes_tiles() { return kNnScratchBytes; }
+inline size_t nn_scratch_bytes() { return kNnScratchBytes; }
 
 // Steps of a left operand, and where their counterpart begins in each group of the panel.
 struct TileSlice {
@@ -153,12 +153,11 @@ struct NnTiles {
   }
 };
 
-template <class Format>
-void nn_tiles(const NnArgs& args) {
-  if (args.terms[0].g.rows <= kFewRows) return nn_few_rows<Format>(args);
+inline void nn(const NnArgs& args) {
+  if (args.terms[0].g.rows <= kFewRows) return nn_few_rows(args);
   TileScope scope;
   for (uint32_t k0 = args.k0; k0 < args.k1; k0 += kPanelColumnsMost) {
     NnTiles product{args, scope, k0, smaller(args.k1, k0 + kPanelColumnsMost)};
-    for_blocks<Format>(args, product.k0, product.k1, product);
+    for_blocks(args, product.k0, product.k1, product);
   }
 }

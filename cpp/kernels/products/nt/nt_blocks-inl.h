@@ -1,5 +1,6 @@
-// NT on the tile unit by weights in blocks: what nt_tiles-inl.h and nt_decoded_tile-inl.h do for other formats a
-// segment at a time, here a run of a row at a time. Included inside a target's namespace, after them.
+// NT on the tile unit by weights in blocks: what nt_tiles-inl.h and nt_decoded_tile-inl.h do for other
+// formats a segment at a time, here a run of a row at a time. Included inside a target's namespace, after
+// them.
 
 // Steps of a run: at least a block.
 inline constexpr size_t kRunSteps = kBlockElements / kTileK;

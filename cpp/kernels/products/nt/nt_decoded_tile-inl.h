@@ -25,7 +25,7 @@ class DecodedTile {
   KT_INLINE DecodedTile(const NtArgs& args, uint32_t n)
       : rows_(args.w.from(n)),
         steps_(args.x.k / Product::kStep),
-        step_bytes_(div_up(Format::row_bytes(args.x.k), args.x.k / Product::kStep)),
+        step_bytes_(div_up(format_row_bytes(args.w.format, args.x.k), args.x.k / Product::kStep)),
         ring_(args.scratch) {}
 
   KT_INLINE void multiply(const std::byte* x, ptrdiff_t x_stride) {

@@ -123,8 +123,10 @@ struct InPlace {
     KT_UNROLL for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead + i * kCacheLine, 0, 2);
   }
   KT_INLINE typename Product::Segment segment(int r, size_t k) const { return Product::weights(row[r], k); }
-  KT_INLINE typename Product::Segment tail(int r, size_t k, size_t count) const {
-    return Product::weights_tail(row[r], k, count);
+  // The ends of rows, side by side. A loop, as code that few rows need would be the longest of all.
+  KT_INLINE void store_tails(size_t k, size_t count, std::byte* to) const {
+    KT_NO_UNROLL for (int r = 0; r < kRows; ++r)
+        Product::store(to + r * kSegmentBytes, Product::weights_tail(row[r], k, count));
   }
 };
 
@@ -140,7 +142,9 @@ struct Panel {
   KT_INLINE typename Product::Segment segment(int r, size_t k) const {
     return Product::load(data + (k - k0) * Product::kElementBytes * kRows + r * kSegmentBytes);
   }
-  KT_INLINE typename Product::Segment tail(int r, size_t k, size_t) const { return segment(r, k); }
+  KT_INLINE void store_tails(size_t k, size_t, std::byte* to) const {
+    std::memcpy(to, data + (k - k0) * Product::kElementBytes * kRows, kRows * kSegmentBytes);
+  }
 };
 
 template <class Format, class Product, int kRows>
@@ -205,8 +209,10 @@ KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& 
     Segment xs[kTokens];
     KT_UNROLL for (int t = 0; t < kTokens; ++t) xs[t] =
         Product::load_partial(x[t] + k * kElementBytes, b.k1 - k);
+    alignas(kCacheLine) std::byte tails[kRows * kSegmentBytes];
+    w.store_tails(k, b.k1 - k, tails);
     KT_UNROLL for (int r = 0; r < kRows; ++r) {
-      const Segment ws = w.tail(r, k, b.k1 - k);
+      const Segment ws = Product::load(tails + r * kSegmentBytes);
       KT_UNROLL for (int t = 0; t < kTokens; ++t) Product::dot(acc[t][r], ws, xs[t]);
     }
   }
@@ -277,12 +283,12 @@ void dot_block(const NtArgs& args, const GroupBlock& b, bool use_panel, const st
     const size_t share = tiles == 1 ? 1 : tiles <= 3 ? 2 : tiles < 8 ? 4 : tiles < 16 ? 8 : 16;
     return dot_block<Product, kRows>(args, b, panel, asking(share));
   }
-  if constexpr (!std::is_same_v<Format, AnyBlocks>) {  // which always have a panel
+  if constexpr (kRows > 1 && !std::is_same_v<Format, AnyBlocks>) {  // which always have a panel
     if (tiles == 1)
       return dot_block<Product, kRows>(args, b, InPlace<Format, Product, kRows, kLines>(args.w, b.n),
                                        asking(1));
   }
-  if constexpr (Product::template as_stored<Format>()) {  // else more tiles have a panel
+  if constexpr (kRows > 1 && Product::template as_stored<Format>()) {  // else more tiles have a panel
     constexpr int kHalf = (kLines + 1) / 2, kQuarter = (kLines + 3) / 4;
     if (tiles <= 3)
       return dot_block<Product, kRows>(args, b, InPlace<Format, Product, kRows, kHalf>(args.w, b.n),
@@ -294,7 +300,7 @@ void dot_block(const NtArgs& args, const GroupBlock& b, bool use_panel, const st
 template <class Format, class Product, int kRows>
 void dot_group(const NtArgs& args, uint32_t n, bool use_panel) {
   const uint32_t k = args.x.k;
-  const size_t row_bytes = row_bytes_of<Format>(args.w, k);
+  const size_t row_bytes = format_row_bytes(args.w.format, k);
   const bool rows_adjoin = args.w.row_stride_bytes == static_cast<ptrdiff_t>(row_bytes);
   const size_t block_k = (use_panel ? kPanelBlockBytes : kBlockBytes) / Product::kElementBytes;
   const size_t num_blocks = k == 0 ? 1 : div_up(k, block_k);
@@ -318,5 +324,5 @@ void nt_rows(const NtArgs& args) {
   uint32_t n = args.n0;
   for (; n + Vec::kRowTile <= args.n1; n += Vec::kRowTile)
     dot_group<Format, Product, Vec::kRowTile>(args, n, use_panel);
-  for (; n < args.n1; ++n) dot_group<Format, Product, 1>(args, n, use_panel);
+  for (; n < args.n1; ++n) dot_group<Format, Product, 1>(args, n, true);  // few, so one way will do
 }

@@ -17,11 +17,8 @@
 // all of K is done. The bytes of tiles, panels and blocks are the same for both; what counts steps counts 64
 // bytes of a row as the product takes it.
 //
-// C is [panel][n][columns]: c[panel * n_padded * 16 + (n - n0) * columns + m % 16], n_padded = (n1 - n0) up
-// to 32; the last panel has only as many columns as rows of X.
+// Panels and C blocks lie as panels-inl.h says. Included inside a target's namespace, after it.
 
-inline constexpr uint32_t kTileRows = 16, kGroupRows = 32, kTileK = 32, kPanelColumns = 16;
-inline constexpr size_t kTileBytes = size_t{kTileRows} * kTileK * sizeof(bf16);
 // Steps of K in a block: long, since waiting in C costs as much as two steps, but 32 rows of it (128 KiB) and
 // the activations must stay in the second-level cache.
 inline constexpr uint32_t kTileBlockSteps = 64;
@@ -29,10 +26,6 @@ inline constexpr uint32_t kTileBlockSteps = 64;
 inline constexpr size_t kMostRingSteps = 16;
 // Up to this many activation rows weights are multiplied in place.
 inline constexpr uint32_t kInPlaceRows = 128;
-
-KT_INLINE uint32_t tile_n_padded(uint32_t n) { return static_cast<uint32_t>(round_up(n, kGroupRows)); }
-
-inline size_t c_floats_tiles(uint32_t m, uint32_t n) { return round_up(m, kPanelColumns) * tile_n_padded(n); }
 
 inline size_t nt_scratch_bytes_tiles(uint32_t k) {
   const size_t steps = div_up(k, kTileK);
@@ -85,33 +78,6 @@ struct TileInt8 {
   }
 };
 
-// The tile configuration of a step: rows of A and of C by columns of B and of C, each of one or two tiles (0:
-// no second). Given back when it goes out of scope: idle tiles would make every context switch save them.
-class TileScope {
- public:
-  ~TileScope() {
-    if (columns_[0]) Tile::release();
-  }
-  void use(uint32_t columns0, uint32_t columns1, uint32_t rows0 = kTileRows, uint32_t rows1 = kTileRows) {
-    if (columns_[0] == columns0 && columns_[1] == columns1 && rows_[0] == rows0 && rows_[1] == rows1) return;
-    constexpr uint32_t kPairs = kTileK / 2;
-    const uint32_t rows[8] = {rows0, rows0, rows1, rows1, rows0, rows1, kPairs, kPairs};
-    const uint32_t columns[8] = {columns0, columns1, columns0, columns1, kPairs, kPairs, columns0, columns1};
-    TileConfig config;
-    for (int tile = 0; tile < 8; ++tile) {
-      if (rows[tile] == 0 || columns[tile] == 0) continue;
-      config.column_bytes[tile] = static_cast<uint16_t>(columns[tile] * 4);
-      config.rows[tile] = static_cast<uint8_t>(rows[tile]);
-    }
-    Tile::configure(config);
-    columns_[0] = columns0, columns_[1] = columns1;
-    rows_[0] = rows0, rows_[1] = rows1;
-  }
-
- private:
-  uint32_t columns_[2] = {0, 0}, rows_[2] = {0, 0};
-};
-
 // A block of K of a group of 32 weight rows, as they are stored or as tiles in scratch.
 struct TileBlock {
   const std::byte* data;
@@ -136,11 +102,6 @@ enum class Weights { kPassing, kLeftInScratch, kFromScratch, kBrought };
 struct NothingToBring {
   KT_INLINE void operator()(size_t) const {}
 };
-
-KT_INLINE uint32_t panel_width(const Operand& x, uint32_t panel) {
-  const uint32_t left = x.rows - panel * kPanelColumns;
-  return left < kPanelColumns ? left : kPanelColumns;
-}
 
 template <Weights kFrom, int kTile>
 KT_INLINE void load_weights(const std::byte* tile, ptrdiff_t row_stride) {
@@ -228,7 +189,8 @@ struct BringToScratch {
       bring_rest(k, to);
     }
   }
-  KT_INLINE void bring_whole(size_t k, std::byte* to) const {
+  // Not inlined: the same code for any number of panels.
+  __attribute__((noinline)) void bring_whole(size_t k, std::byte* to) const {
     for (uint32_t tile = 0; tile < kWeights; ++tile) {
       for (size_t step = 0; step < kSteps; ++step)
         decode_tile<Format, Product>(w.from(n + tile * kTileRows), k + step * Product::kStep,
@@ -376,7 +338,7 @@ void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t ro
   const uint32_t first = panels < 2 ? panels : 2;  // panels that meet the weights first
   const bool whole_tiles = Product::template as_stored<Format>() && rows == kWeights * kTileRows;
   const LinesAhead ahead(args.w, n + kWeights * kTileRows, kWeights * kTileRows,
-                         row_bytes_of<Format>(args.w, k), div_up(k, kStep) * div_up(panels, 2));
+                         format_row_bytes(args.w.format, k), div_up(k, kStep) * div_up(panels, 2));
   TileGroup group{args, scope, n, rows, ahead, !args.accumulate, false};
   const auto in_place = [&](size_t k0, size_t k1) {
     return TileBlock::in_place(args.w.row(n) + Format::row_bytes(k0), args.w.row_stride_bytes, k0 / kStep,

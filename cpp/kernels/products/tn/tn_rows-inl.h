@@ -15,5 +15,5 @@ struct TnRows {
   }
 };
 
-inline size_t tn_scratch_bytes_rows() { return kTnScratchBytes; }
-inline void tn_rows(const TnArgs& args) { tn_product<TnRows>(args); }
+inline size_t tn_scratch_bytes() { return kTnScratchBytes; }
+inline void tn(const TnArgs& args) { tn_product<TnRows>(args); }

@@ -30,5 +30,5 @@ struct TnTiles {
   }
 };
 
-inline size_t tn_scratch_bytes_tiles() { return kTnScratchBytes + kTnLeftBytes; }
-inline void tn_tiles(const TnArgs& args) { tn_product<TnTiles>(args); }
+inline size_t tn_scratch_bytes() { return kTnScratchBytes + kTnLeftBytes; }
+inline void tn(const TnArgs& args) { tn_product<TnTiles>(args); }

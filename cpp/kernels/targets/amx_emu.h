@@ -1,16 +1,19 @@
 // The tile kernels of AMX on an emulator, so that they are tested on any machine.
-#include "kernels/targets/includes.h"
+// Included by begin_target.h: first for what it defines, then inside its namespace.
+#ifndef KT_TARGET_NAME
 
-namespace ktmoe::kernels::amx_emu {
+#define KT_TARGET_NAME amx_emu
+#define KT_TARGET_ISA Isa::kAmxEmu
+#define KT_HAS_TILES 1
+#define KT_HAS_AVX512_BF16 0
 
-constexpr Isa kIsa = Isa::kAmxEmu;
-#include "kernels/targets/region-inl.h"
+#else
+
 #include "kernels/policy/tile_emu.h"
 #include "kernels/policy/vec_scalar.h"
 #include "kernels/policy/bytes_portable.h"
 #include "kernels/policy/tile_sums_emu.h"
 #include "kernels/layouts/transpose_portable-inl.h"
 #include "kernels/layouts/interleave_portable-inl.h"
-#include "kernels/targets/tiles_target-inl.h"
 
-}  // namespace ktmoe::kernels::amx_emu
+#endif

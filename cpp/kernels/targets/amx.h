@@ -1,0 +1,23 @@
+// AMX: products on the tile unit, the rest on AVX-512.
+// Included by begin_target.h: first for what it defines, then inside its namespace.
+#ifndef KT_TARGET_NAME
+
+#define KT_TARGET_NAME amx
+#define KT_TARGET_ISA Isa::kAmx
+#define KT_TARGET_FEATURES                         \
+  "avx2,fma,f16c,"                                 \
+  "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni," \
+  "avx512bf16,avx512vbmi,avx512vbmi2,amx-tile,amx-bf16,amx-int8"
+#define KT_HAS_AVX512_BF16 1
+#define KT_HAS_TILES 1
+
+#else
+
+#include "kernels/policy/tile_amx.h"
+#include "kernels/policy/vec_avx512.h"
+#include "kernels/policy/bytes_avx2.h"
+#include "kernels/policy/tile_sums_amx.h"
+#include "kernels/layouts/transpose_avx512-inl.h"
+#include "kernels/layouts/interleave_avx512-inl.h"
+
+#endif

@@ -1,0 +1,18 @@
+// AVX2 with FMA and F16C.
+// Included by begin_target.h: first for what it defines, then inside its namespace.
+#ifndef KT_TARGET_NAME
+
+#define KT_TARGET_NAME avx2
+#define KT_TARGET_ISA Isa::kAvx2
+#define KT_TARGET_FEATURES "avx2,fma,f16c"
+#define KT_HAS_TILES 0
+#define KT_HAS_AVX512_BF16 0
+
+#else
+
+#include "kernels/policy/vec_avx2.h"
+#include "kernels/policy/bytes_avx2.h"
+#include "kernels/layouts/transpose_portable-inl.h"
+#include "kernels/layouts/interleave_avx2-inl.h"
+
+#endif

@@ -1,0 +1,31 @@
+// The NN and TN products of an instruction set: training. Compiled once per instruction set.
+#include "kernels/targets/begin_target.h"
+#include "kernels/layouts/pairs-inl.h"
+#include "kernels/products/nn/nn-inl.h"
+#if KT_HAS_TILES
+#include "kernels/layouts/panels-inl.h"
+#include "kernels/products/nn/nn_few_rows-inl.h"
+#include "kernels/products/nn/nn_tiles-inl.h"
+#else
+#include "kernels/products/nn/nn_rows-inl.h"
+#endif
+#include "kernels/products/tn/tn-inl.h"
+#if KT_HAS_TILES
+#include "kernels/products/tn/tn_tiles-inl.h"
+#else
+#include "kernels/products/tn/tn_rows-inl.h"
+#endif
+
+void add_nn_tn(KernelTable& table) {
+  table.left_bytes = left_bytes;
+  table.pack_left = pack_left;
+  table.pack_left_in_rows = pack_left_in_rows;
+  table.left_in_rows = left_in_rows;
+  table.nn_scratch_bytes = nn_scratch_bytes;
+  table.nn = nn;
+  table.tn_scratch_bytes = tn_scratch_bytes;
+  table.tn = tn;
+}
+
+}  // namespace ktmoe::kernels::KT_TARGET_NAME
+KT_END_TARGET
