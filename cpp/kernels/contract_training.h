@@ -24,7 +24,7 @@ inline constexpr uint32_t kMaxTnRows = 64, kMaxTnColumns = 256;
 struct NnTerm {
   Operand g;                // a left operand of M rows
   uint32_t n0 = 0, n1 = 0;  // n0 a multiple of kOutputBlock
-  WeightView w;             // its row 0 is row n0; of the format of the call, or bf16
+  WeightView w;             // its row 0 is row n0; terms may differ in format
   uint32_t size() const { return n1 - n0; }
 };
 

@@ -36,7 +36,7 @@ inline void multiply_terms(const TrainingPass& pass, std::span<const kernels::Nn
   nn.terms = terms;
   nn.k0 = columns.begin, nn.k1 = columns.end;
   nn.c = c, nn.c_stride = c_stride, nn.scratch = scratch;
-  pass.kernel.multiply(pass.kernels(), nn);
+  pass.kernels().nn(nn);
 }
 
 // to[m, :] = bf(scale * G B) for an adapter's B [N, R], rows `stride` elements apart.

@@ -25,13 +25,6 @@ struct GemmKernel {
   void multiply(const kernels::KernelTable& table, const kernels::NtArgs& args) const {
     (is_integer ? table.nt_int8 : table.nt)[static_cast<size_t>(args.w.format)](args);
   }
-  // Of terms that are bf16 or all of formats that one kernel takes.
-  void multiply(const kernels::KernelTable& table, const kernels::NnArgs& args) const {
-    const auto encoded = std::ranges::find_if(
-        args.terms, [](const kernels::NnTerm& term) { return term.w.format != FormatId::kBf16; });
-    const FormatId nn = encoded == args.terms.end() ? FormatId::kBf16 : encoded->w.format;
-    table.nn(args);
-  }
 };
 
 inline constexpr GemmKernel GemmKernel224BF{FormatId::kBf16, false};

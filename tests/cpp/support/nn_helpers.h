@@ -29,16 +29,12 @@ class Output {
     const kernels::NnTerm term{g, 0, g.k, w};
     multiply({&term, 1}, accumulate);
   }
-  // The kernel is that of the first term in another format than bf16.
   void multiply(std::span<const kernels::NnTerm> terms, bool accumulate = false) {
     const auto scratch = Guarded<std::byte>::on_cache_line(table_.nn_scratch_bytes());
     kernels::NnArgs args;
     args.terms = terms, args.k0 = k0_, args.k1 = k1_;
     args.c = c_.data(), args.c_stride = stride_, args.accumulate = accumulate, args.scratch = scratch.data();
-    FormatId format = FormatId::kBf16;
-    for (const kernels::NnTerm& term : terms)
-      if (format == FormatId::kBf16) format = term.w.format;
-    table_.nn[static_cast<size_t>(format)](args);
+    table_.nn(args);
   }
 
   // [m][k1 - k0], row-major.
