@@ -19,8 +19,9 @@ NB_MODULE(kt_kernel_ext, m) {
       m.def_submodule("cuda", "What of CUDA is used: streams that call the engine, copies, locked pages.");
   bind_cuda(cuda);
   bind_machine(m);
+  bind_registry(m);
   bind_quantize(m);
-  nanobind::module_ moe = m.def_submodule("moe", "Expert layers, a class a method.");
+  nanobind::module_ moe = m.def_submodule("moe", "Expert layers, one class per method.");
   bind_moe(moe);
   bind_sft(moe);
   bind_split_slots(moe);

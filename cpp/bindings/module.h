@@ -13,6 +13,7 @@ void bind_engine(nb::module_& m);
 void bind_machine(nb::module_& m);
 void bind_moe(nb::module_& m);
 void bind_quantize(nb::module_& m);
+void bind_registry(nb::module_& m);
 void bind_sft(nb::module_& m);  // after bind_moe
 void bind_stream_pass(nb::module_& m);
 void bind_split_slots(nb::module_& m);

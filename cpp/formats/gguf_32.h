@@ -20,7 +20,7 @@ struct ScaleAndOffset : Blocks<F, 32, kBytes, 32> {
   }
 };
 
-// What those of IQ4_NL and IQ4_XS stand for: about the numbers of a normal distribution.
+// What nibbles of the non-linear types stand for: about the numbers of a normal distribution.
 alignas(16) inline constexpr int8_t kNonLinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                                       1,    13,   25,  38,  53,  69,  89,  113};
 
@@ -28,6 +28,7 @@ alignas(16) inline constexpr int8_t kNonLinear[16] = {-127, -104, -83, -65, -49,
 struct Q4_0 : OneScale<Q4_0, 18> {
   static constexpr FormatId kId = FormatId::kQ4_0;
   static constexpr std::string_view kName = "q4_0";
+  static constexpr int kGgufType = 2;
   static int number(const std::byte* block, size_t i) { return kFromMinusEight[nibble_of_16(block + 2, i)]; }
 };
 static_assert(WeightFormat<Q4_0>);
@@ -36,6 +37,7 @@ static_assert(WeightFormat<Q4_0>);
 struct Q4_1 : ScaleAndOffset<Q4_1, 20> {
   static constexpr FormatId kId = FormatId::kQ4_1;
   static constexpr std::string_view kName = "q4_1";
+  static constexpr int kGgufType = 3;
   static int number(const std::byte* block, size_t i) { return nibble_of_16(block + 4, i); }
 };
 static_assert(WeightFormat<Q4_1>);
@@ -49,6 +51,7 @@ inline int five_bits(const std::byte* high, const std::byte* nibbles, size_t i) 
 struct Q5_0 : OneScale<Q5_0, 22> {
   static constexpr FormatId kId = FormatId::kQ5_0;
   static constexpr std::string_view kName = "q5_0";
+  static constexpr int kGgufType = 6;
   static int number(const std::byte* block, size_t i) { return five_bits(block + 2, block + 6, i) - 16; }
 };
 static_assert(WeightFormat<Q5_0>);
@@ -57,6 +60,7 @@ static_assert(WeightFormat<Q5_0>);
 struct Q5_1 : ScaleAndOffset<Q5_1, 24> {
   static constexpr FormatId kId = FormatId::kQ5_1;
   static constexpr std::string_view kName = "q5_1";
+  static constexpr int kGgufType = 7;
   static int number(const std::byte* block, size_t i) { return five_bits(block + 4, block + 8, i); }
 };
 static_assert(WeightFormat<Q5_1>);
@@ -65,6 +69,7 @@ static_assert(WeightFormat<Q5_1>);
 struct Q8_0 : OneScale<Q8_0, 34> {
   static constexpr FormatId kId = FormatId::kQ8_0;
   static constexpr std::string_view kName = "q8_0";
+  static constexpr int kGgufType = 8;
   static int number(const std::byte* block, size_t i) { return static_cast<int8_t>(block[2 + i]); }
 };
 static_assert(WeightFormat<Q8_0>);
@@ -73,6 +78,7 @@ static_assert(WeightFormat<Q8_0>);
 struct Iq4Nl : OneScale<Iq4Nl, 18> {
   static constexpr FormatId kId = FormatId::kIq4Nl;
   static constexpr std::string_view kName = "iq4_nl";
+  static constexpr int kGgufType = 20;
   static int number(const std::byte* block, size_t i) { return kNonLinear[nibble_of_16(block + 2, i)]; }
 };
 static_assert(WeightFormat<Iq4Nl>);

@@ -21,6 +21,7 @@ struct PlainNumbers : NoScalesApart {
 struct F16 : PlainNumbers<F16, 2> {
   static constexpr FormatId kId = FormatId::kF16;
   static constexpr std::string_view kName = "f16";
+  static constexpr int kGgufType = 1;
 
   static float value_at(const std::byte* p) { return half_at(p); }
 };
@@ -29,6 +30,7 @@ static_assert(WeightFormat<F16>);
 struct F32 : PlainNumbers<F32, 4> {
   static constexpr FormatId kId = FormatId::kF32;
   static constexpr std::string_view kName = "f32";
+  static constexpr int kGgufType = 0;
 
   static float value_at(const std::byte* p) {
     float value;

@@ -61,6 +61,7 @@ inline int two_bits(const std::byte* bytes, size_t i) {
 struct Q2K : ScaledGroups<Q2K, 84, 16, 80, 82> {
   static constexpr FormatId kId = FormatId::kQ2K;
   static constexpr std::string_view kName = "q2_k";
+  static constexpr int kGgufType = 10;
 
   [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
     for (size_t i = 0; i < 2; ++i) {
@@ -77,6 +78,7 @@ static_assert(WeightFormat<Q2K>);
 struct Q3K : ScaledGroups<Q3K, 110, 16, 108> {
   static constexpr FormatId kId = FormatId::kQ3K;
   static constexpr std::string_view kName = "q3_k";
+  static constexpr int kGgufType = 11;
 
   [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
     // Four bits of each in eight bytes, two in four.
@@ -111,6 +113,7 @@ inline int nibble_of_groups(const std::byte* bytes, size_t i) {
 struct Q4K : EightScales<Q4K, 144> {
   static constexpr FormatId kId = FormatId::kQ4K;
   static constexpr std::string_view kName = "q4_k";
+  static constexpr int kGgufType = 12;
   static int number(const std::byte* block, size_t i) { return nibble_of_groups(block + 16, i); }
 };
 static_assert(WeightFormat<Q4K>);
@@ -119,6 +122,7 @@ static_assert(WeightFormat<Q4K>);
 struct Q5K : EightScales<Q5K, 176> {
   static constexpr FormatId kId = FormatId::kQ5K;
   static constexpr std::string_view kName = "q5_k";
+  static constexpr int kGgufType = 13;
   static int number(const std::byte* block, size_t i) {
     return nibble_of_groups(block + 48, i) | (byte_at(block + 16, i % 32) >> (i / 32) & 1) << 4;
   }
@@ -130,6 +134,7 @@ static_assert(WeightFormat<Q5K>);
 struct Q6K : ScaledGroups<Q6K, 210, 16, 208> {
   static constexpr FormatId kId = FormatId::kQ6K;
   static constexpr std::string_view kName = "q6_k";
+  static constexpr int kGgufType = 14;
 
   [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
     for (size_t i = 0; i < 2; ++i) numbers.scale[i] = eight_at(block + 192 + 8 * i);
@@ -157,6 +162,7 @@ constexpr uint64_t spread_twos(uint64_t x) {
 struct Iq4Xs : ScaledGroups<Iq4Xs, 136, 32, 0> {
   static constexpr FormatId kId = FormatId::kIq4Xs;
   static constexpr std::string_view kName = "iq4_xs";
+  static constexpr int kGgufType = 23;
 
   [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
     numbers.scale[0] = minus_32(spread_nibbles(four_at(block + 4)) | spread_twos(four_at(block) >> 16) << 4);

@@ -1,6 +1,8 @@
 // What a format is, asked at run time.
 #pragma once
 
+#include <optional>
+
 #include "formats/all.h"
 
 namespace ktmoe {
@@ -57,6 +59,24 @@ inline bool format_is_blocks(FormatId id) {
 }
 inline std::string_view format_name(FormatId id) {
   return with_format(id, [](auto f) { return decltype(f)::kName; });
+}
+
+inline bool format_is_integer(FormatId id) {
+  return with_format(id, [](auto f) { return decltype(f)::kIsInteger; });
+}
+// Values of a row that share a scale; none: there are no scales, or one for all of a row.
+inline std::optional<size_t> format_group(FormatId id) {
+  return with_format(id, [](auto f) -> std::optional<size_t> {
+    if constexpr (requires { decltype(f)::kGroup; }) return decltype(f)::kGroup;
+    return std::nullopt;
+  });
+}
+// The number of a tensor type in GGUF files.
+inline std::optional<int> format_gguf_type(FormatId id) {
+  return with_format(id, [](auto f) -> std::optional<int> {
+    if constexpr (requires { decltype(f)::kGgufType; }) return decltype(f)::kGgufType;
+    return std::nullopt;
+  });
 }
 
 }  // namespace ktmoe

@@ -12,12 +12,12 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 
 #include "core/aligned_buffer.h"
 #include "core/types.h"
 #include "formats/format.h"
 #include "isa/isa.h"
+#include "kernels/activations.h"
 
 namespace ktmoe::kernels {
 
@@ -103,17 +103,6 @@ struct NnArgs;
 struct TnArgs;
 struct ActivateBackwardArgs;
 struct QuantizeArgs;
-
-enum class ActivationKind : uint8_t { kSilu, kSwigluOai, kSwigluStep, kGelu, kGeluTanh, kSitu, kRelu2 };
-
-// The activation function of an expert and its parameters (the reference names the formulas).
-struct Activation {
-  ActivationKind kind = ActivationKind::kSilu;
-  bool gated = true;
-  float limit = std::numeric_limits<float>::infinity();
-  float alpha = 1.702f;
-  float beta1 = 4, beta2 = 25;
-};
 
 enum class FloatType : uint8_t { kBf16, kFloat32 };
 

@@ -1,10 +1,11 @@
-// The expert layers in Python: configs, and a class a method.
+// The expert layers in Python: configs, and one class per method.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
-#include <map>
 #include <optional>
+#include <set>
+#include <utility>
 
 #include "bindings/layers/expert_slices.h"
 #include "bindings/convert/forward_arrays.h"
@@ -158,12 +159,12 @@ FormatId projection_format(const GemmKernel& kernel, const std::optional<std::st
     if (given) throw_invalid(name, ": got '", *given, "', expected None: the layer has one format");
     return *kernel.format;
   }
-  std::string known = "bf16";
+  std::string known;
   for (size_t i = 0; i < kNumFormats; ++i) {
     const auto id = static_cast<FormatId>(i);
-    if (id != FormatId::kBf16 && !format_is_blocks(id)) continue;
+    if (!format_gguf_type(id)) continue;
     if (given && *given == format_name(id)) return id;
-    if (id != FormatId::kBf16) known += str_cat(", ", format_name(id));
+    known += str_cat(known.empty() ? "" : ", ", format_name(id));
   }
   throw_invalid(name, ": got ", given ? str_cat("'", *given, "'") : std::string("None"), ", expected one of ",
                 known);
@@ -235,24 +236,22 @@ PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_i
       arrays);
 }
 
+kernels::ActivationKind activation_kind(const std::string& name) {
+  std::set<std::string_view> known;
+  for (const kernels::ActivationInfo& info : kernels::kActivations) {
+    if (name == info.name) return info.kind;
+    known.insert(info.name);
+  }
+  std::string names;
+  for (std::string_view other : known) names += str_cat(names.empty() ? "" : ", ", other);
+  throw_invalid("activation: got '", name, "', expected one of ", names);
+}
+
 // Parameters that are not given are those of the models that introduced the activation.
 kernels::Activation make_activation(const std::string& name, bool gated, std::optional<float> limit,
                                     std::optional<float> alpha, std::optional<float> beta1,
                                     std::optional<float> beta2) {
-  using Kind = kernels::ActivationKind;
-  static const std::map<std::string, Kind> kinds = {
-      {"silu", Kind::kSilu},  {"swigluoai", Kind::kSwigluOai}, {"swiglustep", Kind::kSwigluStep},
-      {"gelu", Kind::kGelu},  {"gelu_tanh", Kind::kGeluTanh},  {"situ", Kind::kSitu},
-      {"relu2", Kind::kRelu2}};
-  const auto found = kinds.find(name);
-  if (found == kinds.end()) {
-    std::string known;
-    for (const auto& [other, unused] : kinds) known += (known.empty() ? "" : ", ") + other;
-    throw_invalid("activation: got '", name, "', expected one of ", known);
-  }
-  kernels::Activation a;
-  a.kind = found->second, a.gated = gated;
-  if (a.kind == Kind::kSwigluOai || a.kind == Kind::kSwigluStep) a.limit = 7.0f;
+  kernels::Activation a = kernels::default_activation(activation_kind(name), gated);
   a.limit = limit.value_or(a.limit), a.alpha = alpha.value_or(a.alpha);
   a.beta1 = beta1.value_or(a.beta1), a.beta2 = beta2.value_or(a.beta2);
   return a;
@@ -376,16 +375,19 @@ Task)");
   bind_expert_slices(layer);
 }
 
-// A class a method.
-template <GemmKernel (*kKernel)(const GeneralMOEConfig&)>
+// One class per method.
+template <size_t kIndex>
 struct InferenceLayer final : TP_MOE {
-  explicit InferenceLayer(const GeneralMOEConfig& config) : TP_MOE(config, kKernel(config)) {}
+  explicit InferenceLayer(const GeneralMOEConfig& config)
+      : TP_MOE(config, gemm_kernel(kMethods[kIndex], config)) {}
 };
 
-template <GemmKernel (*kKernel)(const GeneralMOEConfig&)>
-void bind_layer(nb::module_& m, const char* name, const char* doc) {
-  nb::class_<InferenceLayer<kKernel>, MoE_Interface>(m, name, doc)
-      .def(nb::init<GeneralMOEConfig>(), nb::arg("config"));
+template <size_t... kIndices>
+void bind_layers(nb::module_& m, std::index_sequence<kIndices...>) {
+  (nb::class_<InferenceLayer<kIndices>, MoE_Interface>(m, kMethods[kIndices].inference_class,
+                                                       kMethods[kIndices].inference_text)
+       .def(nb::init<GeneralMOEConfig>(), nb::arg("config")),
+   ...);
 }
 
 }  // namespace
@@ -393,33 +395,7 @@ void bind_layer(nb::module_& m, const char* name, const char* doc) {
 void bind_moe(nb::module_& m) {
   bind_config(m);
   bind_interface(m);
-  bind_layer<native_kernel<FormatId::kBf16>>(m, "AMXBF16_MOE",
-                                             "Experts with bf16 weights, as they lie in memory.");
-  bind_layer<amx_int8_kernel>(m, "AMXInt8_MOE",
-                              "Experts with int8 weights, a scale a row; activations are quantised to int8.");
-  bind_layer<amx_int4_kernel>(
-      m, "AMXInt4_MOE",
-      "Experts with two-level int4 weights, in groups of 32, 64 or 128 (`group_size`); "
-      "activations are quantised to int8.");
-  bind_layer<int8_kernel>(m, "Int8_MOE",
-                          "Experts with int8 weights, a scale a row or every 32 columns (`group_size`).");
-  bind_layer<int4_kernel>(m, "Int4_MOE",
-                          "Experts with two-level int4 weights, in groups of 32, 64 or 128 (`group_size`).");
-  bind_layer<native_kernel<FormatId::kFp8>>(m, "AMXFP8_MOE",
-                                            "Experts with E4M3 weights, a scale a block of 128 x 128.");
-  bind_layer<native_kernel<FormatId::kFp8Row>>(m, "AMXFP8PerChannel_MOE",
-                                               "Experts with E4M3 weights, a scale a row.");
-  bind_layer<native_kernel<FormatId::kMxFp8>>(m, "MXFP8_MOE", "Experts with MXFP8 weights.");
-  bind_layer<rawint4_kernel>(
-      m, "RAWINT4_MOE",
-      "Experts with int4 weights as compressed-tensors packs them, in groups of 32, 64 "
-      "or 128 (`group_size`).");
-  bind_layer<native_kernel<FormatId::kMxFp4>>(m, "MXFP4_MOE", "Experts with MXFP4 weights.");
-  bind_layer<native_kernel<FormatId::kNvFp4>>(m, "NVFP4_MOE", "Experts with NVFP4 weights.");
-  bind_layer<native_kernel<FormatId::kQ4_0>>(
-      m, "GPTQ_INT4_MOE", "Experts with GPTQ's symmetric int4 weights, as rows of blocks of Q4_0.");
-  bind_layer<llamafile_kernel>(
-      m, "Llamafile_MOE", "Experts with weights as GGUF has them, every projection in a format of its own.");
+  bind_layers(m, std::make_index_sequence<kMethods.size()>());
 }
 
 }  // namespace ktmoe::bindings

@@ -2,6 +2,7 @@
 #include <nanobind/stl/shared_ptr.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "bindings/convert/lora_arrays.h"
 #include "bindings/module.h"
@@ -204,17 +205,17 @@ TrainingTask)")
                    "The number of the next saving forward pass, which keys its dropout masks.");
 }
 
-// A class a method.
-template <GemmKernel (*kKernel)(const GeneralMOEConfig&)>
+// One class per method.
+template <size_t kIndex>
 struct TrainingLayer final : TP_MOE_SFT {
   TrainingLayer(const MOESFTConfig& config, const LoraSources& lora)
-      : TP_MOE_SFT(config, kKernel(config), lora) {}
+      : TP_MOE_SFT(config, gemm_kernel(kMethods[kIndex], config), lora) {}
 };
 
-template <GemmKernel (*kKernel)(const GeneralMOEConfig&)>
-void bind_layer(nb::module_& m, const char* name, const char* doc) {
-  using Trained = TrainingLayer<kKernel>;
-  nb::class_<Trained, MoE_SFT_Interface>(m, name, doc)
+template <size_t kIndex>
+void bind_layer(nb::module_& m) {
+  using Trained = TrainingLayer<kIndex>;
+  nb::class_<Trained, MoE_SFT_Interface>(m, kMethods[kIndex].training_class, kMethods[kIndex].training_text)
       .def(
           "__init__",
           [](Trained* self, SFTConfig config) {  // a copy: reading arrays may run Python, which may change it
@@ -223,6 +224,11 @@ void bind_layer(nb::module_& m, const char* name, const char* doc) {
             new (self) Trained(config, read_lora(config, config.lora_handles(), owners));
           },
           nb::arg("config"));
+}
+
+template <size_t... kIndices>
+void bind_layers(nb::module_& m, std::index_sequence<kIndices...>) {
+  (bind_layer<kIndices>(m), ...);
 }
 
 }  // namespace
@@ -236,30 +242,7 @@ Whether it has not begun, is under way or is done: the saved forward passes and 
   Interface interface(m, "MoE_SFT_Interface", "What a layer that trains does beyond inference.");
   bind_forward(interface);
   bind_backward(interface);
-  bind_layer<native_kernel<FormatId::kBf16>>(m, "AMXBF16_SFT_MOE",
-                                             "Experts with bf16 weights and adapters that train.");
-  bind_layer<amx_int8_kernel>(m, "AMXInt8_SFT_MOE",
-                              "Experts as those of AMXInt8_MOE, and adapters that train.");
-  bind_layer<amx_int4_kernel>(m, "AMXInt4_SFT_MOE",
-                              "Experts as those of AMXInt4_MOE, and adapters that train.");
-  bind_layer<int8_kernel>(m, "Int8_SFT_MOE", "Experts as those of Int8_MOE, and adapters that train.");
-  bind_layer<int4_kernel>(m, "Int4_SFT_MOE", "Experts as those of Int4_MOE, and adapters that train.");
-  bind_layer<native_kernel<FormatId::kFp8>>(m, "AMXFP8_SFT_MOE",
-                                            "Experts as those of AMXFP8_MOE, and adapters that train.");
-  bind_layer<native_kernel<FormatId::kFp8Row>>(
-      m, "AMXFP8PerChannel_SFT_MOE", "Experts as those of AMXFP8PerChannel_MOE, and adapters that train.");
-  bind_layer<native_kernel<FormatId::kMxFp8>>(m, "MXFP8_SFT_MOE",
-                                              "Experts as those of MXFP8_MOE, and adapters that train.");
-  bind_layer<rawint4_kernel>(m, "RAWINT4_SFT_MOE",
-                             "Experts as those of RAWINT4_MOE, and adapters that train.");
-  bind_layer<native_kernel<FormatId::kMxFp4>>(m, "MXFP4_SFT_MOE",
-                                              "Experts as those of MXFP4_MOE, and adapters that train.");
-  bind_layer<native_kernel<FormatId::kNvFp4>>(m, "NVFP4_SFT_MOE",
-                                              "Experts as those of NVFP4_MOE, and adapters that train.");
-  bind_layer<native_kernel<FormatId::kQ4_0>>(m, "GPTQ_INT4_SFT_MOE",
-                                             "Experts as those of GPTQ_INT4_MOE, and adapters that train.");
-  bind_layer<llamafile_kernel>(m, "Llamafile_SFT_MOE",
-                               "Experts as those of Llamafile_MOE, and adapters that train.");
+  bind_layers(m, std::make_index_sequence<kMethods.size()>());
 }
 
 }  // namespace ktmoe::bindings

@@ -81,27 +81,24 @@ struct ActivationMap {
   }
 };
 
-// Runs Panel<Map>::run(args) for the activation that args names: one branch a panel.
+// Runs Panel<Map>::run(args) for the form that args names, when the activation has it.
+template <template <class> class Panel, ActivationKind kKind, class Args>
+void for_form(const Args& args) {
+  if (args.activation.gated) {
+    if constexpr (activation_info(kKind).has_gated()) Panel<ActivationMap<kKind, true>>::run(args);
+  } else {
+    if constexpr (activation_info(kKind).has_ungated()) Panel<ActivationMap<kKind, false>>::run(args);
+  }
+}
+
+// The same for the activation that args names: one branch a panel.
 template <template <class> class Panel, class Args>
 void for_activation(const Args& args) {
-  using Kind = ActivationKind;
-  if (args.activation.gated) {
-    switch (args.activation.kind) {
-      case Kind::kSilu: return Panel<ActivationMap<Kind::kSilu, true>>::run(args);
-      case Kind::kSwigluOai: return Panel<ActivationMap<Kind::kSwigluOai, true>>::run(args);
-      case Kind::kSwigluStep: return Panel<ActivationMap<Kind::kSwigluStep, true>>::run(args);
-      case Kind::kGelu: return Panel<ActivationMap<Kind::kGelu, true>>::run(args);
-      case Kind::kGeluTanh: return Panel<ActivationMap<Kind::kGeluTanh, true>>::run(args);
-      case Kind::kSitu: return Panel<ActivationMap<Kind::kSitu, true>>::run(args);
-      case Kind::kRelu2: break;
-    }
-  } else {
-    switch (args.activation.kind) {
-      case Kind::kSilu: return Panel<ActivationMap<Kind::kSilu, false>>::run(args);
-      case Kind::kGeluTanh: return Panel<ActivationMap<Kind::kGeluTanh, false>>::run(args);
-      case Kind::kRelu2: return Panel<ActivationMap<Kind::kRelu2, false>>::run(args);
-      default: break;
-    }
+  switch (args.activation.kind) {
+#define KT_ACTIVATION(id, ...) \
+  case ActivationKind::id: return for_form<Panel, ActivationKind::id>(args);
+#include "kernels/activations.inc"
+#undef KT_ACTIVATION
   }
 }
 

@@ -99,7 +99,7 @@ KT_INLINE FactorAndSlope up_and_slope(const Activation& a, const Float& u) {
   } else {
     // 1, or the NaN that u is
     const Float one = Vec::clamp_above(Vec::clamp_below(u, Vec::set(1.0f)), Vec::set(1.0f));
-    constexpr bool kLimited = kKind != ActivationKind::kGelu && kKind != ActivationKind::kGeluTanh;
+    constexpr bool kLimited = activation_info(kKind).parameters.limit.has_value();
     return {factor, kLimited ? slope_below(Vec::abs(u), a.limit, one) : one};
   }
 }

@@ -1,5 +1,7 @@
 #include "moe/layer/config.h"
 
+#include <string>
+
 #include "core/error.h"
 
 namespace ktmoe {
@@ -10,10 +12,17 @@ void require_positive(const char* name, int64_t value) {
   if (value < 1 || value > kMax) throw_invalid(name, ": got ", value, ", expected 1 to ", kMax);
 }
 
+// Names of the activations that exist without a gate.
+std::string ungated_activations() {
+  std::string names;
+  for (const kernels::ActivationInfo& info : kernels::kActivations)
+    if (info.has_ungated()) names += str_cat(names.empty() ? "" : ", ", info.name);
+  return names;
+}
+
 }  // namespace
 
 void GeneralMOEConfig::validate() const {
-  using Kind = kernels::ActivationKind;
   require_positive("expert_num", expert_num);
   require_positive("num_experts_per_tok", num_experts_per_tok);
   require_positive("hidden_size", hidden_size);
@@ -21,11 +30,11 @@ void GeneralMOEConfig::validate() const {
   if (layer_idx < 0) throw_invalid("layer_idx: got ", layer_idx, ", expected 0 or more");
   if (pool == nullptr) throw_invalid("pool: got none, expected the backend_ of a CPUInfer");
 
-  const Kind kind = activation.kind;
-  const bool ungated_kind = kind == Kind::kSilu || kind == Kind::kGeluTanh || kind == Kind::kRelu2;
-  if (activation.gated && kind == Kind::kRelu2) throw_invalid("activation: relu2 has no gated form");
-  if (!activation.gated && !ungated_kind)
-    throw_invalid("activation: without a gate only silu, gelu_tanh and relu2 exist");
+  const kernels::ActivationInfo& info = kernels::activation_info(activation.kind);
+  if (activation.gated && !info.has_gated()) throw_invalid("activation: ", info.name, " has no gated form");
+  if (!activation.gated && !info.has_ungated())
+    throw_invalid("activation: ", info.name, " has no form without a gate, expected one of ",
+                  ungated_activations());
   if (!(activation.limit > 0)) throw_invalid("activation: limit ", activation.limit, ", expected above 0");
   if (!(activation.beta1 > 0) || !(activation.beta2 > 0))
     throw_invalid("activation: beta ", activation.beta1, ", ", activation.beta2, ", expected above 0");

@@ -1,27 +1,45 @@
 #include "moe/layer/gemm_kernel.h"
 
 #include <cstdint>
+#include <string>
 
 #include "core/error.h"
+#include "formats/registry.h"
 
 namespace ktmoe {
 namespace {
 
-[[noreturn]] void refuse(const GeneralMOEConfig& config, const char* expected) {
-  throw_invalid("group_size: got ", config.group_size, ", expected ", expected);
+[[noreturn]] void refuse_group_size(int64_t got, std::string_view expected) {
+  throw_invalid("group_size: got ", got, ", expected ", expected);
 }
 
-FormatId int4_format(const GeneralMOEConfig& config) {
-  switch (config.group_size) {
-    case 0:
-    case 32: return FormatId::kInt4Group32;
-    case 64: return FormatId::kInt4Group64;
-    case 128: return FormatId::kInt4Group128;
-    default: refuse(config, "32, 64 or 128");
+// 0 stands for one scale per row.
+int64_t group_size_of(FormatId format) { return static_cast<int64_t>(format_group(format).value_or(0)); }
+
+// "32, 64 or 128", the default first.
+std::string group_sizes_of(const Method& method) {
+  std::string sizes;
+  for (size_t i = 0; i < method.num_formats; ++i) {
+    if (i > 0) sizes += i + 1 < method.num_formats ? ", " : " or ";
+    sizes += std::to_string(group_size_of(method.formats()[i]));
   }
+  return sizes;
 }
 
-GemmKernel checked(const GemmKernel& kernel, const GeneralMOEConfig& config) {
+// The format that the config's group size chooses; 0 means the default.
+FormatId chosen_format(const Method& method, int64_t group_size) {
+  if (group_size == 0) return method.formats().front();
+  if (method.num_formats == 1)
+    refuse_group_size(group_size, method.product == ProductType::kInt8
+                                      ? "0: integer products take scales of rows"
+                                      : "0: the encoding says what shares a scale");
+  for (FormatId format : method.formats())
+    if (group_size_of(format) == group_size) return format;
+  refuse_group_size(group_size, group_sizes_of(method));
+}
+
+// Sums of int8 products must not overflow.
+void check_sums(const GeneralMOEConfig& config) {
   constexpr int64_t kMost = INT32_MAX / (127 * 127);
   const auto check = [=](const char* name, int64_t size) {
     if (size > kMost)
@@ -29,51 +47,20 @@ GemmKernel checked(const GemmKernel& kernel, const GeneralMOEConfig& config) {
   };
   check("hidden_size", config.hidden_size);
   check("intermediate_size", config.intermediate_size);
-  return kernel;
-}
-
-FormatId rawint4_format(const GeneralMOEConfig& config) {
-  switch (config.group_size) {
-    case 0:
-    case 32: return FormatId::kRawInt4Group32;
-    case 64: return FormatId::kRawInt4Group64;
-    case 128: return FormatId::kRawInt4Group128;
-    default: refuse(config, "32, 64 or 128");
-  }
 }
 
 }  // namespace
 
-void refuse_group_size(const GeneralMOEConfig& config) {
-  if (config.group_size != 0) refuse(config, "0: the encoding says what shares a scale");
-}
-
-GemmKernel amx_int8_kernel(const GeneralMOEConfig& config) {
-  if (config.group_size != 0) refuse(config, "0: integer products take scales of rows");
-  return checked(GemmKernel224Int8, config);
-}
-
-GemmKernel amx_int4_kernel(const GeneralMOEConfig& config) {
-  GemmKernel kernel = GemmKernel224Int4;
-  kernel.format = int4_format(config);
-  return checked(kernel, config);
-}
-
-GemmKernel int8_kernel(const GeneralMOEConfig& config) {
-  switch (config.group_size) {
-    case 0: return {FormatId::kInt8, false};
-    case 32: return {FormatId::kInt8Group32, false};
-    default: refuse(config, "0 or 32");
+GemmKernel gemm_kernel(const Method& method, const GeneralMOEConfig& config) {
+  const bool is_integer = method.product == ProductType::kInt8;
+  if (method.formats().empty()) {
+    if (config.group_size != 0)
+      refuse_group_size(config.group_size, "0: the encoding says what shares a scale");
+    return {std::nullopt, is_integer};
   }
+  const FormatId format = chosen_format(method, config.group_size);
+  if (is_integer) check_sums(config);
+  return {format, is_integer};
 }
-
-GemmKernel llamafile_kernel(const GeneralMOEConfig& config) {
-  refuse_group_size(config);
-  return {std::nullopt, false};
-}
-
-GemmKernel rawint4_kernel(const GeneralMOEConfig& config) { return {rawint4_format(config), false}; }
-
-GemmKernel int4_kernel(const GeneralMOEConfig& config) { return {int4_format(config), false}; }
 
 }  // namespace ktmoe

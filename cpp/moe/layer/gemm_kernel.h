@@ -9,6 +9,7 @@
 #include "kernels/contract.h"
 #include "kernels/contract_training.h"
 #include "moe/layer/config.h"
+#include "moe/methods.h"
 
 namespace ktmoe {
 
@@ -31,23 +32,8 @@ inline constexpr GemmKernel GemmKernel224BF{FormatId::kBf16, false};
 inline constexpr GemmKernel GemmKernel224Int8{FormatId::kInt8, true};
 inline constexpr GemmKernel GemmKernel224Int4{FormatId::kInt4Group32, true};
 
-// The kernels of methods, which may depend on the config's group size. Throw std::invalid_argument for one
-// that the method does not have, and for rows whose integer sums could overflow.
-void refuse_group_size(const GeneralMOEConfig& config);      // one that is given
-GemmKernel amx_int8_kernel(const GeneralMOEConfig& config);  // scales of rows
-GemmKernel amx_int4_kernel(const GeneralMOEConfig& config);  // groups of 32 (the default), 64, 128
-GemmKernel int8_kernel(const GeneralMOEConfig& config);      // scales of rows (the default), groups of 32
-GemmKernel int4_kernel(const GeneralMOEConfig& config);      // groups of 32 (the default), 64, 128
-GemmKernel rawint4_kernel(const GeneralMOEConfig& config);   // likewise, as the checkpoint has them
-
-// Formats of each projection, as GGUF files have them.
-GemmKernel llamafile_kernel(const GeneralMOEConfig& config);
-
-// Of formats as checkpoints have them, without a choice of groups.
-template <FormatId kFormat>
-GemmKernel native_kernel(const GeneralMOEConfig& config) {
-  refuse_group_size(config);
-  return {kFormat, false};
-}
+// What a method multiplies with. Throws std::invalid_argument for a group size that the method does not have,
+// and for rows whose integer sums could overflow.
+GemmKernel gemm_kernel(const Method& method, const GeneralMOEConfig& config);
 
 }  // namespace ktmoe

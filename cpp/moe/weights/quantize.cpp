@@ -14,15 +14,6 @@ namespace {
 
 using kernels::QuantizeArgs;
 
-// Of int4 formats.
-uint32_t group_of(FormatId format) {
-  switch (format) {
-    case FormatId::kInt4Group64: return 64;
-    case FormatId::kInt4Group128: return 128;
-    default: return 32;
-  }
-}
-
 uint32_t (*kernel_of(FormatId format))(const QuantizeArgs&) {
   const kernels::KernelTable& table = kernels::active_table();
   switch (format) {
@@ -70,7 +61,7 @@ void quantize_rows(FormatId format, const QuantizeArgs& args, WorkerPool& pool) 
   // Some tens of microseconds of work, so that handing it out costs nothing.
   constexpr uint32_t kWeightsPerTask = 1u << 16;
   QuantizeArgs all = args;
-  all.group = group_of(format);
+  all.group = static_cast<uint32_t>(format_group(format).value_or(all.group));
   const auto kernel = kernel_of(format);
   const uint32_t rows = std::max(1u, kWeightsPerTask / std::max(1u, all.k));
   std::atomic<uint32_t> first_wrong{all.n};

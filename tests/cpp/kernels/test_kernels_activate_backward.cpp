@@ -58,8 +58,8 @@ Factors gate_factors(const Activation& a, double g) {
     case ActivationKind::kSitu:
       return {a.beta1 * std::tanh(g / a.beta1) * sigmoid(g), situ_slope(g, a.beta1)};
     case ActivationKind::kRelu2: return {std::pow(std::max(g, 0.0), 2), 2 * std::max(g, 0.0)};
+    default: return {NAN, NAN};
   }
-  return {NAN, NAN};
 }
 
 Factors factors(const Activation& a, double g, double u) {

@@ -79,7 +79,7 @@ TEST_CASE("scales that several rows share go to every node that has one of the r
     config.expert_num = config.num_experts_per_tok = 1;
     config.hidden_size = kColumns, config.intermediate_size = kWidth;
     config.pool = std::make_shared<WorkerPool>(threads, topology);
-    TP_MOE layer(config, native_kernel<FormatId::kFp8>(config));
+    TP_MOE layer(config, gemm_kernel(find_method("FP8"), config));
     const auto view = [](const std::vector<std::byte>& codes, const std::vector<float>& s, int64_t columns) {
       WeightView w{codes.data(), static_cast<ptrdiff_t>(columns), static_cast<uint32_t>(columns)};
       w.format = FormatId::kFp8;

@@ -96,7 +96,7 @@ class OnesLayer {
     MOESFTConfig config{{1, 1, 4, 2, 0, {}, engine_->backend()}};
     config.activation.kind = kernels::ActivationKind::kRelu2, config.activation.gated = false;
     config.lora_rank = 1, config.lora_alpha = 1;
-    auto layer = std::make_shared<TP_MOE_SFT>(config, native_kernel<FormatId::kBf16>(config));
+    auto layer = std::make_shared<TP_MOE_SFT>(config, GemmKernel224BF);
     ExpertWeights weights;
     weights.matrices.gate = {view(4)}, weights.matrices.down = {view(2)};
     layer->load_weights(weights);
