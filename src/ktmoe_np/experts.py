@@ -55,13 +55,13 @@ class KTMoEWrapper:
     chunked_prefill_size : int
         Of inference: tokens that are taken at a time; bounds the scratch memory, not the batch.
     method : str
-        How weights are encoded, and for training what is trained. Of mode ``inference``: ``BF16``, ``FP8``,
-        ``FP8_PERCHANNEL``, ``MXFP8``, ``RAWINT4``, ``GPTQ_INT4``, ``MXFP4`` and ``NVFP4``, which read a
-        checkpoint's own encoding; ``LLAMAFILE``, which reads GGUF's; ``AMXINT8`` and ``AMXINT4``, which
-        quantise weights and activations; ``MOE_INT8`` and ``MOE_INT4``, which quantise weights alone. Of mode
-        ``sft``, which trains adapters on the same base weights: ``AMXBF16_SFT`` or, shorter, ``BF16_SFT``;
-        ``AMXFP8_SFT`` or ``FP8_SFT``; the others with ``_SFT`` behind their name. Each with ``_SkipLoRA``
-        behind it for gradients of the input and the routing weights alone.
+        How weights are encoded, and for training what is trained. Of mode ``inference``: ``BF16``, ``FP8``
+        and others read a checkpoint's own encoding; ``LLAMAFILE`` reads GGUF's; ``AMXINT8`` and ``AMXINT4``
+        quantize weights and activations; ``MOE_INT8`` and ``MOE_INT4`` quantize weights alone. Of mode
+        ``sft``, which trains adapters on the same base weights: the same with ``_SFT`` behind their name;
+        ``AMXBF16_SFT`` and ``AMXFP8_SFT`` mean ``BF16_SFT`` and ``FP8_SFT``. Each with ``_SkipLoRA`` behind
+        it for gradients of the input and the routing weights alone. `ktmoe_np.kt_kernel_ext.methods` lists
+        them all.
     mode : str
         ``inference`` or ``sft``.
     numa_nodes : sequence of int, optional

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,16 +21,8 @@ from ..io.layer_config import layer_config
 from ..io.layouts.layer import layers_with
 from ..io.mapped import MappedFiles
 from ..io.native import NativeExperts, load_native, native_method
-from ..reference import (
-    decode_fp8,
-    decode_fp8_perchannel,
-    decode_gguf,
-    decode_gptq_int4,
-    decode_mxfp4,
-    decode_mxfp8,
-    decode_nvfp4,
-    decode_rawint4,
-)
+from ..reference import decode_gguf
+from ..reference.native import DECODERS
 
 __all__ = ["ExpertSource", "GgufSource", "Layer", "NativeSource", "TensorSource", "open_layer"]
 
@@ -84,7 +76,7 @@ class NativeSource:
 
     def arguments(self, experts: Sequence[int]) -> dict[str, Any]:
         """See `ExpertSource`."""
-        decode, group = _DECODE[self.experts.method], self.experts.group_size
+        decode, group = DECODERS[self.experts.method], self.experts.group_size
         made: dict[str, Any] = {"up_proj": None, **_biases(self.experts.biases, experts)}
         for name, projection in self.experts.projections.items():
             MappedFiles([projection.codes, projection.scale]).check()
@@ -112,21 +104,6 @@ class GgufSource:
 
 def _biases(biases: Mapping[str, Array], experts: Sequence[int]) -> dict[str, Array]:
     return {f"{name.removesuffix('_proj')}_bias": bias[experts] for name, bias in biases.items()}
-
-
-#: Method -> what decodes codes and scales [E, ..], and factors [E] where it has some, of groups of so many
-#: columns. K of codes that are two per byte is even: it is a multiple of a group.
-_DECODE: Mapping[str, Callable[[Array, Array, Any, int], Any]] = {
-    "FP8": lambda codes, scale, *_: decode_fp8(codes, scale),
-    "FP8_PERCHANNEL": lambda codes, scale, *_: decode_fp8_perchannel(codes, scale),
-    "MXFP8": lambda codes, scale, *_: decode_mxfp8(codes, scale),
-    "RAWINT4": lambda codes, scale, _, group: decode_rawint4(
-        codes, scale, 2 * codes.shape[-1], group_size=group
-    ),
-    "GPTQ_INT4": lambda codes, scale, *_: decode_gptq_int4(codes, scale),
-    "MXFP4": lambda codes, scale, *_: decode_mxfp4(codes, scale, 2 * codes.shape[-1]),
-    "NVFP4": lambda codes, scale, factors, _: decode_nvfp4(codes, scale, factors, 2 * codes.shape[-1]),
-}
 
 
 # ---- finding it ----

@@ -2,204 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .activations import (
+    ActivationSpec,
+    activation_kinds,
+    activation_names,
+    default_activation,
+    parse_activation,
+    shown_integer,
+)
 from .hf import read_hf_layer
 
 __all__ = [
-    "ACTIVATION_KINDS",
     "ActivationSpec",
     "MoEConfig",
+    "activation_kinds",
     "activation_names",
     "parse_activation",
     "shown_integer",
 ]
 
-#: The activations, in the order of the C++ enumeration: a kind's id is its position here.
-ACTIVATION_KINDS = ("silu", "swigluoai", "swiglustep", "gelu", "gelu_tanh", "situ", "relu2")
-
-#: Kinds that exist with one projection only ("up" absent); relu2 exists in that form alone.
-_UNGATED_KINDS = ("relu2", "silu", "gelu_tanh")
-
-#: Value of a parameter that an activation does not use.
-_NEUTRAL = {"limit": math.inf, "alpha": 1.0, "beta1": 1.0, "beta2": 1.0}
-
-#: Parameters that a gated kind uses, with the values of the models that introduced them.
-_PARAMETERS: dict[str, dict[str, float]] = {
-    "silu": {"limit": math.inf},
-    "swigluoai": {"limit": 7.0, "alpha": 1.702},
-    "swiglustep": {"limit": 7.0},
-    "situ": {"beta1": 4.0, "beta2": 25.0},
-}
-
-#: Other spellings of the parameters that `parse_activation` accepts.
-_OPTION_ALIASES = {"swiglu_limit": "limit", "swiglu_alpha": "alpha"}
-
 #: The largest size of a layer: the product of two fits 64 bits.
 _MAX_SIZE = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class ActivationSpec:
-    """The function between an expert's first projections and its down projection.
-
-    Usually made by `parse_activation`, which fills in the defaults.
-
-    Parameters
-    ----------
-    kind : str
-        One of `ACTIVATION_KINDS`.
-    gated : bool
-        True when an expert has a gate and an up projection, False when it has one projection.
-        ``relu2`` is never gated; ``silu`` and ``gelu_tanh`` come in both forms; the others are gated.
-    limit : float
-        Clamp of ``silu``, ``swigluoai`` and ``swiglustep``; ``inf`` is no clamp.
-    alpha : float
-        Slope inside the sigmoid of ``swigluoai``.
-    beta1, beta2 : float
-        Saturation of gate and up in ``situ``.
-
-    Raises
-    ------
-    ValueError
-        Unknown kind, a form that does not exist, or a parameter that the kind does not use or that
-        is out of range.
-
-    Examples
-    --------
-    >>> spec = ActivationSpec("swigluoai", gated=True, limit=7.0, alpha=1.702, beta1=1.0, beta2=1.0)
-    >>> spec.kind_id, spec == parse_activation("swigluoai")
-    (1, True)
-    """
-
-    kind: str
-    gated: bool
-    limit: float
-    alpha: float
-    beta1: float
-    beta2: float
-
-    def __post_init__(self) -> None:
-        if self.kind not in ACTIVATION_KINDS:
-            raise ValueError(
-                f"activation kind {self.kind!r} is unknown; known: {', '.join(ACTIVATION_KINDS)}"
-            )
-        if not isinstance(self.gated, bool):
-            raise TypeError(f"activation {self.kind}: gated must be a bool, got {self.gated!r}")
-        if self.gated and self.kind == "relu2":
-            raise ValueError("activation relu2 is not gated: expected gated=False")
-        if not self.gated and self.kind not in _UNGATED_KINDS:
-            raise ValueError(
-                f"activation {self.kind} is always gated; not gated are {', '.join(_UNGATED_KINDS)}"
-            )
-        used = _PARAMETERS.get(self.kind, {}) if self.gated else {}
-        for name, neutral in _NEUTRAL.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"activation {self.kind}: {name} must be a number, got {value!r}")
-            try:
-                object.__setattr__(self, name, float(value))
-            except OverflowError:
-                message = f"activation {self.name}: {name} must fit a float, got {shown_integer(int(value))}"
-                raise ValueError(message) from None
-            if name not in used:
-                if value != neutral:
-                    raise ValueError(f"activation {self.name} has no {name}; got {name}={value!r}")
-            elif not value > 0 or (math.isinf(value) and name != "limit"):
-                raise ValueError(f"activation {self.name}: {name} must be positive and finite, got {value!r}")
-
-    @property
-    def kind_id(self) -> int:
-        """Id of the kind in the C++ enumeration."""
-        return ACTIVATION_KINDS.index(self.kind)
-
-    @property
-    def name(self) -> str:
-        """The name that `parse_activation` reads, without parameters."""
-        return self.kind if self.gated or self.kind == "relu2" else f"{self.kind}_ungated"
-
-
-def _defaults(kind: str, gated: bool) -> ActivationSpec:
-    used = _PARAMETERS.get(kind, {}) if gated else {}
-    return ActivationSpec(kind, gated, **{**_NEUTRAL, **used})
-
-
-_NAMED = {
-    spec.name: spec
-    for spec in (
-        *(_defaults(kind, True) for kind in ACTIVATION_KINDS if kind != "relu2"),
-        *(_defaults(kind, False) for kind in _UNGATED_KINDS),
-    )
-}
-
-
-def activation_names() -> tuple[str, ...]:
-    """Every name that `parse_activation` reads."""
-    return tuple(_NAMED)
-
-
-def parse_activation(activation: str | ActivationSpec | Mapping[str, Any]) -> ActivationSpec:
-    """Read an activation as users write it.
-
-    Parameters
-    ----------
-    activation : str, ActivationSpec or mapping
-        A name (see `activation_names`); a ready `ActivationSpec`, returned as it is; or a mapping with
-        the name under ``"kind"`` and any of ``limit`` (also ``swiglu_limit``), ``alpha`` (also
-        ``swiglu_alpha``), ``beta1``, ``beta2``, ``gated``.
-
-    Returns
-    -------
-    ActivationSpec
-
-    Raises
-    ------
-    ValueError
-        Unknown name or option, or a value out of range.
-    TypeError
-        Something else than the three forms, or a parameter that is not a number.
-
-    Examples
-    --------
-    >>> parse_activation("silu_ungated").gated
-    False
-    >>> parse_activation({"kind": "silu", "swiglu_limit": 10.0}).limit
-    10.0
-    """
-    if isinstance(activation, ActivationSpec):
-        return activation
-    options: dict[str, Any] = {}
-    if isinstance(activation, Mapping):
-        options = {_OPTION_ALIASES.get(key, key): value for key, value in activation.items()}
-        activation = options.pop("kind", None)
-        unknown = sorted(str(key) for key in options if key not in {*_NEUTRAL, "gated"})
-        if unknown:
-            known = ", ".join([*_NEUTRAL, *_OPTION_ALIASES, "gated"])
-            raise ValueError(f"activation option {unknown[0]!r} is unknown; known: {known}")
-    if not isinstance(activation, str):
-        expected = "a name, an ActivationSpec or a mapping with the name under 'kind'"
-        raise TypeError(f"activation must be {expected}, got {activation!r}")
-    if activation not in _NAMED:
-        raise ValueError(f"activation {activation!r} is unknown; known: {', '.join(_NAMED)}")
-    spec = _NAMED[activation]
-    if "gated" in options and options["gated"] != spec.gated:
-        spec = _defaults(spec.kind, options["gated"])
-    return replace(spec, **options)
-
-
-def shown_integer(number: int) -> str:
-    """`number` for a message: of a very long one, which Python may refuse to print, how long it is.
-
-    Examples
-    --------
-    >>> shown_integer(-2**64), shown_integer(10**5000)
-    ('-18446744073709551616', 'an integer of 16610 bits')
-    """
-    return str(number) if number.bit_length() < 256 else f"an integer of {number.bit_length()} bits"
 
 
 def _positive(name: str, value: object) -> int:
@@ -258,14 +86,14 @@ class MoEConfig:
     num_experts_per_tok: int
     hidden_size: int
     moe_intermediate_size: int
-    activation: ActivationSpec = _NAMED["silu"]
+    activation: ActivationSpec = field(default_factory=default_activation)
     layer_idx: int = 0
     scale_inputs: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name not in ("activation", "layer_idx", "scale_inputs"):
-                object.__setattr__(self, field.name, _positive(field.name, getattr(self, field.name)))
+        for name in (size.name for size in fields(self)):
+            if name not in ("activation", "layer_idx", "scale_inputs"):
+                object.__setattr__(self, name, _positive(name, getattr(self, name)))
         if not isinstance(self.activation, ActivationSpec):
             raise TypeError(
                 f"activation must be an ActivationSpec, got {self.activation!r}; see parse_activation"

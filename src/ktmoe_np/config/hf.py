@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .activations import activation_kinds, kind_of_config_key
+
+__all__ = ["LIMITS_KEY", "read_hf_layer", "read_hf_model"]
+
+#: Of a bound per layer on the activated gate.
+LIMITS_KEY = "swiglu_limits"
+
 #: Size of `MoEConfig` -> its names. All that are present must agree.
 _SAME_SIZE_NAMES = {
     "num_experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
@@ -30,17 +37,11 @@ _NUM_LAYERS_NAMES = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 _ACTIVATION_NAMES = ("mlp_hidden_act", "hidden_activation", "hidden_act", "activation_function")
 
-#: Hugging Face's activation -> ours.
+#: Hugging Face's activation -> ours, where it has another name.
 _ACTIVATIONS = {
-    "silu": "silu",
     "swish": "silu",
-    "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
-    "relu2": "relu2",
-    "swigluoai": "swigluoai",
-    "swiglustep": "swiglustep",
-    "situ": "situ",
 }
 
 #: Models whose experts are swigluoai although their config.json may say silu.
@@ -169,9 +170,10 @@ def _agreed(part: Mapping[str, Any], size: str, names: tuple[str, ...], layer_id
 def _read_activation(part: Mapping[str, Any], layer_idx: int) -> dict[str, Any]:
     """Tell the activation by its name, by the clamps beside it and, for a few models, by the model."""
     given = next((part[name] for name in _ACTIVATION_NAMES if part.get(name) is not None), "silu")
-    if not isinstance(given, str) or given not in _ACTIVATIONS:
-        raise ValueError(f"config: activation {given!r} is not supported; known: {', '.join(_ACTIVATIONS)}")
-    kind = _ACTIVATIONS[given]
+    known = (*activation_kinds(), *_ACTIVATIONS)
+    if not isinstance(given, str) or given not in known:
+        raise ValueError(f"config: activation {given!r} is not supported; known: {', '.join(known)}")
+    kind = _ACTIVATIONS.get(given, given)
     if kind == "situ":
         names = {"beta1": "activation_situ_beta", "beta2": "activation_situ_linear_beta"}
         return {"kind": kind, **{beta: _required(part, name) for beta, name in names.items()}}
@@ -179,10 +181,10 @@ def _read_activation(part: Mapping[str, Any], layer_idx: int) -> dict[str, Any]:
     oai_model = part.get("swiglu_alpha") is not None or part.get("model_type") in _SWIGLUOAI_MODELS
     if kind == "silu" and oai_model:
         kind = "swigluoai"
-    elif kind in ("silu", "swiglustep") and part.get("swiglu_limits") is not None:
+    elif kind in ("silu", kind_of_config_key(LIMITS_KEY)) and part.get(LIMITS_KEY) is not None:
         # Step-3.x: a bound per layer, where 0 or null is none, on the activated gate.
-        limit = _of_layer(part, "swiglu_limits", layer_idx) or None
-        kind = "swiglustep" if limit is not None else "silu"
+        limit = _of_layer(part, LIMITS_KEY, layer_idx) or None
+        kind = kind_of_config_key(LIMITS_KEY) if limit is not None else "silu"
     options = {"limit": limit, "alpha": part.get("swiglu_alpha")} if kind == "swigluoai" else {"limit": limit}
     return {"kind": kind, **{name: value for name, value in options.items() if value is not None}}
 

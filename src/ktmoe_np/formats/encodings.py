@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  # NumPy knows its dtypes by name
 import numpy as np
 
-from ..arrays.checks import Array, as_numpy, bfloat16, described, each_expert
-from .gptq import BLOCK_BYTES, BLOCK_SIZE, first_not_float16, group_sizes, q4_0_rows
+from .. import kt_kernel_ext as ext
+from ..arrays.checks import Array, as_numpy, described, each_expert
+from .gptq import BLOCK_SIZE, first_not_float16, group_sizes, q4_0_rows
+from .methods import format_names
 
 __all__ = ["NATIVE_FORMATS", "NativeFormat", "NativeMatrices"]
 
 _UINT8 = np.dtype(np.uint8)
-_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-_E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +33,24 @@ class NativeFormat:
     """One encoding."""
 
     name: str  #: that of its method for inference, in small letters, with the groups where there is a choice
-    bits: int  #: of a code
+    info: ext.FormatInfo  #: how the engine's rows lie
     code_dtypes: tuple[np.dtype[Any], ...]  #: as which codes may be given; all mean the same bytes
     scale_dtypes: tuple[np.dtype[Any], ...]
-    scale_rows: int = 1  #: rows that share a row of scales
-    group_size: int | None = None  #: columns that share a scale; None: all of a row
-    has_global_scale: bool = False  #: whether a matrix has a float32 scale too
+
+    @property
+    def scale_rows(self) -> int:
+        """Rows that share a row of scales."""
+        return self.info.scale_rows or 1
+
+    @property
+    def group_size(self) -> int | None:
+        """Columns that share a scale; None: all of a row."""
+        return self.info.group
+
+    @property
+    def has_global_scale(self) -> bool:
+        """Whether a matrix has a float32 scale too, which the engine takes for each of its rows."""
+        return self.info.has_channel_scale and self.group_size is not None
 
     @property
     def method(self) -> str:
@@ -53,7 +65,7 @@ class NativeFormat:
         >>> NATIVE_FORMATS["mxfp4"].row_bytes(48), NATIVE_FORMATS["fp8"].row_bytes(48)
         (24, 48)
         """
-        return -(-num_columns * self.bits // 8)
+        return self.info.row_bytes(num_columns)
 
     def scale_shape(self, num_rows: int, num_columns: int) -> tuple[int, int]:
         """The shape of an expert's scales.
@@ -122,9 +134,10 @@ class NativeFormat:
 class GptqFormat(NativeFormat):
     """The encoding whose rows do not lie together: they are converted, and what is made of them is held."""
 
-    def row_bytes(self, num_columns: int) -> int:
-        """Count the bytes of a row that is held, scales included."""
-        return -(-num_columns // BLOCK_SIZE) * BLOCK_BYTES
+    @property
+    def group_size(self) -> int | None:
+        """None: the number of groups tells it."""
+        return None
 
     def matrix_bytes(self, num_rows: int, num_columns: int) -> int:
         """Count the bytes of a matrix that is held, scales included.
@@ -232,20 +245,19 @@ def _expected(dtypes: tuple[np.dtype[Any], ...], shape: tuple[int, ...], as_byte
     return f"{dtype} {[*shape[:-1], last]}"
 
 
+def _encodings(method: ext.MethodInfo) -> Iterator[NativeFormat]:
+    """The encodings of a method, one for each of its group sizes."""
+    codes, scales = (tuple(map(np.dtype, names)) for names in (method.codes, method.scales))
+    for info, name in zip(method.formats, format_names(method).values(), strict=True):
+        # Blocks, which no array of codes and scales apart is, are made of what is given.
+        kind = NativeFormat if info.gguf_type is None else GptqFormat
+        yield kind(name, info, codes, scales)
+
+
 #: The encodings by name.
 NATIVE_FORMATS: Mapping[str, NativeFormat] = {
     fmt.name: fmt
-    for fmt in (
-        NativeFormat("fp8", 8, (_E4M3, _UINT8), (np.dtype(np.float32),), 128, 128),
-        NativeFormat("fp8_perchannel", 8, (_E4M3, _UINT8), (np.dtype(np.float32),)),
-        NativeFormat("mxfp8", 8, (_E4M3, _UINT8), (_UINT8, _E8M0), group_size=32),
-        NativeFormat("rawint4", 4, (_UINT8, np.dtype(np.int32)), (bfloat16,), group_size=32),
-        NativeFormat("rawint4_group64", 4, (_UINT8, np.dtype(np.int32)), (bfloat16,), group_size=64),
-        NativeFormat("rawint4_group128", 4, (_UINT8, np.dtype(np.int32)), (bfloat16,), group_size=128),
-        NativeFormat("mxfp4", 4, (_UINT8, np.dtype(np.int8)), (_UINT8, _E8M0), group_size=32),
-        NativeFormat(
-            "nvfp4", 4, (_UINT8, np.dtype(np.int8)), (_E4M3, _UINT8), group_size=16, has_global_scale=True
-        ),
-        GptqFormat("gptq_int4", 4, (np.dtype(np.int32),), (np.dtype(np.float16), bfloat16)),
-    )
+    for method in ext.methods()
+    if method.mode == "inference" and method.scales
+    for fmt in _encodings(method)
 }

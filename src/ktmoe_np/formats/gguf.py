@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["GGUF_FORMATS", "GgufFormat"]
+from .. import kt_kernel_ext as ext
+
+__all__ = ["GGUF_FORMATS", "GGUF_NUMBERS", "GgufFormat"]
 
 
 @dataclass(frozen=True)
@@ -27,24 +29,12 @@ class GgufFormat:
         return num_columns // self.block * self.block_bytes
 
 
-#: The formats by name.
-GGUF_FORMATS: Mapping[str, GgufFormat] = {
-    name: GgufFormat(name, block, block_bytes)
-    for name, block, block_bytes in (
-        ("f32", 1, 4),
-        ("f16", 1, 2),
-        ("bf16", 1, 2),
-        ("q4_0", 32, 18),
-        ("q4_1", 32, 20),
-        ("q5_0", 32, 22),
-        ("q5_1", 32, 24),
-        ("q8_0", 32, 34),
-        ("q2_k", 256, 84),
-        ("q3_k", 256, 110),
-        ("q4_k", 256, 144),
-        ("q5_k", 256, 176),
-        ("q6_k", 256, 210),
-        ("iq4_nl", 32, 18),
-        ("iq4_xs", 256, 136),
-    )
+#: The formats by their numbers in a file.
+GGUF_NUMBERS: Mapping[int, GgufFormat] = {
+    info.gguf_type: GgufFormat(info.name, info.block, info.row_bytes(info.block))
+    for info in ext.formats()
+    if info.gguf_type is not None
 }
+
+#: The formats by name.
+GGUF_FORMATS: Mapping[str, GgufFormat] = {fmt.name: fmt for fmt in GGUF_NUMBERS.values()}

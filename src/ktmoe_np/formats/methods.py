@@ -1,4 +1,4 @@
-"""The one table of methods: which format and which wrapper serve a name."""
+"""The methods by name: which format and which wrapper serve each. The extension lists them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["METHODS", "Method", "find_method", "main_name", "training_name"]
+from .. import kt_kernel_ext as ext
+
+__all__ = ["METHODS", "Method", "find_method", "format_names", "main_name", "training_name"]
 
 
 @dataclass(frozen=True)
@@ -50,49 +52,17 @@ class Method:
         raise ValueError(f"group_size: got {size}, expected {known} with method {self.name!r}")
 
 
-_AMX, _GENERAL = "inference.wrappers:AMXMoEWrapper", "inference.wrappers:GeneralMoEWrapper"
-_NATIVE, _LLAMAFILE = "inference.wrappers:NativeMoEWrapper", "inference.wrappers:LlamafileMoEWrapper"
-
-#: Wrapper for inference -> that for training.
-_TRAINING_WRAPPERS = {
-    _AMX: "sft.wrappers:QuantizedSFTMoEWrapper",
-    _GENERAL: "sft.wrappers:QuantizedSFTMoEWrapper",
-    _NATIVE: "sft.wrappers:NativeSFTMoEWrapper",
-    _LLAMAFILE: "sft.wrappers:LlamafileSFTMoEWrapper",
+#: Mode, how weights are held and the product -> the wrapper.
+_WRAPPERS = {
+    ("inference", "native", "bfloat16"): "inference.wrappers:NativeMoEWrapper",
+    ("inference", "quantized", "int8"): "inference.wrappers:AMXMoEWrapper",
+    ("inference", "quantized", "bfloat16"): "inference.wrappers:GeneralMoEWrapper",
+    ("inference", "gguf", "bfloat16"): "inference.wrappers:LlamafileMoEWrapper",
+    ("sft", "native", "bfloat16"): "sft.wrappers:NativeSFTMoEWrapper",
+    ("sft", "quantized", "int8"): "sft.wrappers:QuantizedSFTMoEWrapper",
+    ("sft", "quantized", "bfloat16"): "sft.wrappers:QuantizedSFTMoEWrapper",
+    ("sft", "gguf", "bfloat16"): "sft.wrappers:LlamafileSFTMoEWrapper",
 }
-
-
-def _quantized(name: str, wrapper: str, layer: str, weights: str, *group_sizes: int | None) -> Method:
-    formats = {size: weights if size is None else f"{weights}_group{size}" for size in group_sizes}
-    product = "int8" if wrapper == _AMX else "bfloat16"
-    return Method(name, "inference", wrapper, layer, weights, formats=formats, product=product)
-
-
-_INFERENCE = (
-    Method("BF16", "inference", _NATIVE, "AMXBF16_MOE"),
-    _quantized("AMXINT8", _AMX, "AMXInt8_MOE", "int8", None),
-    _quantized("AMXINT4", _AMX, "AMXInt4_MOE", "int4", 32, 64, 128),
-    _quantized("MOE_INT8", _GENERAL, "Int8_MOE", "int8", None, 32),
-    _quantized("MOE_INT4", _GENERAL, "Int4_MOE", "int4", 32, 64, 128),
-    Method("FP8", "inference", _NATIVE, "AMXFP8_MOE", "fp8"),
-    Method("FP8_PERCHANNEL", "inference", _NATIVE, "AMXFP8PerChannel_MOE", "fp8_perchannel"),
-    Method("MXFP8", "inference", _NATIVE, "MXFP8_MOE", "mxfp8"),
-    Method(
-        "RAWINT4",
-        "inference",
-        _NATIVE,
-        "RAWINT4_MOE",
-        "rawint4",
-        encodings={32: "rawint4", 64: "rawint4_group64", 128: "rawint4_group128"},
-    ),
-    Method("GPTQ_INT4", "inference", _NATIVE, "GPTQ_INT4_MOE", "gptq_int4"),
-    Method("MXFP4", "inference", _NATIVE, "MXFP4_MOE", "mxfp4"),
-    Method("NVFP4", "inference", _NATIVE, "NVFP4_MOE", "nvfp4"),
-    Method("LLAMAFILE", "inference", _LLAMAFILE, "Llamafile_MOE", "gguf"),
-)
-
-#: Methods whose training has a name of its class beside its own; the first is the one that is told.
-_FAMILY_NAMES = {name: (f"AMX{name}", name) for name in ("BF16", "FP8")}
 
 
 def training_name(inference: str) -> str:
@@ -105,24 +75,43 @@ def main_name(method: Method) -> str:
     return next(m.name for m in METHODS if replace(m, name=method.name) == method)
 
 
-def _training(method: Method) -> Iterator[Method]:
-    """The methods that train adapters on what a method for inference computes."""
-    layer = method.layer.replace("_MOE", "_SFT_MOE")
-    names = _FAMILY_NAMES.get(method.name, (method.name,))
-    for suffix, skip_lora in (("", False), ("_SkipLoRA", True)):
-        for name in names:
-            yield replace(
-                method,
-                name=training_name(name) + suffix,
-                mode="sft",
-                wrapper=_TRAINING_WRAPPERS[method.wrapper],
-                layer=layer,
-                skip_lora=skip_lora,
-            )
+def format_names(info: ext.MethodInfo) -> dict[int | None, str]:
+    """Group size -> name of the format that it chooses; the first is the default.
+
+    The default format of native weights is called after the method: rows may be made of what is given.
+    """
+    names = {fmt.group: fmt.name for fmt in info.formats}
+    if info.weights == "native":
+        names[info.formats[0].group] = _plain_name(info).lower()
+    return names
+
+
+def _plain_name(info: ext.MethodInfo) -> str:
+    """The name without what tells the modes apart."""
+    return info.names[-1].removesuffix(training_name("")) if info.mode == "sft" else info.names[-1]
+
+
+def _methods(info: ext.MethodInfo) -> Iterator[Method]:
+    """The methods of an entry of the registry, by all of their names."""
+    names = format_names(info)
+    weights = next(iter(names.values()), "gguf").partition("_group")[0]
+    plain = Method(
+        name="",
+        mode=info.mode,
+        wrapper=_WRAPPERS[info.mode, info.weights, info.product],
+        layer=info.layer,
+        weights="bf16" if info.codes == ["bfloat16"] else weights,
+        formats=names if info.weights == "quantized" else {},
+        encodings=names if info.weights == "native" and len(names) > 1 else {},
+        product=info.product,
+    )
+    for suffix, skip_lora in (("", False), ("_SkipLoRA", True)) if info.mode == "sft" else (("", False),):
+        for name in info.names:
+            yield replace(plain, name=name + suffix, skip_lora=skip_lora)
 
 
 #: The first of a mode is its default.
-METHODS = (*_INFERENCE, *(trained for method in _INFERENCE for trained in _training(method)))
+METHODS = tuple(method for info in ext.methods() for method in _methods(info))
 
 
 def find_method(name: str | None, mode: str) -> Method:

@@ -12,23 +12,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import kt_kernel_ext as ext
 from ..reference import QuantizedMatrix, dequantize, quantize_int4, quantize_int8, unpack_int4, unpack_int8
 
 __all__ = ["FORMATS", "QuantizedFormat"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuantizedFormat:
     """One way to encode rows of weights as integers and scales."""
 
-    name: str
-    bits: int  #: of a code: 4 or 8
-    group_size: int | None  #: columns that share a scale inside the row; None: the row has one scale
+    info: ext.FormatInfo
+
+    @property
+    def name(self) -> str:
+        """What `ktmoe_np.kt_kernel_ext.quantize_task` calls it."""
+        return self.info.name
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code: 4 or 8."""
+        return self.info.code_bytes(8)
+
+    @property
+    def group_size(self) -> int | None:
+        """Columns that share a scale inside the row; None: the row has one scale."""
+        return self.info.group
 
     @property
     def has_row_scale(self) -> bool:
         """Whether a float32 for every row is held apart from the rows."""
-        return self.bits == 4 or self.group_size is None
+        return self.info.has_channel_scale
 
     def row_bytes(self, num_columns: int) -> int:
         """Count the bytes of a row of so many weights.
@@ -38,10 +52,7 @@ class QuantizedFormat:
         >>> [FORMATS[name].row_bytes(48) for name in ("int8", "int8_group32", "int4_group32")]
         [48, 56, 26]
         """
-        size = -(-num_columns * self.bits // 8)
-        if self.group_size is None:
-            return size
-        return size + -(-num_columns // self.group_size) * (1 if self.bits == 4 else 4)
+        return self.info.row_bytes(num_columns)
 
     def unpack(
         self, codes: NDArray[np.uint8], row_scale: NDArray[np.float32] | None, num_columns: int
@@ -101,14 +112,13 @@ def _first(what: str, values: NDArray[Any], wrong: NDArray[np.bool_], expected: 
     return f"row {row} holds {what} {values[row, column]}, expected {expected}"
 
 
-#: The formats by name.
+_ORDER = {fmt.name: place for place, fmt in enumerate(ext.formats())}
+
+#: The formats by name, in the order in which the extension names them.
 FORMATS: Mapping[str, QuantizedFormat] = {
-    name: QuantizedFormat(name, bits, group_size)
-    for name, bits, group_size in (
-        ("int8", 8, None),
-        ("int8_group32", 8, 32),
-        ("int4_group32", 4, 32),
-        ("int4_group64", 4, 64),
-        ("int4_group128", 4, 128),
+    fmt.name: QuantizedFormat(fmt)
+    for fmt in sorted(
+        (fmt for method in ext.methods() if method.weights == "quantized" for fmt in method.formats),
+        key=lambda fmt: _ORDER[fmt.name],
     )
 }

@@ -295,7 +295,8 @@ class BaseMoEWrapper(MoELayer):
         w2_scales : sequence of g arrays
             Likewise their scales; where a row has one scale, all H of them.
         w13_global_scales, w2_global_scales : sequence of g arrays, optional
-            Of ``NVFP4``, which must have them: its float32 scale of the matrix, for each of its rows.
+            Of encodings that have one, which must have them: the float32 scale of the matrix, for each of its
+            rows.
 
         Raises
         ------

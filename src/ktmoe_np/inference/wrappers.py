@@ -34,10 +34,7 @@ class LlamafileMoEWrapper(GgufWeights, BaseMoEWrapper):
 
 
 class NativeMoEWrapper(NativeWeights, BaseMoEWrapper):
-    """Experts computed from a checkpoint's own encoding.
-
-    Methods ``BF16``, ``FP8``, ``FP8_PERCHANNEL``, ``MXFP8``, ``RAWINT4``, ``GPTQ_INT4``, ``MXFP4`` and
-    ``NVFP4``.
+    """Experts computed from a checkpoint's own encoding: methods ``BF16``, ``FP8`` and others.
 
     Weights are referred to, never copied: arrays stay the caller's, files stay mapped. Those of
     ``GPTQ_INT4``, whose rows do not lie together, are converted once.

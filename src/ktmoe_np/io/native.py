@@ -32,14 +32,14 @@ class NativeProjection:
     codes: list[AnyArray]
     #: E of 2-D: float32, bfloat16, float16, or uint8 for the bytes of E8M0 and E4M3.
     scale: list[AnyArray]
-    global_scale: NDArray[np.float32] | None  # [E], NVFP4 only: a factor of the weights
+    global_scale: NDArray[np.float32] | None  # [E], of encodings that have one: a factor of the weights
 
 
 @dataclass(frozen=True, eq=False)
 class NativeExperts:
     """The experts of a layer as their checkpoint has them."""
 
-    method: str  # FP8, FP8_PERCHANNEL, MXFP8, RAWINT4, GPTQ_INT4, MXFP4 or NVFP4
+    method: str  # that for inference
     projections: Mapping[str, NativeProjection]  # gate_proj, up_proj when gated, down_proj
     biases: Mapping[str, NDArray[np.float32]]  # the projections that have one -> [E, N]
     names: tuple[str, ...]  # the tensors it was made of

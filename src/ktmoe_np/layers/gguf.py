@@ -69,8 +69,8 @@ class GgufWeights(MoELayer):
         physical_to_logical_map : array of int64 [E], optional
             Expert i uses the weights of entry map[i].
         gate_format, up_format, down_format : str
-            The tensor types, as GGUF names them, in any case: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0,
-            Q2_K to Q6_K, IQ4_NL and IQ4_XS; or members of ``gguf.GGMLQuantizationType``.
+            The tensor types, as GGUF names them, in any case: one of `ktmoe_np.formats.gguf.GGUF_FORMATS`;
+            or members of ``gguf.GGMLQuantizationType``.
         gate_bias, up_bias : array of float32 or bfloat16 [E, I], optional
             Added before the activation. Copied, unlike the weights.
         down_bias : array of float32 or bfloat16 [E, H], optional

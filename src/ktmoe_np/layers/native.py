@@ -57,23 +57,14 @@ class NativeWeights(MoELayer):
         weights to the bit, and the arrays given are let go.
 
         With [N, K] being [I, H] of gate and up and [H, I] of down, E of each in one array or a sequence,
-        codes and scales are
-
-        ==================  ================================  ==============================================
-        ``BF16``            bfloat16 [N, K]
-        ``FP8``             float8_e4m3fn [N, K]              float32 [ceil(N / 128), ceil(K / 128)]
-        ``FP8_PERCHANNEL``  float8_e4m3fn [N, K]              float32 [N] or [N, 1]
-        ``MXFP8``           float8_e4m3fn [N, K]              uint8 or float8_e8m0fnu [N, ceil(K / 32)]
-        ``RAWINT4``         uint8 [N, ceil(K / 2)] or int32   bfloat16 [N, ceil(K / group_size)]
-        ``GPTQ_INT4``       int32 [K / 8, N]; converted       float16 or bfloat16 [ceil(K / g), N]
-        ``MXFP4``           uint8 [N, ceil(K / 2)]            uint8 or float8_e8m0fnu [N, ceil(K / 32)]
-        ``NVFP4``           uint8 [N, ceil(K / 2)]            float8_e4m3fn [N, ceil(K / 16)]; global scales
-        ==================  ================================  ==============================================
+        ``BF16`` takes bfloat16 [N, K]. The codes and scales of another method are those of its
+        `ktmoe_np.formats.encodings.NativeFormat`: `code_dtypes` and `row_bytes`, `scale_dtypes` and
+        `scale_shape`; docs/registry.md has a table of them.
 
         float8_e4m3fn may be given as uint8. `ktmoe_np.reference` says what they stand for (``decode_fp8`` and
         those beside it). With ``GPTQ_INT4``, K is a multiple of 32 and weights are symmetric in groups of
-        neighbours; g is a power of two from 32 on, or K. Scales in bfloat16 must be numbers that float16
-        has.
+        neighbors; the group size is a power of two from 32 on, or K. Scales in bfloat16 must be numbers that
+        float16 has.
 
         Parameters
         ----------
@@ -85,7 +76,7 @@ class NativeWeights(MoELayer):
         gate_scale, up_scale, down_scale : array, or E arrays
             None with ``BF16``.
         gate_global_scale, up_global_scale, down_global_scale : array of float32 [E]
-            Of ``NVFP4``: what all of a matrix is multiplied by.
+            Of encodings that have one: what all of a matrix is multiplied by.
         gate_bias, up_bias : array of float32 or bfloat16 [E, I], optional
             Added before the activation. Copied, unlike the weights.
         down_bias : array of float32 or bfloat16 [E, H], optional

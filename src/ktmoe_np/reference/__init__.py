@@ -3,30 +3,22 @@
 Read `forward` (the layer), then `activation` (the functions in it). `bound` says how far two correct
 evaluations may lie apart, so that a comparison needs no guessed tolerance; `inputs` checks the arguments.
 Training: `training` (the layer with adapters), `lora` (the adapters), `dropout` (their masks), then
-`backward` and `derivative`. Quantised weights: `quantized` (what they are), `quantize` (how they come about),
+`backward`. Quantised weights: `quantized` (what they are), `quantize` (how they come about),
 `weights` (what is multiplied with them), `packing` (their bytes). Encodings of checkpoints: `native`.
 
 T tokens, E experts, P experts per token, H hidden size, I intermediate size, R LoRA rank; bf(x) rounds to
 bfloat16.
 """
 
-from .activation import activate, round_bf16
+from . import native
+from .activation import activate, activate_gradients, round_bf16
 from .backward import Gradients, moe_backward
 from .bound import assert_within, error_bound
-from .derivative import activate_gradients
 from .dropout import Dropout, dropout_mask, philox4x32
 from .forward import moe_forward
 from .gguf import decode_gguf
 from .lora import LoraWeights
-from .native import (
-    decode_fp8,
-    decode_fp8_perchannel,
-    decode_gptq_int4,
-    decode_mxfp4,
-    decode_mxfp8,
-    decode_nvfp4,
-    decode_rawint4,
-)
+from .native import *  # noqa: F403
 from .packing import pack_int4, pack_int8, unpack_int4, unpack_int8
 from .quantize import quantize_activations, quantize_int4, quantize_int8
 from .quantized import (
@@ -54,14 +46,7 @@ __all__ = [
     "activate",
     "activate_gradients",
     "assert_within",
-    "decode_fp8",
-    "decode_fp8_perchannel",
     "decode_gguf",
-    "decode_gptq_int4",
-    "decode_mxfp4",
-    "decode_mxfp8",
-    "decode_nvfp4",
-    "decode_rawint4",
     "dequantize",
     "dropout_mask",
     "error_bound",
@@ -80,3 +65,5 @@ __all__ = [
     "unpack_int4",
     "unpack_int8",
 ]
+
+__all__ += native.__all__  # one for each encoding

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from .activation import Array
-from .derivative import activate_gradients
+from .activation import Array, activate_gradients
 from .forward import Rows, rounded, rows_by_expert
 from .inputs import FLOATS, AnyArray, check_array
 from .training import ForwardCache

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from .activation import round_bf16
 
-__all__ = ["decode_gguf"]
+__all__ = ["TYPES", "decode_gguf"]
 
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Blocks = tuple[Ints, Floats] | tuple[Ints, Floats, Floats]
 
-#: What the nibbles of IQ4_NL and IQ4_XS stand for.
+#: What the nibbles of the non-linear types stand for.
 _NON_LINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int32)
 
 
@@ -34,8 +34,7 @@ def decode_gguf(data: Bytes, type_name: str) -> NDArray[Any]:
     ----------
     data : ndarray of uint8, [..., bytes of a row]
     type_name : str
-        ``f32``, ``f16``, ``bf16``, ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q8_0``, ``q2_k`` to ``q6_k``,
-        ``iq4_nl`` or ``iq4_xs``.
+        One of `TYPES`.
 
     Returns
     -------
@@ -56,8 +55,7 @@ def decode_gguf(data: Bytes, type_name: str) -> NDArray[Any]:
     if type_name in _PLAIN:
         return _rounded(_PLAIN[type_name](np.ascontiguousarray(data)))
     if type_name not in _BLOCKS:
-        known = ", ".join([*_PLAIN, *_BLOCKS])
-        raise ValueError(f"type_name: got {type_name!r}, expected one of {known}")
+        raise ValueError(f"type_name: got {type_name!r}, expected one of {', '.join(TYPES)}")
     block_bytes, take_apart = _BLOCKS[type_name]
     if data.shape[-1] % block_bytes:
         raise ValueError(
@@ -191,3 +189,6 @@ _BLOCKS: dict[str, tuple[int, Callable[[Bytes], Blocks]]] = {
     "iq4_nl": (18, _iq4_nl),
     "iq4_xs": (136, _iq4_xs),
 }
+
+#: The types that are decoded, in small letters.
+TYPES = (*_PLAIN, *_BLOCKS)

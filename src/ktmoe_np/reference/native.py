@@ -6,6 +6,7 @@ GPTQ alone packs columns of the transposed matrix.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -17,6 +18,7 @@ from .packing import unpack_nibbles
 from .quantized import ScaledMatrix, spread
 
 __all__ = [
+    "DECODERS",
     "decode_fp8",
     "decode_fp8_perchannel",
     "decode_gptq_int4",
@@ -213,3 +215,18 @@ def _scaled(values: NDArray[np.float32], scale: NDArray[np.float32], group_size:
     """Compute bf(value * scale), `scale` having a value for every `group_size` columns."""
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         return round_bf16(values * spread(scale, group_size, values.shape[-1])).astype(ml_dtypes.bfloat16)
+
+
+#: Method -> what decodes codes and scales [E, ..], and global scales [E] where it has some, of groups of so
+#: many columns. K of codes that are two per byte is even: it is a multiple of a group.
+DECODERS: Mapping[str, Callable[[NDArray[Any], NDArray[Any], Any, int], Any]] = {
+    "FP8": lambda codes, scale, *_: decode_fp8(codes, scale),
+    "FP8_PERCHANNEL": lambda codes, scale, *_: decode_fp8_perchannel(codes, scale),
+    "MXFP8": lambda codes, scale, *_: decode_mxfp8(codes, scale),
+    "RAWINT4": lambda codes, scale, _, group: decode_rawint4(
+        codes, scale, 2 * codes.shape[-1], group_size=group
+    ),
+    "GPTQ_INT4": lambda codes, scale, *_: decode_gptq_int4(codes, scale),
+    "MXFP4": lambda codes, scale, *_: decode_mxfp4(codes, scale, 2 * codes.shape[-1]),
+    "NVFP4": lambda codes, scale, factors, _: decode_nvfp4(codes, scale, factors, 2 * codes.shape[-1]),
+}

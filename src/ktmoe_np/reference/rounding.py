@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import ActivationSpec
-from .activation import Array, gate_factor, up_factor
+from .activation import FUNCTIONS, Array, gate_factor, up_factor
 from .inputs import AnyArray
 from .quantize import quantize_activations
 from .weights import ExpertWeights
@@ -130,7 +130,7 @@ class Rounding:
         # kin), 0.8 (gelu) or 1 + 1 / beta1 (situ).
         da += 0.5 * (max(1.0, spec.alpha) + 1.0 / spec.beta1) * dg * dg
         reach = np.abs(g) + dg
-        scale = np.square(reach) if spec.kind == "relu2" else reach
+        scale = np.square(reach) if FUNCTIONS[spec.kind].is_squared else reach
         return a, da + self.activation_ulps * EPS * np.maximum(scale, np.abs(a))
 
     def up_factor(self, spec: ActivationSpec, u: Array, du: Array) -> tuple[Array, Array]:
@@ -138,7 +138,7 @@ class Rounding:
         b = up_factor(spec, u)
         db = np.maximum(np.abs(up_factor(spec, u + du) - b), np.abs(up_factor(spec, u - du) - b))
         db = np.where(np.isfinite(du), db, np.inf)  # u may be NaN, which passes through every clamp
-        return b, db + self.activation_ulps * EPS * (np.abs(b) + (spec.kind == "swigluoai"))
+        return b, db + self.activation_ulps * EPS * (np.abs(b) + FUNCTIONS[spec.kind].is_shifted)
 
 
 def _code_intervals(x: Array, dx: Array | None) -> tuple[Array, Array, Array, Array]:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 
 from ...config import ActivationSpec, MoEConfig, parse_activation
+from ...config.activations import kind_of_config_key
+from ...config.hf import LIMITS_KEY
 from ..json_text import naming_file
 from .checkpoint import GgufCheckpoint
 
@@ -128,5 +130,5 @@ def _activation(checkpoint: GgufCheckpoint, architecture: str, layer_idx: int) -
     if not limit > _NO_LIMIT:
         return parse_activation("silu")
     # DeepSeek clamps the gate, the others its silu.
-    kind = "silu" if architecture.startswith("deepseek") else "swiglustep"
+    kind = "silu" if architecture.startswith("deepseek") else kind_of_config_key(LIMITS_KEY)
     return parse_activation({"kind": kind, "limit": limit})

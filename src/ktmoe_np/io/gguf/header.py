@@ -14,45 +14,39 @@ from pathlib import Path
 from struct import Struct
 from typing import Any, NamedTuple
 
-from ...formats.gguf import GGUF_FORMATS, GgufFormat
+from ...formats.gguf import GGUF_NUMBERS, GgufFormat
 from .values import U32, UINT32, GgufCursor, GgufValue, decode_element, decode_value, skip_value
 
 __all__ = ["GGUF_TYPES", "GgufHeader", "GgufTensorInfo", "parse_gguf_header"]
 
-#: The tensor types by their numbers in a file. Those that the engine does not compute from are sized too.
-GGUF_TYPES: Mapping[int, GgufFormat] = {
-    **{
-        number: GGUF_FORMATS[name]
-        for number, name in {
-            **{0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k"},
-            **{11: "q3_k", 12: "q4_k", 13: "q5_k", 14: "q6_k", 20: "iq4_nl", 23: "iq4_xs", 30: "bf16"},
-        }.items()
-    },
-    **{
-        number: GgufFormat(name, block, block_bytes)
-        for number, name, block, block_bytes in (
-            (9, "q8_1", 32, 40),
-            (15, "q8_k", 256, 292),
-            (16, "iq2_xxs", 256, 66),
-            (17, "iq2_xs", 256, 74),
-            (18, "iq3_xxs", 256, 98),
-            (19, "iq1_s", 256, 50),
-            (21, "iq3_s", 256, 110),
-            (22, "iq2_s", 256, 82),
-            (24, "i8", 1, 1),
-            (25, "i16", 1, 2),
-            (26, "i32", 1, 4),
-            (27, "i64", 1, 8),
-            (28, "f64", 1, 8),
-            (29, "iq1_m", 256, 56),
-            (34, "tq1_0", 256, 54),
-            (35, "tq2_0", 256, 66),
-            (39, "mxfp4", 32, 17),
-            (40, "nvfp4", 64, 36),
-            (41, "q1_0", 128, 18),
-        )
-    },
+#: Tensor types that the engine may not compute from; they are sized nevertheless.
+_OTHERS = {
+    number: GgufFormat(name, block, block_bytes)
+    for number, name, block, block_bytes in (
+        (9, "q8_1", 32, 40),
+        (15, "q8_k", 256, 292),
+        (16, "iq2_xxs", 256, 66),
+        (17, "iq2_xs", 256, 74),
+        (18, "iq3_xxs", 256, 98),
+        (19, "iq1_s", 256, 50),
+        (21, "iq3_s", 256, 110),
+        (22, "iq2_s", 256, 82),
+        (24, "i8", 1, 1),
+        (25, "i16", 1, 2),
+        (26, "i32", 1, 4),
+        (27, "i64", 1, 8),
+        (28, "f64", 1, 8),
+        (29, "iq1_m", 256, 56),
+        (34, "tq1_0", 256, 54),
+        (35, "tq2_0", 256, 66),
+        (39, "mxfp4", 32, 17),
+        (40, "nvfp4", 64, 36),
+        (41, "q1_0", 128, 18),
+    )
 }
+
+#: The tensor types by their numbers in a file.
+GGUF_TYPES: Mapping[int, GgufFormat] = {**_OTHERS, **GGUF_NUMBERS}
 
 _MAX_DIMENSIONS = 4
 _DEFAULT_ALIGNMENT = 32
