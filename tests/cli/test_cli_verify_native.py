@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("leave_no_engine")
 P = 2
 
 #: Types of gate and up, and of down.
-GGUF_TYPES = [("q4_k", "q6_k"), ("q8_0", "bf16"), ("iq4_xs", "q5_0"), ("f32", "q2_k")]
+GGUF_TYPES = [("q4_k", "q6_k"), ("q8_0", "bf16"), ("q3_k", "q5_0"), ("f32", "q2_k")]
 
 
 def write_native(path: Path, encoding: str, *, naming: str = "qwen", biases: bool = False) -> None:
@@ -180,14 +180,14 @@ def test_verify_finds_a_few_wrong_weights(
 ) -> None:
     write_native(tmp_path, encoding)
     method = ENCODINGS[encoding][0]
-    right = expert_source._DECODE[method]
+    right = expert_source.DECODERS[method]
 
     def decode(codes: Any, scale: Any, factors: Any, group_size: int) -> Any:
         flipped = codes.copy()
         flipped.view(np.uint8)[:, 0, :8] ^= 0x80  # a sign, or of codes of four bits half of their range
         return right(flipped, scale, factors, group_size)
 
-    monkeypatch.setitem(expert_source._DECODE, method, decode)
+    monkeypatch.setitem(expert_source.DECODERS, method, decode)
     assert not verified(capsys, tmp_path, status=1)["within_bound"]
 
 

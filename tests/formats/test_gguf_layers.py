@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf_blocks import GGUF_BLOCKS
 from layers import assert_close, assert_same_bits, bf16, draw_batch
-from native_layers import GGUF_BLOCKS, NativeLayer, draw_gguf, draw_native_layer
+from native_layers import NativeLayer, draw_gguf, draw_native_layer
 
 from ktmoe_np import KTMoEWrapper
+from ktmoe_np.formats.gguf import GGUF_FORMATS
 from ktmoe_np.reference import decode_gguf
 
 PLAIN = ("f32", "f16", "bf16")
@@ -179,7 +181,7 @@ def test_types_by_the_enumeration_of_gguf() -> None:
 
 # ---- errors ----
 
-KNOWN = "bf16, f32, f16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs"
+KNOWN = ", ".join(GGUF_FORMATS)
 
 
 @pytest.mark.parametrize("method", ["LLAMAFILE", "LLAMAFILE_SFT"])

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from layers import bf16, engine_of, run_python
 
 from ktmoe_np import kt_kernel_ext as ext
+from ktmoe_np.formats.quantized import FORMATS
 from ktmoe_np.reference import Int4Matrix, pack_int4, pack_int8, quantize_int4, quantize_int8
 
 AnyArray = Any
 Arrays = dict[str, Any]
 
-FORMATS = ("int8", "int8_group32", "int4_group32", "int4_group64", "int4_group128")
 LARGEST = 2.0**128 - 2.0**120
 SEEDS = st.integers(0, 2**32 - 1)
 COLUMNS = st.one_of(st.integers(1, 200), st.sampled_from([512, 704, 2047]))
@@ -319,7 +319,7 @@ def test_a_pool_is_needed(engine: Any) -> None:
 
 def test_row_bytes() -> None:
     sizes = [ext.quantized_row_bytes(format, 77) for format in FORMATS]
-    assert sizes == [77, 77 + 12, 39 + 3, 39 + 2, 39 + 1]
+    assert sizes == [77, 77 + 12, 39 + 3, 39 + 2, 39 + 1] == [fmt.row_bytes(77) for fmt in FORMATS.values()]
     with pytest.raises(ValueError, match=rf"^format: got 'bf16', expected one of {NAMES}$"):
         ext.quantized_row_bytes("bf16", 1)
     for k in (-1, 2**31):

@@ -18,6 +18,7 @@ import ktmoe_np.io.converted.layer
 import ktmoe_np.layers.quantized
 from ktmoe_np import AMXMoEWrapper, GeneralMoEWrapper, KTMoEWrapper
 from ktmoe_np import kt_kernel_ext as ext
+from ktmoe_np.formats.methods import METHODS as REGISTRY
 from ktmoe_np.formats.methods import find_method
 from ktmoe_np.formats.quantized import FORMATS
 from ktmoe_np.io import SafetensorsFile
@@ -27,13 +28,10 @@ E, I, H, P = 3, 24, 41, 2  # noqa: E741
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 #: Method, group size, format.
 METHODS = [
-    ("AMXINT8", None, "int8"),
-    ("AMXINT4", None, "int4_group32"),
-    ("AMXINT4", 64, "int4_group64"),
-    ("AMXINT4", 128, "int4_group128"),
-    ("MOE_INT8", None, "int8"),
-    ("MOE_INT8", 32, "int8_group32"),
-    ("MOE_INT4", 32, "int4_group32"),
+    (method.name, size, fmt)
+    for method in REGISTRY
+    if method.mode == "inference"
+    for size, fmt in method.formats.items()
 ]
 every_method = pytest.mark.parametrize(("method", "group_size", "fmt"), METHODS)
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from expert_slices import ENCODINGS, draw_experts, empty_buffers, write
+from gguf_blocks import GGUF_BLOCKS
 from layers import bf16
-from native_layers import GGUF_BLOCKS
 
 from ktmoe_np import KTMoEWrapper
 

@@ -322,12 +322,15 @@ def test_a_config_is_refused(engine: Any, case: str) -> None:
     assert not ext.moe.AMXBF16_MOE(config).loaded
 
 
+NO_UNGATED_FORM = "activation: .* has no form without a gate, expected one of silu, gelu_tanh, relu2"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"kind": "relu2"}, "activation: relu2 has no gated form"),
-        ({"kind": "gelu", "gated": False}, "activation: without a gate only silu, gelu_tanh and relu2 exist"),
-        ({"kind": "situ", "gated": False}, "activation: without a gate only silu, gelu_tanh and relu2 exist"),
+        ({"kind": "gelu", "gated": False}, NO_UNGATED_FORM),
+        ({"kind": "situ", "gated": False}, NO_UNGATED_FORM),
         ({"kind": "silu", "limit": 0.0}, "activation: limit 0, expected above 0"),
         ({"kind": "silu", "limit": float("nan")}, "activation: limit .*nan, expected above 0"),
         ({"kind": "situ", "beta1": -1.0}, "activation: beta -1, 25, expected above 0"),
@@ -342,7 +345,7 @@ def test_an_activation_is_refused(engine: Any, arguments: dict[str, Any], messag
 
 
 def test_an_activation_that_is_unknown() -> None:
-    names = "gelu, gelu_tanh, relu2, silu, situ, swigluoai, swiglustep"
+    names = ", ".join(sorted(info.name for info in ext.activations()))
     with pytest.raises(ValueError, match=f"activation: got 'tanh', expected one of {names}"):
         ext.moe.MOEConfig().set_activation("tanh")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 from typing import Any
 
@@ -11,14 +10,9 @@ import pytest
 from gradient_bound import curvatures
 from reference_cases import FORMULAS, AnyArray
 
-import ktmoe_np.reference.derivative
 from ktmoe_np.config import activation_names, parse_activation
 from ktmoe_np.reference import activate, activate_gradients
-from ktmoe_np.reference.derivative import gate_slope, up_slope
-
-
-def test_doctests() -> None:
-    assert doctest.testmod(ktmoe_np.reference.derivative).failed == 0
+from ktmoe_np.reference.activation import gate_slope, up_slope
 
 
 def call(function: Any, activation: Any, g: AnyArray, u: AnyArray) -> Any:

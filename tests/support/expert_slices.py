@@ -8,8 +8,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from gguf_blocks import GGUF_BLOCKS
 from layers import bf16
-from native_layers import GGUF_BLOCKS
 
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np.formats.gptq import q4_0_rows

@@ -9,11 +9,12 @@ from struct import pack
 from typing import Any
 
 import gguf
+import gguf_blocks
 import numpy as np
-from native_layers import GGUF_BLOCKS
 from numpy.typing import NDArray
 
 from ktmoe_np.config import MoEConfig, parse_activation
+from ktmoe_np.formats.gguf import GGUF_FORMATS
 
 __all__ = [
     "LAYER",
@@ -34,9 +35,19 @@ AnyArray = NDArray[Any]
 
 LAYER = 5
 
-#: The types that `gguf` quantises to, and those whose blocks are drawn.
-QUANTIZED = ("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
-RANDOM = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
+
+def _is_quantized_to(name: str) -> bool:
+    """Whether `gguf` quantizes to a type."""
+    try:
+        gguf.quants.quantize(np.zeros((1, 256), np.float32), gguf.GGMLQuantizationType[name.upper()])
+    except NotImplementedError:
+        return False
+    return True
+
+
+#: The types that `gguf` quantizes to, and those whose blocks are drawn.
+QUANTIZED = tuple(name for name in GGUF_FORMATS if _is_quantized_to(name))
+RANDOM = tuple(name for name in GGUF_FORMATS if name not in QUANTIZED)
 
 
 @dataclass
@@ -60,13 +71,8 @@ def draw_blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> 
     if kind in QUANTIZED:
         weights = rng.standard_normal(shape).astype(np.float32)
         return gguf.quants.quantize(weights, number).view(np.uint8)
-    block, block_bytes, halves, _ = GGUF_BLOCKS[kind]
-    count = shape[-1] // block
-    blocks = rng.integers(0, 256, (*shape[:-1], count, block_bytes), np.uint8)
-    for place in halves:
-        scales = rng.uniform(-0.1, 0.1, (*shape[:-1], count, 1)).astype(np.float16)
-        blocks[..., place : place + 2] = scales.view(np.uint8)
-    return blocks.reshape(*shape[:-1], count * block_bytes)
+    scales = rng.uniform(-0.1, 0.1, (*shape[:-1], shape[-1] // gguf_blocks.GGUF_BLOCKS[kind].block))
+    return gguf_blocks.draw_blocks(rng, kind, scales).reshape(*shape[:-1], -1)
 
 
 def draw_layer(

@@ -26,8 +26,7 @@ from ktmoe_np.reference import (
     product_weights,
     round_bf16,
 )
-from ktmoe_np.reference.activation import gate_factor, up_factor
-from ktmoe_np.reference.derivative import gate_slope, up_slope
+from ktmoe_np.reference.activation import gate_factor, gate_slope, up_factor, up_slope
 from ktmoe_np.reference.rounding import EPS, TINY, in_range
 
 #: Allowed error of an engine's exp, tanh or erf, in float32 units of the operand.

@@ -8,9 +8,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from gguf_blocks import GGUF_BLOCKS, draw_blocks
 from layers import Layer, bf16, draw_layer
 
 from ktmoe_np.config import parse_activation
+from ktmoe_np.formats.gguf import GGUF_FORMATS
 from ktmoe_np.reference import (
     decode_fp8,
     decode_fp8_perchannel,
@@ -23,7 +25,6 @@ from ktmoe_np.reference import (
 )
 
 __all__ = [
-    "GGUF_BLOCKS",
     "IN_PLACE",
     "METHODS",
     "WITH_SCALES",
@@ -113,42 +114,21 @@ def _nvfp4(rng: np.random.Generator, size: float, e: int, n: int, k: int) -> Dra
     return given, decode_nvfp4(codes, scale, whole, k)
 
 
-#: Of GGUF's types: values and bytes of a block, where its numbers in float16 are, and about how large a
-#: weight is when those are 1.
-GGUF_BLOCKS: dict[str, tuple[int, int, tuple[int, ...], float]] = {
-    "q4_0": (32, 18, (0,), 4.6),
-    "q4_1": (32, 20, (0, 2), 8.8),
-    "q5_0": (32, 22, (0,), 9.2),
-    "q5_1": (32, 24, (0, 2), 18.0),
-    "q8_0": (32, 34, (0,), 74.0),
-    "iq4_nl": (32, 18, (0,), 63.0),
-    "q2_k": (256, 84, (80, 82), 18.0),
-    "q3_k": (256, 110, (108,), 42.0),
-    "q4_k": (256, 144, (0, 2), 330.0),
-    "q5_k": (256, 176, (0, 2), 660.0),
-    "q6_k": (256, 210, (208,), 1360.0),
-    "iq4_xs": (256, 136, (0,), 1160.0),
-}
-
-
 def draw_gguf(rng: np.random.Generator, name: str, size: float, e: int, n: int, k: int) -> Drawn:
     """Any codes of a type; with it, the arguments that it is loaded from."""
     if name in ("f32", "f16", "bf16"):
         values = size * rng.standard_normal((e, n, k), np.float32)
         rows = values.astype({"f32": np.float32, "f16": np.float16, "bf16": bf16}[name]).view(np.uint8)
         return {"proj": rows, "format": name}, decode_gguf(rows, name)
-    block, block_bytes, halves, typical = GGUF_BLOCKS[name]
-    rows = rng.integers(0, 256, (e, n, k // block, block_bytes), np.uint8)
-    for at in halves:
-        scale = _scales(rng, size / typical, *rows.shape[:3]).astype("<f2")
-        rows[..., at : at + 2] = scale[..., None].view(np.uint8)
-    rows = rows.reshape(e, n, -1)
+    found = GGUF_BLOCKS[name]
+    scales = _scales(rng, size / found.typical, e, n, k // found.block)
+    rows = draw_blocks(rng, name, scales).reshape(e, n, -1)
     return {"proj": rows, "format": name.upper()}, decode_gguf(rows, name)
 
 
 def _llamafile(rng: np.random.Generator, size: float, e: int, n: int, k: int) -> Drawn:
     """One of the types whose blocks rows can be made of."""
-    fitting = ["f32", "f16", "bf16", *(name for name in GGUF_BLOCKS if k % GGUF_BLOCKS[name][0] == 0)]
+    fitting = [name for name, fmt in GGUF_FORMATS.items() if k % fmt.block == 0]
     return draw_gguf(rng, str(rng.choice(fitting)), size, e, n, k)
 
 

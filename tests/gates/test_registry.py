@@ -1,0 +1,105 @@
+"""One registry: what is listed in C++ is listed nowhere else, has a reference, and is in the documents."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from collections.abc import Collection
+
+import pytest
+
+from ktmoe_np import kt_kernel_ext as ext
+from ktmoe_np.arrays.activation import FORMULAS
+from ktmoe_np.config import activation_kinds, activation_names
+from ktmoe_np.formats.encodings import NATIVE_FORMATS
+from ktmoe_np.formats.gguf import GGUF_FORMATS
+from ktmoe_np.formats.methods import METHODS
+from ktmoe_np.io.layouts.encodings import METHODS as METHODS_WITH_LAYOUTS
+from ktmoe_np.reference.activation import FUNCTIONS
+from ktmoe_np.reference.gguf import TYPES
+from ktmoe_np.reference.native import DECODERS
+
+from ._tree import CPP_SUFFIXES, ROOT, files_under, name_of
+
+#: A sample of what may be added, as files name it -> the files that adding it touches, and no others.
+PLACES = {
+    "iq4_?xs": {
+        "cpp/formats/formats.inc": "its line",
+        "cpp/formats/gguf_k.h": "the format",
+        "src/ktmoe_np/reference/gguf.py": "its reference",
+    },
+    "swiglu_?step": {
+        "cpp/kernels/activations.inc": "its line",
+        "cpp/kernels/body/activation.h": "the formula",
+        "cpp/kernels/body/activation_backward.h": "its derivative",
+        "src/ktmoe_np/arrays/activation.py": "the formula for experts on a GPU",
+        "src/ktmoe_np/reference/activation.py": "its reference",
+    },
+    "(?<!a)mx_?fp8": {
+        "cpp/formats/formats.inc": "the line of the format",
+        "cpp/formats/fp8.h": "the format",
+        "cpp/moe/methods.inc": "the entry of the method",
+        "src/ktmoe_np/io/layouts/encodings.py": "its tensors",
+        "src/ktmoe_np/reference/native.py": "its reference",
+    },
+}
+
+
+@pytest.mark.parametrize("sample", PLACES)
+def test_an_addition_touches_few_files(sample: str) -> None:
+    files = files_under("cpp", "src", suffixes=CPP_SUFFIXES | {".py"})
+    found = {name_of(path) for path in files if re.search(sample, path.read_text(), re.IGNORECASE)}
+    assert found == PLACES[sample].keys()
+
+
+@pytest.mark.parametrize(
+    ("listed", "table"),
+    [
+        pytest.param(activation_kinds(), FUNCTIONS, id="reference/activation.py: FUNCTIONS"),
+        pytest.param(activation_kinds(), FORMULAS, id="arrays/activation.py: FORMULAS"),
+        pytest.param(GGUF_FORMATS, TYPES, id="reference/gguf.py: TYPES"),
+        pytest.param(
+            {fmt.method for fmt in NATIVE_FORMATS.values()}, DECODERS, id="reference/native.py: DECODERS"
+        ),
+        pytest.param(
+            {fmt.method for fmt in NATIVE_FORMATS.values()},
+            METHODS_WITH_LAYOUTS,
+            id="io/layouts/encodings.py",
+        ),
+    ],
+)
+def test_a_table_covers_the_registry(listed: Collection[str], table: Collection[str]) -> None:
+    assert set(table) == set(listed), (
+        f"missing: {set(listed) - set(table)}, unknown: {set(table) - set(listed)}"
+    )
+
+
+def test_names_are_unique() -> None:
+    for names in (
+        [info.name for info in ext.formats() if info.gguf_type is None],
+        [info.name for info in ext.formats() if info.gguf_type is not None],
+        [info.gguf_type for info in ext.formats() if info.gguf_type is not None],
+        activation_names(),
+        [(method.mode, method.name) for method in METHODS],
+    ):
+        assert len(set(names)) == len(names)
+
+
+def test_every_class_of_a_method_is_there() -> None:
+    for info in ext.methods():
+        base = ext.moe.MoE_SFT_Interface if info.mode == "sft" else ext.moe.MoE_Interface
+        assert issubclass(getattr(ext.moe, info.layer), base)
+    classes = [name for name in vars(ext.moe) if name.endswith("_MOE")]
+    assert sorted(classes) == sorted(info.layer for info in ext.methods())
+
+
+def test_the_page_of_tables_is_up_to_date() -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "write_tables.py"))
+    assert tool["PAGE"].read_text() == tool["page"](), "run: python tools/write_tables.py"
+
+
+def test_the_readme_names_every_method_and_activation() -> None:
+    readme = (ROOT / "README.md").read_text()
+    names = {info.names[0] for info in ext.methods() if info.mode == "inference"} | set(activation_kinds())
+    missing = [name for name in sorted(names) if not re.search(rf"\b{re.escape(name)}\b", readme)]
+    assert not missing

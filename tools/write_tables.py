@@ -1,0 +1,109 @@
+"""Write docs/registry.md: the tables of methods, formats and activations, from what the extension lists.
+
+    python tools/write_tables.py
+
+A test compares the file with what this writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ktmoe_np import kt_kernel_ext as ext
+from ktmoe_np.config import activation_names, parse_activation
+from ktmoe_np.formats.encodings import NATIVE_FORMATS, NativeFormat
+from ktmoe_np.formats.gguf import GGUF_NUMBERS
+from ktmoe_np.formats.methods import METHODS, Method
+
+__all__ = ["PAGE", "page"]
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "registry.md"
+
+
+def page() -> str:
+    """The page as it should be."""
+    tables = {
+        "Methods": _table(("method", "weights", "products", "group sizes", "to train adapters"), _methods()),
+        "Arrays of encoded weights": _table(("encoding", "codes", "block or channel scales"), _encodings()),
+        "Tensor types of GGUF": _table(("type", "number", "weights per block", "bytes per block"), _types()),
+        "Activations": _table(("name", "gated", "parameters"), _activations()),
+    }
+    notes = {
+        "Arrays of encoded weights": (
+            "[N, K] is [I, H] of gate and up, [H, I] of down; dtypes that mean the same bytes are listed "
+            "together, and g is any power of two from 32 on, or K."
+        ),
+    }
+    parts = ["# What there is", "Written by `tools/write_tables.py` from the registry of the extension."]
+    for title, table in tables.items():
+        parts += [f"## {title}", *([notes[title]] if title in notes else []), table]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _methods() -> Iterator[tuple[str, ...]]:
+    for info in ext.methods():
+        if info.mode != "inference":
+            continue
+        (method,) = (found for found in METHODS if found.name == info.names[0] and found.mode == info.mode)
+        sizes = ", ".join(str(size) for size in (method.formats or method.encodings) if size is not None)
+        yield f"`{method.name}`", info.weights, info.product, sizes, _trained(method)
+
+
+def _trained(method: Method) -> str:
+    layer = method.layer.replace("_MOE", "_SFT_MOE")
+    names = [found.name for found in METHODS if found.layer == layer and not found.skip_lora]
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _encodings() -> Iterator[tuple[str, str, str]]:
+    for fmt in NATIVE_FORMATS.values():
+        if fmt.info.gguf_type is not None:  # packed along N, and converted
+            shapes = "[K / 8, N]", "[ceil(K / g), N]"
+        else:
+            shapes = _shape_of_codes(fmt), _shape_of_scales(fmt)
+        yield (
+            f"`{fmt.name}`",
+            f"{_dtypes(fmt.code_dtypes)} {shapes[0]}",
+            f"{_dtypes(fmt.scale_dtypes)} {shapes[1]}"
+            + ("; a float32 global scale of each matrix" if fmt.has_global_scale else ""),
+        )
+
+
+def _dtypes(dtypes: Iterable[np.dtype[np.generic]]) -> str:
+    return " or ".join(map(str, dtypes))
+
+
+def _shape_of_codes(fmt: NativeFormat) -> str:
+    return "[N, K]" if fmt.row_bytes(2) == 2 else "[N, ceil(K / 2)] in bytes"
+
+
+def _shape_of_scales(fmt: NativeFormat) -> str:
+    rows = "N" if fmt.scale_rows == 1 else f"ceil(N / {fmt.scale_rows})"
+    return f"[{rows}, ceil(K / {fmt.group_size})]" if fmt.group_size else f"[{rows}] or [{rows}, 1]"
+
+
+def _types() -> Iterator[tuple[object, ...]]:
+    for number, fmt in sorted(GGUF_NUMBERS.items()):
+        yield f"`{fmt.name.upper()}`", number, fmt.block, fmt.block_bytes
+
+
+def _activations() -> Iterator[tuple[str, ...]]:
+    parameters = {info.name: info.parameters for info in ext.activations()}
+    for name in activation_names():
+        spec = parse_activation(name)
+        used = parameters[spec.kind] if spec.gated else {}
+        shown = ", ".join(f"`{key}` {getattr(spec, key):g}" for key in sorted(used))
+        yield f"`{name}`", "yes" if spec.gated else "no", shown
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page())
