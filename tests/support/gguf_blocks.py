@@ -45,7 +45,7 @@ def _described(fmt: GgufFormat) -> GgufBlock:
     for at in range(fmt.block_bytes - 1):
         block = np.zeros(fmt.block_bytes, np.uint8)
         block[at : at + 2] = np.array([np.inf], "<f2").view(np.uint8)
-        if at not in (last + 1 for last in halves) and not np.isfinite(_decoded(block, fmt)).all():
+        if not np.isfinite(_decoded(block, fmt)).all():
             halves.append(at)
     blocks = _with_halves(np.random.default_rng(0), fmt.block_bytes, tuple(halves), np.ones(50))
     typical = float(np.sqrt(np.mean(np.square(_decoded(blocks, fmt)))))
@@ -53,7 +53,8 @@ def _described(fmt: GgufFormat) -> GgufBlock:
 
 
 def _decoded(blocks: AnyArray, fmt: GgufFormat) -> AnyArray:
-    return decode_gguf(blocks, fmt.name).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return decode_gguf(blocks, fmt.name).astype(np.float64)
 
 
 #: The types of blocks, by name.
