@@ -11,6 +11,8 @@ KT_INLINE Float gelu_tanh_f(const Float& g) {
   return Vec::mul(g, sigmoid(Vec::mul(cubic, Vec::set(1.59576912f))));
 }
 
+KT_INLINE Float relu_f(const Float& g) { return Vec::clamp_below(g, Vec::set(0.0f)); }
+
 // b tanh(x / b)
 KT_INLINE Float soft_limit(const Float& x, float b) {
   return Vec::mul(Vec::set(b), tanh_f(Vec::div(x, Vec::set(b))));
@@ -34,6 +36,8 @@ KT_INLINE Float gate_factor(const Activation& a, const Float& g) {
     return Vec::mul(g, normal_cdf(g));
   } else if constexpr (kKind == ActivationKind::kGeluTanh) {
     return gelu_tanh_f(g);
+  } else if constexpr (kKind == ActivationKind::kRelu) {
+    return relu_f(g);
   } else {
     static_assert(kKind == ActivationKind::kSitu);
     return Vec::mul(soft_limit(g, a.beta1), sigmoid(g));
@@ -49,7 +53,8 @@ KT_INLINE Float up_factor(const Activation& a, const Float& u) {
   } else if constexpr (kKind == ActivationKind::kSitu) {
     return soft_limit(u, a.beta2);
   } else {
-    static_assert(kKind == ActivationKind::kGelu || kKind == ActivationKind::kGeluTanh);
+    static_assert(kKind == ActivationKind::kGelu || kKind == ActivationKind::kGeluTanh ||
+                  kKind == ActivationKind::kRelu);
     return u;
   }
 }
@@ -60,6 +65,8 @@ KT_INLINE Float ungated(const Float& g) {
     return silu_f(g);
   } else if constexpr (kKind == ActivationKind::kGeluTanh) {
     return gelu_tanh_f(g);
+  } else if constexpr (kKind == ActivationKind::kRelu) {
+    return relu_f(g);
   } else {
     static_assert(kKind == ActivationKind::kRelu2);
     const Float positive = Vec::clamp_below(g, Vec::set(0.0f));

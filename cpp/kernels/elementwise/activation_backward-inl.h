@@ -60,6 +60,12 @@ KT_INLINE FactorAndSlope situ_gate_and_slope(const Float& g, float beta) {
   return {Vec::mul(soft, s.up), Vec::mul(s.up, Vec::fma(soft, s.down, steep))};
 }
 
+// 1 above 0 and 0 from there on, or the NaN that g is.
+KT_INLINE FactorAndSlope relu_and_slope(const Float& g) {
+  const Float zero = Vec::set(0.0f), positive = relu_f(g);
+  return {positive, Vec::select(Vec::less(zero, g), Vec::set(1.0f), Vec::clamp_above(positive, zero))};
+}
+
 // `slope`, but 0 where x is above the limit.
 KT_INLINE Float slope_below(const Float& x, float limit, const Float& slope) {
   return Vec::select(Vec::less(Vec::set(limit), x), Vec::set(0.0f), slope);
@@ -76,6 +82,8 @@ KT_INLINE FactorAndSlope gate_and_slope(const Activation& a, const Float& g) {
     return gelu_tanh_and_slope(g);
   } else if constexpr (Map::kKind == ActivationKind::kSitu) {
     return situ_gate_and_slope(g, a.beta1);
+  } else if constexpr (Map::kKind == ActivationKind::kRelu) {
+    return relu_and_slope(g);
   } else if constexpr (!Map::kGated) {
     static_assert(Map::kKind == ActivationKind::kSilu);
     return silu_and_slope(g, 1.0f);

@@ -49,6 +49,10 @@ def _situ(library: ArrayLibrary, spec: ActivationSpec, g: Any) -> Any:
     return spec.beta1 * library.xp.tanh(g / spec.beta1) * _sigmoid(library, g)
 
 
+def _relu(library: ArrayLibrary, spec: ActivationSpec, g: Any) -> Any:
+    return library.xp.clip(g, 0.0, None)
+
+
 def _relu2(library: ArrayLibrary, spec: ActivationSpec, g: Any) -> Any:
     return library.xp.square(library.xp.clip(g, 0.0, None))
 
@@ -74,4 +78,5 @@ FORMULAS: Mapping[str, tuple[Factor, Factor]] = {
     "gelu_tanh": (_gelu_tanh, _clipped),
     "situ": (_situ, _saturated),
     "relu2": (_relu2, _clipped),
+    "relu": (_relu, _clipped),
 }

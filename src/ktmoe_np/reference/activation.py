@@ -70,8 +70,9 @@ def activate(
         gelu          g * (1 + erf(g / sqrt(2))) / 2 * u
         gelu_tanh     g * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 * g**3))) / 2 * u
         situ          b1 * tanh(g / b1) * sig(g) * b2 * tanh(u / b2)
+        relu          max(g, 0) * u
         relu2         max(g, 0)**2                        (one projection)
-        silu_ungated, gelu_tanh_ungated                   (the same without u)
+        silu_ungated, gelu_tanh_ungated, relu_ungated     (the same without u)
 
     Parameters
     ----------
@@ -121,6 +122,7 @@ def activate_gradients(
         gelu              A' = (1 + erf(g / sqrt(2))) / 2 + g * exp(-g**2 / 2) / sqrt(2 pi)
         gelu_tanh         A' = sig(z) * (1 + g * z' * sig(-z)), z = sqrt(8 / pi) * (g + 0.044715 * g**3)
         situ              A' = sech(g / b1)**2 * sig(g) + b1 * tanh(g / b1) * sig(g) * sig(-g)
+        relu              A' = 1 where g > 0, 0 elsewhere
         relu2             A' = 2 * max(g, 0)
         situ              B' = sech(u / b2)**2
         the others        B' = 1, 0 where abs(u) > L
@@ -271,6 +273,14 @@ def _situ_slope(spec: ActivationSpec, g: Array) -> Array:
     return _sigmoid(g) * (_sech_squared(g / beta) + falling)
 
 
+def _relu(spec: ActivationSpec, g: Array) -> Array:
+    return np.maximum(g, g.dtype.type(0))
+
+
+def _relu_slope(spec: ActivationSpec, g: Array) -> Array:
+    return np.where(np.isnan(g), g, (g > 0).astype(g.dtype))
+
+
 def _relu2(spec: ActivationSpec, g: Array) -> Array:
     return np.square(np.maximum(g, 0.0))
 
@@ -322,6 +332,7 @@ FUNCTIONS: Mapping[str, Functions] = {
     "gelu_tanh": Functions(_gelu_tanh, _gelu_tanh_slope),
     "situ": Functions(_situ, _situ_slope, _saturated, _saturated_slope),
     "relu2": Functions(_relu2, _relu2_slope, is_squared=True),
+    "relu": Functions(_relu, _relu_slope),
 }
 
 
