@@ -144,7 +144,7 @@ def test_the_activation_is_silu_unless_said_otherwise(engine: Any, layer: Layer,
         assert_close(out, layer, batch)
 
 
-@pytest.mark.parametrize("kind", ["swigluoai", "swiglustep", "situ", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("kind", [info.name for info in ext.activations() if info.gated])
 def test_an_activation_by_its_name_alone_has_its_models_parameters(engine: Any, kind: str) -> None:
     layer = draw_layer(np.random.default_rng(6), E, I, H, kind, scale=12.0)
     batch = draw_batch(np.random.default_rng(7), layer, T, P)

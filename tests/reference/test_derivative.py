@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 from gradient_bound import curvatures
 from reference_cases import FORMULAS, AnyArray
 
-from ktmoe_np.config import activation_names, parse_activation
+from ktmoe_np.config import ActivationSpec, activation_names, parse_activation
 from ktmoe_np.reference import activate, activate_gradients
-from ktmoe_np.reference.activation import gate_slope, up_slope
+from ktmoe_np.reference.activation import gate_factor, gate_slope, up_slope
 
 
 def call(function: Any, activation: Any, g: AnyArray, u: AnyArray) -> Any:
@@ -24,30 +25,41 @@ def grid(dtype: type, *values: float) -> tuple[AnyArray, AnyArray]:
     return np.repeat(axis, axis.size), np.tile(axis, axis.size)
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+#: Every activation, and those with parameters also with others.
+CASES = {
+    **{name: name for name in activation_names()},
+    **{name: given for name, (given, _) in FORMULAS.items()},
+}
+
+
+def _without_limit(spec: ActivationSpec) -> ActivationSpec:
+    return replace(spec, limit=math.inf)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_derivatives_are_differences(name: str) -> None:
-    activation, _ = FORMULAS[name]
+    activation = CASES[name]
+    spec = parse_activation(activation)
     drawn = np.random.default_rng(0).normal(scale=3.0, size=(2, 500))
     step = 1e-5
-    # The clamps of the formulas are at 1.5; a step across one has no derivative.
-    far = ~(np.abs(np.abs(drawn) - 1.5) < 2 * step).any(axis=0) & ~(np.abs(drawn[0]) < 2 * step)
+    # A step across a clamp, or across 0, has no derivative.
+    far = ~(np.abs(np.abs(drawn) - spec.limit) < 2 * step).any(axis=0) & ~(np.abs(drawn[0]) < 2 * step)
     g, u = drawn[:, far]
     slopes = call(activate_gradients, activation, g, u)
     for slope, move in zip(slopes, ((step, 0.0), (0.0, step)), strict=True):
         if slope is None:
-            assert not parse_activation(activation).gated
+            assert not spec.gated
             continue
         ahead, behind = (call(activate, activation, g + s * move[0], u + s * move[1]) for s in (1, -1))
         difference = (ahead - behind) / (2 * step)
-        if "swiglustep" in name:  # clamped where g * sig(g) is 1.5
-            sure = np.abs(activate({"kind": "silu"}, g, np.ones_like(g)) - 1.5) > 4 * step
-            slope, difference = slope[sure], difference[sure]
-        np.testing.assert_allclose(slope, difference, rtol=1e-7, atol=1e-8)
+        # Some clamp what the gate gives.
+        sure = np.abs(gate_factor(_without_limit(spec), g) - spec.limit) > 4 * step
+        np.testing.assert_allclose(slope[sure], difference[sure], rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", CASES)
 def test_float32_is_float64_to_some_ulps(name: str) -> None:
-    activation, _ = FORMULAS[name]
+    activation = CASES[name]
     rng = np.random.default_rng(1)
     g, u = (rng.normal(scale=scale, size=3000).astype(np.float32) for scale in (4.0, 4.0))
     single = call(activate_gradients, activation, g, u)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 import ktmoe_np
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np import kt_kernel_ext as ext
-from ktmoe_np.config import parse_activation
+from ktmoe_np.config import activation_names, parse_activation
 from ktmoe_np.reference import assert_within, error_bound, moe_forward
 
 __all__ = [
@@ -52,21 +52,17 @@ bf16 = np.dtype(ml_dtypes.bfloat16)
 ISA = str(ktmoe_np.isa_info()["active"])
 IS_SLOW = ISA == "amx_emu"
 
-#: Every function, and the parameters of those that have some.
+#: Parameters that no function has by default.
+_OTHER_PARAMETERS = {"limit": 1.25, "alpha": 0.75, "beta1": 0.75, "beta2": 1.5}
+
+#: Every function, and those that have parameters with others.
 ACTIVATIONS: tuple[Any, ...] = (
-    "silu",
-    {"kind": "silu", "swiglu_limit": 1.5},
-    "swigluoai",
-    {"kind": "swigluoai", "limit": 1.25, "alpha": 0.75},
-    "swiglustep",
-    {"kind": "swiglustep", "limit": 0.5},
-    "gelu",
-    "gelu_tanh",
-    "situ",
-    {"kind": "situ", "beta1": 0.75, "beta2": 1.5},
-    "relu2",
-    "silu_ungated",
-    "gelu_tanh_ungated",
+    *activation_names(),
+    *(
+        {"kind": info.name, **{name: _OTHER_PARAMETERS[name] for name in info.parameters}}
+        for info in ext.activations()
+        if info.parameters
+    ),
 )
 
 

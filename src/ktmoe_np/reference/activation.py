@@ -212,9 +212,9 @@ def up_slope(spec: ActivationSpec, u: Array) -> Array:
 # ---- the functions and their derivatives, A and A', B and B' ----
 
 
-def _parameter(value: float, x: Array) -> Any:
+def _parameter(value: float, x: Array) -> Array:
     """A parameter, a float32 number, in the precision of the computation."""
-    return x.dtype.type(np.float32(value))
+    return np.asarray(np.float32(value), x.dtype)
 
 
 def _clamped_silu(spec: ActivationSpec, g: Array) -> Array:
