@@ -7,7 +7,8 @@
 #include <optional>
 #include <utility>
 
-#include "moe/layer/tp_moe_common.h"
+#include "kernels/table.h"
+#include "moe/layer/tp_moe_common-inl.h"
 #include "sft/backward_inner.h"
 #include "sft/backward_output.h"
 #include "sft/backward_weights.h"
@@ -207,7 +208,7 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
     pass.biases = &weights_.biases;
     pass.logical = &weights_.logical;
     for (size_t i = 0; i < nodes_.size(); ++i)
-      pass.segments.push_back({parts_[i]->share(), &nodes_[i].matrices});
+      pass.segments.push_back({shares_[i], &nodes_[i].matrices});
     if (nodes_.empty()) pass.segments = {{{{0, pass.inter()}, {0, pass.hidden()}}, &weights_.matrices}};
     return pass;
   }
@@ -295,7 +296,7 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
 
   // What workers have packed is of another matrix from here on.
   void forget_packed(TrainingPass& pass) {
-    Common::forget_packed();
+    SharedLayer::forget_packed();
     for (ForwardScratch& worker : pass.forward) worker.inner[0] = worker.inner[1] = {};
   }
 
@@ -384,18 +385,6 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
     std::vector<PanelTask> tasks;
     cut_panels(call_.plan, {0, 1}, k, config_.pool->num_threads(), tasks);
     return tasks;
-  }
-
-  std::vector<size_t> take_y(ScratchPlan& plan, uint32_t passes) const {
-    std::vector<size_t> y;
-    for (const auto& part : parts_)
-      y.push_back(passes == 0
-                      ? 0
-                      : plan.take(size_t{call_.plan.num_rows()} * part->widest_pass(passes) * sizeof(float)));
-    return y;
-  }
-  void place_y(const std::vector<size_t>& y, std::byte* base) {
-    for (size_t i = 0; i < y.size(); ++i) parts_[i]->set_y(reinterpret_cast<float*>(base + y[i]));
   }
 
   const MOESFTConfig sft_config_;

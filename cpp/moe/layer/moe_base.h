@@ -25,7 +25,6 @@ class AMX_MOE_BASE {
   AMX_MOE_BASE(const GeneralMOEConfig& config, const GemmKernel& kernel, const OutputShare& share)
       : config_(config), kernel_(kernel), intermediate_(share.intermediate), hidden_(share.hidden) {}
 
-  OutputShare share() const { return {intermediate_, hidden_}; }
   // Matrices that hold at least the rows of the share; biases are the whole layer's.
   void set_weights(const ExpertMatrices* matrices, const ExpertBiases* biases) {
     matrices_ = matrices;
@@ -54,12 +53,6 @@ class AMX_MOE_BASE {
 
   // Where the results of the down projection go: rows x the widest pass.
   void set_y(float* y) { pass_.y = y; }
-  uint32_t widest_pass(uint32_t passes) const {
-    uint32_t widest = 0;
-    for (uint32_t i = 0; i < passes; ++i)
-      widest = std::max(widest, share_of(hidden_.size(), kernels::kOutputBlock, i, passes).size());
-    return widest;
-  }
 
   void gate_up(LayerCall& call, WorkerScratch& scratch, uint32_t task_index) {
     const PanelTask& task = gate_up_tasks_[task_index];

@@ -6,6 +6,8 @@
 
 namespace ktmoe {
 
+extern template class TP_MOE_Common<AMX_MOE_TP>;
+
 class TP_MOE : public TP_MOE_Common<AMX_MOE_TP> {
  public:
   using TP_MOE_Common<AMX_MOE_TP>::TP_MOE_Common;

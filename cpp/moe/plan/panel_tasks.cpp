@@ -65,4 +65,10 @@ Span share_of(uint32_t total, uint32_t multiple, uint32_t part, uint32_t parts) 
   return {cut(part), cut(part + 1)};
 }
 
+uint32_t widest_share(uint32_t total, uint32_t multiple, uint32_t parts) {
+  uint32_t widest = 0;
+  for (uint32_t i = 0; i < parts; ++i) widest = std::max(widest, share_of(total, multiple, i, parts).size());
+  return widest;
+}
+
 }  // namespace ktmoe

@@ -48,5 +48,7 @@ void cut_tokens(uint32_t num_tokens, Span columns, int num_threads, std::vector<
 
 // `total` in `parts` parts of nearly equal size, cut at multiples of `multiple`.
 Span share_of(uint32_t total, uint32_t multiple, uint32_t part, uint32_t parts);
+// The size of the largest of them; 0 without parts.
+uint32_t widest_share(uint32_t total, uint32_t multiple, uint32_t parts);
 
 }  // namespace ktmoe

@@ -1,0 +1,250 @@
+#include "moe/layer/shared_layer.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "core/error.h"
+#include "kernels/table.h"
+#include "moe/layer/scaled_inputs.h"
+
+namespace ktmoe {
+namespace {
+
+ProjectionFormats formats_of(const ExpertMatrices& m) {
+  const FormatId gate = m.gate.front().format;
+  return {gate, m.up.empty() ? gate : m.up.front().format, m.down.front().format};
+}
+
+}  // namespace
+
+SharedLayer::SharedLayer(GeneralMOEConfig config, GemmKernel kernel)
+    : config_(std::move(config)), kernel_(kernel) {
+  config_.validate();
+  const auto parts = static_cast<uint32_t>(config_.pool->num_subpools());
+  for (uint32_t i = 0; i < parts; ++i) {
+    const auto share = [&](uint32_t total) { return share_of(total, kernels::kOutputBlock, i, parts); };
+    shares_.push_back({share(intermediate_size()), share(hidden_size())});
+  }
+}
+
+// ---- weights ----
+
+void SharedLayer::check(const ExpertWeights& w) const {
+  const auto expect = [&](const char* name, size_t got, size_t wanted) {
+    if (got != wanted) throw_invalid(name, ": got ", got, " values, expected ", wanted);
+  };
+  const auto num = static_cast<size_t>(config_.expert_num);
+  expect("gate_proj", w.matrices.gate.size(), num);
+  expect("up_proj", w.matrices.up.size(), config_.activation.gated ? num : 0);
+  expect("down_proj", w.matrices.down.size(), num);
+  if (!w.biases.gate.empty()) expect("gate_bias", w.biases.gate.size(), num * intermediate_size());
+  if (!w.biases.up.empty()) expect("up_bias", w.biases.up.size(), num * intermediate_size());
+  if (!w.biases.down.empty()) expect("down_bias", w.biases.down.size(), num * hidden_size());
+}
+
+void SharedLayer::take_weights(ExpertWeights& weights) {
+  const ProjectionFormats formats = formats_of(weights.matrices);
+  if (spans_nodes()) {
+    std::vector<NodeMatrices> nodes;
+    for (size_t i = 0; i < shares_.size(); ++i)
+      nodes.push_back(copy_to_node(weights.matrices, shares_[i], static_cast<int>(i), *config_.pool));
+    nodes_ = std::move(nodes);
+    std::swap(weights.biases, weights_.biases);
+    std::swap(weights.logical, weights_.logical);
+  } else {
+    std::swap(weights, weights_);
+  }
+  formats_ = formats;
+  loaded_ = true;
+}
+
+bool SharedLayer::spans_nodes() const {
+  const auto& nodes = config_.pool->config().subpool_numa_map;
+  return std::any_of(nodes.begin(), nodes.end(), [&](int node) { return node != nodes.front(); });
+}
+
+ProjectionFormats SharedLayer::loaded_formats() const {
+  if (!loaded_) throw_runtime("layer ", config_.layer_idx, " has no weights, load them first");
+  return formats_;
+}
+
+ExpertRows SharedLayer::rows_of(uint32_t expert) const {
+  ExpertRows rows;
+  const auto add = [&](const ExpertMatrices& m, const OutputShare& share) {
+    rows.gate.push_back({share.intermediate, m.gate[expert]});
+    if (!m.up.empty()) rows.up.push_back({share.intermediate, m.up[expert]});
+    rows.down.push_back({share.hidden, m.down[expert]});
+  };
+  if (nodes_.empty()) add(weights_.matrices, {{0, intermediate_size()}, {0, hidden_size()}});
+  for (size_t i = 0; i < nodes_.size(); ++i) add(nodes_[i].matrices, shares_[i]);
+  return rows;
+}
+
+// ---- steps ----
+
+void SharedLayer::begin(const ForwardArgs& args) {
+  if (!loaded_) throw_runtime("forward: layer ", config_.layer_idx, " has no weights, load them first");
+  call_.kernels = &kernels::active_table();
+  call_.config = &config_;
+  call_.args = &args;
+  call_.weights = config_.scale_inputs ? nullptr : args.topk_weights;
+  call_.plan_batch();
+}
+
+void SharedLayer::run_scale_inputs(const float* weights) {
+  if (!config_.scale_inputs) return;
+  constexpr uint32_t kTokens = 4;
+  const uint32_t tokens = call_.args->num_tokens;
+  run_tasks(static_cast<uint32_t>(div_up(tokens, kTokens)), [&](uint32_t, uint32_t task) {
+    scale_inputs(call_.plan, call_.args->hidden_states, weights,
+                 static_cast<size_t>(config_.num_experts_per_tok), call_.hidden(), task * kTokens,
+                 std::min((task + 1) * kTokens, tokens), call_.scaled_x);
+  });
+}
+
+size_t SharedLayer::scaled_bytes() const {
+  return config_.scale_inputs ? call_.plan.num_rows() * call_.hidden() * sizeof(bf16) : 0;
+}
+
+void SharedLayer::place_scaled(std::byte* at) {
+  call_.scaled_x = config_.scale_inputs ? reinterpret_cast<bf16*>(at) : nullptr;
+}
+
+void SharedLayer::quantize_inputs() {
+  if (kernel_.is_integer && call_.plan.num_rows() != 0)
+    quantize(call_.inputs(), call_.num_inputs(), hidden_size(), call_.x8);
+}
+
+void SharedLayer::quantize_intermediate() {
+  if (kernel_.is_integer)
+    quantize({call_.h_rows, call_.h_stride(), nullptr}, call_.plan.num_rows(), intermediate_size(), call_.h8);
+}
+
+void SharedLayer::quantize(const kernels::RowsView& rows, uint32_t num, uint32_t k,
+                           const kernels::Int8Rows& to) {
+  forget_packed();
+  constexpr size_t kInline = 32 << 10;  // elements: waking the others would take longer
+  constexpr uint32_t kRows = 16;
+  const auto block = [&](uint32_t first, uint32_t count) {
+    const kernels::RowsView some{rows.data + first * rows.stride, rows.stride, nullptr};
+    call_.kernels->quantize_rows(some, count, k, to.from(first));
+  };
+  if (size_t{num} * k <= kInline) return block(0, num);
+  config_.pool->run(static_cast<uint32_t>(div_up(num, kRows)), [&](const Worker&, int, uint32_t task) {
+    block(task * kRows, std::min(kRows, num - task * kRows));
+  });
+}
+
+void SharedLayer::forget_packed() {
+  for (WorkerScratch& worker : call_.workers) worker.packed = {};
+}
+
+uint32_t SharedLayer::most_rows(uint32_t k) const {
+  uint32_t most = 1;
+  for (const auto& expert : call_.plan.active) most = std::max(most, expert.rows);
+  return std::min(static_cast<uint32_t>(round_up(most, kernels::kOutputBlock)), most_rows_per_block(k));
+}
+
+uint32_t SharedLayer::num_passes() const {
+  constexpr size_t kBudgetBytes = size_t{32} << 20;
+  const size_t bytes = size_t{call_.plan.num_rows()} * hidden_size() * sizeof(float);
+  const size_t most = div_up(hidden_size(), 8 * kernels::kOutputBlock);
+  return static_cast<uint32_t>(
+      std::clamp<size_t>(div_up(bytes, kBudgetBytes), 1, std::max<size_t>(most, 1)));
+}
+
+// In bytes of weights, to which thousands of flop are added as if they were bytes.
+bool SharedLayer::is_tiny() const {
+  constexpr size_t kTiny = 256 << 10;
+  const size_t matrix = size_t{3} * intermediate_size() * hidden_size();
+  return (call_.plan.active.size() + call_.plan.num_rows() / 8) * matrix * sizeof(bf16) < kTiny;
+}
+
+std::vector<size_t> SharedLayer::take_y(ScratchPlan& plan, uint32_t passes) const {
+  std::vector<size_t> y;
+  for (const OutputShare& share : shares_) {
+    const size_t width = widest_share(share.hidden.size(), kernels::kOutputBlock, passes);
+    y.push_back(passes == 0 ? 0 : plan.take(call_.plan.num_rows() * width * sizeof(float)));
+  }
+  return y;
+}
+
+void SharedLayer::run_counts(FunctionRef<void(const Worker&, int, uint32_t)> task) {
+  if (is_tiny()) {
+    config_.pool->run_inline(counts_, task);
+  } else {
+    config_.pool->run(counts_, task);
+  }
+}
+
+void SharedLayer::run_tasks(uint32_t num_tasks, FunctionRef<void(uint32_t, uint32_t)> function) {
+  const auto run_task = [&](const Worker& worker, int, uint32_t task) {
+    function(static_cast<uint32_t>(worker.index), task);
+  };
+  if (is_tiny()) {
+    counts_.assign(shares_.size(), 0);
+    counts_[0] = num_tasks;
+    config_.pool->run_inline(counts_, run_task);
+  } else {
+    config_.pool->run(num_tasks, run_task);
+  }
+}
+
+// ---- borrowed scratch ----
+
+void SharedLayer::Int8Scratch::take(const SharedLayer& layer, ScratchPlan& plan) {
+  x = plan.take(kernels::Int8Rows::bytes(layer.call_.num_inputs(), layer.hidden_size()));
+  h = plan.take(kernels::Int8Rows::bytes(layer.call_.plan.num_rows(), layer.intermediate_size()));
+}
+
+void SharedLayer::Int8Scratch::place(SharedLayer& layer, std::byte* base) const {
+  LayerCall& call = layer.call_;
+  call.x8 = kernels::Int8Rows::in(base + x, call.num_inputs(), layer.hidden_size());
+  call.h8 = kernels::Int8Rows::in(base + h, call.plan.num_rows(), layer.intermediate_size());
+}
+
+SharedLayer::InferenceScratch::InferenceScratch(const SharedLayer& layer, uint32_t passes) {
+  const auto& k = *layer.call_.kernels;
+  const uint32_t width = layer.intermediate_size(), hidden = layer.hidden_size();
+  scaled_ = plan.take(layer.scaled_bytes());
+  if (layer.kernel_.is_integer) {
+    h_rows_ = plan.take(layer.call_.plan.num_rows() * layer.call_.h_stride() * sizeof(bf16));
+    int8_.take(layer, plan);
+  } else {
+    for (const auto& expert : layer.call_.plan.active)
+      h_.push_back(plan.take(k.operand_bytes(expert.rows, width)));
+  }
+  y = layer.take_y(plan, passes);
+
+  const uint32_t most = std::max(layer.most_rows(hidden), layer.most_rows(width));
+  const auto operand_bytes = [&](uint32_t size) {
+    return round_up(layer.kernel_.operand_bytes(k, layer.most_rows(size), size), kCacheLine);
+  };
+  operand_ = std::max(operand_bytes(hidden), layer.kernel_.is_integer ? operand_bytes(width) : 0);
+  c_ = round_up(k.c_floats(most, kernels::kMaxPanelOutputs) * sizeof(float), kCacheLine);
+  per_worker_ = operand_ + 2 * c_ + round_up(k.nt_scratch_bytes(std::max(width, hidden)), kCacheLine);
+  workers_ = plan.take(per_worker_ * static_cast<size_t>(layer.config_.pool->num_threads()));
+}
+
+void SharedLayer::InferenceScratch::place(SharedLayer& layer, std::byte* base) const {
+  LayerCall& call = layer.call_;
+  layer.place_scaled(base + scaled_);
+  call.h.clear();
+  for (size_t at : h_) call.h.push_back(base + at);
+  if (layer.kernel_.is_integer) {
+    call.h_rows = reinterpret_cast<bf16*>(base + h_rows_);
+    int8_.place(layer, base);
+  }
+  call.workers.resize(static_cast<size_t>(layer.config_.pool->num_threads()));
+  for (size_t i = 0; i < call.workers.size(); ++i) {
+    std::byte* own = base + workers_ + i * per_worker_;
+    call.workers[i] = {static_cast<uint32_t>(i),
+                       PackedRows{},
+                       own,
+                       reinterpret_cast<float*>(own + operand_),
+                       reinterpret_cast<float*>(own + operand_ + c_),
+                       own + operand_ + 2 * c_};
+  }
+}
+
+}  // namespace ktmoe

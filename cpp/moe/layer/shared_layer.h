@@ -1,0 +1,116 @@
+// What the parts of a layer share: its weights, the call that is computed, and the steps of a pass that no
+// part owns. Compiled once, for inference and training alike.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+#include "core/function_ref.h"
+#include "moe/layer/gemm_kernel.h"
+#include "moe/layer/interface.h"
+#include "moe/plan/layer_call.h"
+#include "moe/plan/scratch_plan.h"
+
+namespace ktmoe {
+
+class SharedLayer {
+ public:
+  SharedLayer(const SharedLayer&) = delete;
+  SharedLayer& operator=(const SharedLayer&) = delete;
+
+ protected:
+  // Throws as GeneralMOEConfig::validate() does.
+  SharedLayer(GeneralMOEConfig config, GemmKernel kernel);
+  ~SharedLayer() = default;
+
+  // ---- weights ----
+
+  // Throws std::invalid_argument when the numbers of matrices or biases do not fit the config.
+  void check(const ExpertWeights& weights) const;
+  // Swaps checked weights in. On one node the parts read the caller's memory. On several nodes each part gets
+  // its own rows, copied once, and the caller's memory is released: every byte is stored once either way.
+  void take_weights(ExpertWeights& weights);
+  const ExpertMatrices& matrices_of(size_t part) const {
+    return nodes_.empty() ? weights_.matrices : nodes_[part].matrices;
+  }
+  // Throws std::runtime_error when no weights are loaded.
+  ProjectionFormats loaded_formats() const;
+  // All rows of an expert, wherever they are.
+  ExpertRows rows_of(uint32_t expert) const;
+
+  // ---- the steps of a pass; the caller holds mutex_ ----
+
+  // Makes the plan. Throws as MoE_Interface::forward() does.
+  void begin(const ForwardArgs& args);
+
+  // Makes the inputs of a layer that scales them by the routing weights [T, P].
+  void run_scale_inputs(const float* weights);
+  size_t scaled_bytes() const;
+  void place_scaled(std::byte* at);
+
+  // Before integer products: the inputs, and the intermediate, to int8.
+  void quantize_inputs();
+  void quantize_intermediate();
+  void forget_packed();
+
+  // At most as many rows as one block of an operand of k inputs has.
+  uint32_t most_rows(uint32_t k) const;
+  // As many passes over the hidden size as keep the fp32 results of the down projection within a budget that
+  // the last-level cache holds.
+  uint32_t num_passes() const;
+  // Too little work to wake the other workers for it.
+  bool is_tiny() const;
+
+  // The fp32 results of the down projection, one block per part; none in zero passes.
+  std::vector<size_t> take_y(ScratchPlan& plan, uint32_t passes) const;
+
+  // Runs counts_[i] tasks in sub-pool i.
+  void run_counts(FunctionRef<void(const Worker&, int, uint32_t)> task);
+  // Tasks that no part owns, shared by all threads: function(worker, task).
+  void run_tasks(uint32_t num_tasks, FunctionRef<void(uint32_t, uint32_t)> function);
+
+  uint32_t hidden_size() const { return static_cast<uint32_t>(config_.hidden_size); }
+  uint32_t intermediate_size() const { return static_cast<uint32_t>(config_.intermediate_size); }
+
+  // The rows that integer products take, in borrowed scratch.
+  struct Int8Scratch {
+    size_t x = 0, h = 0;
+    void take(const SharedLayer& layer, ScratchPlan& plan);
+    void place(SharedLayer& layer, std::byte* base) const;
+  };
+
+  // What a forward pass of inference borrows.
+  struct InferenceScratch {
+    ScratchPlan plan;
+    std::vector<size_t> y;
+    InferenceScratch(const SharedLayer& layer, uint32_t passes);
+    void place(SharedLayer& layer, std::byte* base) const;
+
+   private:
+    std::vector<size_t> h_;
+    size_t h_rows_ = 0, scaled_ = 0;
+    Int8Scratch int8_;
+    size_t workers_ = 0, per_worker_ = 0, operand_ = 0, c_ = 0;
+  };
+
+  GeneralMOEConfig config_;
+  const GemmKernel kernel_;
+  std::vector<OutputShare> shares_;  // one per part
+  ExpertWeights weights_;
+  std::vector<NodeMatrices> nodes_;  // one per part when the engine spans several nodes, else none
+  bool loaded_ = false;
+  LayerCall call_;
+  std::vector<uint32_t> counts_;  // tasks of each part in the current step
+  mutable std::mutex mutex_;      // one call at a time, even if two engines are given tasks of this layer
+
+ private:
+  bool spans_nodes() const;
+  void quantize(const kernels::RowsView& rows, uint32_t num, uint32_t k, const kernels::Int8Rows& to);
+
+  std::atomic<ProjectionFormats> formats_;  // of the loaded weights
+};
+
+}  // namespace ktmoe
