@@ -207,8 +207,7 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
     pass.lora_scale = sft_config_.lora_scale(/*drops=*/cache.mask_x != nullptr);
     pass.biases = &weights_.biases;
     pass.logical = &weights_.logical;
-    for (size_t i = 0; i < nodes_.size(); ++i)
-      pass.segments.push_back({shares_[i], &nodes_[i].matrices});
+    for (size_t i = 0; i < nodes_.size(); ++i) pass.segments.push_back({shares_[i], &nodes_[i].matrices});
     if (nodes_.empty()) pass.segments = {{{{0, pass.inter()}, {0, pass.hidden()}}, &weights_.matrices}};
     return pass;
   }

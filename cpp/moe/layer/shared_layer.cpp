@@ -149,8 +149,7 @@ uint32_t SharedLayer::num_passes() const {
   constexpr size_t kBudgetBytes = size_t{32} << 20;
   const size_t bytes = size_t{call_.plan.num_rows()} * hidden_size() * sizeof(float);
   const size_t most = div_up(hidden_size(), 8 * kernels::kOutputBlock);
-  return static_cast<uint32_t>(
-      std::clamp<size_t>(div_up(bytes, kBudgetBytes), 1, std::max<size_t>(most, 1)));
+  return static_cast<uint32_t>(std::clamp<size_t>(div_up(bytes, kBudgetBytes), 1, std::max<size_t>(most, 1)));
 }
 
 // In bytes of weights, to which thousands of flop are added as if they were bytes.
