@@ -1,8 +1,7 @@
 // What the steps of a training pass work on: the layer, what is kept of the forward pass, and scratch.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
+#include <span>
 #include <vector>
 
 #include "kernels/contract_training.h"
@@ -29,13 +28,7 @@ struct PackedLeft {
   kernels::Operand operand;
 
   const kernels::Operand& pack_once(const kernels::KernelTable& table, const kernels::RowsView& rows,
-                                    const PanelTask& task, uint32_t n, std::byte* memory) {
-    if (active != task.active || m0 != task.m0) {
-      operand = table.pack_left(rows, task.m1 - task.m0, n, memory);
-      active = task.active, m0 = task.m0;
-    }
-    return operand;
-  }
+                                    const PanelTask& task, uint32_t n, std::byte* memory);
 };
 
 // A worker's scratch in the backward pass.
@@ -110,13 +103,8 @@ struct TrainingPass {
     return {matrix + row * stride, stride, nullptr};
   }
   // Whether s x is exact in bf16 for any x: then it needs no product of its own.
-  bool scale_is_exact() const {
-    int exponent;
-    return std::frexp(lora_scale, &exponent) == 0.5f;
-  }
-  WeightView adapter(LoraId id, const PanelTask& task) const {
-    return cache->lora->view(id, logical_expert(expert(task).expert));
-  }
+  bool scale_is_exact() const;
+  WeightView adapter(LoraId id, const PanelTask& task) const;
 };
 
 // Bits of a mask, a row a token.
@@ -126,21 +114,11 @@ struct MaskView {
   const uint8_t* row(int32_t token) const { return bits + static_cast<size_t>(token) * stride; }
 };
 
-inline MaskView mask_of_x(const TrainingPass& pass) {
-  return {pass.cache->mask_x, mask_row_bytes(pass.hidden())};
-}
-inline MaskView mask_of_h(const TrainingPass& pass) {
-  return {pass.cache->mask_h, mask_row_bytes(pass.inter())};
-}
+MaskView mask_of_x(const TrainingPass& pass);
+MaskView mask_of_h(const TrainingPass& pass);
 
 // Columns of rows, with zeros where dropout says so, row after row in `to`. Row m is of token tokens[m].
-inline void copy_dropped(const kernels::RowsView& source, const int32_t* tokens, uint32_t rows, Span columns,
-                         const MaskView& mask, bf16* to) {
-  for (uint32_t m = 0; m < rows; ++m, to += columns.size()) {
-    const size_t row = source.index ? static_cast<size_t>(source.index[m]) : m;
-    std::copy_n(source.data + row * source.stride + columns.begin, columns.size(), to);
-    apply_mask(mask.row(tokens[m]), columns.begin, columns.size(), to);
-  }
-}
+void copy_dropped(const kernels::RowsView& source, const int32_t* tokens, uint32_t rows, Span columns,
+                  const MaskView& mask, bf16* to);
 
 }  // namespace ktmoe

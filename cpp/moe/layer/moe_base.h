@@ -8,16 +8,14 @@
 // base calls by static dispatch (CRTP) and which do nothing unless hidden by the derived class.
 #pragma once
 
-#include <algorithm>
-#include <type_traits>
 #include <vector>
 
-#include "core/aligned_buffer.h"
 #include "moe/layer/gemm_kernel.h"
 #include "moe/plan/layer_call.h"
 
 namespace ktmoe {
 
+// Defined in moe_base-inl.h, which is compiled where a part is: moe_tp.cpp and sft_moe_tp.cpp.
 template <class Derived>
 class AMX_MOE_BASE {
  public:
@@ -31,22 +29,11 @@ class AMX_MOE_BASE {
     biases_ = biases;
   }
 
-  void cut_gate_up(const LayerCall& call, int num_threads) {
-    cut_panels(call.plan, intermediate_, static_cast<uint32_t>(config_.hidden_size), num_threads,
-               gate_up_tasks_);
-  }
+  void cut_gate_up(const LayerCall& call, int num_threads);
   // Columns of pass `i` of `passes`.
-  void cut_down(const LayerCall& call, int num_threads, uint32_t pass, uint32_t passes) {
-    begin_pass(call, num_threads, pass, passes);
-    cut_panels(call.plan, pass_.columns, static_cast<uint32_t>(config_.intermediate_size), num_threads,
-               down_tasks_);
-  }
+  void cut_down(const LayerCall& call, int num_threads, uint32_t pass, uint32_t passes);
   // The part of that which every pass over the columns ends with.
-  void begin_pass(const LayerCall& call, int num_threads, uint32_t pass, uint32_t passes) {
-    const Span part = share_of(hidden_.size(), kernels::kOutputBlock, pass, passes);
-    pass_.columns = {hidden_.begin + part.begin, hidden_.begin + part.end};
-    cut_tokens(call.args->num_tokens, pass_.columns, num_threads, combine_tasks_);
-  }
+  void begin_pass(const LayerCall& call, int num_threads, uint32_t pass, uint32_t passes);
   uint32_t num_gate_up() const { return static_cast<uint32_t>(gate_up_tasks_.size()); }
   uint32_t num_down() const { return static_cast<uint32_t>(down_tasks_.size()); }
   uint32_t num_combine() const { return static_cast<uint32_t>(combine_tasks_.size()); }
@@ -54,84 +41,16 @@ class AMX_MOE_BASE {
   // Where the results of the down projection go: rows x the widest pass.
   void set_y(float* y) { pass_.y = y; }
 
-  void gate_up(LayerCall& call, WorkerScratch& scratch, uint32_t task_index) {
-    const PanelTask& task = gate_up_tasks_[task_index];
-    const auto& expert = call.plan.active[task.active];
-    const size_t e = expert.expert, width = static_cast<size_t>(config_.intermediate_size);
-    const kernels::Operand& x = packed_hidden(call, scratch, task);
-
-    kernels::ActivateArgs act;
-    act.activation = config_.activation;
-    act.n0 = task.n0, act.n1 = task.n1;
-    act.kept = derived().kept_rows(call, task, task.n0);
-    act.h = intermediate(call, task, act.kept);
-
-    product(call, scratch, x, matrices_->gate[e], task, scratch.c_gate);
-    act.c_gate = scratch.c_gate;
-    act.gate_bias = bias_of(biases_->gate, e * width + task.n0);
-    if (config_.activation.gated) {
-      product(call, scratch, x, matrices_->up[e], task, scratch.c_up);
-      act.c_up = scratch.c_up;
-      act.up_bias = bias_of(biases_->up, e * width + task.n0);
-    }
-    derived().before_activation(call, scratch, task, act);
-    call.kernels->activate(act);
-  }
-
-  void down(LayerCall& call, WorkerScratch& scratch, uint32_t task_index) {
-    const PanelTask& task = down_tasks_[task_index];
-    const size_t e = call.plan.active[task.active].expert;
-    const kernels::Operand h = down_operand(call, scratch, task);
-
-    kernels::StoreRowsArgs store;
-    store.bias = bias_of(biases_->down, e * static_cast<size_t>(config_.hidden_size) + task.n0);
-    store.m = task.m1 - task.m0, store.n = task.n1 - task.n0;
-    store.y_stride = pass_.columns.size();
-    store.y = pass_.y + first_row(call, task) * store.y_stride + (task.n0 - pass_.columns.begin);
-    if (call.kernels->c_is_rows && store.bias == nullptr && !derived().adds_to_down())
-      return product(call, scratch, h, matrices_->down[e], task, static_cast<float*>(store.y),
-                     store.y_stride);
-
-    product(call, scratch, h, matrices_->down[e], task, scratch.c_gate);
-    store.c = scratch.c_gate;
-    derived().before_store(call, scratch, task, store);
-    call.kernels->store_rows(store);
-  }
-
-  void combine(const LayerCall& call, uint32_t task_index) {
-    const PanelTask& task = combine_tasks_[task_index];
-    const ForwardArgs& args = *call.args;
-    const size_t slots = static_cast<size_t>(config_.num_experts_per_tok),
-                 hidden = static_cast<size_t>(config_.hidden_size);
-    const size_t at = task.m0 * hidden + task.n0;
-
-    const SlotSum& sum = *call.sum;
-    kernels::CombineArgs c;
-    c.y = pass_.y + (task.n0 - pass_.columns.begin);
-    c.y_stride = pass_.columns.size();
-    c.row = sum.row + task.m0 * slots;
-    c.weights = call.weights ? call.weights + task.m0 * slots : nullptr;
-    c.tokens = task.m1 - task.m0, c.slots = static_cast<uint32_t>(slots), c.columns = task.n1 - task.n0;
-    c.hidden = args.hidden_states + task.m0 * hidden;
-    c.hidden_size = static_cast<uint32_t>(hidden);
-    c.base = element(sum.base, sum.base_type, at), c.base_type = sum.base_type;
-    c.out = element(sum.out, sum.out_type, at), c.out_type = sum.out_type;
-    c.out_stride = hidden;
-    call.kernels->combine(c);
-  }
+  void gate_up(LayerCall& call, WorkerScratch& scratch, uint32_t task_index);
+  void down(LayerCall& call, WorkerScratch& scratch, uint32_t task_index);
+  void combine(const LayerCall& call, uint32_t task_index);
 
   // ---- hooks ----
   // Gate and up are in scratch.c_gate and c_up; `act` may be told of more.
   void before_activation(LayerCall&, WorkerScratch&, const PanelTask&, kernels::ActivateArgs&) {}
   // The rows that the activation leaves, from a column on, in place of an operand: some before integer
   // products.
-  kernels::KeptRows kept_rows(const LayerCall& call, const PanelTask& task, uint32_t column) const {
-    kernels::KeptRows rows;
-    if (!kernel_.is_integer) return rows;
-    rows.stride = call.h_stride();
-    rows.h = call.h_rows + first_row(call, task) * rows.stride + column;
-    return rows;
-  }
+  kernels::KeptRows kept_rows(const LayerCall& call, const PanelTask& task, uint32_t column) const;
   // The product with the down projection is in scratch.c_gate; only if adds_to_down() says so.
   bool adds_to_down() const { return false; }
   void before_store(LayerCall&, WorkerScratch&, const PanelTask&, kernels::StoreRowsArgs&) {}
@@ -148,62 +67,19 @@ class AMX_MOE_BASE {
  private:
   Derived& derived() { return static_cast<Derived&>(*this); }
 
-  static const float* bias_of(const std::vector<float>& biases, size_t at) {
-    return biases.empty() ? nullptr : biases.data() + at;
-  }
-
-  template <class Pointer>
-  static Pointer element(Pointer base, kernels::FloatType type, size_t at) {
-    if (base == nullptr) return nullptr;
-    const size_t bytes = at * (type == kernels::FloatType::kBf16 ? sizeof(bf16) : sizeof(float));
-    using Byte =
-        std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const std::byte, std::byte>;
-    return static_cast<Byte*>(base) + bytes;
-  }
-
   // The first of the task's rows in the plan.
   static size_t first_row(const LayerCall& call, const PanelTask& task) {
     return size_t{call.plan.active[task.active].begin} + task.m0;
   }
 
-  const kernels::Operand& packed_hidden(const LayerCall& call, WorkerScratch& scratch,
-                                        const PanelTask& task) {
-    const kernels::RowsView rows = call.inputs_from(first_row(call, task));
-    const auto hidden = static_cast<uint32_t>(config_.hidden_size);
-    if (!kernel_.is_integer)
-      return scratch.packed.pack_once(*call.kernels, rows, task, hidden, scratch.operand);
-    const kernels::Int8Rows x8 = rows.index ? call.x8 : call.x8.from(first_row(call, task));
-    return scratch.packed.pack_once(*call.kernels, x8, rows.index, task, hidden, scratch.operand);
-  }
-
+  const kernels::Operand& packed_hidden(const LayerCall& call, WorkerScratch& scratch, const PanelTask& task);
   // Where the activation writes its operand: nowhere, when it leaves rows.
   kernels::Operand intermediate(const LayerCall& call, const PanelTask& task,
-                                const kernels::KeptRows& kept) const {
-    const auto width = static_cast<uint32_t>(config_.intermediate_size);
-    if (kept.h) return {nullptr, 0, nullptr, task.m1 - task.m0, width};
-    const uint32_t rows = call.plan.active[task.active].rows;
-    return call.kernels->operand_block(call.h[task.active], rows, width, task.m0, task.m1);
-  }
+                                const kernels::KeptRows& kept) const;
   // The intermediate as the down projection takes it.
-  kernels::Operand down_operand(const LayerCall& call, WorkerScratch& scratch, const PanelTask& task) {
-    const auto width = static_cast<uint32_t>(config_.intermediate_size);
-    if (kernel_.is_integer)
-      return scratch.packed.pack_once(*call.kernels, call.h8.from(first_row(call, task)), nullptr, task,
-                                      width, scratch.operand);
-    const kernels::KeptRows kept = derived().kept_rows(call, task, 0);
-    if (kept.h == nullptr) return intermediate(call, task, kept);
-    return scratch.packed.pack_once(*call.kernels, {kept.h, kept.stride, nullptr}, task, width,
-                                    scratch.operand);
-  }
-
+  kernels::Operand down_operand(const LayerCall& call, WorkerScratch& scratch, const PanelTask& task);
   void product(const LayerCall& call, const WorkerScratch& scratch, const kernels::Operand& x,
-               const WeightView& w, const PanelTask& task, float* c, size_t c_stride = 0) {
-    kernels::NtArgs nt;
-    nt.x = x, nt.w = w;
-    nt.n0 = task.n0, nt.n1 = task.n1;
-    nt.c = c, nt.c_stride = c_stride, nt.scratch = scratch.nt;
-    kernel_.multiply(*call.kernels, nt);
-  }
+               const WeightView& w, const PanelTask& task, float* c, size_t c_stride = 0);
 
   const ExpertMatrices* matrices_ = nullptr;
   const ExpertBiases* biases_ = nullptr;

@@ -5,6 +5,9 @@
 
 namespace ktmoe {
 
+class AMX_MOE_TP;
+extern template class AMX_MOE_BASE<AMX_MOE_TP>;
+
 class AMX_MOE_TP : public AMX_MOE_BASE<AMX_MOE_TP> {
  public:
   using AMX_MOE_BASE<AMX_MOE_TP>::AMX_MOE_BASE;

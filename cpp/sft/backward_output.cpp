@@ -1,0 +1,40 @@
+#include "sft/backward_output.h"
+
+namespace ktmoe {
+
+void backward_output(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task) {
+  const uint32_t rows = task.m1 - task.m0, hidden = pass.hidden(), rank = pass.rank();
+  const size_t row = pass.first_row(task);
+  const kernels::RowsView q{pass.args->grad_output, hidden, pass.tokens(task)};
+  BackwardRows& out = pass.rows;
+  if (rank) {
+    const kernels::Operand left = pass.kernels().pack_left(q, rows, hidden, scratch.left);
+    const WeightView b = pass.adapter(LoraId::kDownB, task);
+    const size_t stride = pass.rank_stride();
+    bf16* r = out.r + row * stride;
+    rounded_product(pass, scratch, left, b, 1.0f, r, stride);
+    const bf16* ud = pass.cache->rows.inner[2] + row * rank;
+    for (uint32_t m = 0; m < rows; ++m) {
+      const float w = pass.cache->row_weight[row + m], sw = pass.lora_scale * w;
+      for (uint32_t i = 0; i < rank; ++i) {
+        const size_t at = (row + m) * rank + i;
+        bf16& value = r[m * stride + i];
+        out.weighted_r[at] = to_bf16(sw * to_float(value));
+        out.weighted_ud[at] = to_bf16(w * to_float(ud[m * rank + i]));
+        if (pass.scale_is_exact()) value = to_bf16(pass.lora_scale * to_float(value));
+      }
+    }
+    pass.kernels().pack_left_in_rows(r, stride, rows, rank, scratch.left);
+  }
+  for (uint32_t m = 0; m < rows; ++m) {
+    float sum = 0;
+    if (!pass.biases->down.empty()) {
+      const float* bias = pass.biases->down.data() + pass.expert(task).expert * size_t{hidden};
+      const bf16* values = q.data + static_cast<size_t>(q.index[m]) * hidden;
+      for (uint32_t i = 0; i < hidden; ++i) sum += to_float(values[i]) * bias[i];
+    }
+    out.grad_weight[(row + m + 1) * out.blocks - 1] = sum;
+  }
+}
+
+}  // namespace ktmoe

@@ -1,0 +1,81 @@
+#include "sft/forward_adapters.h"
+
+#include <algorithm>
+
+namespace ktmoe {
+namespace {
+
+// C = X W^T for rows [n0, n1) of an adapter's matrix.
+void multiply_adapter(const TrainingPass& pass, const kernels::Operand& x, const WeightView& w, uint32_t n0,
+                      uint32_t n1, float* c, std::byte* scratch) {
+  kernels::NtArgs nt;
+  nt.x = x, nt.w = w;
+  nt.n0 = n0, nt.n1 = n1;
+  nt.c = c, nt.scratch = scratch;
+  pass.kernels().nt[static_cast<size_t>(FormatId::kBf16)](nt);
+}
+
+// to[m, :] = bf(X A^T), rows of R.
+void inner_products(const TrainingPass& pass, WorkerScratch& scratch, const kernels::Operand& x,
+                    const WeightView& a, bf16* to) {
+  const uint32_t rank = pass.rank();
+  for (uint32_t r = 0; r < rank; r += kernels::kMaxPanelOutputs) {
+    const uint32_t end = std::min(r + kernels::kMaxPanelOutputs, rank);
+    multiply_adapter(pass, x, a, r, end, scratch.c_gate, scratch.nt);
+    kernels::StoreRowsArgs store;
+    store.c = scratch.c_gate, store.m = x.rows, store.n = end - r;
+    store.y = to + r, store.y_type = kernels::FloatType::kBf16, store.y_stride = rank;
+    pass.kernels().store_rows(store);
+  }
+}
+
+}  // namespace
+
+void first_inner(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task) {
+  const uint32_t rows = task.m1 - task.m0, hidden = pass.hidden();
+  const kernels::RowsView x = pass.call->inputs_from(pass.first_row(task));
+  if (const MaskView mask = mask_of_x(pass); mask.bits) {
+    ForwardScratch& own = pass.forward[scratch.worker];
+    copy_dropped(x, pass.tokens(task), rows, {0, hidden}, mask, own.dropped);
+    scratch.packed = {};
+    scratch.packed.operand =
+        pass.kernels().pack({own.dropped, hidden, nullptr}, rows, hidden, scratch.operand);
+  } else {
+    scratch.packed.pack_once(pass.kernels(), x, task, hidden, scratch.operand);
+  }
+  const size_t at = pass.first_row(task) * pass.rank();
+  inner_products(pass, scratch, scratch.packed.operand, pass.adapter(LoraId::kGateA, task),
+                 pass.cache->rows.inner[0] + at);
+  if (pass.gated())
+    inner_products(pass, scratch, scratch.packed.operand, pass.adapter(LoraId::kUpA, task),
+                   pass.cache->rows.inner[1] + at);
+}
+
+void down_inner(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task) {
+  const uint32_t rows = task.m1 - task.m0, inter = pass.inter();
+  const kernels::RowsView h =
+      pass.rows_from(pass.cache->rows.kept.h, pass.inter_stride(), pass.first_row(task));
+  if (const MaskView mask = mask_of_h(pass); mask.bits) {
+    ForwardScratch& own = pass.forward[scratch.worker];
+    copy_dropped(h, pass.tokens(task), rows, {0, inter}, mask, own.dropped);
+    scratch.packed = {};
+    scratch.packed.operand = pass.kernels().pack({own.dropped, inter, nullptr}, rows, inter, scratch.operand);
+  } else {
+    scratch.packed.pack_once(pass.kernels(), h, task, inter, scratch.operand);
+  }
+  inner_products(pass, scratch, scratch.packed.operand, pass.adapter(LoraId::kDownA, task),
+                 pass.cache->rows.inner[2] + pass.first_row(task) * pass.rank());
+}
+
+const float* adapter_output(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task, size_t slot,
+                            size_t projection, LoraId b) {
+  ForwardScratch& own = pass.forward[scratch.worker];
+  const kernels::RowsView inner =
+      pass.rows_from(pass.cache->rows.inner[projection], pass.rank(), pass.first_row(task));
+  const kernels::Operand& x =
+      own.inner[slot].pack_once(pass.kernels(), inner, task, pass.rank(), own.inner_operand[slot]);
+  multiply_adapter(pass, x, pass.adapter(b, task), task.n0, task.n1, own.l[slot], scratch.nt);
+  return own.l[slot];
+}
+
+}  // namespace ktmoe

@@ -1,0 +1,216 @@
+#include "sft/tp_moe_sft.h"
+
+#include <algorithm>
+#include <mutex>
+#include <utility>
+
+#include "core/error.h"
+#include "moe/layer/tp_moe_common-inl.h"
+#include "sft/forward_adapters.h"
+#include "sft/training_scratch.h"
+
+namespace ktmoe {
+
+template class TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface>;
+
+namespace {
+
+// A cache that is being filled: kept on the stack in the end, or its memory is spare again.
+class Filling {
+ public:
+  explicit Filling(CacheStack& stack) : stack_(stack), cache_(stack.take_spare()) {}
+  ~Filling() {
+    if (cache_) stack_.give_back(std::move(cache_));
+  }
+  Filling(const Filling&) = delete;
+  Filling& operator=(const Filling&) = delete;
+  ForwardCache& cache() { return *cache_; }
+  void keep(TrainingCall* call) { stack_.push(std::move(cache_), call); }
+
+ private:
+  CacheStack& stack_;
+  CacheStack::Cache cache_;
+};
+
+}  // namespace
+
+TP_MOE_SFT::TP_MOE_SFT(MOESFTConfig config, GemmKernel kernel, const LoraSources& lora)
+    : Common((config.validate(), config), kernel),
+      sft_config_(std::move(config)),
+      lora_(std::make_shared<LoraWeights>(sft_config_, lora)),
+      caches_(std::make_shared<CacheStack>(static_cast<size_t>(sft_config_.max_cache_depth))) {}
+
+void TP_MOE_SFT::clear_cache() {
+  const std::lock_guard lock(mutex_);
+  caches_->clear();
+}
+
+void TP_MOE_SFT::update_lora_weights(const LoraSources& sources) {
+  const std::lock_guard lock(mutex_);
+  // What waits for its backward pass keeps the values it was computed with.
+  if (lora_.use_count() > 1) lora_ = std::make_shared<LoraWeights>(*lora_);
+  lora_->update(sources, *config_.pool);
+}
+
+void TP_MOE_SFT::forget_forwards() {
+  const std::lock_guard lock(mutex_);
+  caches_->forget();
+}
+
+bool TP_MOE_SFT::is_last(uint32_t number, uint32_t num_tokens) {
+  const std::lock_guard lock(mutex_);
+  return caches_->is_last(number, num_tokens);
+}
+
+void TP_MOE_SFT::forward_sft(const ForwardArgs& args, bool save, uint32_t number, TrainingCall* call) {
+  const std::lock_guard lock(mutex_);
+  if (caches_->is_revoked(call)) return;
+  if (save && caches_->size() >= caches_->depth())
+    throw_runtime("forward_sft: as many forwards of layer ", config_.layer_idx,
+                  " wait for their backward as may, max_cache_depth ", caches_->depth(),
+                  "; call backward or clear the cache first");
+  begin(args);
+  Filling filling(*caches_);
+  ForwardCache& cache = filling.cache();
+  fill_input(args, save, cache);
+  {
+    std::optional<ScratchPool::Lease> rows;
+    if (!save || sft_config_.recompute) rows.emplace(lease_rows(cache, /*for_backward=*/false));
+    run_forward(args, cache, /*to_the_end=*/true);
+  }
+  if (!save) return;
+  cache.number = number;
+  std::swap(cache.plan, call_.plan);
+  filling.keep(call);
+}
+
+void TP_MOE_SFT::check_before_load() {
+  if (caches_->size() != 0)
+    throw_runtime("load_weights: forwards of layer ", config_.layer_idx, " wait for their backward, got ",
+                  caches_->size(), ", expected none");
+  caches_->forget();  // what backward passes of other threads have just used up
+}
+
+// ---- what both passes use ----
+
+TP_MOE_SFT::Training::Training(TP_MOE_SFT& layer, TrainingPass& pass) : layer_(layer) {
+  layer.for_parts([&](Part& part, int) { part.set_pass(&pass); });
+}
+
+TP_MOE_SFT::Training::~Training() {
+  layer_.for_parts([](Part& part, int) { part.set_pass(nullptr); });
+}
+
+TrainingPass TP_MOE_SFT::make_pass(ForwardCache& cache) {
+  TrainingPass pass;
+  pass.config = &sft_config_;
+  pass.kernel = kernel_;
+  pass.call = &call_;
+  pass.cache = &cache;
+  pass.lora_scale = sft_config_.lora_scale(/*drops=*/cache.mask_x != nullptr);
+  pass.biases = &weights_.biases;
+  pass.logical = &weights_.logical;
+  for (size_t i = 0; i < nodes_.size(); ++i) pass.segments.push_back({shares_[i], &nodes_[i].matrices});
+  if (nodes_.empty()) pass.segments = {{{{0, pass.inter()}, {0, pass.hidden()}}, &weights_.matrices}};
+  return pass;
+}
+
+ScratchPool::Lease TP_MOE_SFT::lease_rows(ForwardCache& cache, bool for_backward) {
+  ScratchPlan plan;
+  const RowsPlan rows(sft_config_, call_.plan.num_rows(), for_backward, plan);
+  ScratchPool::Lease lease = config_.pool->scratch().lease(plan.bytes());
+  cache.rows = rows.place(lease.data());
+  return lease;
+}
+
+std::vector<PanelTask> TP_MOE_SFT::row_blocks(uint32_t k) const {
+  std::vector<PanelTask> tasks;
+  cut_panels(call_.plan, {0, 1}, k, config_.pool->num_threads(), tasks);
+  return tasks;
+}
+
+// ---- forward ----
+
+void TP_MOE_SFT::fill_input(const ForwardArgs& args, bool save, ForwardCache& cache) {
+  const bool drops = save && sft_config_.lora_dropout > 0 && sft_config_.lora_rank > 0;
+  const size_t rows = call_.plan.num_rows();
+  ScratchPlan plan;
+  const InputPlan input(sft_config_, args.num_tokens, rows, drops, plan);
+  std::optional<RowsPlan> own_rows;
+  if (save && !sft_config_.recompute) own_rows.emplace(sft_config_, rows, true, plan);
+  cache.memory.reserve(plan.bytes());
+  input.place(cache.memory.data(), cache);
+  if (own_rows) cache.rows = own_rows->place(cache.memory.data());
+  cache.num_tokens = args.num_tokens;
+  cache.step = caches_->step();
+  cache.lora = lora_;
+
+  constexpr uint32_t kTokens = 16;
+  run_tasks(static_cast<uint32_t>(div_up(args.num_tokens, kTokens)), [&](uint32_t, uint32_t task) {
+    for (uint32_t t = task * kTokens; t < std::min((task + 1) * kTokens, args.num_tokens); ++t)
+      fill_token(args, t, cache);
+  });
+}
+
+void TP_MOE_SFT::fill_token(const ForwardArgs& args, uint32_t t, ForwardCache& cache) const {
+  const uint32_t hidden = hidden_size(), inter = intermediate_size();
+  const bf16* from = args.hidden_states + size_t{t} * hidden;
+  bf16* to = cache.hidden + size_t{t} * hidden;
+  const bool finite = std::all_of(from, from + hidden, is_finite);
+  constexpr bf16 kNaN{0x7fc0};
+  finite ? std::copy_n(from, hidden, to) : std::fill_n(to, hidden, kNaN);
+  const auto slots = static_cast<size_t>(config_.num_experts_per_tok);
+  for (size_t i = t * slots; i < (t + 1) * slots; ++i)
+    if (call_.plan.row[i] >= 0)
+      cache.row_weight[call_.plan.row[i]] = cache.input_weight ? 1.0f : args.topk_weights[i];
+  if (cache.input_weight) std::copy_n(args.topk_weights + t * slots, slots, cache.input_weight + t * slots);
+  if (cache.mask_x == nullptr) return;
+  DropoutKey key{sft_config_.seed, cache.step, static_cast<uint32_t>(config_.layer_idx), 0,
+                 sft_config_.lora_dropout};
+  draw_mask(key, t, hidden, cache.mask_x + t * mask_row_bytes(hidden));
+  key.which = 1;
+  draw_mask(key, t, inter, cache.mask_h + t * mask_row_bytes(inter));
+}
+
+void TP_MOE_SFT::run_forward(const ForwardArgs& args, ForwardCache& cache, bool to_the_end) {
+  ForwardArgs own = args;
+  own.hidden_states = cache.hidden;
+  call_.args = &own;
+  TrainingPass pass = make_pass(cache);
+  const uint32_t passes = to_the_end ? num_passes() : 0;
+  ScratchPlan plan;
+  const std::vector<size_t> y = take_y(plan, passes);
+  const size_t threads = static_cast<size_t>(config_.pool->num_threads());
+  const size_t scaled = plan.take(scaled_bytes());
+  Int8Scratch int8;
+  if (kernel_.is_integer) int8.take(*this, plan);
+  const ForwardWorkersPlan workers(pass, most_rows(pass.hidden()), most_rows(pass.inter()), threads, plan);
+  const ScratchPool::Lease lease = config_.pool->scratch().lease(plan.bytes());
+  place_y(y, lease.data());
+  place_scaled(lease.data() + scaled);
+  workers.place(lease.data(), pass);
+  if (kernel_.is_integer) int8.place(*this, lease.data());
+  call_.h_rows = cache.rows.kept.h;
+  const Training training(*this, pass);
+
+  run_scale_inputs(cache.input_weight);
+  run_inner(pass, pass.hidden(), first_inner);
+  run_gate_up();
+  run_inner(pass, pass.inter(), down_inner);
+  if (to_the_end) run_down(passes);
+}
+
+void TP_MOE_SFT::run_inner(TrainingPass& pass, uint32_t k, InnerStep step) {
+  forget_packed(pass);
+  if (pass.rank() == 0) return;
+  const std::vector<PanelTask> tasks = row_blocks(k);
+  run_tasks(static_cast<uint32_t>(tasks.size()),
+            [&](uint32_t worker, uint32_t task) { step(pass, call_.workers[worker], tasks[task]); });
+}
+
+void TP_MOE_SFT::forget_packed(TrainingPass& pass) {
+  SharedLayer::forget_packed();
+  for (ForwardScratch& worker : pass.forward) worker.inner[0] = worker.inner[1] = {};
+}
+
+}  // namespace ktmoe

@@ -1,0 +1,155 @@
+#include <algorithm>
+#include <mutex>
+#include <utility>
+
+#include "core/error.h"
+#include "kernels/table.h"
+#include "sft/backward_inner.h"
+#include "sft/backward_input.h"
+#include "sft/backward_output.h"
+#include "sft/backward_weights.h"
+#include "sft/tp_moe_sft.h"
+#include "sft/training_scratch.h"
+
+namespace ktmoe {
+namespace {
+
+// The last cache, for a backward pass: gone when that is done, else back where it was.
+class Using {
+ public:
+  Using(CacheStack& stack, TrainingCall* call) : stack_(stack), call_(call), cache_(stack.take_last()) {}
+  ~Using() {
+    if (cache_) is_done_ ? stack_.use_up(std::move(cache_), call_) : stack_.put_back(std::move(cache_));
+  }
+  Using(const Using&) = delete;
+  Using& operator=(const Using&) = delete;
+  bool nothing() const { return cache_ == nullptr; }
+  ForwardCache& cache() { return *cache_; }
+  void done() { is_done_ = true; }
+
+ private:
+  CacheStack& stack_;
+  TrainingCall* call_;
+  CacheStack::Cache cache_;
+  bool is_done_ = false;
+};
+
+// The plan of a cache, in use for the length of a scope.
+class PlanLoan {
+ public:
+  PlanLoan(RoutingPlan& user, RoutingPlan& owner) : user_(user), owner_(owner) { std::swap(user, owner); }
+  ~PlanLoan() { std::swap(user_, owner_); }
+  PlanLoan(const PlanLoan&) = delete;
+  PlanLoan& operator=(const PlanLoan&) = delete;
+
+ private:
+  RoutingPlan &user_, &owner_;
+};
+
+}  // namespace
+
+void TP_MOE_SFT::backward(const BackwardArgs& args, TrainingCall* call) {
+  const std::lock_guard lock(mutex_);
+  if (caches_->is_revoked(call)) return;
+  Using use(*caches_, call);
+  if (use.nothing())
+    throw_runtime("backward: no forward of layer ", config_.layer_idx,
+                  " waits for it, expected a forward_sft with save_for_backward first");
+  ForwardCache& cache = use.cache();
+  if (args.num_tokens != cache.num_tokens)
+    throw_invalid("grad_output: got ", args.num_tokens, " tokens, expected ", cache.num_tokens,
+                  " as in the forward pass");
+  const PlanLoan loan(call_.plan, cache.plan);
+  std::optional<ScratchPool::Lease> rows;
+  if (sft_config_.recompute) rows.emplace(lease_rows(cache, /*for_backward=*/true));
+  ForwardArgs forward;
+  forward.num_tokens = cache.num_tokens;
+  if (sft_config_.recompute || cache.is_overwritten) run_forward(forward, cache, /*to_the_end=*/false);
+  cache.is_overwritten = false;
+  run_backward(args, cache);
+  use.done();
+}
+
+void TP_MOE_SFT::run_backward(const BackwardArgs& args, ForwardCache& cache) {
+  ForwardArgs to_input;  // dx is combined as outputs are, with weights of one or those of the inputs
+  to_input.num_tokens = args.num_tokens;
+  to_input.hidden_states = cache.hidden;
+  to_input.out = args.grad_input;
+  call_.args = &to_input;
+  call_.weights = cache.input_weight;
+  call_.kernels = &kernels::active_table();
+  TrainingPass pass = make_pass(cache);
+  pass.args = &args;
+  const uint32_t passes = num_passes();
+  ScratchPlan plan;
+  const std::vector<size_t> y = take_y(plan, passes);
+  const size_t threads = static_cast<size_t>(config_.pool->num_threads());
+  const uint32_t most =
+      std::max({most_rows(pass.hidden()), most_rows(pass.inter()), most_rows(2 * pass.inter())});
+  const BackwardPlan memory(pass, most, threads, plan);
+  const size_t scaled = plan.take(scaled_bytes());
+  const ScratchPool::Lease lease = config_.pool->scratch().lease(plan.bytes());
+  place_y(y, lease.data());
+  memory.place(lease.data(), pass);
+  place_scaled(lease.data() + scaled);
+  const Training training(*this, pass);
+
+  run_scale_inputs(cache.input_weight);
+  run_step(pass, pass.hidden(), backward_output);
+  cache.is_overwritten = !sft_config_.cache_float32;  // dg and du take the place of g and u
+  run_activation();
+  if (pass.rank()) run_step(pass, pass.inter(), backward_inner);
+  run_weight_gradients(pass, weight_gradients(pass));
+  run_step(pass, 2 * pass.inter(), pack_first_gradients);
+  run_input(passes);
+  run_grad_weights(pass);
+}
+
+void TP_MOE_SFT::run_step(TrainingPass& pass, uint32_t k, BackwardStep step) {
+  const std::vector<PanelTask> tasks = row_blocks(k);
+  run_tasks(static_cast<uint32_t>(tasks.size()),
+            [&](uint32_t worker, uint32_t task) { step(pass, pass.backward[worker], tasks[task]); });
+}
+
+void TP_MOE_SFT::run_activation() {
+  for_parts([&](Part& part, int i) { part.cut_activation(call_, config_.pool->num_threads(i)); });
+  run_phase(&Part::num_backward, [&](const Worker& worker, Part& part, uint32_t task) {
+    part.activation(static_cast<uint32_t>(worker.index), task);
+  });
+}
+
+void TP_MOE_SFT::run_weight_gradients(TrainingPass& pass, const std::vector<WeightGradient>& gradients) {
+  const auto tasks = cut_weight_gradients(gradients, static_cast<uint32_t>(config_.expert_num));
+  run_tasks(static_cast<uint32_t>(tasks.size()), [&](uint32_t worker, uint32_t task) {
+    backward_weights(pass, gradients, pass.backward[worker], tasks[task]);
+  });
+}
+
+void TP_MOE_SFT::run_input(uint32_t passes) {
+  for (uint32_t i = 0; i < passes; ++i) {
+    for_parts([&](Part& part, int p) { part.cut_input(call_, config_.pool->num_threads(p), i, passes); });
+    run_phase(&Part::num_backward, [&](const Worker& worker, Part& part, uint32_t task) {
+      part.input(static_cast<uint32_t>(worker.index), task);
+    });
+    run_combine();
+  }
+}
+
+void TP_MOE_SFT::run_grad_weights(const TrainingPass& pass) {
+  constexpr size_t kSlots = 512;
+  const bool scaled = pass.rows.grad_input_weight != nullptr;
+  const size_t num_slots = call_.plan.row.size();
+  const size_t blocks = scaled ? pass.rows.input_blocks : pass.rows.blocks;
+  const float* all = scaled ? pass.rows.grad_input_weight : pass.rows.grad_weight;
+  run_tasks(static_cast<uint32_t>(div_up(num_slots, kSlots)), [&](uint32_t, uint32_t task) {
+    for (size_t i = task * kSlots; i < std::min((task + 1) * kSlots, num_slots); ++i) {
+      const int32_t row = call_.plan.row[i];
+      const float* parts = all + static_cast<size_t>(std::max(row, 0)) * blocks;
+      float sum = 0;
+      for (size_t b = 0; row >= 0 && b < blocks; ++b) sum += parts[b];
+      pass.args->grad_weights[i] = sum;
+    }
+  });
+}
+
+}  // namespace ktmoe

@@ -1,0 +1,40 @@
+#include "sft/training_pass.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace ktmoe {
+
+const kernels::Operand& PackedLeft::pack_once(const kernels::KernelTable& table,
+                                              const kernels::RowsView& rows, const PanelTask& task,
+                                              uint32_t n, std::byte* memory) {
+  if (active != task.active || m0 != task.m0) {
+    operand = table.pack_left(rows, task.m1 - task.m0, n, memory);
+    active = task.active, m0 = task.m0;
+  }
+  return operand;
+}
+
+bool TrainingPass::scale_is_exact() const {
+  int exponent;
+  return std::frexp(lora_scale, &exponent) == 0.5f;
+}
+
+WeightView TrainingPass::adapter(LoraId id, const PanelTask& task) const {
+  return cache->lora->view(id, logical_expert(expert(task).expert));
+}
+
+MaskView mask_of_x(const TrainingPass& pass) { return {pass.cache->mask_x, mask_row_bytes(pass.hidden())}; }
+
+MaskView mask_of_h(const TrainingPass& pass) { return {pass.cache->mask_h, mask_row_bytes(pass.inter())}; }
+
+void copy_dropped(const kernels::RowsView& source, const int32_t* tokens, uint32_t rows, Span columns,
+                  const MaskView& mask, bf16* to) {
+  for (uint32_t m = 0; m < rows; ++m, to += columns.size()) {
+    const size_t row = source.index ? static_cast<size_t>(source.index[m]) : m;
+    std::copy_n(source.data + row * source.stride + columns.begin, columns.size(), to);
+    apply_mask(mask.row(tokens[m]), columns.begin, columns.size(), to);
+  }
+}
+
+}  // namespace ktmoe
