@@ -7,11 +7,11 @@ void backward_activation(TrainingPass& pass, BackwardScratch& scratch, const Pan
   const size_t row = pass.first_row(task), e = pass.expert(task).expert;
   const Span columns{task.n0, task.n1};
   const kernels::RowsView q{pass.args->grad_output, hidden, pass.tokens(task)};
-  const kernels::Operand& left = scratch.packed.pack_once(pass.kernels(), q, task, hidden, scratch.left);
+  const kernels::Operand& lhs = scratch.packed.pack_once(pass.kernels(), q, task, hidden, scratch.lhs);
 
   kernels::ActivateBackwardArgs args;
   scratch.terms.clear();
-  add_terms(pass, left, &ExpertMatrices::down, &OutputShare::hidden, e, scratch.terms);
+  add_terms(pass, lhs, &ExpertMatrices::down, &OutputShare::hidden, e, scratch.terms);
   if (rank) {
     const size_t stride = pass.rank_stride();
     const kernels::NnTerm adapter =

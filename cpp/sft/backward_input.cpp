@@ -21,15 +21,15 @@ void dot_with_inputs(TrainingPass& pass, const PanelTask& task, const float* gra
 
 }  // namespace
 
-void pack_first_gradients(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task) {
+void pack_gradients_of_gate_up(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task) {
   const size_t row = pass.first_row(task);
   const auto pack = [&](bf16* d, size_t stride, uint32_t n) {
-    pass.kernels().pack_left_in_rows(d + row * stride, stride, task.m1 - task.m0, n, scratch.left);
+    pass.kernels().pack_left_in_rows(d + row * stride, stride, task.m1 - task.m0, n, scratch.lhs);
   };
   const BackwardRows& rows = pass.rows;
   for (bf16* d : {rows.d_gate, rows.d_up})
     if (d) pack(d, pass.inter_stride(), pass.inter());
-  for (bf16* d : {rows.d_inner_gate, rows.d_inner_up})
+  for (bf16* d : {rows.d_lora_gate, rows.d_lora_up})
     if (pass.rank()) pack(d, pass.rank_stride(), pass.rank());
 }
 
@@ -39,7 +39,7 @@ void backward_input(TrainingPass& pass, BackwardScratch& scratch, const PanelTas
   const size_t e = pass.expert(task).expert, row = pass.first_row(task), stride = pass_columns.size();
   const Span columns{task.n0, task.n1};
   const MaskView mask = mask_of_x(pass);
-  const auto left = [&](const bf16* d, size_t d_stride, uint32_t n) {
+  const auto lhs = [&](const bf16* d, size_t d_stride, uint32_t n) {
     return pass.kernels().left_in_rows(d + row * d_stride, d_stride, rows, n);
   };
 
@@ -47,19 +47,19 @@ void backward_input(TrainingPass& pass, BackwardScratch& scratch, const PanelTas
   terms.clear();
   kernels::NnTerm dropped[2];
   uint32_t num_dropped = 0;
-  const auto add = [&](const bf16* d, auto matrices, const bf16* d_inner, LoraId a) {
-    add_terms(pass, left(d, pass.inter_stride(), pass.inter()), matrices, &OutputShare::intermediate, e,
+  const auto add = [&](const bf16* d, auto matrices, const bf16* d_lora, LoraId a) {
+    add_terms(pass, lhs(d, pass.inter_stride(), pass.inter()), matrices, &OutputShare::intermediate, e,
               terms);
     if (rank == 0) return;
-    const kernels::NnTerm adapter = adapter_term(pass, left(d_inner, pass.rank_stride(), rank), a, task);
+    const kernels::NnTerm adapter = adapter_term(pass, lhs(d_lora, pass.rank_stride(), rank), a, task);
     if (mask.bits) {
       dropped[num_dropped++] = adapter;
     } else {
       terms.push_back(adapter);
     }
   };
-  add(pass.rows.d_gate, &ExpertMatrices::gate, pass.rows.d_inner_gate, LoraId::kGateA);
-  if (pass.gated()) add(pass.rows.d_up, &ExpertMatrices::up, pass.rows.d_inner_up, LoraId::kUpA);
+  add(pass.rows.d_gate, &ExpertMatrices::gate, pass.rows.d_lora_gate, LoraId::kGateA);
+  if (pass.gated()) add(pass.rows.d_up, &ExpertMatrices::up, pass.rows.d_lora_up, LoraId::kUpA);
 
   kernels::NnArgs nn;
   if (pass.segments.size() == 1 && columns.end < pass_columns.end) {  // the task behind this one

@@ -12,9 +12,9 @@
 
 namespace ktmoe {
 
-// dg, du, dug and duu of a block of rows become left operands where they lie: nothing reads them as rows any
+// dg, du, dug and duu of a block of rows become lhs operands where they lie: nothing reads them as rows any
 // more.
-void pack_first_gradients(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task);
+void pack_gradients_of_gate_up(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task);
 
 // `pass_columns` are those of the pass over H, whose results are rows of y.
 void backward_input(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task, Span pass_columns,

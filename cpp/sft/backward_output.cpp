@@ -8,12 +8,12 @@ void backward_output(TrainingPass& pass, BackwardScratch& scratch, const PanelTa
   const kernels::RowsView q{pass.args->grad_output, hidden, pass.tokens(task)};
   BackwardRows& out = pass.rows;
   if (rank) {
-    const kernels::Operand left = pass.kernels().pack_left(q, rows, hidden, scratch.left);
+    const kernels::Operand lhs = pass.kernels().pack_left(q, rows, hidden, scratch.lhs);
     const WeightView b = pass.adapter(LoraId::kDownB, task);
     const size_t stride = pass.rank_stride();
     bf16* r = out.r + row * stride;
-    rounded_product(pass, scratch, left, b, 1.0f, r, stride);
-    const bf16* ud = pass.cache->rows.inner[2] + row * rank;
+    rounded_product(pass, scratch, lhs, b, 1.0f, r, stride);
+    const bf16* ud = pass.cache->rows.lora_hidden[2] + row * rank;
     for (uint32_t m = 0; m < rows; ++m) {
       const float w = pass.cache->row_weight[row + m], sw = pass.lora_scale * w;
       for (uint32_t i = 0; i < rank; ++i) {
@@ -24,7 +24,7 @@ void backward_output(TrainingPass& pass, BackwardScratch& scratch, const PanelTa
         if (pass.scale_is_exact()) value = to_bf16(pass.lora_scale * to_float(value));
       }
     }
-    pass.kernels().pack_left_in_rows(r, stride, rows, rank, scratch.left);
+    pass.kernels().pack_left_in_rows(r, stride, rows, rank, scratch.lhs);
   }
   for (uint32_t m = 0; m < rows; ++m) {
     float sum = 0;

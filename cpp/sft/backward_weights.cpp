@@ -60,17 +60,17 @@ std::vector<WeightGradient> weight_gradients(const TrainingPass& pass) {
   Rows dropped_x = x, dropped_h = h, weighted_h = h;
   dropped_x.mask = mask_of_x(pass), dropped_h.mask = mask_of_h(pass), weighted_h.weighted = true;
   const auto of_rank = [&](const bf16* data) { return Rows{data, rank, rank}; };
-  const auto d_inner = [&](const bf16* data) { return Rows{data, rank, pass.rank_stride()}; };
+  const auto d_lora = [&](const bf16* data) { return Rows{data, rank, pass.rank_stride()}; };
   const auto of_inter = [&](const bf16* data) { return Rows{data, inter, pass.inter_stride()}; };
   const auto lora = [&](LoraId id) { return args.lora[static_cast<size_t>(id)]; };
   const float s = pass.lora_scale;
   std::vector<WeightGradient> all = {
       {lora(LoraId::kDownB), of_rank(rows.weighted_ud), q, s, true},
       {lora(LoraId::kDownA), of_rank(rows.weighted_r), dropped_h, 1, false},
-      {lora(LoraId::kGateB), of_rank(cached.inner[0]), of_inter(rows.d_gate), s, true},
-      {lora(LoraId::kGateA), d_inner(rows.d_inner_gate), dropped_x, 1, false},
-      {lora(LoraId::kUpB), of_rank(cached.inner[1]), of_inter(rows.d_up), s, true},
-      {lora(LoraId::kUpA), d_inner(rows.d_inner_up), dropped_x, 1, false},
+      {lora(LoraId::kGateB), of_rank(cached.lora_hidden[0]), of_inter(rows.d_gate), s, true},
+      {lora(LoraId::kGateA), d_lora(rows.d_lora_gate), dropped_x, 1, false},
+      {lora(LoraId::kUpB), of_rank(cached.lora_hidden[1]), of_inter(rows.d_up), s, true},
+      {lora(LoraId::kUpA), d_lora(rows.d_lora_up), dropped_x, 1, false},
       {args.down_proj, q, weighted_h, 1, false},
       {args.gate_proj, of_inter(rows.d_gate), x, 1, false},
       {args.up_proj, of_inter(rows.d_up), x, 1, false},

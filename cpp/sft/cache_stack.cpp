@@ -58,8 +58,8 @@ void CacheStack::use_up(Cache cache, TrainingCall* call) noexcept {
   is_in_use_ = false;
   if (call != nullptr && !call->is_revoked_ && !call->is_final_) {
     call->used_up_ = std::move(cache);
-    call->num_forgotten_ = num_forgotten_;
-    return count();
+    call->num_drops_ = num_drops_;
+    return update_counts();
   }
   --num_out_;
   call != nullptr && call->is_revoked_ ? insert(std::move(cache)) : keep_memory(std::move(cache));
@@ -75,11 +75,11 @@ void CacheStack::settle(TrainingCall& call) noexcept {
   keep_memory(std::move(call.used_up_));
 }
 
-bool CacheStack::is_last(uint32_t number, uint32_t num_tokens) const {
+bool CacheStack::is_last(uint32_t caller_id, uint32_t num_tokens) const {
   const std::lock_guard lock(mutex_);
-  if (waiting_.empty() || number == 0) return false;
+  if (waiting_.empty() || caller_id == 0) return false;
   const ForwardCache& last = *waiting_.back();
-  return last.number == number && last.num_tokens == num_tokens;
+  return last.caller_id == caller_id && last.num_tokens == num_tokens;
 }
 
 void CacheStack::revoke(TrainingCall& call) noexcept {
@@ -88,7 +88,7 @@ void CacheStack::revoke(TrainingCall& call) noexcept {
   call.is_revoked_ = true;
   if (call.used_up_ != nullptr) {
     --num_out_;
-    const bool is_wanted = call.num_forgotten_ == num_forgotten_;
+    const bool is_wanted = call.num_drops_ == num_drops_;
     is_wanted ? insert(std::move(call.used_up_)) : keep_memory(std::move(call.used_up_));
   }
   if (call.saved_id_ == 0) return;
@@ -101,9 +101,9 @@ void CacheStack::revoke(TrainingCall& call) noexcept {
   keep_memory(std::move(cache));
 }
 
-void CacheStack::forget() {
+void CacheStack::drop_waiting() {
   const std::lock_guard lock(mutex_);
-  ++num_forgotten_;
+  ++num_drops_;
   while (!waiting_.empty()) {
     Cache cache = std::move(waiting_.back());
     waiting_.pop_back();
@@ -113,10 +113,10 @@ void CacheStack::forget() {
 
 void CacheStack::clear() {
   const std::lock_guard lock(mutex_);
-  ++num_forgotten_;
+  ++num_drops_;
   waiting_.clear();
   spare_.clear();
-  count();
+  update_counts();
 }
 
 // ---- with the lock ----
@@ -126,16 +126,16 @@ void CacheStack::insert(Cache cache) noexcept {
   const auto is_later = [&](const Cache& other) { return other->id > cache->id; };
   const auto at = std::find_if(waiting_.begin(), waiting_.end(), is_later);
   waiting_.insert(at, std::move(cache));
-  count();
+  update_counts();
 }
 
 void CacheStack::keep_memory(Cache cache) noexcept {
   cache->lora.reset();
   if (waiting_.size() + spare_.size() < depth_) spare_.push_back(std::move(cache));
-  count();
+  update_counts();
 }
 
-void CacheStack::count() noexcept {
+void CacheStack::update_counts() noexcept {
   num_waiting_ = waiting_.size() + (is_in_use_ ? 1 : 0);
   size_t sum = 0;
   for (const auto* list : {&waiting_, &spare_})

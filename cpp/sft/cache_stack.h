@@ -55,20 +55,20 @@ class CacheStack {
   void settle(TrainingCall& call) noexcept;
 
   // Whether the last one has that number, above 0, and so many tokens.
-  bool is_last(uint32_t number, uint32_t num_tokens) const;
+  bool is_last(uint32_t caller_id, uint32_t num_tokens) const;
 
   // Makes a call one that never happened; a task of it that runs now, or later, leaves nothing behind.
   void revoke(TrainingCall& call) noexcept;
 
   // Forgets all that wait. What calls have used up does not come back.
-  void forget();
+  void drop_waiting();
   // Lets their memory go too.
   void clear();
 
  private:
   void insert(Cache cache) noexcept;
   void keep_memory(Cache cache) noexcept;
-  void count() noexcept;
+  void update_counts() noexcept;
 
   const size_t depth_;
   const ForkGuard fork_guard_;
@@ -77,7 +77,7 @@ class CacheStack {
   size_t num_out_ = 0;                  // taken for backward passes, and not back nor settled
   bool is_in_use_ = false;              // the last, by the backward pass under way
   uint64_t last_id_ = 0;
-  uint64_t num_forgotten_ = 0;  // times that all were
+  uint64_t num_drops_ = 0;  // times that all were
   std::atomic<size_t> num_waiting_{0}, bytes_{0};
   std::atomic<uint32_t> step_{0};
 };
@@ -99,9 +99,9 @@ class TrainingCall {
   friend class CacheStack;
   const std::shared_ptr<CacheStack> stack_;
   bool is_revoked_ = false, is_final_ = false;
-  uint64_t saved_id_ = 0;       // of what a forward pass has saved
-  CacheStack::Cache used_up_;   // by a backward pass
-  uint64_t num_forgotten_ = 0;  // at that time
+  uint64_t saved_id_ = 0;      // of what a forward pass has saved
+  CacheStack::Cache used_up_;  // by a backward pass
+  uint64_t num_drops_ = 0;     // at that time
 };
 
 }  // namespace ktmoe

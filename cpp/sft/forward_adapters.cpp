@@ -16,8 +16,8 @@ void multiply_adapter(const TrainingPass& pass, const kernels::Operand& x, const
 }
 
 // to[m, :] = bf(X A^T), rows of R.
-void inner_products(const TrainingPass& pass, WorkerScratch& scratch, const kernels::Operand& x,
-                    const WeightView& a, bf16* to) {
+void multiply_lora_a(const TrainingPass& pass, WorkerScratch& scratch, const kernels::Operand& x,
+                     const WeightView& a, bf16* to) {
   const uint32_t rank = pass.rank();
   for (uint32_t r = 0; r < rank; r += kernels::kMaxPanelOutputs) {
     const uint32_t end = std::min(r + kernels::kMaxPanelOutputs, rank);
@@ -31,7 +31,7 @@ void inner_products(const TrainingPass& pass, WorkerScratch& scratch, const kern
 
 }  // namespace
 
-void first_inner(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task) {
+void gate_up_lora_hidden(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task) {
   const uint32_t rows = task.m1 - task.m0, hidden = pass.hidden();
   const kernels::RowsView x = pass.call->inputs_from(pass.first_row(task));
   if (const MaskView mask = mask_of_x(pass); mask.bits) {
@@ -44,14 +44,14 @@ void first_inner(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& ta
     scratch.packed.pack_once(pass.kernels(), x, task, hidden, scratch.operand);
   }
   const size_t at = pass.first_row(task) * pass.rank();
-  inner_products(pass, scratch, scratch.packed.operand, pass.adapter(LoraId::kGateA, task),
-                 pass.cache->rows.inner[0] + at);
+  multiply_lora_a(pass, scratch, scratch.packed.operand, pass.adapter(LoraId::kGateA, task),
+                  pass.cache->rows.lora_hidden[0] + at);
   if (pass.gated())
-    inner_products(pass, scratch, scratch.packed.operand, pass.adapter(LoraId::kUpA, task),
-                   pass.cache->rows.inner[1] + at);
+    multiply_lora_a(pass, scratch, scratch.packed.operand, pass.adapter(LoraId::kUpA, task),
+                    pass.cache->rows.lora_hidden[1] + at);
 }
 
-void down_inner(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task) {
+void down_lora_hidden(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task) {
   const uint32_t rows = task.m1 - task.m0, inter = pass.inter();
   const kernels::RowsView h =
       pass.rows_from(pass.cache->rows.kept.h, pass.inter_stride(), pass.first_row(task));
@@ -63,19 +63,19 @@ void down_inner(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& tas
   } else {
     scratch.packed.pack_once(pass.kernels(), h, task, inter, scratch.operand);
   }
-  inner_products(pass, scratch, scratch.packed.operand, pass.adapter(LoraId::kDownA, task),
-                 pass.cache->rows.inner[2] + pass.first_row(task) * pass.rank());
+  multiply_lora_a(pass, scratch, scratch.packed.operand, pass.adapter(LoraId::kDownA, task),
+                  pass.cache->rows.lora_hidden[2] + pass.first_row(task) * pass.rank());
 }
 
-const float* adapter_output(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task, size_t slot,
+const float* adapter_output(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task, size_t block,
                             size_t projection, LoraId b) {
   ForwardScratch& own = pass.forward[scratch.worker];
-  const kernels::RowsView inner =
-      pass.rows_from(pass.cache->rows.inner[projection], pass.rank(), pass.first_row(task));
-  const kernels::Operand& x =
-      own.inner[slot].pack_once(pass.kernels(), inner, task, pass.rank(), own.inner_operand[slot]);
-  multiply_adapter(pass, x, pass.adapter(b, task), task.n0, task.n1, own.l[slot], scratch.nt);
-  return own.l[slot];
+  const kernels::RowsView lora_hidden =
+      pass.rows_from(pass.cache->rows.lora_hidden[projection], pass.rank(), pass.first_row(task));
+  const kernels::Operand& x = own.lora_hidden[block].pack_once(pass.kernels(), lora_hidden, task, pass.rank(),
+                                                               own.lora_hidden_operand[block]);
+  multiply_adapter(pass, x, pass.adapter(b, task), task.n0, task.n1, own.l[block], scratch.nt);
+  return own.l[block];
 }
 
 }  // namespace ktmoe

@@ -14,15 +14,15 @@ namespace ktmoe {
 // Rows are those of the routing plan: the tokens of an expert, one after the other. The memory is the cache's
 // own or, for rows that are not kept (CachedRows), borrowed for as long as they are needed.
 struct CachedRows {
-  kernels::KeptRows kept;  // g, u, h [rows, I]
-  bf16* inner[3] = {};     // ug, uu, ud [rows, R]: bf(x A^T) of gate, up, down
+  kernels::KeptRows kept;     // g, u, h [rows, I]
+  bf16* lora_hidden[3] = {};  // ug, uu, ud [rows, R]: bf(x A^T) of gate, up, down
 };
 
 struct ForwardCache {
   uint32_t num_tokens = 0;
-  uint64_t id = 0;      // of all saved by the layer, in their order
-  uint32_t number = 0;  // the caller's, if any
-  uint32_t step = 0;    // of the dropout masks
+  uint64_t id = 0;         // of all saved by the layer, in their order
+  uint32_t caller_id = 0;  // chosen by the caller; 0: none
+  uint32_t step = 0;       // of the dropout masks
   RoutingPlan plan;
   std::shared_ptr<const LoraWeights> lora;
   bf16* hidden = nullptr;         // x [T, H]; a token that is not finite is all NaN

@@ -34,11 +34,11 @@ class MoE_SFT_Interface : public MoE_Interface {
   // The layer with its adapters. With `save`, dropout acts and what backward() needs is kept. Throws
   // std::runtime_error when as many forwards wait as may. A forward that is kept may be given a number of its
   // caller's, above 0.
-  virtual void forward_sft(const ForwardArgs& args, bool save, uint32_t number = 0,
+  virtual void forward_sft(const ForwardArgs& args, bool save, uint32_t caller_id = 0,
                            TrainingCall* call = nullptr) = 0;
 
   // Whether the forward that backward() would take has that number, above 0, and so many tokens.
-  virtual bool is_last(uint32_t number, uint32_t num_tokens) = 0;
+  virtual bool is_last(uint32_t caller_id, uint32_t num_tokens) = 0;
 
   // Forgets all forwards that wait; their memory serves the next ones.
   virtual void forget_forwards() = 0;

@@ -16,14 +16,14 @@ template class TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface>;
 namespace {
 
 // A cache that is being filled: kept on the stack in the end, or its memory is spare again.
-class Filling {
+class NewCache {
  public:
-  explicit Filling(CacheStack& stack) : stack_(stack), cache_(stack.take_spare()) {}
-  ~Filling() {
+  explicit NewCache(CacheStack& stack) : stack_(stack), cache_(stack.take_spare()) {}
+  ~NewCache() {
     if (cache_) stack_.give_back(std::move(cache_));
   }
-  Filling(const Filling&) = delete;
-  Filling& operator=(const Filling&) = delete;
+  NewCache(const NewCache&) = delete;
+  NewCache& operator=(const NewCache&) = delete;
   ForwardCache& cache() { return *cache_; }
   void keep(TrainingCall* call) { stack_.push(std::move(cache_), call); }
 
@@ -54,24 +54,24 @@ void TP_MOE_SFT::update_lora_weights(const LoraSources& sources) {
 
 void TP_MOE_SFT::forget_forwards() {
   const std::lock_guard lock(mutex_);
-  caches_->forget();
+  caches_->drop_waiting();
 }
 
-bool TP_MOE_SFT::is_last(uint32_t number, uint32_t num_tokens) {
+bool TP_MOE_SFT::is_last(uint32_t caller_id, uint32_t num_tokens) {
   const std::lock_guard lock(mutex_);
-  return caches_->is_last(number, num_tokens);
+  return caches_->is_last(caller_id, num_tokens);
 }
 
-void TP_MOE_SFT::forward_sft(const ForwardArgs& args, bool save, uint32_t number, TrainingCall* call) {
+void TP_MOE_SFT::forward_sft(const ForwardArgs& args, bool save, uint32_t caller_id, TrainingCall* call) {
   const std::lock_guard lock(mutex_);
   if (caches_->is_revoked(call)) return;
   if (save && caches_->size() >= caches_->depth())
     throw_runtime("forward_sft: as many forwards of layer ", config_.layer_idx,
                   " wait for their backward as may, max_cache_depth ", caches_->depth(),
                   "; call backward or clear the cache first");
-  begin(args);
-  Filling filling(*caches_);
-  ForwardCache& cache = filling.cache();
+  begin_forward(args);
+  NewCache new_cache(*caches_);
+  ForwardCache& cache = new_cache.cache();
   fill_input(args, save, cache);
   {
     std::optional<ScratchPool::Lease> rows;
@@ -79,16 +79,16 @@ void TP_MOE_SFT::forward_sft(const ForwardArgs& args, bool save, uint32_t number
     run_forward(args, cache, /*to_the_end=*/true);
   }
   if (!save) return;
-  cache.number = number;
+  cache.caller_id = caller_id;
   std::swap(cache.plan, call_.plan);
-  filling.keep(call);
+  new_cache.keep(call);
 }
 
 void TP_MOE_SFT::check_before_load() {
   if (caches_->size() != 0)
     throw_runtime("load_weights: forwards of layer ", config_.layer_idx, " wait for their backward, got ",
                   caches_->size(), ", expected none");
-  caches_->forget();  // what backward passes of other threads have just used up
+  caches_->drop_waiting();  // what backward passes of other threads have just used up
 }
 
 // ---- what both passes use ----
@@ -194,23 +194,23 @@ void TP_MOE_SFT::run_forward(const ForwardArgs& args, ForwardCache& cache, bool 
   const Training training(*this, pass);
 
   run_scale_inputs(cache.input_weight);
-  run_inner(pass, pass.hidden(), first_inner);
+  run_lora_hidden(pass, pass.hidden(), gate_up_lora_hidden);
   run_gate_up();
-  run_inner(pass, pass.inter(), down_inner);
+  run_lora_hidden(pass, pass.inter(), down_lora_hidden);
   if (to_the_end) run_down(passes);
 }
 
-void TP_MOE_SFT::run_inner(TrainingPass& pass, uint32_t k, InnerStep step) {
-  forget_packed(pass);
+void TP_MOE_SFT::run_lora_hidden(TrainingPass& pass, uint32_t k, LoraHiddenStep step) {
+  invalidate_packed(pass);
   if (pass.rank() == 0) return;
   const std::vector<PanelTask> tasks = row_blocks(k);
   run_tasks(static_cast<uint32_t>(tasks.size()),
             [&](uint32_t worker, uint32_t task) { step(pass, call_.workers[worker], tasks[task]); });
 }
 
-void TP_MOE_SFT::forget_packed(TrainingPass& pass) {
-  SharedLayer::forget_packed();
-  for (ForwardScratch& worker : pass.forward) worker.inner[0] = worker.inner[1] = {};
+void TP_MOE_SFT::invalidate_packed(TrainingPass& pass) {
+  SharedLayer::invalidate_packed();
+  for (ForwardScratch& worker : pass.forward) worker.lora_hidden[0] = worker.lora_hidden[1] = {};
 }
 
 }  // namespace ktmoe

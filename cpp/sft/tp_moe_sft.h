@@ -1,7 +1,7 @@
 // A layer of experts that trains, over all sub-pools of an engine.
 //
 // forward     copy the input | ug, uu | gate, up, activation | ud | down, combine
-// backward    r | z, dg, du | dug, duu | gradients of matrices | (dg, du to left operands) | dx, combine
+// backward    r | z, dg, du | dug, duu | gradients of matrices | (dg, du to lhs operands) | dx, combine
 #pragma once
 
 #include <memory>
@@ -35,8 +35,8 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
 
   void update_lora_weights(const LoraSources& sources) override;
   void forget_forwards() override;
-  bool is_last(uint32_t number, uint32_t num_tokens) override;
-  void forward_sft(const ForwardArgs& args, bool save, uint32_t number = 0,
+  bool is_last(uint32_t caller_id, uint32_t num_tokens) override;
+  void forward_sft(const ForwardArgs& args, bool save, uint32_t caller_id = 0,
                    TrainingCall* call = nullptr) override;
   void backward(const BackwardArgs& args, TrainingCall* call = nullptr) override;
 
@@ -69,10 +69,10 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
   void fill_token(const ForwardArgs& args, uint32_t t, ForwardCache& cache) const;
   // The layer on the cache's input; without the end, only what the backward pass needs.
   void run_forward(const ForwardArgs& args, ForwardCache& cache, bool to_the_end);
-  using InnerStep = void (*)(TrainingPass&, WorkerScratch&, const PanelTask&);
-  void run_inner(TrainingPass& pass, uint32_t k, InnerStep step);
+  using LoraHiddenStep = void (*)(TrainingPass&, WorkerScratch&, const PanelTask&);
+  void run_lora_hidden(TrainingPass& pass, uint32_t k, LoraHiddenStep step);
   // What workers have packed is of another matrix from here on.
-  void forget_packed(TrainingPass& pass);
+  void invalidate_packed(TrainingPass& pass);
 
   // ---- backward (tp_moe_sft_backward.cpp) ----
 

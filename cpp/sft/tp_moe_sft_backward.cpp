@@ -4,7 +4,7 @@
 
 #include "core/error.h"
 #include "kernels/table.h"
-#include "sft/backward_inner.h"
+#include "sft/backward_lora_hidden.h"
 #include "sft/backward_input.h"
 #include "sft/backward_output.h"
 #include "sft/backward_weights.h"
@@ -15,15 +15,15 @@ namespace ktmoe {
 namespace {
 
 // The last cache, for a backward pass: gone when that is done, else back where it was.
-class Using {
+class CacheInUse {
  public:
-  Using(CacheStack& stack, TrainingCall* call) : stack_(stack), call_(call), cache_(stack.take_last()) {}
-  ~Using() {
+  CacheInUse(CacheStack& stack, TrainingCall* call) : stack_(stack), call_(call), cache_(stack.take_last()) {}
+  ~CacheInUse() {
     if (cache_) is_done_ ? stack_.use_up(std::move(cache_), call_) : stack_.put_back(std::move(cache_));
   }
-  Using(const Using&) = delete;
-  Using& operator=(const Using&) = delete;
-  bool nothing() const { return cache_ == nullptr; }
+  CacheInUse(const CacheInUse&) = delete;
+  CacheInUse& operator=(const CacheInUse&) = delete;
+  bool is_empty() const { return cache_ == nullptr; }
   ForwardCache& cache() { return *cache_; }
   void done() { is_done_ = true; }
 
@@ -51,8 +51,8 @@ class PlanLoan {
 void TP_MOE_SFT::backward(const BackwardArgs& args, TrainingCall* call) {
   const std::lock_guard lock(mutex_);
   if (caches_->is_revoked(call)) return;
-  Using use(*caches_, call);
-  if (use.nothing())
+  CacheInUse use(*caches_, call);
+  if (use.is_empty())
     throw_runtime("backward: no forward of layer ", config_.layer_idx,
                   " waits for it, expected a forward_sft with save_for_backward first");
   ForwardCache& cache = use.cache();
@@ -98,9 +98,9 @@ void TP_MOE_SFT::run_backward(const BackwardArgs& args, ForwardCache& cache) {
   run_step(pass, pass.hidden(), backward_output);
   cache.is_overwritten = !sft_config_.cache_float32;  // dg and du take the place of g and u
   run_activation();
-  if (pass.rank()) run_step(pass, pass.inter(), backward_inner);
+  if (pass.rank()) run_step(pass, pass.inter(), backward_lora_hidden);
   run_weight_gradients(pass, weight_gradients(pass));
-  run_step(pass, 2 * pass.inter(), pack_first_gradients);
+  run_step(pass, 2 * pass.inter(), pack_gradients_of_gate_up);
   run_input(passes);
   run_grad_weights(pass);
 }

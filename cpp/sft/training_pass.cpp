@@ -5,9 +5,8 @@
 
 namespace ktmoe {
 
-const kernels::Operand& PackedLeft::pack_once(const kernels::KernelTable& table,
-                                              const kernels::RowsView& rows, const PanelTask& task,
-                                              uint32_t n, std::byte* memory) {
+const kernels::Operand& PackedLhs::pack_once(const kernels::KernelTable& table, const kernels::RowsView& rows,
+                                             const PanelTask& task, uint32_t n, std::byte* memory) {
   if (active != task.active || m0 != task.m0) {
     operand = table.pack_left(rows, task.m1 - task.m0, n, memory);
     active = task.active, m0 = task.m0;

@@ -1,4 +1,20 @@
 // What the steps of a training pass work on: the layer, what is kept of the forward pass, and scratch.
+//
+// Symbols, here and in backward_*.h. bf() rounds to bf16; a row belongs to one token of one expert.
+//
+//   x           [H]   input of the expert
+//   g, u        [I]   gate and up, with biases and adapters: what the activation takes
+//   h           [I]   bf(act(g, u)), the intermediate
+//   w                 the routing weight of the row
+//   q           [H]   dY, the gradient of the layer's output, of the row's token
+//   s                 the scale of the adapters
+//   A, B              an adapter's matrices [R, K] and [N, R], with g, u, d for gate, up, down: Ag, Bg, ...
+//   ug, uu, ud  [R]   LoRA hidden states of gate, up, down: bf(x A^T)
+//   r           [R]   bf(q Bd), the gradient of ud before s and w
+//   z           [I]   the gradient of h before w
+//   dg, du      [I]   the gradients of g and u
+//   dug, duu    [R]   the gradients of ug and uu
+//   dx          [H]   the gradient of x
 #pragma once
 
 #include <span>
@@ -15,14 +31,14 @@ namespace ktmoe {
 
 // A worker's scratch in the forward pass, beside its WorkerScratch.
 struct ForwardScratch {
-  PackedRows inner[2];  // bf(x A^T) of gate (or down) and up, as operands
-  std::byte* inner_operand[2] = {};
+  PackedRows lora_hidden[2];  // ug (or ud) and uu as operands
+  std::byte* lora_hidden_operand[2] = {};
   float* l[2] = {};         // C blocks: what the adapters add
   bf16* dropped = nullptr;  // rows of x or h after dropout; null without
 };
 
-// Rows as a left operand, packed anew only when the expert or the rows change.
-struct PackedLeft {
+// Rows as an lhs operand, packed anew only when the expert or the rows change.
+struct PackedLhs {
   uint32_t active = UINT32_MAX;
   uint32_t m0 = 0;
   kernels::Operand operand;
@@ -33,8 +49,8 @@ struct PackedLeft {
 
 // A worker's scratch in the backward pass.
 struct BackwardScratch {
-  PackedLeft packed;
-  std::byte* left = nullptr;  // memory of a left operand
+  PackedLhs packed;
+  std::byte* lhs = nullptr;  // memory of an lhs operand
   std::vector<kernels::NnTerm> terms;
   float* c = nullptr;             // rows x BackwardRows::columns
   float* l = nullptr;             // the same, of the adapters
@@ -43,31 +59,31 @@ struct BackwardScratch {
 };
 inline constexpr uint32_t kChunkRows = 512;
 
-// The rows of the weight matrices that one node holds; all of them together are a layer's.
+// The rows of the weight matrices on one node; all segments together are the layer's matrices.
 struct WeightSegment {
   OutputShare rows;
   const ExpertMatrices* matrices = nullptr;
 };
 
-// What the backward pass computes on its way, all by rows of the plan. dg and du replace g and u wherever
-// these have the same type. Rows that become left operands where they lie (kernels/contract_training.h) are
+// Intermediate results of the backward pass, by rows of the plan. dg and du replace g and u wherever these
+// have the same type. Rows that become lhs operands where they lie (kernels/contract_training.h) are
 // inter_stride() or rank_stride() apart.
 struct BackwardRows {
-  bf16* r = nullptr;                                    // bf(q Bd) [rows, R]; s r where that is exact
-  bf16* weighted_r = nullptr;                           // bf(s w r) [rows, R], R apart
-  bf16* weighted_ud = nullptr;                          // bf(w ud), likewise
-  bf16 *d_gate = nullptr, *d_up = nullptr;              // dg, du [rows, I]
-  bf16 *d_inner_gate = nullptr, *d_inner_up = nullptr;  // dug, duu [rows, R]
+  bf16* r = nullptr;                                  // bf(q Bd) [rows, R]; s r where that is exact
+  bf16* weighted_r = nullptr;                         // bf(s w r) [rows, R], R apart
+  bf16* weighted_ud = nullptr;                        // bf(w ud), likewise
+  bf16 *d_gate = nullptr, *d_up = nullptr;            // dg, du [rows, I]
+  bf16 *d_lora_gate = nullptr, *d_lora_up = nullptr;  // dug, duu [rows, R]
   float* grad_weight = nullptr;  // [rows, blocks]: <z, h> over each block of columns, and <q, down_bias> last
-  // Where inputs are scaled, in the place of these: <grad_x', x> over each block of columns of H.
+  // Where routing weights scale the inputs, used instead: <dx, x> over each block of columns of H.
   float* grad_input_weight = nullptr;  // [rows, input_blocks]
   uint32_t input_blocks = 0;
-  uint32_t columns = 0;  // of an NN product at most
-  uint32_t blocks = 0;   // blocks of columns and that one
+  uint32_t columns = 0;  // the most columns of one NN product
+  uint32_t blocks = 0;   // blocks of columns, and one for the bias
 };
 
-// Elements from row to row of what becomes a left operand in its own memory.
-inline size_t left_stride(uint32_t width) { return round_up(width, kernels::kOutputBlock); }
+// Elements from row to row of what becomes an lhs operand in its own memory.
+inline size_t lhs_stride(uint32_t width) { return round_up(width, kernels::kOutputBlock); }
 
 struct TrainingPass {
   const MOESFTConfig* config = nullptr;
@@ -93,8 +109,8 @@ struct TrainingPass {
   uint32_t hidden() const { return static_cast<uint32_t>(config->hidden_size); }
   uint32_t inter() const { return static_cast<uint32_t>(config->intermediate_size); }
   uint32_t rank() const { return static_cast<uint32_t>(config->lora_rank); }
-  size_t inter_stride() const { return left_stride(inter()); }
-  size_t rank_stride() const { return left_stride(rank()); }
+  size_t inter_stride() const { return lhs_stride(inter()); }
+  size_t rank_stride() const { return lhs_stride(rank()); }
   bool gated() const { return config->activation.gated; }
   size_t logical_expert(size_t e) const { return logical->empty() ? e : (*logical)[e]; }
 

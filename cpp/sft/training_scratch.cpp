@@ -6,7 +6,7 @@ namespace ktmoe {
 namespace {
 
 size_t kept_stride(const MOESFTConfig& config) {
-  return left_stride(static_cast<uint32_t>(config.intermediate_size));
+  return lhs_stride(static_cast<uint32_t>(config.intermediate_size));
 }
 
 // Weights are read best in long pieces; but the results of many rows must leave the second-level cache room
@@ -27,7 +27,7 @@ RowsPlan::RowsPlan(const MOESFTConfig& config, size_t rows, bool for_backward, S
   if (for_backward) gate_ = plan.take(kept);
   if (for_backward && config.activation.gated) up_ = plan.take(kept);
   h_ = plan.take(inter * sizeof(bf16));
-  for (size_t& at : inner_) at = plan.take(rank * sizeof(bf16));
+  for (size_t& at : lora_hidden_) at = plan.take(rank * sizeof(bf16));
 }
 
 CachedRows RowsPlan::place(std::byte* base) const {
@@ -37,7 +37,7 @@ CachedRows RowsPlan::place(std::byte* base) const {
                for_backward_ && config_.activation.gated ? base + up_ : nullptr,
                config_.cache_float32 ? FloatType::kFloat32 : FloatType::kBf16,
                reinterpret_cast<bf16*>(base + h_), kept_stride(config_)};
-  for (size_t i = 0; i < 3; ++i) rows.inner[i] = reinterpret_cast<bf16*>(base + inner_[i]);
+  for (size_t i = 0; i < 3; ++i) rows.lora_hidden[i] = reinterpret_cast<bf16*>(base + lora_hidden_[i]);
   return rows;
 }
 
@@ -75,7 +75,7 @@ ForwardWorkersPlan::ForwardWorkersPlan(const TrainingPass& pass, uint32_t rows_o
   operand_ = own.take(std::max(operand_bytes(rows_of_x, hidden), operand_bytes(rows_of_h, inter)));
   for (size_t& at : c_) at = own.take(k.c_floats(rows, kernels::kMaxPanelOutputs) * sizeof(float));
   nt_ = own.take(k.nt_scratch_bytes(std::max({hidden, inter, pass.rank()})));
-  for (size_t& at : inner_) at = own.take(k.operand_bytes(rows, pass.rank()));
+  for (size_t& at : lora_hidden_) at = own.take(k.operand_bytes(rows, pass.rank()));
   drops_ = pass.cache->mask_x != nullptr;
   if (drops_)
     dropped_ = own.take(std::max(size_t{rows_of_x} * hidden, size_t{rows_of_h} * inter) * sizeof(bf16));
@@ -92,7 +92,7 @@ void ForwardWorkersPlan::place(std::byte* base, TrainingPass& pass) const {
     pass.call->workers.push_back(
         {static_cast<uint32_t>(i), {}, own + operand_, floats(c_[0]), floats(c_[1]), own + nt_});
     pass.forward.push_back({{},
-                            {own + inner_[0], own + inner_[1]},
+                            {own + lora_hidden_[0], own + lora_hidden_[1]},
                             {floats(c_[2]), floats(c_[3])},
                             drops_ ? reinterpret_cast<bf16*>(own + dropped_) : nullptr});
   }
@@ -114,7 +114,7 @@ BackwardPlan::BackwardPlan(const TrainingPass& pass, uint32_t most_rows, size_t 
   if (scales_) grad_input_weight_ = plan.take(rows * input_blocks_ * sizeof(float));
 
   ScratchPlan own;
-  left_ = own.take(k.left_bytes(most_rows, std::max({pass.hidden(), pass.inter(), pass.rank()})));
+  lhs_ = own.take(k.left_bytes(most_rows, std::max({pass.hidden(), pass.inter(), pass.rank()})));
   const size_t results = size_t{most_rows} * columns_ * sizeof(float);
   c_ = own.take(results), l_ = separate_l_ ? own.take(results) : 0;
   products_ = own.take(std::max(k.nn_scratch_bytes(), k.tn_scratch_bytes()));
@@ -127,7 +127,7 @@ void BackwardPlan::place(std::byte* base, TrainingPass& pass) const {
   const auto row = [&](size_t at) { return reinterpret_cast<bf16*>(base + at); };
   BackwardRows& rows = pass.rows;
   rows.r = row(rank_rows_[0]), rows.weighted_r = row(rank_rows_[1]), rows.weighted_ud = row(rank_rows_[2]);
-  rows.d_inner_gate = row(rank_rows_[3]), rows.d_inner_up = row(rank_rows_[4]);
+  rows.d_lora_gate = row(rank_rows_[3]), rows.d_lora_up = row(rank_rows_[4]);
   const kernels::KeptRows& kept = pass.cache->rows.kept;
   rows.d_gate = in_place_ ? static_cast<bf16*>(kept.gate) : row(inter_rows_[0]);
   rows.d_up = in_place_ ? static_cast<bf16*>(kept.up) : row(inter_rows_[1]);
@@ -140,7 +140,7 @@ void BackwardPlan::place(std::byte* base, TrainingPass& pass) const {
     std::byte* own = base + begin_ + i * per_worker_;
     const auto floats = [&](size_t at) { return reinterpret_cast<float*>(own + at); };
     pass.backward.push_back({{},
-                             own + left_,
+                             own + lhs_,
                              {},
                              floats(c_),
                              separate_l_ ? floats(l_) : nullptr,

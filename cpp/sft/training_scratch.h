@@ -18,7 +18,7 @@ class RowsPlan {
  private:
   const MOESFTConfig& config_;
   bool for_backward_;
-  size_t gate_ = 0, up_ = 0, h_, inner_[3];
+  size_t gate_ = 0, up_ = 0, h_, lora_hidden_[3];
 };
 
 // What a cache holds whether or not its rows are kept.
@@ -41,7 +41,7 @@ class ForwardWorkersPlan {
 
  private:
   size_t workers_, per_worker_, begin_;
-  size_t operand_, c_[4], nt_, inner_[2], dropped_ = 0;
+  size_t operand_, c_[4], nt_, lora_hidden_[2], dropped_ = 0;
   bool drops_;
 };
 
@@ -57,7 +57,7 @@ class BackwardPlan {
   bool in_place_, separate_l_, scales_;
   uint32_t columns_, blocks_, input_blocks_;
   size_t rank_rows_[5], inter_rows_[2], grad_weight_, grad_input_weight_ = 0;
-  size_t left_, c_, l_, products_, chunk_;
+  size_t lhs_, c_, l_, products_, chunk_;
 };
 
 }  // namespace ktmoe

@@ -134,8 +134,8 @@ def test_a_config_is_refused(engine: Any, case: str) -> None:
 
 #: Class without its end, a group size that it does not have, and what it expects.
 GROUP_SIZES = [
-    ("AMXBF16", 32, "0: the encoding says what shares a scale"),
-    ("AMXInt8", 32, "0: integer products take scales of rows"),
+    ("AMXBF16", 32, "0: the encoding has its own block size"),
+    ("AMXInt8", 32, "0: int8 products need per-channel scales"),
     ("AMXInt4", 48, "32, 64 or 128"),
     ("Int8", 64, "0 or 32"),
     ("Int4", 16, "32, 64 or 128"),

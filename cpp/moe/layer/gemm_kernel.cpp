@@ -9,7 +9,7 @@
 namespace ktmoe {
 namespace {
 
-[[noreturn]] void refuse_group_size(int64_t got, std::string_view expected) {
+[[noreturn]] void throw_group_size(int64_t got, std::string_view expected) {
   throw_invalid("group_size: got ", got, ", expected ", expected);
 }
 
@@ -30,12 +30,12 @@ std::string group_sizes_of(const Method& method) {
 FormatId chosen_format(const Method& method, int64_t group_size) {
   if (group_size == 0) return method.formats().front();
   if (method.num_formats == 1)
-    refuse_group_size(group_size, method.product == ProductType::kInt8
+    throw_group_size(group_size, method.product == ProductType::kInt8
                                       ? "0: integer products take scales of rows"
                                       : "0: the encoding says what shares a scale");
   for (FormatId format : method.formats())
     if (group_size_of(format) == group_size) return format;
-  refuse_group_size(group_size, group_sizes_of(method));
+  throw_group_size(group_size, group_sizes_of(method));
 }
 
 // Sums of int8 products must not overflow.
@@ -55,7 +55,7 @@ GemmKernel gemm_kernel(const Method& method, const GeneralMOEConfig& config) {
   const bool is_integer = method.product == ProductType::kInt8;
   if (method.formats().empty()) {
     if (config.group_size != 0)
-      refuse_group_size(config.group_size, "0: the encoding says what shares a scale");
+      throw_group_size(config.group_size, "0: the encoding says what shares a scale");
     return {std::nullopt, is_integer};
   }
   const FormatId format = chosen_format(method, config.group_size);

@@ -29,17 +29,17 @@ SharedLayer::SharedLayer(GeneralMOEConfig config, GemmKernel kernel)
 
 // ---- weights ----
 
-void SharedLayer::check(const ExpertWeights& w) const {
+void SharedLayer::check_weights(const ExpertWeights& w) const {
   const auto expect = [&](const char* name, size_t got, size_t wanted) {
     if (got != wanted) throw_invalid(name, ": got ", got, " values, expected ", wanted);
   };
-  const auto num = static_cast<size_t>(config_.expert_num);
-  expect("gate_proj", w.matrices.gate.size(), num);
-  expect("up_proj", w.matrices.up.size(), config_.activation.gated ? num : 0);
-  expect("down_proj", w.matrices.down.size(), num);
-  if (!w.biases.gate.empty()) expect("gate_bias", w.biases.gate.size(), num * intermediate_size());
-  if (!w.biases.up.empty()) expect("up_bias", w.biases.up.size(), num * intermediate_size());
-  if (!w.biases.down.empty()) expect("down_bias", w.biases.down.size(), num * hidden_size());
+  const auto experts = static_cast<size_t>(config_.expert_num);
+  expect("gate_proj", w.matrices.gate.size(), experts);
+  expect("up_proj", w.matrices.up.size(), config_.activation.gated ? experts : 0);
+  expect("down_proj", w.matrices.down.size(), experts);
+  if (!w.biases.gate.empty()) expect("gate_bias", w.biases.gate.size(), experts * intermediate_size());
+  if (!w.biases.up.empty()) expect("up_bias", w.biases.up.size(), experts * intermediate_size());
+  if (!w.biases.down.empty()) expect("down_bias", w.biases.down.size(), experts * hidden_size());
 }
 
 void SharedLayer::take_weights(ExpertWeights& weights) {
@@ -82,7 +82,7 @@ ExpertRows SharedLayer::rows_of(uint32_t expert) const {
 
 // ---- steps ----
 
-void SharedLayer::begin(const ForwardArgs& args) {
+void SharedLayer::begin_forward(const ForwardArgs& args) {
   if (!loaded_) throw_runtime("forward: layer ", config_.layer_idx, " has no weights, load them first");
   call_.kernels = &kernels::active_table();
   call_.config = &config_;
@@ -120,22 +120,22 @@ void SharedLayer::quantize_intermediate() {
     quantize({call_.h_rows, call_.h_stride(), nullptr}, call_.plan.num_rows(), intermediate_size(), call_.h8);
 }
 
-void SharedLayer::quantize(const kernels::RowsView& rows, uint32_t num, uint32_t k,
+void SharedLayer::quantize(const kernels::RowsView& rows, uint32_t num_rows, uint32_t k,
                            const kernels::Int8Rows& to) {
-  forget_packed();
+  invalidate_packed();
   constexpr size_t kInline = 32 << 10;  // elements: waking the others would take longer
   constexpr uint32_t kRows = 16;
   const auto block = [&](uint32_t first, uint32_t count) {
     const kernels::RowsView some{rows.data + first * rows.stride, rows.stride, nullptr};
     call_.kernels->quantize_rows(some, count, k, to.from(first));
   };
-  if (size_t{num} * k <= kInline) return block(0, num);
-  config_.pool->run(static_cast<uint32_t>(div_up(num, kRows)), [&](const Worker&, int, uint32_t task) {
-    block(task * kRows, std::min(kRows, num - task * kRows));
+  if (size_t{num_rows} * k <= kInline) return block(0, num_rows);
+  config_.pool->run(static_cast<uint32_t>(div_up(num_rows, kRows)), [&](const Worker&, int, uint32_t task) {
+    block(task * kRows, std::min(kRows, num_rows - task * kRows));
   });
 }
 
-void SharedLayer::forget_packed() {
+void SharedLayer::invalidate_packed() {
   for (WorkerScratch& worker : call_.workers) worker.packed = {};
 }
 

@@ -29,7 +29,7 @@ class SharedLayer {
   // ---- weights ----
 
   // Throws std::invalid_argument when the numbers of matrices or biases do not fit the config.
-  void check(const ExpertWeights& weights) const;
+  void check_weights(const ExpertWeights& weights) const;
   // Swaps checked weights in. On one node the parts read the caller's memory. On several nodes each part gets
   // its own rows, copied once, and the caller's memory is released: every byte is stored once either way.
   void take_weights(ExpertWeights& weights);
@@ -44,7 +44,7 @@ class SharedLayer {
   // ---- the steps of a pass; the caller holds mutex_ ----
 
   // Makes the plan. Throws as MoE_Interface::forward() does.
-  void begin(const ForwardArgs& args);
+  void begin_forward(const ForwardArgs& args);
 
   // Makes the inputs of a layer that scales them by the routing weights [T, P].
   void run_scale_inputs(const float* weights);
@@ -54,7 +54,7 @@ class SharedLayer {
   // Before integer products: the inputs, and the intermediate, to int8.
   void quantize_inputs();
   void quantize_intermediate();
-  void forget_packed();
+  void invalidate_packed();
 
   // At most as many rows as one block of an operand of k inputs has.
   uint32_t most_rows(uint32_t k) const;
@@ -108,7 +108,7 @@ class SharedLayer {
 
  private:
   bool spans_nodes() const;
-  void quantize(const kernels::RowsView& rows, uint32_t num, uint32_t k, const kernels::Int8Rows& to);
+  void quantize(const kernels::RowsView& rows, uint32_t num_rows, uint32_t k, const kernels::Int8Rows& to);
 
   std::atomic<ProjectionFormats> formats_;  // of the loaded weights
 };

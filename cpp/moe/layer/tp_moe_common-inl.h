@@ -17,7 +17,7 @@ TP_MOE_Common<Part, Interface>::TP_MOE_Common(GeneralMOEConfig config, GemmKerne
 
 template <class Part, class Interface>
 void TP_MOE_Common<Part, Interface>::load_weights(ExpertWeights& weights) {
-  check(weights);
+  check_weights(weights);
   const std::lock_guard lock(mutex_);
   check_before_load();
   take_weights(weights);
@@ -27,7 +27,7 @@ void TP_MOE_Common<Part, Interface>::load_weights(ExpertWeights& weights) {
 template <class Part, class Interface>
 void TP_MOE_Common<Part, Interface>::forward(const ForwardArgs& args) {
   const std::lock_guard lock(mutex_);
-  begin(args);
+  begin_forward(args);
   if (args.num_tokens == 0) return;
   const uint32_t passes = num_passes();
   const InferenceScratch layout(*this, passes);

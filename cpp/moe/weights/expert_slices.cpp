@@ -16,7 +16,7 @@ struct LinesCopy {
   ptrdiff_t from_stride;
   std::byte* to;
   size_t to_stride, bytes;  // of a line
-  uint32_t num;
+  uint32_t num_lines;
 
   void run(uint32_t begin, uint32_t end) const {
     const std::byte* source = from + static_cast<ptrdiff_t>(begin) * from_stride;
@@ -56,9 +56,9 @@ class Copies {
     };
     std::vector<Task> tasks;
     for (const LinesCopy& copy : copies_) {
-      const auto most = static_cast<uint32_t>(std::clamp<size_t>(kTaskBytes / copy.bytes, 1, copy.num));
-      for (uint32_t begin = 0; begin < copy.num; begin += most)
-        tasks.push_back({&copy, begin, std::min(begin + most, copy.num)});
+      const auto most = static_cast<uint32_t>(std::clamp<size_t>(kTaskBytes / copy.bytes, 1, copy.num_lines));
+      for (uint32_t begin = 0; begin < copy.num_lines; begin += most)
+        tasks.push_back({&copy, begin, std::min(begin + most, copy.num_lines)});
     }
     pool.run(static_cast<uint32_t>(tasks.size()),
              [&](const Worker&, int, uint32_t i) { tasks[i].copy->run(tasks[i].begin, tasks[i].end); });
@@ -135,13 +135,13 @@ SliceShapes shapes_of_slices(const GeneralMOEConfig& config, const ProjectionFor
     throw_invalid("gate_proj: its weights are ", format_name(formats.gate), " and those of up_proj ",
                   format_name(formats.up), ", expected one format to write them to one buffer");
   const int64_t size = whole / num_slices;
-  const auto refuse_cut = [&](FormatId format, size_t unit) {
+  const auto check_cut = [&](FormatId format, size_t unit) {
     if (num_slices != 1 && size % static_cast<int64_t>(unit) != 0)
       throw_invalid("gpu_tp_count: got ", num_slices, ", which cuts the intermediate size in slices of ",
                     size, ", expected multiples of ", unit, " with ", format_name(format));
   };
-  refuse_cut(formats.gate, std::max<size_t>(format_scale_rows(formats.gate), 1));
-  refuse_cut(formats.down, format_unit(formats.down));
+  check_cut(formats.gate, std::max<size_t>(format_scale_rows(formats.gate), 1));
+  check_cut(formats.down, format_unit(formats.down));
   const auto width = static_cast<uint32_t>(size), hidden = static_cast<uint32_t>(config.hidden_size);
   return {shape_of(formats.gate, width, hidden, config.activation.gated ? 2 : 1),
           shape_of(formats.down, hidden, width, 1)};

@@ -116,7 +116,7 @@ TEST_CASE("cache stack: what was used before all were forgotten does not come ba
     save(stack, nullptr, 1);
     const Call call = call_of(stack);
     use(stack, call);
-    clears ? stack->clear() : stack->forget();
+    clears ? stack->clear() : stack->drop_waiting();
     call->revoke();
     CHECK(stack->size() == 0);
   }
