@@ -115,41 +115,15 @@ std::vector<float> biases(nb::handle source, const char* name, int64_t num, int6
   if (source.is_none()) return {};
   const Array a = Array::read(source, name);
   a.expect({DType::kFloat32, DType::kBf16}, {num, width}).expect_contiguous();
-  std::vector<float> values(a.size());
-  for (size_t i = 0; i < values.size(); ++i)
-    values[i] = a.dtype() == DType::kBf16 ? to_float(a.as<bf16>()[i]) : a.as<float>()[i];
-  return values;
+  return read_biases(a.as<void>(), float_type(a), a.size());
 }
 
-// Physical expert i is given logical expert map[i].
-template <class Item>
-std::vector<Item> permuted(const std::vector<Item>& logical, const std::vector<int64_t>& map, size_t width) {
-  std::vector<Item> physical;
-  physical.reserve(logical.size());
-  for (size_t i = 0; i < map.size() && !logical.empty(); ++i) {
-    const auto* first = logical.data() + static_cast<size_t>(map[i]) * width;
-    physical.insert(physical.end(), first, first + width);
-  }
-  return physical;
-}
-
-void apply_map(nb::handle source, const GeneralMOEConfig& c, ExpertWeights& w) {
+void apply_map(nb::handle source, const GeneralMOEConfig& c, ExpertWeights& weights) {
   if (source.is_none()) return;
   const Array a = Array::read(source, "physical_to_logical_map");
   a.expect({DType::kInt64}, {c.expert_num}).expect_contiguous();
-  const std::vector<int64_t> map(a.as<int64_t>(), a.as<int64_t>() + a.size());
-  for (size_t i = 0; i < map.size(); ++i) {
-    if (map[i] < 0 || map[i] >= c.expert_num)
-      throw_out_of_range("physical_to_logical_map: got expert ", map[i], " at ", i, ", expected 0 to ",
-                         c.expert_num - 1);
-  }
-  const auto width = static_cast<size_t>(c.intermediate_size), hidden = static_cast<size_t>(c.hidden_size);
-  ExpertMatrices& m = w.matrices;
-  m.gate = permuted(m.gate, map, 1), m.up = permuted(m.up, map, 1), m.down = permuted(m.down, map, 1);
-  w.logical.assign(map.begin(), map.end());
-  ExpertBiases& b = w.biases;
-  b.gate = permuted(b.gate, map, width), b.up = permuted(b.up, map, width),
-  b.down = permuted(b.down, map, hidden);
+  // A copy: the array's owner may write to it between the check and the use.
+  weights.permute(std::vector<int64_t>(a.as<int64_t>(), a.as<int64_t>() + a.size()));
 }
 
 // The format of a projection: that of the layer, or, where projections have some of their own, the one named.

@@ -1,27 +1,14 @@
 // What a layer of experts does, whatever its weight format and however many nodes share it.
 #pragma once
 
-#include <memory>
-#include <vector>
+#include <cstdint>
 
 #include "moe/layer/config.h"
-#include "moe/weights/expert_matrices.h"
-#include "moe/weights/expert_slices.h"
 #include "moe/layer/gemm_kernel.h"
+#include "moe/weights/expert_slices.h"
+#include "moe/weights/expert_weights.h"
 
 namespace ktmoe {
-
-struct ExpertBiases {
-  std::vector<float> gate, up, down;  // [E, I], [E, I], [E, H], or empty
-};
-
-// The weights of a layer as they are given, a matrix a physical expert; `owner` keeps their memory alive.
-struct ExpertWeights {
-  ExpertMatrices matrices;
-  ExpertBiases biases;
-  std::vector<uint32_t> logical;  // [E]: the expert of the checkpoint that each one is; empty: itself
-  std::shared_ptr<const void> owner;
-};
 
 // One forward pass of the routed experts. All arrays are contiguous and the caller's.
 struct ForwardArgs {

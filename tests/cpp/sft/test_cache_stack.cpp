@@ -17,7 +17,7 @@ Call call_of(const Stack& stack) { return std::make_shared<TrainingCall>(stack);
 // What a forward pass does when it is done; `number` tells it from others.
 void save(const Stack& stack, const Call& call, uint32_t number) {
   CacheStack::Cache cache = stack->take_spare();
-  cache->number = number;
+  cache->caller_id = number;
   cache->step = stack->step();
   stack->push(std::move(cache), call.get());
 }
@@ -26,7 +26,7 @@ void save(const Stack& stack, const Call& call, uint32_t number) {
 uint32_t use(const Stack& stack, const Call& call) {
   CacheStack::Cache cache = stack->take_last();
   if (cache == nullptr) return 0;
-  const uint32_t number = cache->number;
+  const uint32_t number = cache->caller_id;
   stack->use_up(std::move(cache), call.get());
   return number;
 }
