@@ -41,15 +41,6 @@ int32_t add_layer(std::shared_ptr<CPUInfer> engine, std::shared_ptr<MoE_Interfac
   return xla::Layers::all().add(std::move(called));
 }
 
-nb::typed<nb::dict, nb::str, nb::int_> last_addresses() {
-  const xla::Addresses a = xla::last_addresses();
-  nb::typed<nb::dict, nb::str, nb::int_> result;
-  const auto set = [&](const char* name, const void* at) { result[name] = reinterpret_cast<uintptr_t>(at); };
-  set("hidden_states", a.hidden_states), set("out", a.out);
-  set("grad_output", a.grad_output), set("grad_input", a.grad_input);
-  return result;
-}
-
 }  // namespace
 
 void bind_xla(nb::module_& m) {
@@ -78,8 +69,6 @@ int
   m.def(
       "remove_layer", [](int32_t number) { xla::Layers::all().remove(number); }, nb::arg("number"),
       "Let the layer go; later calls of it fail.");
-  m.def("last_addresses", &last_addresses,
-        "Where the last call has found and put its arrays: whether anything was copied on the way to it.");
 }
 
 }  // namespace ktmoe::bindings

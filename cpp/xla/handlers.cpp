@@ -1,10 +1,8 @@
 #include "xla/handlers.h"
 
 #include <atomic>
-#include <mutex>
 #include <utility>
 
-#include "runtime/per_process.h"
 #include "xla/batch.h"
 #include "xla/cuda_calls.h"
 #include "xla/deferred.h"
@@ -12,11 +10,6 @@
 
 namespace ktmoe::xla {
 namespace {
-
-struct Noted {
-  std::mutex mutex;
-  Addresses addresses;
-};
 
 LoraSources take_lora(Call& call, const MOESFTConfig& c) {
   LoraSources sources;
@@ -49,16 +42,9 @@ uint32_t next_pass() {
   return pass;
 }
 
-void note(const Addresses& now) {
-  auto& noted = of_this_process<Noted>();
-  const std::lock_guard lock(noted.mutex);
-  noted.addresses = now;
-}
-
 void do_forward(Call& call) {
   const Batch batch(call);
   void* out = batch.take_out(call);
-  note({.hidden_states = batch.args(out).hidden_states, .out = out});
   run(*batch.called()->engine, [&] { batch.called()->layer->forward(batch.args(out)); });
 }
 
@@ -66,7 +52,6 @@ void do_forward_sft(Call& call) {
   const Batch batch(call);
   const LoraSources lora = take_lora(call, batch.training().sft_config());
   void* out = batch.take_out(call);
-  note({.hidden_states = batch.args(out).hidden_states, .out = out});
   run(*batch.called()->engine, [&] { run_with_adapters(batch, lora, out, 0); });
 }
 
@@ -75,7 +60,6 @@ void do_forward_saved(Call& call) {
   const LoraSources lora = take_lora(call, batch.training().sft_config());
   void* out = batch.take_out(call);
   auto* pass = static_cast<uint32_t*>(elements_of(call.next_result("pass"), "pass", DataType::kUint32, 1));
-  note({.hidden_states = batch.args(out).hidden_states, .out = out});
   *pass = next_pass();
   run(*batch.called()->engine, [&] { run_with_adapters(batch, lora, out, *pass); });
 }
@@ -111,7 +95,6 @@ void do_backward(Call& call) {
                               c.num_experts_per_tok, tokens)
                           .as<float>();
   take_lora_gradients(call, c, args);
-  note({batch.args(nullptr).hidden_states, nullptr, args.grad_output, args.grad_input});
   run(*batch.called()->engine, [&] {
     if (!layer.is_last(pass, args.num_tokens)) {
       std::vector<bf16> out(static_cast<size_t>(tokens * c.hidden_size));
@@ -156,12 +139,6 @@ std::span<const PlatformHandlers> all_handlers() {
       {"drain_deferred", drain_deferred, on_cuda::drain_deferred},
   };
   return all;
-}
-
-Addresses last_addresses() {
-  auto& noted = of_this_process<Noted>();
-  const std::lock_guard lock(noted.mutex);
-  return noted.addresses;
 }
 
 }  // namespace ktmoe::xla

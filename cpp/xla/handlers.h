@@ -52,14 +52,4 @@ struct PlatformHandlers {
 // All of them, by name.
 std::span<const PlatformHandlers> all_handlers();
 
-// Where the last call has found hidden_states and grad_output, and put out and grad_input; to tell whether
-// anything was copied on the way.
-struct Addresses {
-  const void* hidden_states = nullptr;
-  const void* out = nullptr;
-  const void* grad_output = nullptr;
-  const void* grad_input = nullptr;
-};
-Addresses last_addresses();
-
 }  // namespace ktmoe::xla

@@ -87,6 +87,23 @@ class Frame {
   List args_, rets_;
 };
 
+// A layer that notes the arguments that it is given.
+class NotingLayer final : public TP_MOE_SFT {
+ public:
+  using TP_MOE_SFT::TP_MOE_SFT;
+  void forward(const ForwardArgs& args) override {
+    forward_args = args;
+    TP_MOE_SFT::forward(args);
+  }
+  void backward(const BackwardArgs& args, TrainingCall* call) override {
+    backward_args = args;
+    TP_MOE_SFT::backward(args, call);
+  }
+
+  ForwardArgs forward_args;  // of the last call
+  BackwardArgs backward_args;
+};
+
 // A layer of one expert whose weights are ones: E, P, H and I are 1, 1, 4 and 2, the activation is relu
 // squared.
 class OnesLayer {
@@ -96,17 +113,19 @@ class OnesLayer {
     MOESFTConfig config{{1, 1, 4, 2, 0, {}, engine_->backend()}};
     config.activation.kind = kernels::ActivationKind::kRelu2, config.activation.gated = false;
     config.lora_rank = 1, config.lora_alpha = 1;
-    auto layer = std::make_shared<TP_MOE_SFT>(config, GemmKernel224BF);
+    layer_ = std::make_shared<NotingLayer>(config, GemmKernel224BF);
     ExpertWeights weights;
     weights.matrices.gate = {view(4)}, weights.matrices.down = {view(2)};
-    layer->load_weights(weights);
+    layer_->load_weights(weights);
     called_ = std::make_shared<CalledLayer>();
-    called_->engine = engine_, called_->layer = layer, called_->training = layer;
+    called_->engine = engine_, called_->layer = layer_, called_->training = layer_;
     number = Layers::all().add(called_);
   }
   ~OnesLayer() { Layers::all().remove(number); }
 
   CalledLayer& called() { return *called_; }
+  const ForwardArgs& forward_args() const { return layer_->forward_args; }
+  const BackwardArgs& backward_args() const { return layer_->backward_args; }
 
   int32_t number = 0;
 
@@ -121,6 +140,7 @@ class OnesLayer {
   const bf16 ones_[8] = {to_bf16(1), to_bf16(1), to_bf16(1), to_bf16(1),
                          to_bf16(1), to_bf16(1), to_bf16(1), to_bf16(1)};
   std::shared_ptr<CPUInfer> engine_;
+  std::shared_ptr<NotingLayer> layer_;
   std::shared_ptr<CalledLayer> called_;
 };
 

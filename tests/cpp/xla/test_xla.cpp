@@ -22,9 +22,9 @@ TEST_CASE("xla: a forward pass") {
   Arrays a;
   CHECK(a.forward(layer).ret(DataType::kBf16, {1, 1, 4}, a.out).call(xla::forward) == "");
   for (const bf16 y : a.out) CHECK(to_float(y) == 16.0f);  // 0.5 (4^2 + 4^2)
-  const Addresses seen = last_addresses();
-  CHECK(seen.hidden_states == a.x);
-  CHECK(seen.out == a.out);
+  CHECK(layer.forward_args().hidden_states == a.x);        // nothing is copied
+  CHECK(layer.forward_args().topk_weights == a.weights);
+  CHECK(layer.forward_args().out == a.out);
 }
 
 TEST_CASE("xla: a backward pass goes back through the pass that is kept, or through a new one") {
@@ -55,6 +55,8 @@ TEST_CASE("xla: a backward pass goes back through the pass that is kept, or thro
     CHECK(b.grad_weights[0] == 128.0f);                             // 4 (4^2 + 4^2)
     for (const float g : grad_gate_b) CHECK(g == 16.0f);            // (0.5 4 2 4) (4 0.25)
     CHECK(layer.called().training->num_cached() == 0);
+    CHECK(layer.backward_args().grad_output == a.x);  // nothing is copied
+    CHECK(layer.backward_args().grad_input == b.grad_input);
   }
 }
 
