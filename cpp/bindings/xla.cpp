@@ -24,11 +24,14 @@ nb::typed<nb::dict, nb::str, nb::capsule> handlers_of(xla::Handler* xla::Platfor
 }
 
 int32_t add_layer(std::shared_ptr<CPUInfer> engine, std::shared_ptr<MoE_Interface> layer,
-                  nb::handle skip_experts, int64_t num_deferred) {
+                  nb::handle skip_experts, int64_t num_deferred, int64_t chunk_size) {
   const int64_t slots = layer->config().num_experts_per_tok;
   if (num_deferred < 0 || num_deferred > slots)
     throw_invalid("num_deferred: got ", num_deferred, ", expected 0 to ", slots);
+  if (chunk_size < 0 || chunk_size > UINT32_MAX)
+    throw_invalid("chunk_size: got ", chunk_size, ", expected 0 to ", UINT32_MAX);
   auto called = std::make_shared<xla::CalledLayer>();
+  called->chunk_size = static_cast<uint32_t>(chunk_size);
   called->num_deferred = static_cast<uint32_t>(num_deferred);
   called->engine = std::move(engine);
   called->training = std::dynamic_pointer_cast<MoE_SFT_Interface>(layer);
@@ -50,7 +53,7 @@ void bind_xla(nb::module_& m) {
   m.def("cuda_handlers", [] { return handlers_of(&xla::PlatformHandlers::on_cuda); }, "The same for GPUs.");
   m.def("raise_error", &xla::rethrow_error, "Raise the first error of calls on a GPU since the last time.");
   m.def("add_layer", &add_layer, nb::arg("engine"), nb::arg("layer"), nb::arg("skip_experts").none(),
-        nb::arg("num_deferred") = 0,
+        nb::arg("num_deferred") = 0, nb::arg("chunk_size") = 0,
         R"(Let programs call a layer.
 
 Parameters
@@ -61,6 +64,8 @@ skip_experts : array of bool [E], or None
     Copied.
 num_deferred : int
     Experts of each token that calls defer which do so.
+chunk_size : int
+    Tokens that a forward pass for inference computes at a time, at most; 0: all.
 
 Returns
 -------

@@ -1,6 +1,7 @@
 #include "xla/batch.h"
 
 #include <climits>
+#include <cstddef>
 
 #include "core/error.h"
 
@@ -29,6 +30,13 @@ MoE_SFT_Interface& Batch::training() const {
 ForwardArgs Batch::args(void* out) const {
   ForwardArgs args = args_;
   args.out = out;
+  if (const auto* narrow = std::get_if<const int32_t*>(&ids_)) {
+    const size_t num = size_t{args_.num_tokens} * static_cast<size_t>(config().num_experts_per_tok);
+    if (wide_ids_.size() != num) wide_ids_.assign(*narrow, *narrow + num);
+    args.topk_ids = wide_ids_.data();
+  } else {
+    args.topk_ids = std::get<const int64_t*>(ids_);
+  }
   return args;
 }
 
@@ -37,18 +45,15 @@ void* Batch::take_out(Call& call) const {
       .as<void>();
 }
 
-// The engine takes ids in int64, JAX mostly has them in int32.
+// JAX mostly has them in int32.
 void Batch::take_ids(const Buffer& buffer) {
-  const GeneralMOEConfig& c = config();
-  const bool is_long = buffer.dtype == DataType::kInt64;
-  const Rows rows = rows_of(buffer, "topk_ids", is_long ? DataType::kInt64 : DataType::kInt32,
-                            c.num_experts_per_tok, args_.num_tokens);
-  if (is_long) {
-    args_.topk_ids = rows.as<int64_t>();
+  const bool is_wide = buffer.dtype == DataType::kInt64;
+  const Rows rows = rows_of(buffer, "topk_ids", is_wide ? DataType::kInt64 : DataType::kInt32,
+                            config().num_experts_per_tok, args_.num_tokens);
+  if (is_wide) {
+    ids_ = rows.as<const int64_t>();
   } else {
-    const auto* begin = rows.as<int32_t>();
-    ids_.assign(begin, begin + rows.num * c.num_experts_per_tok);
-    args_.topk_ids = ids_.data();
+    ids_ = rows.as<const int32_t>();
   }
 }
 

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "moe/chunked_pass.h"
 #include "xla/call.h"
 #include "xla/layers.h"
 
@@ -22,8 +23,12 @@ class Batch {
   // std::invalid_argument when the layer is one for inference.
   MoE_SFT_Interface& training() const;
 
-  // Of a pass that writes to `out`.
+  // Of a pass over all tokens at once that writes to `out`.
   ForwardArgs args(void* out) const;
+
+  // Of a pass that takes ids of either size: without ids and `out`.
+  const ForwardArgs& rows() const { return args_; }
+  ExpertIds ids() const { return ids_; }
 
   void* take_out(Call& call) const;
 
@@ -31,7 +36,8 @@ class Batch {
   void take_ids(const Buffer& buffer);
 
   std::shared_ptr<CalledLayer> called_;
-  std::vector<int64_t> ids_;
+  ExpertIds ids_;
+  mutable std::vector<int64_t> wide_ids_;  // of args(), which takes int64; made when first needed
   ForwardArgs args_;
 };
 

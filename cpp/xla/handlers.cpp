@@ -44,8 +44,11 @@ uint32_t next_pass() {
 
 void do_forward(Call& call) {
   const Batch batch(call);
-  void* out = batch.take_out(call);
-  run(*batch.called()->engine, [&] { batch.called()->layer->forward(batch.args(out)); });
+  const CalledLayer& called = *batch.called();
+  ForwardArgs args = batch.rows();
+  args.out = batch.take_out(call);
+  ChunkedPass pass(called.layer, args, batch.ids(), called.chunk_size);
+  run(*called.engine, pass.num_chunks(), [&](size_t chunk) { pass.compute(chunk); });
 }
 
 void do_forward_sft(Call& call) {

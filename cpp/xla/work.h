@@ -7,6 +7,7 @@
 
 #include "runtime/cpuinfer.h"
 #include "runtime/function_task.h"
+#include "runtime/run_in_turn.h"
 
 namespace ktmoe::xla {
 
@@ -17,10 +18,15 @@ class Work final : public FunctionTask {
   bool ends_anywhere() const override { return true; }
 };
 
-// On the engine's threads and this one, after what was submitted before. It waits until the work is done,
-// which may so refer to the caller's stack; only a caller within a task could not wait, and XLA is none.
-inline void run(CPUInfer& engine, std::function<void()> work) {
-  engine.wait(engine.submit(std::make_unique<Work>(std::move(work)), /*wake=*/false));
+// work(0) to work(num - 1), a task each, on the engine's threads and this one, after what was submitted
+// before. It waits until they are done, so they may refer to the caller's stack; only a caller within a task
+// could not wait, and XLA is none.
+inline void run(CPUInfer& engine, size_t num, FunctionRef<void(size_t)> work) {
+  const auto make = [&](size_t i) { return std::make_unique<Work>([work, i] { work(i); }); };
+  run_in_turn(engine, num, make, [&](const Ticket& ticket) { engine.wait(ticket); });
+}
+inline void run(CPUInfer& engine, FunctionRef<void()> work) {
+  run(engine, 1, [&](size_t) { work(); });
 }
 
 }  // namespace ktmoe::xla

@@ -185,6 +185,55 @@ def test_nothing_is_copied() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(("chunk", "num"), [(3, 3), (7, 1), (2**40, 1)])
+def test_a_program_computes_chunks(case: Any, chunk: int, num: int) -> None:
+    rng = np.random.default_rng(1)
+    moe = draw_layer(rng, E, I, H).wrapper(P, chunked_prefill_size=chunk)
+    call = jax.jit(partial(moe_forward, moe))
+    x, ids, weights = as_jax(case[1])
+    before = moe.cpu_infer.num_completed
+    out = call(x, ids, weights).block_until_ready()
+    assert moe.cpu_infer.num_completed - before == num
+    assert_same_bits(numpy(out), case[0].forward(*case[1]))
+    with pytest.raises(Exception, match=rf"moe_forward: topk_ids: got expert {E} at \[6, 0\]"):
+        call(x, ids.at[6, 0].set(E), weights).block_until_ready()
+
+
+def test_a_long_batch_takes_no_more_memory_than_from_numpy() -> None:
+    """Scratch is that of a chunk; ids are converted chunk by chunk."""
+    done = run_python("""
+        import jax, numpy as np
+        from functools import partial
+        from layers import draw_batch, draw_layer
+        from jax_cases import as_jax
+        from ktmoe_np.jax import moe_forward
+
+        def peak():
+            with open("/proc/self/status") as status:
+                return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) << 10
+
+        def growth(call, *batch):
+            call(*(part[:5000] for part in batch))
+            with open("/proc/self/clear_refs", "w") as refs:
+                refs.write("5")  # the peak is what is taken now
+            before = peak()
+            call(*batch)
+            return peak() - before
+
+        rng = np.random.default_rng(1)
+        layer = draw_layer(rng, 8, 16, 16)
+        moe, batch = layer.wrapper(8), draw_batch(rng, layer, 100_000, 8)
+        program = jax.jit(partial(moe_forward, moe))
+        program.lower(*as_jax(batch)).compile()
+        from_numpy = growth(moe.forward, *batch)
+        from_jax = growth(lambda *batch: program(*batch).block_until_ready(), *as_jax(batch))
+        result = 100_000 * 16 * 2
+        assert from_numpy < result + (8 << 20), from_numpy
+        assert from_jax < result + (16 << 20), from_jax  # 107 MB of scratch if it was computed at once
+    """)
+    assert done.returncode == 0, done.stderr
+
+
 def test_examples() -> None:
     for module in (calls, deferred, errors):
         found = doctest.testmod(module)

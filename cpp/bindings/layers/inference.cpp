@@ -13,6 +13,7 @@
 #include "bindings/tasks/task.h"
 #include "bindings/streams/split_slots.h"
 #include "formats/registry.h"
+#include "moe/chunked_pass.h"
 #include "moe/layer/tp_moe.h"
 
 namespace ktmoe::bindings {
@@ -210,6 +211,24 @@ PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_i
       arrays);
 }
 
+// A task for each chunk of a batch. Each holds the arrays by itself: the cycle collector counts references.
+nb::typed<nb::list, PythonTask> forward_tasks(Layer layer, nb::object hidden_states, nb::object topk_ids,
+                                              nb::object topk_weights, nb::object out, int64_t chunk_size,
+                                              bool incremental, nb::object skip_experts) {
+  if (chunk_size < 1 || chunk_size > UINT32_MAX)
+    throw_invalid("chunk_size: got ", chunk_size, ", expected 1 to ", UINT32_MAX);
+  ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, out, skip_experts);
+  if (incremental) forward.add_to_out();
+  const auto pass = std::make_shared<ChunkedPass>(layer, forward.args(), forward.args().topk_ids,
+                                                  static_cast<uint32_t>(chunk_size));
+  nb::typed<nb::list, PythonTask> tasks;
+  for (size_t i = 0; i < pass->num_chunks(); ++i) {
+    const auto arrays = std::make_shared<Arrays>(*forward.arrays());
+    tasks.append(PythonTask([pass, arrays, i] { pass->compute(i); }, arrays));
+  }
+  return tasks;
+}
+
 kernels::ActivationKind activation_kind(const std::string& name) {
   std::set<std::string_view> known;
   for (const kernels::ActivationInfo& info : kernels::kActivations) {
@@ -278,8 +297,7 @@ scale_inputs : bool
           "Set the activation function by name; the reference states the formulas.");
 }
 
-void bind_interface(nb::module_& m) {
-  nb::class_<MoE_Interface> layer(m, "MoE_Interface", "What every layer of experts does.");
+void bind_load(nb::class_<MoE_Interface>& layer) {
   layer.def_prop_ro("loaded", &MoE_Interface::loaded)
       .def("load_weights_task", &load_weights_task, nb::arg("gate_proj").none(), nb::arg("up_proj").none(),
            nb::arg("down_proj").none(), nb::arg("physical_to_logical_map").none() = nb::none(), nb::kw_only(),
@@ -311,7 +329,11 @@ gate_format, up_format, down_format : str, optional
 
 Returns
 -------
-Task)")
+Task)");
+}
+
+void bind_forward(nb::class_<MoE_Interface>& layer) {
+  layer
       .def("forward_task", &forward_task, nb::arg("hidden_states").none(), nb::arg("topk_ids").none(),
            nb::arg("topk_weights").none(), nb::arg("out").none(), nb::arg("incremental") = false,
            nb::kw_only(), nb::arg("base").none() = nb::none(), nb::arg("skip_experts").none() = nb::none(),
@@ -345,7 +367,36 @@ deferred_out : array, optional
 
 Returns
 -------
-Task)");
+Task)")
+      .def("forward_tasks", &forward_tasks, nb::arg("hidden_states").none(), nb::arg("topk_ids").none(),
+           nb::arg("topk_weights").none(), nb::arg("out").none(), nb::arg("chunk_size"),
+           nb::arg("incremental") = false, nb::kw_only(), nb::arg("skip_experts").none() = nb::none(),
+           R"(Make the tasks of one forward pass in chunks, to be run one after the other.
+
+Scratch memory is that of one chunk. A wrong id in any chunk is an error of the first task, and of all others.
+
+Parameters
+----------
+hidden_states, topk_ids, topk_weights, out, incremental, skip_experts
+    See `forward_task`.
+chunk_size : int
+    Tokens of a chunk, at most.
+
+Returns
+-------
+list of Task
+    At least one.
+
+Raises
+------
+TypeError, ValueError
+    An argument of another kind, dtype, order or shape, or a chunk size below 1.)");
+}
+
+void bind_interface(nb::module_& m) {
+  nb::class_<MoE_Interface> layer(m, "MoE_Interface", "What every layer of experts does.");
+  bind_load(layer);
+  bind_forward(layer);
   bind_expert_slices(layer);
 }
 

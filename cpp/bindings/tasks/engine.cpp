@@ -15,6 +15,7 @@
 #include "core/aligned_buffer.h"
 #include "core/error.h"
 #include "runtime/cpuinfer.h"
+#include "runtime/run_in_turn.h"
 
 namespace ktmoe::bindings {
 namespace {
@@ -56,6 +57,14 @@ Ticket submit(CPUInfer& engine, PythonTask& task) {
 }
 
 void run(CPUInfer& engine, PythonTask& task) { wait(engine, engine.submit(task.take(), /*wake=*/false)); }
+
+void run_all(CPUInfer& engine, const std::vector<PythonTask*>& tasks) {
+  const auto take = [&](size_t i) -> std::unique_ptr<Task> {
+    if (tasks[i] == nullptr) throw nb::type_error("tasks: got None, expected a Task");
+    return tasks[i]->take();
+  };
+  run_in_turn(engine, tasks.size(), take, [&](const Ticket& ticket) { wait(engine, ticket); });
+}
 
 // Fresh memory is slow to write to on one thread: every page of it is asked for.
 void copy(CPUInfer& engine, nb::handle source, nb::handle to) {
@@ -203,6 +212,8 @@ Exception
 ValueError
     The ticket of another engine.)")
       .def("run", &run, nb::arg("task"), "Submit a task and wait for it, without waking another thread.")
+      .def("run", &run_all, nb::arg("tasks"),
+           "Do so with one task after the other. An exception, of a task or of a signal handler, ends that.")
       .def("copy", &copy, nb::arg("source"), nb::arg("to"),
            "Copy an array to another of as many bytes, by all threads, after what was submitted before.")
       .def(

@@ -45,11 +45,6 @@ void RoutingPlan::build(const int64_t* ids, uint32_t num_tokens, uint32_t num_sl
   }
 }
 
-void check_expert_ids(const int64_t* ids, uint32_t num_tokens, uint32_t num_slots, uint32_t num_experts) {
-  const size_t num_ids = size_t{num_tokens} * num_slots;
-  for (size_t i = 0; i < num_ids; ++i) read_expert_id(ids, i, num_slots, num_experts);
-}
-
 void throw_wrong_expert(int64_t id, size_t i, uint32_t num_slots, uint32_t num_experts) {
   throw_out_of_range("topk_ids: got expert ", id, " at [", i / num_slots, ", ", i % num_slots,
                      "], expected ids below ", num_experts, " (negative ids are skipped)");

@@ -42,6 +42,13 @@ int64_t read_expert_id(const int64_t* ids, size_t i, uint32_t num_slots, uint32_
 
 // Throws std::out_of_range, naming the first id of num_experts or above. That tells of a mistake early; what
 // computes with the ids reads them anew and has to check them again.
-void check_expert_ids(const int64_t* ids, uint32_t num_tokens, uint32_t num_slots, uint32_t num_experts);
+template <class Id>
+void check_expert_ids(const Id* ids, uint32_t num_tokens, uint32_t num_slots, uint32_t num_experts) {
+  const size_t num_ids = size_t{num_tokens} * num_slots;
+  for (size_t i = 0; i < num_ids; ++i) {
+    const int64_t id = read_once(ids + i);
+    if (id >= num_experts) throw_wrong_expert(id, i, num_slots, num_experts);
+  }
+}
 
 }  // namespace ktmoe

@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import kt_kernel_ext as ext
 from ..config import MoEConfig
+from ..inference.base import BaseMoEWrapper
 from ..layers.base import MoELayer
 from ..sft.base import BaseSFTMoEWrapper
 
@@ -31,11 +32,10 @@ def _number_of(layer: MoELayer) -> int:
     with _lock:
         known = _numbers.setdefault(layer, {})
         if key not in known:
-            known[key] = int(
-                ext.xla.add_layer(
-                    layer.cpu_infer, layer._layer, mask, getattr(layer, "max_deferred_experts_per_token", 0)
-                )
-            )
+            sizes: tuple[int, ...] = ()
+            if isinstance(layer, BaseMoEWrapper):
+                sizes = layer.max_deferred_experts_per_token, layer._runner.chunk_size
+            known[key] = int(ext.xla.add_layer(layer.cpu_infer, layer._layer, mask, *sizes))
             weakref.finalize(layer, ext.xla.remove_layer, known[key])
         return known[key]
 

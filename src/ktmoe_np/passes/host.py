@@ -18,6 +18,9 @@ from .pending import BegunPass, wait_until_done
 
 __all__ = ["LayerRunner"]
 
+#: Of any batch.
+_MOST_TOKENS = 2**31 - 1
+
 
 class LayerRunner:
     """Runs batches on a layer of the engine.
@@ -47,7 +50,7 @@ class LayerRunner:
         self._layer = layer
         self._engine = engine
         self._config = config
-        self._chunk_size = chunk_size
+        self.chunk_size = min(chunk_size, _MOST_TOKENS)
         self.num_deferred = num_deferred
 
     def defers(self, chain: DeferralChain) -> bool:
@@ -56,14 +59,24 @@ class LayerRunner:
 
     def run(self, batch: Batch, skip_experts: Array | None) -> None:
         """Compute a batch in the calling thread and the workers; Ctrl-C gets through between chunks."""
-        for rows in self._chunks(batch):
-            self._engine.run(self._task(batch, rows, skip_experts=skip_experts))
+        self._engine.run(self._tasks(batch, skip_experts))
 
     def submit(self, batch: Batch, skip_experts: Array | None, begun: BegunPass[Any]) -> None:
         """Queue a batch. Nothing is queued when an argument is refused."""
-        tasks = [self._task(batch, rows, skip_experts=skip_experts) for rows in self._chunks(batch)]
-        for task in tasks:
+        for task in self._tasks(batch, skip_experts):
             begun.queue(task)
+
+    def _tasks(self, batch: Batch, skip_experts: Array | None) -> list[ext.Task]:
+        """A task for each chunk."""
+        return self._layer.forward_tasks(
+            batch.hidden_states,
+            batch.ids,
+            batch.weights,
+            batch.out,
+            self.chunk_size,
+            batch.incremental,
+            skip_experts=skip_experts,
+        )
 
     def submit_deferring(
         self, batch: Batch, skip_experts: Array | None, begun: BegunPass[Any], chain: DeferralChain
@@ -155,7 +168,7 @@ class LayerRunner:
 
     def _chunks(self, batch: Batch) -> list[slice]:
         """Rows of each chunk; one empty chunk for an empty batch, so that arguments are always checked."""
-        size = self._chunk_size
+        size = self.chunk_size
         num = batch.num_tokens
         return [slice(t, min(t + size, num)) for t in range(0, max(num, 1), size)]
 
