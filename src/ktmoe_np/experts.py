@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
-from .arrays.checks import Array
+from .arrays.types import Array, ArrayLike, MaskLike, PathLike, StreamLike
 from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import MoEConfig, parse_activation
 from .formats.methods import Method, find_method, training_name
@@ -18,11 +17,26 @@ from .io.gguf.experts import is_gguf
 from .io.json_text import naming_file
 from .io.layer_config import check_fits, layer_config
 from .io.native import native_group_size, native_method
+from .layers.options import ActivationLike, LayerOverrides
 from .passes.deferral import DeferralChain
 from .sft.base import BaseSFTMoEWrapper
-from .sft.options import SFTOptions, refuse_options
+from .sft.options import SFTKeywords, SFTOptions, check_no_options
 
-__all__ = ["KTMoEWrapper"]
+__all__ = ["InferenceOverrides", "KTMoEWrapper", "Overrides", "SFTOverrides"]
+
+
+class InferenceOverrides(LayerOverrides, total=False):
+    """Keyword arguments of `KTMoEWrapper.from_pretrained` in mode ``inference``."""
+
+    max_deferred_experts_per_token: int
+
+
+class SFTOverrides(LayerOverrides, SFTKeywords, total=False):
+    """Keyword arguments of `KTMoEWrapper.from_pretrained` in mode ``sft``."""
+
+
+class Overrides(InferenceOverrides, SFTOverrides, total=False):
+    """Those of both modes, to be passed on; the mode decides which of them are taken."""
 
 
 class KTMoEWrapper:
@@ -105,26 +119,72 @@ class KTMoEWrapper:
     ('NativeSFTMoEWrapper', 32.0)
     """
 
-    def __new__(  # a factory: instances are of the method's class
+    @overload
+    def __new__(  # type: ignore[misc]  # a factory: instances are of the method's class
         cls,
         layer_idx: int,
         num_experts: int,
         num_experts_per_tok: int,
         hidden_size: int,
         moe_intermediate_size: int,
-        gpu_experts_mask: Any = None,
+        gpu_experts_mask: MaskLike | None = None,
         cpuinfer_threads: int | None = None,
         threadpool_count: int | None = None,
-        weight_path: str | os.PathLike[str] | None = None,
+        weight_path: PathLike | None = None,
+        chunked_prefill_size: int = 4096,
+        method: str = "BF16",
+        mode: Literal["inference"] = "inference",
+        numa_nodes: Sequence[int] | None = None,
+        max_deferred_experts_per_token: int = 0,
+        activation: ActivationLike = "silu",
+        group_size: int | None = None,
+        scale_inputs: bool = False,
+    ) -> BaseMoEWrapper: ...
+
+    @overload
+    def __new__(  # type: ignore[misc]
+        cls,
+        layer_idx: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        gpu_experts_mask: MaskLike | None = None,
+        cpuinfer_threads: int | None = None,
+        threadpool_count: int | None = None,
+        weight_path: PathLike | None = None,
+        chunked_prefill_size: int = 4096,
+        *,
+        method: str,
+        mode: Literal["sft"],
+        numa_nodes: Sequence[int] | None = None,
+        max_deferred_experts_per_token: Literal[0] = 0,
+        activation: ActivationLike = "silu",
+        group_size: int | None = None,
+        scale_inputs: bool = False,
+        **sft: Unpack[SFTKeywords],
+    ) -> BaseSFTMoEWrapper: ...
+
+    def __new__(
+        cls,
+        layer_idx: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        gpu_experts_mask: MaskLike | None = None,
+        cpuinfer_threads: int | None = None,
+        threadpool_count: int | None = None,
+        weight_path: PathLike | None = None,
         chunked_prefill_size: int = 4096,
         method: str = "BF16",
         mode: str = "inference",
         numa_nodes: Sequence[int] | None = None,
         max_deferred_experts_per_token: int = 0,
-        activation: Any = "silu",
+        activation: ActivationLike = "silu",
         group_size: int | None = None,
         scale_inputs: bool = False,
-        **sft: Any,
+        **sft: Unpack[SFTKeywords],
     ) -> Any:
         """Make the wrapper; see the class."""
         found = find_method(method, mode)
@@ -156,33 +216,33 @@ class KTMoEWrapper:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
+        path: PathLike,
         layer_idx: int = 0,
         method: str | None = None,
         mode: Literal["inference"] = "inference",
-        **overrides: Any,
+        **overrides: Unpack[InferenceOverrides],
     ) -> BaseMoEWrapper: ...
 
     @overload
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
+        path: PathLike,
         layer_idx: int = 0,
         method: str | None = None,
         *,
         mode: Literal["sft"],
-        **overrides: Any,
+        **overrides: Unpack[SFTOverrides],
     ) -> BaseSFTMoEWrapper: ...
 
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
+        path: PathLike,
         layer_idx: int = 0,
         method: str | None = None,
-        mode: str = "inference",
-        **overrides: Any,
+        mode: Literal["inference", "sft"] = "inference",
+        **overrides: Unpack[Overrides],
     ) -> BaseMoEWrapper | BaseSFTMoEWrapper:
         """Make and load a layer of a checkpoint, whose ``config.json`` or GGUF header gives the sizes.
 
@@ -242,7 +302,7 @@ class KTMoEWrapper:
         ``model_type`` of the config.json (``llama4``, ``llama4_text``) or the architecture of the GGUF file
         (``llama4``).
         """
-        config, native, group_size = _described(
+        config, native, group_size = _read_layer(
             path, layer_idx, method is None or bool(find_method(method, mode).encodings)
         )
         check_fits(config, overrides.get("weight_path") or path)
@@ -254,17 +314,17 @@ class KTMoEWrapper:
             "activation": config.activation,
             "scale_inputs": config.scale_inputs,
         }
-        overrides = {**sizes, "weight_path": path, **overrides}
-        physical_to_logical_map = overrides.pop("physical_to_logical_map", None)
+        options: dict[str, Any] = {**sizes, "weight_path": path, **overrides}
+        physical_to_logical_map = options.pop("physical_to_logical_map", None)
         if method is None and native is not None:
             method = training_name(native) if mode == "sft" else native
         found = find_method(method, mode)
         if group_size in (found.formats or found.encodings):
-            overrides = {"group_size": group_size, **overrides}
-        moe: Any = cls(layer_idx=layer_idx, method=found.name, mode=mode, **overrides)
+            options = {"group_size": group_size, **options}
+        moe: BaseMoEWrapper | BaseSFTMoEWrapper
+        moe = cls(layer_idx=layer_idx, method=found.name, mode=mode, **options)
         moe.load_weights(physical_to_logical_map)
-        made: BaseMoEWrapper | BaseSFTMoEWrapper = moe
-        return made
+        return moe
 
     @staticmethod
     def set_capture_batch_sizes(capture_batch_sizes: Sequence[int]) -> None:
@@ -288,14 +348,17 @@ class KTMoEWrapper:
 
     @staticmethod
     def drain_deferred(
-        cuda_stream: Any = None, *, out: Any = None, chain: DeferralChain | None = None
+        cuda_stream: StreamLike | None = None,
+        *,
+        out: ArrayLike | None = None,
+        chain: DeferralChain | None = None,
     ) -> Array | None:
         """See `BaseMoEWrapper.drain_deferred`."""
         return BaseMoEWrapper.drain_deferred(cuda_stream, out=out, chain=chain)
 
 
-def _described(
-    path: str | os.PathLike[str], layer_idx: int, look_at_layer: bool
+def _read_layer(
+    path: PathLike, layer_idx: int, look_at_layer: bool
 ) -> tuple[MoEConfig, str | None, int | None]:
     """What a checkpoint says of a layer: its config, and, when asked, the method and the group size.
 
@@ -316,10 +379,10 @@ def _described(
     return config, native_method(checkpoint, layer_idx), native_group_size(checkpoint, layer_idx)
 
 
-def _of_mode(method: Method, chunk_size: Any, num_deferred: Any, sft: dict[str, Any]) -> dict[str, Any]:
+def _of_mode(method: Method, chunk_size: int, num_deferred: int, sft: SFTKeywords) -> dict[str, Any]:
     """The arguments that only the wrappers of the method's mode take."""
     if method.mode == "inference":
-        refuse_options(method.mode, sft)
+        check_no_options(method.mode, sft)
         return {"chunked_prefill_size": chunk_size, "max_deferred_experts_per_token": num_deferred}
     if num_deferred != 0:
         raise ValueError(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import shown_integer
+from .types import Array
 
 __all__ = [
     "Array",
@@ -24,8 +25,6 @@ __all__ = [
     "num_tokens",
     "routing_weights",
 ]
-
-Array = NDArray[Any]
 
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -9,6 +9,7 @@ import numpy as np
 from ..arrays.activation import activate
 from ..arrays.checks import fits
 from ..arrays.library import dtype_name, library_of
+from ..arrays.types import ArrayLike, MaskLike
 from ..config import ActivationSpec, MoEConfig
 from .masks import checked_mask
 
@@ -82,14 +83,14 @@ class GPUExperts:
     def __init__(
         self,
         config: MoEConfig,
-        gpu_experts_mask: Any,
-        gate_proj: Any,
-        up_proj: Any,
-        down_proj: Any,
+        gpu_experts_mask: MaskLike | None,
+        gate_proj: ArrayLike,
+        up_proj: ArrayLike | None,
+        down_proj: ArrayLike,
         *,
-        gate_bias: Any = None,
-        up_bias: Any = None,
-        down_bias: Any = None,
+        gate_bias: ArrayLike | None = None,
+        up_bias: ArrayLike | None = None,
+        down_bias: ArrayLike | None = None,
     ) -> None:
         if not isinstance(config, MoEConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected a MoEConfig")
@@ -109,7 +110,7 @@ class GPUExperts:
         self._down_bias = self._bias("down_bias", down_bias, (num, hidden))
         self._numbers = self._library.beside(self.experts, gate_proj)[:, None, None]
 
-    def forward(self, hidden_states: Any, topk_ids: Any, topk_weights: Any) -> Any:
+    def forward(self, hidden_states: ArrayLike, topk_ids: ArrayLike, topk_weights: ArrayLike) -> Any:
         """The part of the layer's output that is of the masked experts.
 
         partial[t] = sum over p of topk_weights[t, p] * expert(topk_ids[t, p])(hidden_states[t]), for those
@@ -175,7 +176,7 @@ class GPUExperts:
         h = library.round_bf16(activate(library, self.config.activation, gate, up))
         return _with_bias(library.product(h, self._down), self._down_bias)
 
-    def add(self, cpu_result: Any, partial: Any) -> Any:
+    def add(self, cpu_result: ArrayLike, partial: ArrayLike) -> Any:
         """What the layer and `forward` have computed, together.
 
         Parameters
@@ -228,7 +229,7 @@ class GPUExperts:
         return self._library.float32(bias)[:, None]
 
 
-def _check_up(spec: ActivationSpec, up_proj: Any, up_bias: Any) -> None:
+def _check_up(spec: ActivationSpec, up_proj: ArrayLike | None, up_bias: ArrayLike | None) -> None:
     """Refuse up_proj where it is missing or superfluous, and a bias that has no projection."""
     if spec.gated and up_proj is None:
         raise ValueError(f"up_proj: got None, expected bfloat16 [G, I, H]: activation {spec.name} is gated")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays.types import ArrayLike, MaskLike
+
 __all__ = ["checked_mask", "generate_gpu_experts_masks"]
 
 
-def generate_gpu_experts_masks(activation_freq: Any, num_gpu_experts: int) -> NDArray[np.bool_]:
+def generate_gpu_experts_masks(
+    activation_freq: ArrayLike | Sequence[Sequence[float]], num_gpu_experts: int
+) -> NDArray[np.bool_]:
     """The most frequent experts of a model, over all its layers.
 
     Parameters
@@ -52,7 +56,7 @@ def generate_gpu_experts_masks(activation_freq: Any, num_gpu_experts: int) -> ND
     return masks
 
 
-def checked_mask(gpu_experts_mask: Any, num_experts: int) -> NDArray[np.bool_]:
+def checked_mask(gpu_experts_mask: MaskLike | None, num_experts: int) -> NDArray[np.bool_]:
     """A copy of a layer's mask [E], read-only; None is one without experts.
 
     Raises

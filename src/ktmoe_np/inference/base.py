@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, Unpack, overload
 
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, at_least
 from ..arrays.device import stream_handle
+from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike, StreamLike
 from ..config import MoEConfig
 from ..formats.methods import Method
 from ..layers.base import MoELayer
+from ..layers.options import LayerOptions
 from ..passes.batch import Batch
 from ..passes.deferral import DeferralChain
 from ..passes.host import LayerRunner
@@ -20,6 +22,12 @@ from ..passes.stream_runner import StreamBatch, StreamRunner, drain
 from .expert_buffers import ExpertBuffers
 
 __all__ = ["BaseMoEWrapper"]
+
+
+#: Hidden states, ids and weights.
+_Arrays = tuple[ArrayLike, IntegersLike, ArrayLike]
+
+OutT = TypeVar("OutT", bound=ArrayLike)
 
 
 class BaseMoEWrapper(MoELayer):
@@ -32,7 +40,7 @@ class BaseMoEWrapper(MoELayer):
         *,
         chunked_prefill_size: int = 4096,
         max_deferred_experts_per_token: int = 0,
-        **layer: Any,
+        **layer: Unpack[LayerOptions],
     ) -> None:
         self.chunked_prefill_size = at_least("chunked_prefill_size", chunked_prefill_size, 1)
         self.max_deferred_experts_per_token = at_least(
@@ -55,18 +63,60 @@ class BaseMoEWrapper(MoELayer):
         self._pending: PendingPass[Array] = PendingPass("forward", self.layer_idx, self.cpu_infer)
         self._expert_buffers = ExpertBuffers(self._layer, self.layer_idx, self.cpu_infer)
 
+    @overload
     def forward(
         self,
-        hidden_states: Any,
-        topk_ids: Any,
-        topk_weights: Any,
-        cuda_stream: Any = None,
+        hidden_states: ArrayLike,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
+        cuda_stream: None = None,
         *,
-        out: Array | None = None,
+        out: None = None,
         incremental: bool = False,
-        num_tokens: Any = None,
+        num_tokens: ArrayLike | None = None,
         chain: DeferralChain | None = None,
-    ) -> Array:
+    ) -> Array: ...
+
+    @overload
+    def forward(
+        self,
+        hidden_states: ArrayLike,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
+        cuda_stream: None = None,
+        *,
+        out: OutT,
+        incremental: bool = False,
+        num_tokens: ArrayLike | None = None,
+        chain: DeferralChain | None = None,
+    ) -> OutT: ...
+
+    @overload
+    def forward(
+        self,
+        hidden_states: ArrayLike,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
+        cuda_stream: StreamLike,
+        *,
+        out: ArrayLike | None = None,
+        incremental: bool = False,
+        num_tokens: ArrayLike | None = None,
+        chain: DeferralChain | None = None,
+    ) -> Any: ...
+
+    def forward(
+        self,
+        hidden_states: ArrayLike,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
+        cuda_stream: StreamLike | None = None,
+        *,
+        out: ArrayLike | None = None,
+        incremental: bool = False,
+        num_tokens: ArrayLike | None = None,
+        chain: DeferralChain | None = None,
+    ) -> Any:
         """The experts of the layer on a batch of tokens.
 
         out[t] = sum over p in slot order of topk_weights[t, p] * expert(topk_ids[t, p])(hidden_states[t]);
@@ -153,14 +203,14 @@ class BaseMoEWrapper(MoELayer):
 
     def submit_forward(
         self,
-        hidden_states: Any,
-        topk_ids: Any,
-        topk_weights: Any,
-        cuda_stream: Any = None,
+        hidden_states: ArrayLike,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
+        cuda_stream: StreamLike | None = None,
         *,
-        out: Array | None = None,
+        out: ArrayLike | None = None,
         incremental: bool = False,
-        num_tokens: Any = None,
+        num_tokens: ArrayLike | None = None,
         chain: DeferralChain | None = None,
     ) -> None:
         """Begin what `forward` does and return at once; `sync_forward` gives the result.
@@ -191,7 +241,7 @@ class BaseMoEWrapper(MoELayer):
         self._pending.submit(self._starter((hidden_states, topk_ids, topk_weights), out, incremental, used))
 
     def _starter(
-        self, arrays: tuple[Any, Any, Any], out: Any, incremental: bool, chain: DeferralChain
+        self, arrays: _Arrays, out: ArrayLike | None, incremental: bool, chain: DeferralChain
     ) -> Callable[[BegunPass[Array]], Array]:
         """What queues a pass."""
 
@@ -207,7 +257,7 @@ class BaseMoEWrapper(MoELayer):
         return start
 
     def _stream_batch(
-        self, arrays: tuple[Any, Any, Any], out: Any, num_tokens: Any, incremental: bool
+        self, arrays: _Arrays, out: ArrayLike | None, num_tokens: ArrayLike | None, incremental: bool
     ) -> StreamBatch:
         if not self.loaded:
             raise RuntimeError(f"layer {self.layer_idx} has no weights yet, load them first")
@@ -217,14 +267,23 @@ class BaseMoEWrapper(MoELayer):
         return StreamBatch(*arrays, out, num_tokens, self.gpu_experts_mask)
 
     @classmethod
-    def _stream(cls, cuda_stream: Any) -> Stream:
+    def _stream(cls, cuda_stream: StreamLike) -> Stream:
         """What passes in a stream share."""
         handle = stream_handle(cuda_stream)
         key = ext.cuda.stream_key(handle)
         stream: Stream | None = cls._streams.get(key)
         return cls._streams.setdefault(key, Stream(handle, key)) if stream is None else stream
 
-    def sync_forward(self, hidden_states: Any = None, cuda_stream: Any = None) -> Array:
+    @overload
+    def sync_forward(self, hidden_states: object = None, cuda_stream: None = None) -> Array: ...
+
+    @overload
+    def sync_forward(self, hidden_states: object = None, *, cuda_stream: StreamLike) -> Any: ...
+
+    @overload
+    def sync_forward(self, hidden_states: object, cuda_stream: StreamLike) -> Any: ...
+
+    def sync_forward(self, hidden_states: object = None, cuda_stream: StreamLike | None = None) -> Any:
         """Wait for the pass that was submitted and give its result.
 
         Parameters
@@ -256,13 +315,13 @@ class BaseMoEWrapper(MoELayer):
         self,
         gpu_tp_count: int,
         expert_id: int,
-        w13_weights: Any,
-        w13_scales: Any,
-        w2_weights: Any,
-        w2_scales: Any,
+        w13_weights: ExpertArrays,
+        w13_scales: ExpertArrays | None,
+        w2_weights: ExpertArrays,
+        w2_scales: ExpertArrays | None,
         *,
-        w13_global_scales: Any = None,
-        w2_global_scales: Any = None,
+        w13_global_scales: ExpertArrays | None = None,
+        w2_global_scales: ExpertArrays | None = None,
     ) -> None:
         """Begin to write an expert's weights to buffers, cut for GPUs that share its intermediate size.
 
@@ -353,7 +412,11 @@ class BaseMoEWrapper(MoELayer):
 
     @classmethod
     def drain_deferred(
-        cls, cuda_stream: Any = None, *, out: Any = None, chain: DeferralChain | None = None
+        cls,
+        cuda_stream: StreamLike | None = None,
+        *,
+        out: ArrayLike | None = None,
+        chain: DeferralChain | None = None,
     ) -> Array | None:
         """What the last layer of a pass has deferred, so that nothing is lost.
 
@@ -404,17 +467,17 @@ class BaseMoEWrapper(MoELayer):
         return (cls._chain if chain is None else _checked(chain)).drain()
 
 
-def _check_no_num_tokens(num_tokens: Any) -> None:
+def _check_no_num_tokens(num_tokens: ArrayLike | None) -> None:
     if num_tokens is not None:
         raise ValueError("num_tokens: got one without a cuda_stream, expected None: hand over fewer tokens")
 
 
-def _checked(chain: Any) -> DeferralChain:
+def _checked(chain: object) -> DeferralChain:
     if not isinstance(chain, DeferralChain):
         raise TypeError(f"chain: got {type(chain).__name__}, expected a DeferralChain")
     return chain
 
 
-def _check_no_chain(chain: Any) -> None:
+def _check_no_chain(chain: object) -> None:
     if chain is not None:
         raise ValueError("chain: got one with a cuda_stream, expected None: a stream has a chain of its own")

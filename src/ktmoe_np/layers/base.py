@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import expert_ids
+from ..arrays.types import ExpertArrays, IntegersLike, MaskLike, PathLike, StreamLike
 from ..config import MoEConfig
 from ..cpuinfer import _MoEBase
 from ..formats.methods import Method
@@ -19,6 +19,7 @@ from ..gpu.masks import checked_mask
 from ..io import SafetensorsCheckpoint, load_experts
 from ..io.mapped import MappedFiles
 from ..passes.pending import is_of_a_handler
+from .options import WeightOptions
 
 __all__ = ["MoELayer"]
 
@@ -43,21 +44,25 @@ class MoELayer(_MoEBase):
         method: Method,
         config: MoEConfig,
         *,
-        gpu_experts_mask: Any = None,
+        gpu_experts_mask: MaskLike | None = None,
         cpuinfer_threads: int | None = None,
         threadpool_count: int | None = None,
-        weight_path: str | os.PathLike[str] | None = None,
+        weight_path: PathLike | None = None,
         numa_nodes: Sequence[int] | None = None,
         group_size: int | None = None,
     ) -> None:
-        self.method = method.name
-        self.group_size = method.resolve_group_size(group_size)
         self.config = config
+        self.group_size = method.resolve_group_size(group_size)
+        self._set_method(method)
         self.weight_path = weight_path
         self._files = MappedFiles()  # that the weights lie in
         self.set_gpu_experts_mask(gpu_experts_mask)
         self.cpu_infer = self._get_cpu_infer(cpuinfer_threads, threadpool_count, numa_nodes)
         self._layer = getattr(ext.moe, method.layer)(self._layer_config())
+
+    def _set_method(self, method: Method) -> None:
+        """Take what the method says of the weights; `config` and `group_size` are set."""
+        self.method = method.name
 
     @property
     def layer_idx(self) -> int:
@@ -98,7 +103,7 @@ class MoELayer(_MoEBase):
 
     # ---- weights ----
 
-    def load_weights(self, physical_to_logical_map: Any = None) -> None:
+    def load_weights(self, physical_to_logical_map: IntegersLike | None = None) -> None:
         """Load the layer from `weight_path`. Does nothing when it is loaded already.
 
         Parameters
@@ -135,25 +140,27 @@ class MoELayer(_MoEBase):
         return True
 
     @abstractmethod
-    def _load_from_path(self, physical_to_logical_map: object) -> None: ...
+    def _load_from_path(self, physical_to_logical_map: IntegersLike | None) -> None: ...
 
-    def _load_from_checkpoint(self, physical_to_logical_map: object, **options: Any) -> None:
+    def _load_from_checkpoint(
+        self,
+        physical_to_logical_map: IntegersLike | None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
         """Give the layer the experts of the Hugging Face checkpoint at `weight_path`."""
         assert self.weight_path is not None
         self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
         experts = load_experts(self._checkpoint, self.layer_idx, self.config)
+        options = WeightOptions(
+            gate_bias=experts.gate_bias, up_bias=experts.up_bias, down_bias=experts.down_bias
+        )
+        if progress is not None:
+            options["progress"] = progress
         self.load_weights_from_tensors(
-            experts.gate,
-            experts.up,
-            experts.down,
-            physical_to_logical_map,
-            gate_bias=experts.gate_bias,
-            up_bias=experts.up_bias,
-            down_bias=experts.down_bias,
-            **options,
+            experts.gate, experts.up, experts.down, physical_to_logical_map, **options
         )
 
-    def _give_to_engine(self, physical_to_logical_map: Any, **weights: Any) -> None:
+    def _give_to_engine(self, physical_to_logical_map: IntegersLike | None, **weights: Any) -> None:
         """Give the engine's layer its weights, as its class takes them."""
         if physical_to_logical_map is not None:
             physical_to_logical_map = expert_ids(physical_to_logical_map, "physical_to_logical_map")
@@ -178,10 +185,17 @@ class MoELayer(_MoEBase):
         return len(set(self.cpu_infer.backend_.config.subpool_numa_map)) > 1
 
     @abstractmethod
-    def load_weights_from_tensors(self, *weights: Any, **more: Any) -> None:
-        """Give the layer its weights: gate, up and down, perhaps a map, and what its method takes besides."""
+    def load_weights_from_tensors(
+        self,
+        gate_proj: ExpertArrays,
+        up_proj: ExpertArrays | None,
+        down_proj: ExpertArrays,
+        physical_to_logical_map: IntegersLike | None = None,
+        **options: Unpack[WeightOptions],
+    ) -> None:
+        """Give the layer its weights, with the scales, formats and biases that its method takes."""
 
-    def set_gpu_experts_mask(self, gpu_experts_mask: Any) -> None:
+    def set_gpu_experts_mask(self, gpu_experts_mask: MaskLike | None) -> None:
         """Name the experts that someone else computes; from the next call on they are skipped here.
 
         Parameters
@@ -200,6 +214,6 @@ class MoELayer(_MoEBase):
         self.gpu_experts_mask: NDArray[np.bool_] | None = mask if mask.any() else None
 
     @staticmethod
-    def _check_stream(cuda_stream: Any) -> None:
+    def _check_stream(cuda_stream: StreamLike | None) -> None:
         if cuda_stream is not None:
             raise RuntimeError(f"cuda_stream: got {cuda_stream!r}, expected None: arrays are on the CPU")

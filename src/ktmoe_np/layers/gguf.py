@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.checks import Array, bfloat16, each_expert
+from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike
 from ..formats.gguf import GGUF_FORMATS
 from ..io.converted.layer import projection_sizes
 from ..io.gguf.experts import GgufCheckpoint, load_gguf
@@ -42,19 +43,19 @@ class GgufWeights(MoELayer):
             for name, fmt in self._formats.items()
         )
 
-    def load_weights_from_tensors(
+    def load_weights_from_tensors(  # type: ignore[override]  # its own options alone
         self,
-        gate_proj: Any,
-        up_proj: Any,
-        down_proj: Any,
-        physical_to_logical_map: Any = None,
+        gate_proj: ExpertArrays,
+        up_proj: ExpertArrays | None,
+        down_proj: ExpertArrays,
+        physical_to_logical_map: IntegersLike | None = None,
         *,
-        gate_format: Any = None,
-        up_format: Any = None,
-        down_format: Any = None,
-        gate_bias: Any = None,
-        up_bias: Any = None,
-        down_bias: Any = None,
+        gate_format: object = None,
+        up_format: object = None,
+        down_format: object = None,
+        gate_bias: ArrayLike | None = None,
+        up_bias: ArrayLike | None = None,
+        down_bias: ArrayLike | None = None,
     ) -> None:
         """Give the layer its weights. They are held, not copied: do not write to them afterwards.
 
@@ -144,7 +145,7 @@ class GgufWeights(MoELayer):
 
         return each_expert(name, rows, self.config.num_experts, taken), found
 
-    def _load_from_path(self, physical_to_logical_map: object) -> None:
+    def _load_from_path(self, physical_to_logical_map: IntegersLike | None) -> None:
         assert self.weight_path is not None
         self._gguf = GgufCheckpoint.shared(self.weight_path)  # other layers find its headers read
         experts = load_gguf(self._gguf, self.layer_idx, self.config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import MoEConfig
+from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike
 from ..formats.encodings import NATIVE_FORMATS
 from ..formats.methods import Method
 from ..io import SafetensorsCheckpoint
@@ -22,8 +22,8 @@ class NativeWeights(MoELayer):
     But for those of an encoding whose rows do not lie together: they are converted, once.
     """
 
-    def __init__(self, method: Method, config: MoEConfig, **layer: Any) -> None:
-        super().__init__(method, config, **layer)
+    def _set_method(self, method: Method) -> None:
+        super()._set_method(method)
         name = method.weights if self.group_size is None else method.encodings[self.group_size]
         self._format = NATIVE_FORMATS.get(name)  # None: bfloat16
 
@@ -34,22 +34,22 @@ class NativeWeights(MoELayer):
             return super().expert_bytes
         return sum(self._format.matrix_bytes(*size) for size in projection_sizes(self.config).values())
 
-    def load_weights_from_tensors(
+    def load_weights_from_tensors(  # type: ignore[override]  # its own options alone
         self,
-        gate_proj: Any,
-        up_proj: Any,
-        down_proj: Any,
-        physical_to_logical_map: Any = None,
+        gate_proj: ExpertArrays,
+        up_proj: ExpertArrays | None,
+        down_proj: ExpertArrays,
+        physical_to_logical_map: IntegersLike | None = None,
         *,
-        gate_scale: Any = None,
-        up_scale: Any = None,
-        down_scale: Any = None,
-        gate_global_scale: Any = None,
-        up_global_scale: Any = None,
-        down_global_scale: Any = None,
-        gate_bias: Any = None,
-        up_bias: Any = None,
-        down_bias: Any = None,
+        gate_scale: ExpertArrays | None = None,
+        up_scale: ExpertArrays | None = None,
+        down_scale: ExpertArrays | None = None,
+        gate_global_scale: ArrayLike | None = None,
+        up_global_scale: ArrayLike | None = None,
+        down_global_scale: ArrayLike | None = None,
+        gate_bias: ArrayLike | None = None,
+        up_bias: ArrayLike | None = None,
+        down_bias: ArrayLike | None = None,
     ) -> None:
         """Give the layer its weights. They are held, not copied: do not write to them afterwards.
 
@@ -145,7 +145,7 @@ class NativeWeights(MoELayer):
             }
         return arguments
 
-    def _load_from_path(self, physical_to_logical_map: object) -> None:
+    def _load_from_path(self, physical_to_logical_map: IntegersLike | None) -> None:
         assert self.weight_path is not None
         refuse_quantized(self.weight_path, self.method)
         if self._format is None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from ..config import MoEConfig
+from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike
 from ..formats.methods import Method
 from ..formats.quantized import FORMATS
 from ..io.converted.layer import (
@@ -40,8 +39,8 @@ class QuantizedWeights(MoELayer):
         Columns of a row that share a scale; None when the row has one scale.
     """
 
-    def __init__(self, method: Method, config: MoEConfig, **layer: Any) -> None:
-        super().__init__(method, config, **layer)
+    def _set_method(self, method: Method) -> None:
+        super()._set_method(method)
         self._format = FORMATS[method.formats[self.group_size]]
         self._experts: QuantizedExperts | None = None
 
@@ -55,7 +54,10 @@ class QuantizedWeights(MoELayer):
     # ---- loading ----
 
     def load_weights(
-        self, physical_to_logical_map: Any = None, *, progress: Callable[[int, int], object] | None = None
+        self,
+        physical_to_logical_map: IntegersLike | None = None,
+        *,
+        progress: Callable[[int, int], object] | None = None,
     ) -> None:
         """Load the layer from `weight_path`. Does nothing when it is loaded already.
 
@@ -82,7 +84,7 @@ class QuantizedWeights(MoELayer):
 
     def _load_from_path(
         self,
-        physical_to_logical_map: object,
+        physical_to_logical_map: IntegersLike | None,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         assert self.weight_path is not None
@@ -93,19 +95,19 @@ class QuantizedWeights(MoELayer):
             return
         self._load_from_checkpoint(physical_to_logical_map, progress=progress)
 
-    def load_weights_from_tensors(
+    def load_weights_from_tensors(  # type: ignore[override]  # its own options alone
         self,
-        gate_proj: Any,
-        up_proj: Any,
-        down_proj: Any,
-        physical_to_logical_map: Any = None,
+        gate_proj: ExpertArrays,
+        up_proj: ExpertArrays | None,
+        down_proj: ExpertArrays,
+        physical_to_logical_map: IntegersLike | None = None,
         *,
-        gate_scale: Any = None,
-        up_scale: Any = None,
-        down_scale: Any = None,
-        gate_bias: Any = None,
-        up_bias: Any = None,
-        down_bias: Any = None,
+        gate_scale: ExpertArrays | None = None,
+        up_scale: ExpertArrays | None = None,
+        down_scale: ExpertArrays | None = None,
+        gate_bias: ArrayLike | None = None,
+        up_bias: ArrayLike | None = None,
+        down_bias: ArrayLike | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         """Give the layer its weights: to be quantised, one expert after the other, or quantised already.
@@ -187,7 +189,7 @@ class QuantizedWeights(MoELayer):
                 )
         self._give(QuantizedExperts(matrices, given), physical_to_logical_map)
 
-    def _give(self, experts: QuantizedExperts, physical_to_logical_map: Any) -> None:
+    def _give(self, experts: QuantizedExperts, physical_to_logical_map: IntegersLike | None) -> None:
         """Give the layer codes and scales."""
         absent = QuantizedProjection(None, None)
         gate, up, down = (experts.matrices.get(name, absent) for name in _PROJECTIONS)

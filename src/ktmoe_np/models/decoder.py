@@ -7,16 +7,16 @@ goes back too: to the adapters of the experts, which are all that is trained.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..experts import KTMoEWrapper
+from ..arrays.types import ArrayLike, PathLike
+from ..experts import InferenceOverrides, KTMoEWrapper, Overrides, SFTOverrides
 from ..formats.methods import training_name
 from ..inference.base import BaseMoEWrapper
 from ..io.safetensors.checkpoint import SafetensorsCheckpoint
@@ -32,6 +32,10 @@ from .layer import DecoderLayer, LayerPass
 from .reading import read_layer, read_tensor
 
 __all__ = ["MoEDecoder", "TrainingPass", "checked_tokens"]
+
+
+#: Token ids [T].
+_Tokens = ArrayLike | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,51 @@ class MoEDecoder:
         self._num_passes = 0
         self._waiting: list[int] = []  # the passes that have not been gone back
 
+    @overload
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str] | None = None,
+        path: PathLike | None = None,
         method: str | None = None,
         *,
-        adapter: str | os.PathLike[str] | None = None,
-        mode: str = "inference",
-        **overrides: Any,
+        adapter: None = None,
+        mode: Literal["inference"] = "inference",
+        **overrides: Unpack[InferenceOverrides],
+    ) -> MoEDecoder: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: PathLike | None = None,
+        method: str | None = None,
+        *,
+        adapter: PathLike | None = None,
+        mode: Literal["sft"],
+        **overrides: Unpack[SFTOverrides],
+    ) -> MoEDecoder: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: PathLike | None = None,
+        method: str | None = None,
+        *,
+        adapter: PathLike,
+        mode: Literal["inference", "sft"] = "inference",
+        **overrides: Unpack[SFTOverrides],
+    ) -> MoEDecoder: ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: PathLike | None = None,
+        method: str | None = None,
+        *,
+        adapter: PathLike | None = None,
+        mode: Literal["inference", "sft"] = "inference",
+        **overrides: Unpack[Overrides],
     ) -> MoEDecoder:
         """Load a Hugging Face checkpoint.
 
@@ -129,7 +169,7 @@ class MoEDecoder:
         )
         layers = []
         for i in range(config.num_layers):
-            experts: Any = KTMoEWrapper.from_pretrained(path, i, method, mode=mode, **overrides)  # type: ignore[call-overload]
+            experts = _load_experts(path, i, method, mode, overrides)
             layers.append(read_layer(checkpoint, config, i, experts))
         norm = read_tensor(checkpoint, "model.norm.weight", config.hidden_size)
         head = embedding
@@ -170,7 +210,7 @@ class MoEDecoder:
         c = self.config
         return KVCache(c.num_layers, c.num_kv_heads, c.head_dim)
 
-    def forward(self, tokens: Sequence[Any], caches: Sequence[KVCache]) -> list[Floats]:
+    def forward(self, tokens: Sequence[_Tokens], caches: Sequence[KVCache]) -> list[Floats]:
         """Go on with some sequences.
 
         Parameters
@@ -195,7 +235,7 @@ class MoEDecoder:
         hidden = self._hidden(_checked(tokens, caches, self.config.vocab_size), caches)
         return [self._normed(x) @ self._head for x in hidden]
 
-    def forward_sft(self, tokens: Sequence[Any]) -> tuple[list[Floats], TrainingPass]:
+    def forward_sft(self, tokens: Sequence[_Tokens]) -> tuple[list[Floats], TrainingPass]:
         """Compute the logits of whole sequences, and keep what `backward` needs.
 
         Experts keep theirs too, until the backward pass of this one or `clear_cache`; so passes are gone back
@@ -320,7 +360,19 @@ class MoEDecoder:
         return rms_norm(x, self._norm, self.config.rms_norm_eps)
 
 
-def _checked(tokens: Sequence[Any], caches: Sequence[KVCache], vocab_size: int) -> list[NDArray[np.int64]]:
+def _load_experts(
+    path: PathLike, layer_idx: int, method: str | None, mode: str, overrides: Overrides
+) -> BaseMoEWrapper | BaseSFTMoEWrapper:
+    """The experts of a layer. An option of the other mode is an error that names it."""
+    options: dict[str, Any] = {"mode": mode, **overrides}
+    experts: BaseMoEWrapper | BaseSFTMoEWrapper
+    experts = KTMoEWrapper.from_pretrained(path, layer_idx, method, **options)
+    return experts
+
+
+def _checked(
+    tokens: Sequence[_Tokens], caches: Sequence[KVCache], vocab_size: int
+) -> list[NDArray[np.int64]]:
     if len(tokens) != len(caches):
         raise ValueError(f"caches: got {len(caches)}, expected one for each of {len(tokens)} sequences")
     if len({id(cache) for cache in caches}) < len(caches):
@@ -328,7 +380,7 @@ def _checked(tokens: Sequence[Any], caches: Sequence[KVCache], vocab_size: int) 
     return checked_tokens(tokens, vocab_size)
 
 
-def checked_tokens(tokens: Sequence[Any], vocab_size: int) -> list[NDArray[np.int64]]:
+def checked_tokens(tokens: Sequence[_Tokens], vocab_size: int) -> list[NDArray[np.int64]]:
     """Sequences of tokens as int64.
 
     Raises

@@ -28,7 +28,7 @@ class Batch:
         hidden_states: Any,
         topk_ids: Any,
         topk_weights: Any,
-        out: Array | None,
+        out: Any,
         incremental: bool,
     ) -> None:
         self.num_tokens = num_tokens(hidden_states)
@@ -40,5 +40,5 @@ class Batch:
             raise ValueError(f"topk_ids: got shape {list(self.ids.shape)}, expected {list(expected)}, [T, P]")
         if out is None and incremental:
             raise ValueError("out: got None with incremental=True, expected the array to add to")
-        self.out = np.empty((self.num_tokens, config.hidden_size), bfloat16) if out is None else out
+        self.out: Array = np.empty((self.num_tokens, config.hidden_size), bfloat16) if out is None else out
         self.incremental = incremental

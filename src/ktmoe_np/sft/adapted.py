@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..arrays.checks import Array
+from ..arrays.types import ArrayLike
 from ..config import MoEConfig
 from .options import SFTOptions
 
@@ -29,11 +30,11 @@ class AdaptedLayer(Protocol):
 
     def update_lora_weights(
         self,
-        gate_lora_a: Any = None,
-        gate_lora_b: Any = None,
-        up_lora_a: Any = None,
-        up_lora_b: Any = None,
-        down_lora_a: Any = None,
-        down_lora_b: Any = None,
+        gate_lora_a: ArrayLike | None = None,
+        gate_lora_b: ArrayLike | None = None,
+        up_lora_a: ArrayLike | None = None,
+        up_lora_b: ArrayLike | None = None,
+        down_lora_a: ArrayLike | None = None,
+        down_lora_b: ArrayLike | None = None,
     ) -> None:
         """Replace some adapters by arrays."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, at_least, num_tokens
+from ..arrays.types import ArrayLike, IntegersLike, StreamLike
 from ..buffers import Claim
 from ..config import MoEConfig
 from ..formats.methods import Method
+from ..layers.options import LayerOptions
 from ..passes.batch import Batch
 from ..passes.pending import BegunPass, PendingPass
 from .gradients import SFTGradients, lora_shapes, projection_shapes
@@ -40,7 +42,9 @@ class BaseSFTMoEWrapper(LoraLayer):
     be called again after KeyboardInterrupt.
     """
 
-    def __init__(self, method: Method, config: MoEConfig, *, options: SFTOptions, **layer: Any) -> None:
+    def __init__(
+        self, method: Method, config: MoEConfig, *, options: SFTOptions, **layer: Unpack[LayerOptions]
+    ) -> None:
         super().__init__(method, config, options=options, **layer)
         self._shapes = {} if method.skip_lora else lora_shapes(config, options.lora_rank)
         if options.full_weight_grad:
@@ -57,12 +61,12 @@ class BaseSFTMoEWrapper(LoraLayer):
 
     def forward(
         self,
-        hidden_states: Any,
-        topk_ids: Any,
-        topk_weights: Any,
-        cuda_stream: Any = None,
+        hidden_states: ArrayLike,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
+        cuda_stream: StreamLike | None = None,
         *,
-        out: Array | None = None,
+        out: ArrayLike | None = None,
     ) -> Array:
         """The layer with its adapters, without dropout: `forward_sft` with nothing saved."""
         self._check_stream(cuda_stream)
@@ -70,12 +74,12 @@ class BaseSFTMoEWrapper(LoraLayer):
 
     def forward_sft(
         self,
-        hidden_states: Any,
-        topk_ids: Any,
-        topk_weights: Any,
+        hidden_states: ArrayLike,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
         save_for_backward: bool = True,
         *,
-        out: Array | None = None,
+        out: ArrayLike | None = None,
     ) -> Array:
         """The experts of the layer, with their adapters, on a batch of tokens.
 
@@ -137,12 +141,12 @@ class BaseSFTMoEWrapper(LoraLayer):
 
     def submit_forward_sft(
         self,
-        hidden_states: Any,
-        topk_ids: Any,
-        topk_weights: Any,
+        hidden_states: ArrayLike,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
         save_for_backward: bool = True,
         *,
-        out: Array | None = None,
+        out: ArrayLike | None = None,
     ) -> None:
         """Begin what `forward_sft` does and return at once; `sync_forward_sft` gives the result.
 
@@ -176,11 +180,11 @@ class BaseSFTMoEWrapper(LoraLayer):
 
     def _forward_task(
         self,
-        hidden_states: Any,
-        topk_ids: Any,
-        topk_weights: Any,
+        hidden_states: ArrayLike,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
         save_for_backward: bool,
-        out: Any,
+        out: ArrayLike | None,
         claim: Claim | None = None,
     ) -> tuple[Array, ext.moe.TrainingTask]:
         if out is None:
@@ -205,12 +209,12 @@ class BaseSFTMoEWrapper(LoraLayer):
 
     def backward(
         self,
-        grad_output: Any,
+        grad_output: ArrayLike,
         *,
         gradients: SFTGradients | None = None,
         accumulate: bool = False,
-        grad_input: Array | None = None,
-        grad_weights: Array | None = None,
+        grad_input: ArrayLike | None = None,
+        grad_weights: ArrayLike | None = None,
     ) -> SFTGradients:
         """Differentiate the sum of output * grad_output, by the forward pass that was saved last.
 
@@ -252,12 +256,12 @@ class BaseSFTMoEWrapper(LoraLayer):
 
     def submit_backward(
         self,
-        grad_output: Any,
+        grad_output: ArrayLike,
         *,
         gradients: SFTGradients | None = None,
         accumulate: bool = False,
-        grad_input: Array | None = None,
-        grad_weights: Array | None = None,
+        grad_input: ArrayLike | None = None,
+        grad_weights: ArrayLike | None = None,
     ) -> None:
         """Begin what `backward` does and return at once; `sync_backward` gives the result.
 
@@ -291,11 +295,11 @@ class BaseSFTMoEWrapper(LoraLayer):
 
     def _backward_task(
         self,
-        grad_output: Any,
+        grad_output: ArrayLike,
         gradients: SFTGradients | None,
         accumulate: bool,
-        grad_input: Array | None,
-        grad_weights: Array | None,
+        grad_input: Any,
+        grad_weights: Any,
         claim: Claim | None = None,
     ) -> tuple[SFTGradients, ext.moe.TrainingTask]:
         num = num_tokens(grad_output, "grad_output")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, as_numpy, bfloat16
+from ..arrays.types import ArrayLike
 from ..config import MoEConfig
 from ..formats.methods import Method
 from ..layers.base import MoELayer
+from ..layers.options import LayerOptions
 from .adapters import load_lora_weights, save_lora_weights
 from .gradients import LORA_NAMES, lora_shapes
 from .options import SFTOptions
@@ -32,7 +34,9 @@ class LoraLayer(MoELayer):
         What the adapters are, and what training keeps.
     """
 
-    def __init__(self, method: Method, config: MoEConfig, *, options: SFTOptions, **layer: Any) -> None:
+    def __init__(
+        self, method: Method, config: MoEConfig, *, options: SFTOptions, **layer: Unpack[LayerOptions]
+    ) -> None:
         self.options = options
         self._lora: dict[str, Array] = {}
         self._lora_lock = ext.CallLock("update_lora_weights", of_engine=True)
@@ -60,12 +64,12 @@ class LoraLayer(MoELayer):
 
     def init_lora_weights(
         self,
-        gate_lora_a: Any = None,
-        gate_lora_b: Any = None,
-        up_lora_a: Any = None,
-        up_lora_b: Any = None,
-        down_lora_a: Any = None,
-        down_lora_b: Any = None,
+        gate_lora_a: ArrayLike | None = None,
+        gate_lora_b: ArrayLike | None = None,
+        up_lora_a: ArrayLike | None = None,
+        up_lora_b: ArrayLike | None = None,
+        down_lora_a: ArrayLike | None = None,
+        down_lora_b: ArrayLike | None = None,
     ) -> None:
         """Give all adapters their first values. A first pass without it does so by itself.
 
@@ -90,12 +94,12 @@ class LoraLayer(MoELayer):
 
     def update_lora_weights(
         self,
-        gate_lora_a: Any = None,
-        gate_lora_b: Any = None,
-        up_lora_a: Any = None,
-        up_lora_b: Any = None,
-        down_lora_a: Any = None,
-        down_lora_b: Any = None,
+        gate_lora_a: ArrayLike | None = None,
+        gate_lora_b: ArrayLike | None = None,
+        up_lora_a: ArrayLike | None = None,
+        up_lora_b: ArrayLike | None = None,
+        down_lora_a: ArrayLike | None = None,
+        down_lora_b: ArrayLike | None = None,
     ) -> None:
         """Give some adapters new values; those that are None stay.
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 from ..arrays.checks import at_least, bfloat16
 from ..formats.methods import Method
 
-__all__ = ["SFTOptions"]
+__all__ = ["SFTKeywords", "SFTOptions"]
 
 _LARGEST_SEED = 2**64 - 1
 
@@ -131,7 +131,7 @@ class SFTOptions:
         TypeError, ValueError
             As the class; also for a name that is no option, or an option that the method does not have.
         """
-        refuse_unknown(given)
+        check_known(given)
         options = cls(**given)
         options.check(method)
         return options
@@ -150,7 +150,21 @@ class SFTOptions:
             )
 
 
-def refuse_unknown(given: Mapping[str, Any]) -> None:
+class SFTKeywords(TypedDict, total=False):
+    """The fields of `SFTOptions` as keyword arguments."""
+
+    lora_rank: int
+    lora_alpha: float
+    lora_dropout: float
+    max_cache_depth: int
+    full_weight_grad: bool
+    recompute: bool
+    seed: int
+    cache_dtype: DTypeLike
+    reuse_buffers: bool
+
+
+def check_known(given: Mapping[str, Any]) -> None:
     """Raise TypeError for a keyword that is no option."""
     known = [field.name for field in fields(SFTOptions)]
     for name in given:
@@ -158,7 +172,7 @@ def refuse_unknown(given: Mapping[str, Any]) -> None:
             raise TypeError(f"{name}: unexpected keyword; mode 'sft' knows {', '.join(known)}")
 
 
-def refuse_options(mode: str, given: Mapping[str, Any]) -> None:
+def check_no_options(mode: str, given: Mapping[str, Any]) -> None:
     """Raise for options of training given in another mode.
 
     Raises
@@ -168,7 +182,7 @@ def refuse_options(mode: str, given: Mapping[str, Any]) -> None:
     TypeError
         No option at all.
     """
-    refuse_unknown(given)
+    check_known(given)
     for name, value in given.items():
         raise ValueError(f"{name}: got {value!r} in mode {mode!r}, expected it in mode 'sft' only")
 

@@ -1,0 +1,56 @@
+"""Keyword arguments that several public functions take, as types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypedDict
+
+from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike, MaskLike, PathLike
+from ..config import ActivationSpec
+
+__all__ = ["ActivationLike", "LayerOptions", "LayerOverrides", "WeightOptions"]
+
+#: What `ktmoe_np.parse_activation` reads.
+ActivationLike: TypeAlias = str | ActivationSpec | Mapping[str, Any]
+
+
+class LayerOptions(TypedDict, total=False):
+    """Options of every layer beside its method and sizes; `KTMoEWrapper` documents them."""
+
+    gpu_experts_mask: MaskLike | None
+    cpuinfer_threads: int | None
+    threadpool_count: int | None
+    weight_path: PathLike | None
+    numa_nodes: Sequence[int] | None
+    group_size: int | None
+
+
+class LayerOverrides(LayerOptions, total=False):
+    """What a layer of a checkpoint may be told in place of what the checkpoint says."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    hidden_size: int
+    moe_intermediate_size: int
+    chunked_prefill_size: int
+    activation: ActivationLike
+    scale_inputs: bool
+    physical_to_logical_map: IntegersLike | None
+
+
+class WeightOptions(TypedDict, total=False):
+    """What `load_weights_from_tensors` takes by keyword; each method takes those of its encoding."""
+
+    gate_scale: ExpertArrays | None
+    up_scale: ExpertArrays | None
+    down_scale: ExpertArrays | None
+    gate_global_scale: ArrayLike | None
+    up_global_scale: ArrayLike | None
+    down_global_scale: ArrayLike | None
+    gate_format: object
+    up_format: object
+    down_format: object
+    gate_bias: ArrayLike | None
+    up_bias: ArrayLike | None
+    down_bias: ArrayLike | None
+    progress: Callable[[int, int], object] | None
