@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from . import kt_kernel_ext as ext
 from .arrays.checks import Array, bfloat16
+from .arrays.summary import arrays_summary, object_summary
 
 __all__ = ["BufferSlot", "Claims", "KExpertsCPUBuffer", "KExpertsSFTBuffer", "MatrixSet", "SFTBufferSlot"]
 
@@ -22,7 +23,7 @@ __all__ = ["BufferSlot", "Claims", "KExpertsCPUBuffer", "KExpertsSFTBuffer", "Ma
 _PAGE, _LINE = 4096, 64
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class BufferSlot:
     """The arrays of one forward pass of inference, T rows each."""
 
@@ -53,6 +54,15 @@ class BufferSlot:
             "deferred_output": (rows, floats),
         }
         return cls(**_in_pages_of_their_own(arrays))
+
+    def __repr__(self) -> str:
+        return object_summary(self, self._summary)
+
+    def _summary(self) -> str:
+        (tokens, hidden), routes = self.input.shape, self.weights.shape[1]
+        state = "used by no task" if self.busy_until is None else f"last used by {self.busy_until!r}"
+        pages = ", page-locked" if self.is_locked else ""
+        return f"T={tokens} H={hidden} P={routes}, {state}{pages}"
 
     def first(self, batch_size: int) -> BufferSlot:
         """Its first rows."""
@@ -112,6 +122,10 @@ class Claims:
     def __init__(self) -> None:
         self._holders: dict[str, weakref.ref[Claim]] = {}
 
+    def taken(self) -> list[str]:
+        """The names of the arrays that a living claim has."""
+        return [name for name, holder in self._holders.items() if holder() is not None]
+
     def take(self, name: str, claim: Claim | None) -> bool:
         """Whether the arrays are free; from here on they are the claim's, if there is one."""
         holder = self._holders.get(name)
@@ -122,7 +136,7 @@ class Claims:
         return True
 
 
-@dataclass
+@dataclass(repr=False)
 class SFTBufferSlot:
     """The arrays of one training step, T rows each."""
 
@@ -133,7 +147,15 @@ class SFTBufferSlot:
     grad_output: Array  #: bfloat16 [T, H]
     grad_input: Array  #: bfloat16 [T, H]
     grad_weights: NDArray[np.float32]  #: [T, P]
-    claims: Claims = field(default_factory=Claims, repr=False)  #: of output, and of the gradients
+    claims: Claims = field(default_factory=Claims)  #: of output, and of the gradients
+
+    def __repr__(self) -> str:
+        return object_summary(self, self._summary)
+
+    def _summary(self) -> str:
+        (tokens, hidden), routes = self.input.shape, self.weights.shape[1]
+        taken = self.claims.taken()
+        return f"T={tokens} H={hidden} P={routes}, {' and '.join(taken) or 'nothing'} in use"
 
     @classmethod
     def allocate(cls, batch_size: int, hidden_size: int, num_experts_per_tok: int) -> SFTBufferSlot:
@@ -150,12 +172,15 @@ class SFTBufferSlot:
         )
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class MatrixSet:
     """The gradients of a layer's matrices, float32, by name."""
 
     arrays: dict[str, NDArray[np.float32]]
-    claims: Claims = field(default_factory=Claims, repr=False)
+    claims: Claims = field(default_factory=Claims)
+
+    def __repr__(self) -> str:
+        return object_summary(self, lambda: arrays_summary(self.arrays))
 
 
 Slot = TypeVar("Slot", BufferSlot, SFTBufferSlot)

@@ -9,6 +9,7 @@ import numpy as np
 from ..arrays.activation import activate
 from ..arrays.checks import fits
 from ..arrays.library import dtype_name, library_of
+from ..arrays.summary import object_summary
 from ..arrays.types import ArrayLike, MaskLike
 from ..config import ActivationSpec, MoEConfig
 from .masks import checked_mask
@@ -109,6 +110,15 @@ class GPUExperts:
         self._up_bias = self._bias("up_bias", up_bias, (num, inter))
         self._down_bias = self._bias("down_bias", down_bias, (num, hidden))
         self._numbers = self._library.beside(self.experts, gate_proj)[:, None, None]
+
+    def __repr__(self) -> str:
+        return object_summary(self, self._summary)
+
+    def _summary(self) -> str:
+        c = self.config
+        count = f"{len(self.experts)} of {c.num_experts} experts"
+        sizes = f"H={c.hidden_size} I={c.moe_intermediate_size} {c.activation.name}"
+        return f"layer {c.layer_idx}: {count}, {sizes}, arrays of {self._library.name}"
 
     def forward(self, hidden_states: ArrayLike, topk_ids: ArrayLike, topk_weights: ArrayLike) -> Any:
         """The part of the layer's output that is of the masked experts.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays.summary import arrays_summary, object_summary
 from ..config import MoEConfig
 from .layouts.layer import ExpertLayer, expert_layers, find_layer
 from .layouts.name_patterns import Naming
@@ -22,7 +23,7 @@ AnyArray = NDArray[Any]
 _TRANSPOSE_STRIP = 32
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExpertTensors:
     """The experts of a layer, expert by expert, in the order of the checkpoint.
 
@@ -37,6 +38,9 @@ class ExpertTensors:
     up_bias: NDArray[np.float32] | None  # [E, I]
     down_bias: NDArray[np.float32] | None  # [E, H]
     names: tuple[str, ...]  # the tensors it was made of
+
+    def __repr__(self) -> str:
+        return object_summary(self, lambda: arrays_summary(vars(self) | {"names": None}))
 
     @property
     def num_experts(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays.summary import arrays_summary, object_summary
 from ..config import MoEConfig
 from .layouts.encoding import Part, Sizes
 from .layouts.encodings import METHODS
@@ -24,7 +25,7 @@ AnyArray = NDArray[Any]
 _EVERY_ROW = slice(None)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NativeProjection:
     """The matrices of a projection, expert by expert, in the order of the checkpoint."""
 
@@ -34,8 +35,11 @@ class NativeProjection:
     scale: list[AnyArray]
     global_scale: NDArray[np.float32] | None  # [E], of encodings that have one: a factor of the weights
 
+    def __repr__(self) -> str:
+        return object_summary(self, lambda: arrays_summary(vars(self)))
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class NativeExperts:
     """The experts of a layer as their checkpoint has them."""
 
@@ -44,6 +48,13 @@ class NativeExperts:
     biases: Mapping[str, NDArray[np.float32]]  # the projections that have one -> [E, N]
     names: tuple[str, ...]  # the tensors it was made of
     group_size: int  # columns of a row that share a scale, where the method leaves a choice
+
+    def __repr__(self) -> str:
+        return object_summary(self, self._summary)
+
+    def _summary(self) -> str:
+        codes = {name: projection.codes for name, projection in self.projections.items()}
+        return f"{self.method}: {arrays_summary(codes)}"
 
 
 def native_method(checkpoint: SafetensorsCheckpoint | str | os.PathLike[str], layer_idx: int) -> str | None:

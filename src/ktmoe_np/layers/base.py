@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import expert_ids
+from ..arrays.summary import object_summary
 from ..arrays.types import ExpertArrays, IntegersLike, MaskLike, PathLike, StreamLike
 from ..config import MoEConfig
 from ..cpuinfer import _MoEBase
@@ -63,6 +64,17 @@ class MoELayer(_MoEBase):
     def _set_method(self, method: Method) -> None:
         """Take what the method says of the weights; `config` and `group_size` are set."""
         self.method = method.name
+
+    def __repr__(self) -> str:
+        return object_summary(self, self._summary)
+
+    def _summary(self) -> str:
+        """The layer's sizes and state, for `repr`."""
+        c = self.config
+        sizes = f"E={c.num_experts} P={c.num_experts_per_tok} H={c.hidden_size} I={c.moe_intermediate_size}"
+        group = "" if self.group_size is None else f" in groups of {self.group_size}"
+        state = "loaded" if self.loaded else "not loaded"
+        return f"layer {c.layer_idx}: {self.method}{group}, {sizes} {c.activation.name}, {state}"
 
     @property
     def layer_idx(self) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays.summary import object_summary
+
 __all__ = ["KVCache"]
 
 _Floats = NDArray[np.float32]
@@ -31,6 +33,9 @@ class KVCache:
         self._shape = num_kv_heads, head_dim
         self._keys = [self._empty(_ROOM) for _ in range(num_layers)]
         self._values = [self._empty(_ROOM) for _ in range(num_layers)]
+
+    def __repr__(self) -> str:
+        return object_summary(self, lambda: f"{self.length} tokens in {len(self._keys)} layers")
 
     def append(self, layer: int, keys: _Floats, values: _Floats) -> tuple[_Floats, _Floats]:
         """Store [kv heads, T, D] of a layer behind `length`; all of the layer's, those included."""

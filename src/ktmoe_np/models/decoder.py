@@ -15,6 +15,7 @@ from typing import Any, Literal, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays.summary import object_summary
 from ..arrays.types import ArrayLike, PathLike
 from ..experts import InferenceOverrides, KTMoEWrapper, Overrides, SFTOverrides
 from ..formats.methods import training_name
@@ -38,13 +39,16 @@ __all__ = ["MoEDecoder", "TrainingPass", "checked_tokens"]
 _Tokens = ArrayLike | Sequence[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainingPass:
     """What `MoEDecoder.backward` needs of a forward pass."""
 
     number: int  #: of the pass, among those of its model
     layers: list[LayerPass]
     hidden: list[Floats]  #: what the last layer gave
+
+    def __repr__(self) -> str:
+        return object_summary(self, lambda: f"{self.number}: {[len(x) for x in self.hidden]} tokens")
 
 
 class MoEDecoder:
@@ -179,6 +183,15 @@ class MoEDecoder:
         if adapter is not None:
             import_peft(adapter, model.trained_experts())
         return model
+
+    def __repr__(self) -> str:
+        return object_summary(self, self._summary)
+
+    def _summary(self) -> str:
+        c = self.config
+        experts = f"{c.num_experts} experts, {c.num_experts_per_tok} per token, {self.experts[0].method}"
+        waiting = f", {len(self._waiting)} forward passes saved" if self._waiting else ""
+        return f"{c.num_layers} layers of {experts}; H={c.hidden_size}, {c.vocab_size} tokens{waiting}"
 
     @property
     def experts(self) -> list[BaseMoEWrapper | BaseSFTMoEWrapper]:

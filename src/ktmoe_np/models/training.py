@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays.summary import object_summary
 from ..sft.gradients import SFTGradients
 from ._arithmetic import cross_entropy
 from .decoder import MoEDecoder, checked_tokens
@@ -16,13 +17,22 @@ from .decoder import MoEDecoder, checked_tokens
 __all__ = ["Loss", "loss_and_gradients"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Loss:
     """What a step gives."""
 
     bits_per_token: float  #: minus the mean log2 of the chances given to the tokens
     num_tokens: int  #: that were expected
     layers: list[SFTGradients]  #: of the mean of the natural logarithms, by the adapters of each layer
+
+    def __repr__(self) -> str:
+        return object_summary(
+            self,
+            lambda: (
+                f"{self.bits_per_token:.4f} bits per token over {self.num_tokens} tokens, gradients of "
+                f"{len(self.layers)} layers"
+            ),
+        )
 
 
 def loss_and_gradients(model: MoEDecoder, sequences: Sequence[Any]) -> Loss:

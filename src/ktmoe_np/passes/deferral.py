@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, bfloat16
+from ..arrays.summary import object_summary
 from ..buffers import BufferSlot, KExpertsCPUBuffer
 from ..config import MoEConfig
 from .pending import is_of_a_handler
@@ -49,6 +50,13 @@ class CarryChain(Generic[CarryT]):
 
     def __init__(self) -> None:
         self._carry: CarryT | None = None
+
+    def __repr__(self) -> str:
+        return object_summary(self, self._summary)
+
+    def _summary(self) -> str:
+        carry = self._carry
+        return "empty" if carry is None else f"with deferred experts of layer {carry.layer_idx}"
 
     @property
     def is_waiting(self) -> bool:

@@ -57,6 +57,11 @@ class BaseSFTMoEWrapper(LoraLayer):
             "backward", self.layer_idx, self.cpu_infer
         )
 
+    def _summary(self) -> str:
+        o = self.options
+        saved = f"{self.num_cached} of {o.max_cache_depth} passes saved"
+        return f"{super()._summary()}, lora_rank {o.lora_rank}, {saved}"
+
     # ---- forward passes ----
 
     def forward(

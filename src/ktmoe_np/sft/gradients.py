@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays.checks import Array
+from ..arrays.summary import arrays_summary, object_summary
 from ..config import MoEConfig
 
 __all__ = ["LORA_NAMES", "PROJECTION_NAMES", "SFTGradients", "lora_shapes", "projection_shapes"]
@@ -17,7 +18,7 @@ LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora
 PROJECTION_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SFTGradients:
     """The gradients of one backward pass; None for what is not trained or does not exist.
 
@@ -36,6 +37,11 @@ class SFTGradients:
     gate_proj: NDArray[np.float32] | None = None  #: [E, I, H]
     up_proj: NDArray[np.float32] | None = None  #: [E, I, H]
     down_proj: NDArray[np.float32] | None = None  #: [E, H, I]
+
+    def __repr__(self) -> str:
+        return object_summary(
+            self, lambda: arrays_summary({field.name: getattr(self, field.name) for field in fields(self)})
+        )
 
     @property
     def matrices(self) -> dict[str, NDArray[np.float32]]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays.summary import arrays_summary, object_summary
 from ...config import MoEConfig
 from ...formats.quantized import QuantizedFormat
 from ..layouts.layer import aligned
@@ -51,12 +52,17 @@ class QuantizedProjection(NamedTuple):
     row_scale: Any  # float32 [E, N], or E arrays [N]; None where the format has none
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class QuantizedExperts:
     """The experts of a layer as codes and scales, in the order of the checkpoint."""
 
     matrices: Mapping[str, QuantizedProjection]  # gate_proj, up_proj when gated, down_proj
     biases: Mapping[str, Any]  # the projections that have one -> [E, N]
+
+    def __repr__(self) -> str:
+        return object_summary(
+            self, lambda: arrays_summary({name: value.codes for name, value in self.matrices.items()})
+        )
 
 
 def projection_sizes(config: MoEConfig) -> dict[str, tuple[int, int]]:

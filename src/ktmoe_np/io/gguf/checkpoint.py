@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays.summary import object_summary
 from ..mapped import identity_at, map_file
 from ..regular_file import open_regular
 from ..shared import Held
@@ -113,6 +114,13 @@ class GgufCheckpoint:
                 f"{self._files[0].path}: metadata 'split.tensors.count' is {expected!r:.80}, but the "
                 f"{len(paths)} files have {len(self._file_of)} tensors"
             )
+
+    def __repr__(self) -> str:
+        return object_summary(self, self._summary)
+
+    def _summary(self) -> str:
+        files = "1 file" if len(self._files) == 1 else f"{len(self._files)} files"
+        return f"{str(self.path)!r}: {len(self._file_of)} tensors in {files}"
 
     @classmethod
     def shared(cls, path: str | os.PathLike[str]) -> GgufCheckpoint:

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays.summary import arrays_summary, object_summary
 from ...config import MoEConfig
 from ...formats.gguf import GGUF_FORMATS
 from .checkpoint import GgufCheckpoint, GgufTensorInfo, is_gguf
@@ -39,21 +40,27 @@ _NUMBER = "(0|[1-9][0-9]{0,8})"
 _WEIGHT = re.compile(rf"blk\.{_NUMBER}\.ffn_(gate|up|gate_up|down)(?:_exps|\.{_NUMBER})\.weight")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GgufProjection:
     """The matrices of a projection, expert by expert, in the order of the file."""
 
     format: str  # one of `ktmoe_np.formats.gguf.GGUF_FORMATS`
     data: list[NDArray[np.uint8]]  # E of [N, row_bytes], views
 
+    def __repr__(self) -> str:
+        return object_summary(self, lambda: arrays_summary({self.format: self.data}))
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class GgufExperts:
     """The experts of a layer as their file has them."""
 
     projections: Mapping[str, GgufProjection]  # gate_proj, up_proj when gated, down_proj
     biases: Mapping[str, NDArray[np.float32]]  # the projections that have one -> [E, N]
     names: tuple[str, ...]  # the tensors it was made of
+
+    def __repr__(self) -> str:
+        return object_summary(self, lambda: ", ".join(f"{k} {v!r}" for k, v in self.projections.items()))
 
 
 def gguf_layers(checkpoint: GgufCheckpoint | str | os.PathLike[str]) -> tuple[int, ...]:

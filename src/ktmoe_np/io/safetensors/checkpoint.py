@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays.summary import object_summary
 from ..json_text import read_json_object, shown
 from ..layouts.layer_names import LayerNames
 from ..mapped import FileIdentity, identity_at, map_file
@@ -82,6 +83,9 @@ class SafetensorsFile:
             )
         self._start = 8 + length
         self._tensors, self.metadata = parse_header(self.path, self._map[8 : self._start], size - self._start)
+
+    def __repr__(self) -> str:
+        return object_summary(self, lambda: f"{str(self.path)!r}: {len(self._tensors)} tensors")
 
     @property
     def identity(self) -> FileIdentity:
@@ -200,6 +204,14 @@ class SafetensorsCheckpoint:
         else:
             shards = {name: _Shard(file) for name, file in zip(self._index.files, files, strict=True)}
             self._shard_of = {name: shards[file] for name, file in self._index.file_of.items()}
+
+    def __repr__(self) -> str:
+        return object_summary(self, self._summary)
+
+    def _summary(self) -> str:
+        shards = set(self._shard_of.values())
+        opened = sum("file" in vars(shard) for shard in shards)
+        return f"{str(self.path)!r}: {len(self._shard_of)} tensors, {opened} of {len(shards)} files open"
 
     @classmethod
     def shared(cls, path: str | os.PathLike[str]) -> SafetensorsCheckpoint:
