@@ -1,6 +1,48 @@
-"""Mixture-of-experts layers on CPUs, from NumPy.
+"""Mixture-of-experts layers on CPUs, from NumPy: inference and LoRA training.
 
-`KTMoEWrapper` makes a layer; `reference` is the specification in NumPy; `isa_info` says what runs here.
+What programs use, in the order in which they need it (``help(ktmoe_np.NAME)`` documents each):
+
+Make a layer
+    KTMoEWrapper                makes a layer, from its sizes or from a checkpoint
+    MoEConfig                   the sizes and the activation of a layer
+    parse_activation            reads an activation by its name
+    ActivationSpec              an activation and its parameters
+    isa_info                    the instruction sets of this machine, and which one is used
+
+Run it
+    BaseMoEWrapper              a layer for inference: load weights, forward, submit and sync
+    DeferralChain               the experts that a pass leaves to the next layer
+    KExpertsCPUBuffer           buffers for fixed batch sizes
+
+Train adapters
+    BaseSFTMoEWrapper           a layer for training: forward, backward, LoRA weights
+    SFTGradients                what a backward pass gives
+    KExpertsSFTBuffer           buffers of training steps
+
+Share the experts with a GPU
+    generate_gpu_experts_masks  picks the experts that are used most
+    GPUExperts                  computes the picked experts on the GPU
+
+Check the results
+    reference                   the specification in NumPy, with error bounds
+
+The classes that `KTMoEWrapper` makes, by method and mode
+    NativeMoEWrapper            weights in the checkpoint's own encoding: bf16, fp8, fp4, int4
+    LlamafileMoEWrapper         GGUF weights
+    AMXMoEWrapper               int8 or int4 weights, products in int8
+    GeneralMoEWrapper           int8 or int4 weights, products in bf16
+    NativeSFTMoEWrapper         training on the weights of `NativeMoEWrapper`
+    LlamafileSFTMoEWrapper      training on GGUF weights
+    QuantizedSFTMoEWrapper      training on int8 and int4 weights
+    AMXSFTMoEWrapper            the base of these three
+
+Modules
+    io                          checkpoints: safetensors, GGUF, converted directories
+    models                      a decoder with experts, for generation and training
+    sft                         options of training, adapters in PEFT directories
+    jax                         layers in compiled JAX programs
+    config                      sizes and activations, read from a model's config
+    kt_kernel_ext               the extension: engine and layers as C++ has them
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import subprocess
 import sys
 
@@ -26,6 +28,23 @@ def test_every_name_is_there() -> None:
     assert not hasattr(ktmoe_np, "nothing")
     with pytest.raises(AttributeError, match="module 'ktmoe_np' has no attribute 'nothing'"):
         ktmoe_np.nothing  # type: ignore[attr-defined] # noqa: B018
+
+
+def test_help_opens_with_what_programs_use() -> None:
+    """Names are imported when they are used, so ``pydoc`` has to find them in a new process too."""
+    done = run("import pydoc, ktmoe_np; print(pydoc.plain(pydoc.render_doc(ktmoe_np)))")
+    assert done.returncode == 0, done.stderr
+    opening = done.stdout[: done.stdout.index("PACKAGE CONTENTS")]
+    listed = re.findall(r"^ {8}(\w+) {2,}\S.*$", opening, re.MULTILINE)
+    assert listed[:2] == ["KTMoEWrapper", "MoEConfig"]
+    assert listed.index("BaseMoEWrapper") < listed.index("BaseSFTMoEWrapper") < listed.index("GPUExperts")
+    assert len(set(listed)) == len(listed)
+    public = {name for name in _api.__all__ if not name.startswith("_")}
+    assert public <= set(listed)
+    for name in set(listed) - public:
+        assert importlib.util.find_spec(f"ktmoe_np.{name}") is not None
+    assert "class KTMoEWrapper(builtins.object)" in done.stdout
+    assert all(len(line) <= 110 for line in opening.splitlines())
 
 
 def test_a_star_gives_all() -> None:

@@ -130,7 +130,7 @@ def test_decoders() -> None:
     assert "1 forward passes saved" in repr(model)
     model.clear_cache()
     assert re.match(
-        r"<Loss \d\.\d{4} bits per token over 5 tokens", repr(loss_and_gradients(model, [b"In the"[:6]]))
+        r"<Loss \d\.\d{4} bits per token over 5 tokens", repr(loss_and_gradients(model, [list(b"In the")]))
     )
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ..arrays.summary import object_summary
+from ..arrays.types import ArrayLike
 from ..sft.gradients import SFTGradients
 from ._arithmetic import cross_entropy
 from .decoder import MoEDecoder, checked_tokens
@@ -35,7 +35,7 @@ class Loss:
         )
 
 
-def loss_and_gradients(model: MoEDecoder, sequences: Sequence[Any]) -> Loss:
+def loss_and_gradients(model: MoEDecoder, sequences: Sequence[ArrayLike | Sequence[int]]) -> Loss:
     """Measure the cross-entropy of sequences and differentiate it by the adapters of all experts.
 
     The loss is minus the mean, over all tokens but the first of each sequence, of log softmax(logits)[token];
