@@ -21,6 +21,7 @@ from quantized_rows import quantized_bytes
 
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np.cli import convert, main
+from ktmoe_np.cli.quantized_reference import dequantize_rows
 from ktmoe_np.formats.quantized import FORMATS
 from ktmoe_np.io import SafetensorsFile
 from ktmoe_np.io.safetensors.writer import replacing, write_safetensors
@@ -64,7 +65,7 @@ def test_convert(
             assert weights is not None
             codes, scale = quantized_bytes(fmt, weights)
             assert np.array_equal(file.tensor(f"{name}.codes"), codes)
-            decoded = FORMATS[fmt].decode(codes, scale, weights.shape[-1])[sample]
+            decoded = dequantize_rows(FORMATS[fmt], codes, scale, weights.shape[-1])[sample]
             exact = weights[sample].astype(np.float64)
             error = np.linalg.norm(decoded - exact) / np.linalg.norm(exact)
             assert row["relative_error"][name] == pytest.approx(error, rel=1e-9)

@@ -18,6 +18,7 @@ import ktmoe_np.io.converted.layer
 import ktmoe_np.layers.quantized
 from ktmoe_np import AMXMoEWrapper, GeneralMoEWrapper, KTMoEWrapper
 from ktmoe_np import kt_kernel_ext as ext
+from ktmoe_np.cli.quantized_reference import unpack_rows
 from ktmoe_np.formats.methods import METHODS as REGISTRY
 from ktmoe_np.formats.methods import find_method
 from ktmoe_np.formats.quantized import FORMATS
@@ -279,7 +280,7 @@ def test_saved_and_quantised_layers_compute_the_same(
     again = wrapper(method, group_size, weight_path=tmp_path)
     again.load_weights()
     assert_same_bits(again.forward(*batch), expected)
-    decoded = layer.with_matrices(lambda w: FORMATS[fmt].unpack(*quantized_bytes(fmt, w), w.shape[-1]))
+    decoded = layer.with_matrices(lambda w: unpack_rows(FORMATS[fmt], *quantized_bytes(fmt, w), w.shape[-1]))
     product = "int8" if method.startswith("AMX") else "bfloat16"
     assert_close(expected, decoded, batch, product=product)
 

@@ -23,6 +23,7 @@ from ..io.mapped import MappedFiles
 from ..io.native import NativeExperts, load_native, native_method
 from ..reference import decode_gguf
 from ..reference.native import DECODERS
+from .quantized_reference import quantize_matrices
 
 __all__ = ["ExpertSource", "GgufSource", "Layer", "NativeSource", "TensorSource", "open_layer"]
 
@@ -65,7 +66,7 @@ class TensorSource:
 
     def _encoded(self, matrices: list[Array]) -> Any:
         MappedFiles(matrices).check()
-        return matrices if self.fmt is None else self.fmt.quantize(np.stack(matrices))
+        return matrices if self.fmt is None else quantize_matrices(self.fmt, np.stack(matrices))
 
 
 @dataclass(frozen=True, eq=False)

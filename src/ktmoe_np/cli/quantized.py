@@ -18,6 +18,7 @@ from ..io import ExpertTensors
 from ..io.converted.layer import QuantizedExperts, projection_sizes
 from ..io.mapped import MappedFiles
 from ..io.regular_file import open_regular
+from .quantized_reference import dequantize_rows
 from .table import counted, wrap
 
 __all__ = [
@@ -98,7 +99,7 @@ def weight_errors(
             scale = None if matrix.row_scale is None else matrix.row_scale[e]
             MappedFiles([source[name][e], matrix.codes[e]]).check()
             weights = source[name][e].astype(np.float32)
-            away = fmt.decode(matrix.codes[e], scale, num_columns) - weights
+            away = dequantize_rows(fmt, matrix.codes[e], scale, num_columns) - weights
             distance += float(np.square(away, dtype=np.float64).sum())
             norm += float(np.square(weights, dtype=np.float64).sum())
         errors[name] = math.sqrt(distance / norm) if norm else 0.0

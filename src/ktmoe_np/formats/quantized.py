@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import kt_kernel_ext as ext
-from ..reference import QuantizedMatrix, dequantize, quantize_int4, quantize_int8, unpack_int4, unpack_int8
 
 __all__ = ["FORMATS", "QuantizedFormat"]
 
@@ -53,34 +52,6 @@ class QuantizedFormat:
         [48, 56, 26]
         """
         return self.info.row_bytes(num_columns)
-
-    def unpack(
-        self, codes: NDArray[np.uint8], row_scale: NDArray[np.float32] | None, num_columns: int
-    ) -> QuantizedMatrix:
-        """Take rows [..., N, row_bytes] apart."""
-        if self.group_size is None:
-            assert row_scale is not None
-            return unpack_int8(codes, row_scale, num_columns)
-        if self.bits == 8:
-            return unpack_int8(codes, None, num_columns, group_size=self.group_size)
-        assert row_scale is not None
-        return unpack_int4(codes, row_scale, num_columns, group_size=self.group_size)
-
-    def quantize(self, weights: NDArray[Any]) -> QuantizedMatrix:
-        """Quantise matrices [..., N, K] by the reference, which is slow."""
-        if self.bits == 4:
-            assert self.group_size is not None
-            return quantize_int4(weights, group_size=self.group_size)
-        if self.group_size is None:
-            return quantize_int8(weights)
-        return quantize_int8(weights, group_size=self.group_size)
-
-    def decode(
-        self, codes: NDArray[np.uint8], row_scale: NDArray[np.float32] | None, num_columns: int
-    ) -> NDArray[np.float32]:
-        """Compute the weights [..., N, K] that rows stand for."""
-        weights: NDArray[np.float32] = dequantize(self.unpack(codes, row_scale, num_columns))
-        return weights
 
     def problem(self, codes: NDArray[np.uint8], num_columns: int) -> str | None:
         """Say what rows [N, row_bytes] hold that no quantised weights are, and where; None if nothing.
