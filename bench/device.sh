@@ -85,10 +85,10 @@ run_pytest() {
     --ignore=tests/gates tests 1>&2  # the gates are about the sources, not the machine
 }
 
-bench() { "$PYTHON" -m bench.bench_moe --machine "$MACHINE" --out "$RECORDS" "$@"; }
+bench() { "$PYTHON" -m bench.ops.bench_moe --machine "$MACHINE" --out "$RECORDS" "$@"; }
 
 limits() {
-  local limits=("$PYTHON" -m bench.limits --machine "$MACHINE" --out "$RECORDS")
+  local limits=("$PYTHON" -m bench.ops.bench_limits --machine "$MACHINE" --out "$RECORDS")
   if [[ -n ${KTMOE_ISA:-} ]]; then "${limits[@]}" --isa "$KTMOE_ISA" --seconds 3; fi
   env -u KTMOE_ISA "${limits[@]}" --isa avx2,avx512,avx512_bf16 --seconds 0.7
 }
@@ -101,7 +101,7 @@ qwen3() {
 
 # Training steps; bench_sft measures that limit for seconds by itself.
 sft() {
-  "$PYTHON" -m bench.bench_sft --machine "$MACHINE" --out "$RECORDS" --seconds 0.6 --limit-seconds 0.6 \
+  "$PYTHON" -m bench.ops.bench_sft --machine "$MACHINE" --out "$RECORDS" --seconds 0.6 --limit-seconds 0.6 \
     --peers "${PEERS/,numpy/}" --tokens 64,512,1024,4096
 }
 

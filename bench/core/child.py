@@ -1,4 +1,4 @@
-"""A contender's process: `python -m bench.child FD` serves its parent's requests on the socket FD.
+"""A contender's process: `python -m bench.core.child FD` serves its parent's requests on the socket FD.
 
 Being processes of their own, contenders can differ in instruction set, threads and interpreter, and one that
 crashes takes nobody along. The parent lets them run only while it waits for an answer.
@@ -18,12 +18,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ..peers import find_peer
 from .cases import Case, make_cases
 from .layer import Array, Layer
 from .operations import OPERATIONS
-from .peers import find_peer
+from .reference import Sample
 from .spec import Spec
-from .truth import Sample
 
 __all__ = ["Server"]
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from .cases import Case, make_cases, num_touched
-from .contestant import LOAD_TIMEOUT, Contestant, ContestantError
-from .harness import Limits, Spread, compete, measure_limits
 from .layer import Array, Layer
+from .measure import Limits, Spread, compete, measure_limits
 from .methods import METHODS
 from .operations import OPERATIONS, Phase
+from .process import LOAD_TIMEOUT, Contestant, ContestantError
 from .records import Results
+from .reference import relative_error
 from .shapes import Shape, available_memory, fit
 from .spec import Spec
-from .truth import relative_error
 
 __all__ = ["Plan", "fit_all", "note", "run_contest"]
 

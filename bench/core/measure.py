@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .contestant import Contestant, ContestantError
 from .layer import Array
+from .process import Contestant, ContestantError
 
 __all__ = ["Limits", "Spread", "compete", "measure_limits"]
 

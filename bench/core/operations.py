@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from .cases import Case
 from .layer import Array, Layer
+from .reference import Sample, sample_rows, truth
+from .reference_sft import sample_step, true_step
 from .shapes import Shape
-from .truth import Sample, sample_rows, truth
-from .truth_sft import sample_step, true_step
 
 __all__ = ["OPERATIONS", "Operation", "Phase"]
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .contest import note
+from ..peers import PEERS, find_peer
+from .comparison import note
 from .methods import METHODS
-from .peers import PEERS, find_peer
 from .records import DEFAULT_PATH, Results
 from .report import plot, table
 from .shapes import SHAPES
@@ -25,7 +25,7 @@ def parser(name: str, description: str | None, operation: str, tokens: list[int]
     """Make a parser of the common options; `tokens` are the default."""
     methods = [method.name for method in METHODS.values() if method.operation == operation]
     peers = list(PEERS[operation])[1:]
-    p = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
+    p = argparse.ArgumentParser(prog=f"python -m bench.ops.{name}", description=description)
     p.set_defaults(operation=operation)
     p.add_argument("--shape", type=_names, default=["qwen3"], help=f"some of {', '.join(SHAPES)}")
     p.add_argument("--tokens", type=_numbers, default=tokens)
@@ -44,9 +44,11 @@ def parser(name: str, description: str | None, operation: str, tokens: list[int]
     p.add_argument("--plot", type=Path, help="an image to draw, with matplotlib")
     p.add_argument("--machine", help="the machine's name in the records; default: its CPU model")
     p.add_argument(
-        "--kt-ext", default=os.environ.get("KTMOE_BENCH_KT_EXT"), help="see peers/kt_kernel_peer.py"
+        "--kt-ext", default=os.environ.get("KTMOE_BENCH_KT_EXT"), help="see peers/ktkernel/inference.py"
     )
-    p.add_argument("--ggml", default=os.environ.get("KTMOE_BENCH_GGML"), help="see peers/ggml_peer.py")
+    p.add_argument(
+        "--ggml", default=os.environ.get("KTMOE_BENCH_GGML"), help="see peers/llama_cpp/inference.py"
+    )
     p.add_argument("--kt-python", default=os.environ.get("KTMOE_BENCH_KT_PYTHON"))
     return p
 

@@ -18,7 +18,7 @@ __all__ = ["LOAD_TIMEOUT", "Contestant", "ContestantError"]
 #: Seconds that loading a layer may take.
 LOAD_TIMEOUT = 300.0
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 class ContestantError(Exception):

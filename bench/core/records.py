@@ -13,7 +13,7 @@ import numpy as np
 
 __all__ = ["DEFAULT_PATH", "Results", "machine"]
 
-DEFAULT_PATH = Path(__file__).resolve().parent / "results" / "bench.jsonl"
+DEFAULT_PATH = Path(__file__).resolve().parents[1] / "results" / "bench.jsonl"
 
 
 def machine(name: str | None = None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from .cases import Case
 from .layer import Array, Layer, to_float32
-from .truth import Sample, activate, choose_rows
+from .reference import Sample, activate, choose_rows
 
 __all__ = ["sample_step", "true_step"]
 

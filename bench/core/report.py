@@ -1,4 +1,4 @@
-"""Records as a table for the eye, and as a plot: `python -m bench.report RECORDS [IMAGE]` for saved ones."""
+"""Records as a table for the eye, and as a plot: `python -m bench.core.report RECORDS [IMAGE]` for saved ones."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def plot(records: Sequence[Record], path: str | os.PathLike[str]) -> bool:
 
 def main() -> None:
     if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python -m bench.report RECORDS [IMAGE]")
+        sys.exit("usage: python -m bench.core.report RECORDS [IMAGE]")
     records = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
     print(table(records))
     if len(sys.argv) == 3 and not plot(records, sys.argv[2]):

@@ -1,4 +1,4 @@
-"""Times decoding by a model with layers of Qwen3-30B-A3B: `python -m bench.bench_decoder --help`.
+"""Times decoding by a model with layers of Qwen3-30B-A3B: `python -m bench.ops.bench_decoder --help`.
 
 Layers have all experts and heads, few of them, of random weights; the vocabulary is small. Looked at is
 what becomes of the speed of experts inside a program in NumPy, and what that costs beside them.
@@ -26,8 +26,8 @@ from ktmoe_np.models import MoEDecoder
 from ktmoe_np.models.attention import Attention
 from ktmoe_np.models.layer import DecoderLayer
 
-from .records import DEFAULT_PATH, Results
-from .shapes import SHAPES, Shape
+from ..core.records import DEFAULT_PATH, Results
+from ..core.shapes import SHAPES, Shape
 
 _VOCABULARY = 1024
 _HEADS, _KV_HEADS, _HEAD_DIM = 32, 4, 128
@@ -35,7 +35,7 @@ _WARM_UP = 8
 
 
 def _parse() -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="python -m bench.bench_decoder", description=__doc__)
+    p = argparse.ArgumentParser(prog="python -m bench.ops.bench_decoder", description=__doc__)
     p.add_argument("--layers", type=int, default=2)
     p.add_argument("--tokens", type=int, default=96, help="to decode, one after the other")
     p.add_argument("--method", default="BF16")

@@ -1,4 +1,4 @@
-"""What the machine can do, sustained: `python -m bench.limits --help`."""
+"""What the machine can do, sustained: `python -m bench.ops.bench_limits --help`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .contestant import Contestant
-from .layer import Layer
-from .records import DEFAULT_PATH, Results
-from .shapes import SHAPES
-from .spec import Spec
+from ..core.layer import Layer
+from ..core.process import Contestant
+from ..core.records import DEFAULT_PATH, Results
+from ..core.shapes import SHAPES
+from ..core.spec import Spec
 
 __all__ = ["main"]
 
@@ -26,7 +26,7 @@ def _parse() -> argparse.Namespace:
 
     supported = isa_info()["supported"]
     usual = [isa for isa in supported if isa != "amx_emu"]  # an emulator's rate says nothing
-    p = argparse.ArgumentParser(prog="python -m bench.limits", description=__doc__)
+    p = argparse.ArgumentParser(prog="python -m bench.ops.bench_limits", description=__doc__)
     p.add_argument("--seconds", type=float, default=2.0, help="for each of read, dot and step")
     p.add_argument("--isa", default=",".join(usual), help=f"some of {', '.join(supported)}")
     p.add_argument(

@@ -1,4 +1,4 @@
-"""Times the forward pass of a layer of experts beside its peers: `python -m bench.bench_moe --help`."""
+"""Times the forward pass of a layer of experts beside its peers: `python -m bench.ops.bench_moe --help`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-from .contest import Plan, note, run_contest
+from ..core.comparison import Plan, note, run_contest
+from ..core.options import contenders, parse, parser, run
+from ..core.records import Results
+from ..core.shapes import SHAPES, Shape, cut
+from ..core.spec import Spec
+from ..peers import find_peer
 from .loading import run_loading
-from .options import contenders, parse, parser, run
-from .peers import find_peer
-from .records import Results
-from .shapes import SHAPES, Shape, cut
-from .spec import Spec
 
 __all__ = ["main"]
 

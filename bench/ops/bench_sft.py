@@ -1,4 +1,4 @@
-"""Times training steps of a layer with adapters beside its peers: `python -m bench.bench_sft --help`.
+"""Times training steps of a layer with adapters beside its peers: `python -m bench.ops.bench_sft --help`.
 
 A step is a forward pass that keeps what the backward pass needs, and the backward pass, which gives gradients
 of the input, of the routing weights and of the adapters; the layer's weights stay as they are.
@@ -10,11 +10,11 @@ import argparse
 import sys
 from dataclasses import replace
 
-from .contest import Plan, note, run_contest
-from .options import contenders, parse, parser, run
-from .records import Results
-from .shapes import SHAPES, cut
-from .spec import Spec
+from ..core.comparison import Plan, note, run_contest
+from ..core.options import contenders, parse, parser, run
+from ..core.records import Results
+from ..core.shapes import SHAPES, cut
+from ..core.spec import Spec
 
 __all__ = ["main"]
 

@@ -1,4 +1,4 @@
-"""Times decoder layers with attention on a GPU and experts on the CPU: `python -m bench.bench_stream --help`.
+"""Times decoder layers with attention on a GPU and experts on the CPU: `python -m bench.ops.bench_stream --help`.
 
 Layers are those of Qwen3-30B-A3B, attention by torch over a cache of keys and values, experts by ktmoe or
 kt-kernel, all in one CUDA graph. Looked at is what a layer takes beside what its two parts take alone, with
@@ -15,15 +15,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .records import DEFAULT_PATH, Results
-from .shapes import SHAPES
+from ..core.records import DEFAULT_PATH, Results
+from ..core.shapes import SHAPES
 
 _LIBRARIES = ("ktmoe", "kt-kernel")
 
 
 def parser() -> argparse.ArgumentParser:
     """The options, which a child process has too."""
-    p = argparse.ArgumentParser(prog="python -m bench.bench_stream", description=__doc__)
+    p = argparse.ArgumentParser(prog="python -m bench.ops.bench_stream", description=__doc__)
     p.add_argument("--layers", type=int, default=8)
     p.add_argument("--tokens", default="1,16,256", help="batch sizes, each token of a sequence of its own")
     p.add_argument("--context", type=int, default=1024, help="keys and values of each sequence")
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _measured(library: str, arguments: list[str]) -> list[dict[str, Any]]:
     """The rows of one process."""
-    command = [sys.executable, "-m", "bench.stream_child", library, *arguments]
+    command = [sys.executable, "-m", "bench.ops.stream_child", library, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{library}: {done.stderr.strip()[-2000:]}")

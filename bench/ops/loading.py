@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from .cases import make_cases
-from .contest import fit_all, note
-from .contestant import LOAD_TIMEOUT, Contestant, ContestantError
-from .layer import Array, Layer
-from .methods import METHODS
-from .records import Results
-from .shapes import Shape
-from .spec import Spec
-from .truth import Sample, relative_error, sample_rows, truth
+from ..core.cases import make_cases
+from ..core.comparison import fit_all, note
+from ..core.layer import Array, Layer
+from ..core.methods import METHODS
+from ..core.process import LOAD_TIMEOUT, Contestant, ContestantError
+from ..core.records import Results
+from ..core.reference import Sample, relative_error, sample_rows, truth
+from ..core.shapes import Shape
+from ..core.spec import Spec
 
 __all__ = ["run_loading", "write_checkpoint"]
 

@@ -1,4 +1,4 @@
-"""A library's process of `bench.bench_stream`: prints what it has measured as one line of JSON."""
+"""A library's process of `bench.ops.bench_stream`: prints what it has measured as one line of JSON."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..core.layer import Layer
+from ..core.shapes import SHAPES
 from .bench_stream import parser
-from .layer import Layer
-from .shapes import SHAPES
 from .stream_experts import LIBRARIES
 from .stream_model import GpuLayers
 

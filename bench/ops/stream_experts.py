@@ -11,10 +11,10 @@ import torch
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np import kt_kernel_ext as ext
 
-from .layer import Layer, bfloat16
-from .peers.kt_kernel_memory import address, aligned
-from .peers.kt_kernel_peer import find_extension, import_extension
-from .shapes import Shape
+from ..core.layer import Layer, bfloat16
+from ..core.shapes import Shape
+from ..peers.ktkernel.inference import find_extension, import_extension
+from ..peers.ktkernel.memory import address, aligned
 
 __all__ = ["LIBRARIES", "KtKernelExperts", "KtmoeExperts"]
 

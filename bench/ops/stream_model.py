@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .shapes import Shape
+from ..core.shapes import Shape
 
 __all__ = ["GpuLayers"]
 

@@ -11,21 +11,21 @@ import importlib
 from types import ModuleType
 from typing import Any, Protocol
 
-from ..cases import Case
-from ..layer import Array
+from ..core.cases import Case
+from ..core.layer import Array
 
 __all__ = ["PEERS", "Contender", "Trainer", "find_peer"]
 
 #: Operation -> name on the command line -> module.
 PEERS = {
     "forward": {
-        "ktmoe": "ktmoe_peer",
-        "torch": "torch_peer",
-        "numpy": "numpy_peer",
-        "kt-kernel": "kt_kernel_peer",
-        "ggml": "ggml_peer",
+        "ktmoe": "ktmoe.inference",
+        "torch": "torch.inference",
+        "numpy": "numpy.inference",
+        "kt-kernel": "ktkernel.inference",
+        "ggml": "llama_cpp.inference",
     },
-    "sft": {"ktmoe": "ktmoe_sft_peer", "torch": "torch_sft_peer", "kt-kernel": "kt_kernel_sft_peer"},
+    "sft": {"ktmoe": "ktmoe.training", "torch": "torch.training", "kt-kernel": "ktkernel.training"},
 }
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from ..cases import Case
-from ..encoders_gguf import GGUF_FORMATS
-from ..layer import Array, Layer, bfloat16
-from ..methods import METHODS
-from ..spec import Spec
-from .kt_kernel_memory import address, aligned
-from .kt_kernel_weights import GGUF_CLASS, GGUF_WITHOUT, GROUPS, give_gguf, give_groups
+from ...core.cases import Case
+from ...core.encoders_gguf import GGUF_FORMATS
+from ...core.layer import Array, Layer, bfloat16
+from ...core.methods import METHODS
+from ...core.spec import Spec
+from .memory import address, aligned
+from .weights import GGUF_CLASS, GGUF_WITHOUT, GROUPS, give_gguf, give_groups
 
 __all__ = ["LIBRARIES", "Contender", "contenders", "find_extension", "import_extension"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..layer import Array
+from ...core.layer import Array
 
 __all__ = ["address", "aligned"]
 

@@ -1,4 +1,4 @@
-"""kt-kernel's training of adapters, its extension module driven directly as in `kt_kernel_peer`."""
+"""kt-kernel's training of adapters, its extension module driven directly as in `ktkernel.inference`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from ..cases import Case
-from ..layer import Array, Layer, bfloat16
-from ..methods import METHODS
-from ..spec import Spec
-from .kt_kernel_memory import address, aligned
-from .kt_kernel_peer import LIBRARIES
-from .kt_kernel_peer import Contender as ForwardContender
-from .kt_kernel_peer import contenders as forward_contenders
+from ...core.cases import Case
+from ...core.layer import Array, Layer, bfloat16
+from ...core.methods import METHODS
+from ...core.spec import Spec
+from .inference import LIBRARIES
+from .inference import Contender as ForwardContender
+from .inference import contenders as forward_contenders
+from .memory import address, aligned
 
 __all__ = ["LIBRARIES", "Contender", "contenders"]
 

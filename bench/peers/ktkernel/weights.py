@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ..layer import Array, Layer, bfloat16
-from ..methods import METHODS
-from .kt_kernel_memory import address, aligned
+from ...core.layer import Array, Layer, bfloat16
+from ...core.methods import METHODS
+from .memory import address, aligned
 
 __all__ = ["GGUF_CLASS", "GGUF_WITHOUT", "GROUPS", "give_gguf", "give_groups"]
 

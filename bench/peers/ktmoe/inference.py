@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ..cases import Case
-from ..layer import Array, Layer, bfloat16
-from ..methods import METHODS
-from ..spec import Spec
+from ...core.cases import Case
+from ...core.layer import Array, Layer, bfloat16
+from ...core.methods import METHODS
+from ...core.spec import Spec
 
 __all__ = ["LIBRARIES", "Contender", "contenders"]
 

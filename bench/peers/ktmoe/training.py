@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from ..cases import Case
-from ..layer import Array, Layer, bfloat16
-from ..methods import METHODS
-from ..spec import Spec
-from .ktmoe_peer import LIBRARIES, make_layer
-from .ktmoe_peer import contenders as of_inference
+from ...core.cases import Case
+from ...core.layer import Array, Layer, bfloat16
+from ...core.methods import METHODS
+from ...core.spec import Spec
+from .inference import LIBRARIES, make_layer
+from .inference import contenders as of_inference
 
 __all__ = ["LIBRARIES", "Contender", "contenders"]
 
@@ -28,7 +28,7 @@ def contenders(base: Spec, options: Any) -> list[Spec]:
 
 
 class Contender:
-    """A layer of ktmoe_np as in `ktmoe_peer`; given arrays are those of the step before."""
+    """A layer of ktmoe_np as in `ktmoe.inference`; given arrays are those of the step before."""
 
     def __init__(self, spec: Spec, layer: Layer) -> None:
         shape, self._method = spec.shape, spec.method

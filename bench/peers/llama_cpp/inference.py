@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..cases import Case
-from ..layer import Array, Layer, to_float32
-from ..methods import METHODS
-from ..spec import Spec
-from .ggml_interface import Ggml, Pointer
+from ...core.cases import Case
+from ...core.layer import Array, Layer, to_float32
+from ...core.methods import METHODS
+from ...core.spec import Spec
+from .interface import Ggml, Pointer
 
 __all__ = ["LIBRARIES", "Contender", "contenders"]
 

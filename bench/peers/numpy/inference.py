@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ..cases import Case
-from ..layer import Array, Layer, to_float32
-from ..spec import Spec
-from ..truth import expert_output
+from ...core.cases import Case
+from ...core.layer import Array, Layer, to_float32
+from ...core.reference import expert_output
+from ...core.spec import Spec
 
 __all__ = ["LIBRARIES", "Contender", "contenders"]
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ..cases import Case
-from ..layer import Array, Layer
-from ..spec import Spec
-from .torch_quantized import FORMATS, QuantizedLinear
+from ...core.cases import Case
+from ...core.layer import Array, Layer
+from ...core.spec import Spec
+from .quantized import FORMATS, QuantizedLinear
 
 __all__ = ["LIBRARIES", "Contender", "contenders"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..shapes import Shape
+from ...core.shapes import Shape
 
 __all__ = ["FORMATS", "QuantizedLinear"]
 

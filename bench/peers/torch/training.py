@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from ..cases import Case
-from ..layer import Array, Layer
-from ..spec import Spec
-from .torch_peer import LIBRARIES
-from .torch_peer import Contender as ForwardContender
+from ...core.cases import Case
+from ...core.layer import Array, Layer
+from ...core.spec import Spec
+from .inference import LIBRARIES
+from .inference import Contender as ForwardContender
 
 __all__ = ["LIBRARIES", "Contender", "contenders"]
 

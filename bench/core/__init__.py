@@ -1,0 +1,1 @@
+"""What all benches use: shapes, methods, child processes, measurement, records."""

@@ -1,0 +1,1 @@
+"""The benches: one module for each thing that is timed."""

@@ -1,0 +1,1 @@
+"""kt-kernel, by its extension module."""

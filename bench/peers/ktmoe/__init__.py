@@ -1,0 +1,1 @@
+"""ktmoe_np itself."""

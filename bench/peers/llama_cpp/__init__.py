@@ -1,0 +1,1 @@
+"""ggml, the kernels of llama.cpp."""
