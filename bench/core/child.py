@@ -1,6 +1,6 @@
-"""A contender's process: `python -m bench.core.child FD` serves its parent's requests on the socket FD.
+"""A backend's process: `python -m bench.core.child FD` serves its parent's requests on the socket FD.
 
-Being processes of their own, contenders can differ in instruction set, threads and interpreter, and one that
+Being processes of their own, backends can differ in instruction set, threads and interpreter, and one that
 crashes takes nobody along. The parent lets them run only while it waits for an answer.
 """
 
@@ -34,24 +34,24 @@ class Server:
     """Answers the requests; each public method is one."""
 
     def __init__(self) -> None:
-        self._contender: Any = None
+        self._backend: Any = None
         self._next = 0
 
     def load(self, spec: Spec, fd: int) -> dict[str, Any]:
-        """Make the contender and load the layer; says what it took."""
+        """Make the backend and load the layer; says what it took."""
         self._spec = spec
         layer = Layer.attach(spec.shape, fd)
         peer = find_peer(spec.peer, spec.operation)
         for library in peer.LIBRARIES:
             importlib.import_module(library)
         before, start = _resident(), time.perf_counter()
-        self._contender = peer.Contender(spec, layer)
+        self._backend = peer.Backend(spec, layer)
         seconds, after = time.perf_counter() - start, _resident()
         self._unloaded = before["RssAnon"]
         phases = OPERATIONS[spec.operation].phases
-        self._phases = [getattr(self._contender, phase.method) for phase in phases]
+        self._phases = [getattr(self._backend, phase.method) for phase in phases]
         return {
-            **self._contender.about(),
+            **self._backend.about(),
             "python": sys.version.split()[0],
             "load_s": seconds,
             "load_bytes": sum(after.values()) - sum(before.values()),
@@ -59,7 +59,7 @@ class Server:
 
     def load_again(self) -> float:
         """Seconds of a load when all is warm."""
-        return float(self._contender.load_again())
+        return float(self._backend.load_again())
 
     def resident(self) -> dict[str, int]:
         """Bytes of this process in memory: its own, and of mapped files."""
@@ -68,7 +68,7 @@ class Server:
     def prepare(self, tokens: int) -> None:
         """Make the cases of a batch size."""
         self._cases: list[Case] = make_cases(self._spec.shape, tokens)
-        self._contender.prepare(self._cases)
+        self._backend.prepare(self._cases)
         self._next = 0
         self._last_s = 0.0
 
@@ -76,10 +76,10 @@ class Server:
         """Answer the first case; a part of that."""
         self._next = 0
         self._last_s = self._call()[-1]
-        return sample.of(self._contender.answer())
+        return sample.of(self._backend.answer())
 
     def memory(self) -> dict[str, int]:
-        """Answer a case again, and give the bytes it takes: at the most, and what the contender documents.
+        """Answer a case again, and give the bytes it takes: at the most, and what the backend documents.
 
         ``resident`` is the process's own memory in use at the peak that was not before the layer was loaded,
         without the cases.
@@ -91,7 +91,7 @@ class Server:
         with _Peak() as peak:
             for phase in self._phases:
                 phase(0)
-                documented = documented or dict(self._contender.memory())
+                documented = documented or dict(self._backend.memory())
         return {"resident": kept + peak.growth, **documented}
 
     def turn(self, seconds: float) -> list[list[float]]:
@@ -112,7 +112,7 @@ class Server:
 
     def limits(self, seconds: float) -> dict[str, Any]:
         """Measure the machine."""
-        limits: dict[str, Any] = self._contender.limits(seconds)
+        limits: dict[str, Any] = self._backend.limits(seconds)
         return limits
 
     def _call(self) -> list[float]:
@@ -176,7 +176,7 @@ def main() -> None:
         except Exception as error:  # whatever a peer raises is its result
             answer = ("error", f"{type(error).__name__}: {error}")
         connection.send(answer)
-        del answer  # its arrays would count as the contender's memory
+        del answer  # its arrays would count as the backend's memory
     os._exit(0)  # some peers do not end their threads
 
 

@@ -1,4 +1,4 @@
-"""A contest: contenders on a shape and several batch sizes, checked, then timed in turns, with the limits."""
+"""Compares backends on a shape and batch sizes: checked first, then timed in turns, with the limits."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .layer import Array, Layer
 from .measure import Limits, Spread, compete, measure_limits
 from .methods import METHODS
 from .operations import OPERATIONS, Phase
-from .process import LOAD_TIMEOUT, Contestant, ContestantError
+from .process import LOAD_TIMEOUT, BackendError, BackendProcess
 from .records import Results
 from .reference import relative_error
 from .shapes import Shape, available_memory, fit
 from .spec import Spec
 
-__all__ = ["Plan", "fit_all", "note", "run_contest"]
+__all__ = ["Plan", "fit_all", "note", "run_comparison"]
 
 #: Of the memory that is free, what weights and their copies may take; the rest is for activations and limits.
 _MEMORY_SHARE, _MEMORY_KEPT = 0.7, 3e9
@@ -35,7 +35,7 @@ class Plan:
 
     kind: str  #: the kind of the records
     tokens: Sequence[int]
-    seconds: float  #: for each contender and batch size
+    seconds: float  #: for each backend and batch size
     limit_seconds: float  #: for each of the limits, each time
     sustained_seconds: float = 0.0  #: the same for large batches, if longer
 
@@ -50,7 +50,7 @@ def note(text: str) -> None:
 
 
 def fit_all(shape: Shape, specs: Sequence[Spec]) -> Shape:
-    """`shape`, cut so that the shared weights and all the copies that contenders make fit into memory."""
+    """`shape`, cut so that the shared weights and all the copies that backends make fit into memory."""
     memory = min(_MEMORY_SHARE * available_memory(), max(0.0, available_memory() - _MEMORY_KEPT))
     fitting = fit(shape, 2.0 * (1 + sum(spec.copies for spec in specs)), memory)
     if fitting.experts < shape.experts:
@@ -58,13 +58,13 @@ def fit_all(shape: Shape, specs: Sequence[Spec]) -> Shape:
     return fitting
 
 
-def run_contest(shape: Shape, specs: Sequence[Spec], plan: Plan, results: Results) -> None:
-    """Run it and write a record for each contender, batch size and phase."""
+def run_comparison(shape: Shape, specs: Sequence[Spec], plan: Plan, results: Results) -> None:
+    """Run it and write a record for each backend, batch size and phase."""
     shape = fit_all(shape, specs)
     layer = Layer.create(shape)
-    contestants = [Contestant(spec.but(shape=shape), layer.fd) for spec in specs]
+    processes = [BackendProcess(spec.but(shape=shape), layer.fd) for spec in specs]
     try:
-        running = [contestant for contestant in contestants if _load(contestant, layer, results)]
+        running = [process for process in processes if _load(process, layer, results)]
         before: dict[str, dict[str, Any]] = {}
         seconds = 0.0
         for tokens in plan.tokens if running else ():
@@ -74,30 +74,30 @@ def run_contest(shape: Shape, specs: Sequence[Spec], plan: Plan, results: Result
                 before = measure_limits(running, seconds)
             before = _run_tokens(running, layer, tokens, plan, before, results)
     finally:
-        for contestant in contestants:
-            contestant.stop()
+        for process in processes:
+            process.stop()
         layer.close()
 
 
-def _load(contestant: Contestant, layer: Layer, results: Results) -> bool:
-    """Load a contestant; a record says what that took, or why it takes no part."""
-    spec = contestant.spec
+def _load(process: BackendProcess, layer: Layer, results: Results) -> bool:
+    """Load a process; a record says what that took, or why it takes no part."""
+    spec = process.spec
     weights_bytes = layer.shape.weights * METHODS[spec.method].bytes_per_weight
     try:
-        contestant.facts = contestant.ask("load", spec, layer.fd, timeout=LOAD_TIMEOUT)
-    except ContestantError as error:
+        process.facts = process.ask("load", spec, layer.fd, timeout=LOAD_TIMEOUT)
+    except BackendError as error:
         note(f"{spec.label} takes no part: {error}")
-        results.add("absent", **_what(contestant), operation=spec.operation, reason=str(error))
+        results.add("absent", **_what(process), operation=spec.operation, reason=str(error))
         return False
-    facts = contestant.facts
+    facts = process.facts
     facts["load_ms"] = round(facts.pop("load_s") * 1e3, 3)
     facts["load_bytes_of_weights"] = round(facts.pop("load_bytes") / weights_bytes, 4)
     return True
 
 
-def _what(contestant: Contestant) -> dict[str, Any]:
+def _what(process: BackendProcess) -> dict[str, Any]:
     """Give the fields that say what a record is about, but for the operation."""
-    spec, shape = contestant.spec, contestant.spec.shape
+    spec, shape = process.spec, process.spec.shape
     adapters = {"rank": shape.rank, "alpha": shape.alpha} if shape.rank else {}
     return {
         "shape": shape.name,
@@ -109,47 +109,47 @@ def _what(contestant: Contestant) -> dict[str, Any]:
         "family": spec.family,
         "best_of_family": spec.best_of_family,
         "threads": spec.threads,
-        **contestant.facts,
+        **process.facts,
     }
 
 
 class _Answers:
-    """What the contenders answer to the first case, and how far that is from the truth."""
+    """What the backends answer to the first case, and how far that is from the reference."""
 
-    def __init__(self, contestants: Sequence[Contestant], layer: Layer, case: Case, tokens: int) -> None:
-        operation = OPERATIONS[contestants[0].spec.operation]
+    def __init__(self, processes: Sequence[BackendProcess], layer: Layer, case: Case, tokens: int) -> None:
+        operation = OPERATIONS[processes[0].spec.operation]
         sample = operation.sample(layer, case)
-        expected = operation.truth(layer, case, sample)
+        expected = operation.reference(layer, case, sample)
         self.rows = len(sample.rows)
         self.errors: dict[str, dict[str, float]] = {}  #: by label and name
         self._answers: dict[str, dict[str, Array]] = {}
-        for contestant in contestants:
-            contestant.facts.pop("failed", None)
+        for process in processes:
+            process.facts.pop("failed", None)
             try:
-                contestant.ask("prepare", tokens)
-                answer = contestant.ask("check", sample)
-            except ContestantError as error:
-                contestant.facts["failed"] = str(error)
+                process.ask("prepare", tokens)
+                answer = process.ask("check", sample)
+            except BackendError as error:
+                process.facts["failed"] = str(error)
                 continue
-            self._answers[contestant.spec.label] = answer
+            self._answers[process.spec.label] = answer
             errors = {name: relative_error(answer[name], true) for name, true in expected.items()}
-            self.errors[contestant.spec.label] = errors
+            self.errors[process.spec.label] = errors
 
-    def right(self, contestant: Contestant) -> bool:
+    def right(self, process: BackendProcess) -> bool:
         """Whether all of an answer is within the method's tolerance."""
-        errors = self.errors.get(contestant.spec.label)
-        return errors is not None and max(errors.values()) <= METHODS[contestant.spec.method].tolerance
+        errors = self.errors.get(process.spec.label)
+        return errors is not None and max(errors.values()) <= METHODS[process.spec.method].tolerance
 
-    def fields(self, contestant: Contestant) -> dict[str, Any]:
+    def fields(self, process: BackendProcess) -> dict[str, Any]:
         """Give the fields about an answer."""
         fields: dict[str, Any] = {"rows_checked": self.rows}
-        label = contestant.spec.label
+        label = process.spec.label
         if label in self.errors:
             errors = {name: float(f"{error:.3g}") for name, error in self.errors[label].items()}
             fields["rel_err"] = errors["y"]
             if len(errors) > 1:
                 fields["rel_errs"] = errors
-            if contestant.spec.peer == "ktmoe":
+            if process.spec.peer == "ktmoe":
                 first = next(iter(self._answers.values()))
                 answer = self._answers[label]
                 fields["bits_of_first"] = all(np.array_equal(answer[name], first[name]) for name in first)
@@ -157,7 +157,7 @@ class _Answers:
 
 
 def _run_tokens(
-    contestants: list[Contestant],
+    processes: list[BackendProcess],
     layer: Layer,
     tokens: int,
     plan: Plan,
@@ -167,27 +167,27 @@ def _run_tokens(
     """One batch size: check, time, measure the limits again (returned), write."""
     cases = make_cases(layer.shape, tokens)
     touched = num_touched(cases)
-    answers = _Answers(contestants, layer, cases[0], tokens)
+    answers = _Answers(processes, layer, cases[0], tokens)
     del cases
-    right = [contestant for contestant in contestants if answers.right(contestant)]
-    phases = OPERATIONS[contestants[0].spec.operation].phases
+    right = [process for process in processes if answers.right(process)]
+    phases = OPERATIONS[processes[0].spec.operation].phases
     memory = _measure_memory(right) if len(phases) > 1 else {}
-    right = [contestant for contestant in right if "failed" not in contestant.facts]
+    right = [process for process in right if "failed" not in process.facts]
     samples = compete(right, plan.seconds)
-    after = measure_limits(contestants, plan.limit_seconds_for(tokens))
+    after = measure_limits(processes, plan.limit_seconds_for(tokens))
     measured = {label: Limits.mean([before.get(label, one), one]) for label, one in after.items()}
-    for contestant in contestants:
-        label = contestant.spec.label
-        what = {"tokens": tokens, "experts_touched": round(touched, 1), **answers.fields(contestant)}
+    for process in processes:
+        label = process.spec.label
+        what = {"tokens": tokens, "experts_touched": round(touched, 1), **answers.fields(process)}
         calls = np.array(samples.get(label, []))
         if not len(calls):
-            what["status"] = "failed" if "failed" in contestant.facts else "wrong"
-            note(f"{label}: {what['status']} {contestant.facts.get('failed', answers.errors.get(label))}")
+            what["status"] = "failed" if "failed" in process.facts else "wrong"
+            note(f"{label}: {what['status']} {process.facts.get('failed', answers.errors.get(label))}")
         for i, phase in enumerate(phases):
-            record = _what(contestant) | {"operation": phase.name} | what
+            record = _what(process) | {"operation": phase.name} | what
             if len(calls):
                 spread = Spread.of(calls[:, i])
-                rates = _rates(contestant.spec, phase, tokens, touched, spread, measured)
+                rates = _rates(process.spec, phase, tokens, touched, spread, measured)
                 record |= {"status": "ok", **asdict(spread), **rates}
             if len(calls) and i:
                 record |= _backward_alone(layer.shape, phases[i - 1 : i + 1], tokens, calls[:, i - 1 : i + 1])
@@ -196,18 +196,18 @@ def _run_tokens(
     return after
 
 
-def _measure_memory(contestants: Sequence[Contestant]) -> dict[str, dict[str, Any]]:
+def _measure_memory(processes: Sequence[BackendProcess]) -> dict[str, dict[str, Any]]:
     """Ask each what a call takes at the most, MB, and how much of that is documented; by label."""
     measured: dict[str, dict[str, Any]] = {}
-    for contestant in contestants:
+    for process in processes:
         try:
-            documented = contestant.ask("memory")
-        except ContestantError as error:
-            contestant.facts["failed"] = str(error)
+            documented = process.ask("memory")
+        except BackendError as error:
+            process.facts["failed"] = str(error)
             continue
         resident = documented.pop("resident")
         sizes = {"resident": resident, **documented, "beyond": resident - sum(documented.values())}
-        measured[contestant.spec.label] = {f"{name}_mb": round(n / 1e6, 3) for name, n in sizes.items()}
+        measured[process.spec.label] = {f"{name}_mb": round(n / 1e6, 3) for name, n in sizes.items()}
     return measured
 
 
@@ -247,6 +247,6 @@ def _rates(
 
 
 def _limits_for(spec: Spec, measured: dict[str, Limits]) -> Limits:
-    """Limits of the contender's own instruction set; for a peer, those of the first contender."""
+    """Limits of the backend's own instruction set; for a peer, those of the first backend."""
     same = [limits for limits in measured.values() if spec.isa and limits.isa == spec.isa]
     return (same or list(measured.values()))[0]

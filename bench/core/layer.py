@@ -1,4 +1,4 @@
-"""The weights of a benched layer, and of its adapters, in memory that all contenders' processes share."""
+"""The weights of a benched layer, and of its adapters, in memory that all backends' processes share."""
 
 from __future__ import annotations
 

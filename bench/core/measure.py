@@ -1,4 +1,4 @@
-"""Timing: contenders take turns, so that whatever else the machine does hits all of them alike."""
+"""Timing: backends take turns, so that whatever else the machine does hits all of them alike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .layer import Array
-from .process import Contestant, ContestantError
+from .process import BackendError, BackendProcess
 
 __all__ = ["Limits", "Spread", "compete", "measure_limits"]
 
@@ -37,26 +37,26 @@ class Spread:
 
 
 def compete(
-    contestants: Sequence[Contestant], seconds: float, rounds: int = 5
+    processes: Sequence[BackendProcess], seconds: float, rounds: int = 5
 ) -> dict[str, list[list[float]]]:
-    """Time prepared contestants: A, B, C, A, B, C, ... for about `seconds` each.
+    """Time prepared processes: A, B, C, A, B, C, ... for about `seconds` each.
 
     Returns the seconds of the calls, until the end of each phase, by label. One that fails on the way is left
     out.
     """
-    samples: dict[str, list[list[float]]] = {contestant.spec.label: [] for contestant in contestants}
+    samples: dict[str, list[list[float]]] = {process.spec.label: [] for process in processes}
     for turn in range(rounds):
-        for contestant in contestants:
-            label = contestant.spec.label
+        for process in processes:
+            label = process.spec.label
             if label not in samples:
                 continue
             spent = sum(call[-1] for call in samples[label])
             if spent > (2.0 if turn >= _ENOUGH else _TOO_LONG) * seconds:
                 continue
             try:
-                samples[label] += contestant.ask("turn", seconds / rounds)
-            except ContestantError as error:
-                contestant.facts["failed"] = str(error)
+                samples[label] += process.ask("turn", seconds / rounds)
+            except BackendError as error:
+                process.facts["failed"] = str(error)
                 del samples[label]
     return samples
 
@@ -89,13 +89,13 @@ class Limits:
         return max(num_bytes / (self.read_gb_s * 1e9), flop / (self.tflop_s * 1e12))
 
 
-def measure_limits(contestants: Sequence[Contestant], seconds: float) -> dict[str, dict[str, Any]]:
+def measure_limits(processes: Sequence[BackendProcess], seconds: float) -> dict[str, dict[str, Any]]:
     """Ask those that can, one after the other; answers by label."""
     measured = {}
-    for contestant in contestants:
-        if contestant.spec.gives_limits and "failed" not in contestant.facts:
+    for process in processes:
+        if process.spec.gives_limits and "failed" not in process.facts:
             try:
-                measured[contestant.spec.label] = contestant.ask("limits", seconds)
-            except ContestantError as error:
-                contestant.facts["failed"] = str(error)
+                measured[process.spec.label] = process.ask("limits", seconds)
+            except BackendError as error:
+                process.facts["failed"] = str(error)
     return measured

@@ -88,7 +88,7 @@ _FORWARD = (
 
 
 def _training(method: Method) -> Method:
-    """The same weights, to train adapters on; gradients may be as far from the truth as outputs.
+    """The same weights, to train adapters on; gradients may be as far from the reference as outputs.
 
     Of the products of a step most are of its backward pass, in bf16.
     """

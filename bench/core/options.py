@@ -18,7 +18,7 @@ from .report import plot, table
 from .shapes import SHAPES
 from .spec import Spec
 
-__all__ = ["contenders", "parse", "parser", "run"]
+__all__ = ["backend_specs", "parse", "parser", "run"]
 
 
 def parser(name: str, description: str | None, operation: str, tokens: list[int]) -> argparse.ArgumentParser:
@@ -36,7 +36,7 @@ def parser(name: str, description: str | None, operation: str, tokens: list[int]
     )
     p.add_argument("--method", choices=methods, default=methods[0])
     p.add_argument("--peers", type=_names, default=[], help=f"some of {', '.join(peers)}")
-    p.add_argument("--seconds", type=float, default=1.0, help="for each contender and batch size")
+    p.add_argument("--seconds", type=float, default=1.0, help="for each backend and batch size")
     p.add_argument(
         "--limit-seconds", type=float, default=0.5, help="for each limit, before and after each batch size"
     )
@@ -91,14 +91,14 @@ def _complete(options: argparse.Namespace) -> None:
         find_peer(name, options.operation)
 
 
-def contenders(base: Spec, options: argparse.Namespace) -> list[Spec]:
+def backend_specs(base: Spec, options: argparse.Namespace) -> list[Spec]:
     """List ktmoe, then the peers."""
-    specs = find_peer("ktmoe", base.operation).contenders(base, options)
+    specs = find_peer("ktmoe", base.operation).backend_specs(base, options)
     for name in options.peers:
         if name == "ktmoe":
             continue
         try:
-            specs += find_peer(name, base.operation).contenders(base, options)
+            specs += find_peer(name, base.operation).backend_specs(base, options)
         except ValueError as error:
             note(str(error))
     return list(specs)

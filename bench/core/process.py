@@ -1,4 +1,4 @@
-"""The parent's end of a contender's process."""
+"""The parent's end of a backend's process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from .spec import Spec
 
-__all__ = ["LOAD_TIMEOUT", "Contestant", "ContestantError"]
+__all__ = ["LOAD_TIMEOUT", "BackendError", "BackendProcess"]
 
 #: Seconds that loading a layer may take.
 LOAD_TIMEOUT = 300.0
@@ -21,12 +21,12 @@ LOAD_TIMEOUT = 300.0
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-class ContestantError(Exception):
-    """A contender raised, crashed or hung."""
+class BackendError(Exception):
+    """A backend raised, crashed or hung."""
 
 
-class Contestant:
-    """A contender in its process, which is stopped (SIGSTOP) whenever it has nothing to answer.
+class BackendProcess:
+    """A backend in its process, which is stopped (SIGSTOP) whenever it has nothing to answer.
 
     So nobody's waiting threads take time from the one that is being timed, however they wait.
     """
@@ -51,7 +51,7 @@ class Contestant:
 
         Raises
         ------
-        ContestantError
+        BackendError
             It raised, ended or did not answer in time; in the last two cases it is gone.
         """
         self._signal(signal.SIGCONT)
@@ -59,13 +59,13 @@ class Contestant:
             self._connection.send((request, *args))
             if not self._connection.poll(timeout):
                 self.stop()
-                raise ContestantError(f"no answer to {request} in {timeout:.0f} s")
+                raise BackendError(f"no answer to {request} in {timeout:.0f} s")
             kind, value = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise ContestantError(f"ended in {request}: {self._end()}") from error
+            raise BackendError(f"ended in {request}: {self._end()}") from error
         self._signal(signal.SIGSTOP)
         if kind == "error":
-            raise ContestantError(value)
+            raise BackendError(value)
         return value
 
     def stop(self) -> None:

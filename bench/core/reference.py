@@ -10,9 +10,17 @@ import numpy as np
 from .cases import Case
 from .layer import Array, Layer, to_float32
 
-__all__ = ["Sample", "activate", "choose_rows", "expert_output", "relative_error", "sample_rows", "truth"]
+__all__ = [
+    "Sample",
+    "activate",
+    "choose_rows",
+    "expert_output",
+    "reference_answer",
+    "relative_error",
+    "sample_rows",
+]
 
-#: What a truth may cost: weights to widen, and operations.
+#: What the reference may cost: weights to widen, and operations.
 _MOST_WEIGHTS, _MOST_FLOP = 1.5e9, 4e11
 
 
@@ -29,7 +37,7 @@ class Sample(NamedTuple):
 
 
 def activate(name: str, gate: Array, up: Array) -> Array:
-    """Apply an activation, named as in the library, none of whose code a truth may share."""
+    """Apply an activation, named as in the library, none of whose code the reference may share."""
     if name == "silu":
         silu: Array = gate / (1 + np.exp(-gate)) * up
         return silu
@@ -37,7 +45,7 @@ def activate(name: str, gate: Array, up: Array) -> Array:
         gate, up = np.minimum(gate, np.float32(7)), np.clip(up, np.float32(-7), np.float32(7))
         swigluoai: Array = gate / (1 + np.exp(np.float32(-1.702) * gate)) * (up + 1)
         return swigluoai
-    raise ValueError(f"activation {name!r}: no truth of it here")
+    raise ValueError(f"activation {name!r}: the reference of the benches does not have it")
 
 
 def expert_output(layer: Layer, e: int, x: Array, weights: tuple[Array, Array, Array]) -> Array:
@@ -57,7 +65,7 @@ def sample_rows(layer: Layer, case: Case) -> Sample:
 
 
 def choose_rows(layer: Layer, case: Case, flop: float) -> Array:
-    """Rows to check: all of them, or as many as a truth may cost (`flop` for each), spread evenly."""
+    """Rows to check: all of them, or as many as the reference may cost (`flop` for each), spread evenly."""
     shape, tokens = layer.shape, len(case.ids)
     most = max(1, min(tokens, int(_MOST_FLOP / flop)))
     while True:
@@ -68,7 +76,7 @@ def choose_rows(layer: Layer, case: Case, flop: float) -> Array:
         most = max(1, most * 3 // 4)
 
 
-def truth(layer: Layer, case: Case, sample: Sample) -> dict[str, Array]:
+def reference_answer(layer: Layer, case: Case, sample: Sample) -> dict[str, Array]:
     """Compute the layer's output y for the sampled rows, float32 [len(rows), H]."""
     rows = sample.rows
     x, ids, routing = to_float32(case.x[rows]), case.ids[rows], case.weights[rows]

@@ -10,7 +10,7 @@ from .cases import Case
 from .layer import Array, Layer, to_float32
 from .reference import Sample, activate, choose_rows
 
-__all__ = ["sample_step", "true_step"]
+__all__ = ["reference_step", "sample_step"]
 
 #: Experts whose adapters' gradients are checked.
 _MOST_EXPERTS = 8
@@ -23,7 +23,7 @@ def sample_step(layer: Layer, case: Case) -> Sample:
     return Sample(choose_rows(layer, case, layer.shape.step_flop(1)), used[chosen])
 
 
-def true_step(layer: Layer, case: Case, sample: Sample) -> dict[str, Array]:
+def reference_step(layer: Layer, case: Case, sample: Sample) -> dict[str, Array]:
     """Compute y, grad_input and grad_weights of the sampled rows, and the sampled experts' gradients."""
     rows = sample.rows
     answer = {

@@ -1,4 +1,4 @@
-"""Records as a table for the eye, and as a plot: `python -m bench.core.report RECORDS [IMAGE]` for saved ones."""
+"""Tables and plots of records; `python -m bench.core.report RECORDS [IMAGE]` shows saved ones."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Record = dict[str, Any]
 
 
 def table(records: Sequence[Record], against: str = "ktmoe") -> str:
-    """Contenders by batch sizes: time and, behind it, the fraction of the machine's limit.
+    """Backends by batch sizes: time and, behind it, the fraction of the machine's limit.
 
     The last row of a shape says how many times longer the fastest other takes than the fastest of `against`.
-    Of what has several passes, a line for each contender and batch size follows.
+    Of what has several passes, a line for each backend and batch size follows.
     """
     parts = []
     for group in _groups([record for record in records if "tokens" in record]):
@@ -77,7 +77,7 @@ _STEP_COLUMNS: tuple[tuple[str, Callable[[Record], str]], ...] = (
 
 
 def _steps(group: Sequence[Record]) -> str:
-    """A line for each contender and batch size of what was right."""
+    """A line for each backend and batch size of what was right."""
     rows = [["step", *(title for title, _ in _STEP_COLUMNS)]]
     lines = _lines(group)
     for tokens in sorted({record["tokens"] for record in group}):
@@ -90,7 +90,7 @@ def _steps(group: Sequence[Record]) -> str:
 
 
 def _bits(group: Sequence[Record]) -> str:
-    """Of several contenders of the library: whether they answer with the same bits."""
+    """Of several backends of the library: whether they answer with the same bits."""
     ours = [r for r in group if "bits_of_first" in r]
     names = dict.fromkeys(r["contender"] for r in ours)
     if len(names) < 2:

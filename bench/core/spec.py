@@ -1,4 +1,4 @@
-"""What a contender is told: everything its process needs to begin."""
+"""What a backend is told: everything its process needs to begin."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["Spec"]
 
 @dataclass(frozen=True)
 class Spec:
-    """One contender in one bench."""
+    """One backend in one bench."""
 
     peer: str  #: the module in `bench.peers`
-    family: str  #: rows of a table; of a family that has several contenders at once, see `best_of_family`
+    family: str  #: rows of a table; of a family that has several backends at once, see `best_of_family`
     method: str
     shape: Shape
     threads: int
@@ -23,14 +23,14 @@ class Spec:
     operation: str = "forward"
     isa: str = ""  #: instruction set asked for, where there is a choice
     options: dict[str, Any] = field(default_factory=dict)  #: the peer's own
-    copies: float = 0.0  #: bytes for each byte of the bf16 weights that the contender takes for itself
+    copies: float = 0.0  #: bytes for each byte of the bf16 weights that the backend takes for itself
     python: str = ""  #: another interpreter than the parent's
     best_of_family: bool = False  #: the table shows the fastest of the family only
     gives_limits: bool = False  #: its process also measures the machine's limits
 
     @property
     def label(self) -> str:
-        """The contender's name in records: unique within a bench."""
+        """The backend's name in records: unique within a bench."""
         return f"{self.family} x{self.threads}"
 
     def but(self, **changes: Any) -> Spec:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.layer import Layer
-from ..core.process import Contestant
+from ..core.process import BackendProcess
 from ..core.records import DEFAULT_PATH, Results
 from ..core.shapes import SHAPES
 from ..core.spec import Spec
@@ -48,12 +48,12 @@ def _parse() -> argparse.Namespace:
 def _measure(isa: str, product: str, threads: int, seconds: float, layer: Layer) -> dict[str, Any]:
     """Ask a process of its own, since instruction set and engine are a process's."""
     spec = Spec("ktmoe", f"ktmoe {isa}", _METHODS[product], layer.shape, threads, 1, isa=isa)
-    contestant = Contestant(spec, layer.fd)
+    process = BackendProcess(spec, layer.fd)
     try:
-        facts = contestant.ask("load", spec, layer.fd)
-        one = contestant.ask("limits", seconds)
+        facts = process.ask("load", spec, layer.fd)
+        one = process.ask("limits", seconds)
     finally:
-        contestant.stop()
+        process.stop()
     return {
         "isa": one["isa"],
         "product": product,

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-from ..core.comparison import Plan, note, run_contest
-from ..core.options import contenders, parse, parser, run
+from ..core.comparison import Plan, note, run_comparison
+from ..core.options import backend_specs, parse, parser, run
 from ..core.records import Results
 from ..core.shapes import SHAPES, Shape, cut
 from ..core.spec import Spec
@@ -37,7 +37,7 @@ def _base(shape: Shape, options: argparse.Namespace) -> Spec:
 
 def _scan_specs(shape: Shape, options: argparse.Namespace) -> list[Spec]:
     """All threads, then every smaller number; limits are those of all threads."""
-    full = find_peer("ktmoe").contenders(_base(shape, options), options)
+    full = find_peer("ktmoe").backend_specs(_base(shape, options), options)
     fewer = range(options.threads - 1, 0, -1)
     return [*full, *(spec.but(threads=n, gives_limits=False) for spec in full for n in fewer)]
 
@@ -46,7 +46,7 @@ def _tiny_specs(options: argparse.Namespace) -> list[Spec]:
     """Each way to call, with one thread and with all, and the peers."""
     shape = SHAPES["tiny"]
     specs, devices = [], jax_devices()
-    for spec in contenders(_base(shape, options), options):
+    for spec in backend_specs(_base(shape, options), options):
         if spec.peer != "ktmoe":
             specs.append(spec)
             continue
@@ -76,18 +76,18 @@ def _run(options: argparse.Namespace, results: Results) -> None:
         return Plan(kind, tokens, options.seconds, options.limit_seconds)
 
     if options.tiny:
-        run_contest(SHAPES["tiny"], _tiny_specs(options), plan("tiny", [1]), results)
+        run_comparison(SHAPES["tiny"], _tiny_specs(options), plan("tiny", [1]), results)
         return
     for name in options.shape:
         shape = cut(SHAPES[name], options.most_experts or SHAPES[name].experts)
-        specs = contenders(_base(shape, options), options)
+        specs = backend_specs(_base(shape, options), options)
         try:
             if options.load:
                 run_loading(shape, specs, options, results)
             elif options.thread_scan:
-                run_contest(shape, _scan_specs(shape, options), plan("threads", options.tokens), results)
+                run_comparison(shape, _scan_specs(shape, options), plan("threads", options.tokens), results)
             else:
-                run_contest(shape, specs, plan("moe", options.tokens), results)
+                run_comparison(shape, specs, plan("moe", options.tokens), results)
         except MemoryError as error:
             note(f"left out: {error}")
 

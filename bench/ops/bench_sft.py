@@ -10,8 +10,8 @@ import argparse
 import sys
 from dataclasses import replace
 
-from ..core.comparison import Plan, note, run_contest
-from ..core.options import contenders, parse, parser, run
+from ..core.comparison import Plan, note, run_comparison
+from ..core.options import backend_specs, parse, parser, run
 from ..core.records import Results
 from ..core.shapes import SHAPES, cut
 from ..core.spec import Spec
@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace, results: Results) -> None:
         base = Spec("", "", options.method, shape, options.threads, max(options.tokens), "sft")
         base = base.but(gives_limits=True)
         try:
-            run_contest(shape, contenders(base, options), plan, results)
+            run_comparison(shape, backend_specs(base, options), plan, results)
         except MemoryError as error:
             note(f"left out: {error}")
 

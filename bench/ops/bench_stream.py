@@ -1,4 +1,4 @@
-"""Times decoder layers with attention on a GPU and experts on the CPU: `python -m bench.ops.bench_stream --help`.
+"""Times layers with attention on a GPU and experts on the CPU: `python -m bench.ops.bench_stream --help`.
 
 Layers are those of Qwen3-30B-A3B, attention by torch over a cache of keys and values, experts by ktmoe or
 kt-kernel, all in one CUDA graph. Looked at is what a layer takes beside what its two parts take alone, with

@@ -16,9 +16,9 @@ from ..core.cases import make_cases
 from ..core.comparison import fit_all, note
 from ..core.layer import Array, Layer
 from ..core.methods import METHODS
-from ..core.process import LOAD_TIMEOUT, Contestant, ContestantError
+from ..core.process import LOAD_TIMEOUT, BackendError, BackendProcess
 from ..core.records import Results
-from ..core.reference import Sample, relative_error, sample_rows, truth
+from ..core.reference import Sample, reference_answer, relative_error, sample_rows
 from ..core.shapes import Shape
 from ..core.spec import Spec
 
@@ -60,7 +60,7 @@ def write_checkpoint(layer: Layer, directory: Path) -> None:
 
 
 def run_loading(shape: Shape, specs: Sequence[Spec], options: Any, results: Results) -> None:
-    """Each contender loads the layer (ktmoe from the checkpoint, peers from memory) and answers once."""
+    """Each backend loads the layer (ktmoe from the checkpoint, peers from memory) and answers once."""
     if shape.biased:
         note(f"{shape.name}: left out, its checkpoints hold bf16 experts transposed: not native")
         return
@@ -74,7 +74,7 @@ def run_loading(shape: Shape, specs: Sequence[Spec], options: Any, results: Resu
         write_checkpoint(layer, directory)
         case = make_cases(shape, _TOKENS)[0]
         sample = sample_rows(layer, case)
-        expected = truth(layer, case, sample)["y"]
+        expected = reference_answer(layer, case, sample)["y"]
         for spec in specs:
             source = {"checkpoint": str(directory)} if spec.peer == "ktmoe" else {}
             spec = spec.but(shape=shape, options=spec.options | source)
@@ -89,24 +89,24 @@ def run_loading(shape: Shape, specs: Sequence[Spec], options: Any, results: Resu
 
 
 def _load_in_process(spec: Spec, layer: Layer, sample: Sample, expected: Array) -> dict[str, Any]:
-    contestant = Contestant(spec, layer.fd)
+    process = BackendProcess(spec, layer.fd)
     try:
-        return _load_once(contestant, layer, sample, expected)
-    except ContestantError as error:
+        return _load_once(process, layer, sample, expected)
+    except BackendError as error:
         return {"status": "failed", "reason": str(error)}
     finally:
-        contestant.stop()
+        process.stop()
 
 
-def _load_once(contestant: Contestant, layer: Layer, sample: Sample, expected: Array) -> dict[str, Any]:
+def _load_once(process: BackendProcess, layer: Layer, sample: Sample, expected: Array) -> dict[str, Any]:
     """Load, answer a batch, and load again when all is warm."""
-    spec = contestant.spec
+    spec = process.spec
     weights_bytes = layer.shape.weights * METHODS[spec.method].bytes_per_weight
-    facts = contestant.ask("load", spec, layer.fd, timeout=LOAD_TIMEOUT)
-    loaded = contestant.ask("resident")
-    contestant.ask("prepare", _TOKENS)
-    error = relative_error(contestant.ask("check", sample)["y"], expected)
-    used = contestant.ask("resident")
+    facts = process.ask("load", spec, layer.fd, timeout=LOAD_TIMEOUT)
+    loaded = process.ask("resident")
+    process.ask("prepare", _TOKENS)
+    error = relative_error(process.ask("check", sample)["y"], expected)
+    used = process.ask("resident")
     values = {
         "status": "ok" if error <= METHODS[spec.method].tolerance else "wrong",
         "rel_err": float(f"{error:.3g}"),
@@ -118,7 +118,7 @@ def _load_once(contestant: Contestant, layer: Layer, sample: Sample, expected: A
         "growth_mapped_after_use": round((used["RssFile"] - loaded["RssFile"]) / weights_bytes, 4),
     }
     if spec.peer == "ktmoe":
-        again = [contestant.ask("load_again") for _ in range(5)]
+        again = [process.ask("load_again") for _ in range(5)]
         values["load_again_ms"] = round(statistics.median(again) * 1e3, 3)
     return values
 

@@ -41,11 +41,11 @@ def _seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def _error(experts: Any, layer: Layer, batch: tuple[Any, Any, Any]) -> float:
-    """Of the first tokens of a batch in layer 0: how far from the truth in float32, by that one's size."""
+    """Of the first tokens of a batch in layer 0: relative error against float32, by that one's size."""
     x, ids, weights = batch
     experts.begin(0, *batch)
     found = experts.end(0)[:_CHECKED].float()
-    truth = torch.zeros_like(found)
+    expected = torch.zeros_like(found)
     for t in range(len(found)):
         chosen = ids[t].cpu().numpy()
         gate, up, down = (
@@ -53,8 +53,8 @@ def _error(experts: Any, layer: Layer, batch: tuple[Any, Any, Any]) -> float:
             for part in (layer.gate, layer.up, layer.down)
         )
         inner = torch.nn.functional.silu(gate @ x[t].float()) * (up @ x[t].float())
-        truth[t] = (weights[t][:, None] * (down @ inner[:, :, None])[:, :, 0]).sum(0)
-    return float((found - truth).abs().mean() / truth.abs().mean())
+        expected[t] = (weights[t][:, None] * (down @ inner[:, :, None])[:, :, 0]).sum(0)
+    return float((found - expected).abs().mean() / expected.abs().mean())
 
 
 def _captured(call: Callable[[], Any]) -> Callable[[], Any]:

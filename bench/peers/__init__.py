@@ -1,8 +1,10 @@
-"""The contenders: one module each, with a function `contenders`, a class `Contender` and names, `LIBRARIES`.
+"""Backends that are compared: a package for each library, in it a module for each operation.
 
-`contenders(base, options)` runs in the parent and gives the specs of what takes part; it must import nothing
-heavy. `Contender(spec, layer)` runs in a process of its own, and loads the layer when it is made;
-`LIBRARIES` are imported there before, so that loading is timed alone. A module is about one operation.
+A module has a function `backend_specs`, a class `Backend` and names, `LIBRARIES`.
+
+`backend_specs(base, options)` runs in the parent and gives the specs of what takes part; it must import
+nothing heavy. `Backend(spec, layer)` runs in a process of its own, and loads the layer when it is made;
+`LIBRARIES` are imported there before, so that loading is timed alone.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any, Protocol
 from ..core.cases import Case
 from ..core.layer import Array
 
-__all__ = ["PEERS", "Contender", "Trainer", "find_peer"]
+__all__ = ["PEERS", "Backend", "Trainer", "find_peer"]
 
 #: Operation -> name on the command line -> module.
 PEERS = {
@@ -29,7 +31,7 @@ PEERS = {
 }
 
 
-class Contender(Protocol):
+class Backend(Protocol):
     """What a peer's class can do."""
 
     def prepare(self, cases: list[Case]) -> None:
@@ -48,7 +50,7 @@ class Contender(Protocol):
         """Version of the peer (``version``) and instruction set it chose (``isa``)."""
 
 
-class Trainer(Contender, Protocol):
+class Trainer(Backend, Protocol):
     """What a peer's class can do besides when it trains: a call is `run`, then `backward`."""
 
     def run(self, i: int) -> None:

@@ -22,7 +22,7 @@ from ...core.spec import Spec
 from .memory import address, aligned
 from .weights import GGUF_CLASS, GGUF_WITHOUT, GROUPS, give_gguf, give_groups
 
-__all__ = ["LIBRARIES", "Contender", "contenders", "find_extension", "import_extension"]
+__all__ = ["LIBRARIES", "Backend", "backend_specs", "find_extension", "import_extension"]
 
 #: Imported before the load is timed.
 LIBRARIES: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ _FLAGS = {"AMXMXFP8_KGroup_MOE": "amx_bf16", "AVXVNNI256GPTQInt4Packed_MOE": "av
 _BUILDS = (("amx", "amx_bf16"), ("avx512_bf16", "avx512_bf16"), ("avx512_base", "avx512f"), ("avx2", "avx2"))
 
 
-def contenders(base: Spec, options: Any) -> list[Spec]:
+def backend_specs(base: Spec, options: Any) -> list[Spec]:
     """Take all threads, and one and two fewer: its threads wait spinning, which a full machine punishes."""
     if not options.kt_ext:
         raise ValueError("kt-kernel: expected its extension, by --kt-ext or KTMOE_BENCH_KT_EXT")
@@ -60,7 +60,7 @@ def contenders(base: Spec, options: Any) -> list[Spec]:
     return [spec.but(threads=count) for count in (counts if base.threads > 2 else counts[:2])]
 
 
-class Contender:
+class Backend:
     """A layer of kt-kernel; it packs a copy of the weights for itself, but for those in blocks of GGUF."""
 
     def __init__(self, spec: Spec, layer: Layer) -> None:
@@ -103,7 +103,7 @@ class Contender:
         config.physical_to_logical_map = address(self._map)
 
     def prepare(self, cases: list[Case]) -> None:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         self._cases = cases
         self._out = np.empty(cases[0].x.shape, bfloat16)
         self._batch = np.array([len(cases[0].x)], np.int32)
@@ -113,16 +113,16 @@ class Contender:
         ]
 
     def run(self, i: int) -> None:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         self._engine.submit(self._moe.forward_task(*self._calls[i]))
         self._engine.sync()
 
     def answer(self) -> dict[str, Array]:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         return {"y": self._out}
 
     def about(self) -> dict[str, Any]:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         isa = self._path.name.removeprefix("_kt_kernel_ext_").split(".")[0]
         return {"version": _version(self._path), "isa": isa}
 

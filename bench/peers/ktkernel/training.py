@@ -11,11 +11,11 @@ from ...core.layer import Array, Layer, bfloat16
 from ...core.methods import METHODS
 from ...core.spec import Spec
 from .inference import LIBRARIES
-from .inference import Contender as ForwardContender
-from .inference import contenders as forward_contenders
+from .inference import Backend as ForwardBackend
+from .inference import backend_specs as forward_specs
 from .memory import address, aligned
 
-__all__ = ["LIBRARIES", "Contender", "contenders"]
+__all__ = ["LIBRARIES", "Backend", "backend_specs"]
 
 #: The most tokens that it is told must be a multiple of this.
 _STEP = 32
@@ -24,13 +24,13 @@ _STEP = 32
 _ADAPTERS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 
 
-def contenders(base: Spec, options: Any) -> list[Spec]:
+def backend_specs(base: Spec, options: Any) -> list[Spec]:
     """Take the same numbers of threads as forward; weights are packed once for each direction."""
     copies = 2 * METHODS[base.method].of_bf16
-    return [spec.but(copies=copies) for spec in forward_contenders(base, options)]
+    return [spec.but(copies=copies) for spec in forward_specs(base, options)]
 
 
-class Contender(ForwardContender):
+class Backend(ForwardBackend):
     """A layer of kt-kernel that uses the adapters where they lie and writes their gradients in bf16."""
 
     def _load(self, spec: Spec, layer: Layer) -> Any:
@@ -52,7 +52,7 @@ class Contender(ForwardContender):
         return moe
 
     def prepare(self, cases: list[Case]) -> None:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         self._cases = cases = [Case(*(None if a is None else aligned(a) for a in case)) for case in cases]
         for gradient in self._gradients.values():
             gradient[...] = 0  # some are added to what is there
@@ -77,7 +77,7 @@ class Contender(ForwardContender):
         self._engine.sync()
 
     def answer(self) -> dict[str, Array]:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         of_tokens = {"y": self._out, "grad_input": self._grad_input, "grad_weights": self._grad_weights}
         return of_tokens | self._gradients
 

@@ -17,13 +17,13 @@ from ...core.layer import Array, Layer, bfloat16
 from ...core.methods import METHODS
 from ...core.spec import Spec
 
-__all__ = ["LIBRARIES", "Contender", "contenders"]
+__all__ = ["LIBRARIES", "Backend", "backend_specs"]
 
 #: Imported before the load is timed.
 LIBRARIES: tuple[str, ...] = ("ktmoe_np._api",)
 
 
-def contenders(base: Spec, options: Any) -> list[Spec]:
+def backend_specs(base: Spec, options: Any) -> list[Spec]:
     """One for each instruction set asked for, which also measures the machine with it."""
     of_bf16 = METHODS[base.method].of_bf16
     spec = base.but(peer="ktmoe", copies=of_bf16 if of_bf16 < 1.0 else 0.0)
@@ -53,8 +53,8 @@ def make_layer(spec: Spec, layer: Layer, **options: Any) -> Any:
     return moe
 
 
-class Contender:
-    """A layer of ktmoe_np that uses the shared weights in place, or quantises them for itself."""
+class Backend:
+    """A layer of ktmoe_np that uses the shared weights in place, or quantizes them for itself."""
 
     def __init__(self, spec: Spec, layer: Layer) -> None:
         self._spec, self._layer = spec, layer
@@ -85,7 +85,7 @@ class Contender:
         return time.perf_counter() - start
 
     def prepare(self, cases: list[Case]) -> None:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         self._cases = cases
         self._result = np.empty(cases[0].x.shape, bfloat16)
         if self.run == self._jax:
@@ -130,13 +130,13 @@ class Contender:
         self._result = self._program(*self._jax_cases[i]).block_until_ready()
 
     def answer(self) -> dict[str, Array]:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         if self.run == self._jax and self._result.devices() != {self._device()}:
             raise RuntimeError(f"ran on {self._result.devices()}, expected {self._device()}")
         return {"y": np.asarray(self._result)}
 
     def about(self) -> dict[str, Any]:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         import ktmoe_np
 
         about = {"version": ktmoe_np.__version__, "isa": ktmoe_np.isa_info()["active"]}
@@ -146,7 +146,7 @@ class Contender:
         return about
 
     def limits(self, seconds: float) -> dict[str, Any]:
-        """Measure what the machine can do with this contender's instruction set and threads."""
+        """Measure what the machine can do with this backend's instruction set and threads."""
         from ktmoe_np import kt_kernel_ext as ext
 
         product = METHODS[self._spec.method].product

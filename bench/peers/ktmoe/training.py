@@ -11,12 +11,12 @@ from ...core.layer import Array, Layer, bfloat16
 from ...core.methods import METHODS
 from ...core.spec import Spec
 from .inference import LIBRARIES, make_layer
-from .inference import contenders as of_inference
+from .inference import backend_specs as of_inference
 
-__all__ = ["LIBRARIES", "Contender", "contenders"]
+__all__ = ["LIBRARIES", "Backend", "backend_specs"]
 
 
-def contenders(base: Spec, options: Any) -> list[Spec]:
+def backend_specs(base: Spec, options: Any) -> list[Spec]:
     """One for each instruction set and each way to have arrays."""
     specs = of_inference(base, options)
     ways = ("new", "reused") if options.reuse_buffers else ()
@@ -27,7 +27,7 @@ def contenders(base: Spec, options: Any) -> list[Spec]:
     ]
 
 
-class Contender:
+class Backend:
     """A layer of ktmoe_np as in `ktmoe.inference`; given arrays are those of the step before."""
 
     def __init__(self, spec: Spec, layer: Layer) -> None:
@@ -42,7 +42,7 @@ class Contender:
         self._gradients: Any = None
 
     def prepare(self, cases: list[Case]) -> None:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         self._moe.clear_cache()  # of a call that failed between its passes
         self._gradients = None
         self._cases = cases
@@ -61,7 +61,7 @@ class Contender:
         self._gradients = self._moe.backward(self._cases[i].grad, gradients=given, grad_input=grad_input)
 
     def answer(self) -> dict[str, Array]:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         names = ("grad_input", "grad_weights", *self._names)
         return {"y": self._out} | {name: getattr(self._gradients, name) for name in names}
 
@@ -76,14 +76,14 @@ class Contender:
         }
 
     def about(self) -> dict[str, Any]:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         import ktmoe_np
 
         about = {"version": ktmoe_np.__version__, "isa": ktmoe_np.isa_info()["active"]}
         return {**about, "arrays": self._arrays}
 
     def limits(self, seconds: float) -> dict[str, Any]:
-        """Measure what the machine can do with this contender's instruction set and threads."""
+        """Measure what the machine can do with this backend's instruction set and threads."""
         from ktmoe_np import kt_kernel_ext as ext
 
         product = METHODS[self._method].product

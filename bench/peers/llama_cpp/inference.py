@@ -19,13 +19,13 @@ from ...core.methods import METHODS
 from ...core.spec import Spec
 from .interface import Ggml, Pointer
 
-__all__ = ["LIBRARIES", "Contender", "contenders"]
+__all__ = ["LIBRARIES", "Backend", "backend_specs"]
 
 #: Imported before the load is timed.
 LIBRARIES: tuple[str, ...] = ()
 
 
-def contenders(base: Spec, options: Any) -> list[Spec]:
+def backend_specs(base: Spec, options: Any) -> list[Spec]:
     """Take all threads, and one fewer: its threads wait spinning."""
     if _type_name(base.method) is None:
         return []
@@ -43,7 +43,7 @@ def _type_name(method: str) -> str | None:
     return method.removeprefix("LLAMAFILE-") if METHODS[method].library_name == "LLAMAFILE" else None
 
 
-class Contender:
+class Backend:
     """A layer of ggml."""
 
     def __init__(self, spec: Spec, layer: Layer) -> None:
@@ -87,7 +87,7 @@ class Contender:
         return made
 
     def prepare(self, cases: list[Case]) -> None:
-        """See `bench.peers.Contender`; a graph for each case, so that its inputs are where they are read."""
+        """See `bench.peers.Backend`; a graph for each case, so that its inputs are where they are read."""
         for context, memory in self._made:
             self._ggml.gallocr_free(memory)
             self._ggml.free(context)
@@ -128,15 +128,15 @@ class Contender:
         return graph, np.frombuffer(result, np.float32).reshape(tokens, hidden)
 
     def run(self, i: int) -> None:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         graph, self._out = self._graphs[i]
         if self._ggml.backend_graph_compute(self._backend, graph) != 0:
             raise RuntimeError("ggml: the graph was not computed")
 
     def answer(self) -> dict[str, Array]:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         return {"y": self._out}
 
     def about(self) -> dict[str, Any]:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         return {"version": self._ggml.version().decode(), "isa": self._memory}

@@ -11,14 +11,14 @@ from ...core.layer import Array, Layer
 from ...core.spec import Spec
 from .quantized import FORMATS, QuantizedLinear
 
-__all__ = ["LIBRARIES", "Contender", "contenders"]
+__all__ = ["LIBRARIES", "Backend", "backend_specs"]
 
 #: Imported before the load is timed.
 LIBRARIES: tuple[str, ...] = ("torch",)
 
 
-def contenders(base: Spec, options: Any) -> list[Spec]:
-    """Two ways of writing it with bf16 weights; with quantised ones the loop alone."""
+def backend_specs(base: Spec, options: Any) -> list[Spec]:
+    """Two ways of writing it with bf16 weights; with quantized ones the loop alone."""
     spec = base.but(peer="torch", gives_limits=False)
     if base.method in FORMATS:
         quantized = FORMATS[base.method]
@@ -31,8 +31,8 @@ def contenders(base: Spec, options: Any) -> list[Spec]:
     ]
 
 
-class Contender:
-    """The shared bf16 weights as torch tensors, not copied; or quantised copies."""
+class Backend:
+    """The shared bf16 weights as torch tensors, not copied; or quantized copies."""
 
     def __init__(self, spec: Spec, layer: Layer) -> None:
         import torch
@@ -57,12 +57,12 @@ class Contender:
         return self._torch.from_numpy(array.view(np.int16)).view(self._torch.bfloat16)
 
     def prepare(self, cases: list[Case]) -> None:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         tensor, as_it_is = self._tensor, self._torch.from_numpy
         self._cases = [(tensor(x), as_it_is(ids), as_it_is(weights)) for x, ids, weights, _ in cases]
 
     def run(self, i: int) -> None:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         x, ids, weights = self._cases[i]
         order = ids.flatten().argsort(stable=True)
         rows = order // ids.shape[1]
@@ -107,9 +107,9 @@ class Contender:
         raise ValueError(f"activation {self._shape.activation!r}: not written for torch")
 
     def answer(self) -> dict[str, Array]:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         return {"y": self._out.float().numpy()}
 
     def about(self) -> dict[str, Any]:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         return {"version": self._torch.__version__, "isa": self._torch.backends.cpu.get_cpu_capability()}

@@ -1,4 +1,4 @@
-"""PyTorch's products of bf16 rows with quantised weights on the CPU, and matrices quantised for them."""
+"""PyTorch's products of bf16 rows with quantized weights on the CPU, and matrices quantized for them."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def _pack_int4(weights: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Format:
-    """A way to quantise, and the product that goes with it."""
+    """A way to quantize, and the product that goes with it."""
 
-    family: str  #: of the contender
+    family: str  #: of the backend
     copies: float  #: bytes for each byte of the bf16 weights
     product: str  #: of torch.ops.aten; takes the rows, then what `pack` gives
-    pack: Callable[[Any], tuple[Any, ...]]  #: quantises a bf16 matrix [N, K]
+    pack: Callable[[Any], tuple[Any, ...]]  #: quantizes a bf16 matrix [N, K]
 
 
 _INT8 = Format("torch int8pack", 1 / 2, "_weight_int8pack_mm", _pack_int8)
@@ -85,7 +85,7 @@ class QuantizedLinear:
             raise NotImplementedError(reason) from error
 
     def pack(self, matrices: Any) -> list[tuple[Any, ...]]:
-        """Quantise bf16 matrices [E, N, K], one at a time: on the way they are several times as large."""
+        """Quantize bf16 matrices [E, N, K], one at a time: on the way they are several times as large."""
         return [self._format.pack(matrix) for matrix in matrices]
 
     def __call__(self, x: Any, packed: tuple[Any, ...], bias: Any) -> Any:

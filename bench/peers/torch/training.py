@@ -10,12 +10,12 @@ from ...core.cases import Case
 from ...core.layer import Array, Layer
 from ...core.spec import Spec
 from .inference import LIBRARIES
-from .inference import Contender as ForwardContender
+from .inference import Backend as ForwardBackend
 
-__all__ = ["LIBRARIES", "Contender", "contenders"]
+__all__ = ["LIBRARIES", "Backend", "backend_specs"]
 
 
-def contenders(base: Spec, options: Any) -> list[Spec]:
+def backend_specs(base: Spec, options: Any) -> list[Spec]:
     """One, of bf16 weights."""
     if base.method != "AMXBF16_SFT":
         raise ValueError(
@@ -25,7 +25,7 @@ def contenders(base: Spec, options: Any) -> list[Spec]:
     return [base.but(peer="torch", family="torch autograd", options={"way": "loop"}, gives_limits=False)]
 
 
-class Contender(ForwardContender):
+class Backend(ForwardBackend):
     """Weights and adapters are the shared ones; gradients are new tensors in each step."""
 
     def __init__(self, spec: Spec, layer: Layer) -> None:
@@ -38,7 +38,7 @@ class Contender(ForwardContender):
         }
 
     def prepare(self, cases: list[Case]) -> None:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         super().prepare(cases)
         for x, _, weights in self._cases:
             x.requires_grad_()
@@ -74,7 +74,7 @@ class Contender(ForwardContender):
         self._gradients = self._torch.autograd.grad(self._out, [x, weights, *leaves], self._grads[i])
 
     def answer(self) -> dict[str, Array]:
-        """See `bench.peers.Contender`."""
+        """See `bench.peers.Backend`."""
         of_x, of_weights, *of_leaves = (gradient.float().numpy() for gradient in self._gradients)
         answer = {"y": self._out.detach().float().numpy(), "grad_input": of_x, "grad_weights": of_weights}
         used = len(self._used)
