@@ -1,10 +1,14 @@
-"""How hard the property tests search: KTMOE_HYPOTHESIS_PROFILE is dev (the default), ci or short."""
+"""What all tests share: how hard property tests search, fixtures, and which tests may run beside others.
+
+KTMOE_HYPOTHESIS_PROFILE is dev (the default), ci or short.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +16,13 @@ from converted import source, target  # noqa: F401  (fixtures)
 from fake_cuda_runs import build_driver
 from hypothesis import settings
 from layers import POOLS, engine_of
+from worker_turns import (  # noqa: F401  (hooks of pytest)
+    pytest_configure,
+    pytest_configure_node,
+    pytest_runtest_protocol,
+    pytest_unconfigure,
+    pytest_xdist_make_scheduler,
+)
 
 from ktmoe_np.cpuinfer import _MoEBase
 
@@ -23,6 +34,23 @@ settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("short", deadline=None, derandomize=True, max_examples=5)
 settings.load_profile(os.environ.get("KTMOE_HYPOTHESIS_PROFILE", "dev"))
+
+
+#: What tests marked `crosscheck` compare with, and the extra `test` does not install.
+_OTHERS = re.compile(
+    "could not import '(?:torch|transformers|tokenizers|jax|optax|peft|compressed_tensors|neural_compressor)"
+)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a test that is skipped without torch, say, and not marked `crosscheck`: it would never be run."""
+    report = yield
+    reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
+    if _OTHERS.search(reason) and item.get_closest_marker("crosscheck") is None:
+        report.outcome = "failed"
+        report.longrepr = f"{reason}: expected the marker crosscheck"
+    return report
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def test_demo_times_are_consistent(demo_run: tuple[dict[str, Any], Path]) -> Non
         arithmetic = row["tflop_per_s"] / report["limits"]["tflop_per_s"][row["isa"]]
         assert row["of_limit"] == pytest.approx(max(memory, arithmetic))
         assert row["limited_by"] == ("memory" if memory > arithmetic else "arithmetic")
-    assert {row["ms"] for row in report["rows"] if row["isa"] == "amx_emu"} == {None}
+    assert {row["ms"] for row in report["rows"] if row["isa"] == "amx_emu"} <= {None}
 
 
 def test_demo_leaves_checkpoint_and_picture_where_asked(demo_run: tuple[dict[str, Any], Path]) -> None:
@@ -86,8 +86,12 @@ def test_demo_does_not_overwrite(
 
 @pytest.fixture
 def fake_child(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Exception | float]], None]:
-    """Have the demo's children answer at once: right, off by a factor, or with an error."""
+    """Have the demo's children answer at once: right, off by a factor, or with an error.
+
+    The machine and the build have the same instruction sets everywhere, the emulator among them.
+    """
     answers: dict[str, Exception | float] = {}
+    isas = ["scalar", "avx2", "amx_emu"]
 
     def measured(isa: str, path: Path, layers: Any, tokens: Any, seconds: float, experts: int, _: Any) -> Any:
         answer = answers.get(isa, 1.0)
@@ -109,6 +113,7 @@ def fake_child(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Exception
 
     for key, size in (("hidden_size", 64), ("moe_intermediate_size", 32)):
         monkeypatch.setitem(CONFIG, key, size)
+    monkeypatch.setattr(ext, "isa_info", lambda: {"active": "avx2", "compiled": isas, "supported": isas})
     monkeypatch.setattr(demo, "measure_in_child", measured)
     monkeypatch.setattr(demo, "busy_note", lambda: None)
     return answers.update
@@ -123,7 +128,7 @@ def test_demo_text(
     assert errors == ""
     assert CONTROL.search(text) is None
     assert max(map(len, lines[:-1])) <= 100
-    assert sum(line.startswith("avx2 ") for line in lines) in (0, 3)
+    assert sum(line.startswith("avx2 ") for line in lines) == 3
     assert any(
         re.match(r"scalar +1 +(0|\d\.\de-\d\d) .* yes .* 24\.0 .* 80% memory$", line) for line in lines
     )

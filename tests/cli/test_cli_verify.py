@@ -23,7 +23,7 @@ from ktmoe_np.io import load_experts, load_hf_config
 from ktmoe_np.io.safetensors.writer import write_safetensors
 from ktmoe_np.reference import moe_forward
 
-pytestmark = pytest.mark.usefixtures("leave_no_engine")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("leave_no_engine")]
 
 
 @pytest.mark.parametrize("naming", ["qwen3_moe", "gpt_oss", "nemotron_h", "llama4"])

@@ -22,7 +22,7 @@ from ktmoe_np.formats.encodings import NATIVE_FORMATS
 from ktmoe_np.inference import BaseMoEWrapper
 from ktmoe_np.reference import decode_gguf
 
-pytestmark = pytest.mark.usefixtures("leave_no_engine")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("leave_no_engine")]
 
 P = 2
 

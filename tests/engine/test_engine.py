@@ -24,6 +24,8 @@ from layers import (
 
 from ktmoe_np import kt_kernel_ext as ext
 
+pytestmark = pytest.mark.engine
+
 AnyArray = Any
 
 E, I, H, P, T = 4, 24, 40, 2, 6  # noqa: E741

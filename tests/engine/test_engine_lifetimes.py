@@ -27,6 +27,8 @@ from layers import (
 
 from ktmoe_np import kt_kernel_ext as ext
 
+pytestmark = [pytest.mark.engine, pytest.mark.asan]
+
 AnyArray = Any
 
 E, I, H, P, T = 4, 24, 40, 2, 6  # noqa: E741
@@ -246,6 +248,7 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
+@pytest.mark.memory
 def test_thousands_of_calls_leave_nothing(layer: Layer, batch: Batch) -> None:
     moe = layer.wrapper(P)
     small, wrong = batch.rows(slice(2)), bad(batch)
@@ -283,6 +286,7 @@ def test_thousands_of_calls_leave_nothing(layer: Layer, batch: Batch) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.memory
 def test_loading_again_and_again_leaves_nothing() -> None:
     rng = np.random.default_rng(3)
     layer = draw_layer(rng, E, 64, 128, with_biases=True)  # 200 kB
@@ -294,6 +298,7 @@ def test_loading_again_and_again_leaves_nothing() -> None:
     assert resident_bytes() - resident < 4 << 20
 
 
+@pytest.mark.memory
 def test_engines_leave_nothing() -> None:
     for num in (5, 50):
         resident = resident_bytes()

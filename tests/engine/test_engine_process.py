@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from layers import ISA, run_python
 
+pytestmark = pytest.mark.engine
+
 SETUP = """
 import gc, json, multiprocessing, os, signal, sys, threading
 import numpy as np

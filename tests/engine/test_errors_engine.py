@@ -12,6 +12,8 @@ from layers import Batch, Layer, assert_same_bits, draw_batch, draw_layer, run_p
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np import kt_kernel_ext as ext
 
+pytestmark = pytest.mark.engine
+
 AnyArray = Any
 
 E, I, H, P, T = 4, 24, 40, 2, 6  # noqa: E741

@@ -13,6 +13,8 @@ from layers import IS_SLOW, run_python
 
 from ktmoe_np import kt_kernel_ext as ext
 
+pytestmark = pytest.mark.engine
+
 NUM_FORKS = 20 if IS_SLOW else 150
 
 

@@ -16,6 +16,8 @@ from ktmoe_np import KTMoEWrapper
 from ktmoe_np.formats.gguf import GGUF_FORMATS
 from ktmoe_np.reference import decode_gguf
 
+pytestmark = pytest.mark.kernels
+
 PLAIN = ("f32", "f16", "bf16")
 every_type = pytest.mark.parametrize("name", [*PLAIN, *GGUF_BLOCKS])
 

@@ -16,6 +16,8 @@ from native_layers import METHODS, draw_native_layer
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np.reference import decode_gptq_int4, decode_mxfp4, decode_mxfp8, decode_rawint4
 
+pytestmark = pytest.mark.kernels
+
 SIZES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 45, 63, 64, 65, 70, 95, 100, 128, 129, 160, 257)
 TOKENS = (0, 1, 2, 3, 4, 5, 7, 13, 14, 16, 17, 33, 65)
 every_method = pytest.mark.parametrize("method", METHODS)

@@ -10,6 +10,8 @@ from layers import AnyArray, assert_same_bits, bf16
 
 from ktmoe_np import KTMoEWrapper
 
+pytestmark = [pytest.mark.kernels, pytest.mark.asan]
+
 E, H, I = 2, 33, 35  # noqa: E741
 
 #: Method -> scales of a matrix [N, ..] for K columns, as large as they may be.

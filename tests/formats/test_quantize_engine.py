@@ -17,6 +17,8 @@ from ktmoe_np import kt_kernel_ext as ext
 from ktmoe_np.formats.quantized import FORMATS
 from ktmoe_np.reference import Int4Matrix, pack_int4, pack_int8, quantize_int4, quantize_int8
 
+pytestmark = pytest.mark.kernels
+
 AnyArray = Any
 Arrays = dict[str, Any]
 

@@ -22,6 +22,8 @@ from quantized_layers import METHODS, product_of, quantized_layer
 
 from ktmoe_np import KTMoEWrapper
 
+pytestmark = pytest.mark.kernels
+
 SIZES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 45, 63, 64, 65, 70, 95, 100, 128, 129, 160)
 TOKENS = (0, 1, 2, 3, 4, 5, 7, 13, 14, 16, 17, 33, 65)
 BAD_NUMBERS = (np.nan, np.inf, -np.inf)

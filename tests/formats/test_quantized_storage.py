@@ -37,7 +37,7 @@ METHODS = [
 every_method = pytest.mark.parametrize(("method", "group_size", "fmt"), METHODS)
 
 
-pytestmark = pytest.mark.usefixtures("leave_no_engine")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("leave_no_engine")]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from ktmoe_np.io.inspect import inspect_checkpoint
 from ktmoe_np.io.safetensors.writer import write_safetensors
 from ktmoe_np.reference import decode_rawint4
 
+pytestmark = [pytest.mark.kernels, pytest.mark.asan]
+
 E, P, LAYER = 3, 2, 5
 
 groups = pytest.mark.parametrize("group_size", [32, 64, 128])

@@ -15,6 +15,8 @@ from sft_layers import draw_student, draw_training
 
 from ktmoe_np import KTMoEWrapper
 
+pytestmark = [pytest.mark.engine, pytest.mark.asan]
+
 E, I, H, P, T = 16, 8, 8, 8, 2000  # noqa: E741
 TURNS = 100
 

@@ -24,7 +24,7 @@ from ktmoe_np.reference import assert_within, error_bound
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.crosscheck, pytest.mark.filterwarnings("ignore")]
 
 LAYER, E = 1, 6
 

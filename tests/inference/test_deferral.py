@@ -26,6 +26,8 @@ from layers import (
 from ktmoe_np import KExpertsCPUBuffer, KTMoEWrapper
 from ktmoe_np.reference import assert_within, error_bound, moe_forward
 
+pytestmark = pytest.mark.kernels
+
 AnyArray = Any
 
 E, I, H, P, T = 5, 24, 40, 4, 7  # noqa: E741

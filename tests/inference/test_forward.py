@@ -31,6 +31,8 @@ from layers import (
 from ktmoe_np.config import parse_activation
 from ktmoe_np.reference import moe_forward
 
+pytestmark = [pytest.mark.kernels, pytest.mark.asan]
+
 AnyArray = Any
 
 #: One element, a tile and its neighbours, pairs and steps of every instruction set, and odd ones.

@@ -30,7 +30,7 @@ from ktmoe_np.reference import activate, round_bf16
 
 E, I, H, P = 6, 24, 40, 3  # noqa: E741
 
-NAMES = ("NumPy", "torch", "JAX")
+NAMES = ("NumPy", *(pytest.param(name, marks=pytest.mark.crosscheck) for name in ("torch", "JAX")))
 MASK = np.array([True, False, False, True, True, False])
 
 
@@ -240,6 +240,7 @@ def test_ids_of_any_integer_dtype(case: Any, arrays: Arrays, dtype: str) -> None
 # ---- programs ----
 
 
+@pytest.mark.crosscheck
 @pytest.mark.parametrize("scale_inputs", [False, True])
 def test_in_a_program_of_jax(case: Any, scale_inputs: bool) -> None:
     jax = pytest.importorskip("jax")
@@ -262,6 +263,7 @@ def test_in_a_program_of_jax(case: Any, scale_inputs: bool) -> None:
     assert_same_bits(np.asarray(jax.jit(of_arguments)(weights, *JAX.batch(batch))), np.asarray(result))
 
 
+@pytest.mark.crosscheck
 def test_a_program_of_jax_leaves_no_rounding_out() -> None:
     jax = pytest.importorskip("jax")
     gpu = tiny("relu2", 1, JAX)
@@ -272,6 +274,7 @@ def test_a_program_of_jax_leaves_no_rounding_out() -> None:
     assert float(found[0, 0]) == 1.0
 
 
+@pytest.mark.crosscheck
 @pytest.mark.parametrize("has_mixed_product", [False, True])
 @pytest.mark.parametrize("scale_inputs", [False, True])
 def test_no_value_of_torch_is_asked_for(

@@ -13,7 +13,11 @@ from ktmoe_np import KTMoEWrapper
 
 torch = pytest.importorskip("torch")
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.crosscheck,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
 
 E, I, H, P, T = 6, 24, 40, 3, 7  # noqa: E741
 MASK = np.array([True, False, False, True, True, False])

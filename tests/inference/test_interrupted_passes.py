@@ -16,6 +16,8 @@ from ktmoe_np import DeferralChain, _MoEBase
 from ktmoe_np.passes.deferral import HostCarry
 from ktmoe_np.passes.pending import PendingPass
 
+pytestmark = pytest.mark.kernels
+
 E, I, H, P, T = 6, 16, 24, 3, 5  # noqa: E741
 
 

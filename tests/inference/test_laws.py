@@ -23,6 +23,8 @@ from layers import (
     stored,
 )
 
+pytestmark = pytest.mark.kernels
+
 AnyArray = Any
 float32 = np.dtype(np.float32)
 

@@ -24,6 +24,8 @@ from layers import (
 from ktmoe_np import kt_kernel_ext as ext
 from ktmoe_np.config import parse_activation
 
+pytestmark = [pytest.mark.kernels, pytest.mark.asan, pytest.mark.emulated]
+
 AnyArray = Any
 
 E, I, H, P, T = 4, 24, 40, 2, 6  # noqa: E741
@@ -242,6 +244,7 @@ LIBRARIES: dict[str, Callable[[AnyArray], Any]] = {
 }
 
 
+@pytest.mark.crosscheck
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_inputs_and_weights_of_another_library(engine: Any, layer: Layer, batch: Batch, library: str) -> None:
     of_library = LIBRARIES[library]
@@ -261,6 +264,7 @@ def test_inputs_and_weights_of_another_library(engine: Any, layer: Layer, batch:
     assert_same_bits(out, layer.forward(batch))
 
 
+@pytest.mark.crosscheck
 def test_weights_of_torch_are_not_copied(engine: Any, layer: Layer, batch: Batch) -> None:
     theirs = [of_torch(matrix) for matrix in layer.matrices]
     moe, out = (
@@ -273,6 +277,7 @@ def test_weights_of_torch_are_not_copied(engine: Any, layer: Layer, batch: Batch
     assert not out.astype(np.float32).any()
 
 
+@pytest.mark.crosscheck
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_an_output_of_torch(engine: Any, layer: Layer, batch: Batch, dtype: str) -> None:
     torch = pytest.importorskip("torch")
@@ -284,6 +289,7 @@ def test_an_output_of_torch(engine: Any, layer: Layer, batch: Batch, dtype: str)
     assert not np.array_equal(out.float().numpy(), expected.astype(dtype).astype(np.float32))
 
 
+@pytest.mark.crosscheck
 def test_a_wrapper_takes_torch_too(layer: Layer, batch: Batch) -> None:
     torch = pytest.importorskip("torch")
     theirs = layer.with_matrices(of_torch)
@@ -299,6 +305,7 @@ def test_a_wrapper_takes_torch_too(layer: Layer, batch: Batch) -> None:
     assert_same_bits(moe.sync_forward(), expected)
 
 
+@pytest.mark.crosscheck
 def test_tensors_of_torch_that_cannot_be_read(engine: Any, layer: Layer, batch: Batch) -> None:
     torch = pytest.importorskip("torch")
     moe, out = low_level_moe(engine, layer, P), np.empty((T, H), bf16)

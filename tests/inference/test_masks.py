@@ -13,6 +13,8 @@ from layers import assert_same_bits, draw_batch, draw_layer
 
 from ktmoe_np import generate_gpu_experts_masks
 
+pytestmark = pytest.mark.kernels
+
 frequencies = arrays(
     np.float64,
     array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=6),

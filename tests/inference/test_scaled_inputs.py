@@ -38,6 +38,8 @@ from sft_layers import (
 
 from ktmoe_np import KTMoEWrapper, MoEConfig
 
+pytestmark = [pytest.mark.kernels, pytest.mark.asan]
+
 E, I, H, P, T = 5, 45, 70, 3, 23  # noqa: E741
 
 EVERY_METHOD = (*QUANTIZED_METHODS, *((name, None) for name in NATIVE_METHODS), ("BF16", None))

@@ -12,6 +12,8 @@ from layers import assert_same_bits, bf16, draw_batch, draw_layer, engine_of, lo
 
 from ktmoe_np import kt_kernel_ext as ext
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.fixture(scope="module")
 def engine() -> Any:

@@ -12,6 +12,8 @@ from layers import IS_SLOW, assert_same_bits, draw_batch, draw_layer, run_python
 
 from ktmoe_np import DeferralChain, KTMoEWrapper
 
+pytestmark = [pytest.mark.engine, pytest.mark.asan]
+
 E, I, H, P, T = 6, 24, 40, 4, 7  # noqa: E741
 NUM = 20 if IS_SLOW else 150
 

@@ -107,6 +107,7 @@ def run_experts(experts: Any, x: Any, ids: Any, weights: Any) -> Any:
     return total
 
 
+@pytest.mark.crosscheck
 @pytest.mark.parametrize("model_type", MODELS)
 def test_a_layer_of_the_model(tmp_path: Path, model_type: str) -> None:
     torch = pytest.importorskip("torch")

@@ -25,6 +25,8 @@ from ktmoe_np.io.gguf.experts import GgufCheckpoint
 from ktmoe_np.io.mapped import MappedFiles
 from ktmoe_np.io.safetensors.writer import write_safetensors
 
+pytestmark = pytest.mark.kernels
+
 E, I, H, P = 3, 32, 64, 2  # noqa: E741
 SIZES: dict[str, Any] = {
     "num_experts": E,
@@ -180,6 +182,7 @@ def test_streams(cuda_driver: str) -> None:
     )
 
 
+@pytest.mark.crosscheck
 def test_calls_of_jax_outside_of_programs_and_tracing(tmp_path: Path) -> None:
     jax = pytest.importorskip("jax")
     from ktmoe_np.jax import moe_forward

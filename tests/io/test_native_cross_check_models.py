@@ -37,7 +37,7 @@ from ktmoe_np.reference import (
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.crosscheck, pytest.mark.filterwarnings("ignore")]
 
 
 def of_format(form: str) -> dict[str, Any]:

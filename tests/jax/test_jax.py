@@ -29,6 +29,8 @@ from ktmoe_np.jax import (  # noqa: E402
     operands,
 )
 
+pytestmark = pytest.mark.crosscheck
+
 
 @pytest.fixture(scope="module")
 def case() -> tuple[Any, Batch]:

@@ -19,6 +19,8 @@ from jax_cases import as_jax, numpy  # noqa: E402
 
 from ktmoe_np.jax import moe_drain_deferred, moe_forward_deferred, raise_pending_error  # noqa: E402
 
+pytestmark = pytest.mark.crosscheck
+
 E, I, H, P, T = 5, 24, 40, 4, 6  # noqa: E741
 
 

@@ -38,7 +38,11 @@ def has_gpu() -> bool:
     return run_python(script).returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not has_gpu(), reason="JAX finds no GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.crosscheck,
+    pytest.mark.skipif(not has_gpu(), reason="JAX finds no GPU"),
+]
 
 
 def run(script: str) -> str:

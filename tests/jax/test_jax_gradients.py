@@ -17,6 +17,8 @@ from jax_cases import STUDENTS, E, H, I, P, R, Trained, as_jax, assert_same_grad
 
 from ktmoe_np.jax import lora_parameters, moe_sft  # noqa: E402
 
+pytestmark = pytest.mark.crosscheck
+
 
 @pytest.fixture(scope="module", params=[*STUDENTS, "scaled inputs"])
 def trained(request: pytest.FixtureRequest) -> Trained:

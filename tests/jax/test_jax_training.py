@@ -19,6 +19,8 @@ from jax_block import HIDDEN, PER_TOKEN, first_parameters, train  # noqa: E402
 
 from ktmoe_np.jax import lora_parameters, moe_sft  # noqa: E402
 
+pytestmark = pytest.mark.crosscheck
+
 NUM_EXPERTS, INTER, RANK, ALPHA, STEPS = 6, 16, 4, 8.0, 50
 
 

@@ -11,6 +11,8 @@ from ktmoe_np.cli.optimizers import make_optimizer
 
 optax = pytest.importorskip("optax")
 
+pytestmark = pytest.mark.crosscheck
+
 NAMES = ("adamw", "sgd", "lion")
 
 

@@ -10,6 +10,8 @@ import pytest
 
 jax = pytest.importorskip("jax")
 
+pytestmark = pytest.mark.crosscheck
+
 SOURCES = Path(__file__).resolve().parents[2] / "cpp"
 
 #: Our structs and theirs, each with the members that must lie at the same places.

@@ -29,6 +29,8 @@ from ktmoe_np.models import (
     load_tokenizer,
 )
 
+pytestmark = pytest.mark.kernels
+
 TEXT = b"And God said, Let there be light: and there was"
 OTHER = b"In the beginning God created the heaven and the earth."
 

@@ -34,7 +34,7 @@ from decoder_truth import (  # noqa: E402  (needs both)
     in_float64,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.crosscheck, pytest.mark.filterwarnings("ignore")]
 
 AnyArray = Any
 

@@ -73,6 +73,7 @@ def test_what_the_package_raises(
         call(tokenizer)
 
 
+@pytest.mark.crosscheck
 def test_the_real_package_refuses(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     for text in ("{}", '{"model": {"type": "Nope"}}', '{"model": {"type": "WordLevel", "vocab": {"a": -1}}}'):

@@ -23,6 +23,8 @@ from training_cases import present
 
 from ktmoe_np.reference import assert_within, error_bound, moe_backward, moe_forward, moe_forward_sft
 
+pytestmark = pytest.mark.kernels
+
 quick = settings(deadline=None, max_examples=60)
 SEEDS = st.integers(0, 2**32 - 1)
 

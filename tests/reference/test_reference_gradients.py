@@ -138,6 +138,7 @@ def autograd(layer: Layer, grad_output: AnyArray) -> dict[str, AnyArray]:
     return {name: leaf.grad.numpy() for name, leaf in leaves.items()}
 
 
+@pytest.mark.crosscheck
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize(
     "activation", ["silu", "swigluoai", "gelu", "gelu_tanh", "situ", "relu2", "silu_ungated"]

@@ -28,7 +28,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.crosscheck, pytest.mark.filterwarnings("ignore")]
 
 E, I, RANK, ALPHA = 6, 24, 3, 4.5  # noqa: E741
 

@@ -24,6 +24,8 @@ from sft_layers import (
     train,
 )
 
+pytestmark = [pytest.mark.kernels, pytest.mark.asan]
+
 AnyArray = Any
 
 

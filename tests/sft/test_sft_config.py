@@ -17,6 +17,8 @@ from ktmoe_np import kt_kernel_ext as ext
 from ktmoe_np.sft import SFTOptions
 from ktmoe_np.sft.gradients import LORA_NAMES
 
+pytestmark = pytest.mark.asan
+
 AnyArray = Any
 
 E, I, H, P, R, T = 3, 20, 36, 2, 16, 5  # noqa: E741

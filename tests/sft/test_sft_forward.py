@@ -19,6 +19,8 @@ import ktmoe_np.sft.base
 import ktmoe_np.sft.options
 from ktmoe_np.reference import Dropout, assert_within
 
+pytestmark = pytest.mark.kernels
+
 AnyArray = Any
 
 BAD_NUMBERS = (np.nan, np.inf, -np.inf)
@@ -231,6 +233,7 @@ def test_inputs_are_never_written() -> None:
         assert_same_bits(array, copy)
 
 
+@pytest.mark.crosscheck
 def test_arrays_of_torch() -> None:
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(13)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from layers import IS_SLOW, run_python
 
+pytestmark = pytest.mark.engine
+
 NUM = 30 if IS_SLOW else 250
 
 SETUP = f"""

@@ -28,6 +28,8 @@ from sft_layers import (
 from ktmoe_np import SFTGradients
 from ktmoe_np.reference import Dropout
 
+pytestmark = pytest.mark.kernels
+
 AnyArray = Any
 
 law = settings(deadline=None, max_examples=6 if IS_SLOW else 25)

@@ -22,6 +22,8 @@ from sft_layers import (
 from ktmoe_np import kt_kernel_ext as ext
 from ktmoe_np.reference import Dropout
 
+pytestmark = [pytest.mark.kernels, pytest.mark.asan, pytest.mark.emulated]
+
 AnyArray = Any
 
 E, I, H, P, R, T = 4, 24, 40, 2, 16, 6  # noqa: E741

@@ -23,6 +23,8 @@ from sft_layers import (
 from ktmoe_np import SFTGradients
 from ktmoe_np.formats.methods import find_method
 
+pytestmark = pytest.mark.kernels
+
 AnyArray = Any
 
 METHODS = tuple(f"{name}_SFT" for name in INFERENCE_METHODS)

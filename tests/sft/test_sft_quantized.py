@@ -32,6 +32,8 @@ from sft_layers import (
 from ktmoe_np import SFTGradients
 from ktmoe_np.formats.methods import find_method
 
+pytestmark = pytest.mark.kernels
+
 AnyArray = Any
 
 QUANTIZED: tuple[Method, ...] = tuple((f"{name}_SFT", size) for name, size in INFERENCE_METHODS)

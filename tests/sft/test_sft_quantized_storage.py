@@ -27,7 +27,7 @@ NAMES = ("AMXINT8", "AMXINT4", "MOE_INT8", "MOE_INT4")
 every_method = pytest.mark.parametrize(("name", "group_size"), METHODS)
 every_name = pytest.mark.parametrize("name", NAMES)
 
-pytestmark = pytest.mark.usefixtures("leave_no_engine")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("leave_no_engine")]
 
 
 @pytest.fixture(scope="module")

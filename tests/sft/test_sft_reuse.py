@@ -29,6 +29,8 @@ from ktmoe_np import KExpertsSFTBuffer, KTMoEWrapper
 from ktmoe_np.buffers import Claim
 from ktmoe_np.sft import SFTOptions
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.fixture(autouse=True)
 def _no_buffers() -> Iterator[None]:
@@ -113,6 +115,7 @@ def test_a_layer_after_itself() -> None:
     assert_same(*results)
 
 
+@pytest.mark.crosscheck
 def test_a_tensor_that_shares_memory_with_a_result_is_refused() -> None:
     torch = pytest.importorskip("torch")
     student = drawn_student()
@@ -128,6 +131,7 @@ def test_a_tensor_that_shares_memory_with_a_result_is_refused() -> None:
     assert_same_bits(reusing.forward(tensor.clone(), ids, weights), expected)
 
 
+@pytest.mark.crosscheck
 def test_programs_of_jax_write_arrays_of_their_own() -> None:
     jax = pytest.importorskip("jax")
     from ktmoe_np.jax import lora_parameters, moe_sft

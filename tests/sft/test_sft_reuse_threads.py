@@ -14,6 +14,8 @@ from reuse_cases import P, assert_same, copied, drawn, drawn_student, pair, step
 
 from ktmoe_np import KTMoEWrapper
 
+pytestmark = [pytest.mark.kernels, pytest.mark.engine]
+
 
 @pytest.fixture(autouse=True)
 def _no_buffers() -> Iterator[None]:

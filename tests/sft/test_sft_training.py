@@ -16,6 +16,8 @@ from ktmoe_np import KTMoEWrapper
 from ktmoe_np.cli.adam import Adam
 from ktmoe_np.reference import LoraWeights, moe_backward, moe_forward_sft
 
+pytestmark = pytest.mark.kernels
+
 AnyArray = Any
 
 E, I, H, P, R, T = 4, 16, 32, 2, 4, 64  # noqa: E741

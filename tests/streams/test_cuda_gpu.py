@@ -14,7 +14,11 @@ from ktmoe_np import KTMoEWrapper
 
 torch = pytest.importorskip("torch")
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.crosscheck,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
 
 E, I, H, P, T = 5, 24, 40, 2, 6  # noqa: E741
 
