@@ -1,0 +1,67 @@
+"""What builds leave out unless they are asked: the emulator of AMX and, inside another project, the tests."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ._build import built_cores, cache_entry
+from ._tree import ROOT
+
+_EMULATOR = "amx_emu"
+_WHEEL_TAG = re.compile(r"cp3\d+-(?:cp3\d+|abi3)-\w+")
+# What the package consists of, beside its license and the like.
+_PACKAGED = {".py", ".pyi", ".so", ".typed", ".md", ".json", ".safetensors", ".txt"}
+
+
+def test_a_project_that_includes_this_one(tmp_path: Path) -> None:
+    if shutil.which("cmake") is None or shutil.which("c++") is None:
+        pytest.skip("no cmake or no compiler")
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.26)\nproject(including LANGUAGES CXX)\n"
+        f'add_subdirectory("{ROOT}" ktmoe)\n'
+        "if(TARGET ktmoe_tests OR NOT TARGET ktmoe::core)\n  message(FATAL_ERROR targets)\nendif()\n"
+    )
+    command = ["cmake", "-S", tmp_path, "-B", tmp_path / "build"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert cache_entry(tmp_path / "build", "KTMOE_BUILD_TESTS") == "OFF"
+    assert _EMULATOR not in cache_entry(tmp_path / "build", "KTMOE_ISAS").split(";")
+
+
+def _symbols(library: Path) -> str:
+    command = ["nm", "--defined-only", str(library)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_only_builds_that_ask_for_it_have_the_emulator() -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("no nm")
+    libraries = built_cores()
+    if not libraries:
+        pytest.skip("nothing is built")
+    for library in libraries:
+        has_emulator = f"{len(_EMULATOR)}{_EMULATOR}" in _symbols(library)
+        assert has_emulator == (_EMULATOR in cache_entry(library.parent, "KTMOE_ISAS").split(";")), library
+        assert not (has_emulator and _WHEEL_TAG.fullmatch(library.parent.name)), f"{library}: of a wheel"
+
+
+def test_wheels_hold_the_package_alone() -> None:
+    wheels = sorted(ROOT.glob("dist/*.whl"))
+    if not wheels:
+        pytest.skip("no wheel in dist/")
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if not name.endswith("/")]
+            extensions = [name for name in names if re.search(r"^ktmoe_np/kt_kernel_ext\b.*\.so$", name)]
+            assert len(extensions) == 1, names
+            assert b"amx_emu: a palette" not in archive.read(extensions[0]), wheel  # an error of the emulator
+        for name in names:
+            if ".dist-info/" not in name:
+                assert name.startswith("ktmoe_np/"), f"{wheel}: {name}"
+                assert Path(name).suffix in _PACKAGED, f"{wheel}: {name}"
