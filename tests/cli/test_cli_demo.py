@@ -99,8 +99,7 @@ def fake_child(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Exception
             raise answer
         config = MoEConfig.from_hf_config(CONFIG, 0)
         sample, weights = draw_sample(config, experts), load_experts(path, 0)
-        layer = sample.hidden_states, sample.ids, sample.weights, weights.gate, weights.up, weights.down
-        truth = moe_forward(*layer)
+        truth = moe_forward(sample.hidden_states, sample.ids, sample.weights, **weights.arguments())
         rows = (truth.astype(np.float32) * np.float32(answer)).astype(ml_dtypes.bfloat16)
         limits = {"read_bytes_per_s": 3e10, "dot_flop_per_s": 5e11, "step_flop_per_s": 4e11}
         return measure.Measured(

@@ -84,8 +84,8 @@ def test_the_reference_judges_quantised_layers(name: str, num_experts: int, tmp_
     experts, sample = load_experts(tmp_path, 0, config), draw_sample(config, num_experts)
     method = find_method(name, "inference")
     fmt = FORMATS[method.formats[method.resolve_group_size(None)]]
-    matrices = [fmt.quantize(np.stack(matrix)) for matrix in (experts.gate, experts.up or [], experts.down)]
-    biases = {side: getattr(experts, side) for side in ("gate_bias", "up_bias", "down_bias")}
+    matrices = [fmt.quantize(np.stack(projection.codes)) for projection in experts.projections.values()]
+    biases = experts.bias_arguments()
     inputs = (sample.hidden_states, sample.ids, sample.weights, *matrices)
     right = moe_forward(*inputs, **biases, activation=config.activation, product=method.product)
     expected = Expected(sample, config, TensorSource(experts, fmt, method.product))

@@ -13,6 +13,7 @@ from layers import assert_close, assert_same_bits, bf16, draw_batch
 from native_layers import NativeLayer, draw_gguf, draw_native_layer
 
 from ktmoe_np import KTMoEWrapper
+from ktmoe_np import kt_kernel_ext as ext
 from ktmoe_np.formats.gguf import GGUF_FORMATS
 from ktmoe_np.reference import decode_gguf
 
@@ -241,7 +242,7 @@ def test_other_methods_have_one_format() -> None:
     moe = KTMoEWrapper(0, 1, 1, 32, 32)
     rows = np.zeros((1, 32, 32), bf16)
     with pytest.raises(ValueError, match="up_format: got 'q4_0', expected None: the layer has one format"):
-        moe._layer.load_weights_task(rows, rows, rows, up_format="q4_0")
+        moe._layer.load_weights_task(rows, ext.moe.Projection(rows, format="q4_0"), rows)
 
 
 def test_bytes_are_told_by_weights_that_are_there() -> None:

@@ -89,12 +89,7 @@ def test_a_layer(model: Model, layer_idx: int) -> None:
     experts, activation = load_experts(model.path, layer_idx, moe.config), moe.config.activation
     bound = error_bound(
         *call.batch,
-        experts.gate,
-        experts.up,
-        experts.down,
-        gate_bias=experts.gate_bias,
-        up_bias=experts.up_bias,
-        down_bias=experts.down_bias,
+        **experts.arguments(),
         activation=activation,
         out_dtype=np.float32,
     )

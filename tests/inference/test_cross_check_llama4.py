@@ -84,7 +84,7 @@ def loaded(block: Block, **options: Any) -> tuple[Any, Layer]:
     """The layer, and its weights."""
     moe = KTMoEWrapper.from_pretrained(block.path, LAYER, **options)
     experts = load_experts(block.path, LAYER, moe.config)
-    matrices = map(np.stack, (experts.gate, experts.up, experts.down))
+    matrices = (np.stack(projection.codes) for projection in experts.projections.values())
     return moe, Layer(*matrices, activation=moe.config.activation, scale_inputs=True)
 
 

@@ -167,7 +167,8 @@ def test_weights_of_another_format_in_the_meantime(engines: list[Any]) -> None:
 
     def load(name: str, row_bytes: int) -> None:
         rows = np.ones((1, 32, row_bytes), np.uint8)
-        engines[0].run(moe.load_weights_task(rows, None, rows, gate_format=name, down_format=name))
+        projection = ext.moe.Projection(rows, format=name)
+        engines[0].run(moe.load_weights_task(projection, None, projection))
 
     load("q4_0", 18)
     buffers = [np.zeros((32, 18), np.uint8)], [np.zeros((32, 18), np.uint8)]

@@ -483,3 +483,52 @@ def test_the_memory_of_a_subclass_is_its_own(engine: Any) -> None:
         out = np.ones(1000, dtype)
         engine.copy(np.ndarray.view(source, Exporting), out)
         assert_same_bits(out, source)
+
+
+def test_a_projection_is_its_codes_where_there_are_no_scales(engine: Any, layer: Layer, batch: Batch) -> None:
+    config = ext.moe.MOEConfig(E, P, H, I, pool=engine.backend_)
+    outs = []
+    for matrices in (layer.matrices, [ext.moe.Projection(matrix) for matrix in layer.matrices]):
+        moe, out = ext.moe.AMXBF16_MOE(config), np.empty((T, H), np.float32)
+        engine.run(moe.load_weights_task(*matrices))
+        engine.run(moe.forward_task(*batch, out))
+        outs.append(out)
+    assert_same_bits(*outs)
+
+
+SCALES = np.ones((E, I), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"channel_scale": SCALES}, "gate_scale: got one, expected None: bf16 has no row scales"),
+        ({"block_scales": SCALES}, "gate_scale: got one, expected None: bf16 has no scales apart"),
+        ({"format": "q4_0"}, "gate_format: got 'q4_0', expected None: the layer has one format"),
+    ],
+)
+def test_a_projection_has_what_the_method_does_not(
+    engine: Any, layer: Layer, more: dict[str, Any], message: str
+) -> None:
+    moe = ext.moe.AMXBF16_MOE(ext.moe.MOEConfig(E, P, H, I, pool=engine.backend_))
+    gate, up, down = layer.matrices
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        moe.load_weights_task(ext.moe.Projection(gate, **more), up, down)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"codes": SCALES}, "up_proj"),
+        ({"codes": None, "channel_scale": SCALES}, "up_scale"),
+        ({"codes": None, "block_scales": SCALES}, "up_scale"),
+        ({"codes": None, "format": "q4_0"}, "up_format"),
+    ],
+)
+def test_up_without_a_gate(engine: Any, layer: Layer, given: dict[str, Any], name: str) -> None:
+    config = ext.moe.MOEConfig(E, P, H, I, pool=engine.backend_)
+    config.set_activation("relu2", False)
+    gate, _, down = layer.matrices
+    message = f"^{name}: got one, expected None: the activation is not gated$"
+    with pytest.raises(ValueError, match=message):
+        ext.moe.AMXBF16_MOE(config).load_weights_task(gate, ext.moe.Projection(**given), down)

@@ -245,7 +245,7 @@ def test_loading_from_a_checkpoint_that_was_opened_before(tmp_path: Path) -> Non
     for method in ("BF16", "AMXINT4"):
         moe = KTMoEWrapper(0, **SIZES, method=method)
         load = moe.load_weights_from_tensors
-        assert_told(path, lambda load=load: load(experts.gate, experts.up, experts.down))
+        assert_told(path, lambda load=load: load(**experts.arguments()))
         assert not moe.loaded
 
 

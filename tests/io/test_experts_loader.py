@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import ktmoe_np.io.experts
 from ktmoe_np.config import MoEConfig
 from ktmoe_np.io import (
-    ExpertTensors,
+    ExpertWeights,
     SafetensorsCheckpoint,
     SafetensorsFile,
     expert_layers,
@@ -38,19 +38,19 @@ def test_doctests() -> None:
     assert doctest.testmod(ktmoe_np.io.experts).failed == 0
 
 
-def assert_same(experts: ExpertTensors, layer: dict[str, AnyArray | None]) -> None:
+def assert_same(experts: ExpertWeights, layer: dict[str, AnyArray | None]) -> None:
     """Bit for bit the weights that were written."""
-    for name, got in (("gate_proj", experts.gate), ("up_proj", experts.up), ("down_proj", experts.down)):
+    for name in ("gate_proj", "up_proj", "down_proj"):
         want = layer[name]
         if want is None:
-            assert got is None
+            assert name not in experts.projections
             continue
-        assert got is not None
+        got = experts.projections[name].codes
         assert isinstance(got, list)
         assert all(expert.dtype == ml_dtypes.bfloat16 for expert in got)
         assert np.array_equal(np.stack(got).view(np.uint16), want.view(np.uint16))
     for name in ("gate_bias", "up_bias", "down_bias"):
-        bias, got_bias = layer.get(name), getattr(experts, name)
+        bias, got_bias = layer.get(name), experts.biases.get(name.replace("_bias", "_proj"))
         if bias is None:
             assert got_bias is None
         else:
@@ -68,7 +68,7 @@ def test_every_naming(tmp_path: Path, naming: str, num_shards: int) -> None:
         config = MoEConfig.from_hf_config(load_hf_config(tmp_path), number)
         for experts in (load_experts(checkpoint, number), load_experts(tmp_path, number, config)):
             assert_same(experts, layer)
-            assert (experts.num_experts, experts.moe_intermediate_size, experts.hidden_size) == (E, I, H)
+            assert (experts.num_experts, *experts.down.codes[0].shape) == (E, H, I)
             assert all(name in checkpoint for name in experts.names)
             assert all(f".{number}." in name for name in experts.names)
 
@@ -86,13 +86,13 @@ def test_nothing_is_copied_where_k_is_contiguous(tmp_path: Path, naming: str) ->
     checkpoint = SafetensorsCheckpoint(tmp_path)
     experts = load_experts(checkpoint, 0)
     files = [checkpoint.tensor(name) for name in experts.names]
-    for matrices in (experts.gate, experts.up or [], experts.down):
+    for matrices in (projection.codes for projection in experts.projections.values()):
         for matrix in matrices:
             assert matrix.strides[1] == 2
             shared = any(np.shares_memory(matrix, tensor) for tensor in files)
             assert shared == (naming not in TRANSPOSED)
             assert shared == (not matrix.flags.writeable)
-    assert experts.gate[0].strides[0] == (4 * H if naming == "inkling" else 2 * H)
+    assert experts.gate.codes[0].strides[0] == (4 * H if naming == "inkling" else 2 * H)
 
 
 def test_the_layer_runs(tmp_path: Path) -> None:
@@ -102,10 +102,7 @@ def test_the_layer_runs(tmp_path: Path) -> None:
         experts = load_experts(tmp_path / naming, 1, config)
         x = np.random.default_rng(0).standard_normal((4, H)).astype(np.float32).astype(ml_dtypes.bfloat16)
         ids, weights = np.array([[0, 2], [1, 1], [2, 0], [-1, 1]]), np.full((4, 2), 0.5, np.float32)
-        biases = {name: getattr(experts, name) for name in ("gate_bias", "up_bias", "down_bias")}
-        got = moe_forward(
-            x, ids, weights, experts.gate, experts.up, experts.down, **biases, activation=config.activation
-        )
+        got = moe_forward(x, ids, weights, **experts.arguments(), activation=config.activation)
         want = moe_forward(x, ids, weights, activation=config.activation, **layer)  # type: ignore[arg-type]
         assert np.array_equal(got.view(np.uint16), want.view(np.uint16))
 
@@ -116,7 +113,7 @@ def test_a_misaligned_tensor_is_copied(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "model.safetensors", {"odd": np.zeros(1, np.uint8), **tensors})
     experts = load_experts(tmp_path, 0)
     assert_same(experts, layer)
-    assert all(matrix.flags.aligned for matrix in experts.gate)
+    assert all(matrix.flags.aligned for matrix in experts.gate.codes)
 
 
 def test_biases_of_separate_experts(tmp_path: Path) -> None:

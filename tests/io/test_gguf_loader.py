@@ -35,7 +35,8 @@ import ktmoe_np.io.gguf.checkpoint  # noqa: E402
 import ktmoe_np.io.gguf.config  # noqa: E402
 import ktmoe_np.io.gguf.experts  # noqa: E402
 from ktmoe_np.formats.gguf import GGUF_FORMATS  # noqa: E402
-from ktmoe_np.io.gguf.experts import GgufCheckpoint, GgufExperts, gguf_config, gguf_layers, load_gguf  # noqa: E402
+from ktmoe_np.formats.weights import ExpertWeights  # noqa: E402
+from ktmoe_np.io.gguf.experts import GgufCheckpoint, gguf_config, gguf_layers, load_gguf  # noqa: E402
 from ktmoe_np.io.gguf.header import GGUF_TYPES  # noqa: E402
 
 E, I, H = 3, 256, 512  # noqa: E741
@@ -80,14 +81,14 @@ def test_every_type_has_the_size_that_gguf_gives_it() -> None:
         assert kind.row_bytes(768) == gguf.quants.quant_shape_to_byte_shape((768,), number)[0]
 
 
-def assert_same(experts: GgufExperts, layer: GgufLayer) -> None:
+def assert_same(experts: ExpertWeights, layer: GgufLayer) -> None:
     """Byte for byte what was written."""
     assert list(experts.projections) == list(layer.matrices)
     for name, matrices in layer.matrices.items():
         projection = experts.projections[name]
         assert projection.format == layer.formats[name]
-        assert len(projection.data) == len(matrices)
-        for data, matrix in zip(projection.data, matrices, strict=True):
+        assert len(projection.codes) == len(matrices)
+        for data, matrix in zip(projection.codes, matrices, strict=True):
             assert data.dtype == np.uint8
             assert data.shape == matrix.shape
             assert data.flags.c_contiguous
@@ -118,7 +119,7 @@ def test_every_type_and_naming(tmp_path: Path, kind: str, naming: str) -> None:
     assert_same(experts, layer)
     files = [checkpoint.tensor(name) for name in layer.tensors]
     for projection in experts.projections.values():
-        for data in projection.data:
+        for data in projection.codes:
             assert any(np.shares_memory(data, file) for file in files)
 
 

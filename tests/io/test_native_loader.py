@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from native_checkpoints import ENCODINGS, LAYER, NAMINGS, Layer, config_of, draw_layer, put_layer
 
 import ktmoe_np.io.native
+from ktmoe_np.formats.weights import ExpertWeights
 from ktmoe_np.io import SafetensorsCheckpoint
-from ktmoe_np.io.native import NativeExperts, load_native, native_method
+from ktmoe_np.io.native import load_native, native_method
 from ktmoe_np.io.safetensors.writer import write_safetensors as write_aligned
 
 E, I, H = 3, 96, 160  # noqa: E741
@@ -28,14 +29,14 @@ def test_doctests() -> None:
     assert doctest.testmod(ktmoe_np.io.native).failed == 0
 
 
-def assert_same(experts: NativeExperts, layer: Layer) -> None:
+def assert_same(experts: ExpertWeights, layer: Layer) -> None:
     """Byte for byte what was written."""
     assert experts.method == layer.method
     assert list(experts.projections) == list(layer.matrices)
     for name, matrices in layer.matrices.items():
         projection = experts.projections[name]
-        assert len(projection.codes) == len(projection.scale) == len(matrices)
-        for codes, scale, matrix in zip(projection.codes, projection.scale, matrices, strict=True):
+        assert len(projection.codes) == len(projection.scales) == len(matrices)
+        for codes, scale, matrix in zip(projection.codes, projection.scales, matrices, strict=True):
             assert codes.dtype == matrix.codes.dtype
             assert codes.strides[1] == codes.itemsize
             assert np.array_equal(codes, matrix.codes)
@@ -97,8 +98,8 @@ def test_ragged_blocks(tmp_path: Path, encoding: str, inter: int, hidden: int) -
     experts = load_native(tmp_path, LAYER, config_of(2, inter, hidden), "FP8")
     assert_same(experts, layer)
     blocks = (-(-inter // 128), -(-hidden // 128))
-    assert experts.projections["up_proj"].scale[1].shape == blocks
-    assert experts.projections["down_proj"].scale[1].shape == blocks[::-1]
+    assert experts.projections["up_proj"].scales[1].shape == blocks
+    assert experts.projections["down_proj"].scales[1].shape == blocks[::-1]
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -116,7 +117,7 @@ def test_nothing_is_copied(tmp_path: Path, encoding: str) -> None:
     for name, projection in experts.projections.items():
         assert all(is_view(codes) and not codes.flags.writeable for codes in projection.codes)
         interleaved = encoding == "gpt_oss" and name != "down_proj"
-        assert [is_view(scale) for scale in projection.scale] == [not (converted or interleaved)] * E
+        assert [is_view(scale) for scale in projection.scales] == [not (converted or interleaved)] * E
         first = projection.codes[0]
         row_bytes = first.shape[1] * first.itemsize
         assert first.strides == ((2 if interleaved else 1) * row_bytes, first.itemsize)

@@ -155,7 +155,7 @@ def test_peft_computes_what_we_do(model_type: str, tmp_path: Path) -> None:
     for moe, calls_of_layer in zip(layers, calls, strict=True):
         call = next(calls_of_layer)
         experts = load_experts(tmp_path / "model", moe.layer_idx, moe.config)
-        weights = {"gate_proj": experts.gate, "up_proj": experts.up, "down_proj": experts.down}
+        weights = {name: projection.codes for name, projection in experts.projections.items()}
         slots = dict(zip(("hidden_states", "topk_ids", "topk_weights"), call.batch, strict=True))
         layer = {**slots, **weights, "activation": moe.config.activation}
         lora = LoraWeights(**moe.lora_weights, lora_alpha=ALPHA)

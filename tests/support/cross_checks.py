@@ -65,8 +65,8 @@ def rounding_of_the_intermediate(experts: Any, batch: Batch, activation: Any) ->
         e, x = batch.ids[t, p], batch.x[t].astype(np.float64)
         gate, up = (
             x @ weight[e].astype(np.float64).T + (0 if bias is None else bias[e].astype(np.float64))
-            for weight, bias in ((experts.gate, experts.gate_bias), (experts.up, experts.up_bias))
+            for weight, bias in ((p.codes, p.bias) for p in (experts.gate, experts.up))
         )
         h = np.abs(activate(activation, gate, up))
-        total[t] += abs(float(batch.weights[t, p])) * (np.abs(experts.down[e].astype(np.float64)) @ h)
+        total[t] += abs(float(batch.weights[t, p])) * (np.abs(experts.down.codes[e].astype(np.float64)) @ h)
     return total * 2.0**-8

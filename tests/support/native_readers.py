@@ -16,7 +16,8 @@ from layers import assert_same_bits, bf16
 from native_checkpoints import LAYER, config_of, draw_layer, put_layer
 
 from ktmoe_np.config import MoEConfig
-from ktmoe_np.io.native import NativeExperts, load_native
+from ktmoe_np.formats.weights import ExpertWeights
+from ktmoe_np.io.native import load_native
 from ktmoe_np.reference import (
     ScaledMatrix,
     decode_fp8,
@@ -120,12 +121,12 @@ def stacked(matrices: list[Any]) -> Any:
     return ScaledMatrix(*(np.stack([getattr(m, part) for m in matrices]) for part in ("codes", "row_scale")))
 
 
-def decoded(experts: NativeExperts, projection: str, config: MoEConfig) -> list[Any]:
+def decoded(experts: ExpertWeights, projection: str, config: MoEConfig) -> list[Any]:
     """The matrices of a projection that has been loaded."""
     found = experts.projections[projection]
     factors = [None] * len(found.codes) if found.global_scale is None else found.global_scale
     k = config.moe_intermediate_size if projection == "down_proj" else config.hidden_size
-    each = zip(found.codes, found.scale, factors, strict=True)
+    each = zip(found.codes, found.scales, factors, strict=True)
     return [DECODE[experts.method](*matrix, k) for matrix in each]
 
 

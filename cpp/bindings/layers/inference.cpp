@@ -21,13 +21,37 @@ namespace {
 
 using Layer = std::shared_ptr<MoE_Interface>;
 
+// The matrices of a projection as Python gives them: arrays for all experts, or sequences of one each.
+struct GivenProjection {
+  nb::object codes, block_scales = nb::none(), channel_scale = nb::none();
+  std::optional<std::string> format;
+
+  bool is_none() const {
+    return codes.is_none() && block_scales.is_none() && channel_scale.is_none() && !format;
+  }
+};
+
+// What messages call the parts of a projection: the arguments of layers' wrappers.
+struct ProjectionNames {
+  const char *codes, *scale, *format, *bias;
+};
+constexpr ProjectionNames kGateNames{"gate_proj", "gate_scale", "gate_format", "gate_bias"};
+constexpr ProjectionNames kUpNames{"up_proj", "up_scale", "up_format", "up_bias"};
+constexpr ProjectionNames kDownNames{"down_proj", "down_scale", "down_format", "down_bias"};
+
 // A projection's weights as they are given, and how they must be.
 struct Projection {
-  nb::handle weights, scale, scales;
-  const char *name, *scale_name, *scales_name;
+  GivenProjection given;
+  ProjectionNames names;
   int64_t num, rows, columns;
   FormatId format;
 };
+
+// bf16 weights may be given as the arrays alone.
+GivenProjection given_projection(nb::handle source) {
+  if (nb::isinstance<GivenProjection>(source)) return nb::cast<GivenProjection>(source);
+  return {nb::borrow(source)};
+}
 
 // Arrays of one dtype and shape, an expert each: from one array [E, ..] or a sequence of E arrays. Calls
 // add(array, axis, data) for every expert, whose elements begin at `data` and whose axes at `axis`.
@@ -55,7 +79,7 @@ void for_experts(nb::handle source, const char* name, int64_t num, DType dtype, 
 std::vector<WeightView> matrices(const Projection& p, Arrays& owners) {
   const auto block = static_cast<int64_t>(format_block(p.format));
   if (p.columns % block != 0)
-    throw_invalid(p.name, ": got rows of ", p.columns, " values, expected a multiple of ", block,
+    throw_invalid(p.names.codes, ": got rows of ", p.columns, " values, expected a multiple of ", block,
                   ", a block of ", format_name(p.format));
   const bool is_bf16 = p.format == FormatId::kBf16;
   const int64_t width =
@@ -67,37 +91,39 @@ std::vector<WeightView> matrices(const Projection& p, Arrays& owners) {
     view.format = p.format;
     views.push_back(view);
   };
-  for_experts(p.weights, p.name, p.num, is_bf16 ? DType::kBf16 : DType::kUint8, {p.rows, width}, owners, add);
+  for_experts(p.given.codes, p.names.codes, p.num, is_bf16 ? DType::kBf16 : DType::kUint8, {p.rows, width},
+              owners, add);
   return views;
 }
 
-// The row scales of a projection, float32 [rows] an expert, of formats that have them.
-void add_scales(const Projection& p, Arrays& owners, std::vector<WeightView>& views) {
+// The channel scales of a projection, float32 [rows] an expert, of formats that have them.
+void add_channel_scale(const Projection& p, Arrays& owners, std::vector<WeightView>& views) {
   if (!format_has_row_scale(p.format)) {
-    if (!p.scale.is_none())
-      throw_invalid(p.scale_name, ": got one, expected None: ", format_name(p.format), " has no row scales");
+    if (!p.given.channel_scale.is_none())
+      throw_invalid(p.names.scale, ": got one, expected None: ", format_name(p.format), " has no row scales");
     return;
   }
   auto view = views.begin();
-  for_experts(p.scale, p.scale_name, p.num, DType::kFloat32, {p.rows}, owners,
+  for_experts(p.given.channel_scale, p.names.scale, p.num, DType::kFloat32, {p.rows}, owners,
               [&](const Array& a, size_t, const std::byte* data) {
                 a.expect_contiguous();
                 (view++)->row_scale = reinterpret_cast<const float*>(data);
               });
 }
 
-// The scales of a projection that lie apart, uint8 [rows of scales, bytes of one] an expert.
-void add_scales_apart(const Projection& p, Arrays& owners, std::vector<WeightView>& views) {
+// The block scales of a projection that lie apart, uint8 [rows of scales, bytes of one] an expert.
+void add_block_scales(const Projection& p, Arrays& owners, std::vector<WeightView>& views) {
   const int64_t serves = format_scale_rows(p.format);
   if (serves == 0) {
-    if (!p.scales.is_none())
-      throw_invalid(p.scales_name, ": got one, expected None: ", format_name(p.format),
+    if (!p.given.block_scales.is_none())
+      throw_invalid(p.names.scale, ": got one, expected None: ", format_name(p.format),
                     " has no scales apart");
     return;
   }
   const auto width = static_cast<int64_t>(format_scale_bytes(p.format, static_cast<size_t>(p.columns)));
   auto view = views.begin();
-  for_experts(p.scales, p.scales_name, p.num, DType::kUint8, {(p.rows + serves - 1) / serves, width}, owners,
+  for_experts(p.given.block_scales, p.names.scale, p.num, DType::kUint8,
+              {(p.rows + serves - 1) / serves, width}, owners,
               [&](const Array& a, size_t axis, const std::byte* data) {
                 a.expect_contiguous_rows();
                 view->scales = data;
@@ -107,8 +133,8 @@ void add_scales_apart(const Projection& p, Arrays& owners, std::vector<WeightVie
 
 std::vector<WeightView> scaled_matrices(const Projection& p, Arrays& owners) {
   std::vector<WeightView> views = matrices(p, owners);
-  add_scales(p, owners, views);
-  add_scales_apart(p, owners, views);
+  add_channel_scale(p, owners, views);
+  add_block_scales(p, owners, views);
   return views;
 }
 
@@ -145,42 +171,38 @@ FormatId projection_format(const GemmKernel& kernel, const std::optional<std::st
                 known);
 }
 
+// Raises for what is given of up although the activation is not gated.
+void refuse_up(const GivenProjection& up, nb::handle bias) {
+  if (up.is_none() && bias.is_none()) return;
+  const char* name = !up.codes.is_none()                                         ? kUpNames.codes
+                     : !up.channel_scale.is_none() || !up.block_scales.is_none() ? kUpNames.scale
+                     : !bias.is_none()                                           ? kUpNames.bias
+                                                                                 : kUpNames.format;
+  throw_invalid(name, ": got one, expected None: the activation is not gated");
+}
+
 PythonTask load_weights_task(Layer layer, nb::object gate, nb::object up, nb::object down, nb::object map,
-                             nb::object gate_scale, nb::object up_scale, nb::object down_scale,
-                             nb::object gate_scales, nb::object up_scales, nb::object down_scales,
-                             nb::object gate_bias, nb::object up_bias, nb::object down_bias,
-                             std::optional<std::string> gate_format, std::optional<std::string> up_format,
-                             std::optional<std::string> down_format) {
+                             nb::object gate_bias, nb::object up_bias, nb::object down_bias) {
   const GeneralMOEConfig& c = layer->config();
-  const GemmKernel& kernel = layer->kernel();
   const int64_t num = c.expert_num, inter = c.intermediate_size, hidden = c.hidden_size;
   auto owners = std::make_shared<Arrays>();
-  owners->reserve(9 * static_cast<size_t>(c.expert_num));
+  owners->reserve(9 * static_cast<size_t>(num));
+  const auto read = [&](nb::handle source, const ProjectionNames& names, int64_t rows, int64_t columns) {
+    GivenProjection given = given_projection(source);
+    const FormatId format = projection_format(layer->kernel(), given.format, names.format);
+    return scaled_matrices({std::move(given), names, num, rows, columns, format}, *owners);
+  };
   auto weights = std::make_shared<ExpertWeights>();
-  weights->matrices.gate =
-      scaled_matrices({gate, gate_scale, gate_scales, "gate_proj", "gate_scale", "gate_scales", num, inter,
-                       hidden, projection_format(kernel, gate_format, "gate_format")},
-                      *owners);
-  weights->biases.gate = biases(gate_bias, "gate_bias", c.expert_num, c.intermediate_size);
+  weights->matrices.gate = read(gate, kGateNames, inter, hidden);
+  weights->biases.gate = biases(gate_bias, kGateNames.bias, num, inter);
   if (c.activation.gated) {
-    weights->matrices.up = scaled_matrices({up, up_scale, up_scales, "up_proj", "up_scale", "up_scales", num,
-                                            inter, hidden, projection_format(kernel, up_format, "up_format")},
-                                           *owners);
-    weights->biases.up = biases(up_bias, "up_bias", c.expert_num, c.intermediate_size);
-  } else if (!up.is_none() || !up_scale.is_none() || !up_scales.is_none() || !up_bias.is_none() ||
-             up_format) {
-    throw_invalid(!up.is_none()          ? "up_proj"
-                  : !up_scale.is_none()  ? "up_scale"
-                  : !up_scales.is_none() ? "up_scales"
-                  : !up_bias.is_none()   ? "up_bias"
-                                         : "up_format",
-                  ": got one, expected None: the activation is not gated");
+    weights->matrices.up = read(up, kUpNames, inter, hidden);
+    weights->biases.up = biases(up_bias, kUpNames.bias, num, inter);
+  } else {
+    refuse_up(given_projection(up), up_bias);
   }
-  weights->matrices.down =
-      scaled_matrices({down, down_scale, down_scales, "down_proj", "down_scale", "down_scales", num, hidden,
-                       inter, projection_format(kernel, down_format, "down_format")},
-                      *owners);
-  weights->biases.down = biases(down_bias, "down_bias", c.expert_num, c.hidden_size);
+  weights->matrices.down = read(down, kDownNames, hidden, inter);
+  weights->biases.down = biases(down_bias, kDownNames.bias, num, hidden);
   apply_map(map, c, *weights);
   weights->owner = owners;
   return PythonTask([layer, weights] { layer->load_weights(*weights); }, owners);
@@ -297,35 +319,52 @@ scale_inputs : bool
           "Set the activation function by name; the reference states the formulas.");
 }
 
+void bind_projection(nb::module_& m) {
+  const auto none = nb::none();
+  nb::class_<GivenProjection>(m, "Projection", R"(The matrices of a projection, [N, K] for each of E experts.
+
+Parameters
+----------
+codes : array or sequence of arrays
+    bfloat16 [E, N, K], or E arrays [N, K]. Of other formats uint8 [E, N, B], or E arrays [N, B], B the bytes of
+    a row (`FormatInfo.row_bytes`).
+block_scales : array or sequence of arrays, optional
+    uint8 [E, S, B], or E arrays [S, B]: S rows of B bytes of scales, where the format has some that lie apart.
+channel_scale : array or sequence of arrays, optional
+    float32 [E, N], or E arrays [N], where the format has them.
+format : str, optional
+    Of a layer whose projections each have a format: its name, "q4_k" for example.)")
+      .def(
+          "__init__",
+          [](GivenProjection* self, nb::object codes, nb::object block_scales, nb::object channel_scale,
+             std::optional<std::string> format) {
+            new (self) GivenProjection{std::move(codes), std::move(block_scales), std::move(channel_scale),
+                                       std::move(format)};
+          },
+          nb::arg("codes").none(), nb::kw_only(), nb::arg("block_scales").none() = none,
+          nb::arg("channel_scale").none() = none, nb::arg("format").none() = none);
+}
+
 void bind_load(nb::class_<MoE_Interface>& layer) {
+  const auto none = nb::none();
   layer.def_prop_ro("loaded", &MoE_Interface::loaded)
       .def("load_weights_task", &load_weights_task, nb::arg("gate_proj").none(), nb::arg("up_proj").none(),
-           nb::arg("down_proj").none(), nb::arg("physical_to_logical_map").none() = nb::none(), nb::kw_only(),
-           nb::arg("gate_scale").none() = nb::none(), nb::arg("up_scale").none() = nb::none(),
-           nb::arg("down_scale").none() = nb::none(), nb::arg("gate_scales").none() = nb::none(),
-           nb::arg("up_scales").none() = nb::none(), nb::arg("down_scales").none() = nb::none(),
-           nb::arg("gate_bias").none() = nb::none(), nb::arg("up_bias").none() = nb::none(),
-           nb::arg("down_bias").none() = nb::none(), nb::arg("gate_format").none() = nb::none(),
-           nb::arg("up_format").none() = nb::none(), nb::arg("down_format").none() = nb::none(),
+           nb::arg("down_proj").none(), nb::arg("physical_to_logical_map").none() = none, nb::kw_only(),
+           nb::arg("gate_bias").none() = none, nb::arg("up_bias").none() = none,
+           nb::arg("down_bias").none() = none,
            R"(Make the task that gives the layer its weights. They are referred to, not copied.
 
 Parameters
 ----------
-gate_proj, up_proj : array or sequence of arrays
-    bfloat16 [E, I, H], or E arrays [I, H]. up_proj is None when the activation is not gated. Of other
-    formats uint8 [E, I, B], or E arrays [I, B], B the bytes of a row (`quantized_row_bytes`).
-down_proj : array or sequence of arrays
-    bfloat16 [E, H, I], or E arrays [H, I]; or uint8.
+gate_proj, up_proj : Projection, array or sequence of arrays
+    [N, K] is [I, H]. The codes alone where there are no scales. up_proj is None when the activation is not
+    gated.
+down_proj : Projection, array or sequence of arrays
+    [N, K] is [H, I].
 physical_to_logical_map : array, optional
     int64 [E]: expert i uses the weights of map[i].
-gate_scale, up_scale, down_scale : array or sequence of arrays
-    float32 [E, I], [E, I], [E, H], or E arrays each: the scales of rows, where the format has them.
-gate_scales, up_scales, down_scales : array or sequence of arrays
-    uint8 [E, S, B], or E arrays [S, B]: S rows of B bytes of scales, where the format has some that lie apart.
 gate_bias, up_bias, down_bias : array, optional
     float32 or bfloat16 [E, I], [E, I], [E, H].
-gate_format, up_format, down_format : str, optional
-    Of a layer whose projections each have a format: its name, "q4_k" for example.
 
 Returns
 -------
@@ -419,6 +458,7 @@ void bind_layers(nb::module_& m, std::index_sequence<kIndices...>) {
 
 void bind_moe(nb::module_& m) {
   bind_config(m);
+  bind_projection(m);
   bind_interface(m);
   bind_layers(m, std::make_index_sequence<kMethods.size()>());
 }

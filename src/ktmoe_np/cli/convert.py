@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from ..arrays.checks import Array
 from ..config import MoEConfig
 from ..cpuinfer import _MoEBase
 from ..formats.quantized import FORMATS, QuantizedFormat
+from ..formats.weights import ExpertWeights
 from ..io import SafetensorsCheckpoint, expert_layers, load_experts, load_hf_config
 from ..io.converted.layer import (
-    QuantizedExperts,
     check_codes,
     layer_path,
     load_quantized,
@@ -103,7 +104,7 @@ class _Conversion:
         if record is not None and self._is_right(path, record, config, matrices):
             self._progress.skip(_num_matrices(config) + 1, f"layer {layer}: there already")
             return LayerRow(layer, path.stat().st_size, record.relative_error, "kept")
-        experts = self._quantize(config, matrices, _biases(source))
+        experts = self._quantize(config, source)
         save_quantized(self._target, experts, config, self._format)
         self._check_written(path, experts, config)
         sample = sample_experts(config)
@@ -114,30 +115,25 @@ class _Conversion:
         self._progress.step(f"layer {layer}: written")
         return LayerRow(layer, path.stat().st_size, errors, "written")
 
-    def _quantize(
-        self, config: MoEConfig, matrices: dict[str, Any], biases: dict[str, Any]
-    ) -> QuantizedExperts:
+    def _quantize(self, config: MoEConfig, source: ExpertWeights) -> ExpertWeights:
         quantized = {}
         for name, size in projection_sizes(config).items():
             shape = (config.num_experts, *size)
             label = f"layer {config.layer_idx}: {name}"
             tell = partial(self._progress.step, label)
-            quantized[name] = quantize_projection(
-                self._engine, self._format, label, matrices[name], shape, tell
-            )
-        return QuantizedExperts(quantized, biases)
+            given = source.projections[name]
+            made = quantize_projection(self._engine, self._format, label, given.codes, shape, tell)
+            quantized[name] = replace(made, bias=given.bias)
+        return ExpertWeights.of(quantized)
 
-    def _check_written(self, path: Path, experts: QuantizedExperts, config: MoEConfig) -> None:
+    def _check_written(self, path: Path, experts: ExpertWeights, config: MoEConfig) -> None:
         """Raise RuntimeError when the file does not hold what was to be written."""
         found = load_quantized(path, config, self._format)
         check_codes(path, found, config, self._format)
-        for name, matrix in experts.matrices.items():
-            for part, wanted in matrix._asdict().items():
-                if wanted is not None and not _same_bytes(getattr(found.matrices[name], part), wanted):
+        for name, projection in experts.projections.items():
+            for part, wanted in vars(projection).items():
+                if wanted is not None and not _same_bytes(getattr(found.projections[name], part), wanted):
                     raise RuntimeError(f"{path}: '{name}.{part}' reads otherwise than it was written")
-        for name, bias in experts.biases.items():
-            if not _same_bytes(found.biases[name], bias):
-                raise RuntimeError(f"{path}: '{name}.bias' reads otherwise than it was written")
 
     def _is_right(self, path: Path, record: LayerRecord, config: MoEConfig, matrices: dict[str, Any]) -> bool:
         """Whether a file is whole, what was written, and what some of the source's experts still give."""
@@ -153,7 +149,7 @@ class _Conversion:
             again = quantize_projection(
                 self._engine, self._format, name, [matrices[name][expert]], (1, *size)
             )
-            if not np.array_equal(again.codes[0], found.matrices[name].codes[expert]):
+            if not np.array_equal(again.codes[0], found.projections[name].codes[expert]):
                 return False
         return True
 
@@ -194,11 +190,6 @@ def _copy_config(source: Path, target: Path) -> None:
     config = read_regular(original, MAX_JSON_BYTES)
     with replacing(copy) as file:
         file.write(config)
-
-
-def _biases(source: Any) -> dict[str, Any]:
-    found = {"gate_proj": source.gate_bias, "up_proj": source.up_bias, "down_proj": source.down_bias}
-    return {name: bias for name, bias in found.items() if bias is not None}
 
 
 def _same_bytes(first: Array, second: Array) -> bool:

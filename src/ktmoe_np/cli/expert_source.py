@@ -14,13 +14,14 @@ from ..config import MoEConfig
 from ..formats.encodings import NATIVE_FORMATS
 from ..formats.methods import find_method
 from ..formats.quantized import FORMATS, QuantizedFormat
-from ..io import ExpertTensors, SafetensorsCheckpoint, load_experts
-from ..io.gguf.experts import GgufCheckpoint, GgufExperts, gguf_config, gguf_layers, is_gguf, load_gguf
+from ..formats.weights import ExpertWeights
+from ..io import SafetensorsCheckpoint, load_experts
+from ..io.gguf.experts import GgufCheckpoint, gguf_config, gguf_layers, is_gguf, load_gguf
 from ..io.inspect import known_templates
 from ..io.layer_config import layer_config
 from ..io.layouts.layer import layers_with
 from ..io.mapped import MappedFiles
-from ..io.native import NativeExperts, load_native, native_method
+from ..io.native import load_native, native_method
 from ..reference import decode_gguf
 from ..reference.native import DECODERS
 from .quantized_reference import quantize_matrices
@@ -44,24 +45,22 @@ class TensorSource:
 
     Parameters
     ----------
-    tensors : ExpertTensors
+    tensors : ExpertWeights
     fmt : QuantizedFormat, optional
         What the weights are quantised to before they are used.
     product : str
         Of `moe_forward`.
     """
 
-    tensors: ExpertTensors
+    tensors: ExpertWeights
     fmt: QuantizedFormat | None = None
     product: str = "bfloat16"
 
     def arguments(self, experts: Sequence[int]) -> dict[str, Any]:
         """See `ExpertSource`."""
-        made: dict[str, Any] = {"product": self.product}
-        for role in ("gate", "up", "down"):
-            matrices, bias = getattr(self.tensors, role), getattr(self.tensors, f"{role}_bias")
-            made[f"{role}_proj"] = None if matrices is None else self._encoded([matrices[e] for e in experts])
-            made[f"{role}_bias"] = None if bias is None else bias[experts]
+        made = {"product": self.product, "up_proj": None, **_biases(self.tensors.biases, experts)}
+        for name, projection in self.tensors.projections.items():
+            made[name] = self._encoded([projection.codes[e] for e in experts])
         return made
 
     def _encoded(self, matrices: list[Array]) -> Any:
@@ -73,16 +72,18 @@ class TensorSource:
 class NativeSource:
     """Codes and scales of a Hugging Face checkpoint."""
 
-    experts: NativeExperts
+    experts: ExpertWeights
 
     def arguments(self, experts: Sequence[int]) -> dict[str, Any]:
         """See `ExpertSource`."""
+        assert self.experts.method is not None
+        assert self.experts.group_size is not None
         decode, group = DECODERS[self.experts.method], self.experts.group_size
         made: dict[str, Any] = {"up_proj": None, **_biases(self.experts.biases, experts)}
         for name, projection in self.experts.projections.items():
-            MappedFiles([projection.codes, projection.scale]).check()
+            MappedFiles([projection.codes, projection.scales]).check()
             codes = np.stack([projection.codes[e] for e in experts])
-            scale = np.stack([projection.scale[e] for e in experts])
+            scale = np.stack([projection.scales[e] for e in experts])
             factors = projection.global_scale
             made[name] = decode(codes, scale, None if factors is None else factors[experts], group)
         return made
@@ -92,14 +93,14 @@ class NativeSource:
 class GgufSource:
     """Blocks of a GGUF model, each projection in a type of its own."""
 
-    experts: GgufExperts
+    experts: ExpertWeights
 
     def arguments(self, experts: Sequence[int]) -> dict[str, Any]:
         """See `ExpertSource`."""
         made: dict[str, Any] = {"up_proj": None, **_biases(self.experts.biases, experts)}
         for name, projection in self.experts.projections.items():
-            MappedFiles([projection.data]).check()
-            made[name] = decode_gguf(np.stack([projection.data[e] for e in experts]), projection.format)
+            MappedFiles([projection.codes]).check()
+            made[name] = decode_gguf(np.stack([projection.codes[e] for e in experts]), str(projection.format))
         return made
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from ..config import MoEConfig
 from ..formats.methods import METHODS, Method, find_method
 from ..formats.quantized import QuantizedFormat
-from ..io import ExpertTensors
-from ..io.converted.layer import QuantizedExperts, projection_sizes
+from ..formats.weights import ExpertWeights
+from ..io.converted.layer import projection_sizes
 from ..io.mapped import MappedFiles
 from ..io.regular_file import open_regular
 from .quantized_reference import dequantize_rows
@@ -77,15 +77,14 @@ def sample_experts(config: MoEConfig) -> tuple[int, ...]:
     return tuple(spread.tolist())
 
 
-def source_matrices(experts: ExpertTensors) -> dict[str, Any]:
+def source_matrices(experts: ExpertWeights) -> dict[str, Any]:
     """Matrices of a checkpoint by projection."""
-    found = {"gate_proj": experts.gate, "up_proj": experts.up, "down_proj": experts.down}
-    return {name: matrices for name, matrices in found.items() if matrices is not None}
+    return {name: projection.codes for name, projection in experts.projections.items()}
 
 
 def weight_errors(
     fmt: QuantizedFormat,
-    quantized: QuantizedExperts,
+    quantized: ExpertWeights,
     source: Mapping[str, Any],
     config: MoEConfig,
     sample: Sequence[int],
@@ -93,10 +92,10 @@ def weight_errors(
     """Compute ||decoded - weights|| / ||weights|| of each projection over some experts."""
     errors = {}
     for name, (_, num_columns) in projection_sizes(config).items():
-        matrix = quantized.matrices[name]
+        matrix = quantized.projections[name]
         distance = norm = 0.0
         for e in sample:
-            scale = None if matrix.row_scale is None else matrix.row_scale[e]
+            scale = None if matrix.channel_scale is None else matrix.channel_scale[e]
             MappedFiles([source[name][e], matrix.codes[e]]).check()
             weights = source[name][e].astype(np.float32)
             away = dequantize_rows(fmt, matrix.codes[e], scale, num_columns) - weights

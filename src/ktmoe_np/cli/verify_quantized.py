@@ -9,8 +9,9 @@ from typing import Any
 
 from ..config import MoEConfig
 from ..formats.quantized import FORMATS, QuantizedFormat
+from ..formats.weights import ExpertWeights
 from ..io import SafetensorsCheckpoint, load_experts, load_hf_config
-from ..io.converted.layer import QuantizedExperts, check_codes, layer_path, load_quantized, quantized_layers
+from ..io.converted.layer import check_codes, layer_path, load_quantized, quantized_layers
 from ..io.converted.manifest import LayerRecord, Manifest, manifest_path, read_manifest
 from ..io.layer_config import hf_layer_config
 from .progress import Progress
@@ -115,7 +116,7 @@ def _check(
 
 
 def _measure(
-    experts: QuantizedExperts, config: MoEConfig, fmt: QuantizedFormat, source: SafetensorsCheckpoint
+    experts: ExpertWeights, config: MoEConfig, fmt: QuantizedFormat, source: SafetensorsCheckpoint
 ) -> dict[str, float]:
     matrices = source_matrices(load_experts(source, config.layer_idx, config))
     return weight_errors(fmt, experts, matrices, config, sample_experts(config))

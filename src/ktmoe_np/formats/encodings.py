@@ -13,19 +13,11 @@ from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, as_numpy, described, each_expert
 from .gptq import BLOCK_SIZE, first_not_float16, group_sizes, q4_0_rows
 from .methods import format_names
+from .weights import Projection
 
-__all__ = ["NATIVE_FORMATS", "NativeFormat", "NativeMatrices"]
+__all__ = ["NATIVE_FORMATS", "NativeFormat"]
 
 _UINT8 = np.dtype(np.uint8)
-
-
-@dataclass(frozen=True, eq=False)
-class NativeMatrices:
-    """The matrices of a projection as the engine takes them."""
-
-    codes: list[Array]  # E of uint8 [N, row_bytes]
-    scales: list[Array] | None  # E of uint8 [rows, bytes]: scales that lie apart
-    row_scale: list[Array] | None  # E of float32 [N]
 
 
 @dataclass(frozen=True)
@@ -85,7 +77,7 @@ class NativeFormat:
 
     def matrices(
         self, projection: str, codes: Any, scale: Any, global_scale: Any, shape: tuple[int, int, int]
-    ) -> NativeMatrices:
+    ) -> Projection:
         """Arrays of the caller as the engine takes them, when they are what they should be.
 
         Codes and scales that lie apart are not copied, and not looked at. `shape` is E, N and K.
@@ -109,18 +101,21 @@ class NativeFormat:
         name, wanted = f"{projection}_scale", self.scale_shape(num_rows, num_columns)
         if self.group_size is None:
             flat = _experts(name, _as_columns(scale), self.scale_dtypes, num_experts, wanted, as_bytes=False)
-            return NativeMatrices(code_rows, None, [np.ascontiguousarray(one.reshape(-1)) for one in flat])
+            return Projection(
+                code_rows, channel_scale=[np.ascontiguousarray(one.reshape(-1)) for one in flat]
+            )
         size = wanted[1] * self.scale_dtypes[0].itemsize
         scales = _experts(name, scale, self.scale_dtypes, num_experts, (wanted[0], size))
         if not self.has_global_scale:
-            return NativeMatrices(code_rows, scales, None)
+            return Projection(code_rows, scales)
         name = f"{projection}_global_scale"
         values = as_numpy(global_scale, name)
         if values.dtype != np.float32:
             raise TypeError(f"{name}: got {values.dtype}, expected float32 [{num_experts}]")
         if values.shape != (num_experts,):
             raise ValueError(f"{name}: got float32 {list(values.shape)}, expected float32 [{num_experts}]")
-        return NativeMatrices(code_rows, scales, [np.full(num_rows, value, np.float32) for value in values])
+        rows = [np.full(num_rows, value, np.float32) for value in values]  # the engine takes one for each
+        return Projection(code_rows, scales, rows)
 
     def _check_global_scale(self, projection: str, global_scale: Any) -> None:
         """Raise ValueError when there is one that the format does not have."""
@@ -151,7 +146,7 @@ class GptqFormat(NativeFormat):
 
     def matrices(
         self, projection: str, codes: Any, scale: Any, global_scale: Any, shape: tuple[int, int, int]
-    ) -> NativeMatrices:
+    ) -> Projection:
         """Rows made of arrays of the caller, when they are what they should be.
 
         `shape` is E, N and K.
@@ -177,7 +172,7 @@ class GptqFormat(NativeFormat):
         scales = each_expert(
             name, scale, num_experts, lambda array, lead: self._checked_scale(name, array, lead, shape)
         )
-        return NativeMatrices(list(q4_0_rows(packed, scales)), None, None)
+        return Projection(list(q4_0_rows(packed, scales)))
 
     def _checked_scale(
         self, name: str, array: Array, lead: tuple[int, ...], shape: tuple[int, int, int]

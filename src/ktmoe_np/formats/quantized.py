@@ -39,7 +39,7 @@ class QuantizedFormat:
         return self.info.group
 
     @property
-    def has_row_scale(self) -> bool:
+    def has_channel_scale(self) -> bool:
         """Whether a float32 for every row is held apart from the rows."""
         return self.info.has_channel_scale
 

@@ -1,10 +1,12 @@
 """Checkpoints: readers that map files into memory, and the finders of a layer's experts in them."""
 
-from .experts import ExpertTensors, expert_layers, load_experts
+from ..formats.weights import ExpertWeights, Projection
+from .experts import expert_layers, load_experts
 from .safetensors.checkpoint import SafetensorsCheckpoint, SafetensorsFile, TensorInfo, load_hf_config
 
 __all__ = [
-    "ExpertTensors",
+    "ExpertWeights",
+    "Projection",
     "SafetensorsCheckpoint",
     "SafetensorsFile",
     "TensorInfo",

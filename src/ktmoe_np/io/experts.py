@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.summary import arrays_summary, object_summary
 from ..config import MoEConfig
+from ..formats.weights import ExpertWeights, Projection
 from .layouts.layer import ExpertLayer, expert_layers, find_layer
 from .layouts.name_patterns import Naming
 from .safetensors.checkpoint import SafetensorsCheckpoint
 
-__all__ = ["ExpertTensors", "expert_layers", "find_experts", "load_experts"]
+__all__ = ["expert_layers", "find_experts", "load_experts"]
 
 AnyArray = NDArray[Any]
 
@@ -23,46 +22,11 @@ AnyArray = NDArray[Any]
 _TRANSPOSE_STRIP = 32
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class ExpertTensors:
-    """The experts of a layer, expert by expert, in the order of the checkpoint.
-
-    Views of the mapped files wherever K stays contiguous: rows may have a stride of their own. Transposed
-    layouts are copied once, and so is a tensor that its file misaligns.
-    """
-
-    gate: list[AnyArray]  # E of [I, H]; of experts that are not gated, their one projection
-    up: list[AnyArray] | None  # E of [I, H]; None when not gated
-    down: list[AnyArray]  # E of [H, I]
-    gate_bias: NDArray[np.float32] | None  # [E, I]
-    up_bias: NDArray[np.float32] | None  # [E, I]
-    down_bias: NDArray[np.float32] | None  # [E, H]
-    names: tuple[str, ...]  # the tensors it was made of
-
-    def __repr__(self) -> str:
-        return object_summary(self, lambda: arrays_summary(vars(self) | {"names": None}))
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return len(self.down)
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return int(self.down[0].shape[0])
-
-    @property
-    def moe_intermediate_size(self) -> int:
-        """I."""
-        return int(self.down[0].shape[1])
-
-
 def load_experts(
     checkpoint: SafetensorsCheckpoint | str | os.PathLike[str],
     layer_idx: int,
     config: MoEConfig | None = None,
-) -> ExpertTensors:
+) -> ExpertWeights:
     """Find the experts of a layer, whatever the checkpoint calls them (`ktmoe_np.io.layouts.name_patterns`).
 
     Parameters
@@ -76,7 +40,10 @@ def load_experts(
 
     Returns
     -------
-    ExpertTensors
+    ExpertWeights
+        Numbers, one matrix for each expert. Views of the mapped files wherever K stays contiguous: rows may
+        have a stride of their own. Transposed layouts are copied once, and so is a tensor that its file
+        misaligns.
         Weights in bfloat16, biases in float32.
 
     Raises
@@ -99,7 +66,7 @@ def load_experts(
     >>> path = pathlib.Path(tempfile.mkdtemp(), "model.safetensors")
     >>> _ = path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8 * len(names)))
     >>> experts = load_experts(path.parent, layer_idx=0)
-    >>> experts.num_experts, experts.gate[1].shape, experts.gate[1].dtype.name
+    >>> experts.num_experts, experts.gate.codes[1].shape, experts.gate.codes[1].dtype.name
     (2, (2, 2), 'bfloat16')
     """
     return _build(*find_experts(SafetensorsCheckpoint.opened(checkpoint), layer_idx, config))
@@ -125,7 +92,7 @@ def find_experts(
     raise ValueError(problems[0])
 
 
-def _build(layer: ExpertLayer, naming: Naming, sizes: tuple[int, int, int]) -> ExpertTensors:
+def _build(layer: ExpertLayer, naming: Naming, sizes: tuple[int, int, int]) -> ExpertWeights:
     """Read, split and, where the layout asks for it, transpose."""
     num_experts = sizes[0]
     axis = 1 if naming.transposed else 0
@@ -139,15 +106,10 @@ def _build(layer: ExpertLayer, naming: Naming, sizes: tuple[int, int, int]) -> E
         for role, template in naming.biases.items():
             _store(biases, role, layer.tensors(naming, template, num_experts), 0, naming.interleaved)
     stacked = {role: np.stack([v.astype(np.float32) for v in vectors]) for role, vectors in biases.items()}
-    return ExpertTensors(
-        gate=weights["gate"],
-        up=weights.get("up"),
-        down=weights["down"],
-        gate_bias=stacked.get("gate"),
-        up_bias=stacked.get("up"),
-        down_bias=stacked.get("down"),
-        names=layer.names(naming, sizes),
-    )
+    projections = {
+        f"{role}_proj": Projection(matrices, bias=stacked.get(role)) for role, matrices in weights.items()
+    }
+    return ExpertWeights.of(projections, names=layer.names(naming, sizes))
 
 
 def _store(

@@ -266,6 +266,6 @@ def _inspect_gguf(path: Path) -> CheckpointReport:
 
 def _gguf_layer(checkpoint: GgufCheckpoint, config: MoEConfig) -> LayerReport:
     experts = load_gguf(checkpoint, config.layer_idx, config)
-    formats = {name: projection.format for name, projection in experts.projections.items()}
+    formats = {name: str(projection.format) for name, projection in experts.projections.items()}
     num_bytes = sum(checkpoint.info(name).num_bytes for name in experts.names)
     return LayerReport(config, formats, _GGUF, None, num_bytes)

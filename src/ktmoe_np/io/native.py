@@ -4,57 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.summary import arrays_summary, object_summary
 from ..config import MoEConfig
+from ..formats.encodings import NATIVE_FORMATS
+from ..formats.weights import ExpertWeights, Projection
 from .layouts.encoding import Part, Sizes
 from .layouts.encodings import METHODS
 from .layouts.layer import aligned
 from .layouts.native_layer import Form, find_forms, no_form
 from .safetensors.checkpoint import SafetensorsCheckpoint
 
-__all__ = ["NativeExperts", "NativeProjection", "load_native", "native_group_size", "native_method"]
+__all__ = ["load_native", "native_group_size", "native_method"]
 
 AnyArray = NDArray[Any]
 
 _EVERY_ROW = slice(None)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class NativeProjection:
-    """The matrices of a projection, expert by expert, in the order of the checkpoint."""
-
-    #: E of uint8 [N, row_bytes], or of int32 [K / 8, N] of GPTQ_INT4; views, whose rows may lie apart.
-    codes: list[AnyArray]
-    #: E of 2-D: float32, bfloat16, float16, or uint8 for the bytes of E8M0 and E4M3.
-    scale: list[AnyArray]
-    global_scale: NDArray[np.float32] | None  # [E], of encodings that have one: a factor of the weights
-
-    def __repr__(self) -> str:
-        return object_summary(self, lambda: arrays_summary(vars(self)))
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class NativeExperts:
-    """The experts of a layer as their checkpoint has them."""
-
-    method: str  # that for inference
-    projections: Mapping[str, NativeProjection]  # gate_proj, up_proj when gated, down_proj
-    biases: Mapping[str, NDArray[np.float32]]  # the projections that have one -> [E, N]
-    names: tuple[str, ...]  # the tensors it was made of
-    group_size: int  # columns of a row that share a scale, where the method leaves a choice
-
-    def __repr__(self) -> str:
-        return object_summary(self, self._summary)
-
-    def _summary(self) -> str:
-        codes = {name: projection.codes for name, projection in self.projections.items()}
-        return f"{self.method}: {arrays_summary(codes)}"
 
 
 def native_method(checkpoint: SafetensorsCheckpoint | str | os.PathLike[str], layer_idx: int) -> str | None:
@@ -110,7 +78,7 @@ def load_native(
     layer_idx: int,
     config: MoEConfig,
     method: str | None = None,
-) -> NativeExperts:
+) -> ExpertWeights:
     """Find the experts of a layer in the quantised format of their checkpoint.
 
     Codes are never copied. Scales are views too, but for those that their file misaligns or interleaves,
@@ -129,7 +97,8 @@ def load_native(
 
     Returns
     -------
-    NativeExperts
+    ExpertWeights
+        Codes E of uint8 [N, row_bytes], or of int32 [K / 8, N] of GPTQ; scales of two dimensions.
 
     Raises
     ------
@@ -171,9 +140,8 @@ def load_native(
             )
         form = like[0]
     names = form.check(config)
-    return NativeExperts(
-        form.method, _projections(form, config), _biases(form, config), names, form.encoding.group_size
-    )
+    projections = _projections(form, config, _biases(form, config))
+    return ExpertWeights.of(projections, names=names, method=form.method, group_size=form.encoding.group_size)
 
 
 def _cuts(form: Form, role: str) -> dict[str, slice]:
@@ -183,8 +151,11 @@ def _cuts(form: Form, role: str) -> dict[str, slice]:
     return {f"{role}_proj": _EVERY_ROW}
 
 
-def _projections(form: Form, config: MoEConfig) -> dict[str, NativeProjection]:
+def _projections(
+    form: Form, config: MoEConfig, biases: Mapping[str, NDArray[np.float32]]
+) -> dict[str, Projection]:
     projections = {}
+    kind = "channel_scale" if _has_channel_scale(form) else "block_scales"
     for role, num_rows in form.rows(config).items():
         stored = _experts(form, role, form.encoding.scale, config)
         _check_contents(form, role, config, stored)
@@ -193,10 +164,9 @@ def _projections(form: Form, config: MoEConfig) -> dict[str, NativeProjection]:
         factors = _global_scale(form, role, config)
         for name, cut in _cuts(form, role).items():
             # Interleaved scales, small beside the codes, are copied: a matrix of scales has no row stride.
-            projections[name] = NativeProjection(
-                [array[cut] for array in codes],
-                [np.ascontiguousarray(array[cut]) for array in scales],
-                factors,
+            given: dict[str, Any] = {kind: [np.ascontiguousarray(array[cut]) for array in scales]}
+            projections[name] = Projection(
+                [array[cut] for array in codes], global_scale=factors, bias=biases.get(name), **given
             )
     return projections
 
@@ -212,13 +182,18 @@ def _codes(form: Form, array: AnyArray, num_rows: int) -> AnyArray:
     return array if form.encoding.transposed else array.view(np.uint8).reshape(num_rows, -1)
 
 
+def _has_channel_scale(form: Form) -> bool:
+    """Whether a scale serves a row, and not blocks of a matrix."""
+    return NATIVE_FORMATS[form.method.lower()].info.group is None
+
+
 def _scale(form: Form, array: AnyArray, num_rows: int) -> AnyArray:
     """The scales of a matrix, in two dimensions."""
     dtype = form.encoding.scale_dtype
     if dtype == np.uint8:
         return array.view(np.uint8)
     scale = aligned(array).astype(dtype, copy=False)
-    if form.method == "FP8_PERCHANNEL":
+    if _has_channel_scale(form):
         return np.broadcast_to(scale.reshape(-1, 1), (num_rows, 1))
     return scale
 

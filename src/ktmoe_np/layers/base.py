@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from ..arrays.types import ExpertArrays, IntegersLike, MaskLike, PathLike, Strea
 from ..config import MoEConfig
 from ..cpuinfer import _MoEBase
 from ..formats.methods import Method
+from ..formats.weights import ExpertWeights, Projection
 from ..gpu.masks import checked_mask
 from ..io import SafetensorsCheckpoint, load_experts
 from ..io.mapped import MappedFiles
@@ -163,22 +164,31 @@ class MoELayer(_MoEBase):
         assert self.weight_path is not None
         self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
         experts = load_experts(self._checkpoint, self.layer_idx, self.config)
+        biases = experts.bias_arguments()
         options = WeightOptions(
-            gate_bias=experts.gate_bias, up_bias=experts.up_bias, down_bias=experts.down_bias
+            gate_bias=biases["gate_bias"], up_bias=biases["up_bias"], down_bias=biases["down_bias"]
         )
         if progress is not None:
             options["progress"] = progress
         self.load_weights_from_tensors(
-            experts.gate, experts.up, experts.down, physical_to_logical_map, **options
+            experts.gate.codes,
+            None if experts.up is None else experts.up.codes,
+            experts.down.codes,
+            physical_to_logical_map,
+            **options,
         )
 
-    def _give_to_engine(self, physical_to_logical_map: IntegersLike | None, **weights: Any) -> None:
+    def _give_to_engine(self, weights: ExpertWeights, physical_to_logical_map: IntegersLike | None) -> None:
         """Give the engine's layer its weights, as its class takes them."""
         if physical_to_logical_map is not None:
             physical_to_logical_map = expert_ids(physical_to_logical_map, "physical_to_logical_map")
-        files = MappedFiles(weights.values())
+        files = MappedFiles(array for p in weights.projections.values() for array in vars(p).values())
         files.check()
-        task = self._layer.load_weights_task(physical_to_logical_map=physical_to_logical_map, **weights)
+        task = self._layer.load_weights_task(
+            **{name: _as_engine_takes(p) for name, p in {"up_proj": None, **weights.projections}.items()},
+            **weights.bias_arguments(),
+            physical_to_logical_map=physical_to_logical_map,
+        )
         before, self._files = self._files, MappedFiles() if self._spans_nodes() else files
         was_loaded = self.loaded
         self._loaded.add(self)
@@ -229,3 +239,15 @@ class MoELayer(_MoEBase):
     def _check_stream(cuda_stream: StreamLike | None) -> None:
         if cuda_stream is not None:
             raise RuntimeError(f"cuda_stream: got {cuda_stream!r}, expected None: arrays are on the CPU")
+
+
+def _as_engine_takes(projection: Projection | None) -> ext.moe.Projection | None:
+    """A projection as arguments of the engine; a global scale has become one of channels before."""
+    if projection is None:
+        return None
+    return ext.moe.Projection(
+        projection.codes,
+        block_scales=projection.block_scales,
+        channel_scale=projection.channel_scale,
+        format=projection.format,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from ..arrays.checks import Array, bfloat16, each_expert
 from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike
 from ..formats.gguf import GGUF_FORMATS
+from ..formats.weights import ExpertWeights, Projection
 from ..io.converted.layer import projection_sizes
 from ..io.gguf.experts import GgufCheckpoint, load_gguf
 from .base import MoELayer
@@ -105,32 +107,20 @@ class GgufWeights(MoELayer):
         [256.0, 256.0]
         """
         given = {
-            "gate": (gate_proj, gate_format),
-            "up": (up_proj, up_format),
-            "down": (down_proj, down_format),
+            "gate_proj": Projection(gate_proj, bias=gate_bias, format=_format_name(gate_format)),
+            "up_proj": Projection(up_proj, bias=up_bias, format=_format_name(up_format)),
+            "down_proj": Projection(down_proj, bias=down_bias, format=_format_name(down_format)),
         }
         sizes = projection_sizes(self.config)
-        arguments: dict[str, Any] = {}
-        formats = {}
-        for name, (rows, fmt) in given.items():
-            array, fmt = rows, _format_name(fmt)
-            if f"{name}_proj" in sizes:
-                array, fmt = self._as_the_engine_takes(f"{name}_proj", rows, fmt)
-                if fmt is not None:
-                    formats[f"{name}_proj"] = fmt
-            arguments |= {f"{name}_proj": array, f"{name}_format": fmt}
-        self._give_to_engine(
-            physical_to_logical_map,
-            **arguments,
-            gate_bias=gate_bias,
-            up_bias=up_bias,
-            down_bias=down_bias,
-        )
-        self._formats = formats
+        projections = {
+            name: self._as_the_engine_takes(name, p) if name in sizes else p for name, p in given.items()
+        }
+        self._give_to_engine(ExpertWeights.of(projections), physical_to_logical_map)
+        self._formats = {name: str(projections[name].format) for name in sizes}
 
-    def _as_the_engine_takes(self, name: str, rows: Any, fmt: str | None) -> tuple[Any, str | None]:
+    def _as_the_engine_takes(self, name: str, given: Projection) -> Projection:
         """Rows as bytes or, of the format bf16, as numbers; and the format, which numbers say themselves."""
-        found = fmt
+        found = given.format
 
         def taken(array: Array, lead: tuple[int, ...]) -> Array:
             nonlocal found
@@ -143,17 +133,16 @@ class GgufWeights(MoELayer):
                 return array.view(bfloat16)
             return array
 
-        return each_expert(name, rows, self.config.num_experts, taken), found
+        codes = each_expert(name, given.codes, self.config.num_experts, taken)
+        return replace(given, codes=codes, format=found)
 
     def _load_from_path(self, physical_to_logical_map: IntegersLike | None) -> None:
         assert self.weight_path is not None
         self._gguf = GgufCheckpoint.shared(self.weight_path)  # other layers find its headers read
         experts = load_gguf(self._gguf, self.layer_idx, self.config)
-        arguments: dict[str, Any] = {"up_proj": None}
+        arguments = experts.arguments()
         for name, projection in experts.projections.items():
-            role = name.removesuffix("_proj")
-            arguments |= {name: projection.data, f"{role}_format": projection.format}
-            arguments[f"{role}_bias"] = experts.biases.get(name)
+            arguments[name.replace("_proj", "_format")] = projection.format
         self.load_weights_from_tensors(physical_to_logical_map=physical_to_logical_map, **arguments)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike
 from ..formats.encodings import NATIVE_FORMATS
 from ..formats.methods import Method
+from ..formats.weights import ExpertWeights, Projection
 from ..io import SafetensorsCheckpoint
 from ..io.converted.layer import projection_sizes, refuse_quantized
 from ..io.mapped import MappedFiles
@@ -110,40 +112,25 @@ class NativeWeights(MoELayer):
         [[16.0, 16.0, 16.0, 16.0]]
         """
         given = {
-            "gate": (gate_proj, gate_scale, gate_global_scale),
-            "up": (up_proj, up_scale, up_global_scale),
-            "down": (down_proj, down_scale, down_global_scale),
+            "gate": (gate_proj, gate_scale, gate_global_scale, gate_bias),
+            "up": (up_proj, up_scale, up_global_scale, up_bias),
+            "down": (down_proj, down_scale, down_global_scale, down_bias),
         }
-        MappedFiles(array for arrays in given.values() for array in arrays).check()
-        self._give_to_engine(
-            physical_to_logical_map,
-            **self._as_the_engine_takes(given),
-            gate_bias=gate_bias,
-            up_bias=up_bias,
-            down_bias=down_bias,
-        )
+        MappedFiles(array for arrays in given.values() for array in arrays[:3]).check()
+        projections = {f"{role}_proj": self._projection(role, *arrays) for role, arrays in given.items()}
+        self._give_to_engine(ExpertWeights.of(projections), physical_to_logical_map)
 
-    def _as_the_engine_takes(self, given: dict[str, tuple[Any, Any, Any]]) -> dict[str, Any]:
-        """Codes, scale and global scale of each projection as arguments of the engine."""
-        arguments: dict[str, Any] = {}
-        sizes = projection_sizes(self.config)
-        for name, (codes, scale, global_scale) in given.items():
-            present = f"{name}_proj" in sizes
-            for what, value in ((f"{name}_scale", scale), (f"{name}_global_scale", global_scale)):
-                if value is not None and (self._format is None or not present):
-                    why = "the activation is not gated" if not present else "bfloat16 weights have no scales"
-                    raise ValueError(f"{what}: got one, expected None: {why}")
-            if self._format is None or not present:
-                arguments[f"{name}_proj"] = codes
-                continue
-            shape = (self.config.num_experts, *sizes[f"{name}_proj"])
-            made = self._format.matrices(name, codes, scale, global_scale, shape)
-            arguments |= {
-                f"{name}_proj": made.codes,
-                f"{name}_scales": made.scales,
-                f"{name}_scale": made.row_scale,
-            }
-        return arguments
+    def _projection(self, role: str, codes: Any, scale: Any, global_scale: Any, bias: Any) -> Projection:
+        """A projection as the engine takes it."""
+        size = projection_sizes(self.config).get(f"{role}_proj")
+        for what, value in ((f"{role}_scale", scale), (f"{role}_global_scale", global_scale)):
+            if value is not None and (self._format is None or size is None):
+                why = "the activation is not gated" if size is None else "bfloat16 weights have no scales"
+                raise ValueError(f"{what}: got one, expected None: {why}")
+        if self._format is None or size is None:
+            return Projection(codes, bias=bias)
+        shape = (self.config.num_experts, *size)
+        return replace(self._format.matrices(role, codes, scale, global_scale, shape), bias=bias)
 
     def _load_from_path(self, physical_to_logical_map: IntegersLike | None) -> None:
         assert self.weight_path is not None
@@ -159,12 +146,9 @@ class NativeWeights(MoELayer):
                 f"groups of {experts.group_size}, expected groups of {self.group_size}: make the layer with "
                 f"group_size={experts.group_size}"
             )
-        arguments: dict[str, Any] = {}
-        for name in ("gate", "up", "down"):
-            projection = experts.projections.get(f"{name}_proj")
-            arguments[f"{name}_proj"] = None if projection is None else projection.codes
-            arguments[f"{name}_bias"] = experts.biases.get(f"{name}_proj")
-            if projection is not None:
-                arguments[f"{name}_scale"] = projection.scale
-                arguments[f"{name}_global_scale"] = projection.global_scale
+        arguments = experts.arguments()
+        for name, projection in experts.projections.items():
+            role = name.removesuffix("_proj")
+            arguments[f"{role}_scale"] = projection.scales
+            arguments[f"{role}_global_scale"] = projection.global_scale
         self.load_weights_from_tensors(physical_to_logical_map=physical_to_logical_map, **arguments)

@@ -10,7 +10,7 @@ import numpy as np
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, as_numpy, bfloat16, described
 from ..formats.quantized import QuantizedFormat
-from ..io.converted.layer import QuantizedProjection
+from ..formats.weights import Projection
 from ..io.mapped import MappedFiles
 
 __all__ = ["quantize_projection"]
@@ -25,7 +25,7 @@ def quantize_projection(
     source: Any,
     shape: tuple[int, int, int],
     done: Callable[[], object] = lambda: None,
-) -> QuantizedProjection:
+) -> Projection:
     """Quantise the matrices of a projection.
 
     They are read in place; what NumPy or the engine cannot read so is copied, one matrix at a time.
@@ -55,18 +55,18 @@ def quantize_projection(
     num_experts, num_rows, num_columns = shape
     _check_number(name, source, shape)
     codes = np.empty((num_experts, num_rows, fmt.row_bytes(num_columns)), np.uint8)
-    scale = np.empty((num_experts, num_rows), np.float32) if fmt.has_row_scale else None
+    scale = np.empty((num_experts, num_rows), np.float32) if fmt.has_channel_scale else None
     for e in range(num_experts):
         weights = _matrix(name, source[e], e, shape[1:])
-        row_scale = None if scale is None else scale[e]
-        task = ext.quantize_task(fmt.name, weights, codes[e], row_scale, pool=engine.backend_)
+        channel_scale = None if scale is None else scale[e]
+        task = ext.quantize_task(fmt.name, weights, codes[e], channel_scale, pool=engine.backend_)
         try:
             engine.run(task)
         except ValueError as error:
             where = str(error).removeprefix("weights: ")
             raise ValueError(f"{name}: expert {e}, {where}") from None
         done()
-    return QuantizedProjection(codes, scale)
+    return Projection(codes, channel_scale=scale)
 
 
 def _check_number(name: str, source: Any, shape: tuple[int, int, int]) -> None:

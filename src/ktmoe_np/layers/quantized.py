@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike
 from ..formats.methods import Method
 from ..formats.quantized import FORMATS
+from ..formats.weights import ExpertWeights
 from ..io.converted.layer import (
-    QuantizedExperts,
-    QuantizedProjection,
     find_quantized,
     load_quantized,
     projection_sizes,
@@ -42,12 +42,12 @@ class QuantizedWeights(MoELayer):
     def _set_method(self, method: Method) -> None:
         super()._set_method(method)
         self._format = FORMATS[method.formats[self.group_size]]
-        self._experts: QuantizedExperts | None = None
+        self._experts: ExpertWeights | None = None
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of the weights of one expert, scales included."""
-        scale = 4 if self._format.has_row_scale else 0
+        scale = 4 if self._format.has_channel_scale else 0
         sizes = projection_sizes(self.config).values()
         return sum(rows * (self._format.row_bytes(columns) + scale) for rows, columns in sizes)
 
@@ -168,12 +168,12 @@ class QuantizedWeights(MoELayer):
         refuse_strays(sources, scales, sizes)
         physical_to_logical_map = checked_map(physical_to_logical_map, num_experts)
         given = checked_biases(biases, num_experts, {name: size[0] for name, size in sizes.items()})
-        matrices = {
+        projections = {
             name: given_projection(self._format, name, sources[name], scales[name], (num_experts, *size))
             for name, size in sizes.items()
             if are_codes(sources[name])
         }
-        total, num_done = num_experts * (len(sizes) - len(matrices)), 0
+        total, num_done = num_experts * (len(sizes) - len(projections)), 0
 
         def tell() -> None:
             nonlocal num_done
@@ -182,30 +182,17 @@ class QuantizedWeights(MoELayer):
                 progress(num_done, total)
 
         for name, size in sizes.items():
-            if name not in matrices:
+            if name not in projections:
                 shape = (num_experts, *size)
-                matrices[name] = quantize_projection(
+                projections[name] = quantize_projection(
                     self.cpu_infer, self._format, name, sources[name], shape, tell
                 )
-        self._give(QuantizedExperts(matrices, given), physical_to_logical_map)
+        biased = {name: replace(p, bias=given.get(name)) for name, p in projections.items()}
+        self._give(ExpertWeights.of(biased), physical_to_logical_map)
 
-    def _give(self, experts: QuantizedExperts, physical_to_logical_map: IntegersLike | None) -> None:
+    def _give(self, experts: ExpertWeights, physical_to_logical_map: IntegersLike | None) -> None:
         """Give the layer codes and scales."""
-        absent = QuantizedProjection(None, None)
-        gate, up, down = (experts.matrices.get(name, absent) for name in _PROJECTIONS)
-        gate_bias, up_bias, down_bias = (experts.biases.get(name) for name in _PROJECTIONS)
-        self._give_to_engine(
-            physical_to_logical_map,
-            gate_proj=gate.codes,
-            up_proj=up.codes,
-            down_proj=down.codes,
-            gate_scale=gate.row_scale,
-            up_scale=up.row_scale,
-            down_scale=down.row_scale,
-            gate_bias=gate_bias,
-            up_bias=up_bias,
-            down_bias=down_bias,
-        )
+        self._give_to_engine(experts, physical_to_logical_map)
         self._experts = None if self._spans_nodes() else experts
 
     # ---- saving ----

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..arrays.checks import Array, as_numpy, bfloat16, described, each_expert, expert_ids
 from ..formats.quantized import QuantizedFormat
-from ..io.converted.layer import QuantizedProjection
+from ..formats.weights import Projection
 
 __all__ = ["are_codes", "checked_biases", "checked_map", "given_projection", "refuse_strays"]
 
@@ -34,7 +34,7 @@ def refuse_strays(sources: Mapping[str, Any], scales: Mapping[str, Any], present
 
 def given_projection(
     fmt: QuantizedFormat, name: str, codes: Any, scale: Any, shape: tuple[int, int, int]
-) -> QuantizedProjection:
+) -> Projection:
     """Quantised weights of the caller, when they are what they should be; nothing is copied.
 
     `shape` is E, N and K. Codes are not looked at.
@@ -42,17 +42,17 @@ def given_projection(
     num_experts, num_rows, num_columns = shape
     held = _held(name, codes, np.dtype(np.uint8), (num_experts, num_rows, fmt.row_bytes(num_columns)))
     name = _scale_of(name)
-    if not fmt.has_row_scale:
+    if not fmt.has_channel_scale:
         if scale is not None:
             raise ValueError(f"{name}: got one, expected None: rows of {fmt.name} hold their scales")
-        return QuantizedProjection(held, None)
+        return Projection(held)
     scales = _held(name, scale, np.dtype(np.float32), (num_experts, num_rows))
-    for e, row_scale in enumerate(scales):
-        wrong = ~np.isfinite(row_scale)
+    for e, values in enumerate(scales):
+        wrong = ~np.isfinite(values)
         if wrong.any():
             row = int(np.argmax(wrong))
-            raise ValueError(f"{name}: expert {e}, row {row} holds {row_scale[row]}, expected finite scales")
-    return QuantizedProjection(held, scales)
+            raise ValueError(f"{name}: expert {e}, row {row} holds {values[row]}, expected finite scales")
+    return Projection(held, channel_scale=scales)
 
 
 def checked_biases(

@@ -10,24 +10,21 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.summary import arrays_summary, object_summary
 from ...config import MoEConfig
 from ...formats.quantized import QuantizedFormat
+from ...formats.weights import ExpertWeights, Projection
 from ..layouts.layer import aligned
 from ..mapped import MappedFiles
 from ..safetensors.checkpoint import SafetensorsFile
 from ..safetensors.writer import write_safetensors
 
 __all__ = [
-    "QuantizedExperts",
-    "QuantizedProjection",
     "check_codes",
     "find_quantized",
     "layer_path",
@@ -43,26 +40,6 @@ AnyArray = NDArray[Any]
 
 _FORMAT = {"format": "ktmoe-quantized", "version": "1"}
 _FILE_NAME = re.compile(r"layer-([0-9]{5,9})\.safetensors")
-
-
-class QuantizedProjection(NamedTuple):
-    """The matrices of a projection."""
-
-    codes: Any  # uint8 [E, N, row_bytes], or E arrays [N, row_bytes]
-    row_scale: Any  # float32 [E, N], or E arrays [N]; None where the format has none
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class QuantizedExperts:
-    """The experts of a layer as codes and scales, in the order of the checkpoint."""
-
-    matrices: Mapping[str, QuantizedProjection]  # gate_proj, up_proj when gated, down_proj
-    biases: Mapping[str, Any]  # the projections that have one -> [E, N]
-
-    def __repr__(self) -> str:
-        return object_summary(
-            self, lambda: arrays_summary({name: value.codes for name, value in self.matrices.items()})
-        )
 
 
 def projection_sizes(config: MoEConfig) -> dict[str, tuple[int, int]]:
@@ -126,7 +103,7 @@ def refuse_quantized(path: str | os.PathLike[str], method: str) -> None:
 
 
 def save_quantized(
-    directory: str | os.PathLike[str], experts: QuantizedExperts, config: MoEConfig, fmt: QuantizedFormat
+    directory: str | os.PathLike[str], experts: ExpertWeights, config: MoEConfig, fmt: QuantizedFormat
 ) -> Path:
     """Write the file of a layer; one that is there is replaced, all at once.
 
@@ -134,7 +111,7 @@ def save_quantized(
     ----------
     directory : str or path-like
         Made when it is not there.
-    experts : QuantizedExperts
+    experts : ExpertWeights
     config : MoEConfig
         What the layer is.
     fmt : QuantizedFormat
@@ -152,19 +129,19 @@ def save_quantized(
     """
     tensors: dict[str, AnyArray] = {}
     for name in projection_sizes(config):
-        matrix = experts.matrices[name]
-        tensors[f"{name}.codes"] = _stacked(matrix.codes)
-        if matrix.row_scale is not None:
-            tensors[f"{name}.row_scale"] = _stacked(matrix.row_scale)
-        if name in experts.biases:
-            tensors[f"{name}.bias"] = np.asarray(experts.biases[name]).astype(np.float32)
+        projection = experts.projections[name]
+        tensors[f"{name}.codes"] = _stacked(projection.codes)
+        if projection.channel_scale is not None:
+            tensors[f"{name}.row_scale"] = _stacked(projection.channel_scale)
+        if projection.bias is not None:
+            tensors[f"{name}.bias"] = np.asarray(projection.bias).astype(np.float32)
     path = layer_path(directory, config.layer_idx)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, tensors, _metadata(config, fmt, experts.biases))
     return path
 
 
-def load_quantized(path: str | os.PathLike[str], config: MoEConfig, fmt: QuantizedFormat) -> QuantizedExperts:
+def load_quantized(path: str | os.PathLike[str], config: MoEConfig, fmt: QuantizedFormat) -> ExpertWeights:
     """Map the file of a layer, when it is what it should be.
 
     Header and scales are checked; codes are not read: `check_codes` does.
@@ -180,7 +157,7 @@ def load_quantized(path: str | os.PathLike[str], config: MoEConfig, fmt: Quantiz
 
     Returns
     -------
-    QuantizedExperts
+    ExpertWeights
         Views of the mapped file.
 
     Raises
@@ -192,11 +169,15 @@ def load_quantized(path: str | os.PathLike[str], config: MoEConfig, fmt: Quantiz
         what was expected.
     """
     file, biased = open_quantized(path, config, fmt)
-    matrices = {
-        name: QuantizedProjection(file.tensor(f"{name}.codes"), _row_scale(file, name, fmt))
+    projections = {
+        name: Projection(
+            file.tensor(f"{name}.codes"),
+            channel_scale=_channel_scale(file, name, fmt),
+            bias=aligned(file.tensor(f"{name}.bias")) if name in biased else None,
+        )
         for name in projection_sizes(config)
     }
-    return QuantizedExperts(matrices, {name: aligned(file.tensor(f"{name}.bias")) for name in biased})
+    return ExpertWeights.of(projections)
 
 
 def open_quantized(
@@ -238,7 +219,7 @@ def open_quantized(
 
 
 def check_codes(
-    path: str | os.PathLike[str], experts: QuantizedExperts, config: MoEConfig, fmt: QuantizedFormat
+    path: str | os.PathLike[str], experts: ExpertWeights, config: MoEConfig, fmt: QuantizedFormat
 ) -> None:
     """Read all codes of a file that `load_quantized` has mapped.
 
@@ -251,7 +232,7 @@ def check_codes(
         The file was cut off since it was mapped.
     """
     for name, (_, num_columns) in projection_sizes(config).items():
-        for e, codes in enumerate(experts.matrices[name].codes):
+        for e, codes in enumerate(experts.projections[name].codes):
             MappedFiles([codes]).check()
             problem = fmt.problem(codes, num_columns)
             if problem is not None:
@@ -297,14 +278,14 @@ def _wanted(
     for name, (num_rows, num_columns) in projection_sizes(config).items():
         rows = (config.num_experts, num_rows)
         yield f"{name}.codes", ("U8", (*rows, fmt.row_bytes(num_columns)))
-        if fmt.has_row_scale:
+        if fmt.has_channel_scale:
             yield f"{name}.row_scale", ("F32", rows)
         if name in biased:
             yield f"{name}.bias", ("F32", rows)
 
 
-def _row_scale(file: SafetensorsFile, name: str, fmt: QuantizedFormat) -> AnyArray | None:
-    if not fmt.has_row_scale:
+def _channel_scale(file: SafetensorsFile, name: str, fmt: QuantizedFormat) -> AnyArray | None:
+    if not fmt.has_channel_scale:
         return None
     scale = aligned(file.tensor(f"{name}.row_scale"))
     wrong = ~np.isfinite(scale)

@@ -5,23 +5,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from ...arrays.summary import arrays_summary, object_summary
 from ...config import MoEConfig
 from ...formats.gguf import GGUF_FORMATS
+from ...formats.weights import ExpertWeights, Projection
 from .checkpoint import GgufCheckpoint, GgufTensorInfo, is_gguf
 from .config import gguf_config
 
 __all__ = [
     "GgufCheckpoint",
-    "GgufExperts",
-    "GgufProjection",
     "GgufTensorInfo",
     "gguf_config",
     "gguf_layers",
@@ -38,29 +35,6 @@ _BIAS_DTYPES: Mapping[str, np.dtype[Any]] = {
 #: Names of experts' weights, those of one expert among them (files of before April 2024).
 _NUMBER = "(0|[1-9][0-9]{0,8})"
 _WEIGHT = re.compile(rf"blk\.{_NUMBER}\.ffn_(gate|up|gate_up|down)(?:_exps|\.{_NUMBER})\.weight")
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class GgufProjection:
-    """The matrices of a projection, expert by expert, in the order of the file."""
-
-    format: str  # one of `ktmoe_np.formats.gguf.GGUF_FORMATS`
-    data: list[NDArray[np.uint8]]  # E of [N, row_bytes], views
-
-    def __repr__(self) -> str:
-        return object_summary(self, lambda: arrays_summary({self.format: self.data}))
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class GgufExperts:
-    """The experts of a layer as their file has them."""
-
-    projections: Mapping[str, GgufProjection]  # gate_proj, up_proj when gated, down_proj
-    biases: Mapping[str, NDArray[np.float32]]  # the projections that have one -> [E, N]
-    names: tuple[str, ...]  # the tensors it was made of
-
-    def __repr__(self) -> str:
-        return object_summary(self, lambda: ", ".join(f"{k} {v!r}" for k, v in self.projections.items()))
 
 
 def gguf_layers(checkpoint: GgufCheckpoint | str | os.PathLike[str]) -> tuple[int, ...]:
@@ -99,7 +73,7 @@ def gguf_layers(checkpoint: GgufCheckpoint | str | os.PathLike[str]) -> tuple[in
 
 def load_gguf(
     checkpoint: GgufCheckpoint | str | os.PathLike[str], layer_idx: int, config: MoEConfig
-) -> GgufExperts:
+) -> ExpertWeights:
     """Find the experts of a layer.
 
     Weights are never copied; biases are, to float32. A factor of whole experts (``ffn_down_exps.scale``,
@@ -116,7 +90,8 @@ def load_gguf(
 
     Returns
     -------
-    GgufExperts
+    ExpertWeights
+        Each projection with its format.
 
     Raises
     ------
@@ -142,22 +117,25 @@ def load_gguf(
     >>> writer.close()
     >>> experts = load_gguf(path, 0, MoEConfig(2, 1, hidden_size=64, moe_intermediate_size=32))
     >>> down = experts.projections["down_proj"]
-    >>> down.format, len(down.data), down.data[0].shape
+    >>> down.format, len(down.codes), down.codes[0].shape
     ('q8_0', 2, (64, 34))
     """
     layer = _Layer(GgufCheckpoint.opened(checkpoint), layer_idx, config)
-    projections: dict[str, GgufProjection] = {}
+    rows: dict[str, tuple[str, list[NDArray[np.uint8]]]] = {}
     biases: dict[str, NDArray[np.float32]] = {}
     for role in layer.roles:
         format_name, matrices = layer.matrices(role)
         for name, cut in layer.cuts(role):
-            projections[name] = GgufProjection(format_name, [matrix[cut] for matrix in matrices])
+            rows[name] = format_name, [matrix[cut] for matrix in matrices]
     if any(layer.bias_name(role) in layer.checkpoint for role in layer.roles):
         for role in layer.roles:
             bias = layer.bias(role)
             for name, cut in layer.cuts(role):
                 biases[name] = np.ascontiguousarray(bias[:, cut])
-    return GgufExperts(projections, biases, tuple(layer.names))
+    projections = {
+        name: Projection(codes, bias=biases.get(name), format=fmt) for name, (fmt, codes) in rows.items()
+    }
+    return ExpertWeights.of(projections, names=tuple(layer.names))
 
 
 class _Layer:
