@@ -20,7 +20,7 @@ __all__ = ["GGUF_FORMATS", "GgufFormat"]
 
 Array = NDArray[Any]
 
-#: Numbers of the codes of IQ4_NL and IQ4_XS, and the nearest code to each integer from -127 to 127.
+#: Numbers of the codes of the non-linear types, and the nearest code to each integer from -127 to 127.
 _NON_LINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
 _NEAREST = np.abs(np.arange(-127, 128)[:, None] - _NON_LINEAR).argmin(axis=1).astype(np.uint8)
 
@@ -31,8 +31,13 @@ class GgufFormat:
 
     name: str
     block: int  #: weights of a block
-    block_bytes: int
     encode_blocks: Callable[[Array], tuple[Array, ...]]  #: float32 [n, block] to the fields, uint8 [n, bytes]
+    tolerance: float  #: relative error from which on an answer is wrong
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return sum(field.shape[1] for field in self.encode_blocks(np.zeros((1, self.block), np.float32)))
 
     def encode(self, layer: Layer) -> dict[str, Any]:
         """Encode a layer to what it is loaded from, a projection in one array as in a file.
@@ -240,21 +245,21 @@ def _iq4_xs(blocks: Array) -> tuple[Array, ...]:
 
 #: By name.
 GGUF_FORMATS = {
-    name: GgufFormat(name, block, block_bytes, encode_blocks)
-    for name, block, block_bytes, encode_blocks in (
-        ("F32", 32, 128, _f32),
-        ("F16", 32, 64, _f16),
-        ("Q4_0", 32, 18, _q4_0),
-        ("Q4_1", 32, 20, _q4_1),
-        ("Q5_0", 32, 22, _q5_0),
-        ("Q5_1", 32, 24, _q5_1),
-        ("Q8_0", 32, 34, _q8_0),
-        ("Q2_K", 256, 84, _q2_k),
-        ("Q3_K", 256, 110, _q3_k),
-        ("Q4_K", 256, 144, _q4_k),
-        ("Q5_K", 256, 176, _q5_k),
-        ("Q6_K", 256, 210, _q6_k),
-        ("IQ4_NL", 32, 18, _iq4_nl),
-        ("IQ4_XS", 256, 136, _iq4_xs),
+    name: GgufFormat(name, block, encode_blocks, tolerance)
+    for name, block, encode_blocks, tolerance in (
+        ("F32", 32, _f32, 0.02),
+        ("F16", 32, _f16, 0.02),
+        ("Q4_0", 32, _q4_0, 0.25),
+        ("Q4_1", 32, _q4_1, 0.2),
+        ("Q5_0", 32, _q5_0, 0.12),
+        ("Q5_1", 32, _q5_1, 0.1),
+        ("Q8_0", 32, _q8_0, 0.03),
+        ("Q2_K", 256, _q2_k, 0.8),
+        ("Q3_K", 256, _q3_k, 0.45),
+        ("Q4_K", 256, _q4_k, 0.2),
+        ("Q5_K", 256, _q5_k, 0.1),
+        ("Q6_K", 256, _q6_k, 0.06),
+        ("IQ4_NL", 32, _iq4_nl, 0.2),
+        ("IQ4_XS", 256, _iq4_xs, 0.2),
     )
 }

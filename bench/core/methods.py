@@ -15,7 +15,7 @@ from .encoders import (
     encode_nvfp4,
     encode_rawint4,
 )
-from .encoders_gguf import GGUF_FORMATS
+from .encoders_gguf import GGUF_FORMATS, GgufFormat
 from .layer import Layer
 
 __all__ = ["METHODS", "Method"]
@@ -50,11 +50,10 @@ class Method:
         return self.wrapper or self.name
 
 
-def _gguf(name: str, tolerance: float) -> Method:
+def _gguf(fmt: GgufFormat) -> Method:
     """All three projections in one tensor type."""
-    fmt = GGUF_FORMATS[name]
     size = fmt.block_bytes / fmt.block
-    return Method(f"LLAMAFILE-{name}", size, tolerance, encode=fmt.encode, wrapper="LLAMAFILE")
+    return Method(f"LLAMAFILE-{fmt.name}", size, fmt.tolerance, encode=fmt.encode, wrapper="LLAMAFILE")
 
 
 _FORWARD = (
@@ -70,20 +69,7 @@ _FORWARD = (
     Method("GPTQ_INT4", 33 / 64, 0.3, encode=encode_gptq_int4),
     Method("MXFP4", 17 / 32, 0.3, encode=encode_mxfp4),
     Method("NVFP4", 9 / 16, 0.25, encode=encode_nvfp4),
-    _gguf("F32", 0.02),
-    _gguf("F16", 0.02),
-    _gguf("Q4_0", 0.25),
-    _gguf("Q4_1", 0.2),
-    _gguf("Q5_0", 0.12),
-    _gguf("Q5_1", 0.1),
-    _gguf("Q8_0", 0.03),
-    _gguf("Q2_K", 0.8),
-    _gguf("Q3_K", 0.45),
-    _gguf("Q4_K", 0.2),
-    _gguf("Q5_K", 0.1),
-    _gguf("Q6_K", 0.06),
-    _gguf("IQ4_NL", 0.2),
-    _gguf("IQ4_XS", 0.2),
+    *map(_gguf, GGUF_FORMATS.values()),
 )
 
 
