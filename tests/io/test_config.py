@@ -308,3 +308,10 @@ def test_wrong_hf_config(change: dict[str, Any], message: str) -> None:
 def test_hf_config_of_wrong_types(config: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         MoEConfig.from_hf_config(config, 1)
+
+
+@pytest.mark.parametrize("kind", activation_kinds())
+def test_a_config_may_name_every_kind(kind: str) -> None:
+    betas = {"activation_situ_beta": 4.0, "activation_situ_linear_beta": 25.0}
+    layer = MoEConfig.from_hf_config({**SIZES, "hidden_act": kind, **betas}, 0)
+    assert layer.activation == parse_activation(kind)

@@ -320,6 +320,7 @@ def test_sizes_by_the_metadata(tmp_path: Path) -> None:
         ("grok", "gelu_tanh"),
         ("nomic-bert-moe", "gelu_tanh_ungated"),
         ("nemotron_h_moe", "relu2"),
+        ("smallthinker", "relu"),
     ],
 )
 def test_activations_by_architecture(tmp_path: Path, architecture: str, name: str) -> None:
@@ -333,8 +334,7 @@ def test_routing_weights_that_scale_inputs(tmp_path: Path) -> None:
 
 def test_architectures_are_those_that_gguf_names() -> None:
     names = set(gguf.MODEL_ARCH_NAMES.values())
-    known = {*ktmoe_np.io.gguf.config._ACTIVATIONS, *ktmoe_np.io.gguf.config._UNSUPPORTED}
-    known |= {*ktmoe_np.io.gguf.config._INPUT_SCALED}
+    known = {*ktmoe_np.io.gguf.config._ACTIVATIONS, *ktmoe_np.io.gguf.config._INPUT_SCALED}
     assert known - names <= {"minimax-m3"}  # younger than gguf 0.19
     without_gate = {
         gguf.MODEL_ARCH_NAMES[architecture]

@@ -21,10 +21,8 @@ _ACTIVATIONS: Mapping[str, str] = {
     "grok": "gelu_tanh",
     "nomic-bert-moe": "gelu_tanh_ungated",
     "nemotron_h_moe": "relu2",
+    "smallthinker": "relu",
 }
-
-#: Architectures whose experts compute something that the engine does not.
-_UNSUPPORTED: Mapping[str, str] = {"smallthinker": "a gated relu"}
 
 #: Architectures whose routing weights scale the inputs of the experts.
 _INPUT_SCALED = ("llama4",)
@@ -52,8 +50,7 @@ def gguf_config(checkpoint: GgufCheckpoint | str | os.PathLike[str], layer_idx: 
     FileNotFoundError
         No checkpoint there.
     ValueError
-        Not a GGUF file; a value that is missing, not a number of at least 1, or not there for the layer; or
-        an architecture whose activation is not supported.
+        Not a GGUF file, or a value that is missing, not a number of at least 1, or not there for the layer.
 
     Examples
     --------
@@ -114,11 +111,6 @@ def _size(checkpoint: GgufCheckpoint, keys: list[str], layer_idx: int) -> int:
 
 def _activation(checkpoint: GgufCheckpoint, architecture: str, layer_idx: int) -> ActivationSpec:
     """The activation of an architecture, with the layer's limit."""
-    if architecture in _UNSUPPORTED:
-        raise ValueError(
-            f"{checkpoint.path}: the experts of architecture {architecture!r} have "
-            f"{_UNSUPPORTED[architecture]}, which is not supported"
-        )
     if architecture in _ACTIVATIONS:
         return parse_activation(_ACTIVATIONS[architecture])
     key = f"{architecture}.swiglu_clamp_exp"
