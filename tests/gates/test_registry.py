@@ -21,35 +21,19 @@ from ktmoe_np.reference.native import DECODERS
 
 from ._tree import CPP_SUFFIXES, ROOT, files_under, name_of
 
-#: A sample of what may be added, as files name it -> the files that adding it touches, and no others.
-PLACES = {
-    "iq4_?xs": {
-        "cpp/formats/formats.inc": "its line",
-        "cpp/formats/gguf_k.h": "the format",
-        "src/ktmoe_np/reference/gguf.py": "its reference",
-    },
-    "swiglu_?step": {
-        "cpp/kernels/activations.inc": "its line",
-        "cpp/kernels/body/activation.h": "the formula",
-        "cpp/kernels/body/activation_backward.h": "its derivative",
-        "src/ktmoe_np/arrays/activation.py": "the formula for experts on a GPU",
-        "src/ktmoe_np/reference/activation.py": "its reference",
-    },
-    "(?<!a)mx_?fp8": {
-        "cpp/formats/formats.inc": "the line of the format",
-        "cpp/formats/fp8.h": "the format",
-        "cpp/moe/methods.inc": "the entry of the method",
-        "src/ktmoe_np/io/layouts/encodings.py": "its tensors",
-        "src/ktmoe_np/reference/native.py": "its reference",
-    },
+#: A sample of what may be added, as files name it -> the most files that name it.
+MOST_FILES = {
+    "iq4_?xs": 3,  # the format, its line, its reference
+    "swiglu_?step": 5,  # its line, formula and derivative, its reference, its formula for experts on a GPU
+    "(?<!a)mx_?fp8": 5,  # the format, its line, the entry of its method, its reference, its tensors
 }
 
 
-@pytest.mark.parametrize("sample", PLACES)
+@pytest.mark.parametrize("sample", MOST_FILES)
 def test_an_addition_touches_few_files(sample: str) -> None:
     files = files_under("cpp", "src", suffixes=CPP_SUFFIXES | {".py"})
-    found = {name_of(path) for path in files if re.search(sample, path.read_text(), re.IGNORECASE)}
-    assert found == PLACES[sample].keys()
+    found = [name_of(path) for path in files if re.search(sample, path.read_text(), re.IGNORECASE)]
+    assert 0 < len(found) <= MOST_FILES[sample], "\n".join(found)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +84,6 @@ def test_the_page_of_tables_is_up_to_date() -> None:
 
 def test_the_readme_names_every_method_and_activation() -> None:
     readme = (ROOT / "README.md").read_text()
-    names = {info.names[0] for info in ext.methods() if info.mode == "inference"} | set(activation_kinds())
+    names = {info.names[0] for info in ext.methods() if info.mode == "inference"} | {*activation_kinds()}
     missing = [name for name in sorted(names) if not re.search(rf"\b{re.escape(name)}\b", readme)]
     assert not missing

@@ -11,6 +11,7 @@ import numpy as np
 from gguf_blocks import GGUF_BLOCKS, draw_blocks
 from layers import Layer, bf16, draw_layer
 
+from ktmoe_np import kt_kernel_ext as ext
 from ktmoe_np.config import parse_activation
 from ktmoe_np.formats.gguf import GGUF_FORMATS
 from ktmoe_np.reference import (
@@ -143,7 +144,12 @@ _DRAW: dict[str, Callable[[np.random.Generator, float, int, int, int], Drawn]] =
     "LLAMAFILE": _llamafile,
 }
 
-METHODS = tuple(_DRAW)
+METHODS = tuple(
+    name
+    for info in ext.methods()
+    for name in info.names
+    if info.mode == "inference" and (info.scales or info.weights == "gguf")
+)
 
 #: The methods that hold the arrays that they are given; of the other, rows are converted.
 IN_PLACE = tuple(method for method in METHODS if method != "GPTQ_INT4")

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays.checks import Array
+from .gguf import GGUF_FORMATS
 
 __all__ = ["BLOCK_BYTES", "BLOCK_SIZE", "first_not_float16", "group_sizes", "q4_0_rows"]
 
 #: Weights and bytes of a block of Q4_0.
-BLOCK_SIZE, BLOCK_BYTES = 32, 18
+BLOCK_SIZE, BLOCK_BYTES = GGUF_FORMATS["q4_0"].block, GGUF_FORMATS["q4_0"].block_bytes
 
 _BLOCK = np.dtype([("scale", "<f2"), ("first", "<u8"), ("last", "<u8")])
 

@@ -8,13 +8,13 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 
+from ...formats.encodings import NATIVE_FORMATS
+from ...formats.methods import find_method
 from .encoding import AnyArray, Encoding, Part, Shapes, Sizes
 from .gptq import GPTQ_INT4
 from .name_patterns import NAMINGS, Naming
 
 __all__ = ["ENCODINGS", "FORMS", "METHODS"]
-
-_FP8_BLOCK = 128
 
 _FLOAT32 = np.dtype(np.float32)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -22,6 +22,13 @@ _UINT8 = np.dtype(np.uint8)
 
 #: E8M0 scales are bytes to torch versions without a dtype for them.
 _E8M0 = ("U8", "F8_E8M0")
+
+
+def _group_size(method: str) -> int:
+    """Columns that share a scale."""
+    size = NATIVE_FORMATS[method.lower()].group_size
+    assert size is not None
+    return size
 
 
 def _elements(values: int, num_rows: int, num_columns: int) -> Shapes:
@@ -36,7 +43,7 @@ def _blocks_of_32(num_rows: int, num_columns: int) -> Shapes:
 
 def _squares(num_rows: int, num_columns: int) -> Shapes:
     """A scale for each square block, the last ones as small as the rest is."""
-    return ((-(-num_rows // _FP8_BLOCK), -(-num_columns // _FP8_BLOCK)),)
+    return (NATIVE_FORMATS["fp8"].scale_shape(num_rows, num_columns),)
 
 
 def _channels(num_rows: int, num_columns: int) -> Shapes:
@@ -69,21 +76,23 @@ def _fp8(suffix: str) -> Encoding:
 
 
 def _mxfp8(suffix: str) -> Encoding:
-    return Encoding("MXFP8", _E4M3, _groups(suffix, _E8M0, 32), _UINT8, group_size=32)
+    size = _group_size("MXFP8")
+    return Encoding("MXFP8", _E4M3, _groups(suffix, _E8M0, size), _UINT8, group_size=size)
 
 
 def _mxfp4(codes: Part, suffix: str) -> Encoding:
-    return Encoding("MXFP4", codes, _groups(suffix, _E8M0, 32), _UINT8, values=2, group_size=32)
+    size = _group_size("MXFP4")
+    return Encoding("MXFP4", codes, _groups(suffix, _E8M0, size), _UINT8, values=2, group_size=size)
 
 
 def _nvfp4(codes: str, factor: str, reciprocal: bool) -> Encoding:
     return Encoding(
         "NVFP4",
         Part(codes, ("U8",), partial(_elements, 2)),
-        _groups(".weight_scale", ("F8_E4M3",), 16),
+        _groups(".weight_scale", ("F8_E4M3",), _group_size("NVFP4")),
         _UINT8,
         values=2,
-        group_size=16,
+        group_size=_group_size("NVFP4"),
         global_scale=Part(factor, ("F32",), _one),
         reciprocal=reciprocal,
     )
@@ -113,7 +122,7 @@ ENCODINGS = (
     _mxfp8(".weight_scale"),
     _fp8(".weight_scale"),  # compressed-tensors, strategy "block"
     _fp8(".scale"),  # DeepSeek-V4 before its experts are four bits wide
-    *(_rawint4(size) for size in (32, 64, 128)),
+    *(_rawint4(size) for size in find_method("RAWINT4", "inference").encodings if size is not None),
     GPTQ_INT4,
     _nvfp4(".weight", ".weight_scale_2", reciprocal=False),  # ModelOpt
     _nvfp4(".weight_packed", ".weight_global_scale", reciprocal=True),  # compressed-tensors
