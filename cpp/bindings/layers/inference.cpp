@@ -24,7 +24,7 @@ using Layer = std::shared_ptr<MoE_Interface>;
 // The matrices of a projection as Python gives them: arrays for all experts, or sequences of one each.
 struct GivenProjection {
   nb::object codes, block_scales = nb::none(), channel_scale = nb::none();
-  std::optional<std::string> format;
+  std::optional<std::string> format = {};
 
   bool is_none() const {
     return codes.is_none() && block_scales.is_none() && channel_scale.is_none() && !format;

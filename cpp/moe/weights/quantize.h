@@ -5,7 +5,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <ranges>
 
 #include "formats/registry.h"
 #include "kernels/contract_quantize.h"
@@ -22,14 +21,20 @@ constexpr bool is_quantized_format(FormatId format) {
   });
 }
 
+constexpr size_t num_quantized_formats() {
+  size_t num = 0;
+  for (size_t id = 0; id < kNumFormats; ++id) num += is_quantized_format(static_cast<FormatId>(id));
+  return num;
+}
+
 // The formats that weights are quantized to, in their order.
 inline constexpr auto kQuantizedFormats = [] {
-  constexpr auto ids = std::views::iota(size_t{0}, kNumFormats);
-  constexpr auto is_one = [](size_t id) { return is_quantized_format(static_cast<FormatId>(id)); };
-  std::array<FormatId, std::ranges::count_if(ids, is_one)> found{};
-  auto next = found.begin();
-  for (size_t id : ids)
-    if (is_one(id)) *next++ = static_cast<FormatId>(id);
+  std::array<FormatId, num_quantized_formats()> found{};
+  size_t num = 0;
+  for (size_t id = 0; id < kNumFormats; ++id) {
+    const auto format = static_cast<FormatId>(id);
+    if (is_quantized_format(format)) found[num++] = format;
+  }
   return found;
 }();
 
