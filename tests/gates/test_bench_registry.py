@@ -16,7 +16,7 @@ def benches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_method_is_benched() -> None:
-    from bench.methods import METHODS
+    from bench.core.methods import METHODS
 
     known = {name for info in ext.methods() for name in info.names}
     benched = {method.library_name for method in METHODS.values()}
@@ -27,7 +27,7 @@ def test_every_method_is_benched() -> None:
 
 
 def test_encoded_blocks_have_their_sizes() -> None:
-    from bench.encoders_gguf import GGUF_FORMATS as BENCHED
+    from bench.core.encoders_gguf import GGUF_FORMATS as BENCHED
 
     for name, fmt in BENCHED.items():
         known = GGUF_FORMATS[name.lower()]
