@@ -5,28 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from ..config import shown_integer
-from .types import Array
+from .library import dtype_name, is_of
+from .spec import ArraySpec
+from .types import Array, bfloat16
 
 __all__ = [
     "Array",
     "as_numpy",
     "at_least",
     "bfloat16",
-    "described",
+    "count_tokens",
     "each_expert",
     "expert_ids",
-    "fits",
     "integer",
-    "num_tokens",
     "routing_weights",
 ]
-
-bfloat16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def expert_ids(ids: Any, name: str = "topk_ids") -> NDArray[np.int64]:
@@ -62,7 +59,10 @@ def routing_weights(weights: Any) -> Any:
     return weights
 
 
-def num_tokens(hidden_states: Any, name: str = "hidden_states") -> int:
+_BATCH = ArraySpec((), ("T", "H"))
+
+
+def count_tokens(hidden_states: Any, name: str = "hidden_states") -> int:
     """T, from an array [T, H].
 
     Raises
@@ -72,13 +72,11 @@ def num_tokens(hidden_states: Any, name: str = "hidden_states") -> int:
     ValueError
         Not two axes.
     """
-    shape = getattr(hidden_states, "shape", None)
-    if shape is None:
+    if not hasattr(hidden_states, "shape"):
         kind = type(hidden_states).__name__
         raise TypeError(f"{name}: got {kind}, expected an array of bfloat16 [T, H]")
-    if len(shape) != 2:
-        raise ValueError(f"{name}: got shape {list(shape)}, expected [T, H]")
-    return int(shape[0])
+    _BATCH.check(name, hidden_states)
+    return int(hidden_states.shape[0])
 
 
 def as_numpy(value: Any, name: str) -> Array:
@@ -94,7 +92,7 @@ def as_numpy(value: Any, name: str) -> Array:
     if not any(hasattr(value, protocol) for protocol in ("__array__", "__dlpack__")):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an array")
     try:
-        if str(getattr(value, "dtype", None)) == "torch.bfloat16":
+        if is_of("torch", value) and dtype_name(value) == "bfloat16":
             # NumPy takes these through no protocol; float32 has the same values.
             return np.asarray(value.float()).astype(bfloat16)
         return np.asarray(value) if hasattr(value, "__array__") else np.from_dlpack(value)
@@ -102,11 +100,6 @@ def as_numpy(value: Any, name: str) -> Array:
         raise TypeError(
             f"{name}: got {type(value).__name__}, expected an array that NumPy can read: {error}"
         ) from error
-
-
-def described(array: Array) -> str:
-    """Dtype and shape, as messages have them."""
-    return f"{array.dtype} {list(array.shape)}"
 
 
 def each_expert(
@@ -126,15 +119,6 @@ def each_expert(
     if len(source) != num_experts:
         raise ValueError(f"{name}: got {len(source)} arrays, expected {num_experts}")
     return [check(as_numpy(item, name), ()) for item in source]
-
-
-def fits(found: tuple[int, ...], shape: tuple[int | str, ...]) -> bool:
-    """Whether a shape is as expected: a dimension that is a string may be any."""
-    if found == shape:
-        return True
-    return len(found) == len(shape) and all(
-        isinstance(want, str) or size == want for size, want in zip(found, shape, strict=True)
-    )
 
 
 def integer(name: str, value: Any) -> int:

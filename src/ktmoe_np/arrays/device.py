@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .checks import bfloat16, fits
-from .dlpack import exported, handed_over, is_of_jax, is_on_cuda, made_like
-from .library import dtype_name
+from .checks import bfloat16
+from .dlpack import exported, handed_over, is_on_cuda
+from .library import dtype_name, find_library, is_of
+from .spec import ArraySpec
 
 __all__ = ["DeviceArray", "device_array", "given_back", "new_like", "stream_handle"]
+
+
+_ON_DEVICE = " on a CUDA device"
 
 
 class DeviceArray(NamedTuple):
@@ -25,12 +27,10 @@ class DeviceArray(NamedTuple):
     export: object = None  #: what holds it too, of an array that was exported
 
 
-def device_array(
-    value: Any, name: str, dtypes: Sequence[Any], shape: tuple[int | str, ...], stream: int
-) -> DeviceArray:
-    """An array of torch, CuPy, JAX or another that has ``__cuda_array_interface__``, of one of some dtypes.
+def device_array(value: Any, name: str, spec: ArraySpec, stream: int) -> DeviceArray:
+    """An array of torch, CuPy, JAX or another that has ``__cuda_array_interface__``.
 
-    A dimension that is a string may be any. The stream is where it will be used.
+    The stream is where it will be used.
 
     Raises
     ------
@@ -40,25 +40,21 @@ def device_array(
         Another shape.
     """
     found, has_gaps = _found(value, stream)
-    if found is not None and found.dtype in dtypes and not has_gaps and fits(found.shape, shape):
+    if found is not None and not has_gaps and spec.fits(found):
         return found
-    kinds = " or ".join(np.dtype(dtype).name for dtype in dtypes)
-    expected = f"{kinds} [{', '.join(map(str, shape))}] on a CUDA device"
     if found is None:
-        raise TypeError(f"{name}: got {type(value).__name__} on the CPU, expected {expected}")
-    got = f"{found.dtype} {list(found.shape)}"
-    if found.dtype not in dtypes:
-        raise TypeError(f"{name}: got {got}, expected {expected}")
-    if not fits(found.shape, shape):
-        raise ValueError(f"{name}: got {got}, expected {expected}")
-    raise TypeError(f"{name}: got gaps in an array, expected {expected}")
+        raise TypeError(f"{name}: got {type(value).__name__} on the CPU, expected {spec}{_ON_DEVICE}")
+    spec.check(name, found, where=_ON_DEVICE)
+    raise TypeError(f"{name}: got gaps in an array, expected {spec}{_ON_DEVICE}")
 
 
 def _found(value: Any, stream: int) -> tuple[DeviceArray | None, bool]:
     """An array on a device, and whether it has gaps; None of what is not there."""
-    if _is_of_torch(value):
+    library = find_library(value)
+    name = "" if library is None else library.name
+    if name == "torch":
         return _of_torch(value) if value.is_cuda else (None, False)
-    interface = None if is_of_jax(value) else getattr(value, "__cuda_array_interface__", None)
+    interface = None if name == "JAX" else getattr(value, "__cuda_array_interface__", None)
     if interface is not None:
         return _of_interface(value, interface)
     return _of_dlpack(value, stream) if is_on_cuda(value) else (None, False)
@@ -72,19 +68,16 @@ def new_like(value: Any) -> Any:
     TypeError
         Arrays of this kind cannot be made here.
     """
-    if _is_of_torch(value):
-        return value.new_empty(value.shape)
-    if type(value).__module__.partition(".")[0] == "cupy":
-        return sys.modules["cupy"].empty_like(value)
-    if is_of_jax(value):
-        return made_like(value)
+    library = find_library(value)
+    if library is not None:
+        return library.empty_like(value)
     kind = type(value).__name__
     raise TypeError(f"out: got None, expected an array on the device to write to: a {kind} cannot be made")
 
 
 def given_back(array: DeviceArray, stream: int) -> Any:
     """An array that was written to in a stream, as its library has arrays."""
-    return handed_over(array.owner, stream) if is_of_jax(array.owner) else array.owner
+    return handed_over(array.owner, stream) if is_of("JAX", array.owner) else array.owner
 
 
 def stream_handle(stream: Any) -> int:
@@ -102,10 +95,6 @@ def stream_handle(stream: Any) -> int:
     if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
         return stream
     raise TypeError(f"cuda_stream: got {stream!r}, expected a stream of torch or CuPy, or the handle of one")
-
-
-def _is_of_torch(value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "is_cuda")
 
 
 #: Dtypes of torch, as they come.

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import kt_kernel_ext as ext
 
-__all__ = ["exported", "handed_over", "is_of_jax", "is_on_cuda", "made_like"]
+__all__ = ["exported", "handed_over", "is_on_cuda"]
 
 #: DLPack's number of CUDA devices, and what it calls the default stream.
 _CUDA, _DEFAULT_STREAM = 2, 1
@@ -22,20 +22,9 @@ def is_on_cuda(value: Any) -> bool:
     return hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) == _CUDA
 
 
-def is_of_jax(value: Any) -> bool:
-    """Whether it is an array of JAX."""
-    return type(value).__module__.partition(".")[0] in ("jax", "jaxlib")
-
-
 def exported(value: Any, stream: int) -> tuple[int, str, tuple[int, ...], bool, object]:
     """Address, dtype, shape, whether it has no gaps, and what holds the memory. The stream waits for it."""
     return ext.cuda.exported_array(value.__dlpack__(stream=stream or _DEFAULT_STREAM))
-
-
-def made_like(value: Any) -> Any:
-    """A new array of JAX, which nobody but the caller knows: to be written to, then handed over."""
-    array = sys.modules["jax"].numpy.empty_like(value)
-    return array.block_until_ready()
 
 
 def handed_over(array: Any, stream: int) -> Any:

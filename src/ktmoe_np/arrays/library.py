@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .checks import Array, bfloat16
+from .types import Array, bfloat16
 
-__all__ = ["ArrayLibrary", "dtype_name", "library_of"]
+__all__ = ["ArrayLibrary", "dtype_name", "find_library", "is_of", "library_of"]
 
 
 _erfc = np.frompyfunc(math.erfc, 1, 1)
@@ -58,6 +58,10 @@ class ArrayLibrary:
         """X w^T in float32 for every matrix: bfloat16 [1 or G, T, K] and [G, N, K] to [G, T, N]."""
         return self.xp.matmul(self.float32(x), self.float32(w).swapaxes(-1, -2))
 
+    def empty_like(self, x: Any) -> Any:
+        """A new array of the same dtype and shape, beside the other."""
+        return self.xp.empty_like(x)
+
     def erfc(self, x: Any) -> Any:
         """1 - erf(x), without cancelling."""
         return np.asarray(_erfc(x), np.float32)
@@ -89,6 +93,9 @@ class _Jax(ArrayLibrary):
     def product(self, x: Any, w: Any) -> Any:
         return self.xp.matmul(x, w.swapaxes(-1, -2), preferred_element_type=np.float32)
 
+    def empty_like(self, x: Any) -> Any:
+        return self.xp.empty_like(x).block_until_ready()  # to be written to by others
+
     def erfc(self, x: Any) -> Any:
         return sys.modules["jax"].lax.erfc(x)
 
@@ -110,6 +117,9 @@ class _Torch(ArrayLibrary):
 
     def filled(self, x: Any, where: Any, value: float) -> Any:
         return x.masked_fill(where, value)  # torch.where would copy the number to the device
+
+    def empty_like(self, x: Any) -> Any:
+        return x.new_empty(x.shape)  # without gaps, whatever those of x
 
     def product(self, x: Any, w: Any) -> Any:
         if not self._has_mixed_product(w):
@@ -134,6 +144,26 @@ _LIBRARIES: tuple[tuple[str, str, str, type[ArrayLibrary]], ...] = (
 )
 
 
+def find_library(value: Any) -> ArrayLibrary | None:
+    """The library that an array is of, among those that the caller has imported; None of other objects."""
+    for module, kind, namespace, library in _LIBRARIES:
+        if module in sys.modules and isinstance(value, getattr(sys.modules[module], kind)):
+            return library(sys.modules[namespace])
+    return None
+
+
+def is_of(name: str, value: Any) -> bool:
+    """Whether an array is of the library of that name: NumPy, torch, JAX or CuPy.
+
+    Examples
+    --------
+    >>> is_of("NumPy", np.zeros(2)), is_of("JAX", np.zeros(2)), is_of("NumPy", [0, 0])
+    (True, False, False)
+    """
+    found = find_library(value)
+    return found is not None and found.name == name
+
+
 def library_of(value: Any, name: str) -> ArrayLibrary:
     """The library that an array is of, among those that the caller has imported.
 
@@ -142,9 +172,9 @@ def library_of(value: Any, name: str) -> ArrayLibrary:
     TypeError
         An array of none of them.
     """
-    for module, kind, namespace, library in _LIBRARIES:
-        if module in sys.modules and isinstance(value, getattr(sys.modules[module], kind)):
-            return library(sys.modules[namespace])
+    found = find_library(value)
+    if found is not None:
+        return found
     raise TypeError(f"{name}: got {type(value).__name__}, expected an array of NumPy, CuPy, JAX or torch")
 
 

@@ -1,4 +1,4 @@
-"""Types of what public functions take: arrays of any library, CUDA streams, paths."""
+"""Types of what public functions take: arrays of any library, CUDA streams, paths; and bfloat16."""
 
 from __future__ import annotations
 
@@ -6,9 +6,22 @@ import os
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
 
+import ml_dtypes
+import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "ArrayLike", "ExpertArrays", "IntegersLike", "MaskLike", "PathLike", "StreamLike"]
+__all__ = [
+    "Array",
+    "ArrayLike",
+    "ExpertArrays",
+    "IntegersLike",
+    "MaskLike",
+    "PathLike",
+    "StreamLike",
+    "bfloat16",
+]
+
+bfloat16 = np.dtype(ml_dtypes.bfloat16)
 
 #: A NumPy array of any dtype.
 Array = NDArray[Any]

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..arrays.checks import Array, described
+from ..arrays.checks import Array
+from ..arrays.summary import array_summary
 from ..io import SafetensorsFile
 from ..io.json_text import MAX_JSON_BYTES, parse_json_object
 from ..io.regular_file import open_regular, read_regular
@@ -113,8 +114,10 @@ def read_state(
         raise ValueError(f"{path}: has other tensors than a state of this model and optimiser")
     found = {name: file.tensor(name) for name in expected}
     for name, value in found.items():
-        if described(value) != described(expected[name]):
-            raise ValueError(f"{path}: {name} is {described(value)}, expected {described(expected[name])}")
+        if array_summary(value) != array_summary(expected[name]):
+            raise ValueError(
+                f"{path}: {name} is {array_summary(value)}, expected {array_summary(expected[name])}"
+            )
     for name, parameter in parameters.items():
         parameter[:] = found[f"{_PARAMETER}{name}"]
     return course, {name: found[f"{_OPTIMIZER}{name}"].copy() for name in optimizer}

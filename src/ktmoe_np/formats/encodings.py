@@ -10,7 +10,8 @@ import ml_dtypes  # noqa: F401  # NumPy knows its dtypes by name
 import numpy as np
 
 from .. import kt_kernel_ext as ext
-from ..arrays.checks import Array, as_numpy, described, each_expert
+from ..arrays.checks import Array, as_numpy, each_expert
+from ..arrays.summary import array_summary
 from .gptq import BLOCK_SIZE, first_not_float16, group_sizes, q4_0_rows
 from .methods import format_names
 from .weights import Projection
@@ -184,7 +185,7 @@ class GptqFormat(NativeFormat):
             groups = " or ".join(map(str, counts))
             expected = f"float16 {[*lead, 'G', shape[1]]}".replace("'", "") + f" with G = {groups}"
             kind = ValueError if array.dtype in self.scale_dtypes else TypeError
-            raise kind(f"{name}: got {described(array)}, expected {expected}")
+            raise kind(f"{name}: got {array_summary(array)}, expected {expected}")
         strange = first_not_float16(array)
         if strange is not None:
             raise ValueError(f"{name}: got {strange:g} in {array.dtype}, expected numbers that float16 has")
@@ -226,7 +227,7 @@ def _checked(
     has_shape = array.ndim == len(shape) and (*array.shape[:-1], array.shape[-1] * size) == shape
     if array.dtype not in dtypes or not has_shape:
         kind = ValueError if array.dtype in dtypes else TypeError
-        raise kind(f"{name}: got {described(array)}, expected {_expected(dtypes, shape, as_bytes)}")
+        raise kind(f"{name}: got {array_summary(array)}, expected {_expected(dtypes, shape, as_bytes)}")
     if not as_bytes:
         return array
     if array.shape[-1] > 1 and array.strides[-1] != size:

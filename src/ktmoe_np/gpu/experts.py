@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 
 from ..arrays.activation import activate
-from ..arrays.checks import fits
-from ..arrays.library import dtype_name, library_of
+from ..arrays.library import library_of
+from ..arrays.spec import ArraySpec
 from ..arrays.summary import object_summary
-from ..arrays.types import ArrayLike, MaskLike
+from ..arrays.types import ArrayLike, MaskLike, bfloat16
 from ..config import ActivationSpec, MoEConfig
 from .masks import checked_mask
 
 __all__ = ["GPUExperts"]
 
-_BFLOAT16 = ("bfloat16",)
-_FLOAT32 = ("float32",)
-_INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_BFLOAT16 = (bfloat16,)
+_FLOAT32 = (np.dtype(np.float32),)
+_INTEGERS = tuple(np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
 class GPUExperts:
@@ -210,32 +210,28 @@ class GPUExperts:
         """
         library = self._library
         partial = self._checked("partial", partial, _FLOAT32, ("T", self.config.hidden_size))
-        cpu_result = self._checked("cpu_result", cpu_result, ("bfloat16", "float32"), tuple(partial.shape))
+        cpu_result = self._checked("cpu_result", cpu_result, (*_BFLOAT16, *_FLOAT32), tuple(partial.shape))
         with np.errstate(all="ignore"):
             return library.round_bf16(library.float32(cpu_result) + partial)
 
     # ---- checks ----
 
-    def _checked(self, name: str, value: Any, dtypes: tuple[str, ...], shape: tuple[int | str, ...]) -> Any:
+    def _checked(
+        self, name: str, value: Any, dtypes: tuple[np.dtype[Any], ...], shape: tuple[int | str, ...]
+    ) -> Any:
         """The array, which is of the weights' library and has one of these dtypes and this shape."""
         library = library_of(value, name)
         if library.name != self._library.name:
             found, expected = library.name, self._library.name
             raise TypeError(f"{name}: got an array of {found}, expected one of {expected}, as gate_proj is")
-        dtype, sizes = dtype_name(value), ", ".join(map(str, shape))
-        wanted = "integers" if dtypes is _INTEGERS else " or ".join(dtypes)
-        message = f"{name}: got {dtype} {list(value.shape)}, expected {wanted} [{sizes}]"
-        if dtype not in dtypes:
-            raise TypeError(message)
-        if not fits(tuple(value.shape), shape):
-            raise ValueError(message)
+        ArraySpec(dtypes, shape, "integers" if dtypes is _INTEGERS else "").check(name, value)
         return value
 
     def _bias(self, name: str, value: Any, shape: tuple[int, int]) -> Any:
         """A bias in float32, with an axis for the tokens."""
         if value is None:
             return None
-        bias = self._checked(name, value, ("float32", "float16", "bfloat16"), shape)
+        bias = self._checked(name, value, (*_FLOAT32, np.dtype(np.float16), *_BFLOAT16), shape)
         return self._library.float32(bias)[:, None]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays.spec import ArraySpec
 from ..arrays.types import ArrayLike, MaskLike
 
 __all__ = ["checked_mask", "generate_gpu_experts_masks"]
@@ -67,10 +68,6 @@ def checked_mask(gpu_experts_mask: MaskLike | None, num_experts: int) -> NDArray
         Another dtype.
     """
     mask = np.zeros(num_experts, np.bool_) if gpu_experts_mask is None else np.array(gpu_experts_mask)
-    expected = f"expected bool [{num_experts}]"
-    if mask.dtype != np.bool_:
-        raise TypeError(f"gpu_experts_mask: got {mask.dtype} {list(mask.shape)}, {expected}")
-    if mask.shape != (num_experts,):
-        raise ValueError(f"gpu_experts_mask: got bool {list(mask.shape)}, {expected}")
+    ArraySpec((np.dtype(np.bool_),), (num_experts,)).check("gpu_experts_mask", mask)
     mask.setflags(write=False)
     return mask

@@ -89,9 +89,9 @@ class MoELayer(_MoEBase):
 
     def _layer_config(self) -> ext.moe.MOEConfig:
         """The extension's config of the layer."""
-        return self._described(ext.moe.MOEConfig)
+        return self._engine_config(ext.moe.MOEConfig)
 
-    def _described(self, kind: type[ConfigT]) -> ConfigT:
+    def _engine_config(self, kind: type[ConfigT]) -> ConfigT:
         """A config of that class with the layer's sizes, activation and threads."""
         config, spec = self.config, self.config.activation
         layer = kind(

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 
 from .. import kt_kernel_ext as ext
-from ..arrays.checks import Array, as_numpy, bfloat16, described
+from ..arrays.checks import Array, as_numpy, bfloat16
+from ..arrays.spec import ArraySpec
 from ..formats.quantized import QuantizedFormat
 from ..formats.weights import Projection
 from ..io.mapped import MappedFiles
 
 __all__ = ["quantize_projection"]
 
-_DTYPES = "bfloat16 or float32"
+_DTYPES = (bfloat16, np.dtype(np.float32))
 
 
 def quantize_projection(
@@ -79,15 +80,13 @@ def _check_number(name: str, source: Any, shape: tuple[int, int, int]) -> None:
         raise TypeError(f"{name}: got {type(source).__name__}, expected an array")
     if tuple(source.shape) != shape:
         got = f"{getattr(source, 'dtype', '')} {list(source.shape)}".strip()
-        raise ValueError(f"{name}: got {got}, expected {_DTYPES} {list(shape)}")
+        raise ValueError(f"{name}: got {got}, expected {ArraySpec(_DTYPES, shape)}")
 
 
 def _matrix(name: str, item: Any, e: int, shape: tuple[int, ...]) -> Array:
     """The matrix of one expert as the engine reads it."""
     matrix = as_numpy(item, name)
     MappedFiles([matrix]).check()
-    if matrix.dtype not in (bfloat16, np.float32) or matrix.shape != shape:
-        kind = ValueError if matrix.dtype in (bfloat16, np.float32) else TypeError
-        raise kind(f"{name}: got {described(matrix)} for expert {e}, expected {_DTYPES} {list(shape)}")
+    ArraySpec(_DTYPES, shape).check(name, matrix, of=f" for expert {e}")
     has_gaps = matrix.shape[1] > 1 and matrix.strides[1] != matrix.itemsize
     return matrix.copy() if has_gaps or not matrix.flags.aligned else matrix

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.checks import Array, as_numpy, bfloat16, described, each_expert, expert_ids
+from ..arrays.checks import Array, as_numpy, bfloat16, each_expert, expert_ids
+from ..arrays.spec import ArraySpec
 from ..formats.quantized import QuantizedFormat
 from ..formats.weights import Projection
 
@@ -75,9 +76,7 @@ def checked_biases(
         if projection not in num_rows:
             raise ValueError(f"{name}: got one, expected None: the activation is not gated")
         array, shape = as_numpy(bias, name), (num_experts, num_rows[projection])
-        if array.dtype not in (np.float32, bfloat16) or array.shape != shape:
-            kind = ValueError if array.dtype in (np.float32, bfloat16) else TypeError
-            raise kind(f"{name}: got {described(array)}, expected float32 or bfloat16 {list(shape)}")
+        ArraySpec((np.dtype(np.float32), bfloat16), shape).check(name, array)
         checked[projection] = np.ascontiguousarray(array)
     return checked
 
@@ -98,8 +97,7 @@ def checked_map(physical_to_logical_map: Any, num_experts: int) -> Array | None:
     if physical_to_logical_map is None:
         return None
     experts = expert_ids(physical_to_logical_map, name)
-    if experts.shape != (num_experts,):
-        raise ValueError(f"{name}: got {described(experts)}, expected int64 [{num_experts}]")
+    ArraySpec((np.dtype(np.int64),), (num_experts,)).check(name, experts)
     wrong = (experts < 0) | (experts >= num_experts)
     if wrong.any():
         at = int(np.argmax(wrong))
@@ -121,10 +119,7 @@ def _held(name: str, source: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) 
     """Arrays of the caller as those of NumPy."""
 
     def checked(array: Array, lead: tuple[int, ...]) -> Array:
-        wanted = (*lead, *shape[1:])
-        if array.dtype != dtype or array.shape != wanted:
-            kind = TypeError if array.dtype != dtype else ValueError
-            raise kind(f"{name}: got {described(array)}, expected {dtype} {list(wanted)}")
+        ArraySpec((dtype,), (*lead, *shape[1:])).check(name, array)
         return array
 
     return each_expert(name, source, shape[0], checked)

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.checks import Array, bfloat16, expert_ids, num_tokens, routing_weights
+from ..arrays.checks import Array, bfloat16, count_tokens, expert_ids, routing_weights
+from ..arrays.spec import ArraySpec
 from ..config import MoEConfig
 
 __all__ = ["Batch"]
@@ -31,13 +32,11 @@ class Batch:
         out: Any,
         incremental: bool,
     ) -> None:
-        self.num_tokens = num_tokens(hidden_states)
+        self.num_tokens = count_tokens(hidden_states)
         self.hidden_states = hidden_states
         self.ids = expert_ids(topk_ids)
         self.weights = routing_weights(topk_weights)
-        expected = (self.num_tokens, config.num_experts_per_tok)
-        if self.ids.shape != expected:
-            raise ValueError(f"topk_ids: got shape {list(self.ids.shape)}, expected {list(expected)}, [T, P]")
+        ArraySpec((), (self.num_tokens, config.num_experts_per_tok)).check("topk_ids", self.ids)
         if out is None and incremental:
             raise ValueError("out: got None with incremental=True, expected the array to add to")
         self.out: Array = np.empty((self.num_tokens, config.hidden_size), bfloat16) if out is None else out

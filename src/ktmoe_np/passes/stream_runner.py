@@ -11,7 +11,8 @@ import numpy as np
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, bfloat16
 from ..arrays.device import DeviceArray, device_array, given_back, new_like
-from ..arrays.dlpack import is_of_jax
+from ..arrays.library import is_of
+from ..arrays.spec import ArraySpec
 from ..buffers import BufferSlot
 from ..config import MoEConfig
 from .batch import Batch
@@ -25,6 +26,8 @@ __all__ = ["StreamBatch", "StreamRunner", "drain"]
 _MOST_WORKS = 8
 
 _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
+_FLOAT32 = (np.dtype(np.float32),)
+_NUMBER = ArraySpec(_INTEGERS, (1,))
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class StreamRunner:
 
     def __init__(self, runner: LayerRunner, engine: ext.CPUInfer, config: MoEConfig) -> None:
         self._runner, self._engine, self._config = runner, engine, config
+        self._hidden = ArraySpec((bfloat16,), ("T", config.hidden_size))
         self._lock = ext.CallLock("cuda_stream", of_engine=True)  # of `_pending`: streams are many
         self._pending: tuple[Stream, _Pass] | None = None
         self._works: weakref.WeakKeyDictionary[BufferSlot, dict[Any, _Work]] = weakref.WeakKeyDictionary()
@@ -168,13 +172,13 @@ class StreamRunner:
             raise RuntimeError(
                 f"a pass of layer {c.layer_idx} is pending in a stream, call sync_forward first"
             )
-        x = device_array(batch.hidden_states, "hidden_states", [bfloat16], ("T", c.hidden_size), handle)
+        x = device_array(batch.hidden_states, "hidden_states", self._hidden, handle)
         routes = x.shape[0], c.num_experts_per_tok
-        ids = device_array(batch.topk_ids, "topk_ids", _INTEGERS, routes, handle)
-        weights = device_array(batch.topk_weights, "topk_weights", [np.dtype(np.float32)], routes, handle)
+        ids = device_array(batch.topk_ids, "topk_ids", ArraySpec(_INTEGERS, routes), handle)
+        weights = device_array(batch.topk_weights, "topk_weights", ArraySpec(_FLOAT32, routes), handle)
         arrays = [x, ids, weights]
         if batch.num_tokens is not None:
-            arrays.append(device_array(batch.num_tokens, "num_tokens", _INTEGERS, (1,), handle))
+            arrays.append(device_array(batch.num_tokens, "num_tokens", _NUMBER, handle))
         result = self._result(batch.hidden_states, x.shape[0], batch.out, handle)
         carry = stream.chain.receive(c.layer_idx, x.shape[0])
         slot = stream.free_slot(c, x.shape[0], carry)
@@ -218,10 +222,12 @@ class StreamRunner:
         return _Work(do, slot.deferred_output)
 
     def _result(self, like: Any, num_tokens: int, out: Any, stream: int) -> DeviceArray:
-        if out is not None and is_of_jax(out):
+        if out is not None and is_of("JAX", out):
             raise TypeError("out: got an array of JAX, which nobody writes to, expected None")
         target = new_like(like) if out is None else out
-        return device_array(target, "out", [bfloat16], (num_tokens, self._config.hidden_size), stream)
+        return device_array(
+            target, "out", ArraySpec((bfloat16,), (num_tokens, self._config.hidden_size)), stream
+        )
 
 
 def drain(stream: Stream, out: Any) -> Any:

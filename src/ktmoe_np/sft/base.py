@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Unpack
 
 from .. import kt_kernel_ext as ext
-from ..arrays.checks import Array, at_least, num_tokens
+from ..arrays.checks import Array, at_least, count_tokens
 from ..arrays.types import ArrayLike, IntegersLike, StreamLike
 from ..buffers import Claim
 from ..config import MoEConfig
@@ -193,9 +193,9 @@ class BaseSFTMoEWrapper(LoraLayer):
         claim: Claim | None = None,
     ) -> tuple[Array, ext.moe.TrainingTask]:
         if out is None:
-            out = self._results.output(num_tokens(hidden_states), hidden_states, claim)
+            out = self._results.output(count_tokens(hidden_states), hidden_states, claim)
         else:
-            self._results.claim_given("output", (out,), num_tokens(hidden_states), claim)
+            self._results.claim_given("output", (out,), count_tokens(hidden_states), claim)
         batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental=False)
         self._files.check()
         task = self._layer.forward_sft_task(
@@ -307,12 +307,12 @@ class BaseSFTMoEWrapper(LoraLayer):
         grad_weights: Any,
         claim: Claim | None = None,
     ) -> tuple[SFTGradients, ext.moe.TrainingTask]:
-        num = num_tokens(grad_output, "grad_output")
+        tokens = count_tokens(grad_output, "grad_output")
         self._files.check()
         matrices = self._matrices(gradients, accumulate, claim)
-        self._results.claim_given("gradients", (grad_input, grad_weights), num, claim)
+        self._results.claim_given("gradients", (grad_input, grad_weights), tokens, claim)
         if grad_input is None or grad_weights is None:
-            made = self._results.row_gradients(num, grad_output, claim)
+            made = self._results.row_gradients(tokens, grad_output, claim)
             grad_input = made[0] if grad_input is None else grad_input
             grad_weights = made[1] if grad_weights is None else grad_weights
         result = SFTGradients(grad_input, grad_weights, **matrices)

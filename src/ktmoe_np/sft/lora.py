@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, as_numpy, bfloat16
+from ..arrays.spec import ArraySpec
 from ..arrays.types import ArrayLike
 from ..config import MoEConfig
 from ..formats.methods import Method
@@ -43,7 +44,7 @@ class LoraLayer(MoELayer):
         super().__init__(method, config, **layer)
 
     def _layer_config(self) -> ext.moe.MOEConfig:
-        layer, options = self._described(ext.moe.MOESFTConfig), self.options
+        layer, options = self._engine_config(ext.moe.MOESFTConfig), self.options
         layer.lora_rank = options.lora_rank
         layer.lora_alpha = options.lora_alpha
         layer.lora_dropout = options.lora_dropout
@@ -194,11 +195,7 @@ def _checked(
         why = "lora_rank is 0" if rank == 0 else f"activation {config.activation.name} is not gated"
         raise ValueError(f"{name}: got one, expected None: {why}")
     array = as_numpy(value, name)
-    got, expected = f"got {array.dtype} {list(array.shape)}", f"expected float32 or bfloat16 {list(shape)}"
-    if array.dtype not in (bfloat16, np.dtype(np.float32)):
-        raise TypeError(f"{name}: {got}, {expected}")
-    if array.shape != shape:
-        raise ValueError(f"{name}: {got}, {expected}")
+    ArraySpec((np.dtype(np.float32), bfloat16), shape).check(name, array)
     return array
 
 
