@@ -14,6 +14,7 @@ import pytest
 from checkpoints import write_safetensors
 
 from ktmoe_np import DeferralChain, GPUExperts, KExpertsCPUBuffer, KExpertsSFTBuffer, KTMoEWrapper, MoEConfig
+from ktmoe_np import kt_kernel_ext as ext
 from ktmoe_np.io import SafetensorsCheckpoint, SafetensorsFile, load_experts
 from ktmoe_np.io.gguf.checkpoint import GgufCheckpoint
 from ktmoe_np.models import EMBEDDED_MODEL, MoEDecoder, loss_and_gradients
@@ -70,6 +71,26 @@ def test_tickets_and_chains() -> None:
     ticket = moe.cpu_infer.submit(moe._layer.forward_task(*BATCH, out))
     moe.cpu_infer.wait(ticket)
     assert repr(ticket) == f"Ticket({ticket.number})"
+
+
+def test_engines() -> None:
+    config = ext.WorkerPoolConfig(2, [0, 0], [1, 2])
+    assert (
+        repr(config)
+        == "WorkerPoolConfig(subpool_count=2, subpool_numa_map=[0, 0], subpool_thread_count=[1, 2])"
+    )
+    engine = make().cpu_infer
+    pool = engine.backend_
+    threads = f"{pool.num_threads} threads in {pool.num_subpools} sub-pools"
+    nodes = f"NUMA nodes {list(pool.config.subpool_numa_map)}"
+    assert repr(pool) == f"<WorkerPool {threads}, {nodes}>"
+    assert (
+        re.fullmatch(r"<CPUInfer (.*), (\d+) of (\d+) tasks completed>", repr(engine))[1]
+        == f"{threads}, {nodes}"
+    )
+    ended = ext.CPUInfer(1)
+    ended.shutdown()
+    assert repr(ended).endswith("0 of 0 tasks completed>")
 
 
 def test_buffers() -> None:

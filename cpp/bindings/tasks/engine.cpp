@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "bindings/convert/arrays.h"
 #include "bindings/tasks/gil.h"
@@ -91,6 +93,28 @@ WorkerPoolConfig make_config(int subpool_count, std::vector<int> numa_map, std::
   return config;
 }
 
+std::string list_text(const std::vector<int>& values) {
+  std::string text = "[";
+  for (const int value : values) text += str_cat(text.size() > 1 ? ", " : "", value);
+  return text + "]";
+}
+
+std::string config_repr(const WorkerPoolConfig& config) {
+  return str_cat("WorkerPoolConfig(subpool_count=", config.subpool_count,
+                 ", subpool_numa_map=", list_text(config.subpool_numa_map),
+                 ", subpool_thread_count=", list_text(config.subpool_thread_count), ")");
+}
+
+std::string pool_summary(const WorkerPool& pool) {
+  return str_cat(pool.num_threads(), " threads in ", pool.num_subpools(), " sub-pools, NUMA nodes ",
+                 list_text(pool.config().subpool_numa_map));
+}
+
+std::string engine_repr(const CPUInfer& engine) {
+  return str_cat("<CPUInfer ", pool_summary(*engine.backend()), ", ", engine.num_completed(), " of ",
+                 engine.num_submitted(), " tasks completed>");
+}
+
 void bind_streams(nb::class_<CPUInfer>& engine) {
   engine
       .def(
@@ -157,12 +181,15 @@ subpool_thread_count : list of int
           "One sub-pool for every node with CPUs that this process may use, a thread for each of them.")
       .def_rw("subpool_count", &WorkerPoolConfig::subpool_count)
       .def_rw("subpool_numa_map", &WorkerPoolConfig::subpool_numa_map)
-      .def_rw("subpool_thread_count", &WorkerPoolConfig::subpool_thread_count);
+      .def_rw("subpool_thread_count", &WorkerPoolConfig::subpool_thread_count)
+      .def("__repr__", &config_repr);
 
   nb::class_<WorkerPool>(m, "WorkerPool", "The threads of an engine; made by CPUInfer, handed to layers.")
       .def_prop_ro("num_threads", [](const WorkerPool& pool) { return pool.num_threads(); })
       .def_prop_ro("num_subpools", &WorkerPool::num_subpools)
-      .def_prop_ro("config", &WorkerPool::config, nb::rv_policy::copy);
+      .def_prop_ro("config", &WorkerPool::config, nb::rv_policy::copy)
+      .def("__repr__",
+           [](const WorkerPool& pool) { return str_cat("<WorkerPool ", pool_summary(pool), ">"); });
 }
 
 }  // namespace
@@ -193,6 +220,7 @@ ValueError
   bind_streams(engine);
   engine.def(nb::init<WorkerPoolConfig>(), nb::arg("config"))
       .def(nb::init<int>(), nb::arg("num_threads"))
+      .def("__repr__", &engine_repr)
       .def_prop_ro("backend_", &CPUInfer::backend, "The threads, as layers take them in their config.")
       .def("submit", &submit, nb::arg("task"), "Queue a task and return its ticket; does not wait.")
       .def("sync", &sync, nb::arg("allow_n_pending") = 0,
