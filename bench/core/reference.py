@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 #: What the reference may cost: weights to widen, and operations.
-_MOST_WEIGHTS, _MOST_FLOP = 1.5e9, 4e11
+_MAX_WEIGHTS, _MAX_FLOP = 1.5e9, 4e11
 
 
 class Sample(NamedTuple):
@@ -67,11 +67,11 @@ def sample_rows(layer: Layer, case: Case) -> Sample:
 def choose_rows(layer: Layer, case: Case, flop: float) -> Array:
     """Rows to check: all of them, or as many as the reference may cost (`flop` for each), spread evenly."""
     shape, tokens = layer.shape, len(case.ids)
-    most = max(1, min(tokens, int(_MOST_FLOP / flop)))
+    most = max(1, min(tokens, int(_MAX_FLOP / flop)))
     while True:
         rows = np.unique(np.linspace(0, tokens - 1, most).astype(int))
         touched = len(np.unique(case.ids[rows]))
-        if most == 1 or touched * shape.weights_per_expert <= _MOST_WEIGHTS:
+        if most == 1 or touched * shape.weights_per_expert <= _MAX_WEIGHTS:
             return rows
         most = max(1, most * 3 // 4)
 

@@ -21,7 +21,7 @@ from .stream_model import GpuLayers
 
 _WARM_UP = 5
 _CHECKED = 4  # tokens
-_MOST_ERROR = 0.02  # of bf16 weights and intermediates
+_MAX_ERROR = 0.02  # of bf16 weights and intermediates
 
 
 def _quantiles(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
@@ -80,7 +80,7 @@ def main() -> int:
         on_host = [[experts.on_host(array) for array in batch] for batch in routed]
         experts.prepare(tokens, 0)
         error = _error(experts, weights[0], routed[0])
-        if not error < _MOST_ERROR:
+        if not error < _MAX_ERROR:
             raise RuntimeError(f"{sys.argv[1]}: an error of {error:.3f} at {tokens} tokens")
         cpu_s = _seconds(lambda: experts.run_on_host(on_host), options.repeats)  # noqa: B023
         gpu_s = _seconds(_captured(lambda: gpu.run(None)), options.repeats)  # noqa: B023

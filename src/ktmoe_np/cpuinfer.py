@@ -16,7 +16,7 @@ from .passes.deferral import SharedChain
 __all__ = ["_MoEBase"]
 
 #: More threads, sub-pools or nodes than any machine has.
-_MOST = 2**16
+_MAX_WORKERS = 2**16
 
 
 def _engine_config(
@@ -26,10 +26,10 @@ def _engine_config(
     machine = ext.topology()
     nodes = sorted(machine["node_cpus"])
     threads = machine["cpu_quota"] if cpuinfer_threads is None else cpuinfer_threads
-    threads = at_least("cpuinfer_threads", threads, 1, _MOST)
+    threads = at_least("cpuinfer_threads", threads, 1, _MAX_WORKERS)
     if threadpool_count is None:
         threadpool_count = min(len(numa_nodes or nodes), threads)
-    if not 1 <= at_least("threadpool_count", threadpool_count, 0, _MOST) <= threads:
+    if not 1 <= at_least("threadpool_count", threadpool_count, 0, _MAX_WORKERS) <= threads:
         raise ValueError(
             f"threadpool_count: got {threadpool_count}, expected 1 to {threads}, the number of threads"
         )
@@ -39,7 +39,7 @@ def _engine_config(
         raise ValueError(
             f"numa_nodes: got {list(numa_nodes)}, expected {threadpool_count} nodes, one for each sub-pool"
         )
-    numa_nodes = [at_least("numa_nodes", node, 0, _MOST) for node in numa_nodes]
+    numa_nodes = [at_least("numa_nodes", node, 0, _MAX_WORKERS) for node in numa_nodes]
     share, more = divmod(threads, threadpool_count)
     counts = [share + (i < more) for i in range(threadpool_count)]
     return ext.WorkerPoolConfig(threadpool_count, numa_nodes, counts)

@@ -65,7 +65,7 @@ from sft_layers import Student, draw_lora
 from ktmoe_np import DeferralChain, KExpertsCPUBuffer, KTMoEWrapper
 from ktmoe_np import kt_kernel_ext as ext
 from ktmoe_np.cpuinfer import _MoEBase
-from ktmoe_np.io.shared import Held
+from ktmoe_np.io.shared import SharedCache
 
 E, I, H, P, T = 4, 24, 40, 2, 6
 layer = draw_layer(np.random.default_rng(0), E, I, H)
@@ -189,7 +189,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 #: What threads do all the time while the process forks: (made, called). A child uses what is of no engine as
 #: it is; of what is of one it is refused the parent's, and makes its own.
 OF_NO_ENGINE = {
-    "open files": ("Held()", "it.get(random.choice('abc'), lambda: {1})"),
+    "open files": ("SharedCache()", "it.get(random.choice('abc'), lambda: {1})"),
     "buffers": ("KExpertsCPUBuffer", "it.get_buffer(random.choice((1, 2, 3)), H, P)"),
 }
 OF_AN_ENGINE = {
@@ -320,7 +320,7 @@ REFUSALS = (
 def test_signal_handlers_that_call_the_package(call: str) -> None:
     """They are told what cannot be, or it works; neither they nor the calls they interrupt ever hang."""
     script = f"""
-held = Held()
+held = SharedCache()
 moe, sft = layer.wrapper(P, layer_idx=5), student.wrapper(P, layer_idx=6)
 first, chain = layer.wrapper(P, layer_idx=7, max_deferred_experts_per_token=1), DeferralChain()
 expected, refused, num = moe.forward(*batch), set(), 0

@@ -20,7 +20,7 @@ from ktmoe_np.io.experts import expert_layers, load_experts
 from ktmoe_np.io.gguf.experts import GgufCheckpoint, gguf_config, gguf_layers, load_gguf
 from ktmoe_np.io.inspect import inspect_checkpoint
 from ktmoe_np.io.layer_config import check_fits, layer_config
-from ktmoe_np.io.layouts.native_layer import find_forms
+from ktmoe_np.io.layouts.native_layer import find_native_layouts
 from ktmoe_np.io.safetensors.checkpoint import SafetensorsCheckpoint, SafetensorsFile
 from ktmoe_np.io.safetensors.writer import write_safetensors
 from ktmoe_np.models.config import DecoderConfig
@@ -83,7 +83,7 @@ def _safetensors(folder: Path) -> None:
             _attempt(
                 folder,
                 lambda: load_experts(checkpoint, layer),  # noqa: B023
-                lambda: find_forms(checkpoint, layer),  # noqa: B023
+                lambda: find_native_layouts(checkpoint, layer),  # noqa: B023
             )
 
     _attempt(folder, read_tensors, read_experts)

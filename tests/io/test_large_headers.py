@@ -75,8 +75,8 @@ def test_time_grows_with_the_number_of_layers(tmp_path: Path, write: Callable[[P
 
 
 def test_safetensors_of_too_many_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _safetensors_header._MOST_TENSORS == 2**20
-    monkeypatch.setattr(_safetensors_header, "_MOST_TENSORS", 1000)  # a million takes a while to write
+    assert _safetensors_header._MAX_TENSORS == 2**20
+    monkeypatch.setattr(_safetensors_header, "_MAX_TENSORS", 1000)  # a million takes a while to write
     entry = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     text = b"{" + b",".join(entry % i for i in range(1001)) + b"}"
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)

@@ -27,7 +27,7 @@ import ktmoe_np.cli.training_state as training_state
 import ktmoe_np.io.safetensors.writer as writer
 import ktmoe_np.sft.adapters as adapters
 from ktmoe_np.cli.guard import RaisingInterrupts, guard_process
-from ktmoe_np.cli.training_text import Part, TrainingText
+from ktmoe_np.cli.training_text import TextPart, TrainingText
 from ktmoe_np.config import MoEConfig
 from ktmoe_np.models import EMBEDDED_MODEL
 from ktmoe_np.sft.gradients import lora_shapes
@@ -94,7 +94,7 @@ def train(out: Path) -> int:
         batch=2, window=4, seed=1, prompt=None, steps=STEPS, every=EVERY,
     )  # fmt: skip
     tokens = np.arange(60) % 7
-    text = TrainingText(Part(tokens, 1.0), Part(tokens[:9], 1.0), "text")
+    text = TrainingText(TextPart(tokens, 1.0), TextPart(tokens[:9], 1.0), "text")
     tokenizer = SimpleNamespace(encode=lambda text: [1], decode=lambda tokens: " ".join(map(str, tokens)))
     try:
         with RaisingInterrupts():

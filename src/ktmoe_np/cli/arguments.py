@@ -18,16 +18,16 @@ __all__ = [
 ]
 
 #: More than any model has, so that a mistyped range is said to be one.
-_MOST_LAYERS = 100_000
+_MAX_LAYERS = 100_000
 
 #: More than anything that is counted here; sizes of arrays overflow far above it.
-_MOST = 2**31 - 1
+_MAX_INTEGER = 2**31 - 1
 
 
 class Count:
     """Argument type: an integer of at least `least`, at most `most`."""
 
-    def __init__(self, least: int, most: int = _MOST) -> None:
+    def __init__(self, least: int, most: int = _MAX_INTEGER) -> None:
         self.least, self.most = least, most
 
     def __call__(self, text: str) -> int:
@@ -59,9 +59,9 @@ def layer_ranges(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.partition("-")
         ends = [Count(0)(end) for end in ((first, last) if dash else (first,))]
-        if ends[0] > ends[-1] or ends[-1] >= _MOST_LAYERS:
+        if ends[0] > ends[-1] or ends[-1] >= _MAX_LAYERS:
             raise argparse.ArgumentTypeError(
-                f"got {part!r}, expected a range upwards, of numbers below {_MOST_LAYERS}"
+                f"got {part!r}, expected a range upwards, of numbers below {_MAX_LAYERS}"
             )
         numbers += range(ends[0], ends[-1] + 1)
     return numbers

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 #: Of each layer, how many experts are decoded and compared, and how many weights of a projection that may be.
-_MOST_EXPERTS, _MOST_WEIGHTS = 4, 1 << 24
+_MAX_EXPERTS, _MAX_WEIGHTS = 4, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def sample_experts(config: MoEConfig) -> tuple[int, ...]:
     (0, 42, 85, 127)
     """
     weights = config.hidden_size * config.moe_intermediate_size
-    count = max(1, min(config.num_experts, _MOST_EXPERTS, _MOST_WEIGHTS // weights))
+    count = max(1, min(config.num_experts, _MAX_EXPERTS, _MAX_WEIGHTS // weights))
     spread = np.linspace(0, config.num_experts - 1, count).round().astype(int)
     return tuple(spread.tolist())
 

@@ -11,21 +11,21 @@ from numpy.typing import NDArray
 
 from ..models import Tokenizer
 
-__all__ = ["Part", "TrainingText", "read_training_text"]
+__all__ = ["TextPart", "TrainingText", "read_training_text"]
 
 #: What is held out of the text: its last tenth, of which so many letters are measured.
-_HELD_OUT, _MOST_MEASURED = 10, 16384
+_HELD_OUT, _MAX_MEASURED = 10, 16384
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """A part of a text."""
 
     tokens: NDArray[np.int64]
     tokens_per_byte: float
 
     @classmethod
-    def of(cls, text: str, tokenizer: Tokenizer) -> Part:
+    def of(cls, text: str, tokenizer: Tokenizer) -> TextPart:
         """Encode a text that is not empty."""
         tokens = np.array(tokenizer.encode(text), np.int64)
         return cls(tokens, len(tokens) / len(text.encode()))
@@ -35,8 +35,8 @@ class Part:
 class TrainingText:
     """What is learnt, and what it is measured by."""
 
-    learnt: Part
-    held_out: Part
+    learnt: TextPart
+    held_out: TextPart
     sha256: str  #: of the file
 
 
@@ -56,7 +56,7 @@ def read_training_text(file: Path, tokenizer: Tokenizer, window: int, vocab_size
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: is not UTF-8: {error.reason} at byte {error.start}") from error
     cut = len(text) - len(text) // _HELD_OUT
-    parts = [Part.of(part or " ", tokenizer) for part in (text[:cut], text[cut : cut + _MOST_MEASURED])]
+    parts = [TextPart.of(part or " ", tokenizer) for part in (text[:cut], text[cut : cut + _MAX_MEASURED])]
     for part, least, what in zip(parts, (window + 1, 2), ("first nine tenths", "last tenth"), strict=True):
         if len(part.tokens) < least:
             raise ValueError(f"{file}: has {len(part.tokens)} tokens in its {what}, expected {least} or more")

@@ -186,9 +186,11 @@ class GptqFormat(NativeFormat):
             expected = f"float16 {[*lead, 'G', shape[1]]}".replace("'", "") + f" with G = {groups}"
             kind = ValueError if array.dtype in self.scale_dtypes else TypeError
             raise kind(f"{name}: got {array_summary(array)}, expected {expected}")
-        strange = first_not_float16(array)
-        if strange is not None:
-            raise ValueError(f"{name}: got {strange:g} in {array.dtype}, expected numbers that float16 has")
+        unrepresentable = first_not_float16(array)
+        if unrepresentable is not None:
+            raise ValueError(
+                f"{name}: got {unrepresentable:g} in {array.dtype}, expected numbers that float16 has"
+            )
         return array
 
 

@@ -109,7 +109,7 @@ class GPUExperts:
         self._gate_bias = self._bias("gate_bias", gate_bias, (num, inter))
         self._up_bias = self._bias("up_bias", up_bias, (num, inter))
         self._down_bias = self._bias("down_bias", down_bias, (num, hidden))
-        self._numbers = self._library.beside(self.experts, gate_proj)[:, None, None]
+        self._expert_ids = self._library.beside(self.experts, gate_proj)[:, None, None]
 
     def __repr__(self) -> str:
         return object_summary(self, self._summary)
@@ -155,7 +155,7 @@ class GPUExperts:
         if not len(self.experts):
             return library.xp.zeros_like(library.float32(x))
         with np.errstate(all="ignore"):  # infinities that finite weights sum up to are values
-            is_here = self._numbers == library.integers(ids)[None]  # [G, T, P]
+            is_here = self._expert_ids == library.integers(ids)[None]  # [G, T, P]
             is_routed = is_here.any(-1)
             if c.scale_inputs:
                 rows = self._scaled(x, weights).reshape(-1, c.hidden_size)

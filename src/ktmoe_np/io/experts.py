@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..config import MoEConfig
 from ..formats.weights import ExpertWeights, Projection
 from .layouts.layer import ExpertLayer, expert_layers, find_layer
-from .layouts.name_patterns import Naming
+from .layouts.name_patterns import NamePattern
 from .safetensors.checkpoint import SafetensorsCheckpoint
 
 __all__ = ["expert_layers", "find_experts", "load_experts"]
@@ -74,42 +74,42 @@ def load_experts(
 
 def find_experts(
     checkpoint: SafetensorsCheckpoint, layer_idx: int, config: MoEConfig | None = None
-) -> tuple[ExpertLayer, Naming, tuple[int, int, int]]:
-    """Find what `load_experts` reads, by the headers alone: the layer, its naming, and E, I and H.
+) -> tuple[ExpertLayer, NamePattern, tuple[int, int, int]]:
+    """Find what `load_experts` reads, by the headers alone: the layer, its pattern, and E, I and H.
 
     Errors are those of `load_experts`.
     """
     layer = find_layer(checkpoint, layer_idx)
     problems = []
-    for naming in layer.namings():
-        sizes = layer.sizes(naming, config)
-        problem = layer.problem(naming, sizes)
+    for pattern in layer.patterns():
+        sizes = layer.sizes(pattern, config)
+        problem = layer.problem(pattern, sizes)
         if problem is None:
             if config is not None:
-                layer.check_gated(naming, config)
-            return layer, naming, sizes
+                layer.check_gated(pattern, config)
+            return layer, pattern, sizes
         problems.append(problem)
     raise ValueError(problems[0])
 
 
-def _build(layer: ExpertLayer, naming: Naming, sizes: tuple[int, int, int]) -> ExpertWeights:
+def _build(layer: ExpertLayer, pattern: NamePattern, sizes: tuple[int, int, int]) -> ExpertWeights:
     """Read, split and, where the layout asks for it, transpose."""
     num_experts = sizes[0]
-    axis = 1 if naming.transposed else 0
+    axis = 1 if pattern.transposed else 0
     weights: dict[str, list[AnyArray]] = {}
     biases: dict[str, list[AnyArray]] = {}
-    for role, template in naming.tensors.items():
-        _store(weights, role, layer.tensors(naming, template, num_experts), axis, naming.interleaved)
-    if naming.transposed:
+    for role, template in pattern.tensors.items():
+        _store(weights, role, layer.tensors(pattern, template, num_experts), axis, pattern.interleaved)
+    if pattern.transposed:
         weights = {role: [_transposed(matrix) for matrix in matrices] for role, matrices in weights.items()}
-    if layer.has_biases(naming):
-        for role, template in naming.biases.items():
-            _store(biases, role, layer.tensors(naming, template, num_experts), 0, naming.interleaved)
+    if layer.has_biases(pattern):
+        for role, template in pattern.biases.items():
+            _store(biases, role, layer.tensors(pattern, template, num_experts), 0, pattern.interleaved)
     stacked = {role: np.stack([v.astype(np.float32) for v in vectors]) for role, vectors in biases.items()}
     projections = {
         f"{role}_proj": Projection(matrices, bias=stacked.get(role)) for role, matrices in weights.items()
     }
-    return ExpertWeights.of(projections, names=layer.names(naming, sizes))
+    return ExpertWeights.of(projections, names=layer.names(pattern, sizes))
 
 
 def _store(

@@ -17,10 +17,10 @@ from .experts import find_experts
 from .gguf.experts import GgufCheckpoint, gguf_config, gguf_layers, is_gguf, load_gguf
 from .json_text import naming_file
 from .layer_config import hf_layer_config
-from .layouts.encodings import FORMS
+from .layouts.encodings import NATIVE_LAYOUTS
 from .layouts.layer import layers_with, speaks_of_experts
-from .layouts.name_patterns import NAMINGS
-from .layouts.native_layer import find_forms
+from .layouts.name_patterns import NAME_PATTERNS
+from .layouts.native_layer import find_native_layouts
 from .safetensors.checkpoint import SafetensorsCheckpoint, load_hf_config
 
 __all__ = ["CheckpointReport", "LayerReport", "inspect_checkpoint", "known_templates"]
@@ -184,32 +184,34 @@ def _inspect_safetensors(path: Path) -> CheckpointReport:
 
 def known_templates() -> set[str]:
     """What experts' tensors are called, in any format."""
-    plain = {name for naming in NAMINGS for name in naming.tensors.values()}
+    plain = {name for pattern in NAME_PATTERNS for name in pattern.tensors.values()}
     return plain.union(
-        stem + encoding.codes.suffix for naming, encoding in FORMS for stem in naming.tensors.values()
+        stem + encoding.codes.suffix
+        for pattern, encoding in NATIVE_LAYOUTS
+        for stem in pattern.tensors.values()
     )
 
 
 def _no_experts(checkpoint: SafetensorsCheckpoint, model_type: str | None) -> str:
     """Say that no layer has experts, and why that may be."""
-    strangers = filter(speaks_of_experts, checkpoint.names())
-    name = next(strangers, None)
+    unknown_names = filter(speaks_of_experts, checkpoint.names())
+    name = next(unknown_names, None)
     if name is not None:
         return f"{checkpoint.path}: has experts, but in no naming known here, e.g. {name!r}"
     return f"{checkpoint.path}: no layer has experts: a dense model (model_type {model_type!r})"
 
 
 def _safetensors_layer(checkpoint: SafetensorsCheckpoint, config: MoEConfig) -> LayerReport:
-    forms = find_forms(checkpoint, config.layer_idx)
-    if forms:
-        form = forms[0][1]
-        method, names = form.method, form.check(config)
+    layouts = find_native_layouts(checkpoint, config.layer_idx)
+    if layouts:
+        layout = layouts[0][1]
+        method, names = layout.method, layout.check(config)
     else:
-        layer, naming, sizes = find_experts(checkpoint, config.layer_idx, config)
-        method, names = _PLAIN, layer.names(naming, sizes)
+        layer, pattern, sizes = find_experts(checkpoint, config.layer_idx, config)
+        method, names = _PLAIN, layer.names(pattern, sizes)
     infos = map(checkpoint.info, names)
     found = find_method(method, "inference")
-    group_size = forms[0][1].encoding.group_size if forms and found.encodings else None
+    group_size = layouts[0][1].encoding.group_size if layouts and found.encodings else None
     formats = dict.fromkeys(projection_sizes(config), found.encodings.get(group_size, found.weights))
     return LayerReport(config, formats, method, group_size, sum(info.end - info.begin for info in infos))
 

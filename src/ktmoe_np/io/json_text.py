@@ -19,7 +19,7 @@ __all__ = ["MAX_JSON_BYTES", "naming_file", "parse_json", "parse_json_object", "
 MAX_JSON_BYTES = 100_000_000
 
 #: The most objects and arrays of a text: they are what takes memory, up to a few hundred bytes each.
-_MOST_CONTAINERS = 2**22
+_MAX_CONTAINERS = 2**22
 
 #: More digits than an integer has that a float can hold.
 _MAX_DIGITS = 308
@@ -64,8 +64,8 @@ def parse_json(text: bytes, what: str, *, finite: bool = False) -> Any:
     ValueError: x.json is not JSON: key 'a' occurs twice
     """
     containers = text.count(b"{") + text.count(b"[")  # those in strings too, which are few
-    if containers > _MOST_CONTAINERS:
-        raise ValueError(f"{what} has {containers} objects and arrays, expected at most {_MOST_CONTAINERS}")
+    if containers > _MAX_CONTAINERS:
+        raise ValueError(f"{what} has {containers} objects and arrays, expected at most {_MAX_CONTAINERS}")
     try:
         value = json.loads(
             text.decode("utf-8"),

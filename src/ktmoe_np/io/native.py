@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from ..config import MoEConfig
 from ..formats.encodings import NATIVE_FORMATS
 from ..formats.weights import ExpertWeights, Projection
-from .layouts.encoding import Part, Sizes
+from .layouts.encoding import Sizes, TensorSpec
 from .layouts.encodings import METHODS
 from .layouts.layer import aligned
-from .layouts.native_layer import Form, find_forms, no_form
+from .layouts.native_layer import NativeLayout, find_native_layouts, why_no_layout
 from .safetensors.checkpoint import SafetensorsCheckpoint
 
 __all__ = ["load_native", "native_group_size", "native_method"]
@@ -58,8 +58,8 @@ def native_method(checkpoint: SafetensorsCheckpoint | str | os.PathLike[str], la
     >>> native_method(path, 0), native_method(path, 1)
     ('MXFP4', None)
     """
-    forms = find_forms(SafetensorsCheckpoint.opened(checkpoint), layer_idx)
-    return forms[0][1].method if forms else None
+    layouts = find_native_layouts(SafetensorsCheckpoint.opened(checkpoint), layer_idx)
+    return layouts[0][1].method if layouts else None
 
 
 def native_group_size(
@@ -69,8 +69,8 @@ def native_group_size(
 
     See `native_method` for parameters and errors.
     """
-    forms = find_forms(SafetensorsCheckpoint.opened(checkpoint), layer_idx)
-    return forms[0][1].encoding.group_size if forms else None
+    layouts = find_native_layouts(SafetensorsCheckpoint.opened(checkpoint), layer_idx)
+    return layouts[0][1].encoding.group_size if layouts else None
 
 
 def load_native(
@@ -127,24 +127,26 @@ def load_native(
     if method is not None and method not in METHODS:
         raise ValueError(f"method {method!r} is not that of a native format; known: {', '.join(METHODS)}")
     checkpoint = SafetensorsCheckpoint.opened(checkpoint)
-    forms = find_forms(checkpoint, layer_idx)
-    if not forms:
-        raise ValueError(no_form(checkpoint, layer_idx))
-    fewest, form = forms[0]
-    if method not in (None, form.method):
+    layouts = find_native_layouts(checkpoint, layer_idx)
+    if not layouts:
+        raise ValueError(why_no_layout(checkpoint, layer_idx))
+    fewest, layout = layouts[0]
+    if method not in (None, layout.method):
         # Where what is missing leaves it open, the caller's word decides.
-        like = [other for count, other in forms if count == fewest and other.method == method]
+        like = [other for count, other in layouts if count == fewest and other.method == method]
         if not like:
             raise ValueError(
-                f"{checkpoint.path}: the experts of layer {layer_idx} are {form.method}, expected {method}"
+                f"{checkpoint.path}: the experts of layer {layer_idx} are {layout.method}, expected {method}"
             )
-        form = like[0]
-    names = form.check(config)
-    projections = _projections(form, config, _biases(form, config))
-    return ExpertWeights.of(projections, names=names, method=form.method, group_size=form.encoding.group_size)
+        layout = like[0]
+    names = layout.check(config)
+    projections = _projections(layout, config, _biases(layout, config))
+    return ExpertWeights.of(
+        projections, names=names, method=layout.method, group_size=layout.encoding.group_size
+    )
 
 
-def _cuts(form: Form, role: str) -> dict[str, slice]:
+def _cuts(layout: NativeLayout, role: str) -> dict[str, slice]:
     """The projections in a tensor, and their rows: fused gate and up alternate."""
     if role == "gate_up":
         return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
@@ -152,17 +154,19 @@ def _cuts(form: Form, role: str) -> dict[str, slice]:
 
 
 def _projections(
-    form: Form, config: MoEConfig, biases: Mapping[str, NDArray[np.float32]]
+    layout: NativeLayout, config: MoEConfig, biases: Mapping[str, NDArray[np.float32]]
 ) -> dict[str, Projection]:
     projections = {}
-    kind = "channel_scale" if _has_channel_scale(form) else "block_scales"
-    for role, num_rows in form.rows(config).items():
-        stored = _experts(form, role, form.encoding.scale, config)
-        _check_contents(form, role, config, stored)
-        codes = [_codes(form, array, num_rows) for array in _experts(form, role, form.encoding.codes, config)]
-        scales = [_scale(form, array, num_rows) for array in stored]
-        factors = _global_scale(form, role, config)
-        for name, cut in _cuts(form, role).items():
+    kind = "channel_scale" if _has_channel_scale(layout) else "block_scales"
+    for role, num_rows in layout.rows(config).items():
+        stored = _experts(layout, role, layout.encoding.scale, config)
+        _check_contents(layout, role, config, stored)
+        codes = [
+            _codes(layout, array, num_rows) for array in _experts(layout, role, layout.encoding.codes, config)
+        ]
+        scales = [_scale(layout, array, num_rows) for array in stored]
+        factors = _global_scale(layout, role, config)
+        for name, cut in _cuts(layout, role).items():
             # Interleaved scales, small beside the codes, are copied: a matrix of scales has no row stride.
             given: dict[str, Any] = {kind: [np.ascontiguousarray(array[cut]) for array in scales]}
             projections[name] = Projection(
@@ -171,72 +175,72 @@ def _projections(
     return projections
 
 
-def _experts(form: Form, role: str, part: Part, config: MoEConfig) -> list[AnyArray]:
-    """View a part of a projection, one array for each expert."""
-    arrays = [form.layer.checkpoint.tensor(name) for name in form.names_of(role, part, config)]
-    return arrays if form.naming.per_expert else [arrays[0][e, ...] for e in range(config.num_experts)]
+def _experts(layout: NativeLayout, role: str, spec: TensorSpec, config: MoEConfig) -> list[AnyArray]:
+    """View the tensors of one kind of a projection, one array for each expert."""
+    arrays = [layout.layer.checkpoint.tensor(name) for name in layout.names_of(role, spec, config)]
+    return arrays if layout.pattern.per_expert else [arrays[0][e, ...] for e in range(config.num_experts)]
 
 
-def _codes(form: Form, array: AnyArray, num_rows: int) -> AnyArray:
+def _codes(layout: NativeLayout, array: AnyArray, num_rows: int) -> AnyArray:
     """The codes of a matrix: rows of bytes, wherever they lie, or numbers whose rows are not the matrix's."""
-    return array if form.encoding.transposed else array.view(np.uint8).reshape(num_rows, -1)
+    return array if layout.encoding.transposed else array.view(np.uint8).reshape(num_rows, -1)
 
 
-def _has_channel_scale(form: Form) -> bool:
+def _has_channel_scale(layout: NativeLayout) -> bool:
     """Whether a scale serves a row, and not blocks of a matrix."""
-    return NATIVE_FORMATS[form.method.lower()].info.group is None
+    return NATIVE_FORMATS[layout.method.lower()].info.group is None
 
 
-def _scale(form: Form, array: AnyArray, num_rows: int) -> AnyArray:
+def _scale(layout: NativeLayout, array: AnyArray, num_rows: int) -> AnyArray:
     """The scales of a matrix, in two dimensions."""
-    dtype = form.encoding.scale_dtype
+    dtype = layout.encoding.scale_dtype
     if dtype == np.uint8:
         return array.view(np.uint8)
     scale = aligned(array).astype(dtype, copy=False)
-    if _has_channel_scale(form):
+    if _has_channel_scale(layout):
         return np.broadcast_to(scale.reshape(-1, 1), (num_rows, 1))
     return scale
 
 
-def _check_contents(form: Form, role: str, config: MoEConfig, scales: list[AnyArray]) -> None:
+def _check_contents(layout: NativeLayout, role: str, config: MoEConfig, scales: list[AnyArray]) -> None:
     """Raise ValueError when a tensor whose contents matter has others."""
     num_columns = config.moe_intermediate_size if role == "down" else config.hidden_size
-    num_rows = form.rows(config)[role]
-    for part in form.parts(role):
-        if part.problem is None:
+    num_rows = layout.rows(config)[role]
+    for spec in layout.tensor_specs(role):
+        if spec.problem is None:
             continue
-        for e, array in enumerate(_experts(form, role, part, config)):
-            problem = part.problem(array, Sizes(num_rows, num_columns, scales[e].shape))
+        for e, array in enumerate(_experts(layout, role, spec, config)):
+            problem = spec.problem(array, Sizes(num_rows, num_columns, scales[e].shape))
             if problem is not None:
-                name = form.name(role, part, e)
-                file = form.layer.checkpoint.file_of(name)
+                name = layout.name(role, spec, e)
+                file = layout.layer.checkpoint.file_of(name)
                 raise ValueError(f"{file}: tensor {name!r} {problem}")
 
 
-def _global_scale(form: Form, role: str, config: MoEConfig) -> NDArray[np.float32] | None:
+def _global_scale(layout: NativeLayout, role: str, config: MoEConfig) -> NDArray[np.float32] | None:
     """The factors of the experts' matrices, read."""
-    part = form.encoding.global_scale
-    if part is None:
+    spec = layout.encoding.global_scale
+    if spec is None:
         return None
-    factors = np.array([array.item() for array in _experts(form, role, part, config)], np.float32)
+    factors = np.array([array.item() for array in _experts(layout, role, spec, config)], np.float32)
     with np.errstate(divide="ignore", over="ignore"):
-        scale = np.float32(1) / factors if form.encoding.reciprocal else factors
+        scale = np.float32(1) / factors if layout.encoding.reciprocal else factors
     wrong = ~(np.isfinite(factors) & np.isfinite(scale))
     if wrong.any():
         e = int(np.argmax(wrong))
-        name = form.name(role, part, e)
-        file = form.layer.checkpoint.file_of(name)
-        expected = "a finite number" + (" with a finite reciprocal" if form.encoding.reciprocal else "")
+        name = layout.name(role, spec, e)
+        file = layout.layer.checkpoint.file_of(name)
+        expected = "a finite number" + (" with a finite reciprocal" if layout.encoding.reciprocal else "")
         raise ValueError(f"{file}: tensor {name!r} holds {factors[e]} for expert {e}, expected {expected}")
     return scale
 
 
-def _biases(form: Form, config: MoEConfig) -> dict[str, NDArray[np.float32]]:
+def _biases(layout: NativeLayout, config: MoEConfig) -> dict[str, NDArray[np.float32]]:
     biases: dict[str, NDArray[np.float32]] = {}
-    if form.layer.has_biases(form.naming):
-        for role, template in form.naming.biases.items():
-            vectors = form.layer.tensors(form.naming, template, config.num_experts)
+    if layout.layer.has_biases(layout.pattern):
+        for role, template in layout.pattern.biases.items():
+            vectors = layout.layer.tensors(layout.pattern, template, config.num_experts)
             stacked = np.stack([vector.astype(np.float32) for vector in vectors])  # dtypes may differ
-            for name, cut in _cuts(form, role).items():
+            for name, cut in _cuts(layout, role).items():
                 biases[name] = np.ascontiguousarray(stacked[:, cut])
     return biases

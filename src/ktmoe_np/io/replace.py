@@ -54,7 +54,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     target = Path(os.path.realpath(path))
     with _naming_errors(path), _opened(target.parent) as directory:
-        _refuse_other_than_files(target, directory)
+        _check_regular_file(target, directory)
         while True:
             part = f"{_PREFIX}{secrets.token_hex(16)}{_SUFFIX}"
             with _new_file(part, directory) as file:
@@ -130,7 +130,7 @@ def _opened(directory: Path) -> Iterator[int]:
         os.close(opened)
 
 
-def _refuse_other_than_files(target: Path, directory: int) -> None:
+def _check_regular_file(target: Path, directory: int) -> None:
     """Raise OSError when something is there that a rename would do away with: a device, a socket, ..."""
     try:
         mode = os.stat(target.name, dir_fd=directory, follow_symlinks=False).st_mode

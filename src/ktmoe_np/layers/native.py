@@ -10,7 +10,7 @@ from ..formats.encodings import NATIVE_FORMATS
 from ..formats.methods import Method
 from ..formats.weights import ExpertWeights, Projection
 from ..io import SafetensorsCheckpoint
-from ..io.converted.layer import projection_sizes, refuse_quantized
+from ..io.converted.layer import check_not_quantized, projection_sizes
 from ..io.mapped import MappedFiles
 from ..io.native import load_native
 from .base import MoELayer
@@ -134,7 +134,7 @@ class NativeWeights(MoELayer):
 
     def _load_from_path(self, physical_to_logical_map: IntegersLike | None) -> None:
         assert self.weight_path is not None
-        refuse_quantized(self.weight_path, self.method)
+        check_not_quantized(self.weight_path, self.method)
         if self._format is None:
             self._load_from_checkpoint(physical_to_logical_map)
             return

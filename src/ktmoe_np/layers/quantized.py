@@ -20,7 +20,7 @@ from ..io.converted.layer import (
 from ..io.mapped import MappedFiles
 from .base import MoELayer
 from .quantize_task import quantize_projection
-from .quantized_arrays import are_codes, checked_biases, checked_map, given_projection, refuse_strays
+from .quantized_arrays import are_codes, check_only_used, checked_biases, checked_map, given_projection
 
 __all__ = ["QuantizedWeights"]
 
@@ -165,7 +165,7 @@ class QuantizedWeights(MoELayer):
         scales = dict(zip(_PROJECTIONS, (gate_scale, up_scale, down_scale), strict=True))
         biases = dict(zip(_PROJECTIONS, (gate_bias, up_bias, down_bias), strict=True))
         MappedFiles([*sources.values(), *scales.values(), *biases.values()]).check()
-        refuse_strays(sources, scales, sizes)
+        check_only_used(sources, scales, sizes)
         physical_to_logical_map = checked_map(physical_to_logical_map, num_experts)
         given = checked_biases(biases, num_experts, {name: size[0] for name, size in sizes.items()})
         projections = {

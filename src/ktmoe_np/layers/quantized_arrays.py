@@ -12,7 +12,7 @@ from ..arrays.spec import ArraySpec
 from ..formats.quantized import QuantizedFormat
 from ..formats.weights import Projection
 
-__all__ = ["are_codes", "checked_biases", "checked_map", "given_projection", "refuse_strays"]
+__all__ = ["are_codes", "check_only_used", "checked_biases", "checked_map", "given_projection"]
 
 
 def are_codes(source: Any) -> bool:
@@ -20,7 +20,7 @@ def are_codes(source: Any) -> bool:
     return _dtype(source) == "uint8"
 
 
-def refuse_strays(sources: Mapping[str, Any], scales: Mapping[str, Any], present: Container[str]) -> None:
+def check_only_used(sources: Mapping[str, Any], scales: Mapping[str, Any], present: Container[str]) -> None:
     """Raise ValueError for weights that the layer does not have, and for scales without quantised weights."""
     for name, source in sources.items():
         for what, value in ((name, source), (_scale_of(name), scales[name])):
@@ -41,19 +41,19 @@ def given_projection(
     `shape` is E, N and K. Codes are not looked at.
     """
     num_experts, num_rows, num_columns = shape
-    held = _held(name, codes, np.dtype(np.uint8), (num_experts, num_rows, fmt.row_bytes(num_columns)))
+    matrices = _matrices(name, codes, np.dtype(np.uint8), (num_experts, num_rows, fmt.row_bytes(num_columns)))
     name = _scale_of(name)
     if not fmt.has_channel_scale:
         if scale is not None:
             raise ValueError(f"{name}: got one, expected None: rows of {fmt.name} hold their scales")
-        return Projection(held)
-    scales = _held(name, scale, np.dtype(np.float32), (num_experts, num_rows))
+        return Projection(matrices)
+    scales = _matrices(name, scale, np.dtype(np.float32), (num_experts, num_rows))
     for e, values in enumerate(scales):
         wrong = ~np.isfinite(values)
         if wrong.any():
             row = int(np.argmax(wrong))
             raise ValueError(f"{name}: expert {e}, row {row} holds {values[row]}, expected finite scales")
-    return Projection(held, channel_scale=scales)
+    return Projection(matrices, channel_scale=scales)
 
 
 def checked_biases(
@@ -115,7 +115,7 @@ def _dtype(source: Any) -> str:
     return str(getattr(first, "dtype", type(first).__name__)).removeprefix("torch.")
 
 
-def _held(name: str, source: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array | list[Array]:
+def _matrices(name: str, source: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array | list[Array]:
     """Arrays of the caller as those of NumPy."""
 
     def checked(array: Array, lead: tuple[int, ...]) -> Array:

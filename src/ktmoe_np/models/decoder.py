@@ -43,12 +43,12 @@ _Tokens = ArrayLike | Sequence[int]
 class TrainingPass:
     """What `MoEDecoder.backward` needs of a forward pass."""
 
-    number: int  #: of the pass, among those of its model
+    pass_id: int  #: counts the forward passes of the model
     layers: list[LayerPass]
     hidden: list[Floats]  #: what the last layer gave
 
     def __repr__(self) -> str:
-        return object_summary(self, lambda: f"{self.number}: {[len(x) for x in self.hidden]} tokens")
+        return object_summary(self, lambda: f"{self.pass_id}: {[len(x) for x in self.hidden]} tokens")
 
 
 class MoEDecoder:
@@ -316,9 +316,9 @@ class MoEDecoder:
         RuntimeError
             It is not the last forward pass that waits.
         """
-        if not self._waiting or self._waiting[-1] != kept.number:
+        if not self._waiting or self._waiting[-1] != kept.pass_id:
             last = f"{self._waiting[-1]}, the last that waits" if self._waiting else "none: none waits"
-            raise RuntimeError(f"kept: got pass {kept.number}, expected {last}")
+            raise RuntimeError(f"kept: got pass {kept.pass_id}, expected {last}")
         shapes = [(len(x), self.config.vocab_size) for x in kept.hidden]
         if [np.shape(grad) for grad in grad_logits] != shapes:
             raise ValueError(f"grad_logits: got {[np.shape(x) for x in grad_logits]}, expected {shapes}")

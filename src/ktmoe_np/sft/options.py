@@ -103,14 +103,14 @@ class SFTOptions:
     def __post_init__(self) -> None:
         values: dict[str, Any] = {
             "lora_rank": at_least("lora_rank", self.lora_rank, 0),
-            "lora_alpha": _number("lora_alpha", self.lora_alpha),
-            "lora_dropout": _number("lora_dropout", self.lora_dropout),
+            "lora_alpha": _finite_float("lora_alpha", self.lora_alpha),
+            "lora_dropout": _finite_float("lora_dropout", self.lora_dropout),
             "max_cache_depth": at_least("max_cache_depth", self.max_cache_depth, 1),
-            "full_weight_grad": _boolean("full_weight_grad", self.full_weight_grad),
-            "recompute": _boolean("recompute", self.recompute),
+            "full_weight_grad": _bool("full_weight_grad", self.full_weight_grad),
+            "recompute": _bool("recompute", self.recompute),
             "seed": at_least("seed", self.seed, 0, _LARGEST_SEED),
-            "cache_dtype": _kept_dtype(self.cache_dtype),
-            "reuse_buffers": _boolean("reuse_buffers", self.reuse_buffers),
+            "cache_dtype": _cache_dtype(self.cache_dtype),
+            "reuse_buffers": _bool("reuse_buffers", self.reuse_buffers),
         }
         if not 0.0 <= values["lora_dropout"] < 1.0:
             raise ValueError(f"lora_dropout: got {self.lora_dropout}, expected at least 0 and below 1")
@@ -187,7 +187,7 @@ def check_no_options(mode: str, given: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: got {value!r} in mode {mode!r}, expected it in mode 'sft' only")
 
 
-def _number(name: str, value: Any) -> float:
+def _finite_float(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r}, expected a number")
     try:
@@ -199,13 +199,13 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
-def _boolean(name: str, value: Any) -> bool:
+def _bool(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: got {value!r}, expected a bool")
     return bool(value)
 
 
-def _kept_dtype(value: Any) -> np.dtype[Any]:
+def _cache_dtype(value: Any) -> np.dtype[Any]:
     try:
         dtype: np.dtype[Any] = np.dtype(value)
     except TypeError:

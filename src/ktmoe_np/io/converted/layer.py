@@ -26,13 +26,13 @@ from ..safetensors.writer import write_safetensors
 
 __all__ = [
     "check_codes",
+    "check_not_quantized",
     "find_quantized",
     "layer_path",
     "load_quantized",
     "open_quantized",
     "projection_sizes",
     "quantized_layers",
-    "refuse_quantized",
     "save_quantized",
 ]
 
@@ -92,7 +92,7 @@ def find_quantized(path: str | os.PathLike[str], layer_idx: int) -> Path | None:
     return file
 
 
-def refuse_quantized(path: str | os.PathLike[str], method: str) -> None:
+def check_not_quantized(path: str | os.PathLike[str], method: str) -> None:
     """Raise ValueError for such a file, or a directory of nothing else: the method cannot read it."""
     where = Path(path)
     layers = quantized_layers(where)

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from ...arrays.summary import object_summary
 from ..mapped import identity_at, map_file
 from ..regular_file import open_regular
-from ..shared import Held
+from ..shared import SharedCache
 from .header import GGUF_TYPES, GgufHeader, GgufTensorInfo, parse_gguf_header
 
 __all__ = ["GgufCheckpoint", "GgufTensorInfo", "is_gguf"]
 
 #: Checkpoints that someone holds, by the paths and identities of all their files.
-_shared: Held[GgufCheckpoint] = Held()
+_shared: SharedCache[GgufCheckpoint] = SharedCache()
 
 #: The name of a file of a model of several: the model, the file's number from 1, and how many there are.
 _SPLIT_NAME = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)

@@ -63,7 +63,7 @@ _ENTRIES = tuple(Struct(f"<{n}QIQ") for n in range(_MAX_DIMENSIONS + 1))
 _LEAST_KEY, _LEAST_TENSOR = 13, 24
 
 #: The most entries that are read, ten times what the largest models have; each takes microseconds.
-_MOST_KEYS, _MOST_TENSORS = 2**16, 2**20
+_MAX_KEYS, _MAX_TENSORS = 2**16, 2**20
 
 #: The format's own limit on keys; nobody names a tensor at more length.
 _MAX_NAME_BYTES = 2**16 - 1
@@ -137,7 +137,7 @@ def parse_gguf_header(path: Path, data: memoryview) -> GgufHeader:
     cursor.need(
         num_keys * _LEAST_KEY + num_tensors * _LEAST_TENSOR, f"{num_keys} keys and {num_tensors} tensors"
     )
-    for got, most, what in ((num_keys, _MOST_KEYS, "keys"), (num_tensors, _MOST_TENSORS, "tensors")):
+    for got, most, what in ((num_keys, _MAX_KEYS, "keys"), (num_tensors, _MAX_TENSORS, "tensors")):
         if got > most:
             raise ValueError(f"{path}: the header has {got} {what}, expected at most {most}")
     values: dict[str, GgufValue] = {}
@@ -196,7 +196,7 @@ def _alignment(cursor: GgufCursor, value: GgufValue | None) -> int:
 
 
 def _parse_entry(cursor: GgufCursor, what: str) -> _Entry:
-    num_dimensions = cursor.number(U32, what)
+    num_dimensions = cursor.integer(U32, what)
     if num_dimensions > _MAX_DIMENSIONS:
         raise ValueError(
             f"{cursor.path}: {what} has {num_dimensions} dimensions, more than {_MAX_DIMENSIONS}"

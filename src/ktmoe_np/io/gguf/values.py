@@ -64,13 +64,13 @@ class GgufCursor:
         self.skip(count, what)
         return self.data[self.place - count : self.place]
 
-    def number(self, form: Struct, what: str) -> int:
+    def integer(self, form: Struct, what: str) -> int:
         """Read a number."""
         return int(form.unpack(self.take(form.size, what))[0])
 
     def string(self, what: str, most: int = MAX_HEADER_BYTES) -> str:
         """Read a string of at most so many bytes."""
-        length = self.number(U64, what)
+        length = self.integer(U64, what)
         if length > most:
             raise ValueError(f"{self.path}: {what} is said to have {length} bytes, more than {most}")
         try:
@@ -91,9 +91,9 @@ class GgufCursor:
 
 def skip_value(cursor: GgufCursor, what: str) -> GgufValue:
     """Step over a value of the metadata."""
-    kind, length = cursor.number(U32, what), None
+    kind, length = cursor.integer(U32, what), None
     if kind == _ARRAY:
-        kind, length = cursor.number(U32, what), cursor.number(U64, what)
+        kind, length = cursor.integer(U32, what), cursor.integer(U64, what)
     value = GgufValue(kind, cursor.place, length)
     if kind == _STRING:
         cursor.skip_strings(1 if length is None else length, what)

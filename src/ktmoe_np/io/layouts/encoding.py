@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["AnyArray", "Encoding", "Part", "Shapes", "Sizes"]
+__all__ = ["AnyArray", "Encoding", "Shapes", "Sizes", "TensorSpec"]
 
 AnyArray = NDArray[Any]
 Shapes = tuple[tuple[int, ...], ...]
@@ -25,7 +25,7 @@ class Sizes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorSpec:
     """One of the tensors that make up a matrix.
 
     Parameters
@@ -58,7 +58,7 @@ class Encoding:
     ----------
     method : str
         The method that multiplies it.
-    codes, scale : Part
+    codes, scale : TensorSpec
         The weights and their scales.
     scale_dtype : numpy.dtype
         What the scales are handed on as.
@@ -66,11 +66,11 @@ class Encoding:
         Weights in an element of `codes`.
     group_size : int
         K must be a multiple of it.
-    global_scale : Part, optional
+    global_scale : TensorSpec, optional
         A factor of the whole matrix.
     reciprocal : bool
         Whether weights are divided by `global_scale`, not multiplied.
-    others : tuple of Part
+    others : tuple of TensorSpec
         Tensors that are checked and not handed on.
     transposed : bool
         Whether codes are rows of K; otherwise they are rows of N.
@@ -79,22 +79,22 @@ class Encoding:
     """
 
     method: str
-    codes: Part
-    scale: Part
+    codes: TensorSpec
+    scale: TensorSpec
     scale_dtype: np.dtype[Any]
     values: int = 1
     group_size: int = 1
-    global_scale: Part | None = None
+    global_scale: TensorSpec | None = None
     reciprocal: bool = False
-    others: tuple[Part, ...] = ()
+    others: tuple[TensorSpec, ...] = ()
     transposed: bool = False
     refused: tuple[str, ...] = ()
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def tensor_specs(self) -> tuple[TensorSpec, ...]:
         """The tensors of a matrix, codes first."""
-        parts = (self.codes, self.scale, self.global_scale, *self.others)
-        return tuple(part for part in parts if part is not None)
+        specs = (self.codes, self.scale, self.global_scale, *self.others)
+        return tuple(spec for spec in specs if spec is not None)
 
     def size(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """N and K of the matrix whose codes have this shape of two or more axes."""

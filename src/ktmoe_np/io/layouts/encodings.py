@@ -1,4 +1,4 @@
-"""How checkpoints store natively quantised experts: tables, a row an encoding and a row a naming."""
+"""How checkpoints store natively quantised experts: tables, a row an encoding and a row a pattern."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from ...formats.encodings import NATIVE_FORMATS
 from ...formats.methods import find_method
-from .encoding import AnyArray, Encoding, Part, Shapes, Sizes
+from .encoding import AnyArray, Encoding, Shapes, Sizes, TensorSpec
 from .gptq import GPTQ_INT4
-from .name_patterns import NAMINGS, Naming
+from .name_patterns import NAME_PATTERNS, NamePattern
 
-__all__ = ["ENCODINGS", "FORMS", "METHODS"]
+__all__ = ["ENCODINGS", "METHODS", "NATIVE_LAYOUTS"]
 
 _FLOAT32 = np.dtype(np.float32)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -65,13 +65,13 @@ def _other_size(array: AnyArray, sizes: Sizes) -> str | None:
     return None if array.tolist() == expected else f"holds {array.tolist()}, expected {expected}"
 
 
-def _groups(suffix: str, dtypes: tuple[str, ...], size: int) -> Part:
+def _groups(suffix: str, dtypes: tuple[str, ...], size: int) -> TensorSpec:
     """Scales of groups of `size` weights of a row."""
-    return Part(suffix, dtypes, partial(_elements, size))
+    return TensorSpec(suffix, dtypes, partial(_elements, size))
 
 
 def _fp8(suffix: str) -> Encoding:
-    scale = Part(suffix, ("F32", "BF16", "F8_E8M0"), _squares)
+    scale = TensorSpec(suffix, ("F32", "BF16", "F8_E8M0"), _squares)
     return Encoding("FP8", _E4M3, scale, _FLOAT32)
 
 
@@ -80,7 +80,7 @@ def _mxfp8(suffix: str) -> Encoding:
     return Encoding("MXFP8", _E4M3, _groups(suffix, _E8M0, size), _UINT8, group_size=size)
 
 
-def _mxfp4(codes: Part, suffix: str) -> Encoding:
+def _mxfp4(codes: TensorSpec, suffix: str) -> Encoding:
     size = _group_size("MXFP4")
     return Encoding("MXFP4", codes, _groups(suffix, _E8M0, size), _UINT8, values=2, group_size=size)
 
@@ -88,12 +88,12 @@ def _mxfp4(codes: Part, suffix: str) -> Encoding:
 def _nvfp4(codes: str, factor: str, reciprocal: bool) -> Encoding:
     return Encoding(
         "NVFP4",
-        Part(codes, ("U8",), partial(_elements, 2)),
+        TensorSpec(codes, ("U8",), partial(_elements, 2)),
         _groups(".weight_scale", ("F8_E4M3",), _group_size("NVFP4")),
         _UINT8,
         values=2,
         group_size=_group_size("NVFP4"),
-        global_scale=Part(factor, ("F32",), _one),
+        global_scale=TensorSpec(factor, ("F32",), _one),
         reciprocal=reciprocal,
     )
 
@@ -102,22 +102,22 @@ def _rawint4(group_size: int) -> Encoding:
     """compressed-tensors, format "pack-quantized": Kimi-K2-Thinking has groups of 32."""
     return Encoding(
         "RAWINT4",
-        Part(".weight_packed", ("I32",), partial(_elements, 8)),
+        TensorSpec(".weight_packed", ("I32",), partial(_elements, 8)),
         _groups(".weight_scale", ("BF16",), group_size),
         _BFLOAT16,
         values=8,
         group_size=group_size,
-        others=(Part(".weight_shape", ("I64", "I32"), _two, _other_size),),
+        others=(TensorSpec(".weight_shape", ("I64", "I32"), _two, _other_size),),
         refused=(".weight_zero_point", ".weight_g_idx"),
     )
 
 
-_E4M3 = Part(".weight", ("F8_E4M3",), partial(_elements, 1))
+_E4M3 = TensorSpec(".weight", ("F8_E4M3",), partial(_elements, 1))
 
 #: Of encodings that fit equally well, when something is wrong or missing, the first counts.
 ENCODINGS = (
     _fp8(".weight_scale_inv"),  # DeepSeek-V3, Qwen3, GLM, MiniMax-M2
-    Encoding("FP8_PERCHANNEL", _E4M3, Part(".weight_scale", ("F32", "BF16"), _channels), _FLOAT32),
+    Encoding("FP8_PERCHANNEL", _E4M3, TensorSpec(".weight_scale", ("F32", "BF16"), _channels), _FLOAT32),
     _mxfp8(".weight_scale_inv"),  # MiniMax-M3
     _mxfp8(".weight_scale"),
     _fp8(".weight_scale"),  # compressed-tensors, strategy "block"
@@ -126,28 +126,33 @@ ENCODINGS = (
     GPTQ_INT4,
     _nvfp4(".weight", ".weight_scale_2", reciprocal=False),  # ModelOpt
     _nvfp4(".weight_packed", ".weight_global_scale", reciprocal=True),  # compressed-tensors
-    _mxfp4(Part(".weight_packed", ("U8",), partial(_elements, 2)), ".weight_scale"),  # Kimi-K3
-    _mxfp4(Part(".weight", ("U8", "I8"), partial(_elements, 2)), ".scale"),  # DeepSeek-V4
+    _mxfp4(TensorSpec(".weight_packed", ("U8",), partial(_elements, 2)), ".weight_scale"),  # Kimi-K3
+    _mxfp4(TensorSpec(".weight", ("U8", "I8"), partial(_elements, 2)), ".scale"),  # DeepSeek-V4
 )
 
-_GPT_OSS = Naming(
+_GPT_OSS = NamePattern(
     {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"},
     {"gate_up": "mlp.experts.gate_up_proj_bias", "down": "mlp.experts.down_proj_bias"},
     interleaved=True,
 )
 
 
-def _stems(naming: Naming) -> Naming:
-    """`naming` with the projections' names instead of those of their weights."""
+def _stems(pattern: NamePattern) -> NamePattern:
+    """`pattern` with the projections' names instead of those of their weights."""
     return replace(
-        naming, tensors={role: name.removesuffix(".weight") for role, name in naming.tensors.items()}
+        pattern, tensors={role: name.removesuffix(".weight") for role, name in pattern.tensors.items()}
     )
 
 
-#: Naming, with the names of the projections, and encoding. Fused gate_up has no encoding but that of gpt-oss.
-FORMS: tuple[tuple[Naming, Encoding], ...] = (
-    *((_stems(naming), encoding) for naming in NAMINGS if "gate" in naming.tensors for encoding in ENCODINGS),
-    (_GPT_OSS, _mxfp4(Part("_blocks", ("U8",), _blocks_of_32), "_scales")),
+#: Name patterns of projections, each with an encoding. Fused gate_up has no encoding but that of gpt-oss.
+NATIVE_LAYOUTS: tuple[tuple[NamePattern, Encoding], ...] = (
+    *(
+        (_stems(pattern), encoding)
+        for pattern in NAME_PATTERNS
+        if "gate" in pattern.tensors
+        for encoding in ENCODINGS
+    ),
+    (_GPT_OSS, _mxfp4(TensorSpec("_blocks", ("U8",), _blocks_of_32), "_scales")),
 )
 
 METHODS = tuple(dict.fromkeys(encoding.method for encoding in ENCODINGS))

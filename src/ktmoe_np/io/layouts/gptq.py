@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...formats.gptq import BLOCK_SIZE, first_not_float16, group_sizes
-from .encoding import AnyArray, Encoding, Part, Shapes, Sizes
+from .encoding import AnyArray, Encoding, Shapes, Sizes, TensorSpec
 
 __all__ = ["GPTQ_INT4"]
 
@@ -33,8 +33,10 @@ def _order(num_rows: int, num_columns: int) -> Shapes:
 
 
 def _scale_problem(array: AnyArray, sizes: Sizes) -> str | None:
-    strange = first_not_float16(array)
-    return None if strange is None else f"holds {strange:g}, expected numbers that float16 has"
+    unrepresentable = first_not_float16(array)
+    return (
+        None if unrepresentable is None else f"holds {unrepresentable:g}, expected numbers that float16 has"
+    )
 
 
 def _zeros_problem(array: AnyArray, sizes: Sizes) -> str | None:
@@ -63,14 +65,14 @@ def _order_problem(array: AnyArray, sizes: Sizes) -> str | None:
 #: GPTQ with 4 bits, symmetric and without desc_act, as AutoGPTQ, GPTQModel and their kin write it.
 GPTQ_INT4 = Encoding(
     "GPTQ_INT4",
-    Part(".qweight", ("I32",), _words),
-    Part(".scales", ("F16", "BF16"), _scales, _scale_problem),
+    TensorSpec(".qweight", ("I32",), _words),
+    TensorSpec(".scales", ("F16", "BF16"), _scales, _scale_problem),
     np.dtype(np.float16),
     values=8,
     group_size=BLOCK_SIZE,
     others=(
-        Part(".qzeros", ("I32",), _zeros, _zeros_problem),
-        Part(".g_idx", ("I32",), _order, _order_problem, optional=True),
+        TensorSpec(".qzeros", ("I32",), _zeros, _zeros_problem),
+        TensorSpec(".g_idx", ("I32",), _order, _order_problem, optional=True),
     ),
     transposed=True,
 )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ...config import MoEConfig
 from ..safetensors.checkpoint import SafetensorsCheckpoint, TensorInfo
-from .name_patterns import NAMINGS, PREFIXES, Naming
+from .name_patterns import NAME_PATTERNS, PREFIXES, NamePattern
 
 __all__ = [
     "BIAS_DTYPES",
@@ -45,32 +45,34 @@ class ExpertLayer:
     def __init__(self, checkpoint: SafetensorsCheckpoint, prefix: str) -> None:
         self.checkpoint = checkpoint
         self.prefix = prefix
-        self.numbers = checkpoint.layers.of(prefix)  # template -> experts that have it
+        self.expert_ids = checkpoint.layers.of(prefix)  # template -> experts that have it
         self._names: dict[tuple[str, int], list[str]] = {}
 
-    def namings(self) -> list[Naming]:
+    def patterns(self) -> list[NamePattern]:
         """List the rows of the table that are there in full; if none is, those there in part."""
-        part = [row for row in NAMINGS if any(name in self.numbers for name in row.tensors.values())]
-        full = [row for row in part if all(name in self.numbers for name in row.tensors.values())]
+        part = [row for row in NAME_PATTERNS if any(name in self.expert_ids for name in row.tensors.values())]
+        full = [row for row in part if all(name in self.expert_ids for name in row.tensors.values())]
         return [row for row in full or part if not row.needs_biases or self.has_biases(row)]
 
-    def sizes(self, naming: Naming, config: MoEConfig | None) -> tuple[int, int, int]:
+    def sizes(self, pattern: NamePattern, config: MoEConfig | None) -> tuple[int, int, int]:
         """E, I and H: of `config`, or else as the down projection has them."""
         if config is not None:
             return config.num_experts, config.moe_intermediate_size, config.hidden_size
-        template = naming.tensors["down"]
+        template = pattern.tensors["down"]
         name = self.name(template, 0)
         if name not in self.checkpoint:
             raise ValueError(f"{self.checkpoint.path}: tensor {name!r} is missing")
         shape = self.checkpoint.info(name).shape
-        if len(shape) != (2 if naming.per_expert else 3) or not all(shape):
-            letters = "[I, H]" if naming.transposed else "[H, I]"
-            expected = letters if naming.per_expert else f"[E, {letters[1:]}"
+        if len(shape) != (2 if pattern.per_expert else 3) or not all(shape):
+            letters = "[I, H]" if pattern.transposed else "[H, I]"
+            expected = letters if pattern.per_expert else f"[E, {letters[1:]}"
             file = self.checkpoint.file_of(name)
             raise ValueError(f"{file}: tensor {name!r} has shape {list(shape)}, expected {expected}")
-        numbers = set().union(*(self.numbers.get(template, ()) for template in naming.tensors.values()))
-        num_experts = 1 + max(numbers) if naming.per_expert else shape[0]
-        hidden, inter = shape[-1:-3:-1] if naming.transposed else shape[-2:]
+        expert_ids = set().union(
+            *(self.expert_ids.get(template, ()) for template in pattern.tensors.values())
+        )
+        num_experts = 1 + max(expert_ids) if pattern.per_expert else shape[0]
+        hidden, inter = shape[-1:-3:-1] if pattern.transposed else shape[-2:]
         return num_experts, inter, hidden
 
     def name(self, template: str, e: int) -> str:
@@ -86,24 +88,24 @@ class ExpertLayer:
         key = template, num_experts
         if key not in self._names:
             head, of_each, tail = template.partition("{e}")
-            most = 1 + len(self.numbers.get(template, ()))
-            numbers = range(min(num_experts, most)) if of_each else [""]
-            self._names[key] = [f"{self.prefix}{head}{e}{tail}" for e in numbers]
+            most = 1 + len(self.expert_ids.get(template, ()))
+            expert_ids = range(min(num_experts, most)) if of_each else [""]
+            self._names[key] = [f"{self.prefix}{head}{e}{tail}" for e in expert_ids]
         return self._names[key]
 
-    def names(self, naming: Naming, sizes: tuple[int, int, int]) -> tuple[str, ...]:
+    def names(self, pattern: NamePattern, sizes: tuple[int, int, int]) -> tuple[str, ...]:
         """List the tensors that the layer must have, biases included if there are some."""
-        wanted = self.wanted(naming, sizes)
+        wanted = self.wanted(pattern, sizes)
         return tuple(name for template, _, _ in wanted for name in self.names_of(template, sizes[0]))
 
-    def problem(self, naming: Naming, sizes: tuple[int, int, int]) -> str | None:
-        """Say what is wrong with the layer's tensors as `naming` wants them; None if nothing."""
+    def problem(self, pattern: NamePattern, sizes: tuple[int, int, int]) -> str | None:
+        """Say what is wrong with the layer's tensors as `pattern` wants them; None if nothing."""
         num_experts = sizes[0]
-        for template in naming.tensors.values():
+        for template in pattern.tensors.values():
             problem = self.too_many(template, num_experts)
             if problem is not None:
                 return problem
-        for template, shape, dtypes in self.wanted(naming, sizes):
+        for template, shape, dtypes in self.wanted(pattern, sizes):
             for name in self.names_of(template, num_experts):
                 problem = self.checkpoint.problem(name, dtypes, (shape,))
                 if problem is not None:
@@ -112,7 +114,7 @@ class ExpertLayer:
 
     def too_many(self, template: str, num_experts: int) -> str | None:
         """Say which tensor there is of an expert beyond the last; None if there is none."""
-        more = max(self.numbers.get(template, ()), default=-1)
+        more = max(self.expert_ids.get(template, ()), default=-1)
         if more < num_experts:
             return None
         name = self.name(template, more)
@@ -122,37 +124,37 @@ class ExpertLayer:
         """Look a tensor up; None when it is not there."""
         return self.checkpoint.find(name)
 
-    def check_gated(self, naming: Naming, config: MoEConfig) -> None:
+    def check_gated(self, pattern: NamePattern, config: MoEConfig) -> None:
         """Raise ValueError when experts have another number of projections than the activation needs."""
-        if config.activation.gated != naming.gated:
+        if config.activation.gated != pattern.gated:
             raise ValueError(
                 f"{self.checkpoint.path}: the experts under {self.prefix!r} have "
-                f"{'a' if naming.gated else 'no'} gate, but activation {config.activation.name} is "
-                f"{'not ' if naming.gated else ''}gated"
+                f"{'a' if pattern.gated else 'no'} gate, but activation {config.activation.name} is "
+                f"{'not ' if pattern.gated else ''}gated"
             )
 
     def wanted(
-        self, naming: Naming, sizes: tuple[int, int, int]
+        self, pattern: NamePattern, sizes: tuple[int, int, int]
     ) -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
-        """Template, shape and dtypes of each of the naming's weights, and of its biases if there are some."""
+        """Template, shape and dtypes of each of the pattern's weights, and of its biases if there are any."""
         num_experts, inter, hidden = sizes
         rows = rows_of_roles(inter, hidden)
-        lead = () if naming.per_expert else (num_experts,)
-        for role, template in naming.tensors.items():
+        lead = () if pattern.per_expert else (num_experts,)
+        for role, template in pattern.tensors.items():
             matrix = (rows[role], inter if role == "down" else hidden)
-            yield template, (*lead, *(matrix[::-1] if naming.transposed else matrix)), (naming.dtype,)
-        if self.has_biases(naming):
-            for role, template in naming.biases.items():
+            yield template, (*lead, *(matrix[::-1] if pattern.transposed else matrix)), (pattern.dtype,)
+        if self.has_biases(pattern):
+            for role, template in pattern.biases.items():
                 yield template, (*lead, rows[role]), BIAS_DTYPES
 
-    def has_biases(self, naming: Naming) -> bool:
-        """Whether any of the naming's biases is there; then all must be."""
-        return any(template in self.numbers for template in naming.biases.values())
+    def has_biases(self, pattern: NamePattern) -> bool:
+        """Whether any of the pattern's biases is there; then all must be."""
+        return any(template in self.expert_ids for template in pattern.biases.values())
 
-    def tensors(self, naming: Naming, template: str, num_experts: int) -> list[AnyArray]:
+    def tensors(self, pattern: NamePattern, template: str, num_experts: int) -> list[AnyArray]:
         """One array for each expert."""
         tensors = [aligned(self.checkpoint.tensor(name)) for name in self.names_of(template, num_experts)]
-        return tensors if naming.per_expert else list(tensors[0])
+        return tensors if pattern.per_expert else list(tensors[0])
 
 
 def rows_of_roles(inter: int, hidden: int) -> dict[str, int]:
@@ -166,8 +168,8 @@ def aligned(array: AnyArray) -> AnyArray:
 
 
 def expert_layers(checkpoint: SafetensorsCheckpoint) -> tuple[int, ...]:
-    """List the layers that have experts in a naming that `load_experts` knows, in order."""
-    return layers_with(checkpoint, {naming.tensors["down"] for naming in NAMINGS})
+    """List the layers that have experts in a layout that `load_experts` knows, in order."""
+    return layers_with(checkpoint, {pattern.tensors["down"] for pattern in NAME_PATTERNS})
 
 
 def layers_with(checkpoint: SafetensorsCheckpoint, known: Collection[str]) -> tuple[int, ...]:
@@ -194,16 +196,16 @@ def find_layer(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> ExpertLayer
     """Find the layer's tensors under the first prefix with experts."""
     layers = read_layers(checkpoint, layer_idx)
     for layer in layers:
-        if layer.namings():
+        if layer.patterns():
             return layer
-    strangers = [
+    unknown_names = [
         f"{layer.prefix}{template}"
         for layer in layers
-        for template in layer.numbers
+        for template in layer.expert_ids
         if speaks_of_experts(template)
     ]
-    if strangers:
+    if unknown_names:
         where = f"{checkpoint.path}: layer {layer_idx}"
-        raise ValueError(f"{where} has experts, but in no naming known here, e.g. {strangers[0]!r}")
+        raise ValueError(f"{where} has experts, but in no naming known here, e.g. {unknown_names[0]!r}")
     others = ", ".join(map(str, expert_layers(checkpoint))) or "none"
     raise ValueError(f"{checkpoint.path}: layer {layer_idx} has no experts; layers with experts: {others}")

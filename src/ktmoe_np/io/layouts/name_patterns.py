@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-__all__ = ["NAMINGS", "PREFIXES", "Naming"]
+__all__ = ["NAME_PATTERNS", "PREFIXES", "NamePattern"]
 
 #: What stands before a layer's own names; {layer} is its number.
 PREFIXES = (
@@ -20,8 +20,8 @@ PREFIXES = (
 
 
 @dataclass(frozen=True)
-class Naming:
-    """One way of naming and laying out the experts of a layer.
+class NamePattern:
+    """One way of pattern and laying out the experts of a layer.
 
     Parameters
     ----------
@@ -59,17 +59,19 @@ class Naming:
         return "{e}" in self.tensors["down"]
 
 
-def _separate(container: str, **projections: str) -> Naming:
+def _separate(container: str, **projections: str) -> NamePattern:
     """One tensor for each expert and projection."""
-    return Naming(
+    return NamePattern(
         {role: f"{container}.{{e}}.{name}.weight" for role, name in projections.items()},
         {role: f"{container}.{{e}}.{name}.bias" for role, name in projections.items()},
     )
 
 
-def _fused(gate_up: str, down: str) -> Naming:
+def _fused(gate_up: str, down: str) -> NamePattern:
     """Gate and up of all experts in one tensor, down in another."""
-    return Naming({"gate_up": gate_up, "down": down}, {"gate_up": f"{gate_up}_bias", "down": f"{down}_bias"})
+    return NamePattern(
+        {"gate_up": gate_up, "down": down}, {"gate_up": f"{gate_up}_bias", "down": f"{down}_bias"}
+    )
 
 
 _CONTAINERS = (
@@ -91,7 +93,7 @@ _MLP_FUSED = _fused("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 _LLAMA_FUSED = _fused("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
 
 #: Of rows with the same names the first that the shapes fit counts: shapes tell transposed from not.
-NAMINGS = (
+NAME_PATTERNS = (
     *_SEPARATE,
     _separate("mixer.experts", gate="up_proj", down="down_proj"),  # Nemotron-H: not gated
     replace(_MLP_FUSED, transposed=True, interleaved=True, needs_biases=True),  # gpt-oss in bfloat16
@@ -103,7 +105,7 @@ NAMINGS = (
     _fused("mlp.input_linear.weight", "mlp.output_linear.weight"),  # JetMoE
     replace(_fused("mlp.experts.fc1.weight", "mlp.experts.fc2.weight"), transposed=True),  # Aria
     replace(_fused("mlp.experts.w13_weight", "mlp.experts.w2_weight"), interleaved=True),  # Inkling
-    Naming(  # Step-3.x
+    NamePattern(  # Step-3.x
         {"gate": "moe.gate_proj.weight", "up": "moe.up_proj.weight", "down": "moe.down_proj.weight"}
     ),
 )

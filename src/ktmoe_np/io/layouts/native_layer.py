@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from ...config import MoEConfig
 from ..safetensors.checkpoint import SafetensorsCheckpoint, TensorInfo
-from .encoding import Encoding, Part, Shapes
-from .encodings import FORMS, METHODS
+from .encoding import Encoding, Shapes, TensorSpec
+from .encodings import METHODS, NATIVE_LAYOUTS
 from .layer import BIAS_DTYPES, ExpertLayer, layers_with, read_layers, rows_of_roles
-from .name_patterns import Naming
+from .name_patterns import NamePattern
 
-__all__ = ["Form", "find_forms", "no_form"]
+__all__ = ["NativeLayout", "find_native_layouts", "why_no_layout"]
 
 #: Experts that are looked at to tell the encoding: one that is damaged is outvoted.
 _PROBED = 3
@@ -31,11 +31,11 @@ class _Wanted(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Form:
-    """The layer's tensors seen as one naming and one encoding."""
+class NativeLayout:
+    """The layer's tensors seen as one pattern and one encoding."""
 
     layer: ExpertLayer
-    naming: Naming
+    pattern: NamePattern
     encoding: Encoding
 
     @property
@@ -43,73 +43,73 @@ class Form:
         """The method that multiplies the experts."""
         return self.encoding.method
 
-    def name(self, role: str, part: Part, e: int) -> str:
+    def name(self, role: str, spec: TensorSpec, e: int) -> str:
         """A tensor of a projection; of fused experts, whatever the expert."""
-        return self.layer.name(self.naming.tensors[role] + part.suffix, e)
+        return self.layer.name(self.pattern.tensors[role] + spec.suffix, e)
 
-    def names_of(self, role: str, part: Part, config: MoEConfig) -> list[str]:
+    def names_of(self, role: str, spec: TensorSpec, config: MoEConfig) -> list[str]:
         """The tensors of a projection, one for each expert or one for all of them."""
-        return self.layer.names_of(self.naming.tensors[role] + part.suffix, config.num_experts)
+        return self.layer.names_of(self.pattern.tensors[role] + spec.suffix, config.num_experts)
 
-    def numbers(self, role: str, part: Part) -> set[int]:
+    def expert_ids(self, role: str, spec: TensorSpec) -> set[int]:
         """The experts that have such a tensor; of fused experts, one that stands for all."""
-        return self.layer.numbers.get(self.naming.tensors[role] + part.suffix, set())
+        return self.layer.expert_ids.get(self.pattern.tensors[role] + spec.suffix, set())
 
-    def parts(self, role: str) -> tuple[Part, ...]:
+    def tensor_specs(self, role: str) -> tuple[TensorSpec, ...]:
         """The tensors that a projection's matrices are made of, those included that it may have and has."""
-        parts = self.encoding.parts
-        return tuple(part for part in parts if not part.optional or self.numbers(role, part))
+        specs = self.encoding.tensor_specs
+        return tuple(spec for spec in specs if not spec.optional or self.expert_ids(role, spec))
 
     def has_codes(self) -> list[bool]:
         """Whether any expert has codes, for each of the projections."""
-        return [bool(self.numbers(role, self.encoding.codes)) for role in self.naming.tensors]
+        return [bool(self.expert_ids(role, self.encoding.codes)) for role in self.pattern.tensors]
 
     def rows(self, config: MoEConfig) -> dict[str, int]:
         """N of each projection, fused or not."""
         rows = rows_of_roles(config.moe_intermediate_size, config.hidden_size)
-        return {role: rows[role] for role in self.naming.tensors}
+        return {role: rows[role] for role in self.pattern.tensors}
 
-    def misfits(self) -> tuple[bool, int]:
-        """Whether no codes are of the dtype; and how much speaks against the form, at a few experts.
+    def mismatches(self) -> tuple[bool, int]:
+        """Whether no codes are of the dtype; and how much speaks against the layout, at a few experts.
 
         Sizes are taken from the codes, so that no configuration is needed.
         """
         codes = self.encoding.codes
-        strange, count = True, 0
-        numbers = sorted(set().union(*(self.numbers(role, codes) for role in self.naming.tensors)))
-        for e in numbers[:_PROBED]:
-            for role in self.naming.tensors:
+        no_codes_match, count = True, 0
+        expert_ids = sorted(set().union(*(self.expert_ids(role, codes) for role in self.pattern.tensors)))
+        for e in expert_ids[:_PROBED]:
+            for role in self.pattern.tensors:
                 info = self.layer.info(self.name(role, codes, e))
-                strange = strange and (info is None or info.dtype not in codes.dtypes)
-                for part in self.parts(role):
-                    count += self._misfits(self.name(role, part, e), part, info)
-        return strange, count
+                no_codes_match = no_codes_match and (info is None or info.dtype not in codes.dtypes)
+                for spec in self.tensor_specs(role):
+                    count += self._mismatches(self.name(role, spec, e), spec, info)
+        return no_codes_match, count
 
-    def _misfits(self, name: str, part: Part, codes: TensorInfo | None) -> int:
+    def _mismatches(self, name: str, spec: TensorSpec, codes: TensorInfo | None) -> int:
         """How much speaks against one tensor, when the codes that it goes with are these."""
         info = self.layer.info(name)
         if info is None:
             return 2
-        count = int(info.dtype not in part.dtypes)
+        count = int(info.dtype not in spec.dtypes)
         if codes is not None:
-            lead = 0 if self.naming.per_expert else 1
+            lead = 0 if self.pattern.per_expert else 1
             if len(codes.shape) < lead + 2:
                 return count + 1
-            shapes = part.shapes(*self.encoding.size(codes.shape[lead:]))
+            shapes = spec.shapes(*self.encoding.size(codes.shape[lead:]))
             count += info.shape not in [(*codes.shape[:lead], *shape) for shape in shapes]
         return count
 
     def wanted(self, config: MoEConfig) -> Iterator[_Wanted]:
         """The tensors that the layer must have."""
-        lead = () if self.naming.per_expert else (config.num_experts,)
+        lead = () if self.pattern.per_expert else (config.num_experts,)
         rows = self.rows(config)
         for role, num_rows in rows.items():
             num_columns = config.moe_intermediate_size if role == "down" else config.hidden_size
-            for part in self.parts(role):
-                shapes = tuple((*lead, *shape) for shape in part.shapes(num_rows, num_columns))
-                yield _Wanted(self.names_of(role, part, config), part.dtypes, shapes)
-        if self.layer.has_biases(self.naming):
-            for role, template in self.naming.biases.items():
+            for spec in self.tensor_specs(role):
+                shapes = tuple((*lead, *shape) for shape in spec.shapes(num_rows, num_columns))
+                yield _Wanted(self.names_of(role, spec, config), spec.dtypes, shapes)
+        if self.layer.has_biases(self.pattern):
+            for role, template in self.pattern.biases.items():
                 names = self.layer.names_of(template, config.num_experts)
                 yield _Wanted(names, BIAS_DTYPES, ((*lead, rows[role]),))
 
@@ -117,14 +117,14 @@ class Form:
         """Raise ValueError when a tensor is not what `config` wants it to be; otherwise list them all."""
         checkpoint = self.layer.checkpoint
         self._check_config(config)
-        for role in self.naming.tensors:
-            for part in self.encoding.parts:
-                problem = self.layer.too_many(self.naming.tensors[role] + part.suffix, config.num_experts)
+        for role in self.pattern.tensors:
+            for spec in self.encoding.tensor_specs:
+                problem = self.layer.too_many(self.pattern.tensors[role] + spec.suffix, config.num_experts)
                 if problem is not None:
                     raise ValueError(problem)
             for suffix in self.encoding.refused:
-                for e in self.layer.numbers.get(self.naming.tensors[role] + suffix, ()):
-                    name = self.layer.name(self.naming.tensors[role] + suffix, e)
+                for e in self.layer.expert_ids.get(self.pattern.tensors[role] + suffix, ()):
+                    name = self.layer.name(self.pattern.tensors[role] + suffix, e)
                     raise ValueError(
                         f"{checkpoint.file_of(name)}: tensor {name!r} is there, but {self.method} takes only "
                         "symmetric weights in groups of neighbours"
@@ -139,8 +139,8 @@ class Form:
         return tuple(names)
 
     def _check_config(self, config: MoEConfig) -> None:
-        """Raise ValueError when no tensors of this form can be what `config` describes."""
-        self.layer.check_gated(self.naming, config)
+        """Raise ValueError when no tensors of this layout can be what `config` describes."""
+        self.layer.check_gated(self.pattern, config)
         where = f"{self.layer.checkpoint.path}: the experts under {self.layer.prefix!r}"
         for size in ("hidden_size", "moe_intermediate_size"):
             if getattr(config, size) % self.encoding.group_size:
@@ -150,7 +150,7 @@ class Form:
                 )
 
 
-def find_forms(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> list[tuple[int, Form]]:
+def find_native_layouts(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> list[tuple[int, NativeLayout]]:
     """List what the layer's experts may be, the likeliest first, each with how much speaks against it.
 
     Raises
@@ -159,34 +159,38 @@ def find_forms(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> list[tuple[
         A layer of AWQ.
     """
     ranked = []
-    for form in _named_forms(read_layers(checkpoint, layer_idx)):
-        strange, count = form.misfits()
-        if not strange:
-            ranked.append((count, form))
+    for layout in _layouts_by_name(read_layers(checkpoint, layer_idx)):
+        no_codes_match, count = layout.mismatches()
+        if not no_codes_match:
+            ranked.append((count, layout))
     return sorted(ranked, key=lambda pair: pair[0])
 
 
-def _named_forms(layers: Sequence[ExpertLayer]) -> list[Form]:
-    """List the forms whose codes are there by name, under the first prefix that has any."""
+def _layouts_by_name(layers: Sequence[ExpertLayer]) -> list[NativeLayout]:
+    """List the layouts whose codes are there by name, under the first prefix that has any."""
     for layer in layers:
-        _refuse_awq(layer)
-        part = [form for form in (Form(layer, *row) for row in FORMS) if any(form.has_codes())]
-        forms = [form for form in part if all(form.has_codes())] or part
+        _check_not_awq(layer)
+        incomplete = [
+            layout
+            for layout in (NativeLayout(layer, *row) for row in NATIVE_LAYOUTS)
+            if any(layout.has_codes())
+        ]
+        layouts = [layout for layout in incomplete if all(layout.has_codes())] or incomplete
         # Experts with a gate are not taken for experts without one, whose one projection is up_proj too.
-        forms = [form for form in forms if form.naming.gated] or forms
-        if forms:
-            return forms
+        layouts = [layout for layout in layouts if layout.pattern.gated] or layouts
+        if layouts:
+            return layouts
     return []
 
 
-def _refuse_awq(layer: ExpertLayer) -> None:
+def _check_not_awq(layer: ExpertLayer) -> None:
     """Raise ValueError for the format that has GPTQ's names, but packs codes of eight rows in a number."""
-    for naming, _ in FORMS:
-        for stem in naming.tensors.values():
-            if numbers := layer.numbers.get(stem + _QWEIGHT):
-                name = layer.name(stem + _QWEIGHT, min(numbers))
+    for pattern, _ in NATIVE_LAYOUTS:
+        for stem in pattern.tensors.values():
+            if expert_ids := layer.expert_ids.get(stem + _QWEIGHT):
+                name = layer.name(stem + _QWEIGHT, min(expert_ids))
                 codes = layer.info(name)
-                scales = layer.info(layer.name(stem + _SCALES, min(numbers)))
+                scales = layer.info(layer.name(stem + _SCALES, min(expert_ids)))
                 if codes and scales and _packs_rows(codes.shape, scales.shape):
                     raise ValueError(
                         f"{layer.checkpoint.file_of(name)}: tensor {name!r} is there, but AWQ layers are not "
@@ -199,14 +203,18 @@ def _packs_rows(codes: tuple[int, ...], scales: tuple[int, ...]) -> bool:
     return bool(codes and scales) and 0 < codes[-1] * 8 == scales[-1]
 
 
-def no_form(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> str:
-    """Say why a layer has no native form."""
-    codes = {stem + encoding.codes.suffix for naming, encoding in FORMS for stem in naming.tensors.values()}
+def why_no_layout(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> str:
+    """Say why a layer has no native layout."""
+    codes = {
+        stem + encoding.codes.suffix
+        for pattern, encoding in NATIVE_LAYOUTS
+        for stem in pattern.tensors.values()
+    }
     for layer in read_layers(checkpoint, layer_idx):
-        known = codes.union(*(naming.tensors.values() for naming in layer.namings()))
-        there = sorted(known & layer.numbers.keys())
+        known = codes.union(*(pattern.tensors.values() for pattern in layer.patterns()))
+        there = sorted(known & layer.expert_ids.keys())
         if there:
-            name = layer.name(there[0], min(layer.numbers[there[0]]))
+            name = layer.name(there[0], min(layer.expert_ids[there[0]]))
             expected = f"expected weights of {', '.join(METHODS)}"
             dtype = checkpoint.info(name).dtype
             return f"{checkpoint.file_of(name)}: tensor {name!r} is {dtype}, {expected}"

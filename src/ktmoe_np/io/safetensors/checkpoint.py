@@ -16,7 +16,7 @@ from ..json_text import read_json_object, shown
 from ..layouts.layer_names import LayerNames
 from ..mapped import FileIdentity, identity_at, map_file
 from ..regular_file import open_regular
-from ..shared import Held
+from ..shared import SharedCache
 from .header import DTYPES, MAX_HEADER_BYTES, TensorInfo, parse_header
 
 __all__ = [
@@ -28,11 +28,11 @@ __all__ = [
     "load_hf_config",
 ]
 
-#: Checkpoints that someone holds, by their path and the identities of all their files.
-_shared: Held[SafetensorsCheckpoint] = Held()
+#: Checkpoints that are in use, by their path and the identities of all their files.
+_shared: SharedCache[SafetensorsCheckpoint] = SharedCache()
 
 #: Indexes of those, by their path and identity.
-_indexes: Held[_Index] = Held()
+_indexes: SharedCache[_Index] = SharedCache()
 
 _INDEX_NAME = "model.safetensors.index.json"
 

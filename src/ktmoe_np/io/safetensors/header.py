@@ -45,7 +45,7 @@ _SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 _INTEGERS = frozenset((int,))
 
 #: The most tensors of a file, ten times what the largest models have; each takes microseconds.
-_MOST_TENSORS = 2**20
+_MAX_TENSORS = 2**20
 
 #: The format's own limit on the length of a header.
 MAX_HEADER_BYTES = MAX_JSON_BYTES
@@ -92,8 +92,8 @@ def parse_header(path: Path, text: bytes, num_bytes: int) -> tuple[dict[str, Ten
     """
     header = parse_json_object(text, f"{path}: the header", finite=True)
     metadata = _check_metadata(path, header.pop("__metadata__", {}))
-    if len(header) > _MOST_TENSORS:
-        raise ValueError(f"{path}: the header has {len(header)} tensors, expected at most {_MOST_TENSORS}")
+    if len(header) > _MAX_TENSORS:
+        raise ValueError(f"{path}: the header has {len(header)} tensors, expected at most {_MAX_TENSORS}")
     tensors = {name: _check_entry(path, name, entry, num_bytes) for name, entry in header.items()}
     _check_disjoint(path, tensors)
     return tensors, metadata
