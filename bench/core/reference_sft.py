@@ -13,13 +13,13 @@ from .reference import Sample, activate, choose_rows
 __all__ = ["reference_step", "sample_step"]
 
 #: Experts whose adapters' gradients are checked.
-_MOST_EXPERTS = 8
+_MAX_EXPERTS = 8
 
 
 def sample_step(layer: Layer, case: Case) -> Sample:
     """Sample rows of what tokens have, and experts, spread evenly among those in use."""
     used = np.unique(case.ids)
-    chosen = np.linspace(0, len(used) - 1, min(len(used), _MOST_EXPERTS)).astype(int)
+    chosen = np.linspace(0, len(used) - 1, min(len(used), _MAX_EXPERTS)).astype(int)
     return Sample(choose_rows(layer, case, layer.shape.step_flop(1)), used[chosen])
 
 

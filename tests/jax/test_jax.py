@@ -359,7 +359,11 @@ def test_a_mask_has_one_number(case: Any) -> None:
             TypeError,
             r"topk_ids: got float32 \[7, 2\], expected integers",
         ),
-        ({"ids": np.zeros((7, 3), np.int32)}, ValueError, r"topk_ids: got int32 \[7, 3\], expected \[7, 2\]"),
+        (
+            {"ids": np.zeros((7, 3), np.int32)},
+            ValueError,
+            r"topk_ids: got int32 \[7, 3\], expected integers \[7, 2\]",
+        ),
         (
             {"weights": np.zeros((7, P), bf16)},
             TypeError,

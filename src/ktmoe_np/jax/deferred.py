@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from ..arrays.spec import ArraySpec
+from ..arrays.types import bfloat16
 from ..inference.base import BaseMoEWrapper
 from .operands import Array, called, checked
 from .primitives import drain_deferred_p, forward_deferred_p
@@ -102,8 +104,7 @@ def moe_drain_deferred(carry: Array, hidden_states: Array) -> Array:
     [[0.0, 0.0]]
     """
     x = jnp.asarray(hidden_states)
-    if x.dtype != jnp.bfloat16 or x.ndim < 1:
-        raise TypeError(f"hidden_states: got {x.dtype} {list(x.shape)}, expected bfloat16 [..., H]")
+    ArraySpec((bfloat16,), ("...", "H")).check("hidden_states", x)
     (left,) = drain_deferred_p.bind(_carry(carry), shape=x.shape)
     return left
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import kt_kernel_ext as ext
+from ..arrays.spec import ArraySpec
+from ..arrays.types import bfloat16
 from ..config import MoEConfig
 from ..inference.base import BaseMoEWrapper
 from ..layers.base import MoELayer
@@ -23,6 +25,9 @@ Array = Any
 #: wrapper -> mask, as bytes -> the number under which programs call the layer with it.
 _numbers: weakref.WeakKeyDictionary[MoELayer, dict[bytes | None, int]] = weakref.WeakKeyDictionary()
 _lock = ext.CallLock("layers")
+
+_FLOAT32 = (np.dtype(np.float32),)
+_INTEGERS = tuple(np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
 def _number_of(layer: MoELayer) -> int:
@@ -70,18 +75,10 @@ def _sizes(layer: MoELayer) -> tuple[Any, ...]:
 def checked(config: MoEConfig, x: Any, ids: Any, weights: Any) -> tuple[Array, Array, Array]:
     """Hidden states, ids and weights as arrays of JAX; TypeError and ValueError when they do not fit."""
     x, ids, weights = jnp.asarray(x), _ids(ids, config.num_experts), jnp.asarray(weights)
-    if x.dtype != jnp.bfloat16:
-        raise TypeError(f"hidden_states: got {_told(x)}, expected bfloat16 [..., {config.hidden_size}]")
-    if x.ndim < 1 or x.shape[-1] != config.hidden_size:
-        raise ValueError(f"hidden_states: got {_told(x)}, expected bfloat16 [..., {config.hidden_size}]")
-    expected = [*x.shape[:-1], config.num_experts_per_tok]
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"topk_ids: got {_told(ids)}, expected integers {expected}")
-    if weights.dtype != jnp.float32:
-        raise TypeError(f"topk_weights: got {_told(weights)}, expected float32 {expected}")
-    for name, value in (("topk_ids", ids), ("topk_weights", weights)):
-        if list(value.shape) != expected:
-            raise ValueError(f"{name}: got {_told(value)}, expected {expected}")
+    ArraySpec((bfloat16,), ("...", config.hidden_size)).check("hidden_states", x)
+    routes = (*x.shape[:-1], config.num_experts_per_tok)
+    ArraySpec(_INTEGERS, routes, "integers").check("topk_ids", ids)
+    ArraySpec(_FLOAT32, routes).check("topk_weights", weights)
     return x, ids, weights
 
 
@@ -101,12 +98,5 @@ def adapter(lora: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Array
     if name not in lora:
         raise ValueError(f"lora: got no {name!r}, expected float32 or bfloat16 {list(shape)}")
     value = jnp.asarray(lora[name])
-    if value.dtype not in (jnp.float32, jnp.bfloat16):
-        raise TypeError(f"{name}: got {_told(value)}, expected float32 or bfloat16 {list(shape)}")
-    if value.shape != shape:
-        raise ValueError(f"{name}: got {_told(value)}, expected {list(shape)}")
+    ArraySpec((*_FLOAT32, bfloat16), shape).check(name, value)
     return value
-
-
-def _told(x: Array) -> str:
-    return f"{x.dtype} {list(x.shape)}"
