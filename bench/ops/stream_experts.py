@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from ktmoe_np import KTMoEWrapper
-from ktmoe_np import kt_kernel_ext as ext
 
 from ..core.layer import Layer, bfloat16
 from ..core.shapes import Shape
@@ -75,8 +74,10 @@ class KtmoeExperts:
     def round_trip(self) -> None:
         """Submit the least task there is and wait for it, in the current stream."""
         stream, engine = torch.cuda.current_stream().cuda_stream, self._moes[0].cpu_infer
-        none = np.zeros((0, 1), np.int64)
-        task = ext.moe.SlotSplit(none, np.zeros((0, 1), np.float32), none.copy(), None, 1).task()
+        moe = self._moes[0]
+        rows, routes = (0, moe.config.hidden_size), (0, moe.config.num_experts_per_tok)
+        x, out = np.zeros(rows, bfloat16), np.zeros(rows, bfloat16)
+        task = moe._layer.forward_task(x, np.zeros(routes, np.int64), np.zeros(routes, np.float32), out)
         engine.submit_with_cuda_stream(stream, task)
         engine.sync_with_cuda_stream(stream)
 

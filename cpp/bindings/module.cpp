@@ -24,7 +24,7 @@ NB_MODULE(kt_kernel_ext, m) {
   nanobind::module_ moe = m.def_submodule("moe", "Expert layers, one class per method.");
   bind_moe(moe);
   bind_sft(moe);
-  bind_split_slots(moe);
+  bind_deferred_pass(moe);
   nanobind::module_ xla = m.def_submodule("xla", "What programs of JAX call.");
   bind_xla(xla);
 }

@@ -9,6 +9,7 @@ namespace nb = nanobind;
 
 void bind_call_lock(nb::module_& m);
 void bind_cuda(nb::module_& m);
+void bind_deferred_pass(nb::module_& m);  // after bind_moe
 void bind_engine(nb::module_& m);
 void bind_machine(nb::module_& m);
 void bind_moe(nb::module_& m);
@@ -16,7 +17,6 @@ void bind_quantize(nb::module_& m);
 void bind_registry(nb::module_& m);
 void bind_sft(nb::module_& m);  // after bind_moe
 void bind_stream_pass(nb::module_& m);
-void bind_split_slots(nb::module_& m);
 void bind_xla(nb::module_& m);  // after bind_sft
 
 }  // namespace ktmoe::bindings

@@ -42,7 +42,7 @@ ForwardArgs rows_of(const ForwardArgs& batch, const GeneralMOEConfig& config, To
   return args;
 }
 
-ChunkedPass::ChunkedPass(std::shared_ptr<MoE_Interface> layer, const ForwardArgs& args, ExpertIds ids,
+ChunkedPass::ChunkedPass(std::shared_ptr<MoE_Interface> layer, const ForwardArgs& args, Integers ids,
                          uint32_t chunk_size)
     : layer_(std::move(layer)), args_(args), ids_(ids), chunks_(cut_tokens(args.num_tokens, chunk_size)) {}
 

@@ -6,15 +6,12 @@
 #include <cstdint>
 #include <memory>
 #include <utility>
-#include <variant>
 #include <vector>
 
 #include "moe/layer/interface.h"
+#include "moe/plan/integers.h"
 
 namespace ktmoe {
-
-// Expert ids [T, P], as callers have them.
-using ExpertIds = std::variant<const int64_t*, const int32_t*>;
 
 struct TokenRange {
   uint32_t first = 0, num = 0;
@@ -29,8 +26,8 @@ ForwardArgs rows_of(const ForwardArgs& batch, const GeneralMOEConfig& config, To
 
 class ChunkedPass {
  public:
-  // The arrays are the caller's; `ids` are computed with, not those of `args`.
-  ChunkedPass(std::shared_ptr<MoE_Interface> layer, const ForwardArgs& args, ExpertIds ids,
+  // The arrays are the caller's; `ids` [T, P] are computed with, not those of `args`.
+  ChunkedPass(std::shared_ptr<MoE_Interface> layer, const ForwardArgs& args, Integers ids,
               uint32_t chunk_size);
 
   size_t num_chunks() const { return chunks_.size(); }
@@ -44,7 +41,7 @@ class ChunkedPass {
 
   std::shared_ptr<MoE_Interface> layer_;
   ForwardArgs args_;
-  ExpertIds ids_;
+  Integers ids_;
   std::vector<TokenRange> chunks_;
   std::atomic<bool> are_ids_checked_{false};  // since the first chunk: a CUDA graph may repeat the pass
 };

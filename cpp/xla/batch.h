@@ -28,7 +28,7 @@ class Batch {
 
   // Of a pass that takes ids of either size: without ids and `out`.
   const ForwardArgs& rows() const { return args_; }
-  ExpertIds ids() const { return ids_; }
+  Integers ids() const { return ids_; }
 
   void* take_out(Call& call) const;
 
@@ -36,7 +36,7 @@ class Batch {
   void take_ids(const Buffer& buffer);
 
   std::shared_ptr<CalledLayer> called_;
-  ExpertIds ids_;
+  Integers ids_;
   mutable std::vector<int64_t> wide_ids_;  // of args(), which takes int64; made when first needed
   ForwardArgs args_;
 };

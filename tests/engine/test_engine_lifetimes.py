@@ -150,14 +150,19 @@ def tasks_of(engine: Any, layer: Layer, batch: Batch) -> dict[str, Callable[[], 
         codes, scale = np.empty((3, 64), np.uint8), np.empty(3, np.float32)
         return ext.quantize_task("int8", weights, codes, scale, pool=engine.backend_), weights
 
-    def split() -> tuple[Any, Any]:
+    def chunk() -> tuple[Any, Any]:
+        out = linked(T, H)
+        return moe.forward_tasks(*batch, out, 1)[0], out
+
+    def deferring() -> tuple[Any, Any]:
         ids = linked(T, P, dtype=np.int64)
-        return ext.moe.SlotSplit(ids, batch.weights, np.empty((T, P), np.int64), None, E), ids
+        scratch = np.empty((T, P), np.int64)
+        return ext.moe.DeferredPass(moe, batch.x, ids, batch.weights, fresh_out(), scratch, chunk_size=T), ids
 
-    return {f.__name__: f for f in (forward, forward_from_ids, load, quantize, split)}
+    return {f.__name__: f for f in (forward, forward_from_ids, load, quantize, chunk, deferring)}
 
 
-@pytest.mark.parametrize("name", ["forward", "forward_from_ids", "load", "quantize", "split"])
+@pytest.mark.parametrize("name", ["forward", "forward_from_ids", "load", "quantize", "chunk", "deferring"])
 def test_a_task_in_a_cycle_with_its_array_is_collected(
     engine: Any, layer: Layer, batch: Batch, name: str
 ) -> None:

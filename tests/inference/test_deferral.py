@@ -341,14 +341,14 @@ def test_a_pass_that_was_not_drained(how: str) -> None:
 def test_another_number_of_tokens(how: str, num_tokens: int) -> None:
     moes, batches, _ = left_over()
     other = draw_batch(np.random.default_rng(0), drawn(13, 2)[0][1], num_tokens, P)
-    message = f"hidden_states: got {num_tokens} tokens, but layer 0 deferred experts of {T} tokens"
+    message = rf"hidden_states: got \[{num_tokens}, {H}\], expected \[{T}, {H}\] like the deferred output of"
     with pytest.raises(ValueError, match=message):
         getattr(moes[1], how)(*other)
     moes[1].forward(*batches[1])  # what is left over still waits for it
     assert KTMoEWrapper.drain_deferred() is not None
 
 
-def test_incremental_onto_a_carry() -> None:
+def test_incremental_onto_a_deferred_output() -> None:
     moes, batches, left = left_over()
     out = np.full((T, H), 3.0, np.float32)
     with pytest.raises(

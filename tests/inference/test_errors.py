@@ -364,26 +364,6 @@ TASK: dict[str, tuple[Change, Error, str]] = {
     ),
     "base, order": (lambda a: {"base": fortran(a["out"])}, TypeError, r"base: .* expected it C-contiguous"),
     "base overlaps": (lambda a: {"base": a["out"]}, ValueError, r"out: its memory overlaps that of base"),
-    "first_token, negative": (
-        lambda a: {"first_token": -1},
-        ValueError,
-        rf"first_token: got -1, expected 0 to {T}",
-    ),
-    "first_token, behind the last": (
-        lambda a: {"first_token": T + 1},
-        ValueError,
-        rf"first_token: got {T + 1}, expected 0 to {T}",
-    ),
-    "num_tokens, negative": (
-        lambda a: {"num_tokens": -1},
-        ValueError,
-        rf"num_tokens: got -1, expected 0 to {T}",
-    ),
-    "num_tokens, more than are left": (
-        lambda a: {"first_token": 2, "num_tokens": T - 1},
-        ValueError,
-        rf"num_tokens: got {T - 1}, expected 0 to {T - 2}",
-    ),
     "skip_experts, dtype": (
         lambda a: {"skip_experts": np.zeros(E, np.int32)},
         TypeError,

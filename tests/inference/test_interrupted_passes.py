@@ -13,7 +13,8 @@ import pytest
 from layers import assert_same_bits, draw_batch, draw_layer
 
 from ktmoe_np import DeferralChain, _MoEBase
-from ktmoe_np.passes.deferral import HostCarry
+from ktmoe_np import kt_kernel_ext as ext
+from ktmoe_np.passes.deferral import HostOutput
 from ktmoe_np.passes.pending import PendingPass
 
 pytestmark = pytest.mark.kernels
@@ -43,8 +44,8 @@ class Ending(DeferralChain):
 
     ends = False
 
-    def leave(self, carry: Any) -> None:
-        super().leave(carry)
+    def leave_output(self, output: Any) -> None:
+        super().leave_output(output)
         if self.ends:
             self.ends = False
             raise KeyboardInterrupt
@@ -83,9 +84,21 @@ def test_a_pass_fails_when_what_it_begins_with_has_failed() -> None:
     wrong = batch.ids.copy()
     wrong[0, 0] = E
     engine, left = moe.cpu_infer, np.full((T, H), 12345, np.float32)
-    ticket = engine.submit(moe._layer.forward_task(batch.x, wrong, batch.weights, left))
+    deferring = ext.moe.DeferredPass(
+        moe._layer,
+        batch.x,
+        wrong,
+        batch.weights,
+        np.zeros_like(batch.x),
+        np.empty((T, P), np.int64),
+        chunk_size=T,
+        num_deferred=2,
+        deferred_ids=np.empty((T, P), np.int64),
+        deferred_output=left,
+    )
+    tickets = [engine.submit(task) for task in deferring.immediate_tasks() + deferring.deferred_tasks()]
     chain = DeferralChain()
-    chain.leave(HostCarry(0, left, ticket, engine))
+    chain.leave_output(HostOutput(deferring.output, tickets[-1], engine))
     with pytest.raises(IndexError, match=f"topk_ids: got expert {E} at"):
         moes[1].forward(*batch, chain=chain)
     with pytest.raises(IndexError, match=f"topk_ids: got expert {E} at"):
@@ -115,9 +128,9 @@ def test_a_drain_that_a_handler_ends_can_be_repeated() -> None:
     moes, batch = two_layers()
     chain = DeferralChain()
     moes[0].forward(*batch, chain=chain)
-    carry: Any = chain._carry
-    engine: Any = Interrupted(carry.engine)
-    chain.leave(HostCarry(0, carry.output, carry.ticket, engine))
+    left: Any = chain._output
+    engine: Any = Interrupted(left.engine)
+    chain.leave_output(HostOutput(left.output, left.ticket, engine))
     with pytest.raises(OSError, match="raised by a handler"):
         chain.drain()
     assert chain.is_waiting

@@ -15,7 +15,6 @@ from layers import (
     assert_close,
     assert_same_bits,
     bf16,
-    draw,
     draw_batch,
     draw_layer,
     low_level_moe,
@@ -110,19 +109,6 @@ def test_base_and_out_have_dtypes_of_their_own(
     engine.run(low_level_moe(engine, layer, P).forward_task(*batch, out, base=base))
     assert_close(out, layer, batch, base=base)
     assert_same_bits(base, kept)
-
-
-@pytest.mark.parametrize(("first", "num"), [(0, None), (2, None), (0, 3), (2, 3), (T, 0), (0, 0), (T - 1, 1)])
-def test_a_part_of_a_batch(engine: Any, layer: Layer, batch: Batch, first: int, num: int | None) -> None:
-    moe, out = low_level_moe(engine, layer, P), np.full((T, H), 7.0, np.float32)
-    base = np.random.default_rng(3).standard_normal((T, H), np.float32)
-    engine.run(moe.forward_task(*batch, out, base=base, first_token=first, num_tokens=num))
-    whole = np.empty((T, H), np.float32)
-    engine.run(moe.forward_task(*batch, whole, base=base))
-    rows = slice(first, T if num is None else first + num)
-    others = np.delete(np.arange(T), np.arange(T)[rows])
-    assert_same_bits(out[rows], whole[rows])
-    assert (out[others] == 7.0).all()
 
 
 @pytest.mark.parametrize(("chunk", "num"), [(1, T), (2, -(-T // 2)), (T, 1), (T + 1, 1)])
@@ -447,24 +433,6 @@ def test_everything_says_what_it_is() -> None:
     ]
     for thing in things:
         assert thing.__doc__, thing
-
-
-def test_chunks_of_a_split_batch_begin_with_their_rows_of_a_bf16_base(engine: Any) -> None:
-    layer = draw_layer(np.random.default_rng(5), 4, 32, 64)
-    batch = draw_batch(np.random.default_rng(6), layer, 8, 2)
-    moe = low_level_moe(engine, layer, 2)
-    base = draw(np.random.default_rng(7), 8, 64)
-    outs = []
-    for chunk in (8, 2):
-        immediate, deferred = np.empty((2, 8, 2), np.int64)
-        split = ext.moe.SlotSplit(batch.ids, batch.weights, immediate, deferred, 4, 1)
-        engine.run(split.task())
-        out, sums = np.zeros((8, 64), np.float32), np.empty((8, 64), np.float32)
-        for first in range(0, 8, chunk):
-            options = {"first_token": first, "num_tokens": chunk, "split": split, "deferred_out": sums}
-            engine.run(moe.forward_task(batch.x, immediate, batch.weights, out, False, base=base, **options))
-        outs.append(out)
-    assert_same_bits(outs[1], outs[0])
 
 
 class Exporting(np.ndarray):

@@ -24,11 +24,13 @@ pytestmark = pytest.mark.crosscheck
 E, I, H, P, T = 5, 24, 40, 4, 6  # noqa: E741
 
 
-def drawn(deferred: list[int], seed: int = 0, *, scale_inputs: bool = False) -> tuple[list[Any], list[Any]]:
+def drawn(
+    deferred: list[int], seed: int = 0, *, scale_inputs: bool = False, **options: Any
+) -> tuple[list[Any], list[Any]]:
     rng = np.random.default_rng(seed)
     layers = [replace(draw_layer(rng, E, I, H), scale_inputs=scale_inputs) for _ in deferred]
     moes = [
-        layer.wrapper(P, layer_idx=i, max_deferred_experts_per_token=d)
+        layer.wrapper(P, layer_idx=i, max_deferred_experts_per_token=d, **options)
         for i, (layer, d) in enumerate(zip(layers, deferred, strict=True))
     ]
     return moes, [draw_batch(rng, layer, T, P) for layer in layers]
@@ -51,9 +53,12 @@ def in_program(moes: list[Any], batches: Any) -> list[Any]:
 @pytest.mark.parametrize("deferred", [[2, 2, 2], [1, 4, 0], [0, 0]])
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("scale_inputs", [False, True])
-def test_the_bits_are_those_of_the_host(deferred: list[int], wrap: Any, scale_inputs: bool) -> None:
-    moes, batches = drawn(deferred, scale_inputs=scale_inputs)
-    expected = on_host(moes, batches)
+@pytest.mark.parametrize("chunk", [4096, 4])
+def test_the_bits_are_those_of_the_host(
+    deferred: list[int], wrap: Any, scale_inputs: bool, chunk: int
+) -> None:
+    expected = on_host(*drawn(deferred, scale_inputs=scale_inputs))
+    moes, batches = drawn(deferred, scale_inputs=scale_inputs, chunked_prefill_size=chunk)
     call = wrap(partial(in_program, moes))
     for _ in range(3):
         for found, want in zip(call([as_jax(batch) for batch in batches]), expected, strict=True):
@@ -128,13 +133,13 @@ def test_a_call_that_is_refused_leaves_the_carry() -> None:
     _, carry = moe_forward_deferred(moes[0], x, ids, weights)
     x, ids, weights = as_jax(batches[1])
     with pytest.raises(
-        Exception, match=r"hidden_states: got \[5, 40\], expected \[6, 40\], as the carry has"
+        Exception, match=r"hidden_states: got \[5, 40\], expected \[6, 40\] like the deferred"
     ):
         moe_forward_deferred(moes[1], x[:5], ids[:5], weights[:5], carry)
     with pytest.raises(Exception, match=f"topk_ids: got expert {E} at"):
         moe_forward_deferred(moes[1], x, ids.at[2, 1].set(E), weights, carry)
     with pytest.raises(
-        Exception, match=r"hidden_states: got \[5, 40\], expected \[6, 40\], as the carry has"
+        Exception, match=r"hidden_states: got \[5, 40\], expected \[6, 40\] like the deferred"
     ):
         moe_drain_deferred(carry, x[:5])
     out, _ = moe_forward_deferred(moes[1], x, ids, weights, carry)

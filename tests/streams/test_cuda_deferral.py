@@ -112,7 +112,7 @@ def test_a_pass_that_was_not_drained(cuda_driver: str) -> None:
     assert said.splitlines() == [
         "RuntimeError: layer 0: the deferred experts of layer 0 are left over from the pass before; call "
         "drain_deferred() after the last layer of a pass",
-        "ValueError: hidden_states: got 5 tokens, but layer 0 deferred experts of 6 tokens",
+        "ValueError: hidden_states: got [5, 40], expected [6, 40] like the deferred output of layer 0",
         "TypeError: out: got None, expected an array on the device to write to: a DeviceArray cannot be made",
         "ValueError: out: got one without a cuda_stream, expected None",
     ]
@@ -175,7 +175,7 @@ def test_a_graph_reads_the_number_of_tokens(cuda_driver: str, dtype: str) -> Non
     ]
 
 
-def test_passes_that_wait_for_their_sync_share_no_slot(cuda_driver: str) -> None:
+def test_passes_that_wait_for_their_sync_share_no_buffers(cuda_driver: str) -> None:
     run(
         cuda_driver,
         """

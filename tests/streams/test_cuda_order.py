@@ -51,7 +51,7 @@ def test_a_drain_does_not_overwrite_a_pass_that_is_pending(cuda_driver: str) -> 
     assert said == "RuntimeError: a pass of layer 0 is pending in the stream, call sync_forward first\n"
 
 
-def test_a_slot_is_taken_while_a_pass_begins_with_it(cuda_driver: str) -> None:
+def test_buffers_are_taken_while_a_pass_begins_with_their_output(cuda_driver: str) -> None:
     """Layer 1 is not waited for, so layer 0's deferred experts may still be computed."""
     run(
         cuda_driver,
@@ -64,10 +64,11 @@ def test_a_slot_is_taken_while_a_pass_begins_with_it(cuda_driver: str) -> None:
         outs = [DeviceArray(np.zeros((6, 40), bf16)) for _ in range(3)]
         moes[0].forward(x, ids, w, stream, out=outs[0])
         moes[1].submit_forward(x, ids, w, stream, out=outs[1])
-        slots = {id(slot) for one in (moes[1], third) for slot in one._stream_runner.slots_in_use()}
+        both = (moes[1], third)
+        taken = {id(buffers) for one in both for buffers in one._stream_runner.buffers_in_use()}
         third.submit_forward(x, ids, w, stream, out=outs[2])
-        mine = third._stream_runner.slots_in_use()
-        assert not slots & {id(slot) for slot in mine}
+        mine = third._stream_runner.buffers_in_use()
+        assert not taken & {id(buffers) for buffers in mine}
         moes[1].sync_forward(cuda_stream=stream)
         third.sync_forward(cuda_stream=stream)
         stream.synchronize()

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <memory>
-#include <optional>
 
 #include "bindings/convert/arrays.h"
 #include "moe/layer/interface.h"
@@ -21,28 +20,21 @@ class ForwardArrays {
 
   void add_to_out();
   void add_to(nb::handle base);
-  // Only these tokens of the batch are computed; all from the first on when there is no number.
-  void take_tokens(int64_t first, std::optional<int64_t> number);
 
-  // IndexError for an id of any token of the batch: no part of it is computed when another part is refused.
-  void check_ids(const GeneralMOEConfig& config) const;
-
-  // ValueError when an array shares memory with one of the batch; with a base it may.
-  void expect_disjoint_from(const Array& other) const;
+  // ValueError when the output shares memory with another array.
+  void expect_out_disjoint_from(const Array& other) const { out().expect_disjoint(other); }
 
   const ForwardArgs& args() const { return args_; }
 
-  // One more that the pass refers to.
-  void hold(const Array& array) { arrays_->push_back(array); }
+  // Hidden states, ids, weights, out, and what else the arguments refer to.
   const std::shared_ptr<Arrays>& arrays() const { return arrays_; }
+  static constexpr size_t kIds = 1;  // among them
 
  private:
-  const Array& array(size_t i) const { return (*arrays_)[i]; }
-  const Array& out() const { return array(3); }
+  const Array& out() const { return (*arrays_)[3]; }
 
-  std::shared_ptr<Arrays> arrays_;  // hidden states, ids, weights, out, and what else the arguments refer to
+  std::shared_ptr<Arrays> arrays_;
   ForwardArgs args_;
-  size_t base_row_bytes_ = 0;
 };
 
 }  // namespace ktmoe::bindings

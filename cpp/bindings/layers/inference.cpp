@@ -11,7 +11,6 @@
 #include "bindings/convert/forward_arrays.h"
 #include "bindings/module.h"
 #include "bindings/tasks/task.h"
-#include "bindings/streams/split_slots.h"
 #include "formats/registry.h"
 #include "moe/chunked_pass.h"
 #include "moe/layer/tp_moe.h"
@@ -209,28 +208,15 @@ PythonTask load_weights_task(Layer layer, nb::object gate, nb::object up, nb::ob
 }
 
 PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_ids, nb::object topk_weights,
-                        nb::object out, bool incremental, nb::object base, nb::object skip_experts,
-                        int64_t first_token, std::optional<int64_t> num_tokens, const PythonSplit* split,
-                        nb::object deferred_out) {
+                        nb::object out, bool incremental, nb::object base, nb::object skip_experts) {
   ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, out, skip_experts);
   if (incremental) forward.add_to_out();
   if (!base.is_none()) {
     if (incremental) throw_invalid("base: got one with incremental=True, expected one of the two");
     forward.add_to(base);
   }
-  if (split == nullptr && !deferred_out.is_none())
-    throw_invalid("deferred_out: got one without a split, expected None");
-  std::optional<SplitPart> part;
-  if (split != nullptr) part.emplace(layer->config(), *split, deferred_out, forward, first_token);
-  forward.take_tokens(first_token, num_tokens);
   const auto arrays = forward.arrays();
-  return PythonTask(
-      [layer, forward = std::move(forward), part = std::move(part)] {
-        forward.check_ids(layer->config());
-        if (part) return part->run(*layer, forward.args());
-        layer->forward(forward.args());
-      },
-      arrays);
+  return PythonTask([layer, arrays, args = forward.args()] { layer->forward(args); }, arrays);
 }
 
 // A task for each chunk of a batch. Each holds the arrays by itself: the cycle collector counts references.
@@ -376,8 +362,6 @@ void bind_forward(nb::class_<MoE_Interface>& layer) {
       .def("forward_task", &forward_task, nb::arg("hidden_states").none(), nb::arg("topk_ids").none(),
            nb::arg("topk_weights").none(), nb::arg("out").none(), nb::arg("incremental") = false,
            nb::kw_only(), nb::arg("base").none() = nb::none(), nb::arg("skip_experts").none() = nb::none(),
-           nb::arg("first_token") = 0, nb::arg("num_tokens").none() = nb::none(),
-           nb::arg("split").none() = nb::none(), nb::arg("deferred_out").none() = nb::none(),
            R"(Make the task of one forward pass.
 
 Parameters
@@ -396,13 +380,6 @@ base : array, optional
     bfloat16 or float32 [T, H], added to the result.
 skip_experts : array, optional
     bool [E]: experts that are left out.
-first_token, num_tokens : int, optional
-    The tokens of the batch to compute; all from the first on by default.
-split : SlotSplit, optional
-    Of the batch, when `topk_ids` is one part of it: the immediate ids, or the deferred ones.
-deferred_out : array, optional
-    float32 [T, H]. Of the first part: written with the sums of the other, when the split finds that the two
-    share many experts; then the task of the other part does nothing.
 
 Returns
 -------

@@ -1,7 +1,6 @@
 #include "moe/plan/split_slots.h"
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "core/error.h"
@@ -42,22 +41,14 @@ void SlotSplit::split(const Id* ids_at, size_t used, std::vector<uint8_t>& uses)
 }
 
 void SlotSplit::run() {
-  const size_t all = size_t{num_tokens} * num_slots;
-  const auto fill = [&](size_t from, int64_t id) {
-    std::fill(immediate + from, immediate + all, id);
-    if (deferred != nullptr) std::fill(deferred + from, deferred + all, id);
-  };
   is_joint = false;
+  const size_t used = size_t{checked_num_used()} * num_slots, all = size_t{num_tokens} * num_slots;
   std::vector<uint8_t> uses(num_experts, 0);
-  try {
-    const size_t used = size_t{checked_num_used()} * num_slots;
-    std::visit([&](const auto* at) { split(at, used, uses); }, ids);
-    fill(used, -1);
-  } catch (...) {
-    fill(0, std::numeric_limits<int64_t>::max());
-    throw;
-  }
-  is_joint = deferred != nullptr && shares_experts(uses);
+  std::visit([&](const auto* at) { split(at, used, uses); }, ids);
+  std::fill(immediate + used, immediate + all, int64_t{-1});
+  if (deferred == nullptr) return;
+  std::fill(deferred + used, deferred + all, int64_t{-1});
+  is_joint = shares_experts(uses);
 }
 
 uint32_t SlotSplit::checked_num_used() const {

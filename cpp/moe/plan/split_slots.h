@@ -4,15 +4,14 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <variant>
 #include <vector>
+
+#include "moe/plan/integers.h"
 
 namespace ktmoe {
 
 // Of each token all but `num_deferred` slots are immediate: those with the largest weights, ties by slot.
 struct SlotSplit {
-  using Integers = std::variant<const int64_t*, const int32_t*>;
-
   Integers ids;                    // [T, P]
   const float* weights = nullptr;  // [T, P]
   uint32_t num_tokens = 0, num_slots = 0, num_experts = 0, num_deferred = 0;
@@ -25,7 +24,6 @@ struct SlotSplit {
   bool is_joint = false;
 
   // Throws std::out_of_range for an id of num_experts or above and for a number of tokens outside 0 to T.
-  // What is computed with what it has written then is refused too.
   void run();
 
  private:

@@ -1,9 +1,8 @@
-"""Deferred experts: what a layer leaves for the next one to begin with.
+"""Deferred experts: how the deferred output of a layer reaches the next one.
 
-Of each token the slots with the largest weights are computed at once; the others go into a buffer while the
-caller is already busy with what follows, and the next layer's output starts from that buffer. Layers follow
-each other by their `layer_idx` along a chain: there is one in an engine, which threads use in turn, one for
-each CUDA stream, and as many as callers make.
+What a pass receives and leaves, and when its parts run, is said in the C++ core, which computes it
+(`moe/deferred_pass.h`). Layers follow each other by their `layer_idx` along a chain: there is one in an
+engine, which threads use in turn, one for each CUDA stream, and as many as callers make.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, bfloat16
@@ -23,33 +21,35 @@ from ..buffers import BufferSlot, KExpertsCPUBuffer
 from ..config import MoEConfig
 from .pending import is_of_a_handler
 
-__all__ = ["Carry", "CarryChain", "DeferralChain", "HostCarry", "SharedChain"]
+__all__ = ["DeferralChain", "HostOutput", "LayerOutput", "OutputChain", "SharedChain"]
 
 
 @dataclass(frozen=True)
-class Carry:
-    """What a layer left over: experts' outputs, weighted and summed, not yet in any layer's output."""
+class LayerOutput:
+    """The deferred output of a layer."""
 
-    layer_idx: int
-    output: NDArray[np.float32]  #: [T, H]
+    output: ext.moe.DeferredOutput
 
 
 @dataclass(frozen=True)
-class HostCarry(Carry):
-    """What a layer left over on the host."""
+class HostOutput(LayerOutput):
+    """The deferred output of a layer whose tasks the host has submitted."""
 
-    ticket: ext.Ticket  #: of the task that writes it
+    ticket: ext.Ticket  #: of the last task that writes it
     engine: ext.CPUInfer  #: which runs that
 
 
-CarryT = TypeVar("CarryT", bound=Carry)
+OutputT = TypeVar("OutputT", bound=LayerOutput)
 
 
-class CarryChain(Generic[CarryT]):
-    """The carry from layer to layer. Whoever uses it holds a lock from what it receives to what it leaves."""
+class OutputChain(Generic[OutputT]):
+    """The deferred output on its way from layer to layer.
+
+    Whoever uses it holds a lock from `receive_output` to `leave_output`.
+    """
 
     def __init__(self) -> None:
-        self._carry: CarryT | None = None
+        self._output: OutputT | None = None
 
     def __repr__(self) -> str:
         return object_summary(self, self._summary)
@@ -61,9 +61,9 @@ class CarryChain(Generic[CarryT]):
     @property
     def is_waiting(self) -> bool:
         """Whether a layer has left something."""
-        return self._carry is not None
+        return self._output is not None
 
-    def receive(self, layer_idx: int, batch_size: int) -> CarryT | None:
+    def receive_output(self, layer_idx: int) -> OutputT | None:
         """What the layer's output starts from; None when no layer left anything.
 
         Raises
@@ -71,37 +71,27 @@ class CarryChain(Generic[CarryT]):
         RuntimeError
             The layer does not come after the one that left it: a new pass has begun before the last was
             drained.
-        ValueError
-            It has another number of tokens.
         """
-        carry = self._carry
-        if carry is None:
-            return None
-        if layer_idx <= carry.layer_idx:
+        received = self._output
+        if received is not None and layer_idx <= received.output.layer_idx:
             raise RuntimeError(
-                f"layer {layer_idx}: the deferred experts of layer {carry.layer_idx} are left over from "
-                "the pass before; call drain_deferred() after the last layer of a pass"
+                f"layer {layer_idx}: the deferred experts of layer {received.output.layer_idx} are left over "
+                "from the pass before; call drain_deferred() after the last layer of a pass"
             )
-        num_tokens = carry.output.shape[0]
-        if num_tokens != batch_size:
-            raise ValueError(
-                f"hidden_states: got {batch_size} tokens, but layer {carry.layer_idx} deferred experts "
-                f"of {num_tokens} tokens"
-            )
-        return carry
+        return received
 
-    def leave(self, carry: CarryT | None) -> None:
+    def leave_output(self, output: OutputT | None) -> None:
         """Replace what was received by what this layer leaves."""
-        self._carry = carry
+        self._output = output
 
-    def take(self) -> CarryT | None:
+    def take_output(self) -> OutputT | None:
         """What is left, for the end of a pass."""
-        carry = self._carry
-        self.leave(None)
-        return carry
+        output = self._output
+        self.leave_output(None)
+        return output
 
 
-class DeferralChain(CarryChain[HostCarry]):
+class DeferralChain(OutputChain[HostOutput]):
     """What layers that defer experts leave for each other, in passes on arrays of the host.
 
     Layers that are called without one share the chain of their engine, which one thread at a time can use.
@@ -127,39 +117,41 @@ class DeferralChain(CarryChain[HostCarry]):
     def __init__(self) -> None:
         super().__init__()
         self.lock = ext.CallLock("chain")
-        self._slots: tuple[BufferSlot, ...] = ()
+        self._buffers: tuple[BufferSlot, ...] = ()
 
-    def slots(self, config: MoEConfig, batch_size: int) -> tuple[BufferSlot, ...]:
+    def buffers(self, config: MoEConfig, batch_size: int) -> tuple[BufferSlot, ...]:
         """The buffers of its passes, which those of other chains may not overwrite."""
         sizes = batch_size, config.hidden_size, config.num_experts_per_tok
-        if not self._slots or (*self._slots[0].input.shape, self._slots[0].weights.shape[1]) != sizes:
-            self._slots = tuple(BufferSlot.allocate(*sizes) for _ in range(KExpertsCPUBuffer.buffer_depth))
-        return self._slots
+        if not self._buffers or (*self._buffers[0].input.shape, self._buffers[0].weights.shape[1]) != sizes:
+            self._buffers = tuple(BufferSlot.allocate(*sizes) for _ in range(KExpertsCPUBuffer.buffer_depth))
+        return self._buffers
 
-    def put_back(self, received: HostCarry | None, left: HostCarry | None) -> None:
-        """Undo what a pass did that has received one carry and left another, if it was the last."""
+    def put_back(self, received: HostOutput | None, left: HostOutput | None) -> None:
+        """Undo what a pass did that has received one output and left another, if it was the last."""
         with self.lock:
-            if self._carry is left:
-                self.leave(received)
+            if self._output is left:
+                self.leave_output(received)
 
     def drain(self) -> Array | None:
         """What is left, rounded, when it has been computed; None when nothing is."""
         with self.lock:
-            carry = self._to_drain()
-            if carry is None:
+            left = self._to_drain()
+            if left is None:
                 return None
             try:
-                carry.engine.wait(carry.ticket)
+                left.engine.wait(left.ticket)
+                left.output.raise_error()
             except Exception as error:
                 if not is_of_a_handler(error):
-                    self.leave(None)
+                    self.leave_output(None)
                 raise
-            output = carry.output.astype(bfloat16)  # before others may write to the buffer
-            self.leave(None)
-            return output
+            sums = np.asarray(left.output.sums)
+            rounded: Array = sums.astype(bfloat16)  # before others may write to the buffer
+            self.leave_output(None)
+            return rounded
 
-    def _to_drain(self) -> HostCarry | None:
-        return self._carry
+    def _to_drain(self) -> HostOutput | None:
+        return self._output
 
 
 class _Thread:
@@ -185,14 +177,14 @@ class SharedChain(DeferralChain):
         self._thread: weakref.ref[_Thread] | None = None  # that has left something
         self._thread_name = ""
 
-    def slots(self, config: MoEConfig, batch_size: int) -> tuple[BufferSlot, ...]:
+    def buffers(self, config: MoEConfig, batch_size: int) -> tuple[BufferSlot, ...]:
         """Those of all passes of that size."""
-        slots: tuple[BufferSlot, ...] = KExpertsCPUBuffer.get_buffer(
+        buffers: tuple[BufferSlot, ...] = KExpertsCPUBuffer.get_buffer(
             batch_size, config.hidden_size, config.num_experts_per_tok
         )
-        return slots
+        return buffers
 
-    def receive(self, layer_idx: int, batch_size: int) -> HostCarry | None:
+    def receive_output(self, layer_idx: int) -> HostOutput | None:
         """As of any chain.
 
         Raises
@@ -202,26 +194,26 @@ class SharedChain(DeferralChain):
         """
         if self._is_of_another_thread():
             raise RuntimeError(f"layer {layer_idx}: {self._whose()}")
-        return super().receive(layer_idx, batch_size)
+        return super().receive_output(layer_idx)
 
-    def leave(self, carry: HostCarry | None) -> None:
+    def leave_output(self, output: HostOutput | None) -> None:
         """Replace what was received by what this layer leaves, for the same thread."""
-        self._thread = None if carry is None else weakref.ref(_this_thread())
+        self._thread = None if output is None else weakref.ref(_this_thread())
         self._thread_name = threading.current_thread().name
-        self._carry = carry
+        self._output = output
 
-    def _to_drain(self) -> HostCarry | None:
+    def _to_drain(self) -> HostOutput | None:
         if self._is_of_another_thread() and self._thread is not None and self._thread() is not None:
             raise RuntimeError(f"drain_deferred: {self._whose()}")
-        return self._carry
+        return self._output
 
     def _is_of_another_thread(self) -> bool:
-        return self._carry is not None and (self._thread is None or self._thread() is not _this_thread())
+        return self._output is not None and (self._thread is None or self._thread() is not _this_thread())
 
     def _whose(self) -> str:
-        assert self._carry is not None
+        assert self._output is not None
         assert self._thread is not None
-        what = f"a pass that has deferred experts of layer {self._carry.layer_idx}"
+        what = f"a pass that has deferred experts of layer {self._output.output.layer_idx}"
         if self._thread() is None:
             return f"{what} was not drained by thread {self._thread_name!r}, now ended; call drain_deferred()"
         return (

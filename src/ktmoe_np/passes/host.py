@@ -1,11 +1,9 @@
-"""How a forward pass becomes tasks: chunks of tokens, and what is deferred to the next layer."""
+"""Forward passes on the host: their tasks, and the chain that takes deferred experts to the next layer."""
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from .. import kt_kernel_ext as ext
@@ -13,7 +11,7 @@ from ..arrays.checks import Array
 from ..buffers import BufferSlot
 from ..config import MoEConfig
 from .batch import Batch
-from .deferral import Carry, DeferralChain, HostCarry
+from .deferral import DeferralChain, HostOutput, LayerOutput
 from .pending import BegunPass, wait_until_done
 
 __all__ = ["LayerRunner"]
@@ -91,117 +89,83 @@ class LayerRunner:
     def _submit_deferring(
         self, batch: Batch, skip_experts: Array | None, begun: BegunPass[Any], chain: DeferralChain
     ) -> None:
-        carry = chain.receive(self._config.layer_idx, batch.num_tokens)
-        if carry is not None and carry.engine is not self._engine:
+        received = chain.receive_output(self._config.layer_idx)
+        if received is not None and received.engine is not self._engine:
             raise RuntimeError(
-                f"layer {self._config.layer_idx}: the deferred experts of layer {carry.layer_idx} are left "
-                "over from another engine, expected a chain with layers of one"
+                f"layer {self._config.layer_idx}: the deferred experts of layer {received.output.layer_idx} "
+                "are left over from another engine, expected a chain with layers of one"
             )
-        if carry is not None and batch.incremental:
-            raise ValueError("incremental: got True, but the output begins with the deferred experts")
-        _check_ids(batch.ids, self._config.num_experts)
-        slot = self._free_slot(chain, batch.num_tokens)
-        now, later = self.parts(batch, slot, skip_experts, carry)
-        if later:  # the deferred part reads copies: after the sync the caller's arrays are the caller's again
-            slot.input[...] = np.asarray(batch.hidden_states)
-            slot.weights[...] = np.asarray(batch.weights)
+        buffers = self._free_buffers(chain, batch.num_tokens)
+        # Ids are checked before anything is queued: nobody waits for the deferred part by itself. That part
+        # reads copies: after the sync the caller's arrays are the caller's again.
+        deferring = self.deferred_pass(batch, buffers, skip_experts, received, copies=True)
+        deferring.check_ids()
+        immediate, deferred = deferring.immediate_tasks(), deferring.deferred_tasks()
 
-        if carry is not None:
-            begun.needs(carry.ticket)
-        for task in now:
-            slot.busy_until = begun.queue(task)
+        if received is not None:  # a failure of that is told by this pass, and by no later sync
+            begun.needs(received.ticket)
+        for task in immediate:
+            buffers.busy_until = begun.queue(task)
         left = None
-        for task in later:
-            slot.busy_until = self._engine.submit(task)
-            left = HostCarry(self._config.layer_idx, slot.deferred_output, slot.busy_until, self._engine)
-        begun.when_taken_back(lambda: chain.put_back(carry, left))
-        chain.leave(left)
+        for task in deferred:
+            buffers.busy_until = self._engine.submit(task)
+        if deferring.output is not None:
+            assert buffers.busy_until is not None
+            left = HostOutput(deferring.output, buffers.busy_until, self._engine)
+        begun.when_taken_back(lambda: chain.put_back(received, left))
+        chain.leave_output(left)
 
-    def parts(
+    def deferred_pass(
         self,
         batch: Batch,
-        slot: BufferSlot,
+        buffers: BufferSlot,
         skip_experts: Array | None,
-        carry: Carry | None,
+        received: LayerOutput | None,
         num_tokens: NDArray[Any] | None = None,
-    ) -> tuple[list[ext.Task], list[ext.Task]]:
-        """The tasks of what is computed at once, and of what is deferred.
+        *,
+        copies: bool = False,
+    ) -> ext.moe.DeferredPass:
+        """The pass of a batch that receives a deferred output, leaves one, or both.
 
         Parameters
         ----------
         batch : Batch
-            The routing is read when the tasks run.
-        slot : BufferSlot
-            Has the split of the routing; of what is deferred also the input, the weights and the output.
+            Read when the tasks run.
+        buffers : BufferSlot
+            Have the split of the routing and the deferred output.
         skip_experts : array of bool [E], optional
-        carry : Carry, optional
+        received : LayerOutput, optional
             What the output begins with.
         num_tokens : array of int64 or int32 [1], optional
             Read when the tasks run: tokens from that number on are computed with no expert.
+        copies : bool
+            Whether the deferred part reads copies of hidden states and weights, which are in the buffers.
         """
-        c, num_deferred = self._config, self.num_deferred
-        split = ext.moe.SlotSplit(
-            batch.ids,
-            batch.weights,
-            slot.immediate_ids,
-            slot.deferred_ids,
-            c.num_experts,
-            num_deferred,
-            num_tokens,
-        )
-        chunks = self._chunks(batch)
-        at_once = copy(batch)
-        at_once.ids = slot.immediate_ids
-        options = {
-            "skip_experts": skip_experts,
-            "base": None if carry is None else carry.output,
-            "split": split,
-            "deferred_out": slot.deferred_output if num_deferred else None,
-        }
-        now = [split.task(), *(self._task(at_once, rows, **options) for rows in chunks)]
-        if not num_deferred:
-            return now, []
-        rest = copy(batch)
-        rest.hidden_states, rest.ids, rest.weights = slot.input, slot.deferred_ids, slot.weights
-        rest.out, rest.incremental = slot.deferred_output, False
-        return now, [self._task(rest, rows, skip_experts=skip_experts, split=split) for rows in chunks]
-
-    def _chunks(self, batch: Batch) -> list[slice]:
-        """Rows of each chunk; one empty chunk for an empty batch, so that arguments are always checked."""
-        size = self.chunk_size
-        num = batch.num_tokens
-        return [slice(t, min(t + size, num)) for t in range(0, max(num, 1), size)]
-
-    def _task(self, batch: Batch, rows: slice, **options: Any) -> ext.Task:
-        return self._layer.forward_task(
+        deferring: dict[str, Any] = {}
+        if self.num_deferred:
+            deferring = {"deferred_ids": buffers.deferred_ids, "deferred_output": buffers.deferred_output}
+        if self.num_deferred and copies:
+            deferring |= {"copied_hidden_states": buffers.input, "copied_weights": buffers.weights}
+        return ext.moe.DeferredPass(
+            self._layer,
             batch.hidden_states,
             batch.ids,
             batch.weights,
             batch.out,
-            batch.incremental,
-            first_token=rows.start,
-            num_tokens=rows.stop - rows.start,
-            **options,
+            buffers.immediate_ids,
+            chunk_size=self.chunk_size,
+            num_deferred=self.num_deferred,
+            received=None if received is None else received.output,
+            incremental=batch.incremental,
+            skip_experts=skip_experts,
+            num_tokens=num_tokens,
+            **deferring,
         )
 
-    def _free_slot(self, chain: DeferralChain, batch_size: int) -> BufferSlot:
-        """The layer's slot, when no task uses it any more."""
-        slots = chain.slots(self._config, batch_size)
-        slot = slots[self._config.layer_idx % len(slots)]
-        if slot.busy_until is not None and slot.busy_until.number > self._engine.num_completed:
-            wait_until_done(self._engine, slot.busy_until)
-        return slot
-
-
-def _check_ids(ids: NDArray[np.int64], num_experts: int) -> None:
-    """Raise IndexError for an id of `num_experts` or above.
-
-    Checked before anything is queued: nobody waits for the deferred part by itself, and what the layer before
-    has deferred must not be lost with a pass that fails.
-    """
-    if ids.size and ids.max() >= num_experts:
-        t, p = np.argwhere(ids >= num_experts)[0]
-        raise IndexError(
-            f"topk_ids: got expert {ids[t, p]} at [{t}, {p}], expected ids below {num_experts} "
-            "(negative ids are skipped)"
-        )
+    def _free_buffers(self, chain: DeferralChain, batch_size: int) -> BufferSlot:
+        """The layer's buffers, when no task uses them any more."""
+        in_turn = chain.buffers(self._config, batch_size)
+        buffers = in_turn[self._config.layer_idx % len(in_turn)]
+        if buffers.busy_until is not None and buffers.busy_until.number > self._engine.num_completed:
+            wait_until_done(self._engine, buffers.busy_until)
+        return buffers

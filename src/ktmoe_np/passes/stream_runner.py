@@ -16,13 +16,13 @@ from ..arrays.spec import ArraySpec
 from ..buffers import BufferSlot
 from ..config import MoEConfig
 from .batch import Batch
-from .deferral import Carry
+from .deferral import LayerOutput
 from .host import LayerRunner
-from .stream import Stream, StreamCarry
+from .stream import Stream, StreamOutput
 
 __all__ = ["StreamBatch", "StreamRunner", "drain"]
 
-#: What is kept for a slot: batches of a few sizes. Masks, and layers before that defer, come and go.
+#: What is kept for buffers: batches of a few sizes. Masks, and layers before that defer, come and go.
 _MOST_WORKS = 8
 
 _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
@@ -43,10 +43,11 @@ class StreamBatch:
 
 
 class _Work(NamedTuple):
-    """What is done in the stream, from and to the first rows of a slot."""
+    """What is done in the stream, from and to the first rows of staging buffers."""
 
     do: ext.cuda.StreamPass
-    deferred_output: Array  #: what it leaves for the next layer
+    received: LayerOutput | None  #: what it begins with
+    output: ext.moe.DeferredOutput | None  #: what it leaves for the next layer
 
 
 class _Pass(NamedTuple):
@@ -54,8 +55,8 @@ class _Pass(NamedTuple):
 
     work: _Work
     result: DeviceArray
-    slot: BufferSlot
-    carry: StreamCarry | None
+    buffers: BufferSlot
+    received: StreamOutput | None
     arrays: list[DeviceArray]  #: what is copied down
 
     @property
@@ -139,27 +140,25 @@ class StreamRunner:
             ext.cuda.raise_error()
             return given_back(ready.result, stream.handle)
 
-    def slots_in_use(self) -> list[BufferSlot]:
-        """The slots of a pass that was submitted, and of what it begins with."""
+    def buffers_in_use(self) -> list[BufferSlot]:
+        """The buffers of a pass that was submitted, and of what it begins with."""
         if self._pending is None:
             return []
         _, ready = self._pending
-        return [ready.slot] if ready.carry is None else [ready.slot, ready.carry.slot]
+        return [ready.buffers] if ready.received is None else [ready.buffers, ready.received.buffers]
 
-    def drain(self, carry: StreamCarry, stream: Stream, out: Any) -> Any:
+    def drain(self, left: StreamOutput, stream: Stream, out: Any) -> Any:
         """Copy what this layer has deferred to the device: the array that will have it, rounded."""
-        if any(slot is carry.slot for slot in self.slots_in_use()):
+        if any(buffers is left.buffers for buffers in self.buffers_in_use()):
             raise RuntimeError(
                 f"a pass of layer {self._config.layer_idx} is pending in the stream, call sync_forward first"
             )
-        num_tokens = len(carry.output)
-        slot = carry.slot.first(num_tokens)
-        result = self._result(carry.like, num_tokens, out, stream.handle)
-        none = np.zeros(1, np.int64)  # no token counts: the output is the carry alone
-        batch = Batch(self._config, slot.input, slot.topk_ids, slot.weights, slot.output, incremental=False)
-        tasks, _ = self._runner.parts(batch, slot, None, carry, none)
-        work = ext.cuda.StreamPass(self._engine, [], [(task, slot.output) for task in tasks], slot.output, 0)
-        work.run(stream.handle, [], result.address, (result, carry))
+        num_tokens = left.output.num_tokens
+        rounded = left.buffers.output[:num_tokens]
+        result = self._result(left.like, num_tokens, out, stream.handle)
+        tasks = [(left.output.rounding_task(rounded), rounded)]
+        work = ext.cuda.StreamPass(self._engine, [], tasks, rounded, 0)
+        work.run(stream.handle, [], result.address, (result, left))
         return given_back(result, stream.handle)
 
     # ---- what is ready to be put into a stream ----
@@ -180,46 +179,58 @@ class StreamRunner:
         if batch.num_tokens is not None:
             arrays.append(device_array(batch.num_tokens, "num_tokens", _NUMBER, handle))
         result = self._result(batch.hidden_states, x.shape[0], batch.out, handle)
-        carry = stream.chain.receive(c.layer_idx, x.shape[0])
-        slot = stream.free_slot(c, x.shape[0], carry)
-        return _Pass(self._work(slot, carry, batch.skip_experts, arrays), result, slot, carry, arrays)
+        received = stream.chain.receive_output(c.layer_idx)
+        buffers = stream.free_buffers(c, x.shape[0], received)
+        work = self._work(buffers, received, batch.skip_experts, arrays)
+        return _Pass(work, result, buffers, received, arrays)
 
     def _leave(self, ready: _Pass, stream: Stream) -> None:
-        """Leave to the stream's chain what the pass defers."""
+        """Leave the pass's deferred output to the stream's chain."""
         left = None
-        if self._runner.num_deferred:
-            like, output = ready.arrays[0].owner, ready.work.deferred_output
-            left = StreamCarry(self._config.layer_idx, output, ready.slot, self, like)
-        stream.chain.leave(left)
+        if ready.work.output is not None:
+            left = StreamOutput(ready.work.output, ready.buffers, self, ready.arrays[0].owner)
+        stream.chain.leave_output(left)
 
     def _work(
-        self, slot: BufferSlot, carry: Carry | None, skip_experts: Array | None, arrays: list[DeviceArray]
+        self,
+        buffers: BufferSlot,
+        received: LayerOutput | None,
+        skip_experts: Array | None,
+        arrays: list[DeviceArray],
     ) -> _Work:
         """What does a pass, made when it is first needed.
 
-        What it is made of is known by its arrays, which it holds as long as it is known.
+        What it is made of is known by its objects, which it holds as long as it is known.
         """
-        num_tokens, base = arrays[0].shape[0], None if carry is None else carry.output
-        key = num_tokens, tuple(array.dtype for array in arrays), id(base), id(skip_experts)
-        works = self._works.setdefault(slot, {})
+        num_tokens = arrays[0].shape[0]
+        begins_with = None if received is None else id(received.output)
+        key = num_tokens, tuple(array.dtype for array in arrays), begins_with, id(skip_experts)
+        works = self._works.setdefault(buffers, {})
         if key not in works:
             while len(works) >= _MOST_WORKS:
                 del works[next(iter(works))]
-            works[key] = self._new_work(slot.first(num_tokens), carry, skip_experts, arrays)
+            works[key] = self._new_work(buffers.first(num_tokens), received, skip_experts, arrays)
         return works[key]
 
     def _new_work(
-        self, slot: BufferSlot, carry: Carry | None, skip_experts: Array | None, arrays: list[DeviceArray]
+        self,
+        buffers: BufferSlot,
+        received: LayerOutput | None,
+        skip_experts: Array | None,
+        arrays: list[DeviceArray],
     ) -> _Work:
         dtypes = [array.dtype for array in arrays]
-        batch = Batch(self._config, slot.input, slot.topk_ids, slot.weights, slot.output, incremental=False)
-        batch.ids = _viewed(slot.topk_ids, dtypes[1])
-        number = _viewed(slot.num_tokens, dtypes[3]) if len(dtypes) > 3 else None
-        inputs = [slot.input, batch.ids, slot.weights] + ([] if number is None else [number])
-        now, later = self._runner.parts(batch, slot, skip_experts, carry, number)
-        tasks = [(task, slot.output) for task in now] + [(task, slot.deferred_output) for task in later]
-        do = ext.cuda.StreamPass(self._engine, inputs, tasks, slot.output, len(later))
-        return _Work(do, slot.deferred_output)
+        batch = Batch(
+            self._config, buffers.input, buffers.topk_ids, buffers.weights, buffers.output, incremental=False
+        )
+        batch.ids = _viewed(buffers.topk_ids, dtypes[1])
+        number = _viewed(buffers.num_tokens, dtypes[3]) if len(dtypes) > 3 else None
+        inputs = [buffers.input, batch.ids, buffers.weights] + ([] if number is None else [number])
+        deferring = self._runner.deferred_pass(batch, buffers, skip_experts, received, number)
+        now, later = deferring.immediate_tasks(), deferring.deferred_tasks()
+        tasks = [(task, buffers.output) for task in now] + [(task, buffers.deferred_output) for task in later]
+        do = ext.cuda.StreamPass(self._engine, inputs, tasks, buffers.output, len(later))
+        return _Work(do, received, deferring.output)
 
     def _result(self, like: Any, num_tokens: int, out: Any, stream: int) -> DeviceArray:
         if out is not None and is_of("JAX", out):
@@ -234,13 +245,13 @@ def drain(stream: Stream, out: Any) -> Any:
     """What the last layer of a pass has left in a stream, or None; see `BaseMoEWrapper.drain_deferred`."""
     with stream.order:
         ext.cuda.raise_error()
-        left = stream.chain.take()
+        left = stream.chain.take_output()
         if left is None:
             return None
         try:
-            return left.left_by.drain(left, stream, out)
+            return left.runner.drain(left, stream, out)
         except Exception:  # it is still left
-            stream.chain.leave(left)
+            stream.chain.leave_output(left)
             raise
 
 

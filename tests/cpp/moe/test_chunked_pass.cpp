@@ -30,7 +30,7 @@ struct Case {
     layer->load_weights(weights);
   }
 
-  std::vector<float> compute(ExpertIds ids, uint32_t chunk_size, uint32_t num_tokens = kTokens) {
+  std::vector<float> compute(Integers ids, uint32_t chunk_size, uint32_t num_tokens = kTokens) {
     out.assign(kTokens * kHidden, 7.0f);
     ForwardArgs args;
     args.num_tokens = num_tokens;
