@@ -9,7 +9,7 @@
 #include "core/aligned_buffer.h"
 #include "core/error.h"
 #include "runtime/per_process.h"
-#include "runtime/stream_calls.h"
+#include "runtime/stream_session.h"
 
 namespace ktmoe::xla {
 namespace {

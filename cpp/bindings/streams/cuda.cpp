@@ -8,7 +8,7 @@
 #include "bindings/convert/arrays.h"
 #include "bindings/tasks/gil.h"
 #include "bindings/module.h"
-#include "bindings/streams/stream_calls.h"
+#include "bindings/streams/stream_session.h"
 
 namespace ktmoe::bindings {
 

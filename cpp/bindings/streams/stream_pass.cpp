@@ -9,7 +9,7 @@
 
 #include "bindings/tasks/gil.h"
 #include "bindings/module.h"
-#include "bindings/streams/stream_calls.h"
+#include "bindings/streams/stream_session.h"
 #include "core/error.h"
 
 namespace ktmoe::bindings {

@@ -13,7 +13,7 @@
 #include "bindings/tasks/gil.h"
 #include "bindings/module.h"
 #include "bindings/tasks/task.h"
-#include "bindings/streams/stream_calls.h"
+#include "bindings/streams/stream_session.h"
 #include "core/aligned_buffer.h"
 #include "core/error.h"
 #include "runtime/cpuinfer.h"

@@ -1,5 +1,5 @@
 // What a CUDA stream waits for and what not, by a driver that needs no GPU.
-#include "runtime/stream_calls.h"
+#include "runtime/stream_session.h"
 
 #include <array>
 #include <atomic>

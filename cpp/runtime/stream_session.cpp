@@ -1,4 +1,4 @@
-#include "runtime/stream_calls.h"
+#include "runtime/stream_session.h"
 
 #include <algorithm>
 #include <utility>

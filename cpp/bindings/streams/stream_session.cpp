@@ -1,4 +1,4 @@
-#include "bindings/streams/stream_calls.h"
+#include "bindings/streams/stream_session.h"
 
 #include "runtime/per_process.h"
 

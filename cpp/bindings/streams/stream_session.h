@@ -3,7 +3,7 @@
 
 #include "bindings/convert/arrays.h"
 #include "bindings/tasks/task.h"
-#include "runtime/stream_calls.h"
+#include "runtime/stream_session.h"
 
 namespace ktmoe::bindings {
 
