@@ -8,7 +8,6 @@
 #include "bindings/convert/arrays.h"
 #include "bindings/module.h"
 #include "core/error.h"
-#include "xla/cuda_calls.h"
 #include "xla/layers.h"
 
 namespace ktmoe::bindings {
@@ -51,7 +50,6 @@ void bind_xla(nb::module_& m) {
       "handlers", [] { return handlers_of(&xla::PlatformHandlers::on_host); },
       "The functions to register with JAX for the CPU, by name, as capsules.");
   m.def("cuda_handlers", [] { return handlers_of(&xla::PlatformHandlers::on_cuda); }, "The same for GPUs.");
-  m.def("raise_error", &xla::rethrow_error, "Raise the first error of calls on a GPU since the last time.");
   m.def("add_layer", &add_layer, nb::arg("engine"), nb::arg("layer"), nb::arg("skip_experts").none(),
         nb::arg("num_deferred") = 0, nb::arg("chunk_size") = 0,
         R"(Let programs call a layer.

@@ -172,7 +172,7 @@ class CudaDriver::InContextOf {
   void* before_ = nullptr;  // to be current again
 };
 
-CudaDriver::Event CudaDriver::record(Stream stream) const {
+CudaDriver::Event CudaDriver::record_event(Stream stream) const {
   const InContextOf context(*this, stream);
   Event event = nullptr;
   check(create_event_(&event, kWithoutTiming), "cuEventCreate");
@@ -182,7 +182,7 @@ CudaDriver::Event CudaDriver::record(Stream stream) const {
   return event;
 }
 
-bool CudaDriver::has_happened(Event event) const noexcept {
+bool CudaDriver::is_complete(Event event) const noexcept {
   const RelaxedCapture relaxed(exchange_capture_mode_);
   if (query_(event) == kNotReady) return false;
   destroy_event_(event);
@@ -190,7 +190,7 @@ bool CudaDriver::has_happened(Event event) const noexcept {
 }
 
 void CudaDriver::wait(Stream waiting, Stream stream) const {
-  const Event event = record(stream);
+  const Event event = record_event(stream);
   const int result = wait_(waiting, event, 0);
   destroy_event_(event);  // which the driver does when nobody waits for it any more
   check(result, "cuStreamWaitEvent");

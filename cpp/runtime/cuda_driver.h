@@ -27,12 +27,12 @@ class CudaDriver {
   void copy(uint64_t to, uint64_t from, size_t bytes, Stream stream) const;
   // A number that no two streams have; the default stream is another one in every context.
   uint64_t key(Stream stream) const;
-  // An event that happens when the stream comes there, to be asked for until it has.
-  Event record(Stream stream) const;
-  bool has_happened(Event event) const noexcept;  // true: and the event is gone
-  // What comes in `waiting` waits for what is in `stream` now.
+  // An event that is complete when the stream reaches this point, to be asked for until it is.
+  Event record_event(Stream stream) const;
+  bool is_complete(Event event) const noexcept;  // true: and the event is destroyed
+  // What follows in `waiting` waits for what is in `stream` now.
   void wait(Stream waiting, Stream stream) const;
-  // Locks pages, so that copies need not wait for the CPU.
+  // Pins memory, so that copies need not wait for the CPU.
   void lock_pages(void* begin, size_t bytes) const;
   void unlock_pages(void* begin) const noexcept;
 

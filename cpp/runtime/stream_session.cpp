@@ -3,57 +3,92 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/aligned_buffer.h"
+#include "runtime/per_process.h"
+
 namespace ktmoe {
 
-// A task as a stream submits it, perhaps not for the last time: then its owner is kept for good.
-class StreamCalls::Submitted final : public Task {
+class PinnedMemory {
  public:
-  Submitted(StreamCalls& all, const StreamTask& of, bool is_captured)
-      : all_(all), owner_(is_captured ? nullptr : of.task), task_(*of.task), result_(of.result) {}
+  explicit PinnedMemory(size_t bytes) : memory_(bytes) {
+    CudaDriver::get().lock_pages(memory_.data(), bytes);
+  }
+  ~PinnedMemory() { CudaDriver::get().unlock_pages(memory_.data()); }
+  PinnedMemory(const PinnedMemory&) = delete;
+  PinnedMemory& operator=(const PinnedMemory&) = delete;
+
+  std::byte* data() const { return memory_.data(); }
+  size_t bytes() const { return memory_.capacity(); }
+
+ private:
+  AlignedBuffer memory_;
+};
+
+// A task as a stream submits it, perhaps not for the last time: then its owner is kept for good.
+class StreamSession::Submitted final : public Task {
+ public:
+  Submitted(StreamSession& session, const StreamTask& of, bool is_captured)
+      : session_(session), owner_(is_captured ? nullptr : of.task), task_(*of.task), result_(of.result) {}
 
   void run() override {
     try {
       task_.run();
     } catch (...) {
-      all_.fail(result_, std::current_exception());
+      session_.fail(result_, std::current_exception());
     }
   }
   bool ends_anywhere() const override { return owner_ == nullptr; }
 
  private:
-  StreamCalls& all_;
+  StreamSession& session_;
   std::shared_ptr<Task> owner_;
   Task& task_;
   std::span<std::byte> result_;
 };
 
-void StreamCalls::call(CudaDriver::Stream stream, std::function<void()> work, std::span<std::byte> result) {
-  launch(stream, CudaDriver::get().is_capturing(stream), std::move(work), result);
+StreamSession& StreamSession::of_process() { return of_this_process<StreamSession>(); }
+
+void StreamSession::copy_to_host(Stream stream, std::span<const DeviceCopy> copies) const {
+  for (const DeviceCopy& each : copies)
+    CudaDriver::get().copy(reinterpret_cast<uint64_t>(each.host), each.device, each.bytes, stream);
 }
 
-void StreamCalls::submit(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine,
-                         std::vector<StreamTask> tasks) {
+void StreamSession::copy_to_device(Stream stream, std::span<const DeviceCopy> copies) const {
+  for (const DeviceCopy& each : copies)
+    CudaDriver::get().copy(each.device, reinterpret_cast<uint64_t>(each.host), each.bytes, stream);
+}
+
+void StreamSession::call(Stream stream, std::function<void()> work, std::span<std::byte> result,
+                         Destroyer destroyer) {
   const bool is_captured = CudaDriver::get().is_capturing(stream);
-  launch(stream, is_captured, [this, engine = std::move(engine), tasks = std::move(tasks), is_captured] {
+  launch(stream, std::unique_ptr<Call>(new Call{this, std::move(work), result, destroyer, is_captured}));
+}
+
+void StreamSession::submit(Stream stream, std::shared_ptr<CPUInfer> engine, std::vector<StreamTask> tasks) {
+  const bool is_captured = CudaDriver::get().is_capturing(stream);
+  auto work = [this, engine = std::move(engine), tasks = std::move(tasks), is_captured] {
     submit_now(*engine, tasks, is_captured, /*wake=*/true);
-  });
+  };
+  launch(stream,
+         std::unique_ptr<Call>(new Call{this, std::move(work), {}, Destroyer::kLockHolder, is_captured}));
 }
 
-void StreamCalls::run(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine,
-                      std::vector<StreamTask> tasks, std::vector<StreamTask> deferred) {
+void StreamSession::run(Stream stream, std::shared_ptr<CPUInfer> engine, std::vector<StreamTask> tasks,
+                        std::vector<StreamTask> deferred) {
   const bool is_captured = CudaDriver::get().is_capturing(stream);
-  launch(stream, is_captured,
-         [this, engine = std::move(engine), tasks = std::move(tasks), deferred = std::move(deferred),
-          is_captured] {
-           submit_now(*engine, tasks, is_captured, /*wake=*/false);
-           engine->finish();
-           submit_now(*engine, deferred, is_captured, /*wake=*/true);
-         });
+  auto work = [this, engine = std::move(engine), tasks = std::move(tasks), deferred = std::move(deferred),
+               is_captured] {
+    submit_now(*engine, tasks, is_captured, /*wake=*/false);
+    engine->finish();
+    submit_now(*engine, deferred, is_captured, /*wake=*/true);
+  };
+  launch(stream,
+         std::unique_ptr<Call>(new Call{this, std::move(work), {}, Destroyer::kLockHolder, is_captured}));
 }
 
 // With wake = false somebody is about to wait.
-void StreamCalls::submit_now(CPUInfer& engine, const std::vector<StreamTask>& tasks, bool is_captured,
-                             bool wake) {
+void StreamSession::submit_now(CPUInfer& engine, const std::vector<StreamTask>& tasks, bool is_captured,
+                               bool wake) {
   for (const StreamTask& each : tasks) {
     try {
       engine.submit(std::make_unique<Submitted>(*this, each, is_captured), wake);
@@ -63,82 +98,91 @@ void StreamCalls::submit_now(CPUInfer& engine, const std::vector<StreamTask>& ta
   }
 }
 
-void StreamCalls::sync(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine,
-                       uint64_t allow_n_pending) {
-  call(stream, [engine = std::move(engine), allow_n_pending] { engine->finish(allow_n_pending); });
+void StreamSession::sync(Stream stream, std::shared_ptr<CPUInfer> engine, uint64_t allow_n_pending) {
+  call(
+      stream, [engine = std::move(engine), allow_n_pending] { engine->finish(allow_n_pending); }, {},
+      Destroyer::kLockHolder);
 }
 
-void StreamCalls::hold(CudaDriver::Stream stream, std::shared_ptr<const void> held) {
+void StreamSession::keep_alive(Stream stream, std::shared_ptr<const void> object, Destroyer destroyer) {
   const CudaDriver& driver = CudaDriver::get();
   const bool is_captured = driver.is_capturing(stream);
-  const CudaDriver::Event event = is_captured ? nullptr : driver.record(stream);
+  const CudaDriver::Event event = is_captured ? nullptr : driver.record_event(stream);
   const std::lock_guard lock(mutex_);
   if (is_captured) {
-    captured_objects_.push_back(std::move(held));
+    captured_objects_.push_back(std::move(object));
   } else {
-    held_.push_back({event, std::move(held)});
+    kept_.push_back({event, std::move(object), destroyer});
   }
 }
 
-void StreamCalls::launch(CudaDriver::Stream stream, bool is_captured, std::function<void()> work,
-                         std::span<std::byte> result) {
-  std::unique_ptr<Call> call(new Call{this, std::move(work), result, is_captured});
+StreamSession::StagingLease StreamSession::lease_staging(Stream stream, size_t bytes) {
+  constexpr size_t kSmallest = size_t{2} << 20;  // a huge page
+  std::unique_lock lock(staging_mutex_);
+  std::shared_ptr<PinnedMemory>& memory = staging_[stream];
+  if (memory == nullptr || memory->bytes() < bytes) {
+    size_t size = kSmallest;
+    while (size < bytes) size *= 2;
+    auto larger = std::make_shared<PinnedMemory>(size);
+    if (memory != nullptr) keep_alive(stream, memory, Destroyer::kAnyThread);  // for the calls before
+    memory = std::move(larger);
+  }
+  return {std::move(lock), memory->data()};
+}
+
+void StreamSession::launch(Stream stream, std::unique_ptr<Call> call) {
   Call* data = call.get();
   {
     const std::lock_guard lock(mutex_);
-    (is_captured ? captured_calls_ : calls_).push_back(std::move(call));
+    (call->is_captured ? captured_calls_ : calls_).push_back(std::move(call));
   }
   try {
-    CudaDriver::get().launch(stream, happen, data);
+    CudaDriver::get().launch(stream, run_callback, data);
   } catch (...) {
-    data->has_happened.store(true);  // forgotten soon
+    data->is_done.store(true);
     throw;
   }
 }
 
-// The stream goes on: the error waits for who asks, and the result tells of it.
-void StreamCalls::fail(std::span<std::byte> result, std::exception_ptr error) {
+void StreamSession::fail(std::span<std::byte> result, std::exception_ptr error) {
   std::fill(result.begin(), result.end(), std::byte{0xff});
-  const std::lock_guard lock(mutex_);
-  if (first_error_ == nullptr) first_error_ = std::move(error);
+  error_.set(std::move(error));
 }
 
 // On a thread of the driver, which an exception must not reach.
-void StreamCalls::happen(void* data) {
+void StreamSession::run_callback(void* data) {
   Call& call = *static_cast<Call*>(data);
   try {
     call.work();
   } catch (...) {
-    call.all->fail(call.result, std::current_exception());
+    call.session->fail(call.result, std::current_exception());
   }
-  if (!call.is_captured) call.has_happened.store(true);
+  if (!call.is_captured) call.is_done.store(true);
 }
 
-void StreamCalls::forget_happened() {
+void StreamSession::release_done(Destroyer by) {
+  const auto may_destroy = [by](Destroyer destroyer) {
+    return by == Destroyer::kLockHolder || destroyer == Destroyer::kAnyThread;
+  };
   std::list<std::unique_ptr<Call>> calls;  // destroyed without the lock
-  std::list<Held> held;
+  std::list<Kept> kept;
   {
     const std::lock_guard lock(mutex_);
     for (auto at = calls_.begin(); at != calls_.end();) {
       const auto next = std::next(at);
-      if ((*at)->has_happened.load()) calls.splice(calls.end(), calls_, at);
+      if ((*at)->is_done.load() && may_destroy((*at)->destroyer)) calls.splice(calls.end(), calls_, at);
       at = next;
     }
-    held.swap(held_);
+    for (auto at = kept_.begin(); at != kept_.end();) {
+      const auto next = std::next(at);
+      if (may_destroy(at->destroyer)) kept.splice(kept.end(), kept_, at);
+      at = next;
+    }
   }
   // The driver is not asked under the lock, for which one of its threads may wait.
-  held.remove_if([](const Held& one) { return CudaDriver::get().has_happened(one.event); });
+  kept.remove_if([](const Kept& one) { return CudaDriver::get().is_complete(one.event); });
   const std::lock_guard lock(mutex_);
-  held_.splice(held_.begin(), held);
-}
-
-void StreamCalls::rethrow() {
-  std::exception_ptr error;
-  {
-    const std::lock_guard lock(mutex_);
-    error = std::exchange(first_error_, nullptr);
-  }
-  if (error) std::rethrow_exception(error);
+  kept_.splice(kept_.begin(), kept);
 }
 
 }  // namespace ktmoe

@@ -1,80 +1,137 @@
-// Tasks that a CUDA stream submits and waits for: by functions that the driver calls on threads of its own.
+// What this process does in CUDA streams: functions that the driver calls, tasks that a stream submits and
+// waits for, staging memory, and all that has to stay alive meanwhile. The calls of Python and those of JAX
+// programs share it.
+//
+//   callback  made                 a stream that is not captured    a stream that is captured into a graph
+//   --------  -------------------  -------------------------------  --------------------------------------
+//   launched  by call, submit,     the driver will call it once     the driver may call it at any time
+//             run, sync
+//   done      it has returned, or  release_done may destroy it      never
+//             was refused
+//
+//   object kept alive              until the stream reaches it;     for good
+//                                  release_done asks for its event
+//
+// An exception cannot reach a stream, which goes on: the result that the work was to write becomes NaN, all
+// bits set, and the exception is pending. There is one pending error in a process, the first one; whoever
+// asks takes it: the next sync of an engine, call with a stream, or call of a JAX program on a GPU.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
-#include <exception>
 #include <functional>
 #include <list>
 #include <memory>
 #include <mutex>
 #include <span>
+#include <unordered_map>
 #include <vector>
 
 #include "runtime/cpuinfer.h"
 #include "runtime/cuda_driver.h"
+#include "runtime/pending_error.h"
 
 namespace ktmoe {
 
-// A task, and what it writes: all bits set when it throws or is refused, which is NaN, not old numbers.
+// A task, and what it writes: NaN when it throws or is refused.
 struct StreamTask {
   std::shared_ptr<Task> task;
   std::span<std::byte> result;
 };
 
-// A call by the driver refers to an entry here. One that has happened may be forgotten; of a stream that is
-// being captured into a graph, which may be replayed at any time, it is kept.
-class StreamCalls {
+// An array on a device, and its place in the memory of the host.
+struct DeviceCopy {
+  uint64_t device;
+  void* host;
+  size_t bytes;
+};
+
+// Memory of the host whose pages are locked, so that copies from and to a GPU need not wait for the CPU.
+class PinnedMemory;
+
+class StreamSession {
  public:
-  // When the stream comes there, the driver calls `work`, which must not call CUDA, and the stream waits for
-  // it. What `result` becomes when it throws is said above.
-  void call(CudaDriver::Stream stream, std::function<void()> work, std::span<std::byte> result = {});
+  using Stream = CudaDriver::Stream;
 
-  // When the stream comes there, the tasks are submitted. May be repeated by a graph.
-  void submit(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine, std::vector<StreamTask> tasks);
+  // Who may destroy an object: any thread, or one that holds the lock of those who made it, which is
+  // Python's.
+  enum class Destroyer : uint8_t { kAnyThread, kLockHolder };
 
-  // When the stream comes there, the tasks are done, on the driver's thread and the engine's workers; the
-  // stream waits for them, but not for those that are deferred, which are submitted then.
-  void run(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine, std::vector<StreamTask> tasks,
+  static StreamSession& of_process();
+
+  // Copies in the stream.
+  void copy_to_host(Stream stream, std::span<const DeviceCopy> copies) const;
+  void copy_to_device(Stream stream, std::span<const DeviceCopy> copies) const;
+
+  // When the stream reaches this point, the driver calls `work`, which must not call CUDA, and the stream
+  // waits for it. `result` becomes NaN when it throws.
+  void call(Stream stream, std::function<void()> work, std::span<std::byte> result, Destroyer destroyer);
+
+  // When the stream reaches this point, the tasks are submitted. May be repeated by a graph. These tasks are
+  // to be destroyed by a lock holder, as those of `run`.
+  void submit(Stream stream, std::shared_ptr<CPUInfer> engine, std::vector<StreamTask> tasks);
+
+  // When the stream reaches this point, the tasks are done, on the driver's thread and the engine's workers.
+  // The stream waits for them, but not for the deferred ones, which are submitted then.
+  void run(Stream stream, std::shared_ptr<CPUInfer> engine, std::vector<StreamTask> tasks,
            std::vector<StreamTask> deferred);
 
-  // When the stream comes there, it waits until at most so many of the engine's tasks are unfinished.
-  void sync(CudaDriver::Stream stream, std::shared_ptr<CPUInfer> engine, uint64_t allow_n_pending);
+  // When the stream reaches this point, it waits until at most so many of the engine's tasks are unfinished.
+  void sync(Stream stream, std::shared_ptr<CPUInfer> engine, uint64_t allow_n_pending);
 
-  // Keeps something until the stream comes there, which does not wait: what is copied from or to before.
-  void hold(CudaDriver::Stream stream, std::shared_ptr<const void> held);
+  // Keeps an object alive until the stream reaches this point, without waiting: what is copied before it.
+  void keep_alive(Stream stream, std::shared_ptr<const void> object, Destroyer destroyer);
 
-  // Forgets what has happened, for a thread that may destroy what is held.
-  void forget_happened();
-  // Throws the first exception since the last time.
-  void rethrow();
+  // Staging memory of a stream, which its calls use one after the other. Other threads wait until the lease
+  // ends, by when all that uses the memory has been put into the stream.
+  class StagingLease {
+   public:
+    StagingLease(std::unique_lock<std::mutex> lock, std::byte* data) : lock_(std::move(lock)), data_(data) {}
+    std::byte* data() const { return data_; }
+
+   private:
+    std::unique_lock<std::mutex> lock_;
+    std::byte* data_;
+  };
+  StagingLease lease_staging(Stream stream, size_t bytes);
+
+  // Destroys what is done with, of that which `by` may destroy; a lock holder may destroy all.
+  void release_done(Destroyer by);
+
+  // Throws the pending error, if there is one.
+  void rethrow() { error_.rethrow(); }
 
  private:
   struct Call {
-    StreamCalls* all;
+    StreamSession* session;
     std::function<void()> work;
     std::span<std::byte> result;
+    Destroyer destroyer;
     bool is_captured;
-    std::atomic<bool> has_happened{false};
+    std::atomic<bool> is_done{false};
   };
-  struct Held {
+  struct Kept {
     CudaDriver::Event event;
     std::shared_ptr<const void> object;
+    Destroyer destroyer;
   };
   class Submitted;
 
-  void launch(CudaDriver::Stream stream, bool is_captured, std::function<void()> work,
-              std::span<std::byte> result = {});
+  void launch(Stream stream, std::unique_ptr<Call> call);
   void submit_now(CPUInfer& engine, const std::vector<StreamTask>& tasks, bool is_captured, bool wake);
   void fail(std::span<std::byte> result, std::exception_ptr error);
-  static void happen(void* data);
+  static void run_callback(void* data);
 
-  std::mutex mutex_;
+  PendingError error_;
+
+  std::mutex mutex_;  // of the lists
   std::list<std::unique_ptr<Call>> calls_;
-  std::list<Held> held_;
+  std::list<Kept> kept_;
   std::list<std::unique_ptr<Call>> captured_calls_;  // for good, as below
   std::list<std::shared_ptr<const void>> captured_objects_;
-  std::exception_ptr first_error_;
+
+  std::mutex staging_mutex_;
+  std::unordered_map<Stream, std::shared_ptr<PinnedMemory>> staging_;
 };
 
 }  // namespace ktmoe

@@ -1,22 +1,14 @@
 #include "xla/cuda_calls.h"
 
-#include <algorithm>
-#include <mutex>
-#include <unordered_map>
-#include <utility>
+#include <memory>
 #include <vector>
 
 #include "core/aligned_buffer.h"
 #include "core/error.h"
-#include "runtime/per_process.h"
 #include "runtime/stream_session.h"
 
 namespace ktmoe::xla {
 namespace {
-
-// Not those of Python's calls.
-struct XlaCalls : StreamCalls {};
-StreamCalls& stream_calls() { return of_this_process<XlaCalls>(); }
 
 size_t bytes_of(const Buffer& buffer) {
   size_t bytes = 0;
@@ -69,12 +61,11 @@ class HostBuffers {
     return {sizeof(Buffers), nullptr, static_cast<int64_t>(values_.size()), types_.data(), values_.data()};
   }
 
-  void copy(CudaDriver::Stream stream, bool to_host) const {
-    for (size_t i = 0; i < buffers_.size(); ++i) {
-      const auto host = reinterpret_cast<uint64_t>(buffers_[i].data);
-      const auto device = reinterpret_cast<uint64_t>(on_device_[i]);
-      CudaDriver::get().copy(to_host ? host : device, to_host ? device : host, bytes_[i], stream);
-    }
+  std::vector<DeviceCopy> copies() const {
+    std::vector<DeviceCopy> all;
+    for (size_t i = 0; i < buffers_.size(); ++i)
+      all.push_back({reinterpret_cast<uint64_t>(on_device_[i]), buffers_[i].data, bytes_[i]});
+    return all;
   }
 
  private:
@@ -91,44 +82,6 @@ struct HostFrame {
   HostBuffers args, rets;
 };
 
-// Memory of the host whose pages are locked.
-class LockedBlock {
- public:
-  explicit LockedBlock(size_t bytes) : memory_(bytes) { CudaDriver::get().lock_pages(memory_.data(), bytes); }
-  ~LockedBlock() { CudaDriver::get().unlock_pages(memory_.data()); }
-  LockedBlock(const LockedBlock&) = delete;
-  LockedBlock& operator=(const LockedBlock&) = delete;
-
-  std::byte* data() const { return memory_.data(); }
-  size_t bytes() const { return memory_.capacity(); }
-
- private:
-  AlignedBuffer memory_;
-};
-
-// One for each stream: its calls come one after the other, and so does what they copy.
-class Blocks {
- public:
-  std::byte* at_least(size_t bytes, CudaDriver::Stream stream) {
-    std::shared_ptr<LockedBlock>& block = blocks_[stream];
-    if (block == nullptr || block->bytes() < bytes) {
-      size_t size = kSmallest;
-      while (size < bytes) size *= 2;
-      auto larger = std::make_shared<LockedBlock>(size);
-      if (block != nullptr) stream_calls().hold(stream, block);  // until calls before are done with it
-      block = std::move(larger);
-    }
-    return block->data();
-  }
-
-  std::mutex mutex;  // of the blocks, and of the calls that use one
-
- private:
-  static constexpr size_t kSmallest = size_t{2} << 20;  // a huge page
-
-  std::unordered_map<CudaDriver::Stream, std::shared_ptr<LockedBlock>> blocks_;
-};
-
 CudaDriver::Stream stream_of(const CallFrame& frame) {
   StreamGetArgs args{sizeof(StreamGetArgs), nullptr, frame.context, nullptr};
   if (frame.api->get_stream(&args) != nullptr) throw_runtime("XLA gives no stream");
@@ -141,27 +94,25 @@ CudaDriver::Stream stream_of(const CallFrame& frame) {
 
 Error* enqueue(CallFrame* frame, const Operation& operation) {
   return answer(frame, operation.name, [&] {
-    stream_calls().forget_happened();
-    rethrow_error();
+    constexpr auto kAnyThread = StreamSession::Destroyer::kAnyThread;  // nothing of a call is Python's
+    StreamSession& session = StreamSession::of_process();
+    session.release_done(kAnyThread);
+    session.rethrow();
     const CudaDriver::Stream stream = stream_of(*frame);
     const auto host = std::make_shared<HostFrame>(*frame);
-    auto& blocks = of_this_process<Blocks>();
-    const std::lock_guard lock(blocks.mutex);
-    std::byte* args = blocks.at_least(host->args.bytes() + host->rets.bytes(), stream);
-    std::byte* rets = host->args.place(args);
+    const auto staging = session.lease_staging(stream, host->args.bytes() + host->rets.bytes());
+    std::byte* rets = host->args.place(staging.data());
     std::byte* end = host->rets.place(rets);
-    host->args.copy(stream, /*to_host=*/true);
+    session.copy_to_host(stream, host->args.copies());
     const auto work = [host, operation] {
       CallFrame on_host{};
       on_host.args = host->args.view(), on_host.rets = host->rets.view();
       Call call(on_host);
       operation.work(call);
     };
-    stream_calls().call(stream, work, {rets, end});
-    host->rets.copy(stream, /*to_host=*/false);
+    session.call(stream, work, {rets, end}, kAnyThread);
+    session.copy_to_device(stream, host->rets.copies());
   });
 }
-
-void rethrow_error() { stream_calls().rethrow(); }
 
 }  // namespace ktmoe::xla

@@ -6,10 +6,8 @@
 namespace ktmoe::xla {
 
 // Puts an operation on the arrays of the call into its stream. An error that it meets there, when the call
-// has long returned, is that of a later call or of rethrow_error; its results are NaN.
+// has long returned, is pending in the StreamSession: that of a later call, among others. Its results are
+// NaN.
 Error* enqueue(CallFrame* frame, const Operation& operation);
-
-// Throws the first error since the last time.
-void rethrow_error();
 
 }  // namespace ktmoe::xla

@@ -68,8 +68,8 @@ void bind_cuda(nb::module_& m) {
   bind_stream_pass(m);
   m.def("is_available", &CudaDriver::is_there, "Whether there is a driver that finds a GPU.");
   m.def(
-      "raise_error", [] { stream_calls().rethrow(); },
-      "Raise the first exception that tasks of streams have raised since somebody asked.");
+      "raise_error", [] { StreamSession::of_process().rethrow(); },
+      "Raise the first exception, of tasks of streams and of JAX programs on a GPU, since somebody asked.");
   m.def(
       "stream_key",
       [](uint64_t stream) {

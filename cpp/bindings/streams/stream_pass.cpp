@@ -1,4 +1,4 @@
-// A pass of a layer in CUDA streams, in Python: made once, to be done any number of times.
+// A pass of a layer in CUDA streams, in Python: made once, done any number of times.
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
@@ -34,52 +34,54 @@ class StreamPass {
   }
 
   void submit(uint64_t stream, const std::vector<uint64_t>& addresses, nb::object object) {
-    check(addresses);
-    settle(*engine_);
-    const auto held = std::make_shared<nb::object>(std::move(object));  // let go of with the GIL
+    const std::vector<DeviceCopy> inputs = copies_of(addresses);
+    release_done(*engine_);
+    const auto kept = std::make_shared<nb::object>(std::move(object));  // destroyed with the GIL
     std::vector<StreamTask> all = immediate_;
     all.insert(all.end(), deferred_.begin(), deferred_.end());
     const GilRelease no_gil;  // the driver may wait for the stream
-    copy_down(stream, addresses);
-    stream_calls().submit(as_stream(stream), engine_, all);
-    stream_calls().hold(as_stream(stream), held);
+    session().copy_to_host(as_stream(stream), inputs);
+    session().submit(as_stream(stream), engine_, all);
+    session().keep_alive(as_stream(stream), kept, Destroyer::kLockHolder);
   }
 
   void sync(uint64_t stream, uint64_t address, nb::object object) {
-    settle(*engine_);
-    const auto held = std::make_shared<nb::object>(std::move(object));
+    release_done(*engine_);
+    const auto kept = std::make_shared<nb::object>(std::move(object));
     const GilRelease no_gil;
-    stream_calls().sync(as_stream(stream), engine_, deferred_.size());
-    copy_up(stream, address, held);
+    session().sync(as_stream(stream), engine_, deferred_.size());
+    copy_output(stream, address, kept);
   }
 
   void run(uint64_t stream, const std::vector<uint64_t>& addresses, uint64_t address, nb::object object) {
-    check(addresses);
-    settle(*engine_);
-    const auto held = std::make_shared<nb::object>(std::move(object));
+    const std::vector<DeviceCopy> inputs = copies_of(addresses);
+    release_done(*engine_);
+    const auto kept = std::make_shared<nb::object>(std::move(object));
     const GilRelease no_gil;
-    copy_down(stream, addresses);
-    stream_calls().run(as_stream(stream), engine_, immediate_, deferred_);
-    copy_up(stream, address, held);
+    session().copy_to_host(as_stream(stream), inputs);
+    session().run(as_stream(stream), engine_, immediate_, deferred_);
+    copy_output(stream, address, kept);
   }
 
  private:
-  void check(const std::vector<uint64_t>& addresses) const {
+  using Destroyer = StreamSession::Destroyer;
+
+  std::vector<DeviceCopy> copies_of(const std::vector<uint64_t>& addresses) const {
     if (addresses.size() != inputs_.size())
       throw_invalid("addresses: got ", addresses.size(), ", expected ", inputs_.size());
-  }
-
-  void copy_down(uint64_t stream, const std::vector<uint64_t>& addresses) const {
+    std::vector<DeviceCopy> copies;
     for (size_t i = 0; i < addresses.size(); ++i)
-      CudaDriver::get().copy(host_address(inputs_[i]), addresses[i], inputs_[i].bytes(), as_stream(stream));
+      copies.push_back({addresses[i], inputs_[i].as<void>(), inputs_[i].bytes()});
+    return copies;
   }
 
-  void copy_up(uint64_t stream, uint64_t address, const std::shared_ptr<const void>& held) const {
-    CudaDriver::get().copy(address, host_address(output_), output_.bytes(), as_stream(stream));
-    stream_calls().hold(as_stream(stream), held);
+  void copy_output(uint64_t stream, uint64_t address, const std::shared_ptr<const void>& kept) const {
+    const DeviceCopy output{address, output_.as<void>(), output_.bytes()};
+    session().copy_to_device(as_stream(stream), {&output, 1});
+    session().keep_alive(as_stream(stream), kept, Destroyer::kLockHolder);
   }
 
-  static uint64_t host_address(const Array& array) { return reinterpret_cast<uint64_t>(array.as<void>()); }
+  static StreamSession& session() { return StreamSession::of_process(); }
 
   std::shared_ptr<CPUInfer> engine_;
   Array output_;
@@ -97,24 +99,25 @@ Parameters
 ----------
 engine : CPUInfer
 inputs : list of array
-    What is copied down to, in memory that must not move.
+    Staging buffers for the inputs, in memory that must not move.
 tasks : list of (Task, array)
-    To be submitted, each with what it writes: NaN there when it raises.
+    To be submitted, each with the array that it writes: NaN when it raises.
 output : array
-    What is copied up.
+    The staging buffer of the output.
 num_deferred : int
     So many of the last tasks are not waited for.)")
       .def(nb::init<std::shared_ptr<CPUInfer>, const std::vector<nb::object>&,
                     const std::vector<std::pair<PythonTask*, nb::object>>&, nb::handle, uint64_t>(),
            nb::arg("engine"), nb::arg("inputs"), nb::arg("tasks"), nb::arg("output"), nb::arg("num_deferred"))
-      .def("submit", &StreamPass::submit, nb::arg("stream"), nb::arg("addresses"), nb::arg("held").none(),
-           "Let a stream copy the inputs from their addresses on a device and submit the tasks; hold an "
-           "object "
-           "until it has done so.")
-      .def("sync", &StreamPass::sync, nb::arg("stream"), nb::arg("address"), nb::arg("held").none(),
-           "Let the stream wait for the tasks and copy the output up; hold an object until it has done so.")
+      .def("submit", &StreamPass::submit, nb::arg("stream"), nb::arg("addresses"), nb::arg("kept").none(),
+           "Let a stream copy the inputs from their addresses on a device and submit the tasks; keep an "
+           "object alive until it has done so.")
+      .def("sync", &StreamPass::sync, nb::arg("stream"), nb::arg("address"), nb::arg("kept").none(),
+           "Let the stream wait for the tasks and copy the output to the device; keep an object alive until "
+           "it "
+           "has done so.")
       .def("run", &StreamPass::run, nb::arg("stream"), nb::arg("addresses"), nb::arg("address"),
-           nb::arg("held").none(),
+           nb::arg("kept").none(),
            "Both at once: the thread that the stream waits for does the tasks, so nobody has to be woken.");
 }
 

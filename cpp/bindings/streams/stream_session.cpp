@@ -1,10 +1,6 @@
 #include "bindings/streams/stream_session.h"
 
-#include "runtime/per_process.h"
-
 namespace ktmoe::bindings {
-
-StreamCalls& stream_calls() { return of_this_process<StreamCalls>(); }
 
 StreamTask stream_task(PythonTask& task, nb::handle result) {
   std::span<std::byte> bytes;
@@ -15,9 +11,9 @@ StreamTask stream_task(PythonTask& task, nb::handle result) {
   return {task.take(), bytes};
 }
 
-void settle(CPUInfer& engine) {
+void release_done(CPUInfer& engine) {
   engine.take_finished();
-  stream_calls().forget_happened();
+  StreamSession::of_process().release_done(StreamSession::Destroyer::kLockHolder);
 }
 
 }  // namespace ktmoe::bindings

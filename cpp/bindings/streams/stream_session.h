@@ -1,4 +1,4 @@
-// The calls of CUDA streams that this process has asked for.
+// Tasks of Python in CUDA streams.
 #pragma once
 
 #include "bindings/convert/arrays.h"
@@ -7,15 +7,12 @@
 
 namespace ktmoe::bindings {
 
-// What they hold is Python's: to be settled with the GIL.
-StreamCalls& stream_calls();
-
 inline CudaDriver::Stream as_stream(uint64_t handle) { return reinterpret_cast<CudaDriver::Stream>(handle); }
 
 // A task of Python's, and the array that it writes and so holds, or None.
 StreamTask stream_task(PythonTask& task, nb::handle result);
 
-// Lets go of what is done, of the engine's tasks too.
-void settle(CPUInfer& engine);
+// Destroys what streams and the engine's tasks have done with; the GIL is held.
+void release_done(CPUInfer& engine);
 
 }  // namespace ktmoe::bindings

@@ -47,10 +47,10 @@ void wait(CPUInfer& engine, const Ticket& ticket) {
 }
 
 void sync(CPUInfer& engine, uint64_t allow_n_pending) {
-  stream_calls().forget_happened();
+  release_done(engine);
   const uint64_t submitted = engine.num_submitted(), last = submitted - std::min(submitted, allow_n_pending);
   wait_in_slices(engine, [&](auto slice) { return engine.sync_for(last, slice); });
-  stream_calls().rethrow();
+  StreamSession::of_process().rethrow();
 }
 
 Ticket submit(CPUInfer& engine, PythonTask& task) {
@@ -120,10 +120,10 @@ void bind_streams(nb::class_<CPUInfer>& engine) {
       .def(
           "submit_with_cuda_stream",
           [](std::shared_ptr<CPUInfer> engine, uint64_t stream, PythonTask& task, nb::handle result) {
-            settle(*engine);
+            release_done(*engine);
             const std::vector<StreamTask> tasks = {stream_task(task, result)};  // let go of with the GIL
             const GilRelease no_gil;  // the driver may wait for the stream
-            stream_calls().submit(as_stream(stream), engine, tasks);
+            StreamSession::of_process().submit(as_stream(stream), engine, tasks);
           },
           nb::arg("stream"), nb::arg("task"), nb::arg("result").none() = nb::none(),
           R"(Submit a task when a CUDA stream comes to this point; returns at once.
@@ -145,12 +145,12 @@ RuntimeError
       .def(
           "sync_with_cuda_stream",
           [](std::shared_ptr<CPUInfer> engine, uint64_t stream, uint64_t allow_n_pending) {
-            settle(*engine);
+            release_done(*engine);
             {
               const GilRelease no_gil;
-              stream_calls().sync(as_stream(stream), engine, allow_n_pending);
+              StreamSession::of_process().sync(as_stream(stream), engine, allow_n_pending);
             }
-            stream_calls().rethrow();
+            StreamSession::of_process().rethrow();
           },
           nb::arg("stream"), nb::arg("allow_n_pending") = 0,
           R"(Let a CUDA stream wait, at this point, until at most `allow_n_pending` tasks are unfinished; returns at once.

@@ -11,7 +11,8 @@ def raise_pending_error() -> None:
     """Raise the first error that calls on a GPU have met since the last time.
 
     Such a call has long returned when it meets one: its results are NaN, and the next call of the process
-    fails with that error, or this does. Wait for the results first, by `jax.block_until_ready`.
+    fails with that error, or this does. Passes of layers in CUDA streams have the same pending error: whoever
+    asks first is told. Wait for the results first, by `jax.block_until_ready`.
 
     Raises
     ------
@@ -22,4 +23,4 @@ def raise_pending_error() -> None:
     --------
     >>> raise_pending_error()  # there was none
     """
-    ext.xla.raise_error()
+    ext.cuda.raise_error()

@@ -18,10 +18,12 @@ using namespace ktmoe::test;
 
 namespace {
 
+using Destroyer = StreamSession::Destroyer;
+
 StreamTask task(std::function<void()> work) { return {std::make_shared<FunctionTask>(std::move(work)), {}}; }
 
 struct Fixture {
-  StreamCalls calls;
+  StreamSession session;
   std::shared_ptr<CPUInfer> engine = std::make_shared<CPUInfer>(2);
   void* stream = fake_cuda().create_stream();
   std::atomic<bool> is_open{false}, was_now{false}, was_later{false};
@@ -40,14 +42,14 @@ struct Fixture {
   void finish() {
     is_open.store(true);
     engine->sync();
-    calls.forget_happened();
+    session.release_done(Destroyer::kLockHolder);
   }
 };
 
 }  // namespace
 
-TEST_CASE_FIXTURE(Fixture, "stream calls: a pass is waited for, what it defers is not") {
-  calls.run(stream, engine, {now()}, {later()});
+TEST_CASE_FIXTURE(Fixture, "stream session: a pass is waited for, what it defers is not") {
+  session.run(stream, engine, {now()}, {later()});
   synchronize();
   CHECK(was_now);
   CHECK(!was_later);
@@ -55,9 +57,9 @@ TEST_CASE_FIXTURE(Fixture, "stream calls: a pass is waited for, what it defers i
   CHECK(was_later);
 }
 
-TEST_CASE_FIXTURE(Fixture, "stream calls: a sync that allows one task to be pending") {
-  calls.submit(stream, engine, {now(), later()});
-  calls.sync(stream, engine, 1);
+TEST_CASE_FIXTURE(Fixture, "stream session: a sync that allows one task to be pending") {
+  session.submit(stream, engine, {now(), later()});
+  session.sync(stream, engine, 1);
   synchronize();
   CHECK(was_now);
   CHECK(!was_later);
@@ -65,9 +67,9 @@ TEST_CASE_FIXTURE(Fixture, "stream calls: a sync that allows one task to be pend
   CHECK(was_later);
 }
 
-TEST_CASE_FIXTURE(Fixture, "stream calls: a sync that allows none") {
-  calls.submit(stream, engine, {now(), later()});
-  calls.sync(stream, engine, 0);
+TEST_CASE_FIXTURE(Fixture, "stream session: a sync that allows none") {
+  session.submit(stream, engine, {now(), later()});
+  session.sync(stream, engine, 0);
   std::thread opens([this] {
     std::this_thread::sleep_for(milliseconds(50));
     is_open.store(true);
@@ -79,32 +81,64 @@ TEST_CASE_FIXTURE(Fixture, "stream calls: a sync that allows none") {
 }
 
 TEST_CASE_FIXTURE(Fixture,
-                  "stream calls: what a task throws waits for who asks, and its result is all ones") {
+                  "stream session: what a task throws waits for who asks, and its result is all ones") {
   std::array<std::byte, 8> result{};
   StreamTask wrong = task([] { throw std::out_of_range("wrong"); });
   wrong.result = result;
-  calls.run(stream, engine, {wrong, now()}, {});
+  session.run(stream, engine, {wrong, now()}, {});
   synchronize();
   CHECK(was_now);
   for (const std::byte b : result) CHECK(b == std::byte{0xff});
-  CHECK_THROWS_WITH_AS(calls.rethrow(), "wrong", std::out_of_range);
-  calls.rethrow();
+  CHECK_THROWS_WITH_AS(session.rethrow(), "wrong", std::out_of_range);
+  session.rethrow();
   finish();
 }
 
-TEST_CASE_FIXTURE(Fixture, "stream calls: what is held is let go when the stream has come there") {
-  auto held = std::make_shared<int>(1);
+TEST_CASE_FIXTURE(Fixture, "stream session: an object lives until the stream has reached it") {
+  auto kept = std::make_shared<int>(1);
   fake_cuda().stall(stream, 100);
-  calls.hold(stream, held);
-  calls.forget_happened();
-  CHECK(held.use_count() == 2);
+  session.keep_alive(stream, kept, Destroyer::kLockHolder);
+  session.release_done(Destroyer::kLockHolder);
+  CHECK(kept.use_count() == 2);
   synchronize();
-  calls.forget_happened();
-  CHECK(held.use_count() == 1);
+  session.release_done(Destroyer::kAnyThread);
+  CHECK(kept.use_count() == 2);  // which is for those who hold the lock of its owner
+  session.release_done(Destroyer::kLockHolder);
+  CHECK(kept.use_count() == 1);
   fake_cuda().capture(stream, true);
-  calls.hold(stream, held);
+  session.keep_alive(stream, kept, Destroyer::kAnyThread);
   fake_cuda().capture(stream, false);
-  calls.forget_happened();
-  CHECK(held.use_count() == 2);  // a graph may come there at any time
+  session.release_done(Destroyer::kLockHolder);
+  CHECK(kept.use_count() == 2);  // a graph may reach it at any time
   finish();
+}
+
+TEST_CASE_FIXTURE(Fixture, "stream session: what a callback refers to is destroyed by who may do so") {
+  auto python = std::make_shared<int>(1), other = std::make_shared<int>(2);
+  session.call(stream, [python] {}, {}, Destroyer::kLockHolder);
+  session.call(stream, [other] { throw std::runtime_error("wrong"); }, {}, Destroyer::kAnyThread);
+  synchronize();
+  session.release_done(Destroyer::kAnyThread);
+  CHECK(python.use_count() == 2);
+  CHECK(other.use_count() == 1);
+  session.release_done(Destroyer::kLockHolder);
+  CHECK(python.use_count() == 1);
+  CHECK_THROWS_WITH_AS(session.rethrow(), "wrong", std::runtime_error);
+}
+
+TEST_CASE_FIXTURE(Fixture,
+                  "stream session: staging memory grows and stays until the stream is done with it") {
+  std::byte* small = session.lease_staging(stream, 1).data();
+  CHECK(session.lease_staging(stream, 100).data() == small);
+  fake_cuda().stall(stream, 50);
+  session.call(stream, [small] { small[0] = std::byte{1}; }, {}, Destroyer::kAnyThread);
+  const size_t large = size_t{5} << 20;
+  std::byte* grown = session.lease_staging(stream, large).data();
+  grown[large - 1] = std::byte{2};
+  session.release_done(Destroyer::kAnyThread);
+  synchronize();
+  session.release_done(Destroyer::kAnyThread);
+  CHECK(session.lease_staging(stream, 1).data() == grown);
+  void* another = fake_cuda().create_stream();
+  CHECK(session.lease_staging(another, 1).data() != grown);
 }
