@@ -18,6 +18,7 @@
 #include "formats/format.h"
 #include "isa/isa.h"
 #include "kernels/activations.h"
+#include "kernels/contract_elementwise.h"
 
 namespace ktmoe::kernels {
 
@@ -206,6 +207,7 @@ struct KernelTable {
   void (*activate)(const ActivateArgs&);
   void (*store_rows)(const StoreRowsArgs&);
   void (*combine)(const CombineArgs&);
+  ElementwiseKernels elementwise;
 
   // Training; see contract_training.h.
   size_t (*left_bytes)(uint32_t m, uint32_t n);

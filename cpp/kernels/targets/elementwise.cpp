@@ -4,6 +4,7 @@
 #include "kernels/elementwise/activation-inl.h"
 #include "kernels/elementwise/activation_backward-inl.h"
 #include "kernels/elementwise/combine-inl.h"
+#include "kernels/elementwise/rows-inl.h"
 #if KT_HAS_TILES
 #include "kernels/layouts/panels-inl.h"
 #include "kernels/layouts/tiles-inl.h"
@@ -22,6 +23,7 @@ void add_elementwise(KernelTable& table) {
   table.store_rows = store_rows;
   table.combine = combine;
   table.activate_backward = activate_backward;
+  table.elementwise = kElementwise;
 }
 
 }  // namespace ktmoe::kernels::KT_TARGET_NAME
