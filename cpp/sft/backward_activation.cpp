@@ -22,7 +22,7 @@ void backward_activation(TrainingPass& pass, BackwardScratch& scratch, const Pan
       scratch.terms.push_back(adapter);
     } else {
       multiply_terms(pass, {&adapter, 1}, columns, scratch.l, columns.size(), scratch.products);
-      if (mask.bits) drop_columns(mask, pass.tokens(task), rows, columns, scratch.l);
+      if (mask.bits) drop_columns(pass.kernels(), mask, pass.tokens(task), rows, columns, scratch.l);
       args.l = scratch.l, args.lora_scale = pass.scale_is_exact() ? 1.0f : pass.lora_scale;
     }
   }

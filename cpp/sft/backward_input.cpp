@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "moe/layer/scaled_inputs.h"
-
 namespace ktmoe {
 namespace {
 
@@ -14,9 +12,10 @@ void dot_with_inputs(TrainingPass& pass, const PanelTask& task, const float* gra
   const size_t row = pass.first_row(task), hidden = pass.hidden();
   const int32_t* tokens = pass.tokens(task);
   for (uint32_t m = 0; m < task.m1 - task.m0; ++m)
-    dot_by_blocks(grad + m * stride, pass.cache->hidden + static_cast<size_t>(tokens[m]) * hidden + task.n0,
-                  task.n1 - task.n0,
-                  all.grad_input_weight + (row + m) * all.input_blocks + task.n0 / kernels::kOutputBlock);
+    pass.kernels().elementwise.dot_blocks(
+        grad + m * stride, pass.cache->hidden + static_cast<size_t>(tokens[m]) * hidden + task.n0,
+        task.n1 - task.n0,
+        all.grad_input_weight + (row + m) * all.input_blocks + task.n0 / kernels::kOutputBlock);
 }
 
 }  // namespace
@@ -70,9 +69,9 @@ void backward_input(TrainingPass& pass, BackwardScratch& scratch, const PanelTas
   multiply_terms(pass, terms, columns, to, stride, scratch.products, nn);
   if (num_dropped != 0) {
     multiply_terms(pass, {dropped, num_dropped}, columns, scratch.l, columns.size(), scratch.products);
-    drop_columns(mask, pass.tokens(task), rows, columns, scratch.l);
+    drop_columns(pass.kernels(), mask, pass.tokens(task), rows, columns, scratch.l);
     for (uint32_t m = 0; m < rows; ++m)
-      for (uint32_t i = 0; i < columns.size(); ++i) to[m * stride + i] += scratch.l[m * columns.size() + i];
+      pass.kernels().elementwise.add(scratch.l + m * columns.size(), columns.size(), to + m * stride);
   }
   dot_with_inputs(pass, task, to, stride);
 }

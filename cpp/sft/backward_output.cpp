@@ -6,6 +6,7 @@ void backward_output(TrainingPass& pass, BackwardScratch& scratch, const PanelTa
   const uint32_t rows = task.m1 - task.m0, hidden = pass.hidden(), rank = pass.rank();
   const size_t row = pass.first_row(task);
   const kernels::RowsView q{pass.args->grad_output, hidden, pass.tokens(task)};
+  const kernels::ElementwiseKernels& elementwise = pass.kernels().elementwise;
   BackwardRows& out = pass.rows;
   if (rank) {
     const kernels::Operand lhs = pass.kernels().pack_left(q, rows, hidden, scratch.lhs);
@@ -16,13 +17,11 @@ void backward_output(TrainingPass& pass, BackwardScratch& scratch, const PanelTa
     const bf16* ud = pass.cache->rows.lora_hidden[2] + row * rank;
     for (uint32_t m = 0; m < rows; ++m) {
       const float w = pass.cache->row_weight[row + m], sw = pass.lora_scale * w;
-      for (uint32_t i = 0; i < rank; ++i) {
-        const size_t at = (row + m) * rank + i;
-        bf16& value = r[m * stride + i];
-        out.weighted_r[at] = to_bf16(sw * to_float(value));
-        out.weighted_ud[at] = to_bf16(w * to_float(ud[m * rank + i]));
-        if (pass.scale_is_exact()) value = to_bf16(pass.lora_scale * to_float(value));
-      }
+      const size_t at = (row + m) * rank;
+      bf16* row_of_r = r + m * stride;
+      elementwise.scale(row_of_r, sw, rank, out.weighted_r + at);
+      elementwise.scale(ud + m * rank, w, rank, out.weighted_ud + at);
+      if (pass.scale_is_exact()) elementwise.scale(row_of_r, pass.lora_scale, rank, row_of_r);
     }
     pass.kernels().pack_left_in_rows(r, stride, rows, rank, scratch.lhs);
   }
@@ -31,7 +30,7 @@ void backward_output(TrainingPass& pass, BackwardScratch& scratch, const PanelTa
     if (!pass.biases->down.empty()) {
       const float* bias = pass.biases->down.data() + pass.expert(task).expert * size_t{hidden};
       const bf16* values = q.data + static_cast<size_t>(q.index[m]) * hidden;
-      for (uint32_t i = 0; i < hidden; ++i) sum += to_float(values[i]) * bias[i];
+      sum = elementwise.dot(values, bias, hidden);
     }
     out.grad_weight[(row + m + 1) * out.blocks - 1] = sum;
   }

@@ -44,14 +44,15 @@ void rounded_product(const TrainingPass& pass, BackwardScratch& scratch, const k
     multiply_terms(pass, {&term, 1}, columns, scratch.c, columns.size(), scratch.products);
     for (uint32_t m = 0; m < g.rows; ++m) {
       const float* c = scratch.c + size_t{m} * columns.size();
-      for (uint32_t i = 0; i < columns.size(); ++i) to[m * stride + r + i] = to_bf16(scale * c[i]);
+      pass.kernels().elementwise.round_scaled(c, scale, columns.size(), to + m * stride + r);
     }
   }
 }
 
-void drop_columns(const MaskView& mask, const int32_t* tokens, uint32_t rows, Span columns, float* l) {
-  for (uint32_t m = 0; m < rows; ++m)
-    apply_mask(mask.row(tokens[m]), columns.begin, columns.size(), l + size_t{m} * columns.size());
+void drop_columns(const kernels::KernelTable& kernels, const MaskView& mask, const int32_t* tokens,
+                  uint32_t rows, Span columns, float* l) {
+  for (uint32_t m = 0; m < rows; ++m, l += columns.size())
+    kernels.elementwise.mask_float(l, mask.row(tokens[m]), columns.begin, columns.size(), l);
 }
 
 }  // namespace ktmoe

@@ -25,6 +25,7 @@ void rounded_product(const TrainingPass& pass, BackwardScratch& scratch, const k
                      const WeightView& b, float scale, bf16* to, size_t stride);
 
 // Zeroes what dropout drops in rows of an adapter's gradient.
-void drop_columns(const MaskView& mask, const int32_t* tokens, uint32_t rows, Span columns, float* l);
+void drop_columns(const kernels::KernelTable& kernels, const MaskView& mask, const int32_t* tokens,
+                  uint32_t rows, Span columns, float* l);
 
 }  // namespace ktmoe

@@ -17,13 +17,11 @@ kernels::RowsView rows_of(const TrainingPass& pass, const WeightGradient::Rows& 
 void make_chunk(const TrainingPass& pass, const WeightGradient::Rows& x, size_t begin, uint32_t count,
                 Span columns, bf16* to) {
   if (x.mask.bits)
-    return copy_dropped(rows_of(pass, x, begin, 0), pass.plan().token.data() + begin, count, columns, x.mask,
-                        to);
-  for (uint32_t m = 0; m < count; ++m) {
-    const bf16* from = x.data + (begin + m) * x.stride + columns.begin;
-    const float w = pass.cache->row_weight[begin + m];
-    for (uint32_t i = 0; i < columns.size(); ++i) *to++ = to_bf16(w * to_float(from[i]));
-  }
+    return copy_dropped(pass.kernels(), rows_of(pass, x, begin, 0), pass.plan().token.data() + begin, count,
+                        columns, x.mask, to);
+  for (uint32_t m = 0; m < count; ++m, to += columns.size())
+    pass.kernels().elementwise.scale(x.data + (begin + m) * x.stride + columns.begin,
+                                     pass.cache->row_weight[begin + m], columns.size(), to);
 }
 
 // Adds what one expert of the plan contributes.

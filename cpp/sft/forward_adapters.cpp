@@ -36,7 +36,7 @@ void gate_up_lora_hidden(TrainingPass& pass, WorkerScratch& scratch, const Panel
   const kernels::RowsView x = pass.call->inputs_from(pass.first_row(task));
   if (const MaskView mask = mask_of_x(pass); mask.bits) {
     ForwardScratch& own = pass.forward[scratch.worker];
-    copy_dropped(x, pass.tokens(task), rows, {0, hidden}, mask, own.dropped);
+    copy_dropped(pass.kernels(), x, pass.tokens(task), rows, {0, hidden}, mask, own.dropped);
     scratch.packed = {};
     scratch.packed.operand =
         pass.kernels().pack({own.dropped, hidden, nullptr}, rows, hidden, scratch.operand);
@@ -57,7 +57,7 @@ void down_lora_hidden(TrainingPass& pass, WorkerScratch& scratch, const PanelTas
       pass.rows_from(pass.cache->rows.kept.h, pass.inter_stride(), pass.first_row(task));
   if (const MaskView mask = mask_of_h(pass); mask.bits) {
     ForwardScratch& own = pass.forward[scratch.worker];
-    copy_dropped(h, pass.tokens(task), rows, {0, inter}, mask, own.dropped);
+    copy_dropped(pass.kernels(), h, pass.tokens(task), rows, {0, inter}, mask, own.dropped);
     scratch.packed = {};
     scratch.packed.operand = pass.kernels().pack({own.dropped, inter, nullptr}, rows, inter, scratch.operand);
   } else {

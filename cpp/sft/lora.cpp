@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "kernels/table.h"
+
 namespace ktmoe {
 
 LoraShape lora_shape(const MOESFTConfig& config, LoraId id) {
@@ -56,7 +58,8 @@ void LoraWeights::copy(LoraId id, size_t expert, const LoraSource& source) {
   if (source.type == kernels::FloatType::kBf16) {
     std::memcpy(to, static_cast<const bf16*>(source.data) + expert * size, size * sizeof(bf16));
   } else {
-    to_bf16(static_cast<const float*>(source.data) + expert * size, to, size);
+    kernels::active_table().elementwise.round(static_cast<const float*>(source.data) + expert * size, size,
+                                              to);
   }
 }
 

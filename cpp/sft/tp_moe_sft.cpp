@@ -156,9 +156,8 @@ void TP_MOE_SFT::fill_token(const ForwardArgs& args, uint32_t t, ForwardCache& c
   const uint32_t hidden = hidden_size(), inter = intermediate_size();
   const bf16* from = args.hidden_states + size_t{t} * hidden;
   bf16* to = cache.hidden + size_t{t} * hidden;
-  const bool finite = std::all_of(from, from + hidden, is_finite);
-  constexpr bf16 kNaN{0x7fc0};
-  finite ? std::copy_n(from, hidden, to) : std::fill_n(to, hidden, kNaN);
+  const kernels::ElementwiseKernels& elementwise = call_.kernels->elementwise;
+  elementwise.copy_finite(from, hidden, to);
   const auto slots = static_cast<size_t>(config_.num_experts_per_tok);
   for (size_t i = t * slots; i < (t + 1) * slots; ++i)
     if (call_.plan.row[i] >= 0)
@@ -167,9 +166,9 @@ void TP_MOE_SFT::fill_token(const ForwardArgs& args, uint32_t t, ForwardCache& c
   if (cache.mask_x == nullptr) return;
   DropoutKey key{sft_config_.seed, cache.step, static_cast<uint32_t>(config_.layer_idx), 0,
                  sft_config_.lora_dropout};
-  draw_mask(key, t, hidden, cache.mask_x + t * mask_row_bytes(hidden));
+  elementwise.draw_mask(key, t, hidden, cache.mask_x + t * mask_row_bytes(hidden));
   key.which = 1;
-  draw_mask(key, t, inter, cache.mask_h + t * mask_row_bytes(inter));
+  elementwise.draw_mask(key, t, inter, cache.mask_h + t * mask_row_bytes(inter));
 }
 
 void TP_MOE_SFT::run_forward(const ForwardArgs& args, ForwardCache& cache, bool to_the_end) {

@@ -145,9 +145,7 @@ void TP_MOE_SFT::run_grad_weights(const TrainingPass& pass) {
     for (size_t i = task * kSlots; i < std::min((task + 1) * kSlots, num_slots); ++i) {
       const int32_t row = call_.plan.row[i];
       const float* parts = all + static_cast<size_t>(std::max(row, 0)) * blocks;
-      float sum = 0;
-      for (size_t b = 0; row >= 0 && b < blocks; ++b) sum += parts[b];
-      pass.args->grad_weights[i] = sum;
+      pass.args->grad_weights[i] = row < 0 ? 0.0f : pass.kernels().elementwise.sum(parts, blocks);
     }
   });
 }

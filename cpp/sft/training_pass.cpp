@@ -1,6 +1,5 @@
 #include "sft/training_pass.h"
 
-#include <algorithm>
 #include <cmath>
 
 namespace ktmoe {
@@ -27,12 +26,12 @@ MaskView mask_of_x(const TrainingPass& pass) { return {pass.cache->mask_x, mask_
 
 MaskView mask_of_h(const TrainingPass& pass) { return {pass.cache->mask_h, mask_row_bytes(pass.inter())}; }
 
-void copy_dropped(const kernels::RowsView& source, const int32_t* tokens, uint32_t rows, Span columns,
-                  const MaskView& mask, bf16* to) {
+void copy_dropped(const kernels::KernelTable& kernels, const kernels::RowsView& source, const int32_t* tokens,
+                  uint32_t rows, Span columns, const MaskView& mask, bf16* to) {
   for (uint32_t m = 0; m < rows; ++m, to += columns.size()) {
     const size_t row = source.index ? static_cast<size_t>(source.index[m]) : m;
-    std::copy_n(source.data + row * source.stride + columns.begin, columns.size(), to);
-    apply_mask(mask.row(tokens[m]), columns.begin, columns.size(), to);
+    kernels.elementwise.mask_bf16(source.data + row * source.stride + columns.begin, mask.row(tokens[m]),
+                                  columns.begin, columns.size(), to);
   }
 }
 

@@ -123,18 +123,11 @@ struct TrainingPass {
   WeightView adapter(LoraId id, const PanelTask& task) const;
 };
 
-// Bits of a mask, a row a token.
-struct MaskView {
-  const uint8_t* bits = nullptr;  // null: nothing is dropped
-  size_t stride = 0;
-  const uint8_t* row(int32_t token) const { return bits + static_cast<size_t>(token) * stride; }
-};
-
 MaskView mask_of_x(const TrainingPass& pass);
 MaskView mask_of_h(const TrainingPass& pass);
 
 // Columns of rows, with zeros where dropout says so, row after row in `to`. Row m is of token tokens[m].
-void copy_dropped(const kernels::RowsView& source, const int32_t* tokens, uint32_t rows, Span columns,
-                  const MaskView& mask, bf16* to);
+void copy_dropped(const kernels::KernelTable& kernels, const kernels::RowsView& source, const int32_t* tokens,
+                  uint32_t rows, Span columns, const MaskView& mask, bf16* to);
 
 }  // namespace ktmoe

@@ -96,7 +96,7 @@ void SharedLayer::run_scale_inputs(const float* weights) {
   constexpr uint32_t kTokens = 4;
   const uint32_t tokens = call_.args->num_tokens;
   run_tasks(static_cast<uint32_t>(div_up(tokens, kTokens)), [&](uint32_t, uint32_t task) {
-    scale_inputs(call_.plan, call_.args->hidden_states, weights,
+    scale_inputs(*call_.kernels, call_.plan, call_.args->hidden_states, weights,
                  static_cast<size_t>(config_.num_experts_per_tok), call_.hidden(), task * kTokens,
                  std::min((task + 1) * kTokens, tokens), call_.scaled_x);
   });

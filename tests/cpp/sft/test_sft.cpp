@@ -246,17 +246,4 @@ TEST_CASE("a training config names the first field that cannot be used") {
   refused([](MOESFTConfig& c) { c.hidden_size = 0; }, "hidden_size: got 0, expected 1 to 16777216");
 }
 
-TEST_CASE("masks are drawn as the reference states it") {
-  const DropoutKey key{1, 0, 0, 0, 0.5};  // the example of reference.dropout_mask
-  uint8_t bits = 0;
-  draw_mask(key, 0, 6, &bits);
-  CHECK(bits == 0b111111);
-  draw_mask(key, 1, 6, &bits);
-  CHECK(bits == 0b110001);
-  float values[4] = {1, 2, 3, 4};
-  apply_mask(&bits, 1, 4, values);
-  CHECK(values[0] == 0);
-  CHECK(values[3] == 4);
-}
-
 }  // namespace ktmoe
