@@ -101,6 +101,8 @@ def test_the_embedded_model_has_learnt_its_texts(model: MoEDecoder) -> None:
     assert bits_per_token(model, list(TEXT)) < 2
 
 
+# Slow: the whole model reads 4096 bytes as they are, and several times with other roundings.
+@pytest.mark.slow
 @pytest.mark.parametrize("method", MEASURED)
 def test_bits_per_byte_of_every_method_are_as_measured(method: str) -> None:
     model = MoEDecoder.from_pretrained(method=method)

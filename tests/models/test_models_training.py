@@ -128,6 +128,8 @@ def moved(model: MoEDecoder, values: list[dict[str, Array]]) -> None:
         experts.update_lora_weights(**matrices)
 
 
+# Slow: fourteen losses of a whole model, two for each of the six adapters and two for all.
+@pytest.mark.slow
 def test_a_step_along_the_gradient_changes_the_loss_as_it_says() -> None:
     model = trained()
     before = [dict(experts.lora_weights) for experts in model.trained_experts()]
