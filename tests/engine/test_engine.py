@@ -124,6 +124,7 @@ def test_run_is_submit_and_wait(engine: Any, moe: Any, batch: Batch, expected: A
     assert_same_bits(second, expected)
 
 
+@pytest.mark.serial
 def test_waiting_lets_other_threads_run_python() -> None:
     layer = draw_layer(np.random.default_rng(2), E, 128, 256)
     batch = batch_taking(0.1, layer, P)

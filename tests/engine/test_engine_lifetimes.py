@@ -312,6 +312,7 @@ def test_engines_leave_nothing() -> None:
     assert resident_bytes() - resident < 2 << 20
 
 
+@pytest.mark.serial
 def test_an_idle_engine_takes_no_cpu(layer: Layer, batch: Batch) -> None:
     moe = layer.wrapper(P)
     moe.forward(*batch)

@@ -16,7 +16,7 @@ from ._tree import ROOT
 _EMULATOR = "amx_emu"
 _WHEEL_TAG = re.compile(r"cp3\d+-(?:cp3\d+|abi3)-\w+")
 # What the package consists of, beside its license and the like.
-_PACKAGED = {".py", ".pyi", ".so", ".typed", ".md", ".json", ".safetensors", ".txt"}
+_PACKAGED = {".py", ".csv", ".pyi", ".so", ".typed", ".md", ".json", ".safetensors", ".txt"}
 
 
 def test_a_project_that_includes_this_one(tmp_path: Path) -> None:

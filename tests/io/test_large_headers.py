@@ -59,6 +59,7 @@ def write_safetensors(path: Path, num_layers: int) -> None:
     path.with_name("config.json").write_text(json.dumps(sizes))
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("write", [write_gguf, write_safetensors], ids=["gguf", "safetensors"])
 def test_time_grows_with_the_number_of_layers(tmp_path: Path, write: Callable[[Path, int], None]) -> None:
     seconds = []
