@@ -16,6 +16,8 @@ KILLS = Path(__file__).parents[1] / "support" / "finetune_kills.py"
 FILES = ["adapter_config.json", "adapter_model.safetensors", "loss.csv", "state.safetensors"]
 
 
+# Slow: a run for every line at which it is ended, some hundred in all.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stride", "draw", "files"),
     [
@@ -44,6 +46,8 @@ def test_ended_at_any_line(name: str, stride: int, draw: str, files: list[str]) 
     assert found == files
 
 
+# Slow: four runs of the command, of which two are ended, and the model that comes with the package learns.
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_ended_while_it_computes(number: signal.Signals, tmp_path: Path) -> None:
     """The command itself, on the model that comes with the package, ended over and over."""

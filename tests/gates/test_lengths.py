@@ -27,7 +27,7 @@ def python_functions(source: str) -> list[tuple[str, int]]:
 
 def test_no_file_is_long() -> None:
     suffixes = CPP_SUFFIXES | {".py", ".cmake", ".sh"}
-    scripts = [ROOT / "CMakeLists.txt", ROOT / ".ci" / "run"]
+    scripts = [ROOT / "CMakeLists.txt", ROOT / ".ci" / "run", ROOT / ".ci" / "wheels"]
     files = [p for p in project_files() if p.suffix in suffixes or p in scripts]
     assert files
     lengths = {name_of(path): len(path.read_text().splitlines()) for path in files}
