@@ -37,12 +37,35 @@ struct BlockScales {
   float offset[kRoom];  // only of formats that have offsets
 };
 
+// Bytes as lanes of a word, the lowest first.
+[[gnu::always_inline]] inline uint64_t eight_at(const std::byte* p) {
+  uint64_t word;
+  std::memcpy(&word, p, sizeof word);
+  return word;
+}
+[[gnu::always_inline]] inline uint32_t four_at(const std::byte* p) {
+  uint32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return word;
+}
+// Eight numbers of two bits, each in a byte of its own.
+constexpr uint64_t spread_twos(uint64_t x) {
+  x = (x | x << 24) & 0x000000ff000000ff;
+  x = (x | x << 12) & 0x000f000f000f000f;
+  return (x | x << 6) & 0x0303030303030303;
+}
+
 // F provides
 //   kHasOffset
 //   scales(const std::byte* block, Scales& scales)
 //   number(const std::byte* block, size_t i)      of value i
-// and, for the target regions, Unpack<F>::numbers(block, g): those of values [32 g, 32 g + 32) at once, or
-// `nibbles` likewise, which stand for what `kTable` says.
+// or, where 32 of them are found faster than one by one, in place of `number`
+//   group(const std::byte* block, size_t g, int8_t* to)      the numbers of values [32 g, 32 g + 32)
+// which is all that a format needs. One that has to be fast has in the target regions, too,
+//   Unpack<F>::numbers(block, g)                  those of a group in registers, or
+//   Unpack<F>::nibbles(block, g), kTable          nibbles likewise, and what they stand for
+//   Unpack<F>::scale(block), offset(block)        of blocks with one of each, where they are
+//   F::group_numbers, kScaleAt, kOffsetAt         of ScaledGroups (gguf_k.h)
 template <class F, size_t kValues, size_t kBytes, size_t kGroupValues>
 struct Blocks : NoScalesApart {
   static constexpr bool kHasRowScale = false, kIsInteger = false;
@@ -50,13 +73,22 @@ struct Blocks : NoScalesApart {
   using Scales = BlockScales<kBlock / kGroup>;
 
   static constexpr size_t row_bytes(size_t k) { return div_up(k, kBlock) * kBlockBytes; }
+  static int number_of(const std::byte* block, size_t i) {
+    if constexpr (requires { F::number(block, i); }) {
+      return F::number(block, i);
+    } else {
+      int8_t numbers[32];
+      F::group(block, i / 32, numbers);
+      return numbers[i % 32];
+    }
+  }
   static void decode(const WeightView& w, size_t n, float* out) {
     for (size_t k = 0; k < w.k; k += kBlock) {
       const std::byte* block = w.row(n) + k / kBlock * kBlockBytes;
       Scales scales;
       F::scales(block, scales);
       for (size_t i = 0; i < kBlock && k + i < w.k; ++i) {
-        float value = scales.scale[i / kGroup] * static_cast<float>(F::number(block, i));
+        float value = scales.scale[i / kGroup] * static_cast<float>(number_of(block, i));
         if constexpr (F::kHasOffset) value += scales.offset[i / kGroup];
         out[k + i] = to_float(to_bf16(value));
       }

@@ -89,34 +89,42 @@ static_assert(WeightFormat<Iq4Nl>);
 
 #ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
 
+// Scale and offset begin the block.
+struct ScaleInBlock {
+  static KT_INLINE Vec::Float scale(const std::byte* block) { return Vec::half(block); }
+};
+struct ScaleAndOffsetInBlock : ScaleInBlock {
+  static KT_INLINE Vec::Float offset(const std::byte* block) { return Vec::half(block + 2); }
+};
+
 template <>
-struct Unpack<formats::Q4_0> {
+struct Unpack<formats::Q4_0> : ScaleInBlock {
   static constexpr const auto& kTable = kFromMinusEight;
   static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t) { return packed_in_16(block + 2); }
 };
 template <>
-struct Unpack<formats::Q4_1> {
+struct Unpack<formats::Q4_1> : ScaleAndOffsetInBlock {
   static constexpr const auto& kTable = kFromZero;
   static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t) { return packed_in_16(block + 4); }
 };
 template <>
-struct Unpack<formats::Q5_0> {
+struct Unpack<formats::Q5_0> : ScaleInBlock {
   static KT_INLINE Bytes32 numbers(const std::byte* block, size_t) {
     return minus(with_bits<4>(nibbles_of_16(block + 6), spread_bits(block + 2)), 16);
   }
 };
 template <>
-struct Unpack<formats::Q5_1> {
+struct Unpack<formats::Q5_1> : ScaleAndOffsetInBlock {
   static KT_INLINE Bytes32 numbers(const std::byte* block, size_t) {
     return with_bits<4>(nibbles_of_16(block + 8), spread_bits(block + 4));
   }
 };
 template <>
-struct Unpack<formats::Q8_0> {
+struct Unpack<formats::Q8_0> : ScaleInBlock {
   static KT_INLINE Bytes32 numbers(const std::byte* block, size_t) { return load_32(block + 2); }
 };
 template <>
-struct Unpack<formats::Iq4Nl> {
+struct Unpack<formats::Iq4Nl> : ScaleInBlock {
   static constexpr const auto& kTable = formats::kNonLinear;
   static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t) { return packed_in_16(block + 2); }
 };

@@ -35,17 +35,6 @@ struct ScaledGroups : Blocks<F, 256, kBytes, kGroupValues> {
   }
 };
 
-// Eight numbers of a byte each.
-[[gnu::always_inline]] inline uint64_t eight_at(const std::byte* p) {
-  uint64_t word;
-  std::memcpy(&word, p, sizeof word);
-  return word;
-}
-[[gnu::always_inline]] inline uint32_t four_at(const std::byte* p) {
-  uint32_t word;
-  std::memcpy(&word, p, sizeof word);
-  return word;
-}
 constexpr uint64_t joined(uint32_t first, uint32_t second) { return first | uint64_t{second} << 32; }
 inline constexpr uint64_t kLowFour = 0x0f0f0f0f0f0f0f0f, kLowTwo = 0x0303030303030303,
                           kSigns = 0x8080808080808080;
@@ -146,18 +135,12 @@ struct Q6K : ScaledGroups<Q6K, 210, 16, 208> {
 };
 static_assert(WeightFormat<Q6K>);
 
-// Eight nibbles, and eight numbers of two bits, each in a byte of its own.
+// Eight nibbles, each in a byte of its own.
 constexpr uint64_t spread_nibbles(uint64_t x) {
   x = (x | x << 16) & 0x0000ffff0000ffff;
   x = (x | x << 8) & 0x00ff00ff00ff00ff;
   return (x | x << 4) & kLowFour;
 }
-constexpr uint64_t spread_twos(uint64_t x) {
-  x = (x | x << 24) & 0x000000ff000000ff;
-  x = (x | x << 12) & 0x000f000f000f000f;
-  return (x | x << 6) & kLowTwo;
-}
-
 // [scale: float16][upper two bits of scales: 2][lower four: 4][nibbles: 128], groups as blocks of IQ4_NL
 struct Iq4Xs : ScaledGroups<Iq4Xs, 136, 32, 0> {
   static constexpr FormatId kId = FormatId::kIq4Xs;

@@ -13,9 +13,9 @@
 #endif
 
 #if KT_HAS_TILES
-// Blocks have loops of their own where rows are few.
+// Blocks that are decoded in registers have loops of their own where rows are few.
 template <class Format>
-using TileFormat = std::conditional_t<BlockFormat<Format>, Format, LoopFormat<Format>>;
+using TileFormat = std::conditional_t<BlockFormat<Format> && HasUnpack<Format>, Format, LoopFormat<Format>>;
 template <class Format>
 inline constexpr auto kNt = nt_tiles<TileFormat<Format>, TileBf16>;
 template <class Format>

@@ -17,14 +17,22 @@ concept BlockFormat = requires { Format::kBlock; };
 template <class Format>
 concept PlainFormat = BlockFormat<Format> && Format::kBlock == 1;
 
+// Decoded in registers, where others are decoded a group at a time by code for any machine.
+template <class Format>
+concept HasUnpack = requires { sizeof(Unpack<Format>); };
+
+// Whose blocks have one scale, which is read where it is.
+template <class Format>
+concept HasScaleInBlock = requires(const std::byte* block) { Unpack<Format>::scale(block); };
+
 // Scale and offset of the values from i on of group g of a block.
 template <class Format>
 struct GroupScale {
   Vec::Float scale, offset;
   KT_INLINE GroupScale(const std::byte* block, const typename Format::Scales& scales, size_t g, size_t i) {
-    if constexpr (Format::kBlock == 32) {  // they begin the block
-      scale = Vec::half(block);
-      if constexpr (Format::kHasOffset) offset = Vec::half(block + 2);
+    if constexpr (HasScaleInBlock<Format>) {
+      scale = Unpack<Format>::scale(block);
+      if constexpr (Format::kHasOffset) offset = Unpack<Format>::offset(block);
     } else {
       const size_t at = (32 * g + i) / Format::kGroup;
       scale = Vec::set(scales.scale[at]);
@@ -45,7 +53,8 @@ KT_INLINE void scale_numbers(Vec::Float scale, const uint64_t* numbers, size_t c
 // The scales of a block, of formats that do not read them where they are.
 template <class Format>
 KT_INLINE void open_block(const std::byte* block, typename Format::Scales& scales) {
-  if constexpr (Format::kBlock != 32) {
+  if constexpr (HasScaleInBlock<Format>) return;
+  if constexpr (requires(formats::GroupNumbers& numbers) { Format::group_numbers(block, numbers); }) {
     formats::GroupNumbers numbers;
     Format::group_numbers(block, numbers);
     scale_numbers(Vec::half(block + Format::kScaleAt), numbers.scale, Format::kGroups, scales.scale);
@@ -53,6 +62,24 @@ KT_INLINE void open_block(const std::byte* block, typename Format::Scales& scale
       const Vec::Float minus = Vec::sub(Vec::set(0.0f), Vec::half(block + Format::kOffsetAt));
       scale_numbers(minus, numbers.offset, Format::kGroups, scales.offset);
     }
+  } else if constexpr (!HasScaleInBlock<Format>) {
+    Format::scales(block, scales);
+  }
+}
+
+// The numbers of group g, of formats without lookup tables.
+template <class Format>
+KT_INLINE Bytes32 group_numbers(const std::byte* block, size_t g) {
+  if constexpr (requires { Unpack<Format>::numbers(block, g); }) {
+    return Unpack<Format>::numbers(block, g);
+  } else {
+    int8_t numbers[32];
+    if constexpr (requires { Format::group(block, g, numbers); }) {
+      Format::group(block, g, numbers);
+    } else {
+      for (size_t i = 0; i < 32; ++i) numbers[i] = static_cast<int8_t>(Format::number(block, 32 * g + i));
+    }
+    return load_32(reinterpret_cast<const std::byte*>(numbers));
   }
 }
 
@@ -69,7 +96,7 @@ KT_INLINE_GROUP void store_group(const std::byte* block, const typename Format::
     if constexpr (requires { Of::kTable; }) {
       numbers = look_up_32(Of::nibbles(block, g), Of::kTable);
     } else {
-      numbers = Of::numbers(block, g);
+      numbers = group_numbers<Format>(block, g);
     }
     constexpr size_t kParts = Vec::kStep / Vec::kWidth;
     static_assert(Format::kGroup % Vec::kWidth == 0 && 32 % Vec::kStep == 0);

@@ -13,9 +13,12 @@ struct UnpackRun {
       const std::byte* data = row + block * Format::kBlockBytes;
       typename Format::Scales scales;
       open_block<Format>(data, scales);
-      if (k == begin && end == begin + Format::kBlock) {
-        KT_UNROLL for (size_t g = 0; g < Format::kBlock / 32; ++g) store_group<Format>(data, scales, g, out);
-        k = end;
+      if constexpr (HasUnpack<Format>) {
+        if (k == begin && end == begin + Format::kBlock) {
+          KT_UNROLL for (size_t g = 0; g < Format::kBlock / 32; ++g)
+              store_group<Format>(data, scales, g, out);
+          k = end;
+        }
       }
       for (; k < end; k += 32) store_group<Format>(data, scales, (k - begin) / 32, out);
     }

@@ -1,4 +1,4 @@
-"""The tensor types of GGUF, decoded: blocks of 32 or 256 values with their scales among them.
+"""The tensor types of GGUF, decoded: blocks of 32 to 256 values with their scales among them.
 
 A row is whole blocks; a value is scale * number + offset in float32, rounded to bfloat16. The layouts are
 those of ggml, where the types come from. A function a type takes blocks [n, bytes] apart: numbers
@@ -15,6 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .activation import round_bf16
+from .gguf_points import (
+    POINTS_256,
+    POINTS_512,
+    POINTS_1024,
+    QUAD_POINTS_256,
+    QUAD_POINTS_512,
+    TERNARY_POINTS,
+)
 
 __all__ = ["TYPES", "decode_gguf"]
 
@@ -169,6 +177,123 @@ def _iq4_xs(b: Bytes) -> Blocks:
     return _NON_LINEAR[_nibbles(b[:, 8:].reshape(-1, 8, 16))], _half(b[:, :2]) * scales
 
 
+def _words(data: Bytes, dtype: str) -> Ints:
+    """Little-endian integers behind one another: [n, words]."""
+    return np.ascontiguousarray(data).view(dtype).astype(np.int64)  # type: ignore[return-value]
+
+
+def _odd(scales: Ints) -> Floats:
+    """Scales 2 s + 1 of groups, [n, groups, 1]."""
+    return (2 * scales + 1).astype(np.float32)[:, :, None]
+
+
+def _signed(sizes: Ints, signs: Ints) -> Ints:
+    """Sizes [..., 8] with the signs of eight bits [...]."""
+    return np.where(signs[..., None] >> np.arange(8) & 1, -sizes, sizes)
+
+
+def _eight_signs(seven: Ints) -> Ints:
+    """Seven bits and an eighth that makes their number even."""
+    parity = (seven[..., None] >> np.arange(7) & 1).sum(axis=-1) & 1
+    return seven | parity << 7
+
+
+#: What coordinates of points stand for.
+_SIZES = np.array([8, 25, 43], np.int32)
+_QUAD_SIZES = np.array([4, 12, 20, 28, 36, 44, 52, 62], np.int32)
+
+
+def _iq2_xxs(b: Bytes) -> Blocks:
+    words = _words(b[:, 2:], "<u4").reshape(-1, 8, 2)
+    codes = b[:, 2:].reshape(-1, 8, 8)[:, :, :4]
+    signs = _eight_signs(words[:, :, 1:] >> np.array([0, 7, 14, 21]) & 127)
+    numbers = _signed(_SIZES[POINTS_256[codes]], signs).reshape(-1, 8, 32)
+    return numbers, _half(b[:, :2]) * np.float32(0.125) * _odd(words[:, :, 1] >> 28)
+
+
+def _iq2_xs(b: Bytes) -> Blocks:
+    words = _words(b[:, 2:66], "<u2")
+    numbers = _signed(_SIZES[POINTS_512[words & 511]], _eight_signs(words >> 9)).reshape(-1, 16, 16)
+    return numbers, _half(b[:, :2]) * np.float32(0.125) * _odd(_bits(b[:, 66:], 4).reshape(-1, 16))
+
+
+def _iq2_s(b: Bytes) -> Blocks:
+    codes = b[:, 2:34].astype(np.int32) | _bits(b[:, 66:74], 2).reshape(-1, 32) << 8
+    numbers = _signed(_SIZES[POINTS_1024[codes]], b[:, 34:66].astype(np.int32)).reshape(-1, 16, 16)
+    return numbers, _half(b[:, :2]) * np.float32(0.125) * _odd(_bits(b[:, 74:], 4).reshape(-1, 16))
+
+
+def _iq3_xxs(b: Bytes) -> Blocks:
+    words = _words(b[:, 66:], "<u4")
+    signs = _eight_signs(words[:, :, None] >> np.array([0, 7, 14, 21]) & 127)
+    sizes = _QUAD_SIZES[QUAD_POINTS_256[b[:, 2:66]]].reshape(-1, 8, 4, 8)
+    return _signed(sizes, signs).reshape(-1, 8, 32), _half(b[:, :2]) * np.float32(0.25) * _odd(words >> 28)
+
+
+def _iq3_s(b: Bytes) -> Blocks:
+    codes = b[:, 2:66].astype(np.int32) | _bits(b[:, 66:74], 1).reshape(-1, 64) << 8
+    sizes = (2 * QUAD_POINTS_512[codes] + 1).reshape(-1, 32, 8)
+    numbers = _signed(sizes, b[:, 74:106].astype(np.int32)).reshape(-1, 8, 32)
+    return numbers, _half(b[:, :2]) * _odd(_bits(b[:, 106:], 4).reshape(-1, 8))
+
+
+def _shifted_eighths(codes: Ints, down: Ints) -> Ints:
+    """Eight times numbers -1, 0 and 1 that are an eighth too large or, where `down`, too small."""
+    return 8 * (TERNARY_POINTS[codes] - 1) + np.where(down, -1, 1)[..., None]
+
+
+def _iq1_s(b: Bytes) -> Blocks:
+    words = _words(b[:, 34:], "<u2")
+    upper = (words[:, :, None] >> np.array([0, 3, 6, 9]) & 7).reshape(-1, 32)
+    down = np.repeat(words >> 15, 4, axis=1)
+    numbers = _shifted_eighths(b[:, 2:34].astype(np.int32) | upper << 8, down).reshape(-1, 8, 32)
+    return numbers, _half(b[:, :2]) * np.float32(0.125) * _odd(words >> 12 & 7)
+
+
+def _iq1_m(b: Bytes) -> Blocks:
+    words = _words(b[:, 48:], "<u2")
+    half = (words >> 12 << np.array([0, 4, 8, 12])).sum(axis=1).astype("<u2")
+    scales = (words[:, :, None] >> np.array([0, 3, 6, 9]) & 7).reshape(-1, 16)
+    upper = _bits(b[:, 32:48], 4).reshape(-1, 32)
+    numbers = _shifted_eighths(b[:, :32].astype(np.int32) | (upper & 7) << 8, upper >> 3)
+    scale = _half(half.view(np.uint8).reshape(-1, 2)) * np.float32(0.125) * _odd(scales)
+    return numbers.reshape(-1, 16, 16), scale
+
+
+def _tq1_0(b: Bytes) -> Blocks:
+    def digits(data: Bytes, count: int) -> Ints:
+        """The digits of weight 81, 27, .. of all bytes, digit by digit."""
+        rest = data[:, None, :].astype(np.int32) * (3 ** np.arange(count))[:, None] & 255
+        return (rest * 3 >> 8).reshape(len(data), -1) - 1
+
+    numbers = np.concatenate([digits(b[:, :32], 5), digits(b[:, 32:48], 5), digits(b[:, 48:52], 4)], axis=1)
+    return numbers[:, None], _half(b[:, 52:])
+
+
+def _tq2_0(b: Bytes) -> Blocks:
+    return _twos(b[:, :64])[:, None] - 1, _half(b[:, 64:])
+
+
+def _q1_0(b: Bytes) -> Blocks:
+    return 2 * _bits(b[:, 2:], 1).reshape(-1, 1, 128) - 1, _half(b[:, :2])
+
+
+#: Twice the numbers of E2M1.
+_E2M1_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int32)
+
+
+def _mxfp4(b: Bytes) -> Blocks:
+    scale = np.ldexp(np.float32(1), b[:, :1].astype(np.int32) - 128)
+    return _E2M1_DOUBLED[_nibbles(b[:, None, 1:])], scale[:, :, None]
+
+
+def _nvfp4(b: Bytes) -> Blocks:
+    exponent, mantissa = b[:, :4].astype(np.int32) >> 3 & 15, b[:, :4].astype(np.int32) & 7
+    scale = np.ldexp(np.where(exponent == 0, mantissa, 8 + mantissa), np.maximum(exponent, 1) - 11)
+    scale = np.where(b[:, :4] == 127, 0, scale).astype(np.float32)
+    return _E2M1_DOUBLED[_nibbles(b[:, 4:].reshape(-1, 4, 8))], scale[:, :, None]
+
+
 _PLAIN: dict[str, Callable[[Bytes], Floats]] = {
     "f32": lambda data: data.view("<f4"),
     "f16": lambda data: data.view("<f2").astype(np.float32),
@@ -188,6 +313,18 @@ _BLOCKS: dict[str, tuple[int, Callable[[Bytes], Blocks]]] = {
     "q6_k": (210, _q6_k),
     "iq4_nl": (18, _iq4_nl),
     "iq4_xs": (136, _iq4_xs),
+    "iq2_xxs": (66, _iq2_xxs),
+    "iq2_xs": (74, _iq2_xs),
+    "iq2_s": (82, _iq2_s),
+    "iq3_xxs": (98, _iq3_xxs),
+    "iq3_s": (110, _iq3_s),
+    "iq1_s": (50, _iq1_s),
+    "iq1_m": (56, _iq1_m),
+    "tq1_0": (54, _tq1_0),
+    "tq2_0": (66, _tq2_0),
+    "mxfp4": (17, _mxfp4),
+    "nvfp4": (36, _nvfp4),
+    "q1_0": (18, _q1_0),
 }
 
 #: The types that are decoded, in small letters.

@@ -94,7 +94,7 @@ class GoldenMatrices {
     }
   }
 
-  // Numbers in float16 or float32 of a row of blocks, between 2^-14 and 2^-6.
+  // Scales of a row of blocks, between 2^-14 and 2^-6.
   void draw_halves(std::byte* row, Random& random) {
     if (!format_is_blocks(format_)) return;
     const size_t block = format_block(format_), block_bytes = format_row_bytes(format_, block);
@@ -111,6 +111,16 @@ class GoldenMatrices {
         case FormatId::kQ2K: put_half(80), put_half(82); break;
         case FormatId::kQ3K: put_half(108); break;
         case FormatId::kQ6K: put_half(208); break;
+        case FormatId::kIq1M:
+          row[at + 55] = static_cast<std::byte>((random.bits() & 0x90) | 0x10),
+                   row[at + 53] &= std::byte{0x0f};
+          break;
+        case FormatId::kTq1_0: put_half(52); break;
+        case FormatId::kTq2_0: put_half(64); break;
+        case FormatId::kGgufMxFp4: row[at] = static_cast<std::byte>(115 + random.below(8)); break;
+        case FormatId::kGgufNvFp4:
+          for (size_t i = 0; i < 4; ++i) row[at + i] = static_cast<std::byte>(8 + random.below(24));
+          break;
         default: put_half(0);
       }
     }

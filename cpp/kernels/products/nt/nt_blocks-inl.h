@@ -54,7 +54,7 @@ struct BringToScratch<AnyBlocks, Product, kWeights> {
 // A block's scales serve the steps of its groups.
 template <BlockFormat Format, class Product>
 struct TileDecoder<Format, Product> {
-  static constexpr size_t kBlockSteps = Format::kBlock / kTileK;  // 1 or 8
+  static constexpr size_t kBlockSteps = Format::kBlock / kTileK;  // 1, 2, 4 or 8
 
   KT_INLINE void decode(const WeightView& rows, size_t step, std::byte* to, ptrdiff_t line) {
     const size_t g = step % kBlockSteps, at = step / kBlockSteps * Format::kBlockBytes;

@@ -95,7 +95,7 @@ void nt_tiles(const NtArgs& args) {
   const uint32_t group = args.x.rows <= kPanelColumns ? kTileRows : kGroupRows;
   for (uint32_t n = args.n0; n < args.n1; n += group) {
     const uint32_t rows = args.n1 - n < group ? args.n1 - n : group;
-    if constexpr (!Product::template as_stored<Loop>()) {
+    if constexpr (!Product::template as_stored<Loop>() && !std::is_same_v<Format, AnyBlocks>) {
       if (DecodedTile<Format, Product>::takes(args, rows)) {
         nt_decoded_tile<Format, Product>(args, scope, n);
         continue;

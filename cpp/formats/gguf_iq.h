@@ -1,0 +1,214 @@
+// GGUF's types of one to three bits: eight or four values at a time are a point of a lattice (gguf_points.h),
+// chosen by a code, with signs beside it. Blocks are 256 values; groups have whole-numbered scales by one
+// scale in float16.
+#pragma once
+
+#include <bit>
+
+#include "formats/blocks.h"
+#include "formats/gguf_points.h"
+
+namespace ktmoe::formats {
+
+inline uint32_t half_word_at(const std::byte* p) { return half_bits_at(p); }
+
+// Eight coordinates 0 to 2 as 8, 25 and 43.
+constexpr uint64_t sizes_of_eight(uint16_t point) {
+  const uint64_t x = spread_twos(point);
+  return 0x0808080808080808 + (x | x << 4) + (x >> 1 & 0x0101010101010101);
+}
+// Four coordinates 0 to 7, each in a byte of its own.
+constexpr uint32_t spread_threes(uint32_t x) {
+  x = (x | x << 10) & 0x003f003f;
+  return (x | x << 5) & 0x07070707;
+}
+// As 4, 12, .. 52 and 62; as the odd numbers from 1 on.
+constexpr uint32_t sizes_of_four(uint16_t point) {
+  const uint32_t x = spread_threes(point);
+  return 0x04040404 + 8 * x + ((x & x >> 1 & x >> 2) & 0x01010101) * 2;
+}
+constexpr uint32_t odd_sizes_of_four(uint16_t point) { return 0x01010101 + 2 * spread_threes(point); }
+
+// Eight sizes of 1 to 127 with the signs of eight bits.
+constexpr uint64_t with_signs(uint64_t sizes, uint64_t signs) {
+  uint64_t negative = (signs * 0x0101010101010101) & 0x8040201008040201;  // a bit of each byte
+  negative = ((negative + 0x7f7f7f7f7f7f7f7f) >> 7 & 0x0101010101010101) * 0xff;
+  return (sizes ^ negative) + (negative & 0x0101010101010101);
+}
+// Seven signs; the eighth makes the number of negative ones even.
+constexpr uint64_t eight_signs(uint32_t seven) {
+  return seven | static_cast<uint32_t>(std::popcount(seven) & 1) << 7;
+}
+inline void store_eight(uint64_t numbers, int8_t* to) { std::memcpy(to, &numbers, sizeof numbers); }
+
+// The numbers of the scales of groups: nibbles of bytes, the low one first.
+constexpr float odd(uint32_t n) { return static_cast<float>(2 * n + 1); }
+
+template <class F, size_t kBytes, size_t kGroupValues>
+struct LatticeBlocks : Blocks<F, 256, kBytes, kGroupValues> {
+  static constexpr bool kHasOffset = false;
+  static constexpr size_t kGroups = 256 / kGroupValues;
+};
+
+// [scale][32 values: four codes of a byte; four times seven signs, scale of four bits: 4 bytes] * 8
+struct Iq2Xxs : LatticeBlocks<Iq2Xxs, 66, 32> {
+  static constexpr FormatId kId = FormatId::kIq2Xxs;
+  static constexpr std::string_view kName = "iq2_xxs";
+  static constexpr int kGgufType = 16;
+
+  static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
+    const float eighth = half_at(block) * 0.125f;
+    for (size_t g = 0; g < kGroups; ++g) scales.scale[g] = eighth * odd(four_at(block + 6 + 8 * g) >> 28);
+  }
+  static void group(const std::byte* block, size_t g, int8_t* to) {
+    const std::byte* codes = block + 2 + 8 * g;
+    const uint32_t signs = four_at(codes + 4);
+    for (size_t i = 0; i < 4; ++i)
+      store_eight(
+          with_signs(sizes_of_eight(kPoints256[byte_at(codes, i)]), eight_signs(signs >> 7 * i & 127)),
+          to + 8 * i);
+  }
+};
+static_assert(WeightFormat<Iq2Xxs>);
+
+// [scale][code of nine bits, seven signs: 2 bytes] * 32 [scales of four bits: 8]
+struct Iq2Xs : LatticeBlocks<Iq2Xs, 74, 16> {
+  static constexpr FormatId kId = FormatId::kIq2Xs;
+  static constexpr std::string_view kName = "iq2_xs";
+  static constexpr int kGgufType = 17;
+
+  static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
+    const float eighth = half_at(block) * 0.125f;
+    for (size_t g = 0; g < kGroups; ++g)
+      scales.scale[g] = eighth * odd(byte_at(block, 66 + g / 2) >> (g % 2 * 4) & 15);
+  }
+  static void group(const std::byte* block, size_t g, int8_t* to) {
+    for (size_t i = 0; i < 4; ++i) {
+      const uint32_t code = half_word_at(block + 2 + 8 * g + 2 * i);
+      store_eight(with_signs(sizes_of_eight(kPoints512[code & 511]), eight_signs(code >> 9)), to + 8 * i);
+    }
+  }
+};
+static_assert(WeightFormat<Iq2Xs>);
+
+// [scale][codes: 32][signs: 32][two upper bits of codes: 8][scales of four bits: 8]
+struct Iq2S : LatticeBlocks<Iq2S, 82, 16> {
+  static constexpr FormatId kId = FormatId::kIq2S;
+  static constexpr std::string_view kName = "iq2_s";
+  static constexpr int kGgufType = 22;
+
+  static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
+    const float eighth = half_at(block) * 0.125f;
+    for (size_t g = 0; g < kGroups; ++g)
+      scales.scale[g] = eighth * odd(byte_at(block, 74 + g / 2) >> (g % 2 * 4) & 15);
+  }
+  static void group(const std::byte* block, size_t g, int8_t* to) {
+    const uint32_t upper = static_cast<uint32_t>(byte_at(block, 66 + g));
+    for (size_t i = 0; i < 4; ++i) {
+      const uint32_t code = static_cast<uint32_t>(byte_at(block, 2 + 4 * g + i)) | (upper >> 2 * i & 3) << 8;
+      const auto signs = static_cast<uint64_t>(byte_at(block, 34 + 4 * g + i));
+      store_eight(with_signs(sizes_of_eight(kPoints1024[code]), signs), to + 8 * i);
+    }
+  }
+};
+static_assert(WeightFormat<Iq2S>);
+
+// [scale][codes: 64][32 values: four times seven signs, scale of four bits: 4 bytes] * 8
+struct Iq3Xxs : LatticeBlocks<Iq3Xxs, 98, 32> {
+  static constexpr FormatId kId = FormatId::kIq3Xxs;
+  static constexpr std::string_view kName = "iq3_xxs";
+  static constexpr int kGgufType = 18;
+
+  static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
+    const float quarter = half_at(block) * 0.25f;
+    for (size_t g = 0; g < kGroups; ++g) scales.scale[g] = quarter * odd(four_at(block + 66 + 4 * g) >> 28);
+  }
+  static void group(const std::byte* block, size_t g, int8_t* to) {
+    const uint32_t signs = four_at(block + 66 + 4 * g);
+    for (size_t i = 0; i < 4; ++i) {
+      const std::byte* codes = block + 2 + 8 * g + 2 * i;
+      const uint64_t sizes = sizes_of_four(kQuadPoints256[byte_at(codes, 0)]) |
+                             uint64_t{sizes_of_four(kQuadPoints256[byte_at(codes, 1)])} << 32;
+      store_eight(with_signs(sizes, eight_signs(signs >> 7 * i & 127)), to + 8 * i);
+    }
+  }
+};
+static_assert(WeightFormat<Iq3Xxs>);
+
+// [scale][codes: 64][ninth bits of codes: 8][signs: 32][scales of four bits: 4]
+struct Iq3S : LatticeBlocks<Iq3S, 110, 32> {
+  static constexpr FormatId kId = FormatId::kIq3S;
+  static constexpr std::string_view kName = "iq3_s";
+  static constexpr int kGgufType = 21;
+
+  static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
+    for (size_t g = 0; g < kGroups; ++g)
+      scales.scale[g] = half_at(block) * odd(byte_at(block, 106 + g / 2) >> (g % 2 * 4) & 15);
+  }
+  static void group(const std::byte* block, size_t g, int8_t* to) {
+    const uint32_t ninth = static_cast<uint32_t>(byte_at(block, 66 + g));
+    const auto sizes = [&](size_t i) {
+      const uint32_t code = static_cast<uint32_t>(byte_at(block, 2 + 8 * g + i)) | (ninth >> i & 1) << 8;
+      return uint64_t{odd_sizes_of_four(kQuadPoints512[code])};
+    };
+    for (size_t i = 0; i < 4; ++i) {
+      const auto signs = static_cast<uint64_t>(byte_at(block, 74 + 4 * g + i));
+      store_eight(with_signs(sizes(2 * i) | sizes(2 * i + 1) << 32, signs), to + 8 * i);
+    }
+  }
+};
+static_assert(WeightFormat<Iq3S>);
+
+// Eight coordinates 0 to 2 as -1, 0 and 1, an eighth added or taken away: eight times that.
+constexpr uint64_t shifted_eighths(uint16_t point, bool down) {
+  constexpr uint64_t kSigns = 0x8080808080808080;
+  const uint64_t less = down ? 0x0909090909090909 : 0x0707070707070707;
+  return ((8 * spread_twos(point) | kSigns) - less) ^ kSigns;
+}
+
+// [scale][codes: 32][32 values: three upper bits of four codes, scale of three bits, which way: 2 bytes] * 8
+struct Iq1S : LatticeBlocks<Iq1S, 50, 32> {
+  static constexpr FormatId kId = FormatId::kIq1S;
+  static constexpr std::string_view kName = "iq1_s";
+  static constexpr int kGgufType = 19;
+
+  static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
+    const float eighth = half_at(block) * 0.125f;
+    for (size_t g = 0; g < kGroups; ++g)
+      scales.scale[g] = eighth * odd(half_word_at(block + 34 + 2 * g) >> 12 & 7);
+  }
+  static void group(const std::byte* block, size_t g, int8_t* to) {
+    const uint32_t upper = half_word_at(block + 34 + 2 * g);
+    for (size_t i = 0; i < 4; ++i) {
+      const uint32_t code = static_cast<uint32_t>(byte_at(block, 2 + 4 * g + i)) | (upper >> 3 * i & 7) << 8;
+      store_eight(shifted_eighths(kTernaryPoints[code], upper >> 15 != 0), to + 8 * i);
+    }
+  }
+};
+static_assert(WeightFormat<Iq1S>);
+
+// [codes: 32][three upper bits and which way of two codes: 16][four scales of three bits, four bits of the
+// block's scale above them: 2 bytes] * 4
+struct Iq1M : LatticeBlocks<Iq1M, 56, 16> {
+  static constexpr FormatId kId = FormatId::kIq1M;
+  static constexpr std::string_view kName = "iq1_m";
+  static constexpr int kGgufType = 29;
+
+  static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
+    uint32_t half = 0;
+    for (size_t i = 0; i < 4; ++i) half |= (half_word_at(block + 48 + 2 * i) >> 12) << 4 * i;
+    const float eighth = half_to_float(static_cast<uint16_t>(half)) * 0.125f;
+    for (size_t g = 0; g < kGroups; ++g)
+      scales.scale[g] = eighth * odd(half_word_at(block + 48 + g / 4 * 2) >> (g % 4 * 3) & 7);
+  }
+  static void group(const std::byte* block, size_t g, int8_t* to) {
+    for (size_t i = 0; i < 4; ++i) {
+      const uint32_t upper = static_cast<uint32_t>(byte_at(block, 32 + 2 * g + i / 2)) >> (i % 2 * 4);
+      const uint32_t code = static_cast<uint32_t>(byte_at(block, 4 * g + i)) | (upper & 7) << 8;
+      store_eight(shifted_eighths(kTernaryPoints[code], (upper & 8) != 0), to + 8 * i);
+    }
+  }
+};
+static_assert(WeightFormat<Iq1M>);
+
+}  // namespace ktmoe::formats
