@@ -10,6 +10,7 @@
 #include <map>
 #include <string>
 
+#include "core/error.h"
 #include "golden_layers.h"
 
 using namespace ktmoe;
