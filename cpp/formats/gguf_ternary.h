@@ -76,8 +76,8 @@ struct Unpack<formats::Q1_0> {
     return Vec::half(block + formats::Q1_0::kScaleAt);
   }
   static KT_INLINE Bytes32 numbers(const std::byte* block, size_t g) {
-    const Bytes32 bits = spread_bits(block + 2 + 4 * g);
-    return minus(with_bits<1>(bits, bits), 2);  // 3 or 0
+    const Bytes32 bits = spread_bits(block + 2 + 4 * g), ones = minus(bits_of(bits, 0, 0), -1);
+    return minus(with_bits<1>(ones, bits), 2);
   }
 };
 
