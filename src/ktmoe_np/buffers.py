@@ -207,7 +207,7 @@ class _CacheOfThread(_Cache, threading.local):
 
 
 class _ExpertsBuffer(Generic[Slot]):
-    """Slots of all layers: layer L uses slot L % 2, so that two neighbours never share one.
+    """Slots of all layers: layer L uses slot L % 2, so that two neighbors never share one.
 
     Buffers are kept for the capture batch sizes and for the last other size; the rest are let go. Every
     subclass has buffers and capture batch sizes of its own, and so has every CUDA stream, which uses them in
@@ -308,7 +308,7 @@ def _grown(batch_size: int) -> int:
 
 
 class KExpertsCPUBuffer(_ExpertsBuffer[BufferSlot], slot=BufferSlot):
-    """Slots of inference: layer L uses slot L % 2, so that two neighbours never share one.
+    """Slots of inference: layer L uses slot L % 2, so that two neighbors never share one.
 
     Buffers are kept for the capture batch sizes and for the last other size; the rest are let go.
 

@@ -64,7 +64,7 @@ class KTMoEWrapper:
     threadpool_count : int, optional
         Sub-pools of the engine; None takes one for every NUMA node.
     weight_path : str or path-like, optional
-        The checkpoint that `load_weights` reads: of Hugging Face, or, with methods that quantise, also a
+        The checkpoint that `load_weights` reads: of Hugging Face, or, with methods that quantize, also a
         directory that `save_weights` or ``ktmoe convert`` has written.
     chunked_prefill_size : int
         Of inference: tokens that are taken at a time; bounds the scratch memory, not the batch.

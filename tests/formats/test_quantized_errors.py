@@ -173,7 +173,7 @@ def test_methods_that_read_no_such_files(
     monkeypatch.undo()  # what a double is made of serves no other class
     for where in (tmp_path, path):
         with pytest.raises(
-            ValueError, match=rf"{where}: holds quantised weights, which method 'BF16' does no"
+            ValueError, match=rf"{where}: holds quantized weights, which method 'BF16' does no"
         ):
             wrapper("BF16", weight_path=where).load_weights()
 

@@ -217,9 +217,9 @@ def test_a_missing_shard_and_a_missing_tensor(tmp_path: Path) -> None:
     assert f"tensor '{gone}' is missing, expected F32 or BF16" in message_of(tmp_path)
 
 
-def test_files_of_quantised_layers_without_a_manifest(target: Path) -> None:
+def test_files_of_quantized_layers_without_a_manifest(target: Path) -> None:
     (target / "ktmoe.json").unlink()
-    assert "holds files of quantised layers, but no ktmoe.json" in message_of(target)
+    assert "holds files of quantized layers, but no ktmoe.json" in message_of(target)
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -228,7 +228,7 @@ Change = Callable[[dict[str, Any]], object]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda value: value.update(method="BF16"), "method is 'BF16', expected one that quantises weights"),
+        (lambda value: value.update(method="BF16"), "method is 'BF16', expected one that quantizes weights"),
         (lambda value: value.update(method="INT3"), "method: got 'INT3' for mode 'inference'"),
         (lambda value: value.update(group_size=48), "group_size: got 48, expected None, 32, 64 or 128"),
         (lambda value: value.update(method="AMXINT8", group_size=None), "gate_proj.format is 'int4_group32'"),

@@ -56,8 +56,8 @@ NOT_SYMMETRIC = (
     r"in every nibble \(checkpoint_format gptq_v2\)$"
 )
 DESC_ACT = (
-    r"1\.up_proj\.g_idx' holds another order than groups of 64 neighbours, expected arange\(K\) // 64: "
-    r"weights quantised with desc_act are not supported$"
+    r"1\.up_proj\.g_idx' holds another order than groups of 64 neighbors, expected arange\(K\) // 64: "
+    r"weights quantized with desc_act are not supported$"
 )
 
 WRONG_TENSORS: list[tuple[str, Change, str]] = [

@@ -218,7 +218,7 @@ def larger_last_epsilon(ours: MoEDecoder, patch: pytest.MonkeyPatch) -> None:
 
 def other_normalisation(ours: MoEDecoder, patch: pytest.MonkeyPatch) -> None:
     for layer in ours._layers:
-        layer.router = replace(layer.router, renormalise=not layer.router.renormalise)
+        layer.router = replace(layer.router, renormalize=not layer.router.renormalize)
 
 
 def one_expert_in_place_of_another(ours: MoEDecoder, patch: pytest.MonkeyPatch) -> None:

@@ -62,10 +62,10 @@ def test_norm() -> None:
     assert_is_derivative(lambda x: arithmetic.rms_norm(x, weight, 0.1), x, grad, found)
 
 
-@pytest.mark.parametrize("renormalise", [False, True])
-def test_router(renormalise: bool) -> None:
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_router(renormalize: bool) -> None:
     rng = np.random.default_rng(2)
-    router = Router(rng.normal(size=(6, 5)), 2, renormalise)
+    router = Router(rng.normal(size=(6, 5)), 2, renormalize)
     x, grad = rng.normal(size=(4, 6)), rng.normal(size=(4, 2))
     found = router.backward(router.forward(x), grad)
     assert_is_derivative(lambda x: router.forward(x).weights, x, grad, found)

@@ -1,4 +1,4 @@
-"""Training on quantised weights: which methods there are, where weights come from, and what is refused."""
+"""Training on quantized weights: which methods there are, where weights come from, and what is refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def wrapper(name: str, group_size: int | None = None, **more: Any) -> Any:
 
 
 def loaded(student: Student, name: str, group_size: int | None = None, *args: Any, **more: Any) -> Any:
-    """A layer for training, quantised in memory, with the student's adapters."""
+    """A layer for training, quantized in memory, with the student's adapters."""
     return student.wrapper(P, *args, method=f"{name}_SFT", group_size=group_size, **more)
 
 
@@ -96,7 +96,7 @@ def test_group_sizes_that_are_refused(name: str, size: int, expected: str) -> No
 
 
 @every_name
-def test_quantised_weights_have_no_gradients(name: str, student: Student, training: Any) -> None:
+def test_quantized_weights_have_no_gradients(name: str, student: Student, training: Any) -> None:
     kind = name[-4:].lower()
     message = (
         f"full_weight_grad: got True, expected False: the base weights of method '{name}_SFT' are {kind}, "
@@ -125,7 +125,7 @@ def with_the_same_bytes(name: str, group_size: int | None) -> list[tuple[str, st
 
 
 @every_method
-def test_files_train_as_what_is_quantised_in_memory(
+def test_files_train_as_what_is_quantized_in_memory(
     name: str, group_size: int | None, student: Student, training: Any, tmp_path: Path
 ) -> None:
     expected = train(loaded(student, name, group_size, MAP), *training)
@@ -149,7 +149,7 @@ def test_files_train_as_what_is_quantised_in_memory(
 
 @pytest.mark.parametrize(("name", "fmt"), [("AMXINT4", "int4_group32"), ("MOE_INT8", "int8")])
 @pytest.mark.parametrize("change", [np.asarray, list], ids=["arrays", "lists"])
-def test_codes_train_as_what_is_quantised_in_memory(
+def test_codes_train_as_what_is_quantized_in_memory(
     name: str, fmt: str, change: Any, student: Student, training: Any
 ) -> None:
     arguments = dict(student.layer.biases)
@@ -177,7 +177,7 @@ def test_files_of_other_formats(student: Student, tmp_path: Path) -> None:
         assert not moe.loaded
         assert moe._experts is None
     moe = wrapper("BF16", weight_path=tmp_path)
-    with pytest.raises(ValueError, match="holds quantised weights, which method 'BF16_SFT' does not read"):
+    with pytest.raises(ValueError, match="holds quantized weights, which method 'BF16_SFT' does not read"):
         moe.load_weights()
 
 
@@ -223,7 +223,7 @@ def test_what_was_converted_says_what_it_is(
 
 
 def test_what_was_converted_is_refused(target: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds quantised weights, which method 'AMXBF16_SFT' does not read"):
+    with pytest.raises(ValueError, match="holds quantized weights, which method 'AMXBF16_SFT' does not read"):
         KTMoEWrapper.from_pretrained(target, 1, method="AMXBF16_SFT", mode="sft")
     with pytest.raises(ValueError, match=r"gate_proj\.format is 'int4_group32', expected 'int4_group64'"):
         KTMoEWrapper.from_pretrained(target, 1, mode="sft", group_size=64)

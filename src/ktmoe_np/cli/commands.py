@@ -242,7 +242,7 @@ def _add_checkpoint_commands(add: Callable[..., _Parser]) -> None:
     )
     _add_common(command, seconds=0.6, meaning="time for measuring the limits")
 
-    command = add("convert", convert.run, "a checkpoint's experts, quantised to files", _CONVERT)
+    command = add("convert", convert.run, "a checkpoint's experts, quantized to files", _CONVERT)
     command.add_argument("source", metavar="SRC", help="directory of the checkpoint")
     command.add_argument("target", metavar="DST", help="directory for the files; made when it is not there")
     command.add_argument(

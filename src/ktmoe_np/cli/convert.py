@@ -1,4 +1,4 @@
-"""`ktmoe convert`: the experts of a checkpoint, quantised to files of their own, layer by layer."""
+"""`ktmoe convert`: the experts of a checkpoint, quantized to files of their own, layer by layer."""
 
 from __future__ import annotations
 

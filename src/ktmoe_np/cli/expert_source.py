@@ -41,13 +41,13 @@ class ExpertSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TensorSource:
-    """Weights in bfloat16, quantised where the method quantises them.
+    """Weights in bfloat16, quantized where the method quantizes them.
 
     Parameters
     ----------
     tensors : ExpertWeights
     fmt : QuantizedFormat, optional
-        What the weights are quantised to before they are used.
+        What the weights are quantized to before they are used.
     product : str
         Of `moe_forward`.
     """

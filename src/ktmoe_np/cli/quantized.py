@@ -1,4 +1,4 @@
-"""What `ktmoe convert` and `ktmoe verify` have in common: the error of quantised weights, and its table."""
+"""What `ktmoe convert` and `ktmoe verify` have in common: the error of quantized weights, and its table."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class LayerRow:
 
 
 def find_quantizing(name: str) -> Method:
-    """The method of that name, which quantises.
+    """The method of that name, which quantizes.
 
     Raises
     ------

@@ -138,7 +138,7 @@ class Expected:
     """
 
     def __init__(self, sample: Sample, config: MoEConfig, experts: ExpertSource) -> None:
-        # Only the experts in use are decoded or quantised, and so they are numbered anew.
+        # Only the experts in use are decoded or quantized, and so they are numbered anew.
         used, ids = np.unique(sample.ids, return_inverse=True)
         used, ids = used[used >= 0], ids.reshape(sample.ids.shape) - int((used < 0).any())
         layer = (sample.hidden_states, ids, sample.weights)

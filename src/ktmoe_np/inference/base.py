@@ -330,7 +330,7 @@ class BaseMoEWrapper(MoELayer):
         the layer holds them, a slice being a matrix of its own: `load_weights_from_tensors` says what codes
         and scales of a matrix are. That is the checkpoint's encoding, but for ``GPTQ_INT4``, whose weights
         were converted to GGUF's blocks of Q4_0, and for ``AMXINT8``, ``AMXINT4``, ``MOE_INT8`` and
-        ``MOE_INT4``, whose weights were quantised (`ktmoe_np.reference.packing`). Biases are not written.
+        ``MOE_INT4``, whose weights were quantized (`ktmoe_np.reference.packing`). Biases are not written.
 
         Every argument of buffers has g arrays, of NumPy or of others on the CPU, that can be written and lie
         in C order. Their dtype is free; the first axis counts the rows, and the size in bytes is that of so
@@ -347,7 +347,7 @@ class BaseMoEWrapper(MoELayer):
         w13_scales : sequence of g arrays
             The scales of gate's rows and then of up's; a row of ``FP8`` serves 128 rows of the matrix. None
             when there are none or they lie within the rows: ``BF16``, ``GPTQ_INT4``, ``LLAMAFILE`` and
-            ``MOE_INT8`` with a group size. The scales of ``FP8_PERCHANNEL`` and the quantised methods are a
+            ``MOE_INT8`` with a group size. The scales of ``FP8_PERCHANNEL`` and the quantized methods are a
             float32 a row.
         w2_weights : sequence of g arrays
             H rows of I / g columns.

@@ -18,7 +18,7 @@ class AMXMoEWrapper(QuantizedWeights, BaseMoEWrapper):
 
 
 class GeneralMoEWrapper(QuantizedWeights, BaseMoEWrapper):
-    """Experts computed in bf16 from quantised weights: methods ``MOE_INT8`` and ``MOE_INT4``.
+    """Experts computed in bf16 from quantized weights: methods ``MOE_INT8`` and ``MOE_INT4``.
 
     The files are those of ``AMXINT8`` and ``AMXINT4``; ``MOE_INT8`` also has a finer one, with a scale for
     every 32 columns.
@@ -28,7 +28,7 @@ class GeneralMoEWrapper(QuantizedWeights, BaseMoEWrapper):
 class LlamafileMoEWrapper(GgufWeights, BaseMoEWrapper):
     """Experts computed from GGUF: method ``LLAMAFILE``.
 
-    Gate, up and down each have a tensor type of their own, as mixtures of quantisations do. Weights are
+    Gate, up and down each have a tensor type of their own, as mixtures of quantizations do. Weights are
     referred to, never copied: arrays stay the caller's, files stay mapped.
     """
 

@@ -169,7 +169,7 @@ def _report(
 def _inspect_safetensors(path: Path) -> CheckpointReport:
     if quantized_layers(path):
         raise ValueError(
-            f"{path}: holds files of quantised layers, but no {manifest_path(path).name} that says for which "
+            f"{path}: holds files of quantized layers, but no {manifest_path(path).name} that says for which "
             "method"
         )
     checkpoint = SafetensorsCheckpoint(path)
@@ -224,7 +224,7 @@ def _inspect_converted(path: Path) -> CheckpointReport:
     with naming_file(manifest_path(path)):
         method = find_method(manifest.method, "inference")
         if not method.formats:
-            raise ValueError(f"method is {manifest.method!r:.80}, expected one that quantises weights")
+            raise ValueError(f"method is {manifest.method!r:.80}, expected one that quantizes weights")
         group_size = method.resolve_group_size(manifest.group_size)
     config = load_hf_config(path)
     numbers = sorted({*manifest.layers, *quantized_layers(path)})

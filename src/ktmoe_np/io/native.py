@@ -1,4 +1,4 @@
-"""The experts of a layer in the quantised format of their checkpoint, as views of the mapped files."""
+"""The experts of a layer in the quantized format of their checkpoint, as views of the mapped files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _EVERY_ROW = slice(None)
 
 
 def native_method(checkpoint: SafetensorsCheckpoint | str | os.PathLike[str], layer_idx: int) -> str | None:
-    """Tell the quantised format of a layer's experts by the names, dtypes and shapes of their tensors.
+    """Tell the quantized format of a layer's experts by the names, dtypes and shapes of their tensors.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def load_native(
     config: MoEConfig,
     method: str | None = None,
 ) -> ExpertWeights:
-    """Find the experts of a layer in the quantised format of their checkpoint.
+    """Find the experts of a layer in the quantized format of their checkpoint.
 
     Codes are never copied. Scales are views too, but for those that their file misaligns or interleaves,
     those of FP8 that are not float32 and those of GPTQ that are not float16.

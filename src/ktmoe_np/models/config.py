@@ -20,12 +20,12 @@ class _Family:
 
     router: str  #: its tensor within a layer
     qk_norm: str = ""  #: queries and keys are normed by "head", as a whole ("all"), or not
-    always_renormalise: bool = False  #: weights of a token's experts sum to 1 whatever the configuration says
+    always_renormalize: bool = False  #: weights of a token's experts sum to 1 whatever the configuration says
 
 
 _FAMILIES = {
     "qwen3_moe": _Family("mlp.gate.weight", qk_norm="head"),
-    "mixtral": _Family("block_sparse_moe.gate.weight", always_renormalise=True),
+    "mixtral": _Family("block_sparse_moe.gate.weight", always_renormalize=True),
     "olmoe": _Family("mlp.gate.weight", qk_norm="all"),
 }
 
@@ -117,7 +117,7 @@ class DecoderConfig:
             num_experts_per_tok=experts.num_experts_per_tok,
             rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
             rope_theta=_rope_theta(config),
-            norm_topk_prob=family.always_renormalise or bool(config.get("norm_topk_prob", False)),
+            norm_topk_prob=family.always_renormalize or bool(config.get("norm_topk_prob", False)),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             clip_qkv=None if config.get("clip_qkv") is None else _number(config, "clip_qkv", 0.0),
             router=family.router,

@@ -31,26 +31,26 @@ class Router:
     weight : float32 [H, E]
     num_experts_per_tok : int
         P.
-    renormalise : bool
+    renormalize : bool
         The weights of a token are divided by their sum.
     """
 
     weight: Floats
     num_experts_per_tok: int
-    renormalise: bool
+    renormalize: bool
 
     def forward(self, x: Floats) -> Route:
         """Route tokens [T, H]."""
         chances = softmax(x @ self.weight)
         ids = np.argsort(-chances, axis=-1, kind="stable")[:, : self.num_experts_per_tok]
         weights = chances[np.arange(len(x))[:, None], ids]
-        if self.renormalise:
+        if self.renormalize:
             weights = weights / np.add.reduce(weights, axis=-1, keepdims=True)
         return Route(ids, weights, chances)
 
     def backward(self, route: Route, grad: Floats) -> Floats:
         """The gradient by tokens [T, H], of that by the weights [T, P]; which experts are chosen stays."""
-        if self.renormalise:
+        if self.renormalize:
             chosen: Any = np.take_along_axis(route.chances, route.ids, -1)
             grad = (grad - (grad * route.weights).sum(-1, keepdims=True)) / chosen.sum(-1, keepdims=True)
         grad_chances = np.zeros_like(route.chances)

@@ -17,7 +17,7 @@ from .pending import BegunPass, wait_until_done
 __all__ = ["LayerRunner"]
 
 #: Of any batch.
-_MOST_TOKENS = 2**31 - 1
+_MAX_TOKENS = 2**31 - 1
 
 
 class LayerRunner:
@@ -48,7 +48,7 @@ class LayerRunner:
         self._layer = layer
         self._engine = engine
         self._config = config
-        self.chunk_size = min(chunk_size, _MOST_TOKENS)
+        self.chunk_size = min(chunk_size, _MAX_TOKENS)
         self.num_deferred = num_deferred
 
     def defers(self, chain: DeferralChain) -> bool:

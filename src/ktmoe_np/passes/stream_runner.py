@@ -23,7 +23,7 @@ from .stream import Stream, StreamOutput
 __all__ = ["StreamBatch", "StreamRunner", "drain"]
 
 #: What is kept for buffers: batches of a few sizes. Masks, and layers before that defer, come and go.
-_MOST_WORKS = 8
+_MAX_PREPARED = 8
 
 _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 _FLOAT32 = (np.dtype(np.float32),)
@@ -42,10 +42,10 @@ class StreamBatch:
     skip_experts: Array | None  #: bool [E], on the host
 
 
-class _Work(NamedTuple):
+class _PreparedPass(NamedTuple):
     """What is done in the stream, from and to the first rows of staging buffers."""
 
-    do: ext.cuda.StreamPass
+    stream_pass: ext.cuda.StreamPass
     received: LayerOutput | None  #: what it begins with
     output: ext.moe.DeferredOutput | None  #: what it leaves for the next layer
 
@@ -53,7 +53,7 @@ class _Work(NamedTuple):
 class _Pass(NamedTuple):
     """A pass, checked and ready to be put into its stream."""
 
-    work: _Work
+    prepared: _PreparedPass
     result: DeviceArray
     buffers: BufferSlot
     received: StreamOutput | None
@@ -81,7 +81,9 @@ class StreamRunner:
         self._hidden = ArraySpec((bfloat16,), ("T", config.hidden_size))
         self._lock = ext.CallLock("cuda_stream", of_engine=True)  # of `_pending`: streams are many
         self._pending: tuple[Stream, _Pass] | None = None
-        self._works: weakref.WeakKeyDictionary[BufferSlot, dict[Any, _Work]] = weakref.WeakKeyDictionary()
+        self._prepared: weakref.WeakKeyDictionary[BufferSlot, dict[Any, _PreparedPass]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def run(self, batch: StreamBatch, stream: Stream) -> Any:
         """Let a stream copy a batch to the host, compute its pass and copy the result back.
@@ -102,7 +104,7 @@ class StreamRunner:
         """
         with stream.order, self._lock:
             ready = self._ready(batch, stream)
-            ready.work.do.run(stream.handle, ready.addresses, ready.result.address, ready)
+            ready.prepared.stream_pass.run(stream.handle, ready.addresses, ready.result.address, ready)
             self._leave(ready, stream)
             return given_back(ready.result, stream.handle)
 
@@ -110,7 +112,7 @@ class StreamRunner:
         """Let a stream copy a batch to the host and submit its pass; raises what `run` does."""
         with stream.order, self._lock:
             ready = self._ready(batch, stream)
-            ready.work.do.submit(stream.handle, ready.addresses, ready)
+            ready.prepared.stream_pass.submit(stream.handle, ready.addresses, ready)
             self._leave(ready, stream)
             self._pending = stream, ready
             stream.pending.add(self)
@@ -136,7 +138,7 @@ class StreamRunner:
                 expected = f"expected that of the pass, {submitted_to.handle:#x}"
                 raise ValueError(f"cuda_stream: got {stream.handle:#x}, {expected}")
             self._pending = None
-            ready.work.do.sync(stream.handle, ready.result.address, ready)
+            ready.prepared.stream_pass.sync(stream.handle, ready.result.address, ready)
             ext.cuda.raise_error()
             return given_back(ready.result, stream.handle)
 
@@ -157,8 +159,8 @@ class StreamRunner:
         rounded = left.buffers.output[:num_tokens]
         result = self._result(left.like, num_tokens, out, stream.handle)
         tasks = [(left.output.rounding_task(rounded), rounded)]
-        work = ext.cuda.StreamPass(self._engine, [], tasks, rounded, 0)
-        work.run(stream.handle, [], result.address, (result, left))
+        stream_pass = ext.cuda.StreamPass(self._engine, [], tasks, rounded, 0)
+        stream_pass.run(stream.handle, [], result.address, (result, left))
         return given_back(result, stream.handle)
 
     # ---- what is ready to be put into a stream ----
@@ -181,23 +183,23 @@ class StreamRunner:
         result = self._result(batch.hidden_states, x.shape[0], batch.out, handle)
         received = stream.chain.receive_output(c.layer_idx)
         buffers = stream.free_buffers(c, x.shape[0], received)
-        work = self._work(buffers, received, batch.skip_experts, arrays)
-        return _Pass(work, result, buffers, received, arrays)
+        prepared = self._prepared_pass(buffers, received, batch.skip_experts, arrays)
+        return _Pass(prepared, result, buffers, received, arrays)
 
     def _leave(self, ready: _Pass, stream: Stream) -> None:
         """Leave the pass's deferred output to the stream's chain."""
         left = None
-        if ready.work.output is not None:
-            left = StreamOutput(ready.work.output, ready.buffers, self, ready.arrays[0].owner)
+        if ready.prepared.output is not None:
+            left = StreamOutput(ready.prepared.output, ready.buffers, self, ready.arrays[0].owner)
         stream.chain.leave_output(left)
 
-    def _work(
+    def _prepared_pass(
         self,
         buffers: BufferSlot,
         received: LayerOutput | None,
         skip_experts: Array | None,
         arrays: list[DeviceArray],
-    ) -> _Work:
+    ) -> _PreparedPass:
         """What does a pass, made when it is first needed.
 
         What it is made of is known by its objects, which it holds as long as it is known.
@@ -205,20 +207,20 @@ class StreamRunner:
         num_tokens = arrays[0].shape[0]
         begins_with = None if received is None else id(received.output)
         key = num_tokens, tuple(array.dtype for array in arrays), begins_with, id(skip_experts)
-        works = self._works.setdefault(buffers, {})
-        if key not in works:
-            while len(works) >= _MOST_WORKS:
-                del works[next(iter(works))]
-            works[key] = self._new_work(buffers.first(num_tokens), received, skip_experts, arrays)
-        return works[key]
+        prepared = self._prepared.setdefault(buffers, {})
+        if key not in prepared:
+            while len(prepared) >= _MAX_PREPARED:
+                del prepared[next(iter(prepared))]
+            prepared[key] = self._prepare_pass(buffers.first(num_tokens), received, skip_experts, arrays)
+        return prepared[key]
 
-    def _new_work(
+    def _prepare_pass(
         self,
         buffers: BufferSlot,
         received: LayerOutput | None,
         skip_experts: Array | None,
         arrays: list[DeviceArray],
-    ) -> _Work:
+    ) -> _PreparedPass:
         dtypes = [array.dtype for array in arrays]
         batch = Batch(
             self._config, buffers.input, buffers.topk_ids, buffers.weights, buffers.output, incremental=False
@@ -229,8 +231,8 @@ class StreamRunner:
         deferring = self._runner.deferred_pass(batch, buffers, skip_experts, received, number)
         now, later = deferring.immediate_tasks(), deferring.deferred_tasks()
         tasks = [(task, buffers.output) for task in now] + [(task, buffers.deferred_output) for task in later]
-        do = ext.cuda.StreamPass(self._engine, inputs, tasks, buffers.output, len(later))
-        return _Work(do, received, deferring.output)
+        stream_pass = ext.cuda.StreamPass(self._engine, inputs, tasks, buffers.output, len(later))
+        return _PreparedPass(stream_pass, received, deferring.output)
 
     def _result(self, like: Any, num_tokens: int, out: Any, stream: int) -> DeviceArray:
         if out is not None and is_of("JAX", out):

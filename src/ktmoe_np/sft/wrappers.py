@@ -19,11 +19,11 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
 
 
 class QuantizedSFTMoEWrapper(QuantizedWeights, AMXSFTMoEWrapper):
-    """Experts with adapters on quantised weights.
+    """Experts with adapters on quantized weights.
 
     Methods ``AMXINT8_SFT``, ``AMXINT4_SFT``, ``MOE_INT8_SFT`` and ``MOE_INT4_SFT`` compute what those without
     ``_SFT`` do, from the same files, and add adapters, which take activations in bf16. The backward pass
-    reads the same bytes as the forward pass, each weight as bf16(code * scale). Quantised weights have no
+    reads the same bytes as the forward pass, each weight as bf16(code * scale). Quantized weights have no
     gradients.
     """
 

@@ -1,4 +1,4 @@
-"""Files of quantised experts, one a layer: written atomically, checked field by field, mapped without a copy.
+"""Files of quantized experts, one a layer: written atomically, checked field by field, mapped without a copy.
 
 ``layer-00012.safetensors`` holds ``gate_proj.codes`` U8 [E, I, row_bytes], ``gate_proj.row_scale`` F32 [E, I]
 where the format has row scales, ``gate_proj.bias`` F32 [E, I] where there are biases, and ``up_proj`` and
@@ -99,7 +99,7 @@ def check_not_quantized(path: str | os.PathLike[str], method: str) -> None:
     if (layers and len(layers) == len(list(where.glob("*.safetensors")))) or (
         _FILE_NAME.fullmatch(where.name) and where.is_file()
     ):
-        raise ValueError(f"{where}: holds quantised weights, which method {method!r} does not read")
+        raise ValueError(f"{where}: holds quantized weights, which method {method!r} does not read")
 
 
 def save_quantized(
@@ -226,7 +226,7 @@ def check_codes(
     Raises
     ------
     ValueError
-        Codes, multipliers or scales that no quantised weights have: names the file, the tensor, the expert
+        Codes, multipliers or scales that no quantized weights have: names the file, the tensor, the expert
         and the row.
     OSError
         The file was cut off since it was mapped.

@@ -1,4 +1,4 @@
-"""``ktmoe.json``: what a directory of quantised layers was made from, how, and how exact it is.
+"""``ktmoe.json``: what a directory of quantized layers was made from, how, and how exact it is.
 
 Several processes may convert layers into one directory. A process that changes the file holds a lock, reads
 what the others have written, adds to it and replaces the file; readers need no lock. The lock (`flock`) is on

@@ -52,7 +52,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Encoding:
-    """One way of storing a quantised matrix `[N, K]`.
+    """One way of storing a quantized matrix `[N, K]`.
 
     Parameters
     ----------

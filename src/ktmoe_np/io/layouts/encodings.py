@@ -1,4 +1,4 @@
-"""How checkpoints store natively quantised experts: tables, a row an encoding and a row a pattern."""
+"""How checkpoints store natively quantized experts: tables, a row an encoding and a row a pattern."""
 
 from __future__ import annotations
 

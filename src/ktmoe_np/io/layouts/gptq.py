@@ -57,8 +57,8 @@ def _order_problem(array: AnyArray, sizes: Sizes) -> str | None:
     if np.array_equal(array, np.arange(sizes.num_columns) // group_size):
         return None
     return (
-        f"holds another order than groups of {group_size} neighbours, expected arange(K) // {group_size}: "
-        "weights quantised with desc_act are not supported"
+        f"holds another order than groups of {group_size} neighbors, expected arange(K) // {group_size}: "
+        "weights quantized with desc_act are not supported"
     )
 
 

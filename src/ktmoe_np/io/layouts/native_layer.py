@@ -1,4 +1,4 @@
-"""Finding the tensors of a layer's natively quantised experts, and what is wrong with them."""
+"""Finding the tensors of a layer's natively quantized experts, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class NativeLayout:
                     name = self.layer.name(self.pattern.tensors[role] + suffix, e)
                     raise ValueError(
                         f"{checkpoint.file_of(name)}: tensor {name!r} is there, but {self.method} takes only "
-                        "symmetric weights in groups of neighbours"
+                        "symmetric weights in groups of neighbors"
                     )
         names: list[str] = []
         for wanted in self.wanted(config):
