@@ -132,8 +132,11 @@ def test_checkpoints(tmp_path: Path) -> None:
 
 def test_experts_of_a_checkpoint() -> None:
     experts = load_experts(EMBEDDED_MODEL, 0)
-    inter, hidden = experts.gate[0].shape
-    assert f"gate 16 x bfloat16 [{inter}, {hidden}]" in repr(experts)
+    inter, hidden = experts.gate.codes[0].shape
+    assert repr(experts).startswith(
+        f"<ExpertWeights gate_proj 16 x bfloat16 [{inter}, {hidden}], up_proj 16 x "
+    )
+    assert repr(experts.down).startswith(f"<Projection codes 16 x bfloat16 [{hidden}, {inter}]")
 
 
 def test_decoders() -> None:

@@ -39,8 +39,11 @@ class Projection:
     format: str | None = None
 
     def __repr__(self) -> str:
+        return object_summary(self, self._summary)
+
+    def _summary(self) -> str:
         arrays = {name: value for name, value in vars(self).items() if name != "format"}
-        return object_summary(self, lambda: f"{self.format or ''} {arrays_summary(arrays)}")
+        return f"{self.format or ''} {arrays_summary(arrays)}"
 
     @property
     def scales(self) -> Any:
@@ -76,11 +79,20 @@ class ExpertWeights:
     group_size: int | None = None
 
     def __repr__(self) -> str:
+        return object_summary(self, self._summary)
+
+    def _summary(self) -> str:
         codes = {name: projection.codes for name, projection in self.projections.items()}
-        return object_summary(self, lambda: f"{self.method or ''} {arrays_summary(codes)}")
+        return f"{self.method or ''} {arrays_summary(codes)}"
 
     @classmethod
-    def of(cls, projections: Mapping[str, Projection], **more: Any) -> ExpertWeights:
+    def of(
+        cls,
+        projections: Mapping[str, Projection],
+        names: tuple[str, ...] = (),
+        method: str | None = None,
+        group_size: int | None = None,
+    ) -> ExpertWeights:
         """Make them of projections by name: gate_proj, up_proj when gated, down_proj.
 
         Examples
@@ -89,7 +101,8 @@ class ExpertWeights:
         >>> weights.up, list(weights.projections)
         (None, ['gate_proj', 'down_proj'])
         """
-        return cls(projections["gate_proj"], projections.get("up_proj"), projections["down_proj"], **more)
+        gate, up, down = projections["gate_proj"], projections.get("up_proj"), projections["down_proj"]
+        return cls(gate, up, down, names, method, group_size)
 
     @property
     def num_experts(self) -> int:

@@ -55,8 +55,8 @@ class OutputChain(Generic[OutputT]):
         return object_summary(self, self._summary)
 
     def _summary(self) -> str:
-        carry = self._carry
-        return "empty" if carry is None else f"with deferred experts of layer {carry.layer_idx}"
+        left = self._output
+        return "empty" if left is None else f"with deferred experts of layer {left.output.layer_idx}"
 
     @property
     def is_waiting(self) -> bool:

@@ -179,7 +179,7 @@ def _iq4_xs(b: Bytes) -> Blocks:
 
 def _words(data: Bytes, dtype: str) -> Ints:
     """Little-endian integers behind one another: [n, words]."""
-    return np.ascontiguousarray(data).view(dtype).astype(np.int64)  # type: ignore[return-value]
+    return np.ascontiguousarray(data).view(dtype).astype(np.int64)
 
 
 def _odd(scales: Ints) -> Floats:
@@ -194,7 +194,7 @@ def _signed(sizes: Ints, signs: Ints) -> Ints:
 
 def _eight_signs(seven: Ints) -> Ints:
     """Seven bits and an eighth that makes their number even."""
-    parity = (seven[..., None] >> np.arange(7) & 1).sum(axis=-1) & 1
+    parity: Ints = (seven[..., None] >> np.arange(7) & 1).sum(axis=-1) & 1
     return seven | parity << 7
 
 
