@@ -97,6 +97,8 @@ def test_a_pass_fails_when_what_it_begins_with_has_failed() -> None:
         deferred_output=left,
     )
     tickets = [engine.submit(task) for task in deferring.immediate_tasks() + deferring.deferred_tasks()]
+    with pytest.raises(IndexError, match=f"topk_ids: got expert {E} at"):
+        engine.wait(tickets[0])
     chain = DeferralChain()
     chain.leave_output(HostOutput(deferring.output, tickets[-1], engine))
     with pytest.raises(IndexError, match=f"topk_ids: got expert {E} at"):
