@@ -26,8 +26,9 @@ Error* forward_saved(CallFrame* frame);
 // gradients of all adapters, or of none.
 Error* backward(CallFrame* frame);
 
-// The arguments of forward, carry uint32 []: what the layer before has left, or 0. Results: out, which begins
-// with that, and carry uint32 [], what this layer has deferred, or 0.
+// The arguments of forward, carry uint32 []: the number of the previous layer's deferred output, or 0.
+// Results: out, which begins with that, and carry uint32 [], the number of this layer's deferred output, or
+// 0.
 Error* forward_deferred(CallFrame* frame);
 
 // Arguments: carry uint32 []. Results: out bf16 [.., H], what is left.

@@ -1,4 +1,5 @@
-// The layers that XLA's programs may call, by number: a compiled program can hold nothing else of a layer.
+// The layers that XLA's programs may call, by number: a compiled program can refer to a layer in no other
+// way.
 #pragma once
 
 #include <cstdint>
@@ -26,9 +27,8 @@ class Layers {
   static Layers& all();
 
   int32_t add(std::shared_ptr<CalledLayer> layer);
-  // Calls under way use it until they are done. Then it is let go by a later add or remove, never by a call:
-  // it may be the last to refer to objects of Python, which threads of XLA and of the driver must not
-  // destroy.
+  // Calls under way use it until they are done. Then a later add or remove destroys it, never a call: it may
+  // be the last to refer to objects of Python, which threads of XLA and of the driver must not destroy.
   void remove(int32_t number);
   // std::runtime_error when it is gone.
   std::shared_ptr<CalledLayer> at(int32_t number);

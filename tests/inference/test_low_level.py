@@ -111,40 +111,6 @@ def test_base_and_out_have_dtypes_of_their_own(
     assert_same_bits(base, kept)
 
 
-@pytest.mark.parametrize(("chunk", "num"), [(1, T), (2, -(-T // 2)), (T, 1), (T + 1, 1)])
-def test_a_task_for_each_chunk(engine: Any, layer: Layer, batch: Batch, chunk: int, num: int) -> None:
-    moe, whole = low_level_moe(engine, layer, P), np.ones((T, H), np.float32)
-    engine.run(moe.forward_task(*batch, whole, incremental=True))
-    out = np.ones((T, H), np.float32)
-    tasks = moe.forward_tasks(*batch, out, chunk, incremental=True)
-    assert len(tasks) == num
-    before = engine.num_completed
-    engine.run(tasks)
-    assert engine.num_completed - before == num
-    assert_same_bits(out, whole)
-    with pytest.raises(ValueError, match="task: was submitted before"):
-        engine.run(tasks)
-
-
-def test_an_error_ends_a_run_of_tasks(engine: Any, layer: Layer, batch: Batch) -> None:
-    moe, out = low_level_moe(engine, layer, P), np.zeros((T, H), np.float32)
-    wrong = batch.ids.copy()
-    wrong[0, 0] = E
-    bad = moe.forward_task(batch.x, wrong, batch.weights, np.empty_like(out))
-    good = moe.forward_task(*batch, out)
-    with pytest.raises(IndexError, match=f"topk_ids: got expert {E}"):
-        engine.run([bad, good])
-    engine.sync()
-    assert (out == 0).all()
-    engine.run(good)
-    assert out.any()
-    engine.run([])
-    with pytest.raises(ValueError, match="chunk_size: got 0, expected 1 to"):
-        moe.forward_tasks(*batch, out, 0)
-    with pytest.raises(TypeError, match="tasks: got None, expected a Task"):
-        engine.run([None])
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_activations_with_their_parameters(engine: Any, activation: Any) -> None:
     layer = draw_layer(np.random.default_rng(4), E, I, H, activation, scale=3.0)

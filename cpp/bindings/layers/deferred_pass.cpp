@@ -38,7 +38,7 @@ class PythonOutput {
 };
 
 // What the tasks of a pass share.
-struct HeldPass {
+struct SharedPass {
   Arrays arrays;
   std::unique_ptr<DeferredPass> pass;
 };
@@ -86,7 +86,7 @@ class PythonPass {
              nb::object topk_weights, nb::object out, nb::object immediate_ids, int64_t chunk_size,
              const Deferring& deferring, const PythonOutput* received, bool incremental,
              nb::object skip_experts, nb::object num_tokens)
-      : held_(std::make_shared<HeldPass>()) {
+      : shared_(std::make_shared<SharedPass>()) {
     const GeneralMOEConfig& c = layer->config();
     if (chunk_size < 1 || chunk_size > UINT32_MAX)
       throw_invalid("chunk_size: got ", chunk_size, ", expected 1 to ", UINT32_MAX);
@@ -95,47 +95,47 @@ class PythonPass {
                     received->output()->layer_idx(), ", expected False");
     DeferringBatch batch;
     batch.chunk_size = static_cast<uint32_t>(chunk_size);
-    PassArrays arrays(held_->arrays);
+    PassArrays arrays(shared_->arrays);
     const int64_t slots = c.num_experts_per_tok;
     batch.ids = arrays.integers(topk_ids, "topk_ids", {"T", slots});
     if (!num_tokens.is_none()) batch.num_used_tokens = arrays.integers(num_tokens, "num_tokens", {1});
-    const int64_t tokens = held_->arrays.front().shape(0);
+    const int64_t tokens = shared_->arrays.front().shape(0);
     Array::write(immediate_ids, "immediate_ids").expect({DType::kInt64}, {tokens, slots}).expect_contiguous();
     // Chunks are computed from the immediate ids, not from those that are given.
     ForwardArrays forward(c, hidden_states, immediate_ids, topk_weights, out, skip_experts);
     if (incremental) forward.add_to_out();
-    for (const Array& array : held_->arrays) forward.expect_out_disjoint_from(array);
+    for (const Array& array : shared_->arrays) forward.expect_out_disjoint_from(array);
     for (size_t i = 0; i < forward.arrays()->size(); ++i)
-      if (i != ForwardArrays::kIds) held_->arrays.push_back((*forward.arrays())[i]);
+      if (i != ForwardArrays::kIds) shared_->arrays.push_back((*forward.arrays())[i]);
     batch.args = forward.args();
     batch.immediate_ids =
         arrays.written<int64_t>(immediate_ids, "immediate_ids", DType::kInt64, {tokens, slots});
     take_deferred(c, deferring, arrays, batch);
     if (received != nullptr) {
       forward.expect_out_disjoint_from(received->sums());
-      held_->arrays.push_back(received->sums());
+      shared_->arrays.push_back(received->sums());
     }
-    held_->pass = std::make_unique<DeferredPass>(std::move(layer), batch,
-                                                 received == nullptr ? nullptr : received->output(),
-                                                 output_ ? output_->output() : nullptr);
+    shared_->pass = std::make_unique<DeferredPass>(std::move(layer), batch,
+                                                   received == nullptr ? nullptr : received->output(),
+                                                   output_ ? output_->output() : nullptr);
   }
 
-  void check_ids() const { held_->pass->check_ids(); }
-  bool is_joint() const { return held_->pass->is_joint(); }
+  void check_ids() const { shared_->pass->check_ids(); }
+  bool is_joint() const { return shared_->pass->is_joint(); }
   const std::optional<PythonOutput>& output() const { return output_; }
 
   nb::typed<nb::list, PythonTask> immediate_tasks() const {
     nb::typed<nb::list, PythonTask> tasks;
-    tasks.append(PythonTask([held = held_] { held->pass->split(); }));
-    for (size_t i = 0; i < held_->pass->num_chunks(); ++i)
-      tasks.append(PythonTask([held = held_, i] { held->pass->compute_immediate(i); }));
+    tasks.append(PythonTask([shared = shared_] { shared->pass->split(); }));
+    for (size_t i = 0; i < shared_->pass->num_chunks(); ++i)
+      tasks.append(PythonTask([shared = shared_, i] { shared->pass->compute_immediate(i); }));
     return tasks;
   }
 
   nb::typed<nb::list, PythonTask> deferred_tasks() const {
     nb::typed<nb::list, PythonTask> tasks;
-    for (size_t i = 0; output_ && i < held_->pass->num_chunks(); ++i)
-      tasks.append(PythonTask([held = held_, i] { held->pass->compute_deferred(i); }));
+    for (size_t i = 0; output_ && i < shared_->pass->num_chunks(); ++i)
+      tasks.append(PythonTask([shared = shared_, i] { shared->pass->compute_deferred(i); }));
     return tasks;
   }
 
@@ -153,7 +153,7 @@ class PythonPass {
         arrays.written<int64_t>(deferring.ids, "deferred_ids", DType::kInt64, {tokens, slots});
     auto* sums =
         arrays.written<float>(deferring.output, "deferred_output", DType::kFloat32, {tokens, hidden});
-    output_.emplace(std::make_shared<DeferredOutput>(sums, c, batch.args.num_tokens), held_->arrays.back());
+    output_.emplace(std::make_shared<DeferredOutput>(sums, c, batch.args.num_tokens), shared_->arrays.back());
     batch.copied_hidden_states = arrays.copy_of(batch.args.hidden_states, deferring.copied_hidden_states,
                                                 "copied_hidden_states", DType::kBf16, {tokens, hidden});
     batch.copied_weights = arrays.copy_of(batch.args.topk_weights, deferring.copied_weights, "copied_weights",
@@ -164,16 +164,17 @@ class PythonPass {
   static int traverse(PyObject* self, visitproc visit, void* arg) {
     Py_VISIT(Py_TYPE(self));
     if (!nb::inst_ready(self)) return 0;
-    const auto& held = nb::inst_ptr<PythonPass>(self)->held_;
-    return held.use_count() == 1 ? visit_arrays(held->arrays, visit, arg) : 0;
+    const auto& shared = nb::inst_ptr<PythonPass>(self)->shared_;
+    return shared.use_count() == 1 ? visit_arrays(shared->arrays, visit, arg) : 0;
   }
 
   static int clear(PyObject* self) {
-    const auto held = std::exchange(nb::inst_ptr<PythonPass>(self)->held_, std::make_shared<HeldPass>());
+    const auto shared =
+        std::exchange(nb::inst_ptr<PythonPass>(self)->shared_, std::make_shared<SharedPass>());
     return 0;
   }
 
-  std::shared_ptr<HeldPass> held_;
+  std::shared_ptr<SharedPass> shared_;
   std::optional<PythonOutput> output_;
 };
 

@@ -22,7 +22,7 @@
 namespace ktmoe::bindings {
 namespace {
 
-// Tasks that have run hold Python references; they are let go here, where the GIL is held.
+// Tasks that have run hold Python references: they are destroyed here, where the GIL is held.
 void release_finished(CPUInfer& engine) { engine.take_finished(); }
 
 // Repeats a wait of limited time, so that Ctrl-C gets through while another thread does the work.
@@ -121,7 +121,7 @@ void bind_streams(nb::class_<CPUInfer>& engine) {
           "submit_with_cuda_stream",
           [](std::shared_ptr<CPUInfer> engine, uint64_t stream, PythonTask& task, nb::handle result) {
             release_done(*engine);
-            const std::vector<StreamTask> tasks = {stream_task(task, result)};  // let go of with the GIL
+            const std::vector<StreamTask> tasks = {stream_task(task, result)};  // destroyed with the GIL
             const GilRelease no_gil;  // the driver may wait for the stream
             StreamSession::of_process().submit(as_stream(stream), engine, tasks);
           },
