@@ -26,6 +26,11 @@ class WorkerTurns:
         self._door = (folder / "door.lock").open("w")
         self._room = (folder / "room.lock").open("w")
 
+    def close(self) -> None:
+        """Close the files, after the last turn."""
+        self._door.close()
+        self._room.close()
+
     @contextmanager
     def take(self, *, alone: bool) -> Iterator[None]:
         """Wait for the turn of a test; it lasts until the block ends."""
@@ -64,7 +69,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove the folder, after the last worker has ended."""
+    """Close the locks, in a worker; else remove their folder, as the last worker has ended."""
+    if _TURNS in config.stash:
+        config.stash[_TURNS].close()
     if _FOLDER in config.stash:
         config.stash[_FOLDER].cleanup()
 
