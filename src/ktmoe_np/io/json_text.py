@@ -137,8 +137,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _integer(digits: str) -> int:
     """An integer, unless it is longer than a float can hold: code that converts it need not expect that."""
-    if len(digits) > _MAX_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits, expected at most {_MAX_DIGITS}")
+    num_digits = len(digits.removeprefix("-"))
+    if num_digits > _MAX_DIGITS:
+        raise ValueError(f"an integer of {num_digits} digits, expected at most {_MAX_DIGITS}")
     return int(digits)
 
 
