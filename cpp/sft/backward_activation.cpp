@@ -27,7 +27,7 @@ void backward_activation(TrainingPass& pass, BackwardScratch& scratch, const Pan
     }
   }
   kernels::NnArgs nn;
-  if (pass.segments.size() == 1 && columns.end < inter) {  // the task behind this one
+  if (pass.segments.size() == 1 && columns.end < inter) {  // prefetch for the next task
     nn.next_w = scratch.terms[0].w, nn.next_n = hidden;
     nn.next_k0 = columns.end, nn.next_k1 = std::min(columns.end + columns.size(), inter);
   }

@@ -2,7 +2,7 @@
 //
 //   z = q Wd + s r Ad             fp32; with dropout r Ad is 0 where the mask of h drops
 //   <z, h>                        for the gradient of the routing weight, block by block
-//   dg, du = bf(w z act'(g, u))   which take the place of g and u
+//   dg, du = bf(w z act'(g, u))   in place of g and u where the types match
 #pragma once
 
 #include "sft/backward_products.h"

@@ -5,7 +5,8 @@
 namespace ktmoe {
 namespace {
 
-// What the gradients of rows [row, row + rows) say of the routing weights, in columns of H.
+// The task's contribution to the gradients of routing weights that scale inputs: <dx, x> by blocks of
+// columns.
 void dot_with_inputs(TrainingPass& pass, const PanelTask& task, const float* grad, size_t stride) {
   const BackwardRows& all = pass.rows;
   if (all.grad_input_weight == nullptr) return;
@@ -61,7 +62,7 @@ void backward_input(TrainingPass& pass, BackwardScratch& scratch, const PanelTas
   if (pass.gated()) add(pass.rows.d_up, &ExpertMatrices::up, pass.rows.d_lora_up, LoraId::kUpA);
 
   kernels::NnArgs nn;
-  if (pass.segments.size() == 1 && columns.end < pass_columns.end) {  // the task behind this one
+  if (pass.segments.size() == 1 && columns.end < pass_columns.end) {  // prefetch for the next task
     nn.next_w = terms[0].w, nn.next_n = pass.inter();
     nn.next_k0 = columns.end, nn.next_k1 = std::min(columns.end + columns.size(), pass_columns.end);
   }

@@ -1,5 +1,4 @@
-// Backward through the adapter of the down projection, as far as it needs no weights. For rows of one expert,
-// with q = dY of their tokens, w their routing weights:
+// The part of the backward pass through the down adapter that needs no base weights, for rows of one expert:
 //
 //   r = bf(q Bd)            [M, R]
 //   bf(s w r), bf(w ud)     [M, R], for the gradients of Ad and Bd

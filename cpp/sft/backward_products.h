@@ -1,4 +1,4 @@
-// The products through weights (NN) that the steps of the backward pass are made of.
+// The products with weights (NN) that the steps of the backward pass use.
 #pragma once
 
 #include "sft/training_pass.h"
@@ -7,7 +7,7 @@ namespace ktmoe {
 
 kernels::KeptRows kept_from(const kernels::KeptRows& all, size_t row, size_t column);
 
-// Adds to the terms those of a projection: G by the rows of its weight that each node holds.
+// Appends the terms of a projection: G times the rows of its weight, one term per node.
 void add_terms(const TrainingPass& pass, const kernels::Operand& g,
                std::vector<WeightView> ExpertMatrices::* matrices, Span OutputShare::* share, size_t e,
                std::vector<kernels::NnTerm>& terms);
@@ -16,15 +16,15 @@ void add_terms(const TrainingPass& pass, const kernels::Operand& g,
 kernels::NnTerm adapter_term(const TrainingPass& pass, const kernels::Operand& g, LoraId a,
                              const PanelTask& task);
 
-// C[m, k - k0] = sum of the terms for columns [k0, k1); `nn` says what else there is to say.
+// C[m, k - k0] = sum of the terms for columns [k0, k1); `nn` has further arguments, such as prefetches.
 void multiply_terms(const TrainingPass& pass, std::span<const kernels::NnTerm> terms, Span columns, float* c,
                     size_t c_stride, std::byte* scratch, kernels::NnArgs nn = {});
 
-// to[m, :] = bf(scale * G B) for an adapter's B [N, R], rows `stride` elements apart.
+// to[m, :] = bf(scale * G B) for an adapter's B [N, R], with row stride `stride`.
 void rounded_product(const TrainingPass& pass, BackwardScratch& scratch, const kernels::Operand& g,
                      const WeightView& b, float scale, bf16* to, size_t stride);
 
-// Zeroes what dropout drops in rows of an adapter's gradient.
+// Applies the dropout mask to rows of an adapter's gradient, in place.
 void drop_columns(const kernels::KernelTable& kernels, const MaskView& mask, const int32_t* tokens,
                   uint32_t rows, Span columns, float* l);
 

@@ -13,7 +13,7 @@ kernels::RowsView rows_of(const TrainingPass& pass, const WeightGradient::Rows& 
   return {data + begin * rows.stride, rows.stride, nullptr};
 }
 
-// Columns of X as they enter the sum: scaled by the routing weights or with what is dropped zeroed.
+// Columns of X as they enter the sum: scaled by the routing weights, or masked by dropout.
 void make_chunk(const TrainingPass& pass, const WeightGradient::Rows& x, size_t begin, uint32_t count,
                 Span columns, bf16* to) {
   if (x.mask.bits)
@@ -24,7 +24,7 @@ void make_chunk(const TrainingPass& pass, const WeightGradient::Rows& x, size_t 
                                      pass.cache->row_weight[begin + m], columns.size(), to);
 }
 
-// Adds what one expert of the plan contributes.
+// Adds the contribution of one expert of the plan.
 void add_weight_gradient(const TrainingPass& pass, const WeightGradient& gradient,
                          const RoutingPlan::ExpertRows& expert, BackwardScratch& scratch, kernels::TnArgs tn,
                          Span n, Span k) {
@@ -107,7 +107,7 @@ void backward_weights(const TrainingPass& pass, const std::vector<WeightGradient
     add_weight_gradient(pass, gradient, expert, scratch, tn, task.n, task.k);
     tn.accumulate = any = true;
   }
-  if (!any && !tn.accumulate) pass.kernels().tn(tn);  // of no rows: zeros
+  if (!any && !tn.accumulate) pass.kernels().tn(tn);  // no rows: writes zeros
 }
 
 }  // namespace ktmoe

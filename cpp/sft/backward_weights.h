@@ -1,18 +1,18 @@
-// Gradients of matrices, sums over the rows of an expert in their order, for one block of a gradient a task:
+// Gradients of matrices: sums over the rows of an expert in order. A task computes one block of a gradient.
 //
 //   dBd += s q^T bf(w ud)    dAd += bf(s w r)^T h    dBg += s dg^T ug    dAg += dug^T x    up likewise
 //   dWd = q^T bf(w h)        dWg = dg^T x            dWu = du^T x
 //
-// Each is a TN product D[n, k] = sum_m G[m, n] X[m, k] with the narrower matrix as G; where that gives the
-// transpose of the gradient it is stored by strides. A gradient belongs to an expert of the checkpoint;
-// experts that share its weights add to it one after the other.
+// Each is a TN product D[n, k] = sum_m G[m, n] X[m, k] with the narrower matrix as G. Where D is the
+// transpose of the gradient, strides store it transposed. A gradient belongs to an expert of the checkpoint;
+// physical experts that share its weights add to it one after the other.
 #pragma once
 
 #include "sft/training_pass.h"
 
 namespace ktmoe {
 
-// One gradient: whose rows make it, and how it lies in memory.
+// One gradient: the rows that it is computed from, and its layout.
 struct WeightGradient {
   float* d = nullptr;  // [E, ...]
   // G and X by plan rows, or by tokens (of_tokens).
@@ -25,17 +25,17 @@ struct WeightGradient {
     MaskView mask = {};     // dropped elements are zero
   } g, x;
   float scale = 1;
-  bool transposed = false;  // D lies as [width of X, width of G]
+  bool transposed = false;  // D is stored as [width of X, width of G]
 };
 
-// Columns of X, and rows of D, that a task takes.
+// Rows n and columns k of D, for one expert.
 struct WeightGradientTask {
   uint32_t gradient;
   uint32_t expert;  // of the checkpoint
   Span n, k;
 };
 
-// The gradients that are asked for.
+// The requested gradients.
 std::vector<WeightGradient> weight_gradients(const TrainingPass& pass);
 
 std::vector<WeightGradientTask> cut_weight_gradients(const std::vector<WeightGradient>& gradients,

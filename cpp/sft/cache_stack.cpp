@@ -65,7 +65,7 @@ void CacheStack::use_up(Cache cache, TrainingCall* call) noexcept {
   call != nullptr && call->is_revoked_ ? insert(std::move(cache)) : keep_memory(std::move(cache));
 }
 
-// In a forked child another thread of the parent may hold the lock for ever.
+// In a forked child the lock may be held forever, by a thread that only the parent has.
 void CacheStack::settle(TrainingCall& call) noexcept {
   if (fork_guard_.in_child()) return;
   const std::lock_guard lock(mutex_);
@@ -121,7 +121,7 @@ void CacheStack::clear() {
 
 // ---- with the lock ----
 
-// There is room: take_spare() has made some for all that are out.
+// Cannot fail: take_spare() has reserved room for all caches that are out.
 void CacheStack::insert(Cache cache) noexcept {
   const auto is_later = [&](const Cache& other) { return other->id > cache->id; };
   const auto at = std::find_if(waiting_.begin(), waiting_.end(), is_later);

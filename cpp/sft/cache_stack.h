@@ -1,4 +1,4 @@
-// The forward passes that wait for their backward pass, and the calls that may take a pass back.
+// The saved forward passes that wait for their backward pass, and calls that can be revoked.
 #pragma once
 
 #include <atomic>
@@ -14,17 +14,17 @@ namespace ktmoe {
 
 class TrainingCall;
 
-// The last one goes first. The memory of those that are done serves the next.
+// Last in, first out. The memory of finished passes is reused.
 //
-// A layer computes one pass at a time, but passes are taken back by other threads at any time, so the stack
-// has a lock of its own. It is never held while something is computed, nor while anything waits.
+// A layer computes one pass at a time, but other threads may revoke calls at any time, so the stack has a
+// lock of its own. The lock is never held during a computation or a wait.
 class CacheStack {
  public:
   using Cache = std::unique_ptr<ForwardCache>;
 
   explicit CacheStack(size_t depth) : depth_(depth) {}
 
-  // All may be asked for while a pass runs. One that a backward pass works on still waits.
+  // All of these may be called while a pass runs. A cache in use by a backward pass still counts.
   size_t size() const { return num_waiting_; }
   size_t bytes() const { return bytes_; }
   size_t depth() const { return depth_; }
@@ -36,33 +36,34 @@ class CacheStack {
 
   // ---- forward passes ----
 
-  // One to fill, perhaps with memory; what follows with it cannot fail.
+  // A cache to fill, perhaps with reused memory. push() and give_back() of it cannot fail.
   Cache take_spare();
-  // Saves it, unless the call was taken back meanwhile.
+  // Saves it, unless the call has been revoked.
   void push(Cache cache, TrainingCall* call) noexcept;
-  // Keeps the memory of one that is not wanted any more, unless the stack has no use for it.
+  // Returns an unused cache; its memory is kept if the stack has room.
   void give_back(Cache cache) noexcept;
 
   // ---- backward passes ----
 
-  // The last one, null when none waits.
+  // The last saved cache, null when there is none.
   Cache take_last();
-  // It is as it was, but for what is_overwritten says.
+  // Returns it unused; is_overwritten says whether its rows are still valid.
   void put_back(Cache cache) noexcept;
-  // It was used; the call, if any, may still be taken back and so has it for as long as it lives.
+  // Marks it used. A call that can still be revoked keeps it, so that revoking restores it.
   void use_up(Cache cache, TrainingCall* call) noexcept;
-  // Of a call that nobody will take back, whether its task has run or not.
+  // Ends the right to revoke a call, whether its task has run or not.
   void settle(TrainingCall& call) noexcept;
 
-  // Whether the last one has that number, above 0, and so many tokens.
+  // Whether the last saved cache has this caller_id, above 0, and this number of tokens.
   bool is_last(uint32_t caller_id, uint32_t num_tokens) const;
 
-  // Makes a call one that never happened; a task of it that runs now, or later, leaves nothing behind.
+  // Undoes a call: the caches and the step are as before it. A task of it that still runs, or runs later,
+  // saves nothing.
   void revoke(TrainingCall& call) noexcept;
 
-  // Forgets all that wait. What calls have used up does not come back.
+  // Drops all saved passes, also those that revoking a call would restore. Keeps their memory.
   void drop_waiting();
-  // Lets their memory go too.
+  // The same, and releases their memory.
   void clear();
 
  private:
@@ -74,16 +75,16 @@ class CacheStack {
   const ForkGuard fork_guard_;
   mutable std::mutex mutex_;
   std::vector<Cache> waiting_, spare_;  // waiting_ by id
-  size_t num_out_ = 0;                  // taken for backward passes, and not back nor settled
-  bool is_in_use_ = false;              // the last, by the backward pass under way
+  size_t num_out_ = 0;                  // taken by backward passes and neither returned nor settled
+  bool is_in_use_ = false;              // by the backward pass that runs
   uint64_t last_id_ = 0;
-  uint64_t num_drops_ = 0;  // times that all were
+  uint64_t num_drops_ = 0;  // calls of drop_waiting() and clear()
   std::atomic<size_t> num_waiting_{0}, bytes_{0};
   std::atomic<uint32_t> step_{0};
 };
 
-// A pass that its caller may take back before, while and after it runs: when an exception ends the call but
-// not the pass. Its fields belong to the stack.
+// A pass that its caller may revoke before, while and after it runs: an exception (Ctrl-C) may end the call
+// but not the pass. The fields are guarded by the stack's lock.
 class TrainingCall {
  public:
   explicit TrainingCall(std::shared_ptr<CacheStack> stack) : stack_(std::move(stack)) {}

@@ -20,10 +20,11 @@ void MOESFTConfig::validate() const {
   if (!(lora_dropout >= 0 && lora_dropout < 1))
     throw_invalid("lora_dropout: got ", lora_dropout, ", expected at least 0 and below 1");
   if (!std::isfinite(lora_scale(true)))
-    throw_invalid("lora_alpha: got ", lora_alpha, ", expected less: the scale of the adapters is no float32");
+    throw_invalid("lora_alpha: got ", lora_alpha,
+                  ", expected less: the scale of the adapters overflows float32");
   if (max_cache_depth < 1 || max_cache_depth > kMaxDepth)
     throw_invalid("max_cache_depth: got ", max_cache_depth, ", expected 1 to ", kMaxDepth);
-  constexpr int64_t kMaxLayers = int64_t{1} << 31;  // the layer is half a word of the masks' counter
+  constexpr int64_t kMaxLayers = int64_t{1} << 31;  // the counter of dropout masks has 31 bits for the layer
   if (layer_idx >= kMaxLayers) throw_invalid("layer_idx: got ", layer_idx, ", expected below ", kMaxLayers);
 }
 

@@ -1,4 +1,4 @@
-// What the backward pass needs of a forward pass.
+// What a forward pass saves for its backward pass.
 #pragma once
 
 #include <memory>
@@ -11,8 +11,8 @@
 
 namespace ktmoe {
 
-// Rows are those of the routing plan: the tokens of an expert, one after the other. The memory is the cache's
-// own or, for rows that are not kept (CachedRows), borrowed for as long as they are needed.
+// Rows are those of the routing plan, grouped by expert. The memory belongs to the cache or, for rows that
+// are not saved, is borrowed while they are needed.
 struct CachedRows {
   kernels::KeptRows kept;     // g, u, h [rows, I]
   bf16* lora_hidden[3] = {};  // ug, uu, ud [rows, R]: bf(x A^T) of gate, up, down
@@ -20,18 +20,18 @@ struct CachedRows {
 
 struct ForwardCache {
   uint32_t num_tokens = 0;
-  uint64_t id = 0;         // of all saved by the layer, in their order
+  uint64_t id = 0;         // increasing, unique within the layer
   uint32_t caller_id = 0;  // chosen by the caller; 0: none
   uint32_t step = 0;       // of the dropout masks
   RoutingPlan plan;
   std::shared_ptr<const LoraWeights> lora;
   bf16* hidden = nullptr;         // x [T, H]; a token that is not finite is all NaN
-  float* row_weight = nullptr;    // [rows]: what each counts in its token's sum
-  float* input_weight = nullptr;  // [T, P]: what scales the inputs, of a layer that does; else null
+  float* row_weight = nullptr;    // [rows]: the factor of each in its token's sum
+  float* input_weight = nullptr;  // [T, P]: factors of scaled inputs; null where inputs are not scaled
   uint8_t* mask_x = nullptr;      // [T, mask_row_bytes(H)]: what dropout keeps; null without
   uint8_t* mask_h = nullptr;      // [T, mask_row_bytes(I)]
   CachedRows rows;
-  bool is_overwritten = false;  // the rows, by a backward pass; a forward pass on `hidden` makes them again
+  bool is_overwritten = false;  // rows lost to a failed backward pass; repeating forward restores them
   AlignedBuffer memory;
 };
 

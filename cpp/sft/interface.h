@@ -1,4 +1,4 @@
-// What a layer of experts that trains does beyond inference.
+// The interface of an expert layer for training, beyond inference.
 #pragma once
 
 #include <array>
@@ -10,7 +10,8 @@
 
 namespace ktmoe {
 
-// Where the gradients of one backward pass go; those of matrices are null when they are not asked for.
+// Where the gradients of one backward pass are written. Null for gradients of matrices that are not
+// requested.
 struct BackwardArgs {
   uint32_t num_tokens = 0;
   const bf16* grad_output = nullptr;               // dY [T, H]
@@ -19,7 +20,7 @@ struct BackwardArgs {
   std::array<float*, kNumLora> lora = {};          // [E, rows, columns] by checkpoint expert
   float *gate_proj = nullptr, *up_proj = nullptr;  // [E, I, H]
   float* down_proj = nullptr;                      // [E, H, I]
-  bool accumulate = false;                         // add the gradients of matrices to what is there
+  bool accumulate = false;                         // add the gradients of matrices to the arrays
 };
 
 class TrainingCall;
@@ -31,31 +32,32 @@ class MoE_SFT_Interface : public MoE_Interface {
   // Takes new values for some of the adapters' matrices.
   virtual void update_lora_weights(const LoraSources& sources) = 0;
 
-  // The layer with its adapters. With `save`, dropout acts and what backward() needs is kept. Throws
-  // std::runtime_error when as many forwards wait as may. A forward that is kept may be given a number of its
-  // caller's, above 0.
+  // The layer with its adapters. With `save`, dropout is applied and what backward() needs is saved. Throws
+  // std::runtime_error when max_cache_depth passes are saved already. A caller may tag a saved pass with an
+  // id above 0.
   virtual void forward_sft(const ForwardArgs& args, bool save, uint32_t caller_id = 0,
                            TrainingCall* call = nullptr) = 0;
 
-  // Whether the forward that backward() would take has that number, above 0, and so many tokens.
+  // Whether the pass that backward() would use has this caller_id, above 0, and this number of tokens.
   virtual bool is_last(uint32_t caller_id, uint32_t num_tokens) = 0;
 
-  // Forgets all forwards that wait; their memory serves the next ones.
+  // Drops all saved forward passes; their memory is reused.
   virtual void forget_forwards() = 0;
 
-  // Gradients of the last forward that waits, which is then gone. Throws std::runtime_error when none waits,
-  // std::invalid_argument when it had another number of tokens. The forward of a pass that fails still waits.
+  // Gradients of the last saved forward pass, which is then dropped. Throws std::runtime_error when there is
+  // none, std::invalid_argument when it had another number of tokens. After an error the forward pass is
+  // still saved.
   virtual void backward(const BackwardArgs& args, TrainingCall* call = nullptr) = 0;
 
-  // A call for one of both, which may be taken back: then the forwards that wait, and the step, are as if it
-  // had never been.
+  // A handle for one call of forward_sft() or backward() that can be revoked: the saved passes and the step
+  // are then as before the call.
   virtual std::shared_ptr<TrainingCall> new_call() = 0;
 
   virtual size_t num_cached() const = 0;
   virtual size_t cache_bytes() const = 0;
   virtual void clear_cache() = 0;
 
-  // The number of the next forward that is saved: it keys the dropout masks.
+  // Counts saved forward passes; part of the key of the dropout masks.
   virtual uint32_t step() const = 0;
   virtual void set_step(uint32_t step) = 0;
 };

@@ -15,17 +15,18 @@ namespace ktmoe {
 enum class LoraId : uint8_t { kGateA, kGateB, kUpA, kUpB, kDownA, kDownB };
 inline constexpr size_t kNumLora = 6;
 
-// One matrix an expert, [rows, columns].
+// One matrix per expert, [rows, columns].
 struct LoraShape {
   const char* name;
   uint32_t rows, columns;
   size_t size() const { return size_t{rows} * columns; }
 };
 
-// A [R, K] and B [N, R] of a projection from K features to N. A layer without a gate has none of up: size 0.
+// A [R, K] and B [N, R] of a projection from K features to N. A layer without a gate has no adapters of up:
+// size 0.
 LoraShape lora_shape(const MOESFTConfig& config, LoraId id);
 
-// An array of all experts, bf16 or float32, contiguous; null leaves a matrix as it is.
+// An array of all experts, bf16 or float32, contiguous; null leaves a matrix unchanged.
 struct LoraSource {
   const void* data = nullptr;
   kernels::FloatType type = kernels::FloatType::kFloat32;
@@ -34,12 +35,12 @@ using LoraSources = std::array<LoraSource, kNumLora>;
 
 class LoraWeights {
  public:
-  // Zero where nothing is given; what is given is rounded and copied on the calling thread.
+  // Zero where no source is given. Rounds and copies on the calling thread.
   explicit LoraWeights(const MOESFTConfig& config, const LoraSources& sources = {});
   LoraWeights(const LoraWeights& other);
   LoraWeights& operator=(const LoraWeights&) = delete;
 
-  // Rounds and copies what is given, on the pool's threads.
+  // Rounds and copies the given sources, on the pool's threads.
   void update(const LoraSources& sources, WorkerPool& pool);
 
   // Rows of one expert's matrix.

@@ -1,5 +1,5 @@
-// A node's share of a layer that trains: the base's steps with adapters, and the two steps of the backward
-// pass that are shared out by outputs. Without a training pass it is the layer for inference.
+// A node's share of a layer for training: the base's steps with adapters, and the two steps of the backward
+// pass whose outputs are cut between parts. Without a training pass it computes inference.
 #pragma once
 
 #include <vector>

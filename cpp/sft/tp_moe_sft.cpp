@@ -15,7 +15,7 @@ template class TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface>;
 
 namespace {
 
-// A cache that is being filled: kept on the stack in the end, or its memory is spare again.
+// A cache that is being filled: pushed on the stack in the end, or given back.
 class NewCache {
  public:
   explicit NewCache(CacheStack& stack) : stack_(stack), cache_(stack.take_spare()) {}
@@ -47,7 +47,7 @@ void TP_MOE_SFT::clear_cache() {
 
 void TP_MOE_SFT::update_lora_weights(const LoraSources& sources) {
   const std::lock_guard lock(mutex_);
-  // What waits for its backward pass keeps the values it was computed with.
+  // Saved forward passes keep the values that they were computed with.
   if (lora_.use_count() > 1) lora_ = std::make_shared<LoraWeights>(*lora_);
   lora_->update(sources, *config_.pool);
 }
@@ -66,8 +66,8 @@ void TP_MOE_SFT::forward_sft(const ForwardArgs& args, bool save, uint32_t caller
   const std::lock_guard lock(mutex_);
   if (caches_->is_revoked(call)) return;
   if (save && caches_->size() >= caches_->depth())
-    throw_runtime("forward_sft: as many forwards of layer ", config_.layer_idx,
-                  " wait for their backward as may, max_cache_depth ", caches_->depth(),
+    throw_runtime("forward_sft: got ", caches_->size(), " saved forward passes of layer ", config_.layer_idx,
+                  ", expected fewer than max_cache_depth ", caches_->depth(),
                   "; call backward or clear the cache first");
   begin_forward(args);
   NewCache new_cache(*caches_);
@@ -86,9 +86,9 @@ void TP_MOE_SFT::forward_sft(const ForwardArgs& args, bool save, uint32_t caller
 
 void TP_MOE_SFT::check_before_load() {
   if (caches_->size() != 0)
-    throw_runtime("load_weights: forwards of layer ", config_.layer_idx, " wait for their backward, got ",
-                  caches_->size(), ", expected none");
-  caches_->drop_waiting();  // what backward passes of other threads have just used up
+    throw_runtime("load_weights: got ", caches_->size(), " forward passes of layer ", config_.layer_idx,
+                  " that wait for their backward pass, expected none");
+  caches_->drop_waiting();  // so that no revoked call restores a pass of the old weights
 }
 
 // ---- what both passes use ----

@@ -22,7 +22,7 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
   using Common = TP_MOE_Common<Part, MoE_SFT_Interface>;
 
  public:
-  // Adapters begin as copies of what is given, and as zeros where nothing is.
+  // Adapters start as copies of the given sources, or as zeros.
   TP_MOE_SFT(MOESFTConfig config, GemmKernel kernel, const LoraSources& lora = {});
 
   const MOESFTConfig& sft_config() const override { return sft_config_; }
@@ -44,7 +44,7 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
   void check_before_load() override;
 
  private:
-  // The parts are in training for the length of a scope.
+  // Sets the training pass of all parts for the length of a scope.
   class Training {
    public:
     Training(TP_MOE_SFT& layer, TrainingPass& pass);
@@ -57,21 +57,21 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
   };
 
   TrainingPass make_pass(ForwardCache& cache);
-  // Memory for a cache's rows that are not kept.
+  // Borrowed memory for the rows of a cache that does not save them.
   ScratchPool::Lease lease_rows(ForwardCache& cache, bool for_backward);
-  // The blocks of rows of all experts that have some, cut for operands of k inputs.
+  // Blocks of rows of all active experts, for operands of k inputs.
   std::vector<PanelTask> row_blocks(uint32_t k) const;
 
   // ---- forward ----
 
-  // Takes the memory of a cache and copies into it what the layer computes from.
+  // Allocates a cache and copies the inputs of the pass into it.
   void fill_input(const ForwardArgs& args, bool save, ForwardCache& cache);
   void fill_token(const ForwardArgs& args, uint32_t t, ForwardCache& cache) const;
-  // The layer on the cache's input; without the end, only what the backward pass needs.
+  // The layer on the cache's input. `to_the_end` false: only what the backward pass needs.
   void run_forward(const ForwardArgs& args, ForwardCache& cache, bool to_the_end);
   using LoraHiddenStep = void (*)(TrainingPass&, WorkerScratch&, const PanelTask&);
   void run_lora_hidden(TrainingPass& pass, uint32_t k, LoraHiddenStep step);
-  // What workers have packed is of another matrix from here on.
+  // Forgets what workers have packed, before a step on another matrix.
   void invalidate_packed(TrainingPass& pass);
 
   // ---- backward (tp_moe_sft_backward.cpp) ----
@@ -82,7 +82,7 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
   void run_activation();
   void run_weight_gradients(TrainingPass& pass, const std::vector<WeightGradient>& gradients);
   void run_input(uint32_t passes);
-  // The gradient of a routing weight: the sum over the blocks of its row, in their order.
+  // The gradient of a routing weight: the sum over the blocks of its row, in order.
   void run_grad_weights(const TrainingPass& pass);
 
   const MOESFTConfig sft_config_;

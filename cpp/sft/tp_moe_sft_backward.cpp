@@ -14,7 +14,7 @@
 namespace ktmoe {
 namespace {
 
-// The last cache, for a backward pass: gone when that is done, else back where it was.
+// The last cache, for a backward pass: used up when that is done, else put back.
 class CacheInUse {
  public:
   CacheInUse(CacheStack& stack, TrainingCall* call) : stack_(stack), call_(call), cache_(stack.take_last()) {}
@@ -53,8 +53,8 @@ void TP_MOE_SFT::backward(const BackwardArgs& args, TrainingCall* call) {
   if (caches_->is_revoked(call)) return;
   CacheInUse use(*caches_, call);
   if (use.is_empty())
-    throw_runtime("backward: no forward of layer ", config_.layer_idx,
-                  " waits for it, expected a forward_sft with save_for_backward first");
+    throw_runtime("backward: got no saved forward pass of layer ", config_.layer_idx,
+                  ", expected a forward_sft with save_for_backward first");
   ForwardCache& cache = use.cache();
   if (args.num_tokens != cache.num_tokens)
     throw_invalid("grad_output: got ", args.num_tokens, " tokens, expected ", cache.num_tokens,
@@ -71,7 +71,7 @@ void TP_MOE_SFT::backward(const BackwardArgs& args, TrainingCall* call) {
 }
 
 void TP_MOE_SFT::run_backward(const BackwardArgs& args, ForwardCache& cache) {
-  ForwardArgs to_input;  // dx is combined as outputs are, with weights of one or those of the inputs
+  ForwardArgs to_input;  // dx is combined like outputs, with weights of one or those that scale the inputs
   to_input.num_tokens = args.num_tokens;
   to_input.hidden_states = cache.hidden;
   to_input.out = args.grad_input;

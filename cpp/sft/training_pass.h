@@ -54,8 +54,8 @@ struct BackwardScratch {
   std::vector<kernels::NnTerm> terms;
   float* c = nullptr;             // rows x BackwardRows::columns
   float* l = nullptr;             // the same, of the adapters
-  std::byte* products = nullptr;  // of NN and TN
-  bf16* chunk = nullptr;          // kChunkRows x kMaxTnColumns, rows made on the way to a TN product
+  std::byte* products = nullptr;  // scratch of NN and TN products
+  bf16* chunk = nullptr;          // kChunkRows x kMaxTnColumns: scaled or masked rows of a TN product
 };
 inline constexpr uint32_t kChunkRows = 512;
 
@@ -66,11 +66,11 @@ struct WeightSegment {
 };
 
 // Intermediate results of the backward pass, by rows of the plan. dg and du replace g and u wherever these
-// have the same type. Rows that become lhs operands where they lie (kernels/contract_training.h) are
-// inter_stride() or rank_stride() apart.
+// have the same type. Rows that are packed in place as lhs operands (kernels/contract_training.h)
+// have row stride inter_stride() or rank_stride().
 struct BackwardRows {
   bf16* r = nullptr;                                  // bf(q Bd) [rows, R]; s r where that is exact
-  bf16* weighted_r = nullptr;                         // bf(s w r) [rows, R], R apart
+  bf16* weighted_r = nullptr;                         // bf(s w r) [rows, R], row stride R
   bf16* weighted_ud = nullptr;                        // bf(w ud), likewise
   bf16 *d_gate = nullptr, *d_up = nullptr;            // dg, du [rows, I]
   bf16 *d_lora_gate = nullptr, *d_lora_up = nullptr;  // dug, duu [rows, R]
@@ -82,7 +82,7 @@ struct BackwardRows {
   uint32_t blocks = 0;   // blocks of columns, and one for the bias
 };
 
-// Elements from row to row of what becomes an lhs operand in its own memory.
+// Row stride, in elements, of rows that are packed in place as lhs operands.
 inline size_t lhs_stride(uint32_t width) { return round_up(width, kernels::kOutputBlock); }
 
 struct TrainingPass {
@@ -114,11 +114,11 @@ struct TrainingPass {
   bool gated() const { return config->activation.gated; }
   size_t logical_expert(size_t e) const { return logical->empty() ? e : (*logical)[e]; }
 
-  // Rows of a bf16 matrix by plan rows.
+  // A bf16 matrix by rows of the plan, from `row` on.
   kernels::RowsView rows_from(const bf16* matrix, size_t stride, size_t row) const {
     return {matrix + row * stride, stride, nullptr};
   }
-  // Whether s x is exact in bf16 for any x: then it needs no product of its own.
+  // Whether s is a power of two, so that s x is exact in bf16: scaled adapters then need no separate product.
   bool scale_is_exact() const;
   WeightView adapter(LoraId id, const PanelTask& task) const;
 };
@@ -126,7 +126,7 @@ struct TrainingPass {
 MaskView mask_of_x(const TrainingPass& pass);
 MaskView mask_of_h(const TrainingPass& pass);
 
-// Columns of rows, with zeros where dropout says so, row after row in `to`. Row m is of token tokens[m].
+// Columns of rows after dropout, row after row in `to`. Row m belongs to token tokens[m].
 void copy_dropped(const kernels::KernelTable& kernels, const kernels::RowsView& source, const int32_t* tokens,
                   uint32_t rows, Span columns, const MaskView& mask, bf16* to);
 

@@ -1,5 +1,5 @@
-// Where a training pass keeps things: in a cache's own memory, or in borrowed scratch. Each plan notes what
-// it needs when it is made, and places it once the memory is there.
+// Memory layouts of a training pass: in a cache's own memory, or in borrowed scratch. The constructor of a
+// plan requests memory; place() makes pointers once it is allocated.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace ktmoe {
 
-// The rows that a forward pass keeps for the backward pass, or, without gate and up, only for itself.
+// The rows that a forward pass saves for the backward pass or, without gate and up, needs only itself.
 class RowsPlan {
  public:
   RowsPlan(const MOESFTConfig& config, size_t rows, bool for_backward, ScratchPlan& plan);
@@ -21,7 +21,7 @@ class RowsPlan {
   size_t gate_ = 0, up_ = 0, h_, lora_hidden_[3];
 };
 
-// What a cache holds whether or not its rows are kept.
+// What a cache has whether or not its rows are saved.
 class InputPlan {
  public:
   InputPlan(const MOESFTConfig& config, size_t tokens, size_t rows, bool drops, ScratchPlan& plan);
@@ -45,7 +45,7 @@ class ForwardWorkersPlan {
   bool drops_;
 };
 
-// The rows that the backward pass makes, and every worker's scratch. dg and du take the place of g and u when
+// The rows that the backward pass computes, and every worker's scratch. dg and du overwrite g and u when
 // these are bf16.
 class BackwardPlan {
  public:

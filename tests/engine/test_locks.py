@@ -311,8 +311,8 @@ REFUSALS = (
     "is pending",
     "another call waits",
     "are left over from",
-    "wait for their backward as may",
-    "waits for it, expected a forward_sft",
+    "expected fewer than max_cache_depth",
+    "expected a forward_sft with save_for_backward first",
 )
 
 

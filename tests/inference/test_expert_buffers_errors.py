@@ -116,10 +116,7 @@ def test_gate_and_up_in_different_formats() -> None:
     moe = KTMoEWrapper(0, 1, 1, 32, 32, method="LLAMAFILE")
     q4_0, q8_0 = (np.ones((1, 32, size), np.uint8) for size in (18, 34))
     moe.load_weights_from_tensors(q4_0, q8_0, q8_0, gate_format="Q4_0", up_format="Q8_0", down_format="Q8_0")
-    message = (
-        "gate_proj: its weights are q4_0 and those of up_proj q8_0, expected one format to write them to one "
-        "buffer"
-    )
+    message = "gate_proj: got q4_0, expected q8_0 as up_proj: both are written to one buffer"
     with pytest.raises(ValueError, match=f"^{message}$"):
         write(moe, 1, 0, {})
 

@@ -315,19 +315,19 @@ def test_a_config_is_refused(engine: Any, case: str) -> None:
     assert not ext.moe.AMXBF16_MOE(config).loaded
 
 
-NO_UNGATED_FORM = "activation: .* has no form without a gate, expected one of silu, gelu_tanh, relu2"
+NO_UNGATED_FORM = "activation: got .* without a gate, expected one of silu, gelu_tanh, relu2"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "relu2"}, "activation: relu2 has no gated form"),
+        ({"kind": "relu2"}, "activation: got relu2 with a gate, expected gated=False"),
         ({"kind": "gelu", "gated": False}, NO_UNGATED_FORM),
         ({"kind": "situ", "gated": False}, NO_UNGATED_FORM),
-        ({"kind": "silu", "limit": 0.0}, "activation: limit 0, expected above 0"),
-        ({"kind": "silu", "limit": float("nan")}, "activation: limit .*nan, expected above 0"),
-        ({"kind": "situ", "beta1": -1.0}, "activation: beta -1, 25, expected above 0"),
-        ({"kind": "situ", "beta2": 0.0}, "activation: beta 4, 0, expected above 0"),
+        ({"kind": "silu", "limit": 0.0}, "activation: got limit 0, expected above 0"),
+        ({"kind": "silu", "limit": float("nan")}, "activation: got limit .*nan, expected above 0"),
+        ({"kind": "situ", "beta1": -1.0}, "activation: got beta1 -1, beta2 25, expected both above 0"),
+        ({"kind": "situ", "beta2": 0.0}, "activation: got beta1 4, beta2 0, expected both above 0"),
     ],
 )
 def test_an_activation_is_refused(engine: Any, arguments: dict[str, Any], message: str) -> None:

@@ -161,7 +161,9 @@ def test_a_full_cache(student: Student, batch: Batch, grad_output: AnyArray, dep
     step, held = moe.step, moe.cache_bytes
     assert held > 0
     message = (
-        rf"forward_sft: as many forwards of layer 0 wait for their backward as may, max_cache_depth {depth}; "
+        rf"forward_sft: got {depth} saved forward passes of layer 0, expected fewer than max_cache_depth "
+        rf"{depth}; "
+        "call backward or clear the cache first"
     )
     with pytest.raises(RuntimeError, match=message):
         moe.forward_sft(*batch)
@@ -177,7 +179,7 @@ def test_a_full_cache(student: Student, batch: Batch, grad_output: AnyArray, dep
 
 
 def test_backward_without_forward(moe: Any, batch: Batch, grad_output: AnyArray) -> None:
-    message = r"backward: no forward of layer 0 waits for it, expected a forward_sft with save_for_backward"
+    message = r"backward: got no saved forward pass of layer 0, expected a forward_sft with save_for_backward"
     for before in (
         lambda: None,
         lambda: moe.forward_sft(*batch, False),
@@ -200,9 +202,7 @@ def test_loading_while_a_pass_is_saved(
 ) -> None:
     expected = train(moe, batch, grad_output)
     out = moe.forward_sft(*batch, out=np.empty((T, H), np.float32))
-    with pytest.raises(
-        RuntimeError, match="load_weights: forwards of layer 0 wait for their backward, got 1, expected"
-    ):
+    with pytest.raises(RuntimeError, match="load_weights: got 1 forward passes of layer 0 that wait for"):
         student.layer.load_into(moe)
     assert_same_steps(Step(out, by_name(moe.backward(grad_output))), expected)
     student.layer.load_into(moe)

@@ -249,7 +249,7 @@ def test_loading_while_a_pass_waits_changes_nothing(
     out = moe.forward_sft(*batch, out=np.empty((T, H), np.float32))
     moe.forward_sft(*batch)
     others = student.layer.with_matrices(lambda matrix: matrix[::-1])
-    message = "load_weights: forwards of layer 0 wait for their backward, got 2, expected none"
+    message = "load_weights: got 2 forward passes of layer 0 that wait for their backward pass, expected none"
     with pytest.raises(RuntimeError, match=message):
         others.load_into(moe, MAP)
     moe.load_weights()  # has nothing to do

@@ -31,13 +31,15 @@ void GeneralMOEConfig::validate() const {
   if (pool == nullptr) throw_invalid("pool: got none, expected the backend_ of a CPUInfer");
 
   const kernels::ActivationInfo& info = kernels::activation_info(activation.kind);
-  if (activation.gated && !info.has_gated()) throw_invalid("activation: ", info.name, " has no gated form");
+  if (activation.gated && !info.has_gated())
+    throw_invalid("activation: got ", info.name, " with a gate, expected gated=False");
   if (!activation.gated && !info.has_ungated())
-    throw_invalid("activation: ", info.name, " has no form without a gate, expected one of ",
-                  ungated_activations());
-  if (!(activation.limit > 0)) throw_invalid("activation: limit ", activation.limit, ", expected above 0");
+    throw_invalid("activation: got ", info.name, " without a gate, expected one of ", ungated_activations());
+  if (!(activation.limit > 0))
+    throw_invalid("activation: got limit ", activation.limit, ", expected above 0");
   if (!(activation.beta1 > 0) || !(activation.beta2 > 0))
-    throw_invalid("activation: beta ", activation.beta1, ", ", activation.beta2, ", expected above 0");
+    throw_invalid("activation: got beta1 ", activation.beta1, ", beta2 ", activation.beta2,
+                  ", expected both above 0");
 }
 
 }  // namespace ktmoe

@@ -17,10 +17,10 @@ struct GeneralMOEConfig {
   int64_t layer_idx = 0;
   kernels::Activation activation;
   std::shared_ptr<WorkerPool> pool;
-  int64_t group_size = 0;     // of weights that are quantised by groups; 0: the method's own
-  bool scale_inputs = false;  // the routing weights scale what enters the experts, not what leaves them
+  int64_t group_size = 0;     // of weights that are quantized by groups; 0: the method's default
+  bool scale_inputs = false;  // routing weights scale the experts' inputs, not their outputs
 
-  // Throws std::invalid_argument naming the first field that cannot be used.
+  // Throws std::invalid_argument naming the first invalid field.
   void validate() const;
 };
 

@@ -31,8 +31,8 @@ FormatId chosen_format(const Method& method, int64_t group_size) {
   if (group_size == 0) return method.formats().front();
   if (method.num_formats == 1)
     throw_group_size(group_size, method.product == ProductType::kInt8
-                                      ? "0: integer products take scales of rows"
-                                      : "0: the encoding says what shares a scale");
+                                     ? "0: integer products take scales of rows"
+                                     : "0: the encoding says what shares a scale");
   for (FormatId format : method.formats())
     if (group_size_of(format) == group_size) return format;
   throw_group_size(group_size, group_sizes_of(method));

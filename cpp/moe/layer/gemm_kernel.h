@@ -1,6 +1,5 @@
-// What a layer multiplies with: a weight format, and what products it enters. "224" is the shape of a tile
-// step: two weight tiles, two activation tiles, four accumulators; every kernel runs on every instruction
-// set.
+// What a layer multiplies with: a weight format, and the kind of product. "224" is the shape of a tile step:
+// two weight tiles, two activation tiles, four accumulators. Every kernel runs on every instruction set.
 #pragma once
 
 #include <algorithm>
@@ -14,9 +13,9 @@
 namespace ktmoe {
 
 struct GemmKernel {
-  // None: every projection has one of its own, which are among those of blocks and bf16.
+  // None: each projection has a format of its own, a block format or bf16.
   std::optional<FormatId> format;
-  // Products of int8: activations are quantised, row by row. Else of bf16: weights are decoded on the way.
+  // True: int8 products, activations are quantized row by row. False: bf16 products of decoded weights.
   bool is_integer;
 
   // Bytes of an operand of m rows and k columns.
@@ -32,8 +31,8 @@ inline constexpr GemmKernel GemmKernel224BF{FormatId::kBf16, false};
 inline constexpr GemmKernel GemmKernel224Int8{FormatId::kInt8, true};
 inline constexpr GemmKernel GemmKernel224Int4{FormatId::kInt4Group32, true};
 
-// What a method multiplies with. Throws std::invalid_argument for a group size that the method does not have,
-// and for rows whose integer sums could overflow.
+// What a method multiplies with. Throws std::invalid_argument for a group size that the method does not
+// support, and for rows so long that int32 sums could overflow.
 GemmKernel gemm_kernel(const Method& method, const GeneralMOEConfig& config);
 
 }  // namespace ktmoe

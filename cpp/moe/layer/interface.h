@@ -1,4 +1,4 @@
-// What a layer of experts does, whatever its weight format and however many nodes share it.
+// The interface of an expert layer, for any weight format and any number of NUMA nodes.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +10,13 @@
 
 namespace ktmoe {
 
-// One forward pass of the routed experts. All arrays are contiguous and the caller's.
+// One forward pass of the routed experts. All arrays are contiguous and owned by the caller.
 struct ForwardArgs {
   uint32_t num_tokens = 0;                // T
   const bf16* hidden_states = nullptr;    // [T, H]
   const int64_t* topk_ids = nullptr;      // [T, P]
   const float* topk_weights = nullptr;    // [T, P]
-  const uint8_t* skip_experts = nullptr;  // [E] or null: experts that someone else computes
+  const uint8_t* skip_experts = nullptr;  // [E] or null: experts that are computed elsewhere
   const void* base = nullptr;             // [T, H] or null: what the result is added to; may be `out`
   kernels::FloatType base_type = kernels::FloatType::kFloat32;
   void* out = nullptr;  // [T, H]
@@ -37,7 +37,7 @@ class MoE_Interface {
   virtual const GemmKernel& kernel() const = 0;
   virtual bool loaded() const = 0;
 
-  // Takes the weights and leaves in `weights` what the layer no longer holds, for the caller to release.
+  // Takes the weights. `weights` then has those that the layer had before, for the caller to release.
   // Throws std::invalid_argument when the numbers of matrices or biases do not fit the config.
   virtual void load_weights(ExpertWeights& weights) = 0;
 
@@ -46,11 +46,11 @@ class MoE_Interface {
   // `out` is then as it was.
   virtual void forward(const ForwardArgs& args) = 0;
 
-  // Throws std::runtime_error when nothing is loaded. Does not wait for a call that is under way.
+  // Throws std::runtime_error when nothing is loaded. Does not wait for a running call.
   virtual ProjectionFormats formats() const = 0;
 
-  // Writes an expert to the slices' arrays. Throws std::runtime_error when the layer has no weights, or now
-  // has some of other formats than those of the slices.
+  // Writes an expert to the slices' arrays. Throws std::runtime_error when the layer has no weights, or
+  // weights of other formats than the slices.
   virtual void write_expert(const ExpertSlices& slices) = 0;
 };
 

@@ -4,8 +4,8 @@
 //   down      product of H
 //   combine   slots of a token in order, one rounding
 //
-// Inference and training are the same steps: a derived class adds to them through the hooks below, which the
-// base calls by static dispatch (CRTP) and which do nothing unless hidden by the derived class.
+// Inference and training are the same steps. A derived class extends them through the hooks below, which the
+// base calls by static dispatch (CRTP). The defaults do nothing.
 #pragma once
 
 #include <vector>
@@ -23,7 +23,7 @@ class AMX_MOE_BASE {
   AMX_MOE_BASE(const GeneralMOEConfig& config, const GemmKernel& kernel, const OutputShare& share)
       : config_(config), kernel_(kernel), intermediate_(share.intermediate), hidden_(share.hidden) {}
 
-  // Matrices that hold at least the rows of the share; biases are the whole layer's.
+  // The matrices have at least the rows of the share; biases are the whole layer's.
   void set_weights(const ExpertMatrices* matrices, const ExpertBiases* biases) {
     matrices_ = matrices;
     biases_ = biases;
@@ -32,13 +32,13 @@ class AMX_MOE_BASE {
   void cut_gate_up(const LayerCall& call, int num_threads);
   // Columns of pass `i` of `passes`.
   void cut_down(const LayerCall& call, int num_threads, uint32_t pass, uint32_t passes);
-  // The part of that which every pass over the columns ends with.
+  // Cuts the combination alone, which ends every pass over the columns.
   void begin_pass(const LayerCall& call, int num_threads, uint32_t pass, uint32_t passes);
   uint32_t num_gate_up() const { return static_cast<uint32_t>(gate_up_tasks_.size()); }
   uint32_t num_down() const { return static_cast<uint32_t>(down_tasks_.size()); }
   uint32_t num_combine() const { return static_cast<uint32_t>(combine_tasks_.size()); }
 
-  // Where the results of the down projection go: rows x the widest pass.
+  // Memory for the results of the down projection: rows x the widest pass.
   void set_y(float* y) { pass_.y = y; }
 
   void gate_up(LayerCall& call, WorkerScratch& scratch, uint32_t task_index);
@@ -46,10 +46,10 @@ class AMX_MOE_BASE {
   void combine(const LayerCall& call, uint32_t task_index);
 
   // ---- hooks ----
-  // Gate and up are in scratch.c_gate and c_up; `act` may be told of more.
+  // Gate and up are in scratch.c_gate and c_up; a hook may add arguments to `act`.
   void before_activation(LayerCall&, WorkerScratch&, const PanelTask&, kernels::ActivateArgs&) {}
-  // The rows that the activation leaves, from a column on, in place of an operand: some before integer
-  // products.
+  // Row-major memory for the activation's results from a column on, instead of an operand; integer products
+  // need it.
   kernels::KeptRows kept_rows(const LayerCall& call, const PanelTask& task, uint32_t column) const;
   // The product with the down projection is in scratch.c_gate; only if adds_to_down() says so.
   bool adds_to_down() const { return false; }
@@ -73,10 +73,10 @@ class AMX_MOE_BASE {
   }
 
   const kernels::Operand& packed_hidden(const LayerCall& call, WorkerScratch& scratch, const PanelTask& task);
-  // Where the activation writes its operand: nowhere, when it leaves rows.
+  // Where the activation writes its operand: nowhere when it keeps rows.
   kernels::Operand intermediate(const LayerCall& call, const PanelTask& task,
                                 const kernels::KeptRows& kept) const;
-  // The intermediate as the down projection takes it.
+  // The intermediate as an operand of the down projection.
   kernels::Operand down_operand(const LayerCall& call, WorkerScratch& scratch, const PanelTask& task);
   void product(const LayerCall& call, const WorkerScratch& scratch, const kernels::Operand& x,
                const WeightView& w, const PanelTask& task, float* c, size_t c_stride = 0);

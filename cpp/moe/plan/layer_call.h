@@ -12,7 +12,7 @@
 
 namespace ktmoe {
 
-// The activations a worker has packed last: consecutive panels of an expert share them.
+// The activations that a worker packed last: consecutive panels of an expert share them.
 struct PackedRows {
   uint32_t active = UINT32_MAX;
   uint32_t m0 = 0;
@@ -47,8 +47,8 @@ struct WorkerScratch {
   std::byte* nt = nullptr;  // of the product kernel
 };
 
-// The down projection goes over a part's columns in passes, so that its fp32 results stay in cache until
-// they are combined: in pass i, columns [pass.begin, pass.end) are in y, row after row.
+// The down projection computes a part's columns in several passes, so that its fp32 results stay in cache
+// until they are combined. In each pass `columns` are in y, row after row.
 struct ColumnPass {
   Span columns;
   float* y = nullptr;
@@ -72,14 +72,14 @@ struct LayerCall {
   const float* weights = nullptr;  // [T, P]: what the row of each slot counts in that; null for ones
   bf16* scaled_x = nullptr;        // the inputs by rows of the plan, where the routing weights scale them
   std::vector<std::byte*> h;       // the intermediate of each active expert, an operand
-  // Before integer products instead, since a row is quantised when all of it is there:
-  bf16* h_rows = nullptr;    // the intermediate by rows of the plan, h_stride() apart
+  // For integer products instead, because a row can be quantized only when it is complete:
+  bf16* h_rows = nullptr;    // the intermediate by rows of the plan, with row stride h_stride()
   kernels::Int8Rows x8, h8;  // the inputs, the intermediate by rows of the plan
   std::vector<WorkerScratch> workers;
 
   // Makes the plan. Throws std::out_of_range as RoutingPlan does.
   void plan_batch();
-  // What enters the experts: a row a token, or a row of the plan each where inputs are scaled.
+  // What enters the experts: one row per token, or one per row of the plan where inputs are scaled.
   kernels::RowsView inputs() const { return {scaled_x ? scaled_x : args->hidden_states, hidden(), nullptr}; }
   uint32_t num_inputs() const { return config->scale_inputs ? plan.num_rows() : args->num_tokens; }
   // Those of the rows of the plan from `row` on.

@@ -7,8 +7,8 @@
 namespace ktmoe {
 namespace {
 
-// Equal blocks of about `target` rows, in multiples of a panel. Up to one and a half times as many stay
-// together: reading the weights once more costs more than activations that do not quite fit the cache.
+// Equal blocks of about `target` rows, in multiples of a panel. Up to 1.5 times `target` stay in one block:
+// reading the weights again costs more than activations that do not quite fit the cache.
 uint32_t row_block(uint32_t rows, uint32_t target) {
   const size_t blocks = rows <= target / 2 * 3 ? 1 : div_up(rows - target / 2, target);
   return static_cast<uint32_t>(round_up(div_up(rows, blocks), kernels::kOutputBlock));

@@ -23,32 +23,32 @@ struct PanelTask {
   uint32_t n0, n1;
 };
 
-// Rows of one expert that are taken at a time when a row has k inputs: as many as the second-level cache
-// holds beside the weights.
+// Rows of one expert that are computed at a time when a row has k inputs: as many as fit into L2 beside the
+// weights.
 uint32_t rows_per_block(uint32_t k);
 
 // The most rows that cut_panels puts into one block.
 uint32_t most_rows_per_block(uint32_t k);
 
-// How wide a block of outputs may be (both are powers of two), and how many tasks a thread shall have: enough
-// that the last ones to finish cost little, few enough that each is worth its call.
+// Bounds on the width of a block of outputs (powers of two), and how many tasks to aim at per thread: enough
+// to balance the load, few enough that each is worth its call.
 struct BlockWidth {
   uint32_t least = kernels::kOutputBlock / 2;
   uint32_t most = kernels::kMaxPanelOutputs;
   uint32_t tasks_per_thread = 24;
 };
 
-// Panels of all active experts x outputs, an expert's panels one after the other, so that a worker meets the
-// same activations again. Blocks of outputs are as wide as leaves every thread enough of them to balance.
+// Panels of all active experts x outputs, grouped by expert so that a worker can reuse packed activations.
+// Blocks of outputs are as wide as the target number of tasks per thread allows.
 void cut_panels(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threads,
                 std::vector<PanelTask>& tasks, BlockWidth block_width = {});
 
-// Blocks of tokens, of columns too when there are few tokens.
+// Blocks of tokens; when there are few tokens, columns are cut too.
 void cut_tokens(uint32_t num_tokens, Span columns, int num_threads, std::vector<PanelTask>& tasks);
 
 // `total` in `parts` parts of nearly equal size, cut at multiples of `multiple`.
 Span share_of(uint32_t total, uint32_t multiple, uint32_t part, uint32_t parts);
-// The size of the largest of them; 0 without parts.
+// The size of the largest part; 0 without parts.
 uint32_t widest_share(uint32_t total, uint32_t multiple, uint32_t parts);
 
 }  // namespace ktmoe

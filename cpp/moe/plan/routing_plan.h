@@ -1,4 +1,4 @@
-// Which rows each expert computes: the routing of a batch, turned from tokens to experts.
+// Which rows each expert computes: the routing of a batch, inverted from tokens to experts.
 #pragma once
 
 #include <cstddef>
@@ -40,8 +40,8 @@ T read_once(const T* at) {
 int64_t read_expert_id(const int64_t* ids, size_t i, uint32_t num_slots, uint32_t num_experts);
 [[noreturn]] void throw_wrong_expert(int64_t id, size_t i, uint32_t num_slots, uint32_t num_experts);
 
-// Throws std::out_of_range, naming the first id of num_experts or above. That tells of a mistake early; what
-// computes with the ids reads them anew and has to check them again.
+// Throws std::out_of_range, naming the first id of num_experts or above. This reports a mistake early; code
+// that computes with the ids reads them again and has to check them again.
 template <class Id>
 void check_expert_ids(const Id* ids, uint32_t num_tokens, uint32_t num_slots, uint32_t num_experts) {
   const size_t num_ids = size_t{num_tokens} * num_slots;

@@ -1,4 +1,4 @@
-// Where things lie in one borrowed buffer: what is needed is noted first, then the buffer is borrowed.
+// Offsets into one borrowed buffer: all requests are summed first, then the buffer is borrowed.
 #pragma once
 
 #include <cstddef>

@@ -9,8 +9,8 @@
 namespace ktmoe {
 namespace {
 
-// The rows of one projection, all experts, one after the other. Behind an expert's rows lie its row scales,
-// and behind those the rows of scales that lie apart, as far as there are some.
+// The rows of one projection, expert after expert. In memory an expert's rows are followed by its row scales
+// and then by its block scales, where the format has them.
 struct Block {
   const std::vector<WeightView>* source;
   std::vector<WeightView>* target;

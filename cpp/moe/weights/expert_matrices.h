@@ -1,4 +1,4 @@
-// The weight matrices of a layer, and how a node comes by those rows of them that it computes with.
+// The weight matrices of a layer, and copies of the rows that a NUMA node computes with.
 #pragma once
 
 #include <vector>
@@ -10,7 +10,7 @@
 
 namespace ktmoe {
 
-// A matrix an expert and projection, each with all its rows as far as anyone reads them.
+// One matrix per expert and projection. At least the rows that are read are valid.
 struct ExpertMatrices {
   std::vector<WeightView> gate, up, down;  // [E]; a layer without a gate has no up
 };
@@ -22,12 +22,12 @@ struct OutputShare {
 };
 
 struct NodeMatrices {
-  ExpertMatrices matrices;  // valid for the rows of the share, at their own numbers
+  ExpertMatrices matrices;  // valid for the rows of the share, at their original indices
   NodeMemory memory;
 };
 
-// Copies a share's rows to its node. The pool's threads do it, since the pages lie where they are first
-// written.
+// Copies a share's rows to its node, by the pool's threads: a page is placed on the node that first writes
+// it.
 NodeMatrices copy_to_node(const ExpertMatrices& source, const OutputShare& share, int subpool,
                           WorkerPool& pool);
 

@@ -10,7 +10,7 @@
 namespace ktmoe {
 namespace {
 
-// Lines of bytes, to be copied from lines that lie apart to others.
+// A strided copy: lines of bytes with one row stride to lines with another.
 struct LinesCopy {
   const std::byte* from;
   ptrdiff_t from_stride;
@@ -49,7 +49,7 @@ class Copies {
   }
 
   void run(WorkerPool& pool) const {
-    constexpr size_t kTaskBytes = 128 << 10;  // waking a thread takes as long as copying about so many
+    constexpr size_t kTaskBytes = 128 << 10;  // copying about this many takes as long as waking a thread
     struct Task {
       const LinesCopy* copy;
       uint32_t begin, end;
@@ -65,7 +65,7 @@ class Copies {
   }
 
  private:
-  // A row is its values and, behind those of all columns, perhaps scales of groups.
+  // A row has its codes first and then, in some formats, the scales of its groups.
   void add_rows(const WeightView& matrix, Span rows, const Cut& cut, std::byte* to) {
     const FormatId format = matrix.format;
     const uint32_t begin = cut.columns.begin, end = cut.columns.end;
@@ -91,8 +91,7 @@ class Copies {
     copies_.push_back({from, kBytes, to, kBytes, kBytes, rows.size()});
   }
 
-  // The rows of scales whose first row of the matrix is among `rows`: those that others share with them are
-  // taken where that is.
+  // A row of block scales serves several rows of the matrix. It is copied with the first of them.
   void add_scales_apart(const WeightView& matrix, Span rows, const Cut& cut, std::byte* to) {
     const size_t serves = format_scale_rows(matrix.format);
     const auto first = static_cast<uint32_t>(div_up(rows.begin, serves));
@@ -132,8 +131,8 @@ SliceShapes shapes_of_slices(const GeneralMOEConfig& config, const ProjectionFor
     throw_invalid("gpu_tp_count: got ", num_slices, ", expected a divisor of ", whole,
                   ", the intermediate size");
   if (formats.gate != formats.up)
-    throw_invalid("gate_proj: its weights are ", format_name(formats.gate), " and those of up_proj ",
-                  format_name(formats.up), ", expected one format to write them to one buffer");
+    throw_invalid("gate_proj: got ", format_name(formats.gate), ", expected ", format_name(formats.up),
+                  " as up_proj: both are written to one buffer");
   const int64_t size = whole / num_slices;
   const auto check_cut = [&](FormatId format, size_t unit) {
     if (num_slices != 1 && size % static_cast<int64_t>(unit) != 0)

@@ -1,5 +1,5 @@
-// An expert's weights as devices take them that share its intermediate size: cut in slices of that size, each
-// with its rows of gate and up and its columns of down, in the encoding that the layer holds.
+// An expert's weights for tensor parallelism: cut along the intermediate size into slices, one per device,
+// each with its rows of gate and up and its columns of down, in the layer's encoding.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@
 
 namespace ktmoe {
 
-// What the projections of a layer are encoded as; without a gate, up is as gate is.
+// The formats of a layer's projections; without a gate, `up` equals `gate`.
 struct alignas(4) ProjectionFormats {
   FormatId gate = FormatId::kBf16, up = FormatId::kBf16, down = FormatId::kBf16;
   bool operator==(const ProjectionFormats&) const = default;
@@ -24,22 +24,22 @@ struct SliceShape {
   FormatId format;
   uint32_t num_rows;
   size_t row_bytes;
-  uint32_t num_scale_rows;  // of scales that lie apart; 0: there are none
-  size_t scale_bytes;       // of a row of those
-  bool has_row_scale;       // a float32 a row
+  uint32_t num_scale_rows;  // rows of separate block scales; 0: none
+  size_t scale_bytes;       // of one such row
+  bool has_row_scale;       // one float32 per row
 };
 
-// Gate and up in one, the former first, and down.
+// w13: gate and up in one array, gate first. w2: down.
 struct SliceShapes {
   SliceShape w13, w2;
 };
 
-// Throws std::invalid_argument, which names `gpu_tp_count`, when the intermediate size has no such slices,
-// and when gate and up differ in their format.
+// Throws std::invalid_argument when the intermediate size cannot be cut into `num_slices` (named
+// gpu_tp_count in the message), and when the formats of gate and up differ.
 SliceShapes shapes_of_slices(const GeneralMOEConfig& config, const ProjectionFormats& formats,
                              int64_t num_slices);
 
-// Where a slice goes; null: there is no such array.
+// Where a slice is written; null: no such array.
 struct SliceArrays {
   std::byte *weights = nullptr, *scales = nullptr, *row_scale = nullptr;
 };
@@ -48,10 +48,10 @@ struct SliceArrays {
 struct ExpertSlices {
   uint32_t expert = 0;
   ProjectionFormats formats;
-  std::vector<SliceArrays> w13, w2;  // one a slice
+  std::vector<SliceArrays> w13, w2;  // one per slice
 };
 
-// Rows of a matrix, where they are: a matrix that is valid for them, at their own numbers.
+// Rows of a matrix, and a view that is valid for them at their original indices.
 struct RowsAt {
   Span rows;
   WeightView matrix;
@@ -62,7 +62,7 @@ struct ExpertRows {
   std::vector<RowsAt> gate, up, down;
 };
 
-// Writes the slices, by all threads of the pool.
+// Writes the slices with all threads of the pool.
 void write_slices(const GeneralMOEConfig& config, const ExpertRows& source, const ExpertSlices& slices,
                   WorkerPool& pool);
 

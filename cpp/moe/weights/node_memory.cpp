@@ -13,7 +13,7 @@ NodeMemory::NodeMemory(size_t bytes, int node) : bytes_(bytes) {
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
   data_ = static_cast<std::byte*>(p);
-  bind_memory(p, bytes, node);  // where it is refused, the thread that first writes a page decides
+  bind_memory(p, bytes, node);  // if the system refuses, first touch decides
 }
 
 NodeMemory::~NodeMemory() {

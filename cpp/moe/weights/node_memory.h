@@ -1,4 +1,4 @@
-// Memory on a NUMA node of choice.
+// Memory on a given NUMA node.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,7 @@
 
 namespace ktmoe {
 
-// Pages of their own, on `node` where the system can place them there. Throws std::bad_alloc.
+// Mapped pages, on `node` if the system can place them there. Throws std::bad_alloc.
 class NodeMemory {
  public:
   NodeMemory() = default;

@@ -58,7 +58,7 @@ bool holds_nan(const QuantizeArgs& a, uint32_t n) {
 }  // namespace
 
 void quantize_rows(FormatId format, const QuantizeArgs& args, WorkerPool& pool) {
-  // Some tens of microseconds of work, so that handing it out costs nothing.
+  // Tens of microseconds of work, so that scheduling costs nothing in comparison.
   constexpr uint32_t kWeightsPerTask = 1u << 16;
   QuantizeArgs all = args;
   all.group = static_cast<uint32_t>(format_group(format).value_or(all.group));

@@ -1,4 +1,4 @@
-// Weights to the integers and scales of the quantised formats, by all threads of a pool.
+// Quantizes weights to integer codes and scales, with all threads of a pool.
 #pragma once
 
 #include <algorithm>
@@ -38,9 +38,9 @@ inline constexpr auto kQuantizedFormats = [] {
   return found;
 }();
 
-// Quantises all rows to one of them; the group of `args` is that of the format. Which thread does which row
-// changes no bit. Throws std::invalid_argument for the first row that holds NaN or an infinity: of it nothing
-// is written, others may be.
+// Quantizes all rows to one of them; the group size of `args` is set from the format. The bits do not depend
+// on the number of threads. Throws std::invalid_argument for the first row that contains NaN or an infinity;
+// nothing of it is written, other rows may be.
 void quantize_rows(FormatId format, const kernels::QuantizeArgs& args, WorkerPool& pool);
 
 }  // namespace ktmoe

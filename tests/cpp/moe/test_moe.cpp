@@ -143,7 +143,8 @@ TEST_CASE("a config names the first field that cannot be used") {
                        std::invalid_argument);
   config = make_config(std::make_shared<WorkerPool>(WorkerPoolConfig{1, {0}, {1}}));
   config.activation.kind = kernels::ActivationKind::kRelu2;
-  CHECK_THROWS_WITH_AS(config.validate(), "activation: relu2 has no gated form", std::invalid_argument);
+  CHECK_THROWS_WITH_AS(config.validate(), "activation: got relu2 with a gate, expected gated=False",
+                       std::invalid_argument);
 }
 
 }  // namespace ktmoe

@@ -151,11 +151,11 @@ TEST_CASE("forward passes wait in a stack, and with the adapters that they were 
   layer.update_lora_weights(second.sources());
   layer.forward_sft(second.forward_args(), true);
   CHECK(layer.num_cached() == 2);
-  CHECK_THROWS_WITH_AS(layer.forward_sft(first.forward_args(), true),
-                       "forward_sft: as many forwards of layer 0 wait for their backward as may, "
-                       "max_cache_depth 2; call backward "
-                       "or clear the cache first",
-                       std::runtime_error);
+  CHECK_THROWS_WITH_AS(
+      layer.forward_sft(first.forward_args(), true),
+      "forward_sft: got 2 saved forward passes of layer 0, expected fewer than max_cache_depth 2; "
+      "call backward or clear the cache first",
+      std::runtime_error);
   layer.backward(second.backward_args());
   layer.backward(first.backward_args());
   CHECK(first.bits() == alone);
@@ -192,7 +192,7 @@ TEST_CASE("what cannot be trained is refused and changes nothing") {
   load(layer, step);
   CHECK_THROWS_WITH_AS(
       layer.backward(step.backward_args()),
-      "backward: no forward of layer 0 waits for it, expected a forward_sft with save_for_backward first",
+      "backward: got no saved forward pass of layer 0, expected a forward_sft with save_for_backward first",
       std::runtime_error);
   layer.forward_sft(step.forward_args(), true);
   BackwardArgs fewer = step.backward_args();
@@ -201,9 +201,10 @@ TEST_CASE("what cannot be trained is refused and changes nothing") {
                        "grad_output: got 36 tokens, expected 37 as in the forward pass",
                        std::invalid_argument);
   ExpertWeights weights = step.model.expert_weights();
-  CHECK_THROWS_WITH_AS(layer.load_weights(weights),
-                       "load_weights: forwards of layer 0 wait for their backward, got 1, expected none",
-                       std::runtime_error);
+  CHECK_THROWS_WITH_AS(
+      layer.load_weights(weights),
+      "load_weights: got 1 forward passes of layer 0 that wait for their backward pass, expected none",
+      std::runtime_error);
   layer.backward(step.backward_args());
   CHECK(step.bits() == train({1, {0}, {1}}, Topology::read()));
 }
@@ -237,7 +238,7 @@ TEST_CASE("a training config names the first field that cannot be used") {
   refused([](MOESFTConfig& c) { c.lora_rank = -1; }, "lora_rank: got -1, expected 0 to 4096");
   refused([](MOESFTConfig& c) { c.lora_alpha = 1.0 / 0.0; }, "lora_alpha: got inf, expected a finite number");
   refused([](MOESFTConfig& c) { c.lora_alpha = 1e300; },
-          "lora_alpha: got 1e+300, expected less: the scale of the adapters is no float32");
+          "lora_alpha: got 1e+300, expected less: the scale of the adapters overflows float32");
   refused([](MOESFTConfig& c) { c.lora_dropout = 1.0; },
           "lora_dropout: got 1, expected at least 0 and below 1");
   refused([](MOESFTConfig& c) { c.max_cache_depth = 0; }, "max_cache_depth: got 0, expected 1 to 1048576");
