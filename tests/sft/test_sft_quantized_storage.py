@@ -138,7 +138,7 @@ def test_files_train_as_what_is_quantized_in_memory(
             moe = wrapper(name, group_size, weight_path=path)
             moe.load_weights(MAP)
             moe.init_lora_weights(**student.lora)
-            for matrix in moe._experts.matrices.values():
+            for matrix in moe._experts.projections.values():
                 assert not matrix.codes.flags.owndata
             assert_same_steps(train(moe, *training), expected)
             moe.load_weights()  # does nothing
@@ -203,7 +203,7 @@ def test_what_was_converted_trains(given: str | None, source: Path, target: Path
     options: Any = {"mode": "sft", "lora_rank": R, "physical_to_logical_map": [5, 0, 1, 1, 2, 3]}
     moe: Any = KTMoEWrapper.from_pretrained(target, 1, method=given, **options)
     assert (moe.method, moe.group_size, moe.loaded) == (given or "AMXINT4_SFT", 32, True)
-    assert not moe._experts.matrices["up_proj"].codes.flags.owndata
+    assert not moe._experts.up.codes.flags.owndata
     fresh: Any = KTMoEWrapper.from_pretrained(source, 1, method=moe.method, **options)
     assert_train_alike(moe, fresh)
 

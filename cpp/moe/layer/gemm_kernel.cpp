@@ -31,8 +31,8 @@ FormatId chosen_format(const Method& method, int64_t group_size) {
   if (group_size == 0) return method.formats().front();
   if (method.num_formats == 1)
     throw_group_size(group_size, method.product == ProductType::kInt8
-                                     ? "0: integer products take scales of rows"
-                                     : "0: the encoding says what shares a scale");
+                                     ? "0: int8 products need per-channel scales"
+                                     : "0: the encoding has its own block size");
   for (FormatId format : method.formats())
     if (group_size_of(format) == group_size) return format;
   throw_group_size(group_size, group_sizes_of(method));
@@ -54,8 +54,7 @@ void check_sums(const GeneralMOEConfig& config) {
 GemmKernel gemm_kernel(const Method& method, const GeneralMOEConfig& config) {
   const bool is_integer = method.product == ProductType::kInt8;
   if (method.formats().empty()) {
-    if (config.group_size != 0)
-      throw_group_size(config.group_size, "0: the encoding says what shares a scale");
+    if (config.group_size != 0) throw_group_size(config.group_size, "0: the encoding has its own block size");
     return {std::nullopt, is_integer};
   }
   const FormatId format = chosen_format(method, config.group_size);
