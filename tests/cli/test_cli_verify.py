@@ -14,6 +14,7 @@ from cli_runs import CONTROL, QUICK, only_error, run_ktmoe
 from ktmoe_np.cli import main
 from ktmoe_np.cli.checkpoint import write_demo_checkpoint
 from ktmoe_np.cli.expert_source import TensorSource
+from ktmoe_np.cli.quantized_reference import quantize_matrices
 from ktmoe_np.cli.sample import Expected, draw_sample
 from ktmoe_np.config import MoEConfig
 from ktmoe_np.formats.methods import find_method
@@ -84,7 +85,8 @@ def test_the_reference_judges_quantised_layers(name: str, num_experts: int, tmp_
     experts, sample = load_experts(tmp_path, 0, config), draw_sample(config, num_experts)
     method = find_method(name, "inference")
     fmt = FORMATS[method.formats[method.resolve_group_size(None)]]
-    matrices = [fmt.quantize(np.stack(projection.codes)) for projection in experts.projections.values()]
+    codes = (np.stack(projection.codes) for projection in experts.projections.values())
+    matrices = [quantize_matrices(fmt, matrix) for matrix in codes]
     biases = experts.bias_arguments()
     inputs = (sample.hidden_states, sample.ids, sample.weights, *matrices)
     right = moe_forward(*inputs, **biases, activation=config.activation, product=method.product)

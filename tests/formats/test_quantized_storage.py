@@ -120,18 +120,18 @@ def test_saved_weights_are_mapped_and_held(layer: Layer, tmp_path: Path) -> None
     load(wrapper("AMXINT4"), layer).save_weights(tmp_path)
     moe = wrapper("MOE_INT4", weight_path=tmp_path)
     moe.load_weights()
-    for matrix in moe._experts.matrices.values():
+    for matrix in moe._experts.projections.values():
         assert not matrix.codes.flags.owndata
         assert not matrix.codes.flags.writeable
-    codes = {name: np.array(matrix.codes) for name, matrix in moe._experts.matrices.items()}
-    scales = {name: np.array(matrix.row_scale) for name, matrix in moe._experts.matrices.items()}
+    codes = {name: np.array(matrix.codes) for name, matrix in moe._experts.projections.items()}
+    scales = {name: np.array(matrix.channel_scale) for name, matrix in moe._experts.projections.items()}
     given = wrapper("AMXINT4")
     given.load_weights_from_tensors(
         *codes.values(), **{name.replace("proj", "scale"): scale for name, scale in scales.items()}
     )
-    for name, matrix in given._experts.matrices.items():
+    for name, matrix in given._experts.projections.items():
         assert np.shares_memory(matrix.codes, codes[name])
-        assert np.shares_memory(matrix.row_scale, scales[name])
+        assert np.shares_memory(matrix.channel_scale, scales[name])
 
 
 @pytest.mark.parametrize("as_lists", [False, True])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from native_readers import (
 )
 
 from ktmoe_np import KTMoEWrapper
+from ktmoe_np.formats.weights import ExpertWeights, Projection
 from ktmoe_np.io.native import load_native
 from ktmoe_np.reference import (
     assert_within,
@@ -229,10 +229,15 @@ def test_a_model(tmp_path: Path, case: Case) -> None:
 
     got = moe.forward(*call.batch, out=np.empty(call.output.shape, np.float32))
     gate, up, down = (stacked(matrices[name]) for name in ("gate_proj", "up_proj", "down_proj"))
-    biases = {f"{name}_bias": experts.biases.get(f"{name}_proj") for name in ("gate", "up", "down")}
+    biases = experts.bias_arguments()
     activation = moe.config.activation
     bound = error_bound(*call.batch, gate, up, down, **biases, activation=activation, out_dtype=np.float32)
-    dense = SimpleNamespace(gate=plain(gate), up=plain(up), down=plain(down), **biases)
+    dense = ExpertWeights.of(
+        {
+            name: Projection(plain(matrix), bias=experts.biases.get(name))
+            for name, matrix in (("gate_proj", gate), ("up_proj", up), ("down_proj", down))
+        }
+    )
     rounding = rounding_of_the_intermediate(dense, call.batch, activation)
     assert_within(got, call.output, bound + rounding)
     error = np.linalg.norm(got - call.output) / np.linalg.norm(call.output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from layers import Layer
 
+from ktmoe_np.cli.quantized_reference import quantize_matrices
 from ktmoe_np.formats.methods import METHODS as REGISTRY
 from ktmoe_np.formats.methods import Method
 from ktmoe_np.formats.quantized import FORMATS
@@ -21,7 +22,8 @@ def quantized_layer(layer: Layer, method: str, group_size: int | None) -> Layer:
     found = _found(method)
     if not found.formats:
         return layer
-    return layer.with_matrices(FORMATS[found.formats[found.resolve_group_size(group_size)]].quantize)
+    fmt = FORMATS[found.formats[found.resolve_group_size(group_size)]]
+    return layer.with_matrices(lambda weights: quantize_matrices(fmt, weights))
 
 
 def product_of(method: str) -> str:

@@ -81,6 +81,7 @@ class NativeSource:
         decode, group = DECODERS[self.experts.method], self.experts.group_size
         made: dict[str, Any] = {"up_proj": None, **_biases(self.experts.biases, experts)}
         for name, projection in self.experts.projections.items():
+            assert projection.scales is not None
             MappedFiles([projection.codes, projection.scales]).check()
             codes = np.stack([projection.codes[e] for e in experts])
             scale = np.stack([projection.scales[e] for e in experts])

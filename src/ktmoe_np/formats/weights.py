@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..arrays.summary import arrays_summary, object_summary
+from ..arrays.types import Array
 
-__all__ = ["ExpertWeights", "Projection"]
+__all__ = ["ExpertWeights", "Matrices", "Projection"]
+
+#: One array for all experts, or a sequence of E arrays.
+Matrices: TypeAlias = Array | Sequence[Array]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,11 +35,11 @@ class Projection:
         Of projections that have formats of their own: a name in `ktmoe_np.formats.gguf`.
     """
 
-    codes: Any
-    block_scales: Any = None
-    channel_scale: Any = None
-    global_scale: Any = None
-    bias: Any = None
+    codes: Matrices
+    block_scales: Matrices | None = None
+    channel_scale: Matrices | None = None
+    global_scale: Array | None = None
+    bias: Array | None = None
     format: str | None = None
 
     def __repr__(self) -> str:
@@ -46,7 +50,7 @@ class Projection:
         return f"{self.format or ''} {arrays_summary(arrays)}"
 
     @property
-    def scales(self) -> Any:
+    def scales(self) -> Matrices | None:
         """The scales that go with the codes in a checkpoint: per block or per row."""
         return self.channel_scale if self.block_scales is None else self.block_scales
 

@@ -107,9 +107,9 @@ class GgufWeights(MoELayer):
         [256.0, 256.0]
         """
         given = {
-            "gate_proj": Projection(gate_proj, bias=gate_bias, format=_format_name(gate_format)),
-            "up_proj": Projection(up_proj, bias=up_bias, format=_format_name(up_format)),
-            "down_proj": Projection(down_proj, bias=down_bias, format=_format_name(down_format)),
+            "gate_proj": _given(gate_proj, gate_bias, gate_format),
+            "up_proj": _given(up_proj, up_bias, up_format),
+            "down_proj": _given(down_proj, down_bias, down_format),
         }
         sizes = projection_sizes(self.config)
         projections = {
@@ -151,3 +151,8 @@ def _format_name(fmt: Any) -> str | None:
     if fmt is None:
         return None
     return str(getattr(fmt, "name", fmt)).lower()
+
+
+def _given(codes: Any, bias: Any, fmt: object) -> Projection:
+    """A projection as the caller gives it, before anything is checked."""
+    return Projection(codes, bias=bias, format=_format_name(fmt))

@@ -34,7 +34,7 @@ _OTHERS = {
 }
 
 #: The tensor types by their numbers in a file.
-GGUF_TYPES: Mapping[int, GgufFormat] = {**_OTHERS, **GGUF_NUMBERS}
+GGUF_TYPES: Mapping[int, GgufFormat] = dict(sorted({**_OTHERS, **GGUF_NUMBERS}.items()))
 
 _MAX_DIMENSIONS = 4
 _DEFAULT_ALIGNMENT = 32
