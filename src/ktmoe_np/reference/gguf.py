@@ -189,7 +189,8 @@ def _odd(scales: Ints) -> Floats:
 
 def _signed(sizes: Ints, signs: Ints) -> Ints:
     """Sizes [..., 8] with the signs of eight bits [...]."""
-    return np.where(signs[..., None] >> np.arange(8) & 1, -sizes, sizes)
+    signed: Ints = np.where(signs[..., None] >> np.arange(8) & 1, -sizes, sizes)
+    return signed
 
 
 def _eight_signs(seven: Ints) -> Ints:
