@@ -16,8 +16,8 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// The sum over all threads of what `work` reports per second. The threads start together (or after a short wait
-// when one is not scheduled), and each repeats its work until the time is over.
+// The sum over all threads of what `work` reports per second. The threads start together (or after a short
+// wait when one is not scheduled), and each repeats its work until the time is over.
 double total_rate(WorkerPool& pool, double seconds, FunctionRef<double(uint32_t)> work) {
   const uint32_t threads = static_cast<uint32_t>(pool.num_threads());
   std::atomic<uint32_t> ready{0};
