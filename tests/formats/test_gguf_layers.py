@@ -43,7 +43,10 @@ def test_the_reference_decodes_as_gguf_does(name: str) -> None:
     block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
     rows = np.random.default_rng(0).integers(0, 256, (3, 2, 500 * block_bytes), np.uint8)
     with np.errstate(all="ignore"):
-        expected = gguf.quants.dequantize(rows, kind).astype(bf16)
+        try:
+            expected = gguf.quants.dequantize(rows, kind).astype(bf16)
+        except NotImplementedError:
+            pytest.skip(f"this version of gguf does not decode {kind.name}")
         actual = decode_gguf(rows, name)
     np.testing.assert_array_equal(actual.astype(np.float32), expected.astype(np.float32))
 
@@ -191,7 +194,7 @@ KNOWN = ", ".join(GGUF_FORMATS)
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"down_format": "IQ2_XXS"}, ValueError, f"down_format: got 'iq2_xxs', expected one of {KNOWN}"),
+        ({"down_format": "Q8_K"}, ValueError, f"down_format: got 'q8_k', expected one of {KNOWN}"),
         ({"gate_format": None}, ValueError, f"gate_format: got None, expected one of {KNOWN}"),
         ({"up_format": "fp8"}, ValueError, f"up_format: got 'fp8', expected one of {KNOWN}"),
         ({"gate_format": "q4_1"}, ValueError, "gate_proj: got uint8 [2, 64, 54], expected uint8 [2, 64, 60]"),
@@ -254,7 +257,7 @@ def test_bytes_are_told_by_weights_that_are_there() -> None:
 @pytest.mark.parametrize(
     ("rows", "name", "message"),
     [
-        (np.zeros(18, np.uint8), "iq1_s", "type_name: got 'iq1_s', expected one of f32, f16"),
+        (np.zeros(18, np.uint8), "q8_k", "type_name: got 'q8_k', expected one of f32, f16"),
         (np.zeros(19, np.uint8), "q4_0", "data: got rows of 19 bytes, expected a multiple of 18 of q4_0"),
     ],
 )

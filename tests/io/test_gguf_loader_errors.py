@@ -70,8 +70,8 @@ WRONG_TENSORS: list[tuple[str, Change, str]] = [
     ),
     (
         "stacked",
-        put(UP, "mxfp4", E, I, 34),
-        rf"up_exps\.weight' is mxfp4, which is not among {', '.join(GGUF_FORMATS)}$",
+        put(UP, "q8_1", E, I, 80),
+        rf"up_exps\.weight' is q8_1, which is not among {', '.join(GGUF_FORMATS)}$",
     ),
     (
         "stacked",
