@@ -61,14 +61,6 @@ struct WeightView {
   }
 };
 
-namespace formats {
-// The binary logarithm of the size of the groups of a format in groups of 32, 64 or 128, whose identifiers
-// follow one another.
-constexpr uint32_t group_shift(FormatId id, FormatId of_32) {
-  return 5 + static_cast<uint32_t>(id) - static_cast<uint32_t>(of_32);
-}
-}  // namespace formats
-
 // Rows of nibbles: two a byte, the low one first.
 constexpr size_t nibble_bytes(size_t k) { return (k + 1) / 2; }
 constexpr int nibble_at(const std::byte* row, size_t i) {

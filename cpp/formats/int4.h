@@ -38,8 +38,6 @@ using Int4Group32 = Int4<32>;
 using Int4Group64 = Int4<64>;
 using Int4Group128 = Int4<128>;
 static_assert(WeightFormat<Int4Group32>);
-static_assert(size_t{1} << group_shift(FormatId::kInt4Group64, FormatId::kInt4Group32) == 64);
-static_assert(size_t{1} << group_shift(FormatId::kInt4Group128, FormatId::kInt4Group32) == 128);
 
 }  // namespace ktmoe::formats
 
@@ -64,12 +62,6 @@ struct Int4Products {
 };
 inline constexpr Int4Products kInt4Products;
 
-// One set of loops for all sizes of groups.
-template <size_t kSize>
-struct LoopFormatOf<formats::Int4<kSize>> {
-  using type = formats::Int4Group32;
-};
-
 // A segment lies in one group: groups are multiples of the longest.
 template <size_t kSize>
 struct Unpack<formats::Int4<kSize>> {
@@ -77,16 +69,10 @@ struct Unpack<formats::Int4<kSize>> {
   struct Row : CodeRow<Row> {
     const std::byte *data, *multipliers;
     float scale;
-    uint32_t group_shift;
     Row() = default;
     KT_INLINE Row(const WeightView& w, size_t n)
-        : data(w.row(n)),
-          multipliers(data + nibble_bytes(w.k)),
-          scale(w.row_scale[n]),
-          group_shift(formats::group_shift(w.format, FormatId::kInt4Group32)) {}
-    KT_INLINE size_t multiplier(size_t k) const {
-      return static_cast<uint8_t>(multipliers[k >> group_shift]);
-    }
+        : data(w.row(n)), multipliers(data + nibble_bytes(w.k)), scale(w.row_scale[n]) {}
+    KT_INLINE size_t multiplier(size_t k) const { return static_cast<uint8_t>(multipliers[k / kSize]); }
     KT_INLINE const int8_t* products(size_t k) const { return kInt4Products.codes[multiplier(k)]; }
     KT_INLINE Vec::Segment segment(size_t k) const {
       const size_t m = multiplier(k);

@@ -38,8 +38,6 @@ struct RawInt4Group128 : RawInt4<128> {
   static constexpr std::string_view kName = "rawint4_group128";
 };
 static_assert(WeightFormat<RawInt4Group32>);
-static_assert(size_t{1} << group_shift(FormatId::kRawInt4Group64, FormatId::kRawInt4Group32) == 64);
-static_assert(size_t{1} << group_shift(FormatId::kRawInt4Group128, FormatId::kRawInt4Group32) == 128);
 
 }  // namespace ktmoe::formats
 
@@ -47,33 +45,24 @@ static_assert(size_t{1} << group_shift(FormatId::kRawInt4Group128, FormatId::kRa
 
 #ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
 
-// One set of loops for all sizes of groups, which are multiples of the longest segment.
-template <>
-struct LoopFormatOf<formats::RawInt4Group64> {
-  using type = formats::RawInt4Group32;
-};
-template <>
-struct LoopFormatOf<formats::RawInt4Group128> {
-  using type = formats::RawInt4Group32;
-};
-template <>
-struct Unpack<formats::RawInt4Group32> {
-  using Format = formats::RawInt4Group32;
+template <class Format>
+struct UnpackRawInt4 {
   static constexpr bool kAsStored = false;
   struct Row : NibbleRow<Row, Format> {
-    uint32_t group_shift;
     Row() = default;
-    KT_INLINE Row(const WeightView& w, size_t n)
-        : NibbleRow<Row, Format>(w, n), group_shift(formats::group_shift(w.format, Format::kId)) {}
-    KT_INLINE float scale(size_t k) const {
-      return formats::RawInt4<1>::scale(this->scales, k >> group_shift);
-    }
+    KT_INLINE Row(const WeightView& w, size_t n) : NibbleRow<Row, Format>(w, n) {}
     template <class V = Vec>
     KT_INLINE typename V::Segment looked_up(const std::byte* nibbles, size_t k, size_t) const {
       const auto numbers = V::load_f(kFloatTable<kFromMinusEight>.of);
-      return V::look_up_floats(nibbles, V::mul(numbers, V::set(scale(k))));
+      return V::look_up_floats(nibbles, V::mul(numbers, V::set(Format::scale(this->scales, k))));
     }
   };
 };
+template <>
+struct Unpack<formats::RawInt4Group32> : UnpackRawInt4<formats::RawInt4Group32> {};
+template <>
+struct Unpack<formats::RawInt4Group64> : UnpackRawInt4<formats::RawInt4Group64> {};
+template <>
+struct Unpack<formats::RawInt4Group128> : UnpackRawInt4<formats::RawInt4Group128> {};
 
 #endif  // KT_TARGET_REGION

@@ -18,6 +18,7 @@ from layers import AnyArray, Batch, Layer, bf16
 from sft_layers import Student, by_name
 
 from ktmoe_np import KTMoEWrapper
+from ktmoe_np.formats.weights import ExpertWeights, Projection
 from ktmoe_np.io import load_experts
 from ktmoe_np.reference import assert_within, error_bound
 
@@ -117,18 +118,10 @@ def rounding(block: Block, layer: Layer) -> AnyArray:
     for p in range(ids.shape[1]):
         rows = (weights[:, p, None] * x.astype(np.float32)).astype(bf16)
         slots = Batch(rows, ids[:, p : p + 1], np.ones((len(x), 1), np.float32))
-        experts: Any = _Named(*layer.matrices)
+        gate, up, down = map(Projection, layer.matrices)
+        experts = ExpertWeights(gate=gate, up=up, down=down)
         total += rounding_of_the_intermediate(experts, slots, layer.activation)
     return total
-
-
-@dataclass
-class _Named:
-    gate: AnyArray
-    up: AnyArray
-    down: AnyArray
-    gate_bias: None = None
-    up_bias: None = None
 
 
 def test_gradients(block: Block) -> None:

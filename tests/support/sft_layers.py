@@ -31,6 +31,7 @@ from ktmoe_np.config import parse_activation
 from ktmoe_np.formats.encodings import NATIVE_FORMATS, NativeFormat
 from ktmoe_np.formats.methods import find_method
 from ktmoe_np.formats.quantized import FORMATS
+from ktmoe_np.layers.base import to_engine
 from ktmoe_np.layers.quantize_task import quantize_projection
 from ktmoe_np.reference import Dropout, LoraWeights, assert_within
 
@@ -295,7 +296,7 @@ def low_level_sft(engine: Any, student: Student, num_slots: int, **options: Any)
 
 
 def _encoded(engine: Any, student: Student) -> dict[str, Any]:
-    """The weights as the extension takes them: quantised by a method that does, or in their encoding."""
+    """The weights as the extension takes them: quantized by a method that does, or in their encoding."""
     method, group_size = student.method
     fmt = find_method(method, "sft").formats.get(group_size)
     encoded: dict[str, Any] = {}
@@ -309,7 +310,7 @@ def _encoded(engine: Any, student: Student) -> dict[str, Any]:
             encoded[f"{name}_proj"] = matrix
         else:
             made = quantize_projection(engine, FORMATS[fmt], name, matrix, matrix.shape)
-            encoded |= {f"{name}_proj": made.codes, f"{name}_scale": made.row_scale}
+            encoded[f"{name}_proj"] = to_engine(made)
     return encoded
 
 
@@ -318,19 +319,18 @@ def _in_encoding(fmt: NativeFormat, layer: NativeLayer) -> dict[str, Any]:
     for name, matrix in zip(("gate", "up", "down"), layer.matrices, strict=True):
         if matrix is not None:
             given = (layer.arguments.get(f"{name}_{role}") for role in ("proj", "scale", "global_scale"))
-            made = fmt.matrices(name, *given, matrix.shape)
-            parts = {"proj": made.codes, "scales": made.scales, "scale": made.row_scale}
-            encoded |= {f"{name}_{role}": part for role, part in parts.items()}
+            encoded[f"{name}_proj"] = to_engine(fmt.matrices(name, *given, matrix.shape))
     return encoded
 
 
 def _in_blocks(layer: NativeLayer) -> dict[str, Any]:
-    encoded = dict(layer.arguments)
+    encoded: dict[str, Any] = {"up_proj": None}
     for name in ("gate", "up", "down"):
-        if f"{name}_format" in encoded:
-            encoded[f"{name}_format"] = encoded[f"{name}_format"].lower()
-            if encoded[f"{name}_format"] == "bf16":
-                encoded[f"{name}_proj"] = encoded[f"{name}_proj"].view(bf16)
+        if f"{name}_format" in layer.arguments:
+            rows, kind = layer.arguments[f"{name}_proj"], layer.arguments[f"{name}_format"].lower()
+            encoded[f"{name}_proj"] = ext.moe.Projection(
+                rows.view(bf16) if kind == "bf16" else rows, format=kind
+            )
     return encoded
 
 

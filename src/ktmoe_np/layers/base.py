@@ -185,7 +185,7 @@ class MoELayer(_MoEBase):
         files = MappedFiles(array for p in weights.projections.values() for array in vars(p).values())
         files.check()
         task = self._layer.load_weights_task(
-            **{name: _as_engine_takes(p) for name, p in {"up_proj": None, **weights.projections}.items()},
+            **{name: to_engine(p) for name, p in {"up_proj": None, **weights.projections}.items()},
             **weights.bias_arguments(),
             physical_to_logical_map=physical_to_logical_map,
         )
@@ -241,8 +241,8 @@ class MoELayer(_MoEBase):
             raise RuntimeError(f"cuda_stream: got {cuda_stream!r}, expected None: arrays are on the CPU")
 
 
-def _as_engine_takes(projection: Projection | None) -> ext.moe.Projection | None:
-    """A projection as arguments of the engine; a global scale has become one of channels before."""
+def to_engine(projection: Projection | None) -> ext.moe.Projection | None:
+    """Convert a projection to the engine's own; a global scale has become a channel scale before."""
     if projection is None:
         return None
     return ext.moe.Projection(
