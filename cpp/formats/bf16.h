@@ -36,7 +36,7 @@ static_assert(WeightFormat<Bf16>);
 // bf16 rows need no unpacking: a segment is loaded as it lies.
 template <>
 struct Unpack<formats::Bf16> {
-  static constexpr bool kAsStored = true;
+  static constexpr bool kUsedAsStored = true;
   struct Row {
     const std::byte* data;
     Row() = default;

@@ -73,7 +73,7 @@ struct E4m3Row {
 
 template <class Scaled>
 struct UnpackE4m3 {
-  static constexpr bool kAsStored = false;
+  static constexpr bool kUsedAsStored = false;
   struct Row : E4m3Row<Row> {
     const std::byte *data, *scales;
     Row() = default;
@@ -144,7 +144,7 @@ struct Unpack<formats::MxFp8> : UnpackE4m3<formats::MxFp8> {
 
 template <>
 struct Unpack<formats::Fp8Row> {
-  static constexpr bool kAsStored = false;
+  static constexpr bool kUsedAsStored = false;
   template <class V = Vec>
   static KT_INLINE void decode_tile(const WeightView& rows, size_t k, std::byte* to, ptrdiff_t line)
     requires V::kLooksUpScaled

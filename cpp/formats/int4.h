@@ -65,7 +65,7 @@ inline constexpr Int4Products kInt4Products;
 // A segment lies in one group: groups are multiples of the longest.
 template <size_t kSize>
 struct Unpack<formats::Int4<kSize>> {
-  static constexpr bool kAsStored = false, kBytesAsStored = false;
+  static constexpr bool kUsedAsStored = false, kBytesUsedAsStored = false;
   struct Row : CodeRow<Row> {
     const std::byte *data, *multipliers;
     float scale;

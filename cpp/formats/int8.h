@@ -55,7 +55,7 @@ static_assert(WeightFormat<Int8Group32>);
 
 template <>
 struct Unpack<formats::Int8> {
-  static constexpr bool kAsStored = false, kBytesAsStored = true;
+  static constexpr bool kUsedAsStored = false, kBytesUsedAsStored = true;
   struct Row : CodeRow<Row> {
     const std::byte* data;
     float scale;
@@ -74,7 +74,7 @@ struct Unpack<formats::Int8> {
 
 template <>
 struct Unpack<formats::Int8Group32> {
-  static constexpr bool kAsStored = false;
+  static constexpr bool kUsedAsStored = false;
   struct Row {
     const std::byte* data;
     size_t num;

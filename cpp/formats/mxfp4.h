@@ -32,7 +32,7 @@ static_assert(WeightFormat<MxFp4>);
 template <>
 struct Unpack<formats::MxFp4> {
   using Format = formats::MxFp4;
-  static constexpr bool kAsStored = false;
+  static constexpr bool kUsedAsStored = false;
   struct Row : NibbleRow<Row, Format> {
     Row() = default;
     KT_INLINE Row(const WeightView& w, size_t n) : NibbleRow<Row, Format>(w, n) {}

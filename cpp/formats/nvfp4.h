@@ -34,7 +34,7 @@ static_assert(WeightFormat<NvFp4>);
 template <>
 struct Unpack<formats::NvFp4> {
   using Format = formats::NvFp4;
-  static constexpr bool kAsStored = false;
+  static constexpr bool kUsedAsStored = false;
   struct Row : NibbleRow<Row, Format> {
     float row_scale;
     Row() = default;

@@ -47,7 +47,7 @@ static_assert(WeightFormat<RawInt4Group32>);
 
 template <class Format>
 struct UnpackRawInt4 {
-  static constexpr bool kAsStored = false;
+  static constexpr bool kUsedAsStored = false;
   struct Row : NibbleRow<Row, Format> {
     Row() = default;
     KT_INLINE Row(const WeightView& w, size_t n) : NibbleRow<Row, Format>(w, n) {}

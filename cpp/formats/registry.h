@@ -7,7 +7,10 @@
 
 namespace ktmoe {
 
-// Calls function(F) for the format of that id, F its type by a value.
+[[noreturn]] void throw_unknown_format(FormatId id);
+
+// Calls function(F) for the format of that id, F its type by a value. Throws std::invalid_argument for an id
+// that is none.
 template <class Function>
 constexpr auto with_format(FormatId id, Function&& function) {
   switch (id) {
@@ -17,7 +20,7 @@ constexpr auto with_format(FormatId id, Function&& function) {
 #undef KT_FORMAT
     case FormatId::kCount: break;
   }
-  return function(formats::Bf16{});
+  throw_unknown_format(id);
 }
 
 inline size_t format_row_bytes(FormatId id, size_t k) {

@@ -210,10 +210,10 @@ struct KernelTable {
   ElementwiseKernels elementwise;
 
   // Training; see contract_training.h.
-  size_t (*left_bytes)(uint32_t m, uint32_t n);
-  Operand (*pack_left)(const RowsView& rows, uint32_t m, uint32_t n, std::byte* data);
-  void (*pack_left_in_rows)(bf16* rows, size_t stride, uint32_t m, uint32_t n, std::byte* scratch);
-  Operand (*left_in_rows)(const bf16* rows, size_t stride, uint32_t m, uint32_t n);
+  size_t (*lhs_bytes)(uint32_t m, uint32_t n);
+  Operand (*pack_lhs)(const RowsView& rows, uint32_t m, uint32_t n, std::byte* data);
+  void (*pack_lhs_in_place)(bf16* rows, size_t stride, uint32_t m, uint32_t n, std::byte* scratch);
+  Operand (*lhs_in_place)(const bf16* rows, size_t stride, uint32_t m, uint32_t n);
   size_t (*nn_scratch_bytes)();
   void (*nn)(const NnArgs&);
   size_t (*tn_scratch_bytes)();

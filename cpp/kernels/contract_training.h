@@ -14,15 +14,15 @@ inline constexpr uint32_t kMaxNnColumns = 1024;
 // The most rows and columns of D that one TN call takes.
 inline constexpr uint32_t kMaxTnRows = 64, kMaxTnColumns = 256;
 
-// The left operands of NN, rows G [M, N] in the layout that the instruction set multiplies from:
-//   pack_left            refers to the rows where that will do, else packs them into left_bytes(m, n)
-//   pack_left_in_rows    packs m rows, round_up(n, kOutputBlock) elements apart, into their own memory by way
-//                        of scratch of left_bytes(m, n); they are no rows any more
-//   left_in_rows         the operand that has come out of that
+// The lhs operands of NN, rows G [M, N] in the layout that the instruction set multiplies from:
+//   pack_lhs            refers to the rows where that will do, else packs them into lhs_bytes(m, n)
+//   pack_lhs_in_place    packs m rows, round_up(n, kOutputBlock) elements apart, into their own memory by way
+//                        of scratch of lhs_bytes(m, n); they are no rows any more
+//   lhs_in_place         the operand that has come out of that
 
 // A term of a sum of products: sum over n in [n0, n1) of G[m, n] W[n, k].
 struct NnTerm {
-  Operand g;                // a left operand of M rows
+  Operand g;                // a lhs operand of M rows
   uint32_t n0 = 0, n1 = 0;  // n0 a multiple of kOutputBlock
   WeightView w;             // its row 0 is row n0; terms may differ in format
   uint32_t size() const { return n1 - n0; }
@@ -40,7 +40,7 @@ struct NnArgs {
   float* c = nullptr;
   size_t c_stride = 0;  // floats from row to row
   bool accumulate = false;
-  // Columns of the first rows that the caller will multiply by next: asked for meanwhile. Null data: none.
+  // Columns of the first rows that the caller will multiply by next: prefetched meanwhile. Null data: none.
   WeightView next_w;
   uint32_t next_n = 0, next_k0 = 0, next_k1 = 0;
   std::byte* scratch = nullptr;

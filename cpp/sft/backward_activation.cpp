@@ -15,7 +15,7 @@ void backward_activation(TrainingPass& pass, BackwardScratch& scratch, const Pan
   if (rank) {
     const size_t stride = pass.rank_stride();
     const kernels::NnTerm adapter =
-        adapter_term(pass, pass.kernels().left_in_rows(pass.rows.r + row * stride, stride, rows, rank),
+        adapter_term(pass, pass.kernels().lhs_in_place(pass.rows.r + row * stride, stride, rows, rank),
                      LoraId::kDownA, task);
     const MaskView mask = mask_of_h(pass);
     if (!mask.bits && pass.scale_is_exact()) {

@@ -24,7 +24,7 @@ void dot_with_inputs(TrainingPass& pass, const PanelTask& task, const float* gra
 void pack_gradients_of_gate_up(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task) {
   const size_t row = pass.first_row(task);
   const auto pack = [&](bf16* d, size_t stride, uint32_t n) {
-    pass.kernels().pack_left_in_rows(d + row * stride, stride, task.m1 - task.m0, n, scratch.lhs);
+    pass.kernels().pack_lhs_in_place(d + row * stride, stride, task.m1 - task.m0, n, scratch.lhs);
   };
   const BackwardRows& rows = pass.rows;
   for (bf16* d : {rows.d_gate, rows.d_up})
@@ -40,7 +40,7 @@ void backward_input(TrainingPass& pass, BackwardScratch& scratch, const PanelTas
   const Span columns{task.n0, task.n1};
   const MaskView mask = mask_of_x(pass);
   const auto lhs = [&](const bf16* d, size_t d_stride, uint32_t n) {
-    return pass.kernels().left_in_rows(d + row * d_stride, d_stride, rows, n);
+    return pass.kernels().lhs_in_place(d + row * d_stride, d_stride, rows, n);
   };
 
   std::vector<kernels::NnTerm>& terms = scratch.terms;

@@ -9,7 +9,7 @@ void backward_output(TrainingPass& pass, BackwardScratch& scratch, const PanelTa
   const kernels::ElementwiseKernels& elementwise = pass.kernels().elementwise;
   BackwardRows& out = pass.rows;
   if (rank) {
-    const kernels::Operand lhs = pass.kernels().pack_left(q, rows, hidden, scratch.lhs);
+    const kernels::Operand lhs = pass.kernels().pack_lhs(q, rows, hidden, scratch.lhs);
     const WeightView b = pass.adapter(LoraId::kDownB, task);
     const size_t stride = pass.rank_stride();
     bf16* r = out.r + row * stride;
@@ -23,7 +23,7 @@ void backward_output(TrainingPass& pass, BackwardScratch& scratch, const PanelTa
       elementwise.scale(ud + m * rank, w, rank, out.weighted_ud + at);
       if (pass.scale_is_exact()) elementwise.scale(row_of_r, pass.lora_scale, rank, row_of_r);
     }
-    pass.kernels().pack_left_in_rows(r, stride, rows, rank, scratch.lhs);
+    pass.kernels().pack_lhs_in_place(r, stride, rows, rank, scratch.lhs);
   }
   for (uint32_t m = 0; m < rows; ++m) {
     float sum = 0;

@@ -7,7 +7,7 @@ namespace ktmoe {
 const kernels::Operand& PackedLhs::pack_once(const kernels::KernelTable& table, const kernels::RowsView& rows,
                                              const PanelTask& task, uint32_t n, std::byte* memory) {
   if (active != task.active || m0 != task.m0) {
-    operand = table.pack_left(rows, task.m1 - task.m0, n, memory);
+    operand = table.pack_lhs(rows, task.m1 - task.m0, n, memory);
     active = task.active, m0 = task.m0;
   }
   return operand;

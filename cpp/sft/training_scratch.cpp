@@ -113,7 +113,7 @@ BackwardPlan::BackwardPlan(const TrainingPass& pass, uint32_t most_rows, size_t 
   if (scales_) grad_input_weight_ = plan.take(rows * input_blocks_ * sizeof(float));
 
   ScratchPlan own;
-  lhs_ = own.take(k.left_bytes(most_rows, std::max({pass.hidden(), pass.inter(), pass.rank()})));
+  lhs_ = own.take(k.lhs_bytes(most_rows, std::max({pass.hidden(), pass.inter(), pass.rank()})));
   const size_t results = size_t{most_rows} * columns_ * sizeof(float);
   c_ = own.take(results), l_ = separate_l_ ? own.take(results) : 0;
   products_ = own.take(std::max(k.nn_scratch_bytes(), k.tn_scratch_bytes()));

@@ -60,6 +60,14 @@ def test_every_type_in_widths_of_blocks(name: str, inter: int, hidden: int, toke
     assert_close(layer.forward(batch, method="LLAMAFILE"), layer, batch)
 
 
+def test_bits_of_q1_0_are_signs() -> None:
+    block = np.frombuffer(np.float16(0.5).tobytes() + bytes([0b101, *14 * [0], 0x80]), np.uint8)
+    weights = decode_gguf(block, "q1_0").astype(np.float32)
+    assert weights.shape == (128,)
+    assert np.flatnonzero(weights == 0.5).tolist() == [0, 2, 127]
+    assert (np.delete(weights, [0, 2, 127]) == -0.5).all()
+
+
 @pytest.mark.parametrize("name", [*PLAIN, *(name for name in GGUF_BLOCKS if GGUF_BLOCKS[name][0] == 32)])
 @pytest.mark.parametrize("tokens", [1, 17, 40])
 def test_rows_that_end_inside_a_block_of_256(name: str, tokens: int) -> None:

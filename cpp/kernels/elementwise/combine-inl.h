@@ -13,7 +13,7 @@ KT_INLINE Float load_base(const CombineArgs& a, size_t at, size_t count) {
   return load_partial(a.base, a.base_type, at, count);
 }
 
-// The rows of the token behind are asked for meanwhile: other cores wrote them, in no order.
+// The rows of the next token are prefetched meanwhile: other cores wrote them, in no order.
 inline void combine_token(const CombineArgs& a, uint32_t t) {
   const int32_t* row = a.row + size_t{t} * a.slots;
   const int32_t* next = t + 1 < a.tokens ? row + a.slots : row;

@@ -1,4 +1,4 @@
-// Right operands of the products that sum over rows: R[s, k] of sum_s L[i, s] R[s, k], its rows interleaved
+// Rhs operands of the products that sum over rows: R[s, k] of sum_s L[i, s] R[s, k], its rows interleaved
 // in pairs. NN sums over the rows of weights, TN over those of activations. Included inside a target's
 // namespace, after its interleave_*.h.
 //
@@ -38,17 +38,19 @@ KT_INLINE void prefetch_bytes(const std::byte* data, size_t bytes) {
   for (; line < data + bytes; line += kCacheLine) __builtin_prefetch(line, 0, kHint);
 }
 
-struct PairsPanel {
+struct PackedPairs {
   std::byte* data;
   size_t group_bytes;
 };
 
 // The panel at `data` for blocks of so many steps.
-KT_INLINE PairsPanel pairs_panel(std::byte* data, uint32_t steps) { return {data, steps * kStepPairsBytes}; }
+KT_INLINE PackedPairs packed_pairs(std::byte* data, uint32_t steps) {
+  return {data, steps * kStepPairsBytes};
+}
 
 // One pair of rows, `at` bytes into each group.
 KT_INLINE void interleave_pair(const std::byte* even, const std::byte* odd, uint32_t columns,
-                               const PairsPanel& panel, size_t at) {
+                               const PackedPairs& panel, size_t at) {
   std::byte* group = panel.data + at;
   uint32_t k = 0;
   for (; k + kInterleaveColumns <= columns; k += kInterleaveColumns) {
@@ -60,7 +62,7 @@ KT_INLINE void interleave_pair(const std::byte* even, const std::byte* odd, uint
 }
 
 // Zeros from `at` on in each group, up to a whole step: behind an end of rows.
-KT_INLINE size_t finish_step(uint32_t columns, const PairsPanel& panel, size_t at) {
+KT_INLINE size_t finish_step(uint32_t columns, const PackedPairs& panel, size_t at) {
   const size_t end = round_up(at, kStepPairsBytes);
   if (end == at) return at;
   for (uint32_t g = 0; g < num_groups(columns); ++g)

@@ -159,13 +159,13 @@ struct Vec {
   }
 
   // ---- products of pairs ----
-  static constexpr int kPairRows = 4, kPairGroups = 1;  // 8 accumulators + 4 right and 2 left halves
+  static constexpr int kPairRows = 4, kPairGroups = 1;  // 8 accumulators + 4 rhs and 2 lhs halves
   using Pairs = Segment;
   static KT_INLINE Pairs load_pairs(const std::byte* p) { return load(p); }
   static KT_INLINE Pairs broadcast_pair(uint32_t pair) {
     return split(_mm256_set1_epi32(static_cast<int>(pair)));
   }
-  static KT_INLINE void dot_pairs(Acc& acc, const Pairs& left, const Pairs& right) { dot(acc, left, right); }
+  static KT_INLINE void dot_pairs(Acc& acc, const Pairs& lhs, const Pairs& rhs) { dot(acc, lhs, rhs); }
 
   // ---- limits ----
   static constexpr int kPeakChains = 10;

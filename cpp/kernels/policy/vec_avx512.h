@@ -304,17 +304,17 @@ struct Vec {
   using Pairs = Segment;
   static KT_INLINE Pairs load_pairs(const std::byte* p) { return load(p); }
 #if KT_HAS_AVX512_BF16
-  static constexpr int kPairRows = 6;  // 24 accumulators + 4 right + 1 left of 32 registers
+  static constexpr int kPairRows = 6;  // 24 accumulators + 4 rhs + 1 lhs of 32 registers
   static KT_INLINE Pairs broadcast_pair(uint32_t pair) {
     return (__m512bh)_mm512_set1_epi32(static_cast<int>(pair));
   }
 #else
-  static constexpr int kPairRows = 4;  // 16 accumulators + 8 right and 2 left halves
+  static constexpr int kPairRows = 4;  // 16 accumulators + 8 rhs and 2 lhs halves
   static KT_INLINE Pairs broadcast_pair(uint32_t pair) {
     return split(_mm512_set1_epi32(static_cast<int>(pair)));
   }
 #endif
-  static KT_INLINE void dot_pairs(Acc& acc, const Pairs& left, const Pairs& right) { dot(acc, left, right); }
+  static KT_INLINE void dot_pairs(Acc& acc, const Pairs& lhs, const Pairs& rhs) { dot(acc, lhs, rhs); }
 
   // ---- limits ----
   static constexpr int kPeakChains = 24;

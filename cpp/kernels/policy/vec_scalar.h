@@ -136,7 +136,7 @@ struct Vec {
   }
 
   // ---- products of pairs ----
-  static constexpr int kPairRows = 2, kPairGroups = 1;  // left rows and groups of columns of a register tile
+  static constexpr int kPairRows = 2, kPairGroups = 1;  // rows of the lhs and groups of columns of a register tile
   struct Pairs {
     float even[8], odd[8];
   };
@@ -154,9 +154,9 @@ struct Vec {
     for (int i = 0; i < 8; ++i) r.odd[i] = std::bit_cast<float>(pair & 0xffff0000u);
     return r;
   }
-  static KT_INLINE void dot_pairs(Acc& acc, const Pairs& left, const Pairs& right) {
-    for (int i = 0; i < 8; ++i) acc.lane[i] += left.even[i] * right.even[i];
-    for (int i = 0; i < 8; ++i) acc.lane[i] += left.odd[i] * right.odd[i];
+  static KT_INLINE void dot_pairs(Acc& acc, const Pairs& lhs, const Pairs& rhs) {
+    for (int i = 0; i < 8; ++i) acc.lane[i] += lhs.even[i] * rhs.even[i];
+    for (int i = 0; i < 8; ++i) acc.lane[i] += lhs.odd[i] * rhs.odd[i];
   }
 
   // ---- limits ----

@@ -17,10 +17,10 @@
 #endif
 
 void add_nn_tn(KernelTable& table) {
-  table.left_bytes = left_bytes;
-  table.pack_left = pack_left;
-  table.pack_left_in_rows = pack_left_in_rows;
-  table.left_in_rows = left_in_rows;
+  table.lhs_bytes = lhs_bytes;
+  table.pack_lhs = pack_lhs;
+  table.pack_lhs_in_place = pack_lhs_in_place;
+  table.lhs_in_place = lhs_in_place;
   table.nn_scratch_bytes = nn_scratch_bytes;
   table.nn = nn;
   table.tn_scratch_bytes = tn_scratch_bytes;

@@ -1,5 +1,5 @@
 // Formats of blocks (formats/blocks.h) as products take them: a run of a row is taken apart and leaves bf16
-// in scratch, by a function of the format; the loops are one for all of them, `AnyBlocks` in place of a
+// in scratch, by a function of the format; the loops are one for all of them, `AnyBlockFormat` in place of a
 // format. Included inside a target's namespace, after its vectors and formats.
 
 // Elements that lie side by side where runs are unpacked to: what products take of a row at a time.
@@ -147,19 +147,19 @@ using DecodeFunction = void (*)(const WeightView& w, uint32_t n, uint32_t k0, ui
 extern const DecodeFunction kDecodeFunctions[kNumFormats];
 
 // What stands for a format of blocks in the loops of products: the view of a matrix says which one it is.
-struct AnyBlocks {
-  static constexpr size_t row_bytes(size_t k) { return k; }  // about: how much is asked for ahead
+struct AnyBlockFormat {
+  static constexpr size_t row_bytes(size_t k) { return k; }  // about: how much is prefetched
   static KT_INLINE void unpack(const WeightView& w, size_t n, size_t k0, size_t k1, std::byte* to,
                                ptrdiff_t stride) {
     kUnpackFunctions[static_cast<size_t>(w.format)](w.row(n), k0, k1, to, stride);
   }
 };
 template <>
-struct Unpack<AnyBlocks> {
-  static constexpr bool kAsStored = false;
+struct Unpack<AnyBlockFormat> {
+  static constexpr bool kUsedAsStored = false;
 };
 
 template <BlockFormat Format>
 struct LoopFormatOf<Format> {
-  using type = AnyBlocks;
+  using type = AnyBlockFormat;
 };

@@ -134,6 +134,12 @@ TEST_CASE("blocks: sums over rows are those of the decoded weights, bf16 and oth
   }
 }
 
+TEST_CASE("a number that stands for no format is refused") {
+  CHECK_THROWS_WITH_AS(format_row_bytes(FormatId::kCount, 32), doctest::Contains("format: got number"),
+                       std::invalid_argument);
+  CHECK_THROWS_AS(format_name(static_cast<FormatId>(255)), std::invalid_argument);
+}
+
 TEST_CASE("float16: every number is what it is defined to be") {
   int wrong = 0;
   for (uint32_t bits = 0; bits < 65536; ++bits) {

@@ -296,9 +296,9 @@ TEST_CASE("nn: rows that become a left operand where they lie give the same prod
         Guarded<bf16> rows(m * stride);
         for (size_t i = 0; i < m; ++i)
           std::copy_n(g.activations().data + i * g.activations().stride, n, rows.data() + i * stride);
-        const auto scratch = Guarded<std::byte>::on_cache_line(table->left_bytes(m, n));
-        table->pack_left_in_rows(rows.data(), stride, m, n, scratch.data());
-        const Operand operand = table->left_in_rows(rows.data(), stride, m, n);
+        const auto scratch = Guarded<std::byte>::on_cache_line(table->lhs_bytes(m, n));
+        table->pack_lhs_in_place(rows.data(), stride, m, n, scratch.data());
+        const Operand operand = table->lhs_in_place(rows.data(), stride, m, n);
         CHECK(first_difference(nn_product(*table, operand, w.weights(), 0, width),
                                nn_product(*table, left.operand, w.weights(), 0, width)) == -1);
       }

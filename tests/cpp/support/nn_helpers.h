@@ -15,8 +15,8 @@ struct Left {
   Guarded<std::byte> memory;
   Operand operand;
   Left(const KernelTable& table, const RowsView& rows, uint32_t m, uint32_t n)
-      : memory(Guarded<std::byte>::on_cache_line(table.left_bytes(m, n))),
-        operand(table.pack_left(rows, m, n, memory.data())) {}
+      : memory(Guarded<std::byte>::on_cache_line(table.lhs_bytes(m, n))),
+        operand(table.pack_lhs(rows, m, n, memory.data())) {}
 };
 
 // C, its rows `gap` floats apart.

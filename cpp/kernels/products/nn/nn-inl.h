@@ -66,7 +66,7 @@ struct WeightColumns {
 
   KT_INLINE uint32_t size() const { return k1 - k0; }
   static KT_INLINE bool is_stored(const WeightView& w) { return w.format == FormatId::kBf16; }
-  // Valid until the next row of the same parity is asked for.
+  // Valid until the next row of the same parity is read.
   KT_INLINE const std::byte* of(const NnTerm& term, uint32_t s) const {
     if (is_stored(term.w)) return begin(term.w, s);
     std::byte* to = decoded + s % 2 * (kPanelColumnsMost * sizeof(bf16));
@@ -98,7 +98,7 @@ inline constexpr size_t kNnScratchBytes = 2 * kNnPanelBytes + kDecodedBytes;
 // Fills a panel with a block, pair by pair.
 class BlockFill {
  public:
-  KT_INLINE BlockFill(const NnBlock& block, const WeightColumns& columns, const PairsPanel& panel)
+  KT_INLINE BlockFill(const NnBlock& block, const WeightColumns& columns, const PackedPairs& panel)
       : block_(block), columns_(columns), panel_(panel), pairs_(block.num_pairs()) {
     if (pairs_) row_ = block.slices[0].s0;
   }
@@ -127,7 +127,7 @@ class BlockFill {
  private:
   const NnBlock& block_;
   const WeightColumns& columns_;
-  const PairsPanel panel_;
+  const PackedPairs panel_;
   size_t at_ = 0;  // bytes of a group that are filled
   uint32_t pairs_, slice_ = 0, row_ = 0;
 };
@@ -137,7 +137,7 @@ class BlockFill {
 class WorkAhead {
  public:
   KT_INLINE void spread_over(size_t times) { each_ = static_cast<uint32_t>(div_up(left_, times)); }
-  KT_INLINE void ask() {
+  KT_INLINE void advance() {
     if (left_ == 0) return;
     const uint32_t some = smaller(each_, left_);
     left_ -= some;
@@ -157,12 +157,12 @@ struct NothingAhead : WorkAhead {
   NothingAhead() : WorkAhead(nullptr, 0) {}
 };
 
-// The next block is filled, or behind the last one the rows that the caller multiplies by next are asked for,
-// into the second-level cache.
+// The next block is filled, or behind the last one the rows that the caller multiplies by next are
+// prefetched, into the second-level cache.
 class BlockAhead : public WorkAhead {
  public:
   KT_INLINE BlockAhead(const NnArgs& args, const NnBlock& next, const WeightColumns& columns,
-                       const PairsPanel& panel)
+                       const PackedPairs& panel)
       : WorkAhead(work, next.num_steps     ? next.num_pairs()
                         : args.next_w.data ? smaller(args.next_n, kMostAsked)
                                            : 0),
@@ -195,8 +195,8 @@ template <class Product>
 KT_INLINE void for_blocks(const NnArgs& args, uint32_t k0, uint32_t k1, Product& product) {
   const WeightColumns columns{k0, k1, args.scratch + 2 * kNnPanelBytes};
   NnBlocks blocks(args.terms, panel_steps(kNnPanelBytes, columns.size()));
-  const PairsPanel panels[2] = {pairs_panel(args.scratch, blocks.steps()),
-                                pairs_panel(args.scratch + kNnPanelBytes, blocks.steps())};
+  const PackedPairs panels[2] = {packed_pairs(args.scratch, blocks.steps()),
+                                 packed_pairs(args.scratch + kNnPanelBytes, blocks.steps())};
   NnBlock block = blocks.next();
   BlockFill(block, columns, panels[0]).finish();
   for (uint32_t i = 0; block.num_steps > 0; ++i) {

@@ -3,7 +3,7 @@
 // the same bits: over 32 rows of W, the even and the odd ones are summed separately from zero, the two sums
 // added, and that is added to C. Included inside a target's namespace, after nn.h.
 //
-// The left operand is the rows of G as they lie.
+// The lhs operand is the rows of G as they lie.
 
 // Up to here memory is what takes the time.
 inline constexpr uint32_t kFewRows = 12;
@@ -12,7 +12,7 @@ inline constexpr int kFewRowsTile = 6;
 // Columns at a time: even ones in one vector, odd ones in another.
 inline constexpr uint32_t kFewColumns = 2 * Vec::kWidth;
 
-// The rows of W of the step behind, asked for row after row while one is multiplied: memory is read best in
+// The rows of W of the next step, prefetched row after row while one is multiplied: memory is read best in
 // long pieces.
 struct RowsAhead {
   const std::byte* row[kPairsStep];
@@ -20,7 +20,7 @@ struct RowsAhead {
   size_t row_bytes = 0;
 
   KT_INLINE void restart() { next_ = 0, at_ = 0; }
-  KT_INLINE void ask() {
+  KT_INLINE void prefetch() {
     if (next_ >= num_rows) return;
     __builtin_prefetch(row[next_] + at_, 0, 2);
     at_ += kCacheLine;
@@ -50,8 +50,8 @@ KT_INLINE void few_rows_tile(FewRowsStep& s, uint32_t first, size_t at, float* c
   Float even[kRows][2], odd[kRows][2];
   for (int r = 0; r < kRows; ++r) even[r][0] = even[r][1] = odd[r][0] = odd[r][1] = Vec::set(0.0f);
   for (uint32_t n = 0; n < kPairsStep; n += 2) {
-    s.ahead.ask();
-    s.ahead.ask();
+    s.ahead.prefetch();
+    s.ahead.prefetch();
     const Float low = Vec::load_even(s.row[n] + at), high = Vec::load_odd(s.row[n] + at);
     KT_UNROLL for (int r = 0; r < kRows; ++r) {
       const Float g = Vec::set(s.g[first + r][n]);

@@ -1,35 +1,37 @@
 // NN on vectors: C[m, k - k0] (+)= sum over terms of sum_n G[m, n] W[n, k].
 //
-// A block of rows of W is interleaved in pairs (nn.h). A register tile is kPairRows left rows x kPairGroups
-// groups of columns, a lane an output: a pair of a left row, broadcast, meets a pair of rows of W in each.
-// The sum runs along n alone in every lane, and waits in C between blocks of n; so its order is that of n.
+// A block of rows of W is interleaved in pairs (nn.h). A register tile is kPairRows rows of the lhs x
+// kPairGroups groups of columns, a lane an output: a pair of a row of the lhs, broadcast, meets a pair of
+// rows of W in each. The sum runs along n alone in every lane, and waits in C between blocks of n; so its
+// order is that of n.
 //
-// Left rows are read in place, their pairs any distance apart: 4 bytes in rows of G, a cache line where G is
-// itself interleaved (tn_rows.h).
+// Rows of the lhs are read in place, their pairs any distance apart: 4 bytes in rows of G, a cache line where
+// G is itself interleaved (tn_rows.h).
 
-inline size_t left_bytes(uint32_t, uint32_t) { return 0; }
+inline size_t lhs_bytes(uint32_t, uint32_t) { return 0; }
 
-inline Operand pack_left(const RowsView& rows, uint32_t m, uint32_t n, std::byte*) {
+inline Operand pack_lhs(const RowsView& rows, uint32_t m, uint32_t n, std::byte*) {
   return Operand{reinterpret_cast<const std::byte*>(rows.data), rows.stride * sizeof(bf16), rows.index, m, n};
 }
 
 inline size_t nn_scratch_bytes() { return kNnScratchBytes; }
 
-inline Operand left_in_rows(const bf16* rows, size_t stride, uint32_t m, uint32_t n) {
+inline Operand lhs_in_place(const bf16* rows, size_t stride, uint32_t m, uint32_t n) {
   return {reinterpret_cast<const std::byte*>(rows), stride * sizeof(bf16), nullptr, m, n};
 }
 
-inline void pack_left_in_rows(bf16*, size_t, uint32_t, uint32_t, std::byte*) {}
+inline void pack_lhs_in_place(bf16*, size_t, uint32_t, uint32_t, std::byte*) {}
 
-// Part of a sum: left rows, whose pairs are pair_bytes apart, and where their counterpart begins in each
-// group of the panel.
+// Part of a sum: rows of the lhs, whose pairs are pair_bytes apart, and where their counterpart begins in
+// each group of the panel.
 struct RowsSlice {
   const std::byte* data;
   size_t row_bytes, pair_bytes;
   const int32_t* index;
-  uint32_t per_group;  // left rows of a group of an interleaved G, whose groups are row_bytes apart; else 1
-  uint32_t length;     // summed elements
-  size_t right_at;
+  uint32_t
+      per_group;  // rows of the lhs of a group of an interleaved G, whose groups are row_bytes apart; else 1
+  uint32_t length;  // summed elements
+  size_t rhs_at;
 
   KT_INLINE const std::byte* row(uint32_t i) const {
     if (per_group > 1) return data + i / per_group * row_bytes + i % per_group * 2 * sizeof(bf16);
@@ -40,38 +42,38 @@ struct RowsSlice {
 struct PairsBlock {
   static constexpr uint32_t kMaxSlices = NnBlock::kMaxSlices;
   RowsSlice slices[kMaxSlices];
-  uint32_t num_slices, num_steps, num_left;
-  PairsPanel right;
+  uint32_t num_slices, num_steps, num_lhs;
+  PackedPairs rhs;
   float* c;
   size_t c_stride;
   uint32_t columns;
   bool zero_first;
 };
 
-// A register tile: kRows left rows by kGroups groups, in whole vectors.
+// A register tile: kRows rows of the lhs by kGroups groups, in whole vectors.
 template <int kRows, int kGroups>
 struct PairsTile {
   static constexpr int kPerGroup = kGroupColumns / Vec::kWidth, kVectors = kGroups * kPerGroup;
-  const std::byte* left[kRows];
+  const std::byte* lhs[kRows];
   Vec::Acc acc[kRows][kVectors];
 
-  // One pair of summed rows. Of a left row kBytes are read: two where the sum ends inside a pair.
+  // One pair of summed rows. Of a row of the lhs kBytes are read: two where the sum ends inside a pair.
   template <size_t kBytes>
-  KT_INLINE void step(size_t at, const std::byte* right, size_t group_bytes) {
-    Vec::Pairs rights[kVectors];
+  KT_INLINE void step(size_t at, const std::byte* rhs, size_t group_bytes) {
+    Vec::Pairs rhs_pairs[kVectors];
     KT_UNROLL for (int v = 0; v < kVectors; ++v) {
-      rights[v] =
-          Vec::load_pairs(right + v / kPerGroup * group_bytes + v % kPerGroup * (kPairsBytes / kPerGroup));
+      rhs_pairs[v] =
+          Vec::load_pairs(rhs + v / kPerGroup * group_bytes + v % kPerGroup * (kPairsBytes / kPerGroup));
     }
     KT_UNROLL for (int t = 0; t < kRows; ++t) {
       uint32_t pair = 0;
-      std::memcpy(&pair, left[t] + at, kBytes);
-      const Vec::Pairs lefts = Vec::broadcast_pair(pair);
-      KT_UNROLL for (int v = 0; v < kVectors; ++v) Vec::dot_pairs(acc[t][v], lefts, rights[v]);
+      std::memcpy(&pair, lhs[t] + at, kBytes);
+      const Vec::Pairs lhs_pair = Vec::broadcast_pair(pair);
+      KT_UNROLL for (int v = 0; v < kVectors; ++v) Vec::dot_pairs(acc[t][v], lhs_pair, rhs_pairs[v]);
     }
   }
 
-  // Left rows from i on by groups from g on, summed in C at `c`.
+  // Rows of the lhs from i on by groups from g on, summed in C at `c`.
   KT_INLINE void run(const PairsBlock& b, uint32_t i, uint32_t g, float* c, size_t c_stride,
                      WorkAhead& ahead) {
     KT_UNROLL for (int t = 0; t < kRows; ++t) {
@@ -79,20 +81,20 @@ struct PairsTile {
         acc[t][v] = b.zero_first ? Vec::zero_acc() : Vec::load_f(c + t * c_stride + v * Vec::kWidth);
       }
     }
-    const size_t group_bytes = b.right.group_bytes;
+    const size_t group_bytes = b.rhs.group_bytes;
     for (uint32_t j = 0; j < b.num_slices; ++j) {
       const RowsSlice& slice = b.slices[j];
-      for (int t = 0; t < kRows; ++t) left[t] = slice.row(i + static_cast<uint32_t>(t));
-      const std::byte* right = b.right.data + g * group_bytes + slice.right_at;
+      for (int t = 0; t < kRows; ++t) lhs[t] = slice.row(i + static_cast<uint32_t>(t));
+      const std::byte* rhs = b.rhs.data + g * group_bytes + slice.rhs_at;
       size_t at = 0;
       for (uint32_t pairs = slice.length / 2; pairs > 0;) {
-        ahead.ask();
+        ahead.advance();
         const uint32_t some = smaller(pairs, kPairsStep / 2);
         pairs -= some;
-        for (uint32_t p = 0; p < some; ++p, at += slice.pair_bytes, right += kPairsBytes)
-          step<2 * sizeof(bf16)>(at, right, group_bytes);
+        for (uint32_t p = 0; p < some; ++p, at += slice.pair_bytes, rhs += kPairsBytes)
+          step<2 * sizeof(bf16)>(at, rhs, group_bytes);
       }
-      if (slice.length % 2 != 0) step<sizeof(bf16)>(at, right, group_bytes);
+      if (slice.length % 2 != 0) step<sizeof(bf16)>(at, rhs, group_bytes);
     }
     KT_UNROLL for (int t = 0; t < kRows; ++t) {
       KT_UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -120,7 +122,7 @@ void pairs_tile(const PairsBlock& b, uint32_t i, uint32_t g, WorkAhead& ahead) {
     std::memcpy(c + t * b.c_stride, whole + t * kColumns, columns * sizeof(float));
 }
 
-// The last `rows` left rows, fewer than kRows + 1.
+// The last `rows` rows of the lhs, fewer than kRows + 1.
 template <int kRows, int kGroups>
 KT_INLINE void last_pairs_tile(const PairsBlock& b, uint32_t i, uint32_t g, uint32_t rows, WorkAhead& ahead) {
   if constexpr (kRows > 0) {
@@ -129,19 +131,19 @@ KT_INLINE void last_pairs_tile(const PairsBlock& b, uint32_t i, uint32_t g, uint
   }
 }
 
-// All left rows by groups from g on, which stay in the first- or second-level cache meanwhile.
+// All rows of the lhs by groups from g on, which stay in the first- or second-level cache meanwhile.
 template <int kGroups>
 void pairs_strip(const PairsBlock& b, uint32_t g, WorkAhead& ahead) {
   uint32_t i = 0;
-  for (; i + Vec::kPairRows <= b.num_left; i += Vec::kPairRows)
+  for (; i + Vec::kPairRows <= b.num_lhs; i += Vec::kPairRows)
     pairs_tile<Vec::kPairRows, kGroups>(b, i, g, ahead);
-  last_pairs_tile<Vec::kPairRows - 1, kGroups>(b, i, g, b.num_left - i, ahead);
+  last_pairs_tile<Vec::kPairRows - 1, kGroups>(b, i, g, b.num_lhs - i, ahead);
 }
 
 void pairs_product(const PairsBlock& b, WorkAhead& ahead) {
   constexpr uint32_t kWide = Vec::kPairGroups;
   const uint32_t groups = num_groups(b.columns);
-  ahead.spread_over(div_up(groups, kWide) * div_up(b.num_left, Vec::kPairRows) * b.num_steps);
+  ahead.spread_over(div_up(groups, kWide) * div_up(b.num_lhs, Vec::kPairRows) * b.num_steps);
   uint32_t g = 0;
   for (; g + kWide <= groups; g += kWide) pairs_strip<kWide>(b, g, ahead);
   if constexpr (kWide > 2) {
@@ -154,7 +156,7 @@ struct NnRows {
   const NnArgs& args;
   uint32_t k0, k1;
 
-  KT_INLINE void run(const NnBlock& block, const PairsPanel& panel, bool is_first, WorkAhead& ahead) {
+  KT_INLINE void run(const NnBlock& block, const PackedPairs& panel, bool is_first, WorkAhead& ahead) {
     PairsBlock b;
     b.num_slices = block.num_slices, b.num_steps = block.num_steps;
     for (uint32_t i = 0; i < block.num_slices; ++i) {
@@ -168,7 +170,7 @@ struct NnRows {
                      slice.s1 - slice.s0,
                      slice.step * kStepPairsBytes};
     }
-    b.num_left = args.terms[0].g.rows, b.right = panel;
+    b.num_lhs = args.terms[0].g.rows, b.rhs = panel;
     b.c = args.c + (k0 - args.k0), b.c_stride = args.c_stride, b.columns = k1 - k0;
     b.zero_first = is_first && !args.accumulate;
     pairs_product(b, ahead);

@@ -5,12 +5,12 @@
 // so C comes out row-major and is stored where it is wanted. Sums wait in C between blocks; blocks are whole
 // steps, so the order of the sum is that of the steps from the first on.
 //
-// The left operand is panels of 16 rows, the last one only as tall as its rows: [N/32][rows][32] bf16, N
+// The lhs operand is panels of 16 rows, the last one only as tall as its rows: [N/32][rows][32] bf16, N
 // padded with zeros. Few rows stay where they are (nn_few_rows.h).
 
-inline size_t left_bytes(uint32_t m, uint32_t n) { return div_up(m, kTileRows) * panel_bytes(n); }
+inline size_t lhs_bytes(uint32_t m, uint32_t n) { return div_up(m, kTileRows) * panel_bytes(n); }
 
-inline Operand pack_left(const RowsView& rows, uint32_t m, uint32_t n, std::byte* data) {
+inline Operand pack_lhs(const RowsView& rows, uint32_t m, uint32_t n, std::byte* data) {
   if (m <= kFewRows)
     return {reinterpret_cast<const std::byte*>(rows.data), rows.stride * sizeof(bf16), rows.index, m, n};
   constexpr size_t kStepBytes = kTileK * sizeof(bf16);
@@ -29,36 +29,36 @@ inline Operand pack_left(const RowsView& rows, uint32_t m, uint32_t n, std::byte
   return {data, panel_bytes(n), nullptr, m, n};
 }
 
-inline Operand left_in_rows(const bf16* rows, size_t stride, uint32_t m, uint32_t n) {
+inline Operand lhs_in_place(const bf16* rows, size_t stride, uint32_t m, uint32_t n) {
   const auto* data = reinterpret_cast<const std::byte*>(rows);
   return {data, m <= kFewRows ? stride * sizeof(bf16) : panel_bytes(n), nullptr, m, n};
 }
 
-inline void pack_left_in_rows(bf16* rows, size_t stride, uint32_t m, uint32_t n, std::byte* scratch) {
+inline void pack_lhs_in_place(bf16* rows, size_t stride, uint32_t m, uint32_t n, std::byte* scratch) {
   if (m <= kFewRows) return;
-  pack_left({rows, stride, nullptr}, m, n, scratch);
+  pack_lhs({rows, stride, nullptr}, m, n, scratch);
   std::memcpy(rows, scratch, m * round_up(n, kTileK) * sizeof(bf16));
 }
 
 inline size_t nn_scratch_bytes() { return kNnScratchBytes; }
 
-// Steps of a left operand, and where their counterpart begins in each group of the panel.
+// Steps of a lhs operand, and where their counterpart begins in each group of the panel.
 struct TileSlice {
-  Operand left;
-  size_t step0, steps, right_at;
+  Operand lhs;
+  size_t step0, steps, rhs_at;
 };
 
 struct PairsTiles {
   static constexpr uint32_t kMaxSlices = NnBlock::kMaxSlices;
   TileSlice slices[kMaxSlices];
-  uint32_t num_slices, num_steps, num_left;
-  PairsPanel right;
+  uint32_t num_slices, num_steps, num_lhs;
+  PackedPairs rhs;
   float* c;
   size_t c_stride;
   bool zero_first;
 };
 
-// Left panels p and, when kPanels is 2, p + 1, by groups g and, when kGroups is 2, g + 1.
+// Lhs panels p and, when kPanels is 2, p + 1, by groups g and, when kGroups is 2, g + 1.
 template <int kPanels, int kGroups>
 KT_INLINE void pairs_tiles(const PairsTiles& t, uint32_t p, uint32_t g, WorkAhead& ahead) {
   constexpr ptrdiff_t kRowBytes = kTileK * sizeof(bf16);
@@ -79,15 +79,15 @@ KT_INLINE void pairs_tiles(const PairsTiles& t, uint32_t p, uint32_t g, WorkAhea
 
   for (uint32_t i = 0; i < t.num_slices; ++i) {
     const TileSlice& slice = t.slices[i];
-    const size_t a0_step = panel_width(slice.left, p) * kRowBytes;
-    const size_t a1_step = kPanels == 2 ? panel_width(slice.left, p + 1) * kRowBytes : 0;
-    const std::byte* a0 = slice.left.data + p * slice.left.stride_bytes + slice.step0 * a0_step;
-    const std::byte* a1 = slice.left.data + (p + 1) * slice.left.stride_bytes + slice.step0 * a1_step;
-    const std::byte* b0 = t.right.data + g * t.right.group_bytes + slice.right_at;
-    const std::byte* b1 = b0 + t.right.group_bytes;
+    const size_t a0_step = panel_width(slice.lhs, p) * kRowBytes;
+    const size_t a1_step = kPanels == 2 ? panel_width(slice.lhs, p + 1) * kRowBytes : 0;
+    const std::byte* a0 = slice.lhs.data + p * slice.lhs.stride_bytes + slice.step0 * a0_step;
+    const std::byte* a1 = slice.lhs.data + (p + 1) * slice.lhs.stride_bytes + slice.step0 * a1_step;
+    const std::byte* b0 = t.rhs.data + g * t.rhs.group_bytes + slice.rhs_at;
+    const std::byte* b1 = b0 + t.rhs.group_bytes;
     for (size_t s = 0; s < slice.steps;
          ++s, a0 += a0_step, a1 += a1_step, b0 += kStepPairsBytes, b1 += kStepPairsBytes) {
-      ahead.ask();
+      ahead.advance();
       Tile::load<6>(b0, kPairsBytes);
       Tile::load<4>(a0, kRowBytes);
       Tile::dot_bf16<0, 4, 6>();
@@ -109,15 +109,15 @@ KT_INLINE void pairs_tiles(const PairsTiles& t, uint32_t p, uint32_t g, WorkAhea
   if constexpr (kPanels == 2 && kGroups == 2) Tile::store<3>(c1 + kGroupColumns, c_stride);
 }
 
-// All left panels by all columns: a pair of groups stays in the cache while the panels pass.
+// All lhs panels by all columns: a pair of groups stays in the cache while the panels pass.
 void pairs_product(TileScope& scope, const PairsTiles& t, uint32_t columns, WorkAhead& ahead) {
-  const uint32_t panels = static_cast<uint32_t>(div_up(t.num_left, kTileRows));
-  const auto height = [&](uint32_t p) { return smaller(t.num_left - p * kTileRows, kTileRows); };
+  const uint32_t panels = static_cast<uint32_t>(div_up(t.num_lhs, kTileRows));
+  const auto height = [&](uint32_t p) { return smaller(t.num_lhs - p * kTileRows, kTileRows); };
   ahead.spread_over(div_up(panels, 2) * div_up(num_groups(columns), 2) * t.num_steps);
   for (uint32_t g = 0; g < num_groups(columns); g += 2) {
-    const uint32_t left = columns - g * kGroupColumns;
-    const uint32_t columns0 = smaller(left, kGroupColumns);
-    const uint32_t columns1 = smaller(left - columns0, kGroupColumns);
+    const uint32_t remaining = columns - g * kGroupColumns;
+    const uint32_t columns0 = smaller(remaining, kGroupColumns);
+    const uint32_t columns1 = smaller(remaining - columns0, kGroupColumns);
     for (uint32_t p = 0; p < panels; p += 2) {
       const bool two = p + 1 < panels;
       scope.use(columns0, columns1, height(p), two ? height(p + 1) : 0);
@@ -139,7 +139,7 @@ struct NnTiles {
   TileScope& scope;
   uint32_t k0, k1;
 
-  KT_INLINE void run(const NnBlock& block, const PairsPanel& panel, bool is_first, WorkAhead& ahead) {
+  KT_INLINE void run(const NnBlock& block, const PackedPairs& panel, bool is_first, WorkAhead& ahead) {
     PairsTiles t;
     t.num_slices = block.num_slices, t.num_steps = block.num_steps;
     for (uint32_t i = 0; i < block.num_slices; ++i) {
@@ -147,7 +147,7 @@ struct NnTiles {
       t.slices[i] = {slice.term->g, (slice.term->n0 + slice.s0) / kTileK, div_up(slice.s1 - slice.s0, kTileK),
                      slice.step * kStepPairsBytes};
     }
-    t.num_left = args.terms[0].g.rows, t.right = panel;
+    t.num_lhs = args.terms[0].g.rows, t.rhs = panel;
     t.c = args.c + (k0 - args.k0), t.c_stride = args.c_stride, t.zero_first = is_first && !args.accumulate;
     pairs_product(scope, t, k1 - k0, ahead);
   }

@@ -11,12 +11,12 @@ KT_INLINE void unpack_to_tiles(const WeightView& w, uint32_t n, size_t k0, size_
                                ptrdiff_t stride) {
   if ((k1 - k0) % kTileK != 0)
     std::memset(to + static_cast<ptrdiff_t>((k1 - k0) / kTileK) * stride, 0, kTileK * sizeof(bf16));
-  AnyBlocks::unpack(w, n, k0, k1, to, stride);
+  AnyBlockFormat::unpack(w, n, k0, k1, to, stride);
 }
 
 // While a run of steps is multiplied, the next is brought, a few rows a step.
 template <class Product, int kWeights>
-struct BringToScratch<AnyBlocks, Product, kWeights> {
+struct DecodeToScratch<AnyBlockFormat, Product, kWeights> {
   static constexpr size_t kRingSteps = 2 * kRunSteps;
   static constexpr size_t kRowBytes = kTileK * sizeof(bf16), kStepBytes = kWeights * kTileBytes;
   static constexpr uint32_t kRows = kWeights * kTileRows, kRowsAStep = kRows / kRunSteps;
@@ -29,13 +29,13 @@ struct BringToScratch<AnyBlocks, Product, kWeights> {
   // Called before each step, from the first on.
   KT_INLINE void operator()(size_t step) const {
     const size_t within = step % kRunSteps;
-    if (step == 0) bring(0, 0, kRows);
+    if (step == 0) decode(0, 0, kRows);
     const auto first = static_cast<uint32_t>(within * kRowsAStep);
-    bring(step - within + kRunSteps, first, first + kRowsAStep);
+    decode(step - within + kRunSteps, first, first + kRowsAStep);
   }
 
  private:
-  void bring(size_t step, uint32_t r, uint32_t end) const {
+  void decode(size_t step, uint32_t r, uint32_t end) const {
     const size_t k = k0 + step * kTileK;
     if (k >= k1) return;
     const size_t last = k + kBlockElements < k1 ? k + kBlockElements : k1;

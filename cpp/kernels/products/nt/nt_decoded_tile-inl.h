@@ -1,7 +1,7 @@
 // NT on the tile unit for up to 16 rows of activations by weights that are decoded: what takes the time is
 // decoding and memory. Included inside a target's namespace, after nt_tiles-inl.h.
 
-// Decodes steps of a tile of rows, which follow one another, and asks for a line of each row where there is
+// Decodes steps of a tile of rows, which follow one another, and prefetches a line of each row where there is
 // one to ask for (decode_tile in nt_tiles-inl.h). A format may keep something from step to step.
 template <class Format, class Product>
 struct TileDecoder {
@@ -13,7 +13,7 @@ struct TileDecoder {
 // A single panel of activations by a tile of weight rows that are decoded, K whole steps: what the general
 // way does, without what it provides for. A step is decoded while the one before is multiplied, so that
 // vectors, tiles and memory work at once; further ahead, or several at a time, is slower. Rows a group behind
-// are asked for a line of each at a time: memory serves many streams faster than one row after the other.
+// are prefetched a line of each at a time: memory serves many streams faster than one row after the other.
 template <class Format, class Product>
 class DecodedTile {
  public:
@@ -95,7 +95,7 @@ void nt_tiles(const NtArgs& args) {
   const uint32_t group = args.x.rows <= kPanelColumns ? kTileRows : kGroupRows;
   for (uint32_t n = args.n0; n < args.n1; n += group) {
     const uint32_t rows = args.n1 - n < group ? args.n1 - n : group;
-    if constexpr (!Product::template as_stored<Loop>() && !std::is_same_v<Format, AnyBlocks>) {
+    if constexpr (!Product::template as_stored<Loop>() && !std::is_same_v<Format, AnyBlockFormat>) {
       if (DecodedTile<Format, Product>::takes(args, rows)) {
         nt_decoded_tile<Format, Product>(args, scope, n);
         continue;

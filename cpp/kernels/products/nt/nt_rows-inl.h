@@ -17,9 +17,9 @@
 
 // Bytes of a row of activations in a block, in place and of a panel. A panel is half of a first-level cache
 // of 32 KiB, the rest is for the activations that pass.
-inline constexpr size_t kBlockBytes = 4096, kPanelBlockBytes = 2048;
+inline constexpr size_t kBlockBytes = 4096, kPackedBlockBytes = 2048;
 // From this many activation rows on, a panel of weights that are used as they are costs less than it saves.
-inline constexpr uint32_t kPanelRows = 14;
+inline constexpr uint32_t kPackFromRows = 14;
 inline constexpr size_t kSegmentBytes = Vec::kStep * sizeof(bf16);
 
 // bf16 by bf16. `Row` is a row of weights of some format.
@@ -27,7 +27,7 @@ struct Bf16Product {
   static constexpr size_t kElementBytes = sizeof(bf16), kStep = Vec::kStep;
   template <class Format>
   static constexpr bool as_stored() {
-    return Unpack<Format>::kAsStored;
+    return Unpack<Format>::kUsedAsStored;
   }
   using Segment = Vec::Segment;
   using Acc = Vec::Acc;
@@ -57,7 +57,7 @@ struct Int8Product {
   static constexpr size_t kElementBytes = 1, kStep = kByteStep;
   template <class Format>
   static constexpr bool as_stored() {
-    return Unpack<Format>::kBytesAsStored;
+    return Unpack<Format>::kBytesUsedAsStored;
   }
   using Segment = Vec::Bytes;
   using Acc = Vec::IntAcc;
@@ -100,16 +100,16 @@ KT_INLINE bool is_aligned(const std::byte* data, ptrdiff_t stride) {
 
 inline size_t c_floats_rows(uint32_t m, uint32_t n) { return m * c_stride(n); }
 
-inline constexpr size_t kPanelBytes = size_t{Vec::kRowTile} * kPanelBlockBytes;
+inline constexpr size_t kPanelBytes = size_t{Vec::kRowTile} * kPackedBlockBytes;
 
 inline size_t nt_scratch_bytes_rows(uint32_t k) {
   const size_t lanes =
-      k * sizeof(bf16) > kPanelBlockBytes ? size_t{kMaxPanelRows} * Vec::kRowTile * sizeof(Vec::Acc) : 0;
+      k * sizeof(bf16) > kPackedBlockBytes ? size_t{kMaxPanelRows} * Vec::kRowTile * sizeof(Vec::Acc) : 0;
   return kPanelBytes + lanes;
 }
 
 // Weights as they lie: row r of the group at its own address.
-// kLines cache lines are asked for at each step.
+// kLines cache lines are prefetched at each step.
 template <class Format, class Product, int kRows, int kLines>
 struct InPlace {
   using Row = typename Unpack<Format>::Row;
@@ -119,7 +119,7 @@ struct InPlace {
   }
   // What comes faster than a line in two steps would drive what is in use out of the first-level cache: it
   // waits in the second (on Zen 4 a single token is 50 % faster so).
-  KT_INLINE void ask(const std::byte* ahead, size_t) const {
+  KT_INLINE void prefetch(const std::byte* ahead, size_t) const {
     KT_UNROLL for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead + i * kCacheLine, 0, 2);
   }
   KT_INLINE typename Product::Segment segment(int r, size_t k) const { return Product::weights(row[r], k); }
@@ -133,10 +133,10 @@ struct InPlace {
 // Weights as the product takes them: the segments of all rows of a step lie side by side, zeros behind the
 // last.
 template <class Product, int kRows>
-struct Panel {
+struct PackedWeights {
   const std::byte* data;
   size_t k0;
-  KT_INLINE void ask(const std::byte* ahead, size_t bytes) const {
+  KT_INLINE void prefetch(const std::byte* ahead, size_t bytes) const {
     for (size_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(ahead + i, 0, 3);
   }
   KT_INLINE typename Product::Segment segment(int r, size_t k) const {
@@ -148,11 +148,11 @@ struct Panel {
 };
 
 template <class Format, class Product, int kRows>
-void fill_panel(const WeightView& w, uint32_t n, size_t k0, size_t k1, std::byte* panel) {
+void pack_weights(const WeightView& w, uint32_t n, size_t k0, size_t k1, std::byte* panel) {
   for (int r = 0; r < kRows; ++r) {
     std::byte* to = panel + r * kSegmentBytes;
-    if constexpr (std::is_same_v<Format, AnyBlocks>) {
-      AnyBlocks::unpack(w, n + static_cast<uint32_t>(r), k0, k1, to, kRows * kSegmentBytes);
+    if constexpr (std::is_same_v<Format, AnyBlockFormat>) {
+      AnyBlockFormat::unpack(w, n + static_cast<uint32_t>(r), k0, k1, to, kRows * kSegmentBytes);
     } else {
       const typename Unpack<Format>::Row row(w, n + static_cast<uint32_t>(r));
       size_t k = k0;
@@ -170,7 +170,7 @@ struct GroupBlock {
   std::byte* lanes;  // accumulators between blocks of K
 };
 
-// What is asked for meanwhile: `step` bytes a step from `data` on, up to `bytes`.
+// What is prefetched meanwhile: `step` bytes a step from `data` on, up to `bytes`.
 struct Ahead {
   const std::byte* data;
   size_t bytes, step;
@@ -178,7 +178,7 @@ struct Ahead {
 
 template <class Product, int kRows, int kTokens, class Weights>
 KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& w, uint32_t m,
-                        const Ahead& asked) {
+                        const Ahead& prefetched) {
   using Segment = typename Product::Segment;
   using Acc = typename Product::Acc;
   constexpr size_t kStep = Product::kStep, kElementBytes = Product::kElementBytes;
@@ -187,7 +187,7 @@ KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& 
     const size_t row = args.x.index ? args.x.index[m + t] : m + t;
     x[t] = args.x.data + row * args.x.stride_bytes;
   }
-  const std::byte* ahead = asked.bytes > 0 ? asked.data : x[0];  // or what is there
+  const std::byte* ahead = prefetched.bytes > 0 ? prefetched.data : x[0];  // or what is there
 
   Acc acc[kTokens][kRows];
   Acc* lanes = reinterpret_cast<Acc*>(b.lanes) + size_t{m} * kRows;
@@ -196,8 +196,8 @@ KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& 
 
   size_t k = b.k0;
   for (; k + kStep <= b.k1; k += kStep) {
-    w.ask(ahead, asked.step);
-    ahead += asked.step;
+    w.prefetch(ahead, prefetched.step);
+    ahead += prefetched.step;
     Segment xs[kTokens];
     KT_UNROLL for (int t = 0; t < kTokens; ++t) xs[t] = Product::load(x[t] + k * kElementBytes);
     KT_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -246,12 +246,12 @@ KT_INLINE uint32_t next_token_tile(uint32_t left) {
   return left == kTile + 1 && kTile > 2 ? 2 : kTile;
 }
 
-// All activation rows pass a block of a group of weight rows. While they do, the weights behind are asked
-// for, so that the next group finds them on their way from memory.
+// All activation rows pass a block of a group of weight rows. While they do, the weights behind are
+// prefetched for, so that the next group finds them on their way from memory.
 template <class Product, int kRows, class Weights>
 void dot_block(const NtArgs& args, const GroupBlock& b, const Weights& w, Ahead ahead) {
   constexpr int kTwo = Vec::kTokenTile > 1 ? 2 : 1;  // of a tile for one token, 2 is never met
-  const size_t tile_asks = (b.k1 - b.k0) / Product::kStep * ahead.step;
+  const size_t prefetched_by_tile = (b.k1 - b.k0) / Product::kStep * ahead.step;
   for (uint32_t m = 0; m < args.x.rows;) {
     const uint32_t tokens = next_token_tile(args.x.rows - m);
     if (tokens == 1)
@@ -261,13 +261,13 @@ void dot_block(const NtArgs& args, const GroupBlock& b, const Weights& w, Ahead 
     else
       dot_tile<Product, kRows, Vec::kTokenTile>(args, b, w, m, ahead);
     m += tokens;
-    const size_t asked = tile_asks < ahead.bytes ? tile_asks : ahead.bytes;
-    ahead.data += asked, ahead.bytes -= asked;
+    const size_t prefetched = prefetched_by_tile < ahead.bytes ? prefetched_by_tile : ahead.bytes;
+    ahead.data += prefetched, ahead.bytes -= prefetched;
   }
 }
 
-// A block of a group, its weights in place or from a panel. A tile of activations asks for its part of what
-// is behind, as slowly as still asks for all of it: requests in a burst wait for each other.
+// A block of a group, its weights in place or from a panel. A tile of activations prefetches its part of what
+// is behind, as slowly as still prefetches all of it: requests in a burst wait for each other.
 template <class Format, class Product, int kRows>
 void dot_block(const NtArgs& args, const GroupBlock& b, bool use_panel, const std::byte* behind,
                size_t bytes) {
@@ -276,24 +276,25 @@ void dot_block(const NtArgs& args, const GroupBlock& b, bool use_panel, const st
       round_up(div_up(Vec::kRowTile * Format::row_bytes(4096) * Product::kStep, size_t{4096}), kCacheLine));
   [[maybe_unused]] constexpr int kLines = kStepBytes / static_cast<int>(kCacheLine);
   const size_t tiles = div_up(args.x.rows, Vec::kTokenTile);
-  const auto asking = [&](size_t share) { return Ahead{behind, bytes, kStepBytes / share}; };
+  const auto prefetching = [&](size_t share) { return Ahead{behind, bytes, kStepBytes / share}; };
   if (use_panel) {
-    fill_panel<Format, Product, kRows>(args.w, b.n, b.k0, b.k1, args.scratch);
-    const Panel<Product, kRows> panel{args.scratch, b.k0};
+    pack_weights<Format, Product, kRows>(args.w, b.n, b.k0, b.k1, args.scratch);
+    const PackedWeights<Product, kRows> panel{args.scratch, b.k0};
     const size_t share = tiles == 1 ? 1 : tiles <= 3 ? 2 : tiles < 8 ? 4 : tiles < 16 ? 8 : 16;
-    return dot_block<Product, kRows>(args, b, panel, asking(share));
+    return dot_block<Product, kRows>(args, b, panel, prefetching(share));
   }
-  if constexpr (kRows > 1 && !std::is_same_v<Format, AnyBlocks>) {  // which always have a panel
+  if constexpr (kRows > 1 && !std::is_same_v<Format, AnyBlockFormat>) {  // which always have a panel
     if (tiles == 1)
       return dot_block<Product, kRows>(args, b, InPlace<Format, Product, kRows, kLines>(args.w, b.n),
-                                       asking(1));
+                                       prefetching(1));
   }
   if constexpr (kRows > 1 && Product::template as_stored<Format>()) {  // else more tiles have a panel
     constexpr int kHalf = (kLines + 1) / 2, kQuarter = (kLines + 3) / 4;
     if (tiles <= 3)
       return dot_block<Product, kRows>(args, b, InPlace<Format, Product, kRows, kHalf>(args.w, b.n),
-                                       asking(2));
-    dot_block<Product, kRows>(args, b, InPlace<Format, Product, kRows, kQuarter>(args.w, b.n), asking(4));
+                                       prefetching(2));
+    dot_block<Product, kRows>(args, b, InPlace<Format, Product, kRows, kQuarter>(args.w, b.n),
+                              prefetching(4));
   }
 }
 
@@ -302,23 +303,23 @@ void dot_group(const NtArgs& args, uint32_t n, bool use_panel) {
   const uint32_t k = args.x.k;
   const size_t row_bytes = format_row_bytes(args.w.format, k);
   const bool rows_adjoin = args.w.row_stride_bytes == static_cast<ptrdiff_t>(row_bytes);
-  const size_t block_k = (use_panel ? kPanelBlockBytes : kBlockBytes) / Product::kElementBytes;
+  const size_t block_k = (use_panel ? kPackedBlockBytes : kBlockBytes) / Product::kElementBytes;
   const size_t num_blocks = k == 0 ? 1 : div_up(k, block_k);
-  // Whole steps, and what AnyBlocks takes apart at a time.
+  // Whole steps, and what AnyBlockFormat takes apart at a time.
   const size_t block = round_up(div_up(k, num_blocks), Product::kStep < 32 ? 32 : Product::kStep);
-  const size_t ask = rows_adjoin ? kRows * row_bytes / num_blocks : 0;
+  const size_t prefetch = rows_adjoin ? kRows * row_bytes / num_blocks : 0;
   for (size_t i = 0; i < num_blocks; ++i) {
     const size_t k0 = i * block, k1 = k0 + block < k ? k0 + block : k;
     const GroupBlock b{n, k0, k1, args.scratch + kPanelBytes};
-    dot_block<Format, Product, kRows>(args, b, use_panel, args.w.row(n + kRows) + i * ask, ask);
+    dot_block<Format, Product, kRows>(args, b, use_panel, args.w.row(n + kRows) + i * prefetch, prefetch);
   }
 }
 
 template <class Format, class Product>
 void nt_rows(const NtArgs& args) {
   // What has to be decoded is decoded once.
-  constexpr uint32_t kFrom = std::is_same_v<Format, AnyBlocks>       ? 1
-                             : Product::template as_stored<Format>() ? kPanelRows
+  constexpr uint32_t kFrom = std::is_same_v<Format, AnyBlockFormat>  ? 1
+                             : Product::template as_stored<Format>() ? kPackFromRows
                                                                      : Vec::kTokenTile + 1;
   const bool use_panel = args.x.rows >= kFrom;
   uint32_t n = args.n0;

@@ -37,7 +37,7 @@ struct TileBf16 {
   static constexpr bool kIsInteger = false;
   template <class Format>
   static constexpr bool as_stored() {
-    return Unpack<Format>::kAsStored;
+    return Unpack<Format>::kUsedAsStored;
   }
   template <int kC, int kA, int kB>
   static KT_INLINE void dot() {
@@ -60,7 +60,7 @@ struct TileInt8 {
   static constexpr bool kIsInteger = true;
   template <class Format>
   static constexpr bool as_stored() {
-    return Unpack<Format>::kBytesAsStored;
+    return Unpack<Format>::kBytesUsedAsStored;
   }
   template <int kC, int kA, int kB>
   static KT_INLINE void dot() {
@@ -96,10 +96,10 @@ struct TileBlock {
 };
 
 // Where a block's weights are read from, and whether they are left in scratch on the way.
-enum class Weights { kPassing, kLeftInScratch, kFromScratch, kBrought };
+enum class Weights { kInPlace, kKeptInScratch, kFromScratch, kDecoded };
 
 // Nothing has to be brought to scratch.
-struct NothingToBring {
+struct NothingToDecode {
   KT_INLINE void operator()(size_t) const {}
 };
 
@@ -112,15 +112,15 @@ KT_INLINE void load_weights(const std::byte* tile, ptrdiff_t row_stride) {
   }
 }
 
-// The rows behind a group, asked for a few cache lines at a step while it is multiplied. Only rows that
+// The rows behind a group, prefetched a few cache lines at a step while it is multiplied. Only rows that
 // adjoin are: what lies between others is not wanted.
-class LinesAhead {
+class RowPrefetch {
  public:
-  KT_INLINE LinesAhead(const WeightView& w, uint32_t n, uint32_t rows, size_t row_bytes, size_t steps)
+  KT_INLINE RowPrefetch(const WeightView& w, uint32_t n, uint32_t rows, size_t row_bytes, size_t steps)
       : next_(w.row(n)),
         left_(w.row_stride_bytes == static_cast<ptrdiff_t>(row_bytes) ? rows * row_bytes / kCacheLine : 0),
         each_(div_up(left_, steps ? steps : 1)) {}
-  KT_INLINE void ask() {
+  KT_INLINE void prefetch() {
     const size_t some = each_ < left_ ? each_ : left_;
     for (size_t i = 0; i < some; ++i, next_ += kCacheLine) __builtin_prefetch(next_, 0, 2);
     left_ -= some;
@@ -132,7 +132,8 @@ class LinesAhead {
   const size_t each_;
 };
 
-// A single panel waits for memory alone: rows are asked for some steps ahead, at their end those behind them.
+// A single panel waits for memory alone: rows are prefetched some steps ahead, at their end those behind
+// them.
 KT_INLINE void prefetch_rows(const TileBlock& w, size_t step) {
   constexpr size_t kAhead = 8;
   const size_t at = step + kAhead;
@@ -161,7 +162,7 @@ KT_INLINE void decode_tile(WeightView rest, size_t k, std::byte* to, ptrdiff_t l
 // The weights of a group of rows that are brought to tiles in scratch, zeros around them. Scratch is a ring
 // of `ring` steps, a power of two that is more than are brought at a time.
 template <class Format, class Product, int kWeights>
-struct BringToScratch {
+struct DecodeToScratch {
   static constexpr size_t kRingSteps = 4;
   static constexpr size_t kRowBytes = kTileK * sizeof(bf16), kStepBytes = kWeights * kTileBytes;
   static constexpr size_t kSegmentBytes = kRowBytes * Product::kSegment / Product::kStep;
@@ -174,30 +175,30 @@ struct BringToScratch {
 
   // Called before each step, from the first on.
   KT_INLINE void operator()(size_t step) const {
-    if (step == 0) bring(0);
-    if (step % kSteps == 0) bring(step + kSteps);
+    if (step == 0) decode(0);
+    if (step % kSteps == 0) decode(step + kSteps);
   }
 
  private:
-  KT_INLINE void bring(size_t step) const {
+  KT_INLINE void decode(size_t step) const {
     const size_t k = k0 + step * Product::kStep;
     if (k >= k1) return;
     std::byte* to = scratch + (step & (ring - 1)) * kStepBytes;
     if (rows == kWeights * kTileRows && k + kSteps * Product::kStep <= k1) {
-      bring_whole(k, to);
+      decode_whole(k, to);
     } else {
-      bring_rest(k, to);
+      decode_rest(k, to);
     }
   }
   // Not inlined: the same code for any number of panels.
-  __attribute__((noinline)) void bring_whole(size_t k, std::byte* to) const {
+  __attribute__((noinline)) void decode_whole(size_t k, std::byte* to) const {
     for (uint32_t tile = 0; tile < kWeights; ++tile) {
       for (size_t step = 0; step < kSteps; ++step)
         decode_tile<Format, Product>(w.from(n + tile * kTileRows), k + step * Product::kStep,
                                      to + step * kStepBytes + tile * kTileBytes, -1);
     }
   }
-  void bring_rest(size_t k, std::byte* to) const {
+  void decode_rest(size_t k, std::byte* to) const {
     for (uint32_t r = 0; r < kWeights * kTileRows; ++r, to += kRowBytes) {
       const typename Unpack<Format>::Row row(w, n + (r < rows ? r : 0));
       for (size_t s = 0; s < kSteps && k + s * Product::kStep < k1; ++s) {
@@ -220,9 +221,9 @@ struct BringToScratch {
 // One block, of one or two tiles of weight rows, against panels p and, when kPanels is 2, p + 1. Scratch,
 // which no other panel needs soon, is loaded past the first-level cache; activations are not (Emerald Rapids:
 // 5 %).
-template <class Product, int kWeights, int kPanels, Weights kFrom, class Bring>
+template <class Product, int kWeights, int kPanels, Weights kFrom, class Decode>
 KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, uint32_t n, bool zero_first,
-                          const Bring& bring, LinesAhead& ahead) {
+                          const Decode& decode, RowPrefetch& ahead) {
   // A column is 4 bytes in both: a number of C, two or four of X.
   const ptrdiff_t stride0 = panel_width(args.x, p) * 4;
   const ptrdiff_t stride1 = kPanels == 2 ? panel_width(args.x, p + 1) * 4 : 0;
@@ -247,14 +248,14 @@ KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, ui
   const std::byte* a = w.data;
   [[maybe_unused]] std::byte* left = args.scratch;
   for (size_t s = 0; s < w.steps; ++s) {
-    if constexpr (kWeights == 1 && kPanels == 1 && kFrom == Weights::kPassing) {
+    if constexpr (kWeights == 1 && kPanels == 1 && kFrom == Weights::kInPlace) {
       prefetch_rows(w, s);
     } else {
-      ahead.ask();
+      ahead.prefetch();
     }
-    if constexpr (kFrom == Weights::kBrought) {
-      bring(s);
-      a = w.data + (s & (bring.ring - 1)) * w.step_bytes;
+    if constexpr (kFrom == Weights::kDecoded) {
+      decode(s);
+      a = w.data + (s & (decode.ring - 1)) * w.step_bytes;
     }
     Tile::load<6>(b0, stride0);
     load_weights<kFrom, 4>(a, w.row_stride);
@@ -268,7 +269,7 @@ KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, ui
       Product::template dot<2, 5, 6>();
     }
     if constexpr (kWeights == 2 && kPanels == 2) Product::template dot<3, 5, 7>();
-    if constexpr (kFrom == Weights::kLeftInScratch) {
+    if constexpr (kFrom == Weights::kKeptInScratch) {
       Tile::store<4>(left, kTileK * sizeof(bf16));
       if constexpr (kWeights == 2) Tile::store<5>(left + kTileBytes, kTileK * sizeof(bf16));
       left += kWeights * kTileBytes;
@@ -310,19 +311,19 @@ struct TileGroup {
   const NtArgs& args;
   TileScope& scope;
   uint32_t n, rows;
-  LinesAhead ahead;
+  RowPrefetch ahead;
   bool zero_first, is_last;  // of this block
 
   // A block of K against panels [begin, end).
-  template <class Product, int kWeights, Weights kFrom, class Bring = NothingToBring>
-  void multiply(const TileBlock& w, uint32_t begin, uint32_t end, const Bring& bring = {}) {
+  template <class Product, int kWeights, Weights kFrom, class Decode = NothingToDecode>
+  void multiply(const TileBlock& w, uint32_t begin, uint32_t end, const Decode& decode = {}) {
     for (uint32_t p = begin; p < end; p += 2) {
       if (p + 1 < end) {
         scope.use(kPanelColumns, panel_width(args.x, p + 1));
-        tile_block<Product, kWeights, 2, kFrom>(args, w, p, n, zero_first, bring, ahead);
+        tile_block<Product, kWeights, 2, kFrom>(args, w, p, n, zero_first, decode, ahead);
       } else {
         scope.use(panel_width(args.x, p), 0);
-        tile_block<Product, kWeights, 1, kFrom>(args, w, p, n, zero_first, bring, ahead);
+        tile_block<Product, kWeights, 1, kFrom>(args, w, p, n, zero_first, decode, ahead);
       }
       if (!is_last || args.w.row_scale == nullptr) continue;
       for (uint32_t done = p; done < end && done < p + 2; ++done) finish_panel<Product>(args, done, n, rows);
@@ -337,8 +338,8 @@ void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t ro
   const uint32_t k = args.x.k, panels = static_cast<uint32_t>(div_up(args.x.rows, kPanelColumns));
   const uint32_t first = panels < 2 ? panels : 2;  // panels that meet the weights first
   const bool whole_tiles = Product::template as_stored<Format>() && rows == kWeights * kTileRows;
-  const LinesAhead ahead(args.w, n + kWeights * kTileRows, kWeights * kTileRows,
-                         format_row_bytes(args.w.format, k), div_up(k, kStep) * div_up(panels, 2));
+  const RowPrefetch ahead(args.w, n + kWeights * kTileRows, kWeights * kTileRows,
+                          format_row_bytes(args.w.format, k), div_up(k, kStep) * div_up(panels, 2));
   TileGroup group{args, scope, n, rows, ahead, !args.accumulate, false};
   const auto in_place = [&](size_t k0, size_t k1) {
     return TileBlock::in_place(args.w.row(n) + Format::row_bytes(k0), args.w.row_stride_bytes, k0 / kStep,
@@ -351,7 +352,7 @@ void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t ro
   if (whole_tiles && k >= kStep && args.x.rows <= kInPlaceRows) {
     k0 = k / kStep * kStep;
     group.is_last = k0 == k;
-    group.multiply<Product, kWeights, Weights::kPassing>(in_place(0, k0), 0, panels);
+    group.multiply<Product, kWeights, Weights::kInPlace>(in_place(0, k0), 0, panels);
     group.zero_first = false;
   }
   while (k0 < k) {
@@ -361,14 +362,14 @@ void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t ro
     if (whole_tiles && k1 - k0 >= kStep) {
       k1 = k0 + (k1 - k0) / kStep * kStep;
       group.is_last = k1 == k;
-      group.multiply<Product, kWeights, Weights::kLeftInScratch>(in_place(k0, k1), 0, first);
+      group.multiply<Product, kWeights, Weights::kKeptInScratch>(in_place(k0, k1), 0, first);
     } else {
       if (!is_shared) k1 = k;
       group.is_last = k1 == k;
-      using Bring = BringToScratch<Format, Product, kWeights>;
-      const Bring bring{
-          args.w, n, rows, k0, k1, args.scratch, is_shared ? kTileBlockSteps : Bring::kRingSteps};
-      group.multiply<Product, kWeights, Weights::kBrought>(in_scratch(k0, k1), 0, first, bring);
+      using Decode = DecodeToScratch<Format, Product, kWeights>;
+      const Decode decode{
+          args.w, n, rows, k0, k1, args.scratch, is_shared ? kTileBlockSteps : Decode::kRingSteps};
+      group.multiply<Product, kWeights, Weights::kDecoded>(in_scratch(k0, k1), 0, first, decode);
     }
     group.multiply<Product, kWeights, Weights::kFromScratch>(in_scratch(k0, k1), first, panels);
     group.zero_first = false;

@@ -1,18 +1,18 @@
 // TN, what vectors and tiles share: D[n, k] (+)= scale * sum_m G[m, n] X[m, k], block by block of m.
 //
 // Rows of both, gathered, are interleaved in pairs (pairs.h). X is then what W is in NN; of G, Product makes
-// what it wants for a left operand. Sums wait in scratch, and go to D at the end. Included inside a target's
+// what it wants for a lhs operand. Sums wait in scratch, and go to D at the end. Included inside a target's
 // namespace, after its nn_*.h and transpose_*.h.
 
 inline constexpr size_t kTnPanelBytes = size_t{64} << 10;  // of X: with the sums it stays in the cache
 inline constexpr uint32_t kTnBlockRows = 512;  // at most: blocks of G are small beside the panel of X
-inline constexpr size_t kTnLeftBytes = size_t{kMaxTnRows} * kTnBlockRows * sizeof(bf16);
+inline constexpr size_t kTnLhsBytes = size_t{kMaxTnRows} * kTnBlockRows * sizeof(bf16);
 inline constexpr size_t kTnSumBytes = size_t{kMaxTnRows} * kMaxTnColumns * sizeof(float);
-inline constexpr size_t kTnScratchBytes = kTnPanelBytes + kTnLeftBytes + kTnSumBytes;
+inline constexpr size_t kTnScratchBytes = kTnPanelBytes + kTnLhsBytes + kTnSumBytes;
 
 // Interleaves rows [s0, s1), `columns` of each.
 inline void fill_pairs(const RowsView& rows, uint32_t s0, uint32_t s1, uint32_t columns,
-                       const PairsPanel& panel) {
+                       const PackedPairs& panel) {
   const auto row = [&](uint32_t s) {
     const size_t at = rows.index ? rows.index[s] : s;
     return reinterpret_cast<const std::byte*>(rows.data + at * rows.stride);
@@ -90,7 +90,7 @@ inline void store_sums(const TnArgs& a, float* sums, size_t stride) {
 
 // What Product adds to the sums: a block of both, interleaved, `length` rows of it.
 struct TnBlock {
-  PairsPanel g, x;
+  PackedPairs g, x;
   uint32_t n, k, length;
   float* sums;
   size_t stride;
@@ -99,11 +99,11 @@ struct TnBlock {
 
 template <class Product>
 void tn_product(const TnArgs& a) {
-  std::byte* left = a.scratch + kTnPanelBytes;
-  float* sums = reinterpret_cast<float*>(left + kTnLeftBytes);
+  std::byte* lhs = a.scratch + kTnPanelBytes;
+  float* sums = reinterpret_cast<float*>(lhs + kTnLhsBytes);
   const size_t stride = round_up(a.k, kGroupColumns);
   const uint32_t steps = smaller(panel_steps(kTnPanelBytes, a.k), kTnBlockRows / kPairsStep);
-  const PairsPanel x_panel = pairs_panel(a.scratch, steps), g_panel = pairs_panel(left, steps);
+  const PackedPairs x_panel = packed_pairs(a.scratch, steps), g_panel = packed_pairs(lhs, steps);
   const uint32_t block = steps * kPairsStep;
   std::memset(sums, 0, a.n * stride * sizeof(float));
   Product product;

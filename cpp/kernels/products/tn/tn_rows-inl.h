@@ -8,7 +8,7 @@ struct TnRows {
     PairsBlock block;
     block.num_slices = 1, block.num_steps = static_cast<uint32_t>(div_up(length, kPairsStep));
     block.slices[0] = {b.g.data, b.g.group_bytes, kPairsBytes, nullptr, kGroupColumns, length, 0};
-    block.num_left = b.n, block.right = b.x;
+    block.num_lhs = b.n, block.rhs = b.x;
     block.c = b.sums, block.c_stride = b.stride, block.columns = b.k, block.zero_first = false;
     NothingAhead nothing;
     pairs_product(block, nothing);
