@@ -52,7 +52,7 @@ section() {
 
 build() {
   local options=(-S . -B "$BUILD" -G Ninja -DCMAKE_BUILD_TYPE=Release -DKTMOE_BUILD_PYTHON=ON
-    -DPython_EXECUTABLE="$PYTHON" '-DKTMOE_ISAS=avx2;avx512;avx512_bf16;amx;amx_emu')
+    -DPython_EXECUTABLE="$PYTHON" -DKTMOE_ISAS=all)
   {
     cmake "${options[@]}" -DKTMOE_BUILD_TESTS=ON || {
       echo "-- no doctest: without the C++ tests"

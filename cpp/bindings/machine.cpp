@@ -20,7 +20,8 @@ namespace {
 using Info = nb::typed<nb::dict, nb::str, nb::any>;
 
 Info isa_info() {
-  nb::list compiled, supported;
+  nb::list known, compiled, supported;
+  for (Isa isa : kAllIsas) known.append(std::string(isa_name(isa)));
   for (Isa isa : kernels::compiled_isas()) {
     const std::string name(isa_name(isa));
     compiled.append(name);
@@ -28,16 +29,24 @@ Info isa_info() {
   }
   nb::dict info;
   info["active"] = std::string(isa_name(kernels::active_table().isa));
+  info["known"] = known;
   info["compiled"] = compiled;
   info["supported"] = supported;
   return info;
 }
 
-// With a feature set and a list of compiled instruction sets, any machine can be asked about.
-std::string select(bool avx2, bool avx512, bool avx512_bf16, bool amx,
-                   const std::vector<std::string>& compiled,
+// With the features of its processor and a list of compiled instruction sets, any machine can be asked about.
+std::string select(const std::vector<std::string>& supported, const std::vector<std::string>& compiled,
                    const std::optional<std::string>& override_name) {
-  const CpuFeatures features{avx2, avx512, avx512_bf16, amx};
+  CpuFeatures features;
+  for (const std::string& name : supported) {
+    switch (isa_from_name(name)) {
+#define KT_ISA(enumerator, name, platform, choice) \
+  case Isa::enumerator: features.name = true; break;
+#include "isa/isas.inc"
+#undef KT_ISA
+    }
+  }
   std::vector<Isa> isas;
   for (const std::string& name : compiled) isas.push_back(isa_from_name(name));
   return std::string(isa_name(select_isa(features, isas, override_name)));
@@ -86,10 +95,10 @@ Info limits(CPUInfer& engine, double seconds, const std::optional<std::string>& 
 
 void bind_machine(nb::module_& m) {
   m.def("isa_info", &isa_info,
-        "Instruction sets: the active one, those compiled in, those this machine has.");
-  m.def("select_isa", &select, nb::arg("avx2"), nb::arg("avx512"), nb::arg("avx512_bf16"), nb::arg("amx"),
-        nb::arg("compiled"), nb::arg("override_name").none() = nb::none(),
-        "The instruction set that a machine with these features would use.");
+        "Instruction sets: the active one, those that there are, those compiled in, those this machine has.");
+  m.def("select_isa", &select, nb::arg("supported"), nb::arg("compiled"),
+        nb::arg("override_name").none() = nb::none(),
+        "The instruction set that a machine whose processor has the supported ones would use.");
   m.def("topology", &topology, "CPUs that this process may use, by NUMA node, and its CPU quota.");
   m.def("measure_limits", &limits, nb::arg("engine"), nb::arg("seconds") = 0.3,
         nb::arg("isa").none() = nb::none(), nb::arg("product") = "bfloat16",

@@ -52,6 +52,7 @@ CpuFeatures detect() {
 
   CpuFeatures f;
   f.avx2 = ymm && has(l1.c, 12) /*fma*/ && has(l1.c, 29) /*f16c*/ && has(l7.b, 5);
+  f.avx_vnni = f.avx2 && has(l71.a, 4);
   f.avx512 = f.avx2 && zmm && has(l7.b, 16) /*f*/ && has(l7.b, 17) /*dq*/ && has(l7.b, 30) /*bw*/ &&
              has(l7.b, 31) /*vl*/ && has(l7.c, 11) /*vnni*/;
   f.avx512_bf16 = f.avx512 && has(l71.a, 5) && has(l7.c, 1) /*vbmi*/ && has(l7.c, 6) /*vbmi2*/;

@@ -3,11 +3,13 @@
 
 namespace ktmoe {
 
+// The instruction sets of isas.inc: whether the processor has what each takes, and the system lets it be
+// used.
 struct CpuFeatures {
-  bool avx2 = false;         // with fma and f16c, and YMM state enabled by the system
-  bool avx512 = false;       // f, bw, vl, dq, vnni, and ZMM state enabled
-  bool avx512_bf16 = false;  // bf16, vbmi and vbmi2
-  bool amx = false;          // tile, int8, bf16, and the kernel has granted this process the tile state
+  enum class Platform { any, x86_64 };
+#define KT_ISA(enumerator, name, platform, choice) bool name = Platform::platform == Platform::any;
+#include "isa/isas.inc"
+#undef KT_ISA
 };
 
 // The features of the machine this runs on. The first call asks the kernel for permission to use AMX tiles.

@@ -19,7 +19,7 @@ enum class Choice { automatic, on_request };
 // Whether it is chosen without being asked for.
 bool is_automatic(Isa isa) {
   switch (isa) {
-#define KT_ISA(enumerator, name, platform, choice, supported) \
+#define KT_ISA(enumerator, name, platform, choice) \
   case Isa::enumerator: return Choice::choice == Choice::automatic;
 #include "isa/isas.inc"
 #undef KT_ISA
@@ -31,7 +31,7 @@ bool is_automatic(Isa isa) {
 
 std::string_view isa_name(Isa isa) {
   switch (isa) {
-#define KT_ISA(enumerator, name, platform, choice, supported) \
+#define KT_ISA(enumerator, name, platform, choice) \
   case Isa::enumerator: return #name;
 #include "isa/isas.inc"
 #undef KT_ISA
@@ -48,8 +48,8 @@ Isa isa_from_name(std::string_view name) {
 
 bool supports(const CpuFeatures& f, Isa isa) {
   switch (isa) {
-#define KT_ISA(enumerator, name, platform, choice, supported) \
-  case Isa::enumerator: return supported;
+#define KT_ISA(enumerator, name, platform, choice) \
+  case Isa::enumerator: return f.name;
 #include "isa/isas.inc"
 #undef KT_ISA
   }

@@ -11,13 +11,13 @@ namespace ktmoe {
 
 // In rising order of preference. amx_emu runs anywhere, slowly, and is used only when asked for.
 enum class Isa {
-#define KT_ISA(enumerator, name, platform, choice, supported) enumerator,
+#define KT_ISA(enumerator, name, platform, choice) enumerator,
 #include "isa/isas.inc"
 #undef KT_ISA
 };
 
 inline constexpr Isa kAllIsas[] = {
-#define KT_ISA(enumerator, name, platform, choice, supported) Isa::enumerator,
+#define KT_ISA(enumerator, name, platform, choice) Isa::enumerator,
 #include "isa/isas.inc"
 #undef KT_ISA
 };

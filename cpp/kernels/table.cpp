@@ -10,9 +10,9 @@ namespace ktmoe::kernels {
 
 // KTMOE_HAS_name is 1 for what the build has, else 0.
 const KernelTable* find_table(Isa isa) {
-#define KT_ISA(enumerator, name, platform, choice, supported) \
-  if constexpr (KTMOE_HAS_##name) {                           \
-    if (isa == Isa::enumerator) return &name::table();        \
+#define KT_ISA(enumerator, name, platform, choice)     \
+  if constexpr (KTMOE_HAS_##name) {                    \
+    if (isa == Isa::enumerator) return &name::table(); \
   }
 #include "isa/isas.inc"
 #undef KT_ISA

@@ -16,11 +16,19 @@ from pathlib import Path
 
 import pytest
 
+from ktmoe_np import isa_info
+
 from ._build import built_cores, cache_entry
 
-_ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emu")
+_ISAS = tuple(isa_info()["known"])
 # An instruction that shows that the kernels of an instruction set were looked at.
-_NAMESAKE = {"avx2": "%ymm", "avx512": "%zmm", "avx512_bf16": "vdpbf16ps", "amx": "tdpbf16ps"}
+_NAMESAKE = {
+    "avx2": "%ymm",
+    "avx_vnni": "vpdpbusd",
+    "avx512": "%zmm",
+    "avx512_bf16": "vdpbf16ps",
+    "amx": "tdpbf16ps",
+}
 
 # Mangled names, since a demangled one may mention a namespace among its arguments. Z: local to a function.
 _OWNER = re.compile(r"^_ZZ*N[KV]*5ktmoe7kernels(?:" + "|".join(f"({len(isa)}{isa})" for isa in _ISAS) + ")")
@@ -31,6 +39,7 @@ _PREFIXES = re.compile(
 )
 
 _TILE = re.compile(r"%tmm|^(?:ldtilecfg|sttilecfg|tilerelease|tile\w+|tdp\w+)\b")
+_VNNI = re.compile(r"^(?:\{vex\} )?vpdp(?:bu|w)s\w+\b")
 _BF16_OR_VBMI = re.compile(r"^v(?:dpbf16ps|cvtne2?ps2bf16|permb|permi2b|permt2b|pmultishiftqb)\b")
 _EVEX = re.compile(r"%zmm|%k[0-7]|%[xy]mm(?:1[6-9]|2\d|3[01])")
 _VEX = re.compile(r"%ymm|^v(?!err\b|erw\b|mcall\b|mmcall\b)")
@@ -46,7 +55,8 @@ _BASELINE = (_TILE, _EVEX, _VEX, _LATER_SSE)
 _NOT_IN = {
     "scalar": _BASELINE,
     "amx_emu": _BASELINE,
-    "avx2": (_TILE, _EVEX),
+    "avx2": (_TILE, _EVEX, _VNNI),
+    "avx_vnni": (_TILE, _EVEX),
     "avx512": (_TILE, _BF16_OR_VBMI),
     "avx512_bf16": (_TILE,),
     "amx": (),
@@ -141,6 +151,7 @@ def _listing(symbol: str, instruction: str) -> list[str]:
         (_IN_BODY.format("4avx2"), "vaddps %zmm0,%zmm1,%zmm2"),
         (_IN_BODY.format("4avx2"), "vaddps %xmm16,%xmm1,%xmm2"),
         (_IN_BODY.format("4avx2"), "vcmpps $0x1,%ymm0,%ymm1,%k1"),
+        (_IN_BODY.format("4avx2"), "vpdpbusd %ymm0,%ymm1,%ymm2"),
         (_IN_BODY.format("6avx512"), "vdpbf16ps %zmm0,%zmm1,%zmm2"),
         (_IN_BODY.format("6avx512"), "vpermb %zmm0,%zmm1,%zmm2"),
         (_IN_BODY.format("11avx512_bf16"), "tdpbf16ps %tmm6,%tmm4,%tmm0"),
@@ -159,6 +170,7 @@ def test_the_gate_sees_an_instruction_that_is_out_of_place(symbol: str, instruct
         ("main", "rep stos %rax,%es:(%rdi)"),
         (_IN_BODY.format("4avx2"), "vfmadd231ps %ymm0,%ymm1,%ymm2"),
         (_IN_BODY.format("4avx2") + ".cold", "vzeroupper"),
+        (_IN_BODY.format("8avx_vnni"), "{vex} vpdpbusd %ymm0,%ymm1,%ymm2"),
         (_IN_BODY.format("6avx512"), "vpdpbusd %zmm0,%zmm1,%zmm2{%k1}"),
         (_IN_BODY.format("11avx512_bf16"), "vdpbf16ps %zmm0,%zmm1,%zmm2"),
         (_IN_BODY.format("3amx"), "tdpbf16ps %tmm6,%tmm4,%tmm0"),

@@ -1,7 +1,7 @@
 // Vectors of 256 bits with FMA. Included inside a target's namespace. bf16 pairs are split into two fp32
 // vectors: the even elements shifted up, the odd ones masked.
 
-struct Vec {
+struct VecAvx2 {
   // ---- rows-dot-rows products ----
   static constexpr size_t kStep = 16;
   static constexpr int kRowTile = 4;

@@ -11,6 +11,7 @@
 #else
 
 #include "kernels/policy/vec_avx2.h"
+using Vec = VecAvx2;
 #include "kernels/policy/bytes_avx2.h"
 #include "kernels/layouts/transpose_portable-inl.h"
 #include "kernels/layouts/interleave_avx2-inl.h"

@@ -3,9 +3,9 @@
 
 #include "kernels/contract.h"
 
-#define KT_ISA(enumerator, name, platform, choice, supported) \
-  namespace ktmoe::kernels::name {                            \
-  const KernelTable& table();                                 \
+#define KT_ISA(enumerator, name, platform, choice) \
+  namespace ktmoe::kernels::name {                 \
+  const KernelTable& table();                      \
   }
 #include "isa/isas.inc"
 #undef KT_ISA

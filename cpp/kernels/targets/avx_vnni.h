@@ -1,0 +1,25 @@
+// AVX2 with AVX-VNNI, which consumer processors have in place of AVX-512: integer products take a third of
+// the instructions. All other results have the bits of avx2. Included by begin_target.h: first for what it
+// defines, then inside its namespace.
+#ifndef KT_TARGET_NAME
+
+#define KT_TARGET_NAME avx_vnni
+#define KT_TARGET_ISA Isa::kAvxVnni
+#define KT_TARGET_FEATURES "avx2,fma,f16c,avxvnni"
+#define KT_HAS_TILES 0
+#define KT_HAS_AVX512_BF16 0
+
+#else
+
+#include "kernels/policy/vec_avx2.h"
+struct Vec : VecAvx2 {
+  // Unsigned by signed: the sign of a weight goes to its factor.
+  static KT_INLINE void dot_bytes(IntAcc& acc, Bytes w, Bytes x) {
+    acc = _mm256_dpbusd_avx_epi32(acc, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+  }
+};
+#include "kernels/policy/bytes_avx2.h"
+#include "kernels/layouts/transpose_portable-inl.h"
+#include "kernels/layouts/interleave_avx2-inl.h"
+
+#endif
