@@ -25,6 +25,11 @@ namespace ktmoe::kernels::KT_TARGET_NAME {
 #include "kernels/targets/region-inl.h"
 #define KT_TARGET_REGION
 #include KT_TARGET_HEADER
+#if KT_HAS_TILES
+static_assert(TileVectorPolicy<Vec>);
+#else
+static_assert(VectorPolicy<Vec>);
+#endif
 #include "kernels/unpack/codes-inl.h"
 #include "formats/all.h"
 #include "kernels/unpack/blocks-inl.h"

@@ -22,4 +22,5 @@
 #include "kernels/contract.h"
 #include "kernels/contract_quantize.h"
 #include "kernels/contract_training.h"
+#include "kernels/policy/vec.h"
 #include "kernels/targets/targets.h"

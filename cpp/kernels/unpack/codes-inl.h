@@ -6,6 +6,20 @@
 
 inline constexpr size_t kByteStep = 2 * Vec::kStep;
 
+template <class Row>
+concept UnpackRow = requires(const Row& row, const WeightView& w, size_t n, size_t k, size_t count) {
+  Row(w, n);
+  { row.segment(k) } -> std::same_as<Vec::Segment>;
+  { row.tail(k, count) } -> std::same_as<Vec::Segment>;
+  { row.weights(k) } -> std::same_as<Vec::Segment>;
+  { row.weights_tail(k, count) } -> std::same_as<Vec::Segment>;
+};
+template <class Row>
+concept UnpackIntegerRow = UnpackRow<Row> && requires(const Row& row, size_t k, size_t count) {
+  { row.bytes(k) } -> std::same_as<Vec::Bytes>;
+  { row.bytes_tail(k, count) } -> std::same_as<Vec::Bytes>;
+};
+
 // What follows from a row's `codes`, `codes_tail` and `scale`; `bytes` is the row's own.
 template <class Row>
 struct CodeRow {

@@ -55,7 +55,9 @@ struct DecodeColumns {
     if constexpr (BlockFormat<Format>) {
       UnpackRun<Format>::run(w.row(n), k0, k1, to, kRunElements * sizeof(bf16));
     } else {
-      const typename Unpack<LoopFormat<Format>>::Row row(w, n);
+      using Row = typename Unpack<LoopFormat<Format>>::Row;
+      static_assert(UnpackRow<Row> && (!Format::kIsInteger || UnpackIntegerRow<Row>));
+      const Row row(w, n);
       uint32_t k = k0;
       for (; k + Vec::kStep <= k1; k += Vec::kStep, to += Vec::kStep * sizeof(bf16))
         Vec::store(to, row.weights(k));
