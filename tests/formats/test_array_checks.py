@@ -26,7 +26,11 @@ def arrays_of(library: str) -> Any:
     return lambda *shape: jnp.zeros(shape)
 
 
-LIBRARIES = ("NumPy", "torch", "JAX")
+LIBRARIES = (
+    "NumPy",
+    pytest.param("torch", marks=pytest.mark.crosscheck),
+    pytest.param("JAX", marks=pytest.mark.crosscheck),
+)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -92,6 +96,7 @@ def test_a_subclass_is_of_its_library(tmp_path: Any) -> None:
     assert is_of("NumPy", np.memmap(tmp_path / "x", np.float32, "w+", shape=(2,)))
 
 
+@pytest.mark.crosscheck
 def test_a_traced_array_is_of_jax() -> None:
     jax = pytest.importorskip("jax")
     found = []
