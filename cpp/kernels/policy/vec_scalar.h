@@ -136,7 +136,8 @@ struct Vec {
   }
 
   // ---- products of pairs ----
-  static constexpr int kPairRows = 2, kPairGroups = 1;  // rows of the lhs and groups of columns of a register tile
+  static constexpr int kPairRows = 2,
+                       kPairGroups = 1;  // rows of the lhs and groups of columns of a register tile
   struct Pairs {
     float even[8], odd[8];
   };
