@@ -21,8 +21,10 @@ const KernelTable* find_table(Isa isa) {
 
 std::vector<Isa> compiled_isas() {
   std::vector<Isa> isas;
-  for (Isa isa : kAllIsas)
-    if (find_table(isa)) isas.push_back(isa);
+#define KT_ISA(enumerator, name, platform, choice) \
+  if (KTMOE_HAS_##name) isas.push_back(Isa::enumerator);
+#include "isa/isas.inc"
+#undef KT_ISA
   return isas;
 }
 

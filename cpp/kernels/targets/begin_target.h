@@ -4,6 +4,7 @@
 #include "kernels/targets/includes.h"
 #include KT_TARGET_HEADER
 
+// A table is looked at on any machine, so what fills it stands behind KT_END_TARGET, at the end of a source.
 #define KT_PRAGMA(text) _Pragma(#text)
 #if !defined(KT_TARGET_FEATURES)
 #define KT_BEGIN_TARGET
@@ -18,6 +19,16 @@
 #define KT_BEGIN_TARGET KT_PRAGMA(GCC push_options) KT_PUSH_TARGET(KT_TARGET_FEATURES)
 #define KT_END_TARGET KT_PRAGMA(GCC pop_options)
 #endif
+
+namespace ktmoe::kernels::KT_TARGET_NAME {
+
+// What each source adds to the table. Declared here, as a declaration in the region would have its features.
+void add_nt(KernelTable& table);
+void add_nn_tn(KernelTable& table);
+void add_elementwise(KernelTable& table);
+void add_quantize(KernelTable& table);
+
+}  // namespace ktmoe::kernels::KT_TARGET_NAME
 
 KT_BEGIN_TARGET
 namespace ktmoe::kernels::KT_TARGET_NAME {
@@ -35,9 +46,3 @@ static_assert(VectorPolicy<Vec>);
 #include "kernels/unpack/blocks-inl.h"
 #include "kernels/elementwise/math-inl.h"
 #include "kernels/elementwise/elements-inl.h"
-
-// What each source adds to the table.
-void add_nt(KernelTable& table);
-void add_nn_tn(KernelTable& table);
-void add_elementwise(KernelTable& table);
-void add_quantize(KernelTable& table);

@@ -13,6 +13,8 @@
 #include "kernels/layouts/rows-inl.h"
 #endif
 
+KT_END_TARGET
+
 void add_elementwise(KernelTable& table) {
   table.operand_bytes = operand_bytes;
   table.operand_block = operand_block;
@@ -27,4 +29,3 @@ void add_elementwise(KernelTable& table) {
 }
 
 }  // namespace ktmoe::kernels::KT_TARGET_NAME
-KT_END_TARGET

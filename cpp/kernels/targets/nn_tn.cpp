@@ -16,6 +16,8 @@
 #include "kernels/products/tn/tn_rows-inl.h"
 #endif
 
+KT_END_TARGET
+
 void add_nn_tn(KernelTable& table) {
   table.lhs_bytes = lhs_bytes;
   table.pack_lhs = pack_lhs;
@@ -28,4 +30,3 @@ void add_nn_tn(KernelTable& table) {
 }
 
 }  // namespace ktmoe::kernels::KT_TARGET_NAME
-KT_END_TARGET

@@ -36,6 +36,8 @@ constexpr void (*nt_int8())(const NtArgs&) {
   }
 }
 
+KT_END_TARGET
+
 void add_nt(KernelTable& table) {
   table.nt = {
 #define KT_FORMAT(id, type) kNt<formats::type>,
@@ -62,4 +64,3 @@ void add_nt(KernelTable& table) {
 }
 
 }  // namespace ktmoe::kernels::KT_TARGET_NAME
-KT_END_TARGET

@@ -4,6 +4,8 @@
 #include "kernels/quantize/quantize_rows-inl.h"
 #include "kernels/quantize/quantize_int4-inl.h"
 
+KT_END_TARGET
+
 void add_quantize(KernelTable& table) {
   table.quantize_rows = quantize_rows;
   table.quantize_int8 = quantize_int8;
@@ -12,4 +14,3 @@ void add_quantize(KernelTable& table) {
 }
 
 }  // namespace ktmoe::kernels::KT_TARGET_NAME
-KT_END_TARGET

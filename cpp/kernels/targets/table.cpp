@@ -15,6 +15,8 @@ const DecodeFunction kDecodeFunctions[kNumFormats] = {
 #undef KT_FORMAT
 };
 
+KT_END_TARGET
+
 const KernelTable& table() {
   static const KernelTable table = [] {
     KernelTable table{};
@@ -29,4 +31,3 @@ const KernelTable& table() {
 }
 
 }  // namespace ktmoe::kernels::KT_TARGET_NAME
-KT_END_TARGET
