@@ -118,7 +118,7 @@ block : int
 group : int or None
     Values of a row that share a scale; None for formats without scales or with one per row.
 scale_rows : int
-    Rows that share a row of block scales which lie apart from the codes; 0 where none do.
+    Rows that share a row of block scales, where these are separate from the codes; else 0.
 has_channel_scale : bool
     Whether every row has a float32 scale of its own, apart from the codes.
 is_integer : bool
@@ -138,7 +138,7 @@ is_integer : bool
           nb::arg("k"), "Count the bytes of a row that are codes, when its scales lie behind them.")
       .def(
           "scale_bytes", [](const FormatInfo& f, int64_t k) { return f.count(k, format_scale_bytes); },
-          nb::arg("k"), "Count the bytes of a row of block scales that lie apart.")
+          nb::arg("k"), "Count the bytes of a row of block scales that are separate from the codes.")
       .def("__repr__", [](const FormatInfo& f) { return str_cat("<format ", format_name(f.id), ">"); });
 }
 

@@ -7,8 +7,10 @@
 
 namespace ktmoe::formats {
 
-alignas(16) inline constexpr int8_t kE2m1Doubled[16] = {0, 1,  2,  3,  4,  6,  8,  12,
-                                                        0, -1, -2, -3, -4, -6, -8, -12};
+alignas(16) inline constexpr int8_t kE2m1Doubled[16] = {
+    e2m1_doubled(0),  e2m1_doubled(1),  e2m1_doubled(2),  e2m1_doubled(3), e2m1_doubled(4),  e2m1_doubled(5),
+    e2m1_doubled(6),  e2m1_doubled(7),  e2m1_doubled(8),  e2m1_doubled(9), e2m1_doubled(10), e2m1_doubled(11),
+    e2m1_doubled(12), e2m1_doubled(13), e2m1_doubled(14), e2m1_doubled(15)};
 
 // [scale: E8M0][nibbles: 16]. Here 255 is a power of two like the others, not a NaN.
 struct GgufMxFp4 : Blocks<GgufMxFp4, 32, 17, 32> {

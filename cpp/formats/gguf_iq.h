@@ -10,8 +10,6 @@
 
 namespace ktmoe::formats {
 
-inline uint32_t half_word_at(const std::byte* p) { return half_bits_at(p); }
-
 // Eight coordinates 0 to 2 as 8, 25 and 43.
 constexpr uint64_t sizes_of_eight(uint16_t point) {
   const uint64_t x = spread_twos(point);
@@ -41,8 +39,11 @@ constexpr uint64_t eight_signs(uint32_t seven) {
 }
 inline void store_eight(uint64_t numbers, int8_t* to) { std::memcpy(to, &numbers, sizeof numbers); }
 
-// The numbers of the scales of groups: nibbles of bytes, the low one first.
+// What the scales of groups count: odd numbers, by their halves.
 constexpr float odd(uint32_t n) { return static_cast<float>(2 * n + 1); }
+inline float odd_nibble(const std::byte* nibbles, size_t g) {
+  return odd(static_cast<uint32_t>(nibble_at(nibbles, g)));
+}
 
 template <class F, size_t kBytes, size_t kGroupValues>
 struct LatticeBlocks : Blocks<F, 256, kBytes, kGroupValues> {
@@ -79,12 +80,11 @@ struct Iq2Xs : LatticeBlocks<Iq2Xs, 74, 16> {
 
   static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
     const float eighth = half_at(block) * 0.125f;
-    for (size_t g = 0; g < kGroups; ++g)
-      scales.scale[g] = eighth * odd(byte_at(block, 66 + g / 2) >> (g % 2 * 4) & 15);
+    for (size_t g = 0; g < kGroups; ++g) scales.scale[g] = eighth * odd_nibble(block + 66, g);
   }
   static void group(const std::byte* block, size_t g, int8_t* to) {
     for (size_t i = 0; i < 4; ++i) {
-      const uint32_t code = half_word_at(block + 2 + 8 * g + 2 * i);
+      const uint32_t code = half_bits_at(block + 2 + 8 * g + 2 * i);
       store_eight(with_signs(sizes_of_eight(kPoints512[code & 511]), eight_signs(code >> 9)), to + 8 * i);
     }
   }
@@ -99,8 +99,7 @@ struct Iq2S : LatticeBlocks<Iq2S, 82, 16> {
 
   static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
     const float eighth = half_at(block) * 0.125f;
-    for (size_t g = 0; g < kGroups; ++g)
-      scales.scale[g] = eighth * odd(byte_at(block, 74 + g / 2) >> (g % 2 * 4) & 15);
+    for (size_t g = 0; g < kGroups; ++g) scales.scale[g] = eighth * odd_nibble(block + 74, g);
   }
   static void group(const std::byte* block, size_t g, int8_t* to) {
     const uint32_t upper = static_cast<uint32_t>(byte_at(block, 66 + g));
@@ -142,8 +141,7 @@ struct Iq3S : LatticeBlocks<Iq3S, 110, 32> {
   static constexpr int kGgufType = 21;
 
   static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
-    for (size_t g = 0; g < kGroups; ++g)
-      scales.scale[g] = half_at(block) * odd(byte_at(block, 106 + g / 2) >> (g % 2 * 4) & 15);
+    for (size_t g = 0; g < kGroups; ++g) scales.scale[g] = half_at(block) * odd_nibble(block + 106, g);
   }
   static void group(const std::byte* block, size_t g, int8_t* to) {
     const uint32_t ninth = static_cast<uint32_t>(byte_at(block, 66 + g));
@@ -175,10 +173,10 @@ struct Iq1S : LatticeBlocks<Iq1S, 50, 32> {
   static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
     const float eighth = half_at(block) * 0.125f;
     for (size_t g = 0; g < kGroups; ++g)
-      scales.scale[g] = eighth * odd(half_word_at(block + 34 + 2 * g) >> 12 & 7);
+      scales.scale[g] = eighth * odd(half_bits_at(block + 34 + 2 * g) >> 12 & 7);
   }
   static void group(const std::byte* block, size_t g, int8_t* to) {
-    const uint32_t upper = half_word_at(block + 34 + 2 * g);
+    const uint32_t upper = half_bits_at(block + 34 + 2 * g);
     for (size_t i = 0; i < 4; ++i) {
       const uint32_t code = static_cast<uint32_t>(byte_at(block, 2 + 4 * g + i)) | (upper >> 3 * i & 7) << 8;
       store_eight(shifted_eighths(kTernaryPoints[code], upper >> 15 != 0), to + 8 * i);
@@ -196,14 +194,14 @@ struct Iq1M : LatticeBlocks<Iq1M, 56, 16> {
 
   static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
     uint32_t half = 0;
-    for (size_t i = 0; i < 4; ++i) half |= (half_word_at(block + 48 + 2 * i) >> 12) << 4 * i;
+    for (size_t i = 0; i < 4; ++i) half |= (half_bits_at(block + 48 + 2 * i) >> 12) << 4 * i;
     const float eighth = half_to_float(static_cast<uint16_t>(half)) * 0.125f;
     for (size_t g = 0; g < kGroups; ++g)
-      scales.scale[g] = eighth * odd(half_word_at(block + 48 + g / 4 * 2) >> (g % 4 * 3) & 7);
+      scales.scale[g] = eighth * odd(half_bits_at(block + 48 + g / 4 * 2) >> (g % 4 * 3) & 7);
   }
   static void group(const std::byte* block, size_t g, int8_t* to) {
     for (size_t i = 0; i < 4; ++i) {
-      const uint32_t upper = static_cast<uint32_t>(byte_at(block, 32 + 2 * g + i / 2)) >> (i % 2 * 4);
+      const uint32_t upper = static_cast<uint32_t>(nibble_at(block + 32 + 2 * g, i));
       const uint32_t code = static_cast<uint32_t>(byte_at(block, 4 * g + i)) | (upper & 7) << 8;
       store_eight(shifted_eighths(kTernaryPoints[code], (upper & 8) != 0), to + 8 * i);
     }

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "kernels/table.h"
 #include "moe/plan/routing_plan.h"
 
 namespace ktmoe {
@@ -20,7 +21,8 @@ void DeferredOutput::rethrow() const {
 }
 
 void DeferredOutput::round_to(bf16* out) const {
-  to_bf16(sums_, out, size_t{num_tokens_} * static_cast<size_t>(hidden_size_));
+  const size_t size = size_t{num_tokens_} * static_cast<size_t>(hidden_size_);
+  kernels::active_table().elementwise.round(sums_, size, out);
 }
 
 void DeferredOutput::begin() {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from layers import (
     draw_layer,
     low_level_moe,
 )
+from low_level_sizes import E, H, I, P, T
 
 from ktmoe_np import kt_kernel_ext as ext
 from ktmoe_np.config import parse_activation
@@ -26,25 +27,6 @@ from ktmoe_np.config import parse_activation
 pytestmark = [pytest.mark.kernels, pytest.mark.asan, pytest.mark.emulated]
 
 AnyArray = Any
-
-E, I, H, P, T = 4, 24, 40, 2, 6  # noqa: E741
-
-
-@pytest.fixture(scope="module")
-def layer() -> Layer:
-    return draw_layer(np.random.default_rng(0), E, I, H)
-
-
-@pytest.fixture(scope="module")
-def batch(layer: Layer) -> Batch:
-    return draw_batch(np.random.default_rng(1), layer, T, P)
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Any]:
-    made = ext.CPUInfer(2)
-    yield made
-    made.shutdown()
 
 
 def test_as_the_documentation_has_it(layer: Layer, batch: Batch) -> None:

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from layers import Batch, Layer, assert_same_bits, draw_batch, draw_layer
+from layers import Batch, Layer, assert_same_bits
+from low_level_sizes import E, H, I, P, T
 
 from ktmoe_np import kt_kernel_ext as ext
 
-E, I, H, P, T = 4, 24, 40, 2, 6  # noqa: E741
-
-
-@pytest.fixture(scope="module")
-def layer() -> Layer:
-    return draw_layer(np.random.default_rng(0), E, I, H)
-
-
-@pytest.fixture(scope="module")
-def batch(layer: Layer) -> Batch:
-    return draw_batch(np.random.default_rng(1), layer, T, P)
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Any]:
-    made = ext.CPUInfer(2)
-    yield made
-    made.shutdown()
+pytestmark = [pytest.mark.kernels, pytest.mark.asan, pytest.mark.emulated]
 
 
 def test_a_projection_is_its_codes_where_there_are_no_scales(engine: Any, layer: Layer, batch: Batch) -> None:

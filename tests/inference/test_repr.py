@@ -111,7 +111,7 @@ def test_buffers() -> None:
 def test_experts_of_a_gpu() -> None:
     mask = np.array([False, True, False, True])
     gpu = GPUExperts(make().config, mask, ONES["gate"][mask], None, ONES["down"][mask])
-    assert repr(gpu) == "<GPUExperts layer 5: 2 of 4 experts, H=64 I=32 relu2, arrays of NumPy>"
+    assert repr(gpu) == "<GPUExperts layer 5: 2 of 4 experts, H=64 I=32 relu2, NumPy arrays>"
 
 
 def test_checkpoints(tmp_path: Path) -> None:

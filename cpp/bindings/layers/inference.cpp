@@ -110,7 +110,8 @@ void add_channel_scale(const Projection& p, Arrays& owners, std::vector<WeightVi
               });
 }
 
-// The block scales of a projection that lie apart, uint8 [rows of scales, bytes of one] an expert.
+// The block scales of a projection, where they are separate from the codes, uint8 [rows of scales, bytes of
+// one] an expert.
 void add_block_scales(const Projection& p, Arrays& owners, std::vector<WeightView>& views) {
   const int64_t serves = format_scale_rows(p.format);
   if (serves == 0) {
@@ -315,7 +316,7 @@ codes : array or sequence of arrays
     bfloat16 [E, N, K], or E arrays [N, K]. Of other formats uint8 [E, N, B], or E arrays [N, B], B the bytes of
     a row (`FormatInfo.row_bytes`).
 block_scales : array or sequence of arrays, optional
-    uint8 [E, S, B], or E arrays [S, B]: S rows of B bytes of scales, where the format has some that lie apart.
+    uint8 [E, S, B], or E arrays [S, B]: S rows of B bytes of scales, where the format keeps them separate from the codes.
 channel_scale : array or sequence of arrays, optional
     float32 [E, N], or E arrays [N], where the format has them.
 format : str, optional

@@ -1,10 +1,10 @@
 // The end of a layer: a token's experts are added in slot order in fp32 and rounded once.
 // Included inside a target's namespace, after elements.h.
 
-// Whether all values of a row are finite; an exponent of ones is what is not.
+// Whether all values of a row are finite.
 inline bool row_is_finite(const bf16* row, size_t count) {
   uint32_t bad = 0;
-  for (size_t i = 0; i < count; ++i) bad |= (row[i].bits & 0x7f80u) == 0x7f80u;
+  for (size_t i = 0; i < count; ++i) bad |= !is_finite(row[i]);
   return bad == 0;
 }
 

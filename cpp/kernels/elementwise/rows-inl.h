@@ -1,17 +1,6 @@
 // Kernels on one row, element by element: loops that the compiler vectorizes without changing a bit.
 // Included once per target, inside its namespace, after combine.
 
-// bf(x) without a branch.
-KT_INLINE bf16 round_element(float x) {
-  const auto bits = __builtin_bit_cast(uint32_t, x);
-  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return bf16{static_cast<uint16_t>((is_nan ? bits | 0x400000u : rounded) >> 16)};
-}
-KT_INLINE float widen_element(bf16 x) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
-}
-
 inline void fill_nan_row(bf16* to, size_t size) {
   for (size_t i = 0; i < size; ++i) to[i].bits = 0x7fc0;
 }
@@ -22,7 +11,7 @@ inline void copy_finite_row(const bf16* x, size_t size, bf16* to) {
 }
 
 inline void scale_row(const bf16* x, float w, size_t size, bf16* to) {
-  for (size_t i = 0; i < size; ++i) to[i] = round_element(w * widen_element(x[i]));
+  for (size_t i = 0; i < size; ++i) to[i] = to_bf16_unbranched(w * to_float(x[i]));
 }
 
 inline void scale_finite_row(const bf16* x, float w, size_t size, bf16* to) {
@@ -31,11 +20,11 @@ inline void scale_finite_row(const bf16* x, float w, size_t size, bf16* to) {
 }
 
 inline void round_scaled_row(const float* x, float w, size_t size, bf16* to) {
-  for (size_t i = 0; i < size; ++i) to[i] = round_element(w * x[i]);
+  for (size_t i = 0; i < size; ++i) to[i] = to_bf16_unbranched(w * x[i]);
 }
 
 inline void round_row(const float* x, size_t size, bf16* to) {
-  for (size_t i = 0; i < size; ++i) to[i] = round_element(x[i]);
+  for (size_t i = 0; i < size; ++i) to[i] = to_bf16_unbranched(x[i]);
 }
 
 inline void add_row(const float* x, size_t size, float* to) {
@@ -44,7 +33,7 @@ inline void add_row(const float* x, size_t size, float* to) {
 
 inline float dot_row(const bf16* x, const float* y, size_t size) {
   float sum = 0;
-  for (size_t i = 0; i < size; ++i) sum += widen_element(x[i]) * y[i];
+  for (size_t i = 0; i < size; ++i) sum += to_float(x[i]) * y[i];
   return sum;
 }
 
@@ -55,8 +44,8 @@ inline void dot_blocks_row(const float* x, const bf16* y, size_t size, float* bl
     float lanes[kLanes] = {};
     size_t i = begin;
     for (; i + kLanes <= end; i += kLanes)
-      for (size_t j = 0; j < kLanes; ++j) lanes[j] += x[i + j] * widen_element(y[i + j]);
-    for (size_t j = 0; i + j < end; ++j) lanes[j] += x[i + j] * widen_element(y[i + j]);
+      for (size_t j = 0; j < kLanes; ++j) lanes[j] += x[i + j] * to_float(y[i + j]);
+    for (size_t j = 0; i + j < end; ++j) lanes[j] += x[i + j] * to_float(y[i + j]);
     for (size_t half = kLanes / 2; half > 0; half /= 2)
       for (size_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
     *blocks++ = lanes[0];

@@ -19,12 +19,12 @@ using TileFormat = std::conditional_t<BlockFormat<Format> && HasUnpack<Format>, 
 template <class Format>
 inline constexpr auto kNt = nt_tiles<TileFormat<Format>, TileBf16>;
 template <class Format>
-inline constexpr auto kNtInt8 = nt_tiles<TileFormat<Format>, TileInt8>;
+inline constexpr auto kNtInt8 = nt_tiles<Format, TileInt8>;
 #else
 template <class Format>
 inline constexpr auto kNt = nt_rows<LoopFormat<Format>, Bf16Product>;
 template <class Format>
-inline constexpr auto kNtInt8 = nt_rows<LoopFormat<Format>, Int8Product>;
+inline constexpr auto kNtInt8 = nt_rows<Format, Int8Product>;
 #endif
 
 template <class Format>

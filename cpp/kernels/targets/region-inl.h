@@ -16,11 +16,3 @@
 // How a format is decoded in registers: the lower part of a format's header specializes it.
 template <class Format>
 struct Unpack;
-
-// The format whose loops serve this one too; which it is they learn from the view of a matrix.
-template <class Format>
-struct LoopFormatOf {
-  using type = Format;
-};
-template <class Format>
-using LoopFormat = typename LoopFormatOf<Format>::type;

@@ -159,7 +159,6 @@ struct Unpack<AnyBlockFormat> {
   static constexpr bool kUsedAsStored = false;
 };
 
-template <BlockFormat Format>
-struct LoopFormatOf<Format> {
-  using type = AnyBlockFormat;
-};
+// What loops over a format take in its place.
+template <class Format>
+using LoopFormat = std::conditional_t<BlockFormat<Format>, AnyBlockFormat, Format>;

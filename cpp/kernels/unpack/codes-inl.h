@@ -100,7 +100,6 @@ struct NibbleRow {
   KT_INLINE NibbleRow(const WeightView& w, size_t n)
       : data(w.row(n)), scales(w.scales_of(n, Format::kScaleRows)) {}
 
-  KT_INLINE float scale(size_t k) const { return Format::scale(scales, k); }
   KT_INLINE Vec::Segment segment(size_t k) const { return scaled(data + k / 2, k, Vec::kStep); }
   // Behind the row stand zeros: with a large scale any other number could become an infinity, which times the
   // zero of an activation is NaN. So the unused nibble of an odd row is not believed either.
@@ -118,7 +117,7 @@ struct NibbleRow {
  protected:
   KT_INLINE Vec::Segment by_codes(const std::byte* nibbles, size_t k, [[maybe_unused]] size_t count) const {
     const Vec::Codes codes = Vec::look_up(nibbles, kNibbleCodes<Format>.of);
-    const float scale = static_cast<const Row&>(*this).scale(k);
+    const float scale = Format::scale(scales, k);
     if constexpr (Vec::kStep <= Format::kGroup) {
       return Vec::to_segment(codes, scale);
     } else {

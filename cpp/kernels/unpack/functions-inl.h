@@ -55,7 +55,7 @@ struct DecodeColumns {
     if constexpr (BlockFormat<Format>) {
       UnpackRun<Format>::run(w.row(n), k0, k1, to, kRunElements * sizeof(bf16));
     } else {
-      using Row = typename Unpack<LoopFormat<Format>>::Row;
+      using Row = typename Unpack<Format>::Row;
       static_assert(UnpackRow<Row> && (!Format::kIsInteger || UnpackIntegerRow<Row>));
       const Row row(w, n);
       uint32_t k = k0;

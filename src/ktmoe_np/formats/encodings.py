@@ -26,7 +26,7 @@ class NativeFormat:
     """One encoding."""
 
     name: str  #: that of its method for inference, in small letters, with the groups where there is a choice
-    info: ext.FormatInfo  #: how the engine's rows lie
+    info: ext.FormatInfo  #: layout of the engine's rows
     code_dtypes: tuple[np.dtype[Any], ...]  #: as which codes may be given; all mean the same bytes
     scale_dtypes: tuple[np.dtype[Any], ...]
 

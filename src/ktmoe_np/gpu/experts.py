@@ -118,7 +118,7 @@ class GPUExperts:
         c = self.config
         count = f"{len(self.experts)} of {c.num_experts} experts"
         sizes = f"H={c.hidden_size} I={c.moe_intermediate_size} {c.activation.name}"
-        return f"layer {c.layer_idx}: {count}, {sizes}, arrays of {self._library.name}"
+        return f"layer {c.layer_idx}: {count}, {sizes}, {self._library.name} arrays"
 
     def forward(self, hidden_states: ArrayLike, topk_ids: ArrayLike, topk_weights: ArrayLike) -> Any:
         """The part of the layer's output that is of the masked experts.

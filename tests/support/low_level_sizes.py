@@ -1,0 +1,5 @@
+"""Sizes of the layer and the batch that tests of the extension itself share."""
+
+__all__ = ["E", "H", "I", "P", "T"]
+
+E, I, H, P, T = 4, 24, 40, 2, 6  # noqa: E741
