@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import gc
 import os
+
+# Set before NumPy is imported: idle threads of its BLAS spin on the processors that other workers need.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import re
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -51,6 +55,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         report.outcome = "failed"
         report.longrepr = f"{reason}: expected the marker crosscheck"
     return report
+
+
+def pytest_collection_finish() -> None:
+    """Exempt the collected tests from garbage collection: they are thousands, and some tests collect often."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -425,7 +425,7 @@ struct InferenceLayer final : TP_MOE {
 };
 
 template <size_t... kIndices>
-void bind_layers(nb::module_& m, std::index_sequence<kIndices...>) {
+void bind_inference_layers(nb::module_& m, std::index_sequence<kIndices...>) {
   (nb::class_<InferenceLayer<kIndices>, MoE_Interface>(m, kMethods[kIndices].inference_class,
                                                        kMethods[kIndices].inference_text)
        .def(nb::init<GeneralMOEConfig>(), nb::arg("config")),
@@ -438,7 +438,7 @@ void bind_moe(nb::module_& m) {
   bind_config(m);
   bind_projection(m);
   bind_interface(m);
-  bind_layers(m, std::make_index_sequence<kMethods.size()>());
+  bind_inference_layers(m, std::make_index_sequence<kMethods.size()>());
 }
 
 }  // namespace ktmoe::bindings

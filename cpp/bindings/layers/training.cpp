@@ -14,7 +14,7 @@
 namespace ktmoe::bindings {
 namespace {
 
-using Layer = std::shared_ptr<MoE_SFT_Interface>;
+using TrainedLayer = std::shared_ptr<MoE_SFT_Interface>;
 
 // A pass that may be taken back.
 class TrainingTask : public PythonTask {
@@ -34,7 +34,7 @@ class TrainingTask : public PythonTask {
   std::shared_ptr<TrainingCall> call_;
 };
 
-PythonTask update_lora_weights_task(Layer layer, nb::handle gate_a, nb::handle gate_b, nb::handle up_a,
+PythonTask update_lora_weights_task(TrainedLayer layer, nb::handle gate_a, nb::handle gate_b, nb::handle up_a,
                                     nb::handle up_b, nb::handle down_a, nb::handle down_b) {
   const LoraHandles handles = {gate_a, gate_b, up_a, up_b, down_a, down_b};
   if (std::all_of(handles.begin(), handles.end(), [](nb::handle h) { return h.is_none(); }))
@@ -45,7 +45,7 @@ PythonTask update_lora_weights_task(Layer layer, nb::handle gate_a, nb::handle g
   return PythonTask([layer, sources, owners] { layer->update_lora_weights(sources); }, owners);
 }
 
-TrainingTask forward_sft_task(Layer layer, nb::object hidden_states, nb::object topk_ids,
+TrainingTask forward_sft_task(TrainedLayer layer, nb::object hidden_states, nb::object topk_ids,
                               nb::object topk_weights, nb::object out, bool save_for_backward,
                               nb::object skip_experts) {
   ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, out, skip_experts);
@@ -92,7 +92,7 @@ class GradientArrays {
   Arrays arrays_;
 };
 
-TrainingTask backward_task(Layer layer, nb::handle grad_output, nb::handle grad_input,
+TrainingTask backward_task(TrainedLayer layer, nb::handle grad_output, nb::handle grad_input,
                            nb::handle grad_weights, nb::handle gate_a, nb::handle gate_b, nb::handle up_a,
                            nb::handle up_b, nb::handle down_a, nb::handle down_b, nb::handle gate_proj,
                            nb::handle up_proj, nb::handle down_proj, bool accumulate) {
@@ -123,7 +123,7 @@ TrainingTask backward_task(Layer layer, nb::handle grad_output, nb::handle grad_
   return TrainingTask(call, [layer, call, args, owners] { layer->backward(args, call.get()); }, owners);
 }
 
-PythonTask clear_cache_task(Layer layer) {
+PythonTask clear_cache_task(TrainedLayer layer) {
   return PythonTask([layer] { layer->clear_cache(); });
 }
 
@@ -227,7 +227,7 @@ void bind_layer(nb::module_& m) {
 }
 
 template <size_t... kIndices>
-void bind_layers(nb::module_& m, std::index_sequence<kIndices...>) {
+void bind_training_layers(nb::module_& m, std::index_sequence<kIndices...>) {
   (bind_layer<kIndices>(m), ...);
 }
 
@@ -242,7 +242,7 @@ Whether it has not begun, is under way or is done: the saved forward passes and 
   Interface interface(m, "MoE_SFT_Interface", "What a layer that trains does beyond inference.");
   bind_forward(interface);
   bind_backward(interface);
-  bind_layers(m, std::make_index_sequence<kMethods.size()>());
+  bind_training_layers(m, std::make_index_sequence<kMethods.size()>());
 }
 
 }  // namespace ktmoe::bindings

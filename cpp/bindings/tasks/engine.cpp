@@ -42,7 +42,7 @@ void wait_in_slices(CPUInfer& engine, WaitFor&& wait_for) {
   }
 }
 
-void wait(CPUInfer& engine, const Ticket& ticket) {
+void wait_for_task(CPUInfer& engine, const Ticket& ticket) {
   wait_in_slices(engine, [&](auto slice) { return engine.wait_for(ticket, slice); });
 }
 
@@ -58,14 +58,16 @@ Ticket submit(CPUInfer& engine, PythonTask& task) {
   return engine.submit(task.take());
 }
 
-void run(CPUInfer& engine, PythonTask& task) { wait(engine, engine.submit(task.take(), /*wake=*/false)); }
+void run(CPUInfer& engine, PythonTask& task) {
+  wait_for_task(engine, engine.submit(task.take(), /*wake=*/false));
+}
 
 void run_all(CPUInfer& engine, const std::vector<PythonTask*>& tasks) {
   const auto take = [&](size_t i) -> std::unique_ptr<Task> {
     if (tasks[i] == nullptr) throw nb::type_error("tasks: got None, expected a Task");
     return tasks[i]->take();
   };
-  run_in_turn(engine, tasks.size(), take, [&](const Ticket& ticket) { wait(engine, ticket); });
+  run_in_turn(engine, tasks.size(), take, [&](const Ticket& ticket) { wait_for_task(engine, ticket); });
 }
 
 // Fresh memory is slow to write to on one thread: every page of it is asked for.
@@ -230,7 +232,7 @@ Raises
 ------
 Exception
     The first one that a task waited for has raised. The engine stays usable.)")
-      .def("wait", &wait, nb::arg("ticket"),
+      .def("wait", &wait_for_task, nb::arg("ticket"),
            R"(Wait for the task with that ticket.
 
 Raises

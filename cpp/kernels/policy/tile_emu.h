@@ -1,9 +1,7 @@
 // The tile unit of AMX in portable code, bit for bit: what the hardware faults on throws, what it leaves
 // undefined is poisoned. Included inside a target's namespace, in place of tile_amx.h.
-//
-// TDPBF16PS, for each output: the even and the odd positions of K are summed separately from zero, each step
-// fused and rounded to nearest even; the two sums are added, and that is added to C. Denormal inputs count
-// as zero and denormal results become zero, whatever the rounding mode says.
+
+#include "kernels/policy/tile_product_emu.h"
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
@@ -12,20 +10,6 @@ struct alignas(64) TileConfig {
   uint16_t column_bytes[16] = {};
   uint8_t rows[16] = {};
 };
-
-inline float flush_denormal(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  return (bits & 0x7f800000u) ? x : std::bit_cast<float>(bits & 0x80000000u);
-}
-
-// fma(a, b, sum) with denormals as the tile unit treats them. A product of two bf16 has 16 significant bits,
-// so a plain product is exact, and so is the fused sum, unless it leaves the range of normal numbers.
-inline float fused_step(float a, float b, float sum) {
-  const float product = a * b;
-  const float size = std::fabs(product);
-  const bool in_range = size > 0x1p-100f && size < 0x1p127f;
-  return flush_denormal(in_range || a == 0 || b == 0 ? sum + product : std::fma(a, b, sum));
-}
 
 // Tile instructions are not inlined: each is a page of code, which would take minutes to compile everywhere.
 #define KT_TILE_CALL __attribute__((noinline))
@@ -97,9 +81,10 @@ struct Tile {
       std::memcpy(static_cast<std::byte*>(p) + r * stride_bytes, s.tile[kId].bytes[r],
                   s.config.column_bytes[kId]);
   }
-  // Rows, columns and dwords of K of a product, when the configuration allows it.
+  // Rows and dwords of K of a product, when the configuration allows it. Products are of all 16 columns, as
+  // those that a tile does not have are never stored.
   struct Shape {
-    int rows, columns, dwords;
+    int rows, dwords;
   };
   template <int kC, int kA, int kB>
   static Shape checked_product(const char* name) {
@@ -109,7 +94,7 @@ struct Tile {
     checked(kA), checked(kB);
     for (int id : {kC, kA, kB})
       if (s.config.column_bytes[id] % 4 != 0) fault("a row is not whole dwords");
-    const Shape shape{s.config.rows[kA], s.config.column_bytes[kB] / 4, s.config.column_bytes[kA] / 4};
+    const Shape shape{s.config.rows[kA], s.config.column_bytes[kA] / 4};
     if (s.config.rows[kC] != shape.rows) fault("rows of C and A differ");
     if (s.config.column_bytes[kC] != s.config.column_bytes[kB]) fault("columns of C and B differ");
     if (s.config.rows[kB] != shape.dwords) fault("K of A and B differ");
@@ -117,45 +102,15 @@ struct Tile {
   }
   template <int kC, int kA, int kB>
   static KT_TILE_CALL void dot_bf16() {
-    const auto [rows, columns, pairs] = checked_product<kC, kA, kB>("TDPBF16PS");
+    const Shape shape = checked_product<kC, kA, kB>("TDPBF16PS");
     State& s = state();
-    for (int n = 0; n < rows; ++n) {
-      float even[16] = {}, odd[16] = {};
-      for (int k = 0; k < pairs; ++k) {
-        const float a0 = element(s.tile[kA], n, 2 * k), a1 = element(s.tile[kA], n, 2 * k + 1);
-        for (int m = 0; m < columns; ++m) {
-          even[m] = fused_step(a0, element(s.tile[kB], k, 2 * m), even[m]);
-          odd[m] = fused_step(a1, element(s.tile[kB], k, 2 * m + 1), odd[m]);
-        }
-      }
-      float c[16];
-      std::memcpy(c, s.tile[kC].bytes[n], sizeof c);
-      for (int m = 0; m < columns; ++m)
-        c[m] = flush_denormal(flush_denormal(c[m]) + flush_denormal(even[m] + odd[m]));
-      std::memcpy(s.tile[kC].bytes[n], c, sizeof c);
-    }
+    TileProduct::add_bf16(s.tile[kC].bytes, s.tile[kA].bytes, s.tile[kB].bytes, shape.rows, shape.dwords);
   }
   template <int kC, int kA, int kB>
   static KT_TILE_CALL void dot_int8() {
-    const auto [rows, columns, quads] = checked_product<kC, kA, kB>("TDPBSSD");
+    const Shape shape = checked_product<kC, kA, kB>("TDPBSSD");
     State& s = state();
-    for (int n = 0; n < rows; ++n) {
-      uint32_t c[16];  // wraps, as the hardware does
-      std::memcpy(c, s.tile[kC].bytes[n], sizeof c);
-      for (int q = 0; q < quads; ++q)
-        for (int m = 0; m < columns; ++m)
-          for (int i = 0; i < 4; ++i)
-            c[m] += static_cast<uint32_t>(static_cast<int8_t>(s.tile[kA].bytes[n][4 * q + i]) *
-                                          static_cast<int8_t>(s.tile[kB].bytes[q][4 * m + i]));
-      std::memcpy(s.tile[kC].bytes[n], c, sizeof c);
-    }
-  }
-
- private:
-  static float element(const Register& tile, int row, int column) {
-    bf16 x;
-    std::memcpy(&x, tile.bytes[row] + column * 2, sizeof x);
-    return flush_denormal(to_float(x));
+    TileProduct::add_int8(s.tile[kC].bytes, s.tile[kA].bytes, s.tile[kB].bytes, shape.rows, shape.dwords);
   }
 };
 #undef KT_TILE_CALL
