@@ -58,7 +58,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_collection_finish() -> None:
-    """Exempt the collected tests from garbage collection: they are thousands, and some tests collect often."""
+    """Exempt the collected tests from garbage collection: they are many, and some tests collect often."""
     gc.collect()
     gc.freeze()
 

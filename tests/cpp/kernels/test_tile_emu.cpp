@@ -83,7 +83,13 @@ void model(const TileShape& s, Product& p) {
 
 // ---- operands ----
 
-enum class Kind { kWide, kBits, kTiny, kHuge, kBorder };
+enum class Kind { kWide, kBits, kTiny, kHuge, kBorder, kPlain, kSmallest, kLargest };
+
+// Of the exponents whose products the emulator does not check one by one: -50 to 62.
+float plain(int exponent, Random& random) {
+  const float size = std::ldexp(1 + static_cast<float>(random.below(128)) / 128, exponent);
+  return random.below(2) ? size : -size;
+}
 
 float next(Kind kind, Random& random) {
   switch (kind) {
@@ -92,6 +98,9 @@ float next(Kind kind, Random& random) {
     case Kind::kTiny: return std::ldexp(random.unit(), -60 - static_cast<int>(random.below(20)));
     case Kind::kHuge: return std::ldexp(random.unit(), 60 + static_cast<int>(random.below(8)));
     case Kind::kBorder: return std::ldexp(random.unit(), -62 - static_cast<int>(random.below(3)));
+    case Kind::kPlain: return plain(static_cast<int>(random.below(113)) - 50, random);
+    case Kind::kSmallest: return plain(-50, random);
+    case Kind::kLargest: return plain(62, random);
   }
   return 0;
 }
@@ -118,7 +127,8 @@ int differences(const Product& p, const Product& q) {
   return count;
 }
 
-constexpr Kind kKinds[] = {Kind::kWide, Kind::kBits, Kind::kTiny, Kind::kHuge, Kind::kBorder};
+constexpr Kind kKinds[] = {Kind::kWide,   Kind::kBits,  Kind::kTiny,     Kind::kHuge,
+                           Kind::kBorder, Kind::kPlain, Kind::kSmallest, Kind::kLargest};
 
 template <class Action>
 std::string fault_of(Action action) {
