@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from ._build import compile_commands
 from ._tree import ROOT
 
 # Kernels that are compiled fast instead: for tests alone, and for machines older than AVX2.
@@ -73,27 +74,25 @@ def test_flags_of_every_source() -> None:
     if not builds:
         pytest.skip("no build with a compile_commands.json; KTMOE_GATE_LIB may name a library beside one")
     for path in builds:
-        entries = json.loads(path.read_text())
+        entries = compile_commands(path)
         faults = [fault for entry in entries for fault in flag_faults(entry, _build_type(path.parent))]
         assert not faults, f"{path}:\n" + "\n".join(faults)
         core = [entry for entry in entries if "/cpp/moe/layer/" in entry["file"]]
         assert core, f"{path}: no layer code among {len(entries)} sources"
 
 
-def _objects_without_arithmetic() -> list[tuple[str, Path]]:
-    """Name of the source and object, of all that are built and shall compute nothing."""
-    found = []
+def _objects_without_arithmetic() -> dict[Path, list[str]]:
+    """Objects that are built and whose sources, by name, shall compute nothing."""
+    found: dict[Path, list[str]] = {}
     for path in _builds():
-        for entry in json.loads(path.read_text()):
-            source, built = (
-                Path(entry["directory"], entry["file"]),
-                Path(entry["directory"], entry.get("output", "")),
-            )
+        for entry in compile_commands(path):
+            source = Path(entry["directory"], entry["file"])
+            built = Path(entry["directory"], entry.get("output", ""))
             if not source.is_relative_to(ROOT) or not built.is_file():
                 continue
             name = source.relative_to(ROOT).as_posix()
             if name.startswith(_COMPUTE_NOTHING) and name not in _SINGLE_NUMBERS:
-                found.append((name, built))
+                found.setdefault(built, []).append(name)
     return found
 
 
@@ -102,13 +101,13 @@ def test_arithmetic_stands_in_the_kernels() -> None:
     if not objects or shutil.which("objdump") is None:
         pytest.skip("no objects of layers and bindings, or no objdump")
     faults = []
-    for name, path in objects:
+    for path, names in objects.items():
         command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         if "x86-64" not in listing:
             pytest.skip("not objects for x86-64")
         if found := _FLOAT_ARITHMETIC.search(listing):
-            faults.append(f"{name}: {found.group().strip()}")
+            faults.append(f"one of {', '.join(names)}: {found.group().strip()}")
     assert not faults, "\n".join(faults)
 
 
@@ -129,6 +128,29 @@ def _entry(file: str, flags: str) -> dict[str, Any]:
 def test_the_gate_sees_a_wrong_flag(file: str, flags: str, fault: str) -> None:
     (found,) = flag_faults(_entry(file, flags), "Release", Path("/src"))
     assert found == f"{file}: {fault if fault.startswith('compiled') else 'compiled ' + fault}"
+
+
+def test_sources_that_are_compiled_as_one(tmp_path: Path) -> None:
+    batch = tmp_path / "Unity" / "unity_sft_cxx.cxx"
+    batch.parent.mkdir()
+    batch.write_text(
+        '/* a comment */\n#include "/src/cpp/sft/lora.cpp"\n\n#include "/src/cpp/sft/interface.cpp"\n'
+    )
+    commands = tmp_path / "compile_commands.json"
+    commands.write_text(
+        json.dumps(
+            [{"directory": str(tmp_path), "file": str(batch), "command": "g++ -O3"}, _entry("main.cpp", "")]
+        )
+    )
+    entries = compile_commands(commands)
+    assert [entry["file"] for entry in entries] == [
+        "/src/cpp/sft/lora.cpp",
+        "/src/cpp/sft/interface.cpp",
+        "/src/main.cpp",
+    ]
+    assert flag_faults(entries[0], "Release", Path("/src")) == [
+        "cpp/sft/lora.cpp: compiled without -ffp-contract=off"
+    ]
 
 
 @pytest.mark.parametrize(
