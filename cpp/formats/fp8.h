@@ -1,6 +1,5 @@
-// Numbers of E4M3 with scales: one float32 for every block of 128 x 128 (FP8), one for every row
-// (FP8_PERCHANNEL), or a power of two, E8M0, for every 32 of a row (MXFP8). Those of blocks and groups lie
-// apart.
+// E4M3 numbers with scales: one float32 per block of 128 x 128 (FP8), one float32 per row (FP8_PERCHANNEL),
+// or a power of two, E8M0, per group of 32 in a row (MXFP8). Block and group scales are separate arrays.
 #ifndef KTMOE_FORMATS_FP8_H_
 #define KTMOE_FORMATS_FP8_H_
 
@@ -56,16 +55,32 @@ static_assert(WeightFormat<MxFp8>);
 
 #ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
 
+// How an instruction set decodes E4M3: formats/e4m3 has one file for each, which defines `E4m3`.
+template <class Decoder, class V = Vec>
+concept E4m3Decoder = requires(const std::byte* p, float scale) {
+  { Decoder::segment(p, scale) } -> std::same_as<typename V::Segment>;  // bf(x scale) of kStep numbers
+  { Decoder::kDecodesTiles } -> std::convertible_to<bool>;              // E4m3TileDecoder
+};
+// Columns [k, k + kStep) of 16 rows at a time, of decoders with kDecodesTiles. Of each row a cache line
+// `line` bytes behind its beginning is prefetched; -1: none.
+template <class Decoder>
+concept E4m3TileDecoder =
+    requires(const WeightView& rows, size_t k, float scale, size_t group, std::byte* to, ptrdiff_t line) {
+      Decoder::decode_tile(rows, k, scale, to, line);            // the rows share a scale
+      Decoder::decode_tile_of_groups(rows, k, group, to, line);  // E8M0 per `group` elements of a row
+    };
+static_assert(E4m3Decoder<E4m3> && (!E4m3::kDecodesTiles || E4m3TileDecoder<E4m3>));
+
 // A row of E4M3: what follows from its `data` and `scale(k)`.
 template <class Row>
 struct E4m3Row {
   KT_INLINE const Row& row() const { return static_cast<const Row&>(*this); }
-  KT_INLINE Vec::Segment segment(size_t k) const { return Vec::e4m3_segment(row().data + k, row().scale(k)); }
+  KT_INLINE Vec::Segment segment(size_t k) const { return E4m3::segment(row().data + k, row().scale(k)); }
   KT_INLINE Vec::Segment tail(size_t k, size_t count) const { return tail(k, count, row().scale(k)); }
   KT_INLINE Vec::Segment tail(size_t k, size_t count, float scale) const {
     std::byte full[Vec::kStep] = {};
     std::memcpy(full, row().data + k, count);
-    return Vec::e4m3_segment(full, scale);
+    return E4m3::segment(full, scale);
   }
   KT_INLINE Vec::Segment weights(size_t k) const { return segment(k); }
   KT_INLINE Vec::Segment weights_tail(size_t k, size_t count) const { return tail(k, count); }
@@ -82,74 +97,37 @@ struct UnpackE4m3 {
     KT_INLINE float scale(size_t k) const { return Scaled::scale(scales, k); }
   };
 };
-inline constexpr uint32_t kRowsOfTile = 16;
-
-// A tile of rows by a table of the numbers times its scale: rows share it, as tiles do not straddle blocks.
-template <class V>
-KT_INLINE void decode_e4m3_tile(const WeightView& rows, size_t k, float scale, std::byte* to, ptrdiff_t line)
-  requires V::kLooksUpScaled
-{
-  constexpr size_t kRowBytes = V::kStep * sizeof(bf16);
-  const typename V::E4m3Table table(scale);
-  const std::byte* row = rows.data;
-  const ptrdiff_t stride = rows.row_stride_bytes;
-  for (uint32_t r = 0; r < kRowsOfTile; r += 2, row += 2 * stride, to += 2 * kRowBytes) {
-    if (line >= 0) {
-      __builtin_prefetch(row + line, 0, 2);
-      __builtin_prefetch(row + stride + line, 0, 2);
-    }
-    table.store(row + k, row + stride + k, to, to + kRowBytes);
-  }
-}
 
 template <>
 struct Unpack<formats::Fp8> : UnpackE4m3<formats::Fp8> {
-  template <class V = Vec>
+  // The rows of a tile share a scale, as tiles do not straddle blocks.
+  template <class Decoder = E4m3>
   static KT_INLINE void decode_tile(const WeightView& rows, size_t k, std::byte* to, ptrdiff_t line)
-    requires V::kLooksUpScaled
+    requires Decoder::kDecodesTiles
   {
     const float scale = formats::Fp8::scale(rows.scales_of(0, formats::Fp8::kScaleRows), k);
-    decode_e4m3_tile<V>(rows, k, scale, to, line);
+    Decoder::decode_tile(rows, k, scale, to, line);
   }
 };
-// Numbers are from 2^-9 to below 2^9: scales from 2^-117 on leave them normal, and those up to 2^117 finite.
+
 template <>
 struct Unpack<formats::MxFp8> : UnpackE4m3<formats::MxFp8> {
-  template <class V = Vec>
+  template <class Decoder = E4m3>
   static KT_INLINE void decode_tile(const WeightView& rows, size_t k, std::byte* to, ptrdiff_t line)
-    requires V::kLooksUpScaled
+    requires Decoder::kDecodesTiles
   {
-    constexpr size_t kRowBytes = V::kStep * sizeof(bf16);
-    const typename V::E4m3Table table(1.0f);
-    const std::byte *row = rows.data, *scale = rows.scales_of(0, 1) + k / formats::MxFp8::kGroup;
-    const ptrdiff_t stride = rows.row_stride_bytes, scales_stride = rows.scales_stride_bytes;
-    for (uint32_t r = 0; r < kRowsOfTile; r += 2) {
-      if (line >= 0) {
-        __builtin_prefetch(row + line, 0, 2);
-        __builtin_prefetch(row + stride + line, 0, 2);
-      }
-      const int power0 = static_cast<int>(scale[0]) - 127,
-                power1 = static_cast<int>(scale[scales_stride]) - 127;
-      if (power0 >= -117 && power0 <= 117 && power1 >= -117 && power1 <= 117) {
-        table.store(row + k, row + stride + k, power0, power1, to, to + kRowBytes);
-      } else {
-        V::store(to, V::e4m3_segment(row + k, e8m0_to_float(static_cast<uint8_t>(scale[0]))));
-        V::store(to + kRowBytes, V::e4m3_segment(row + stride + k,
-                                                 e8m0_to_float(static_cast<uint8_t>(scale[scales_stride]))));
-      }
-      row += 2 * stride, scale += 2 * scales_stride, to += 2 * kRowBytes;
-    }
+    Decoder::decode_tile_of_groups(rows, k, formats::MxFp8::kGroup, to, line);
   }
 };
 
 template <>
 struct Unpack<formats::Fp8Row> {
   static constexpr bool kUsedAsStored = false;
-  template <class V = Vec>
+  template <class Decoder = E4m3>
   static KT_INLINE void decode_tile(const WeightView& rows, size_t k, std::byte* to, ptrdiff_t line)
-    requires V::kLooksUpScaled
+    requires Decoder::kDecodesTiles
   {
-    decode_e4m3_tile<V>(rows, k, 1.0f, to, line);
+    Decoder::decode_tile(rows, k, 1.0f, to, line);
   }
   struct Row : E4m3Row<Row> {
     const std::byte* data;
@@ -157,7 +135,7 @@ struct Unpack<formats::Fp8Row> {
     Row() = default;
     KT_INLINE Row(const WeightView& w, size_t n) : data(w.row(n)), row_scale(w.row_scale[n]) {}
     KT_INLINE float scale(size_t) const { return 1.0f; }
-    KT_INLINE Vec::Segment weights(size_t k) const { return Vec::e4m3_segment(data + k, row_scale); }
+    KT_INLINE Vec::Segment weights(size_t k) const { return E4m3::segment(data + k, row_scale); }
     KT_INLINE Vec::Segment weights_tail(size_t k, size_t count) const {
       return this->tail(k, count, row_scale);
     }

@@ -1,6 +1,6 @@
-// NVFP4: numbers of E2M1, every 16 of a row share a scale of E4M3, which lies apart, and a matrix has a
-// float32 scale, which is given as that of each of its rows. Number times scale of the group is exact in
-// bf16.
+// NVFP4: E2M1 numbers with one E4M3 scale per group of 16 in a row, in a separate array, and one float32
+// scale per matrix, which is passed as the row scale of each of its rows. A number times its group's scale is
+// exact in bf16.
 #ifndef KTMOE_FORMATS_NVFP4_H_
 #define KTMOE_FORMATS_NVFP4_H_
 
@@ -43,13 +43,15 @@ struct Unpack<formats::NvFp4> {
     KT_INLINE Vec::Segment weights_tail(size_t k, size_t count) const {
       return Vec::times(this->tail(k, count), row_scale);
     }
-    // The second group of a segment may lie behind the row, where numbers are multiplied by zeros.
+    // The second group of a segment may lie behind the end of the row, where activations are zeros.
+    // look_up_two is defined in formats/nvfp4, for the instruction sets that call this.
     template <class V = Vec>
     KT_INLINE typename V::Segment looked_up(const std::byte* nibbles, size_t k, size_t count) const {
       const std::byte* of_group = scales + k / Format::kGroup;
       const auto first = static_cast<uint8_t>(of_group[0]);
       const auto second = count > Format::kGroup ? static_cast<uint8_t>(of_group[1]) : first;
-      return V::look_up_two(nibbles, kScaledNumbers<Format>.of[first], kScaledNumbers<Format>.of[second]);
+      const typename V::Numbers(&numbers)[256] = kScaledNumbers<Format>.of;
+      return look_up_two(nibbles, numbers[first], numbers[second]);
     }
   };
 };

@@ -1,6 +1,6 @@
-// 32 whole numbers of a byte each, in plain arrays. Included inside a target's namespace, after Vec.
+// 32 bytes, each an integer of its own, in plain arrays. Included inside a target's namespace, after Vec.
 
-// What is done with them is a function: inlined, it would take compilers minutes.
+// Code on groups is not inlined: that would take compilers minutes.
 #undef KT_INLINE_GROUP
 #define KT_INLINE_GROUP __attribute__((noinline))
 
@@ -18,11 +18,11 @@ KT_INLINE Bytes32 load_32(const std::byte* p) { KT_MAP_32(p[i]); }
 KT_INLINE Bytes32 nibbles_of_16(const std::byte* p) {
   KT_MAP_32(static_cast<int>(p[i % 16]) >> (i / 16 * 4) & 15);
 }
-// Bits of each from `shift` on, those of a mask.
+// The bits of each byte from `shift` on that are in the mask.
 KT_INLINE Bytes32 bits_of(const Bytes32& x, size_t shift, int mask) { KT_MAP_32(x.lane[i] >> shift & mask); }
-// Every bit of 4 bytes.
+// The 32 bits of 4 bytes, one per byte.
 KT_INLINE Bytes32 spread_bits(const std::byte* p) { KT_MAP_32(static_cast<int>(p[i / 8]) >> (i % 8) & 1); }
-// low | high << kShift, where that has no more than a byte.
+// low | high << kShift, which fits into a byte.
 template <int kShift>
 KT_INLINE Bytes32 with_bits(const Bytes32& low, const Bytes32& high) {
   KT_MAP_32(low.lane[i] | high.lane[i] << kShift);
@@ -30,7 +30,7 @@ KT_INLINE Bytes32 with_bits(const Bytes32& low, const Bytes32& high) {
 KT_INLINE Bytes32 minus(const Bytes32& x, int n) { KT_MAP_32(x.lane[i] - n); }
 // table[x] for nibbles x.
 KT_INLINE Bytes32 look_up_32(const Bytes32& x, const int8_t* table) { KT_MAP_32(table[x.lane[i]]); }
-// Numbers [i, i + kStep) as the codes of a segment.
+// Bytes [i, i + kStep) as the codes of a segment.
 KT_INLINE Vec::Codes codes_of(const Bytes32& x, size_t i) {
   Vec::Codes codes;
   std::memcpy(codes.lane, x.lane + i, sizeof codes.lane);

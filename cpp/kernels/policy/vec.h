@@ -1,5 +1,6 @@
-// What kernels ask of vectors: the concept that `Vec` of every instruction set models. Whatever is not in a
-// group here is a policy's own affair.
+// What kernels require of vectors: the concept that `Vec` of every instruction set models. Kernels and
+// formats use nothing else; what a policy has besides is for code of its own instruction set (bytes_*.h,
+// nibbles_*.h, formats/*/*-inl.h).
 #pragma once
 
 #include <concepts>
@@ -10,8 +11,8 @@
 
 namespace ktmoe::kernels {
 
-// Dot products of bf16. A step is kStep elements of K; a register tile is kRowTile weight rows by kTokenTile
-// rows of activations, an accumulator of lanes for each output.
+// bf16 dot products. A step is kStep elements of K; a register tile is kRowTile weight rows by kTokenTile
+// rows of activations, with one vector accumulator per output.
 template <class V>
 concept Bf16Dots =
     requires(typename V::Acc& acc, const typename V::Segment& s, std::byte* p, size_t count,
@@ -20,38 +21,57 @@ concept Bf16Dots =
       { V::kRowTile } -> std::convertible_to<int>;
       { V::kTokenTile } -> std::convertible_to<int>;
       { V::zero_acc() } -> std::same_as<typename V::Acc>;
-      { V::load(p) } -> std::same_as<typename V::Segment>;                 // kStep bf16 at any address
+      { V::load(p) } -> std::same_as<typename V::Segment>;                 // kStep bf16, unaligned
       { V::load_partial(p, count) } -> std::same_as<typename V::Segment>;  // fewer, then zeros
       V::store(p, s);       // exact: a segment's values are bf16
-      V::dot(acc, s, s);    // acc += weights * activations, by lanes
-      V::reduce(one, out);  // the sum of an accumulator's lanes, by one tree
+      V::dot(acc, s, s);    // acc += weights * activations, lane by lane
+      V::reduce(one, out);  // the sum of an accumulator's lanes, always by the same tree
       V::reduce(rows, out);
     };
 
-// Codes of int8 and nibbles, and the segments that they stand for: bf(code scale), rounded once.
+// Codes of int8, lookups by nibbles, and the segments that codes stand for: bf(code scale), rounded once.
 template <class V>
 concept CodeLookups =
     requires(const typename V::Codes& codes, const typename V::Segment& s, const std::byte* p, size_t count,
-             const int8_t* table, const typename V::Numbers& numbers, float scale) {
+             const int8_t* table, const typename V::Numbers& numbers, typename V::Numbers& filled, int nibble,
+             uint16_t bf16_bits, float scale) {
       { V::no_codes() } -> std::same_as<typename V::Codes>;
       { V::load_codes(p) } -> std::same_as<typename V::Codes>;  // kStep
       { V::load_codes_partial(p, count) } -> std::same_as<typename V::Codes>;
       { V::look_up(p, table) } -> std::same_as<typename V::Codes>;  // table[nibble], low nibbles first
       {
         V::look_up(p, table, table)
-      } -> std::same_as<typename V::Bytes>;  // of 2 kStep, a table for each half
-      // The same as bf16: by the codes, or by `numbers`, which a table of bf16 was put in with Numbers::set.
+      } -> std::same_as<typename V::Bytes>;  // of 2 kStep nibbles, one table for each half
+      // The same as bf16: from the codes in `table`, or from `numbers`, which holds the same table as bf16.
+      filled.set(nibble, bf16_bits);
       { V::look_up_segment(p, table, numbers) } -> std::same_as<typename V::Segment>;
-      // Whether tables of scaled numbers are faster than codes times scales; then there are more ways to look
-      // up.
+      // Whether looking up numbers that are scaled already is faster than scaling codes: LooksUpScaled.
       { V::kLooksUpScaled } -> std::convertible_to<bool>;
       { V::to_segment(codes) } -> std::same_as<typename V::Segment>;
       { V::to_segment(codes, scale) } -> std::same_as<typename V::Segment>;
-      { V::times(s, scale) } -> std::same_as<typename V::Segment>;
-      { V::e4m3_segment(p, scale) } -> std::same_as<typename V::Segment>;
+      { V::times(s, scale) } -> std::same_as<typename V::Segment>;  // bf(x scale) of each element
     };
 
-// Dot products of int8 into int32, steps of 2 kStep.
+// Codes with one scale for each half: of policies whose steps are longer than the shortest group of a format.
+template <class V>
+concept ScalesHalves = requires(const typename V::Codes& codes, float scale) {
+  { V::to_segment(codes, scale, scale) } -> std::same_as<typename V::Segment>;
+};
+
+// More lookups by nibbles, of policies with kLooksUpScaled.
+template <class V>
+concept LooksUpScaled =
+    requires(const typename V::Float& numbers, const typename V::Bytes& bytes, const std::byte* p) {
+      // bf(numbers[nibble]); numbers has 16 lanes.
+      { V::look_up_floats(p, numbers) } -> std::same_as<typename V::Segment>;
+      // The same, from words: bits 1 to 4 of both bytes of a word are its nibble, the others are ignored.
+      { V::look_up_rotated(bytes, numbers) } -> std::same_as<typename V::Segment>;
+      // look_up_bytes(p, table, select): byte i of the segment is table[nibble | select[i]], with the nibble
+      // of element i / 2.
+      { V::look_up_bytes(p, bytes, bytes) } -> std::same_as<typename V::Segment>;
+    };
+
+// int8 dot products, accumulated in int32; a step is 2 kStep elements.
 template <class V>
 concept IntegerDots =
     requires(typename V::IntAcc& acc, const typename V::Bytes& x, const typename V::Codes& codes,
@@ -67,8 +87,8 @@ concept IntegerDots =
       V::reduce_int(one, out);
     };
 
-// Products that sum over rows, of pairs of them: acc += a pair of the lhs in all lanes * pairs of the rhs.
-// A register tile is kPairRows rows of the lhs by kPairGroups groups of 16 columns.
+// Products that sum over rows, two rows at a time: acc += a pair of the lhs, broadcast, * pairs of the rhs. A
+// register tile is kPairRows rows of the lhs by kPairGroups groups of 16 columns.
 template <class V>
 concept PairDots =
     requires(typename V::Acc& acc, const typename V::Pairs& pairs, const std::byte* p, uint32_t pair) {
@@ -89,13 +109,13 @@ concept FloatLanes =
       { V::set(value) } -> std::same_as<typename V::Float>;
       { V::load_f(f) } -> std::same_as<typename V::Float>;
       { V::load_bf16(b) } -> std::same_as<typename V::Float>;
-      { V::half(p) } -> std::same_as<typename V::Float>;            // a float16, in all lanes
+      { V::half(p) } -> std::same_as<typename V::Float>;            // a float16, broadcast
       { V::load_half_at(p) } -> std::same_as<typename V::Float>;    // kWidth float16
-      { V::int8_of(words, i) } -> std::same_as<typename V::Float>;  // int8 from the i-th on, eight in a word
-      V::to_floats(codes, parts);
+      { V::int8_of(words, i) } -> std::same_as<typename V::Float>;  // int8 from the i-th on, eight per word
+      V::to_floats(codes, parts);                                   // in order
       V::store_f(f, x);
       V::store_bf16(b, x);
-      V::store_rounded(to, parts);
+      V::store_rounded(to, parts);           // kStep bf16
       { V::sum(x) } -> std::same_as<float>;  // of all lanes, by the tree of reduce
       { V::add(x, x) } -> std::same_as<typename V::Float>;
       { V::sub(x, x) } -> std::same_as<typename V::Float>;
@@ -103,16 +123,16 @@ concept FloatLanes =
       { V::div(x, x) } -> std::same_as<typename V::Float>;
       { V::kFusesFma } -> std::convertible_to<bool>;  // fma rounds once
       { V::fma(x, x, x) } -> std::same_as<typename V::Float>;
-      { V::clamp_above(x, x) } -> std::same_as<typename V::Float>;  // min(x, limit); a NaN in x comes through
+      { V::clamp_above(x, x) } -> std::same_as<typename V::Float>;  // min(x, limit); a NaN in x is kept
       { V::clamp_below(x, x) } -> std::same_as<typename V::Float>;
       { V::abs(x) } -> std::same_as<typename V::Float>;
       { V::less(x, x) } -> std::same_as<typename V::Mask>;
       { V::select(mask, x, x) } -> std::same_as<typename V::Float>;
-      { V::round(x) } -> std::same_as<typename V::Float>;     // to the nearest integer, even ones first
-      { V::scale(x, x) } -> std::same_as<typename V::Float>;  // x 2^n for a whole n, rounded once
+      { V::round(x) } -> std::same_as<typename V::Float>;     // to the nearest integer, ties to even
+      { V::scale(x, x) } -> std::same_as<typename V::Float>;  // x 2^n for an integral n, rounded once
     };
 
-// Quantizing: sizes are compared as bits, so that infinities and NaN are larger than any number.
+// Quantizing. Magnitudes are compared as bits, so infinities and NaN are larger than any finite number.
 template <class V>
 concept Quantizes =
     requires(const typename V::Float& x, const typename V::Bits& bits, const std::byte* p, int8_t* codes) {
@@ -121,15 +141,15 @@ concept Quantizes =
       { V::zero_bits() } -> std::same_as<typename V::Bits>;
       { V::larger_size(bits, x) } -> std::same_as<typename V::Bits>;
       { V::largest_size(bits) } -> std::same_as<float>;
-      { V::join_whole(bits, x) } -> std::same_as<typename V::Bits>;  // bits or'ed with whole numbers
+      { V::join_whole(bits, x) } -> std::same_as<typename V::Bits>;  // bits or'ed with x as integers
       { V::join(bits) } -> std::same_as<uint32_t>;
-      { V::largest(x) } -> std::same_as<float>;
-      { V::nearest_bf16(x) } -> std::same_as<typename V::Float>;
-      V::store_int8(codes, x);  // rounded, in the range of int8
+      { V::largest(x) } -> std::same_as<float>;                   // x is not NaN
+      { V::nearest_bf16(x) } -> std::same_as<typename V::Float>;  // x is not NaN
+      V::store_int8(codes, x);  // rounded to integers; x lies in the range of int8
     };
 
-// What measuring the machine takes: memory read into sums, and enough chains of products to hide their
-// latency.
+// What measuring the machine's limits takes: memory is read into sums, and kPeakChains independent chains of
+// products hide the latency of each.
 template <class V>
 concept Measures = requires(typename V::Sum& sum, const std::byte* p) {
   { V::kPeakChains } -> std::convertible_to<int>;
@@ -140,13 +160,13 @@ template <class V>
 concept VectorPolicy = Bf16Dots<V> && CodeLookups<V> && IntegerDots<V> && PairDots<V> && FloatLanes<V> &&
                        Quantizes<V> && Measures<V>;
 
-// What tile targets ask for beside.
+// What targets with tiles require besides.
 template <class V>
 concept TileVectorPolicy =
     VectorPolicy<V> && requires(const typename V::Float& x, const std::byte* p, float* f, bf16* b) {
-      { V::load_even(p) } -> std::same_as<typename V::Float>;  // every second of 2 kWidth bf16
+      { V::load_even(p) } -> std::same_as<typename V::Float>;  // the even ones of 2 kWidth bf16
       { V::load_odd(p) } -> std::same_as<typename V::Float>;
-      { V::load_ints(f) } -> std::same_as<typename V::Float>;  // int32 in the memory of floats
+      { V::load_ints(f) } -> std::same_as<typename V::Float>;  // int32 values stored in a float array
       V::store_bf16_pairs(b, x, x);                            // b[2 i] = even[i], b[2 i + 1] = odd[i]
     };
 

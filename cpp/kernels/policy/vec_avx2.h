@@ -11,10 +11,6 @@ struct VecAvx2 {
     __m256 even, odd;
   };
   static KT_INLINE Acc zero_acc() { return _mm256_setzero_ps(); }
-  static KT_INLINE Segment split(__m256i pairs) {
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
-            _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
-  }
   static KT_INLINE Segment load(const std::byte* p) {
     return split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
@@ -33,9 +29,6 @@ struct VecAvx2 {
   }
 
   // Lane i with i + 4, then i + 2, i + 1: the same tree for one sum as for four.
-  static KT_INLINE __m128 fold4(__m256 x) {
-    return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  }
   static KT_INLINE void reduce(const Acc (&acc)[1], float* out) {
     const __m128 b = fold4(acc[0]);
     const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
@@ -60,14 +53,14 @@ struct VecAvx2 {
     std::memcpy(full, p, count);
     return load_codes(full);
   }
-  // table[nibble] for kStep nibbles, the low one of a byte first.
+  // table[nibble] for kStep nibbles; the low nibble of a byte comes first.
   static KT_INLINE Codes look_up(const std::byte* nibbles, const int8_t* table) {
     const __m128i bytes = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(nibbles)));
     const __m128i spread = _mm_or_si128(bytes, _mm_slli_epi16(bytes, 4));
     return _mm_shuffle_epi8(_mm_load_si128(reinterpret_cast<const __m128i*>(table)),
                             _mm_and_si128(spread, _mm_set1_epi8(15)));
   }
-  // The same of twice as many, the halves by tables of their own.
+  // The same for 2 kStep nibbles, with one table for each half of them.
   static KT_INLINE __m256i look_up(const std::byte* nibbles, const int8_t* low, const int8_t* high) {
     const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
     const __m256i spread = _mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4));
@@ -75,7 +68,7 @@ struct VecAvx2 {
                                             _mm_load_si128(reinterpret_cast<const __m128i*>(low)));
     return _mm256_shuffle_epi8(tables, _mm256_and_si256(spread, _mm256_set1_epi8(15)));
   }
-  // The numbers of look_up(nibbles, table), which others look up as bf16.
+  // Codes are looked up and converted; other policies look up bf16.
   static constexpr bool kLooksUpScaled = false;
   struct Numbers {
     constexpr void set(int, uint16_t) {}
@@ -88,42 +81,10 @@ struct VecAvx2 {
     const __m128i even = _mm_srai_epi16(_mm_slli_epi16(codes, 8), 8), odd = _mm_srai_epi16(codes, 8);
     return {_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(even)), _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(odd))};
   }
-  static KT_INLINE Segment to_segment(Codes codes, float scale) {
-    const Segment x = to_segment(codes);
-    const __m256 s = _mm256_set1_ps(scale);
-    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-    return {_mm256_castsi256_ps(_mm256_and_si256(rounded(_mm256_mul_ps(x.even, s)), high)),
-            _mm256_castsi256_ps(_mm256_and_si256(rounded(_mm256_mul_ps(x.odd, s)), high))};
-  }
-
-  // bf(x scale) of a segment's numbers.
+  static KT_INLINE Segment to_segment(Codes codes, float scale) { return times(to_segment(codes), scale); }
   static KT_INLINE Segment times(const Segment& x, float scale) {
     const __m256 s = _mm256_set1_ps(scale);
-    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-    return {_mm256_castsi256_ps(_mm256_and_si256(rounded(_mm256_mul_ps(x.even, s)), high)),
-            _mm256_castsi256_ps(_mm256_and_si256(rounded(_mm256_mul_ps(x.odd, s)), high))};
-  }
-  // bf(x scale) of kStep numbers of E4M3. They go by half precision, whose numbers of the same bits are 2^-8
-  // as large; its conversion knows no flushing of denormals.
-  static KT_INLINE Segment e4m3_segment(const std::byte* p, float scale) {
-    const __m256i bits = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    const __m256i size = _mm256_and_si256(bits, _mm256_set1_epi16(127));
-    const __m256i is_nan = _mm256_cmpeq_epi16(size, _mm256_set1_epi16(127));
-    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(bits, _mm256_set1_epi16(128)), 8);
-    __m256i half = _mm256_or_si256(_mm256_slli_epi16(size, 7), sign);
-    half = _mm256_or_si256(half, _mm256_and_si256(is_nan, _mm256_set1_epi16(0x7c00)));
-    const __m256i even = _mm256_and_si256(half, _mm256_set1_epi32(0xffff)), odd = _mm256_srli_epi32(half, 16);
-    // [even 0-3, odd 0-3 | even 4-7, odd 4-7] -> all even, all odd
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(even, odd), 0xd8);
-    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-    return {_mm256_castsi256_ps(
-                _mm256_and_si256(rounded(scaled_half(_mm256_castsi256_si128(packed), scale)), high)),
-            _mm256_castsi256_ps(
-                _mm256_and_si256(rounded(scaled_half(_mm256_extracti128_si256(packed, 1), scale)), high))};
-  }
-  static KT_INLINE __m256 scaled_half(__m128i halves, float scale) {
-    const __m256 numbers = _mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_set1_ps(256));
-    return _mm256_mul_ps(numbers, _mm256_set1_ps(scale));
+    return {rounded_bf16(_mm256_mul_ps(x.even, s)), rounded_bf16(_mm256_mul_ps(x.odd, s))};
   }
 
   // ---- integer products ----
@@ -194,7 +155,7 @@ struct VecAvx2 {
     const __m128i bits = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
   }
-  // All lanes, added by the tree of reduce.
+  // The sum of all lanes, by the tree of reduce.
   static KT_INLINE float sum(Float x) {
     const Acc lanes[1] = {x};
     float total;
@@ -207,26 +168,18 @@ struct VecAvx2 {
   static KT_INLINE Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
   static constexpr bool kFusesFma = true;  // fma rounds once
   static KT_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
-  static KT_INLINE __m256i shift_right(__m256i x, int bits) {
-    return _mm256_srl_epi16(x, _mm_cvtsi32_si128(bits));
-  }
-  // A float16 in memory, in all lanes.
+  // The float16 at p, broadcast to all lanes.
   static KT_INLINE Float half(const std::byte* p) {
     return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(formats::half_bits_at(p))));
   }
   static KT_INLINE Float load_half_at(const std::byte* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  // Bytes [i, i + 16).
-  static KT_INLINE Codes codes_of(__m256i bytes, size_t i) {
-    return i == 0 ? _mm256_castsi256_si128(bytes) : _mm256_extracti128_si256(bytes, 1);
-  }
-  // Numbers of int8 from i on, eight in a word.
+  // int8 values from the i-th on, eight per word.
   static KT_INLINE Float int8_of(const uint64_t* words, size_t i) {
     const __m128i numbers = _mm_cvtsi64_si128(static_cast<int64_t>(words[i / 8]));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(numbers));
   }
-  // Codes in their order, and as many numbers rounded to bf16.
   static KT_INLINE void to_floats(Codes codes, Float (&x)[2]) {
     x[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
     x[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(codes, 8)));
@@ -235,7 +188,7 @@ struct VecAvx2 {
     store_bf16(reinterpret_cast<bf16*>(p), x[0]);
     store_bf16(reinterpret_cast<bf16*>(p) + kWidth, x[1]);
   }
-  // min and max give their second operand when either is NaN.
+  // min and max return their second operand when either is NaN.
   static KT_INLINE Float clamp_above(Float x, Float limit) { return _mm256_min_ps(limit, x); }
   static KT_INLINE Float clamp_below(Float x, Float limit) { return _mm256_max_ps(limit, x); }
   static KT_INLINE Float abs(Float x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
@@ -244,25 +197,20 @@ struct VecAvx2 {
   static KT_INLINE Float round(Float x) {
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // x 2^n for a whole n, rounded once: in two factors, since n itself may lie beyond the exponents of normal
-  // numbers.
+  // x 2^n for an integral n, rounded once. In two factors, as n may exceed the exponents of normal numbers.
   static KT_INLINE Float scale(Float x, Float n) {
     const Float half = round(mul(n, set(0.5f)));
     return mul(mul(x, pow2(half)), pow2(sub(n, half)));
   }
-  static KT_INLINE Float pow2(Float n) {
-    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
-  }
 
-  // ---- quantising ----
+  // ---- quantizing ----
   using Bits = __m256i;
   static KT_INLINE Float load_f_at(const std::byte* p) { return load_f(reinterpret_cast<const float*>(p)); }
   static KT_INLINE Float load_bf16_at(const std::byte* p) {
     return load_bf16(reinterpret_cast<const bf16*>(p));
   }
   static KT_INLINE Bits zero_bits() { return _mm256_setzero_si256(); }
-  // Sizes compared as bits, so that infinities and NaN are larger than any number.
+  // Magnitudes are compared as bits, so infinities and NaN are larger than any finite number.
   static KT_INLINE Bits larger_size(Bits sizes, Float x) {
     return _mm256_max_epi32(sizes, _mm256_castps_si256(abs(x)));
   }
@@ -271,7 +219,7 @@ struct VecAvx2 {
     const __m128i b = _mm_max_epi32(a, _mm_unpackhi_epi64(a, a));
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(b, _mm_srli_epi64(b, 32))));
   }
-  // The bits of whole numbers as integers, joined.
+  // Bits or'ed with those of x as integers.
   static KT_INLINE Bits join_whole(Bits joined, Float x) {
     return _mm256_or_si256(joined, _mm256_cvtps_epi32(x));
   }
@@ -280,26 +228,44 @@ struct VecAvx2 {
     const __m128i b = _mm_or_si128(a, _mm_unpackhi_epi64(a, a));
     return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_or_si128(b, _mm_srli_epi64(b, 32))));
   }
-  // Of numbers.
   static KT_INLINE float largest(Float x) {
     const __m128 a = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     const __m128 b = _mm_max_ps(a, _mm_movehl_ps(a, a));
     return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
   }
-  // A number rounded to bf16.
+  // x rounded to bf16; x is not NaN.
   static KT_INLINE Float nearest_bf16(Float x) {
-    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-    return _mm256_castsi256_ps(_mm256_and_si256(rounded_number(_mm256_castps_si256(x)), high));
+    return _mm256_castsi256_ps(high_words(rounded_number(_mm256_castps_si256(x))));
   }
-  // kWidth numbers of the range of int8, rounded to whole ones.
+  // Rounded to integers; x lies in the range of int8.
   static KT_INLINE void store_int8(int8_t* p, Float x) {
     const __m256i whole = _mm256_cvtps_epi32(x);
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
   }
 
+  // ---- for formats with code for this instruction set ----
+  // x rounded to bf16; a NaN becomes a quiet NaN.
+  static KT_INLINE Float rounded_bf16(Float x) { return _mm256_castsi256_ps(high_words(rounded(x))); }
+
  private:
-  // The bits of x, rounded to nearest even at bit 16; NaN keeps its quiet bit.
+  static KT_INLINE Segment split(__m256i pairs) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)), _mm256_castsi256_ps(high_words(pairs))};
+  }
+  // The sums of the halves.
+  static KT_INLINE __m128 fold4(__m256 x) {
+    return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  }
+  // 2^n for an integral n in [-126, 127].
+  static KT_INLINE Float pow2(Float n) {
+    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+  }
+  // The upper 16 bits of each lane; the lower ones become zeros.
+  static KT_INLINE __m256i high_words(__m256i bits) {
+    return _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+  }
+  // The bits of x, rounded to nearest even at bit 16; a NaN becomes a quiet NaN.
   static KT_INLINE __m256i rounded(Float x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));

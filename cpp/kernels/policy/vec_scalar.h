@@ -1,11 +1,11 @@
-// Vectors without intrinsics: eight lanes in plain arrays, which the compiler maps to whatever the platform's
-// baseline has (SSE2, NEON). Included inside a target's namespace.
+// Vectors without intrinsics: eight lanes in plain arrays, which the compiler maps to the vectors of the
+// platform's baseline (SSE2, NEON). Included inside a target's namespace.
 
 struct Vec {
   // ---- rows-dot-rows products ----
-  static constexpr size_t kStep = 8;    // elements of K a step
-  static constexpr int kRowTile = 4;    // weight rows a register tile
-  static constexpr int kTokenTile = 1;  // activation rows a register tile
+  static constexpr size_t kStep = 8;    // elements of K per step
+  static constexpr int kRowTile = 4;    // weight rows per register tile
+  static constexpr int kTokenTile = 1;  // activation rows per register tile
   struct Segment {
     float lane[8];
   };
@@ -55,14 +55,14 @@ struct Vec {
     std::memcpy(codes.lane, p, count);
     return codes;
   }
-  // table[nibble] for kStep nibbles, the low one of a byte first.
+  // table[nibble] for kStep nibbles; the low nibble of a byte comes first.
   static KT_INLINE Codes look_up(const std::byte* nibbles, const int8_t* table) {
     Codes codes;
     for (size_t i = 0; i < kStep; ++i)
       codes.lane[i] = table[static_cast<int>(nibbles[i / 2]) >> (i % 2 * 4) & 15];
     return codes;
   }
-  // The numbers of look_up(nibbles, table), which others look up as bf16.
+  // Codes are looked up and converted; other policies look up bf16.
   static constexpr bool kLooksUpScaled = false;
   struct Numbers {
     constexpr void set(int, uint16_t) {}
@@ -81,18 +81,9 @@ struct Vec {
       s.lane[i] = to_float(to_bf16(static_cast<float>(codes.lane[i]) * scale));
     return s;
   }
-
-  // bf(x scale) of a segment's numbers.
   static KT_INLINE Segment times(const Segment& x, float scale) {
     Segment s;
     for (size_t i = 0; i < kStep; ++i) s.lane[i] = to_float(to_bf16(x.lane[i] * scale));
-    return s;
-  }
-  // bf(x scale) of kStep numbers of E4M3.
-  static KT_INLINE Segment e4m3_segment(const std::byte* p, float scale) {
-    Segment s;
-    for (size_t i = 0; i < kStep; ++i)
-      s.lane[i] = to_float(to_bf16(kE4m3[static_cast<uint8_t>(p[i])] * scale));
     return s;
   }
 
@@ -118,7 +109,7 @@ struct Vec {
     std::memcpy(bytes.lane + kStep, high.lane, kStep);
     return bytes;
   }
-  // look_up of twice as many, the halves by tables of their own.
+  // look_up of 2 kStep nibbles, with one table for each half of them.
   static KT_INLINE Bytes look_up(const std::byte* nibbles, const int8_t* low, const int8_t* high) {
     return join(look_up(nibbles, low), look_up(nibbles + kStep / 2, high));
   }
@@ -185,7 +176,7 @@ struct Vec {
   static KT_INLINE Float set(float x) { KT_MAP(x); }
   static KT_INLINE Float load_f(const float* p) { KT_MAP(p[i]); }
   static KT_INLINE Float load_bf16(const bf16* p) { KT_MAP(to_float(p[i])); }
-  // The elements of even and of odd places of 2 kWidth.
+  // The even and the odd elements of 2 kWidth bf16.
   static KT_INLINE Float load_even(const std::byte* p) { return load_every_second(p, 0); }
   static KT_INLINE Float load_odd(const std::byte* p) { return load_every_second(p, 1); }
   static KT_INLINE Float load_every_second(const std::byte* p, size_t first) {
@@ -194,21 +185,20 @@ struct Vec {
     KT_MAP(to_float(bf16{bits[2 * i + first]}));
   }
   static KT_INLINE void store_f(float* p, const Float& x) { std::memcpy(p, x.lane, sizeof x.lane); }
-  // int32 in the memory of floats.
+  // int32 values stored in a float array.
   static KT_INLINE Float load_ints(const float* p) {
     KT_MAP(static_cast<float>(std::bit_cast<int32_t>(p[i])));
   }
   static KT_INLINE void store_bf16(bf16* p, const Float& x) {
     for (size_t i = 0; i < kWidth; ++i) p[i] = to_bf16(x.lane[i]);
   }
-  // A float16 in memory, in all lanes.
+  // The float16 at p, broadcast to all lanes.
   static KT_INLINE Float half(const std::byte* p) { return set(formats::half_at(p)); }
   static KT_INLINE Float load_half_at(const std::byte* p) { KT_MAP(formats::half_at(p + 2 * i)); }
-  // Numbers of int8 from `first` on, eight in a word.
+  // int8 values from the `first`-th on, eight per word.
   static KT_INLINE Float int8_of(const uint64_t* words, size_t first) {
     KT_MAP(formats::number_of_group(words, first + i));
   }
-  // Codes in their order, and as many numbers rounded to bf16.
   static KT_INLINE void to_floats(const Codes& codes, Float (&x)[1]) {
     for (size_t i = 0; i < kWidth; ++i) x[0].lane[i] = codes.lane[i];
   }
@@ -222,7 +212,7 @@ struct Vec {
       p[2 * i + 1] = to_bf16(odd.lane[i]);
     }
   }
-  // All lanes, added by the tree of reduce.
+  // The sum of all lanes, by the tree of reduce.
   static KT_INLINE float sum(const Float& x) {
     Acc lanes[1];
     std::memcpy(lanes[0].lane, x.lane, sizeof x.lane);
@@ -239,7 +229,7 @@ struct Vec {
   static KT_INLINE Float fma(const Float& a, const Float& b, const Float& c) {
     KT_MAP(a.lane[i] * b.lane[i] + c.lane[i]);
   }
-  // A NaN in x comes through; limits are never NaN.
+  // A NaN in x is kept; limits are never NaN.
   static KT_INLINE Float clamp_above(const Float& x, const Float& limit) {
     KT_MAP(x.lane[i] > limit.lane[i] ? limit.lane[i] : x.lane[i]);
   }
@@ -255,24 +245,23 @@ struct Vec {
   static KT_INLINE Float select(const Mask& m, const Float& yes, const Float& no) {
     KT_MAP(m.lane[i] ? yes.lane[i] : no.lane[i]);
   }
-  // To the nearest integer, |x| < 2^22; NaN gives NaN.
+  // To the nearest integer, for |x| < 2^22; NaN stays NaN.
   static KT_INLINE Float round(const Float& x) {
     constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction bits
     KT_MAP((x.lane[i] + kMagic) - kMagic);
   }
-  // x 2^n for a whole n, rounded once: in two factors, since n itself may lie beyond the exponents of normal
-  // numbers.
+  // x 2^n for an integral n, rounded once. In two factors, as n may exceed the exponents of normal numbers.
   static KT_INLINE Float scale(const Float& x, const Float& n) {
     const Float half = round(mul(n, set(0.5f)));
     return mul(mul(x, pow2(half)), pow2(sub(n, half)));
   }
-  // 2^n for integral n in [-126, 127]; anything for a NaN.
+  // 2^n for an integral n in [-126, 127]; undefined for a NaN.
   static KT_INLINE Float pow2(const Float& n) {
     KT_MAP(
         std::bit_cast<float>((n.lane[i] == n.lane[i] ? static_cast<int32_t>(n.lane[i]) + 127 : 127) << 23));
   }
 
-  // ---- quantising ----
+  // ---- quantizing ----
   struct Bits {
     int32_t lane[kWidth];
   };
@@ -287,7 +276,7 @@ struct Vec {
     return load_bf16(x);
   }
   static KT_INLINE Bits zero_bits() { return Bits{}; }
-  // Sizes compared as bits, so that infinities and NaN are larger than any number.
+  // Magnitudes are compared as bits, so infinities and NaN are larger than any finite number.
   static KT_INLINE Bits larger_size(Bits sizes, const Float& x) {
     for (size_t i = 0; i < kWidth; ++i) {
       const int32_t size = std::bit_cast<int32_t>(x.lane[i]) & 0x7fffffff;
@@ -300,7 +289,7 @@ struct Vec {
     for (size_t i = 0; i < kWidth; ++i) largest = largest < sizes.lane[i] ? sizes.lane[i] : largest;
     return std::bit_cast<float>(largest);
   }
-  // The bits of whole numbers as integers, joined.
+  // Bits or'ed with those of x as integers.
   static KT_INLINE Bits join_whole(Bits joined, const Float& x) {
     for (size_t i = 0; i < kWidth; ++i) joined.lane[i] |= static_cast<int32_t>(x.lane[i]);
     return joined;
@@ -310,20 +299,19 @@ struct Vec {
     for (size_t i = 0; i < kWidth; ++i) all |= joined.lane[i];
     return static_cast<uint32_t>(all);
   }
-  // Of numbers.
   static KT_INLINE float largest(const Float& x) {
     float largest = x.lane[0];
     for (size_t i = 1; i < kWidth; ++i) largest = largest < x.lane[i] ? x.lane[i] : largest;
     return largest;
   }
-  // A number rounded to bf16. to_bf16 asks for NaN, and with that the compiler makes no vectors of it.
+  // x rounded to bf16; x is not NaN. to_bf16 tests for NaN, which keeps the compiler from vectorizing it.
   static KT_INLINE Float nearest_bf16(const Float& x) {
     uint32_t bits[kWidth];
     std::memcpy(bits, x.lane, sizeof bits);
     for (uint32_t& b : bits) b = (b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u;
     KT_MAP(std::bit_cast<float>(bits[i]));
   }
-  // kWidth numbers of the range of int8, rounded to whole ones.
+  // Rounded to integers; x lies in the range of int8.
   static KT_INLINE void store_int8(int8_t* p, const Float& x) {
     const Float whole = round(x);
     for (size_t i = 0; i < kWidth; ++i) p[i] = static_cast<int8_t>(whole.lane[i]);

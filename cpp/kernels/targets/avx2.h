@@ -6,14 +6,16 @@
 #define KT_TARGET_ISA Isa::kAvx2
 #define KT_TARGET_FEATURES "avx2,fma,f16c"
 #define KT_HAS_TILES 0
-#define KT_HAS_AVX512_BF16 0
 
 #else
 
 #include "kernels/policy/vec_avx2.h"
 using Vec = VecAvx2;
+#include "kernels/policy/bytes_256.h"
 #include "kernels/policy/bytes_avx2.h"
+#include "kernels/policy/nibbles_portable.h"
 #include "kernels/layouts/transpose_portable-inl.h"
 #include "kernels/layouts/interleave_avx2-inl.h"
+#include "formats/e4m3/avx2-inl.h"
 
 #endif

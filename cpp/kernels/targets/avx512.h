@@ -5,14 +5,19 @@
 #define KT_TARGET_NAME avx512
 #define KT_TARGET_ISA Isa::kAvx512
 #define KT_TARGET_FEATURES "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"
-#define KT_HAS_AVX512_BF16 0
 #define KT_HAS_TILES 0
 
 #else
 
+#include "kernels/policy/vec_avx512_base.h"
 #include "kernels/policy/vec_avx512.h"
-#include "kernels/policy/bytes_avx2.h"
+using Vec = VecAvx512;
+#include "kernels/policy/bytes_256.h"
+#include "kernels/policy/bytes_avx512.h"
+#include "kernels/policy/nibbles_portable.h"
 #include "kernels/layouts/transpose_avx512-inl.h"
 #include "kernels/layouts/interleave_avx512-inl.h"
+#include "formats/e4m3/avx512-inl.h"
+using E4m3 = E4m3Avx512;
 
 #endif

@@ -7,7 +7,6 @@
 #define KT_TARGET_ISA Isa::kAvxVnni
 #define KT_TARGET_FEATURES "avx2,fma,f16c,avxvnni"
 #define KT_HAS_TILES 0
-#define KT_HAS_AVX512_BF16 0
 
 #else
 
@@ -18,8 +17,11 @@ struct Vec : VecAvx2 {
     acc = _mm256_dpbusd_avx_epi32(acc, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
   }
 };
+#include "kernels/policy/bytes_256.h"
 #include "kernels/policy/bytes_avx2.h"
+#include "kernels/policy/nibbles_portable.h"
 #include "kernels/layouts/transpose_portable-inl.h"
 #include "kernels/layouts/interleave_avx2-inl.h"
+#include "formats/e4m3/avx2-inl.h"
 
 #endif

@@ -41,6 +41,7 @@ static_assert(TileVectorPolicy<Vec>);
 #else
 static_assert(VectorPolicy<Vec>);
 #endif
+static_assert(!Vec::kLooksUpScaled || LooksUpScaled<Vec>);
 #include "kernels/unpack/codes-inl.h"
 #include "formats/all.h"
 #include "kernels/unpack/blocks-inl.h"

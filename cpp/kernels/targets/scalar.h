@@ -5,13 +5,14 @@
 #define KT_TARGET_NAME scalar
 #define KT_TARGET_ISA Isa::kScalar
 #define KT_HAS_TILES 0
-#define KT_HAS_AVX512_BF16 0
 
 #else
 
 #include "kernels/policy/vec_scalar.h"
 #include "kernels/policy/bytes_portable.h"
+#include "kernels/policy/nibbles_portable.h"
 #include "kernels/layouts/transpose_portable-inl.h"
 #include "kernels/layouts/interleave_portable-inl.h"
+#include "formats/e4m3/scalar-inl.h"
 
 #endif

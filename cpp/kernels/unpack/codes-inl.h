@@ -1,26 +1,27 @@
-// Rows of int8 codes as products take them. Included inside a target's namespace, after its vectors and
-// before the formats, whose Unpack<F>::Row gives
-//   segment, tail            what a product of bf16 takes of elements [k, k + kStep) or fewer: decoded values
-//   weights, weights_tail    the same with the row scale, rounded to bf16: where rows are summed over
-//   bytes, bytes_tail        of whole numbers, what an integer product takes of [k, k + kByteStep)
+// Rows of codes, dequantized in registers. Included inside a target's namespace, after its vectors and before
+// the formats, whose Unpack<F>::Row provides
+//   segment, tail            elements [k, k + kStep), or fewer, decoded: what bf16 products take
+//   weights, weights_tail    the same times the row scale, rounded to bf16: where a product sums over rows
+//   bytes, bytes_tail        integer formats only: elements [k, k + kByteStep) for integer products
 
 inline constexpr size_t kByteStep = 2 * Vec::kStep;
 
-template <class Row>
+// V is always Vec: gcc warns of vector types as template arguments where they do not depend on a parameter.
+template <class Row, class V = Vec>
 concept UnpackRow = requires(const Row& row, const WeightView& w, size_t n, size_t k, size_t count) {
   Row(w, n);
-  { row.segment(k) } -> std::same_as<Vec::Segment>;
-  { row.tail(k, count) } -> std::same_as<Vec::Segment>;
-  { row.weights(k) } -> std::same_as<Vec::Segment>;
-  { row.weights_tail(k, count) } -> std::same_as<Vec::Segment>;
+  { row.segment(k) } -> std::same_as<typename V::Segment>;
+  { row.tail(k, count) } -> std::same_as<typename V::Segment>;
+  { row.weights(k) } -> std::same_as<typename V::Segment>;
+  { row.weights_tail(k, count) } -> std::same_as<typename V::Segment>;
 };
-template <class Row>
-concept UnpackIntegerRow = UnpackRow<Row> && requires(const Row& row, size_t k, size_t count) {
-  { row.bytes(k) } -> std::same_as<Vec::Bytes>;
-  { row.bytes_tail(k, count) } -> std::same_as<Vec::Bytes>;
+template <class Row, class V = Vec>
+concept UnpackIntegerRow = UnpackRow<Row, V> && requires(const Row& row, size_t k, size_t count) {
+  { row.bytes(k) } -> std::same_as<typename V::Bytes>;
+  { row.bytes_tail(k, count) } -> std::same_as<typename V::Bytes>;
 };
 
-// What follows from a row's `codes`, `codes_tail` and `scale`; `bytes` is the row's own.
+// What follows from a row's `codes`, `codes_tail` and `scale`; a row defines `bytes` itself.
 template <class Row>
 struct CodeRow {
   KT_INLINE const Row& row() const { return static_cast<const Row&>(*this); }
@@ -38,18 +39,7 @@ struct CodeRow {
   }
 };
 
-#if !KT_HAS_AVX512_BF16  // of whose vectors bytes_avx2.h has better
-// Nibbles as they are packed, to be looked up.
-using Nibbles32 = Bytes32;
-// Of 16 bytes: the low ones, then the high ones.
-KT_INLINE Nibbles32 packed_in_16(const std::byte* p) { return nibbles_of_16(p); }
-// The low or the high ones of 32 bytes.
-KT_INLINE Nibbles32 packed_in_32(const std::byte* p, bool high) {
-  return bits_of(load_32(p), high ? 4 : 0, 15);
-}
-#endif
-
-// The whole numbers of a format's nibbles.
+// The integer that each nibble of a format stands for.
 template <class Format>
 struct NibbleCodes {
   alignas(16) int8_t of[16] = {};
@@ -65,7 +55,7 @@ struct NibbleCodes {
 template <class Format>
 inline constexpr NibbleCodes<Format> kNibbleCodes;
 
-// The numbers of a table in float32.
+// A table of 16 numbers as float32.
 template <const auto& kTable>
 struct FloatTable {
   alignas(kCacheLine) float of[16] = {};
@@ -76,7 +66,8 @@ struct FloatTable {
 template <const auto& kTable>
 inline constexpr FloatTable<kTable> kFloatTable;
 
-// Those times a scale of a byte, by the byte, where that is exact.
+// Where a group's scale is one byte: the 16 numbers of the format times the scale, indexed by that byte. The
+// products are exact.
 template <class Format>
 struct ScaledNumbers {
   Vec::Numbers of[256] = {};
@@ -91,8 +82,8 @@ struct ScaledNumbers {
 template <class Format>
 inline constexpr ScaledNumbers<Format> kScaledNumbers;
 
-// A row of nibbles whose scales lie apart. Where vectors look up scaled numbers, the row's own
-// `looked_up(nibbles, k, count)` does it.
+// A row of nibbles whose scales are a separate array. Where vectors look up scaled numbers (kLooksUpScaled),
+// the row provides `looked_up(nibbles, k, count)`.
 template <class Row, class Format>
 struct NibbleRow {
   const std::byte *data, *scales;
@@ -101,8 +92,8 @@ struct NibbleRow {
       : data(w.row(n)), scales(w.scales_of(n, Format::kScaleRows)) {}
 
   KT_INLINE Vec::Segment segment(size_t k) const { return scaled(data + k / 2, k, Vec::kStep); }
-  // Behind the row stand zeros: with a large scale any other number could become an infinity, which times the
-  // zero of an activation is NaN. So the unused nibble of an odd row is not believed either.
+  // Behind the end of the row are zeros: any other number times a large scale could become infinite, and
+  // infinity times a zero activation is NaN. So the unused nibble of an odd row is replaced as well.
   KT_INLINE Vec::Segment tail(size_t k, size_t count) const {
     constexpr auto zero = kNibbleCodes<Format>.nibble_of_zero();
     std::byte full[Vec::kStep / 2];
@@ -121,7 +112,7 @@ struct NibbleRow {
     if constexpr (Vec::kStep <= Format::kGroup) {
       return Vec::to_segment(codes, scale);
     } else {
-      static_assert(Vec::kStep <= 2 * Format::kGroup);
+      static_assert(Vec::kStep <= 2 * Format::kGroup && ScalesHalves<Vec>);
       const bool has_second = count > Format::kGroup;
       return Vec::to_segment(codes, scale, has_second ? Format::scale(scales, k + Format::kGroup) : 0.0f);
     }
