@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace ktmoe {
 
@@ -38,6 +39,14 @@ constexpr float half_to_float(uint16_t bits) {
   const float number = std::bit_cast<float>((size << 13) + ((size < 0x400 ? 113u : 112u) << 23));
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(size < 0x400 ? number - 0x1p-14f : number));
 }
+
+// A float16 in memory, and its bits.
+inline uint16_t half_bits_at(const std::byte* p) {
+  uint16_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return bits;
+}
+inline float half_at(const std::byte* p) { return half_to_float(half_bits_at(p)); }
 
 inline bool is_finite(bf16 x) { return (x.bits & 0x7f80u) != 0x7f80u; }
 

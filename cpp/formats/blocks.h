@@ -16,13 +16,6 @@
 
 namespace ktmoe::formats {
 
-// A float16 in memory, and its bits.
-inline uint16_t half_bits_at(const std::byte* p) {
-  uint16_t bits;
-  std::memcpy(&bits, p, sizeof bits);
-  return bits;
-}
-inline float half_at(const std::byte* p) { return half_to_float(half_bits_at(p)); }
 inline int byte_at(const std::byte* p, size_t i) { return static_cast<int>(p[i]); }
 // The nibbles of 16 bytes: the low ones, then the high ones.
 inline int nibble_of_16(const std::byte* bytes, size_t i) {

@@ -170,7 +170,7 @@ struct VecAvx2 {
   static KT_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   // The float16 at p, broadcast to all lanes.
   static KT_INLINE Float half(const std::byte* p) {
-    return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(formats::half_bits_at(p))));
+    return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(half_bits_at(p))));
   }
   static KT_INLINE Float load_half_at(const std::byte* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -134,7 +134,7 @@ struct VecAvx512Base {
   static KT_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   // The float16 at p, broadcast to all lanes.
   static KT_INLINE Float half(const std::byte* p) {
-    return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(formats::half_bits_at(p))));
+    return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(half_bits_at(p))));
   }
   static KT_INLINE Float load_half_at(const std::byte* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

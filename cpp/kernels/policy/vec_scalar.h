@@ -193,11 +193,12 @@ struct Vec {
     for (size_t i = 0; i < kWidth; ++i) p[i] = to_bf16(x.lane[i]);
   }
   // The float16 at p, broadcast to all lanes.
-  static KT_INLINE Float half(const std::byte* p) { return set(formats::half_at(p)); }
-  static KT_INLINE Float load_half_at(const std::byte* p) { KT_MAP(formats::half_at(p + 2 * i)); }
+  static KT_INLINE Float half(const std::byte* p) { return set(half_at(p)); }
+  static KT_INLINE Float load_half_at(const std::byte* p) { KT_MAP(half_at(p + 2 * i)); }
   // int8 values from the `first`-th on, eight per word.
-  static KT_INLINE Float int8_of(const uint64_t* words, size_t first) {
-    KT_MAP(formats::number_of_group(words, first + i));
+  static KT_INLINE Float int8_of(const uint64_t* words, size_t first) { KT_MAP(int8_at(words, first + i)); }
+  static constexpr float int8_at(const uint64_t* words, size_t i) {
+    return static_cast<float>(static_cast<int8_t>(words[i / 8] >> 8 * (i % 8)));
   }
   static KT_INLINE void to_floats(const Codes& codes, Float (&x)[1]) {
     for (size_t i = 0; i < kWidth; ++i) x[0].lane[i] = codes.lane[i];
