@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "core/aligned_buffer.h"
+#include "core/align.h"
 #include "formats/scaled.h"
 
 namespace ktmoe::formats {

@@ -6,7 +6,7 @@
 
 #include <cstring>
 
-#include "core/aligned_buffer.h"
+#include "core/align.h"
 #include "core/types.h"
 #include "formats/format.h"
 

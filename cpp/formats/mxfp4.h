@@ -2,7 +2,7 @@
 #ifndef KTMOE_FORMATS_MXFP4_H_
 #define KTMOE_FORMATS_MXFP4_H_
 
-#include "core/aligned_buffer.h"
+#include "core/align.h"
 #include "formats/scaled.h"
 
 namespace ktmoe::formats {

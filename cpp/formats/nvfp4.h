@@ -4,7 +4,7 @@
 #ifndef KTMOE_FORMATS_NVFP4_H_
 #define KTMOE_FORMATS_NVFP4_H_
 
-#include "core/aligned_buffer.h"
+#include "core/align.h"
 #include "formats/scaled.h"
 
 namespace ktmoe::formats {

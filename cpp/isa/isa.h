@@ -6,15 +6,9 @@
 #include <vector>
 
 #include "isa/features.h"
+#include "isa/isa_id.h"
 
 namespace ktmoe {
-
-// In rising order of preference. amx_emu runs anywhere, slowly, and is used only when asked for.
-enum class Isa {
-#define KT_ISA(enumerator, name, platform, choice) enumerator,
-#include "isa/isas.inc"
-#undef KT_ISA
-};
 
 inline constexpr Isa kAllIsas[] = {
 #define KT_ISA(enumerator, name, platform, choice) Isa::enumerator,

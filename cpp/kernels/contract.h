@@ -13,10 +13,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "core/aligned_buffer.h"
+#include "core/align.h"
 #include "core/types.h"
 #include "formats/format.h"
-#include "isa/isa.h"
+#include "isa/isa_id.h"
 #include "kernels/activations.h"
 #include "kernels/contract_elementwise.h"
 

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "isa/isa.h"
 #include "kernels/contract.h"
 
 namespace ktmoe::kernels {

@@ -2,6 +2,9 @@
 // Included by begin_target.h: first for what it defines, then inside its namespace.
 #ifndef KT_TARGET_NAME
 
+#include <stdexcept>
+#include <string>
+
 #define KT_TARGET_NAME amx_emu
 #define KT_TARGET_ISA Isa::kAmxEmu
 #define KT_HAS_TILES 1

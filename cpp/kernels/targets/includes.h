@@ -8,14 +8,12 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-#include "core/aligned_buffer.h"
+#include "core/align.h"
 #include "core/types.h"
 #include "formats/all.h"
 #include "formats/registry.h"
