@@ -30,7 +30,7 @@ size_t row_bytes(const std::string& format, int64_t k) {
 
 // The arrays of one call. They stay alive as long as this does.
 struct QuantizeArrays {
-  Array weights, codes, row_scale;
+  Array weights, codes, channel_scale;
   kernels::QuantizeArgs args;
 
   void take_weights(nb::handle source) {
@@ -56,30 +56,30 @@ struct QuantizeArrays {
     args.codes = codes.as<std::byte>();
   }
 
-  void take_row_scale(nb::handle target, FormatId format, const std::string& name) {
+  void take_channel_scale(nb::handle target, FormatId format, const std::string& name) {
     if (target.is_none()) {
-      if (format_has_row_scale(format))
-        throw_invalid("row_scale: got None, expected float32 [", args.n, "] for ", name);
+      if (format_has_channel_scale(format))
+        throw_invalid("channel_scale: got None, expected float32 [", args.n, "] for ", name);
       return;
     }
-    if (!format_has_row_scale(format))
-      throw_invalid("row_scale: got one, expected None: rows of ", name, " hold their scales");
-    row_scale = Array::write(target, "row_scale");
-    row_scale.expect({DType::kFloat32}, {args.n}).expect_contiguous();
-    row_scale.expect_disjoint(weights);
-    row_scale.expect_disjoint(codes);
-    args.row_scale = row_scale.as<float>();
+    if (!format_has_channel_scale(format))
+      throw_invalid("channel_scale: got one, expected None: rows of ", name, " hold their scales");
+    channel_scale = Array::write(target, "channel_scale");
+    channel_scale.expect({DType::kFloat32}, {args.n}).expect_contiguous();
+    channel_scale.expect_disjoint(weights);
+    channel_scale.expect_disjoint(codes);
+    args.channel_scale = channel_scale.as<float>();
   }
 };
 
 PythonTask quantize_task(const std::string& format, nb::object weights, nb::object codes,
-                         nb::object row_scale, std::shared_ptr<WorkerPool> pool) {
+                         nb::object channel_scale, std::shared_ptr<WorkerPool> pool) {
   const FormatId parsed = format_from_name(format);
   QuantizeArrays arrays;
   arrays.take_weights(weights);
   arrays.take_codes(codes, parsed);
-  arrays.take_row_scale(row_scale, parsed, format);
-  const auto held = std::make_shared<Arrays>(Arrays{arrays.weights, arrays.codes, arrays.row_scale});
+  arrays.take_channel_scale(channel_scale, parsed, format);
+  const auto held = std::make_shared<Arrays>(Arrays{arrays.weights, arrays.codes, arrays.channel_scale});
   return PythonTask(
       [parsed, args = arrays.args, held, pool = std::move(pool)] {
         try {
@@ -120,7 +120,7 @@ Examples
 
 void bind_task(nb::module_& m) {
   m.def("quantize_task", &quantize_task, nb::arg("format"), nb::arg("weights").none(),
-        nb::arg("codes").none(), nb::arg("row_scale").none() = nb::none(), nb::kw_only(), nb::arg("pool"),
+        nb::arg("codes").none(), nb::arg("channel_scale").none() = nb::none(), nb::kw_only(), nb::arg("pool"),
         R"(Make the task that quantises the rows of a matrix.
 
 What it computes is what `quantize_int8` and `quantize_int4` of `ktmoe_np.reference` do, and what it writes is
@@ -142,7 +142,7 @@ weights : array
     bfloat16 or float32 [N, K]. Rows may lie apart, the last axis is contiguous.
 codes : array
     uint8 [N, quantized_row_bytes(format, K)], C-contiguous, written.
-row_scale : array, optional
+channel_scale : array, optional
     float32 [N], written. Left out for int8_group32, needed for the others.
 pool : WorkerPool
     The threads to run on: the `backend_` of a CPUInfer.
@@ -156,7 +156,7 @@ Task
 Raises
 ------
 ValueError
-    An unknown format; a shape that does not fit; a `row_scale` missing or too many; an array that is
+    An unknown format; a shape that does not fit; a `channel_scale` missing or too many; an array that is
     read-only or overlaps another.
 TypeError
     Not an array; another dtype; gaps where there may be none.
@@ -166,10 +166,10 @@ Examples
 >>> import numpy as np
 >>> from ktmoe_np import kt_kernel_ext as ext
 >>> engine = ext.CPUInfer(1)
->>> codes, row_scale = np.empty((1, 3), np.uint8), np.empty(1, np.float32)
+>>> codes, channel_scale = np.empty((1, 3), np.uint8), np.empty(1, np.float32)
 >>> weights = np.float32([[2.54, -1.0, 0.01]])
->>> engine.run(ext.quantize_task("int8", weights, codes, row_scale, pool=engine.backend_))
->>> codes.view(np.int8), row_scale
+>>> engine.run(ext.quantize_task("int8", weights, codes, channel_scale, pool=engine.backend_))
+>>> codes.view(np.int8), channel_scale
 (array([[127, -50,   0]], dtype=int8), array([0.02], dtype=float32)))");
 }
 

@@ -128,7 +128,7 @@ is_integer : bool
       .def_prop_ro("block", [](const FormatInfo& f) { return format_block(f.id); })
       .def_prop_ro("group", [](const FormatInfo& f) { return format_group(f.id); })
       .def_prop_ro("scale_rows", [](const FormatInfo& f) { return format_scale_rows(f.id); })
-      .def_prop_ro("has_channel_scale", [](const FormatInfo& f) { return format_has_row_scale(f.id); })
+      .def_prop_ro("has_channel_scale", [](const FormatInfo& f) { return format_has_channel_scale(f.id); })
       .def_prop_ro("is_integer", [](const FormatInfo& f) { return format_is_integer(f.id); })
       .def(
           "row_bytes", [](const FormatInfo& f, int64_t k) { return f.count(k, format_row_bytes); },

@@ -77,8 +77,9 @@ alignas(16) inline constexpr int8_t kFromZero[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 
 //   size_t row_bytes(size_t k)                      bytes of a row of k values
 //   uint32_t kScaleRows     rows of the matrix that share a row of scales which lies apart; 0: there are none
 //   size_t scale_bytes(size_t k)                    bytes of a row of those scales
-//   void decode(const WeightView& w, size_t n, float* out)    row n, the scalar truth, before any row scale
-//   bool kHasRowScale       a weight is its decoded value times a float32 of its row; decoded values are then
+//   void decode(const WeightView& w, size_t n, float* out)    row n, the scalar truth, before any channel
+//   scale bool kHasRowScale       a weight is its decoded value times a float32 of its row; decoded values
+//   are then
 //                           exact in bf16
 //   bool kIsInteger         decoded values are whole numbers from -127 to 127: integer products take them
 // and, for the target regions (kernels/targets), a specialisation Unpack<F> that yields the k-th segment of a

@@ -26,7 +26,7 @@ constexpr auto with_format(FormatId id, Function&& function) {
 inline size_t format_row_bytes(FormatId id, size_t k) {
   return with_format(id, [&](auto f) { return decltype(f)::row_bytes(k); });
 }
-inline bool format_has_row_scale(FormatId id) {
+inline bool format_has_channel_scale(FormatId id) {
   return with_format(id, [](auto f) { return decltype(f)::kHasRowScale; });
 }
 inline size_t format_scale_bytes(FormatId id, size_t k) {

@@ -12,11 +12,11 @@
 namespace ktmoe::kernels {
 
 // Rows [n, k] of finite floats to rows of bytes. What a kernel writes of a row:
-//   quantize_int8        k int8 codes; row_scale
+//   quantize_int8        k int8 codes; channel_scale
 //   quantize_int8_group  k int8 codes, then ceil(k / 32) fp32 scales, at any address, found by search
 //   quantize_int4        ceil(k / 2) bytes of codes in -8..7, two a byte, the first in the low four bits, the
 //                        high bits behind the last of an odd k 0; then ceil(k / group) int8 multipliers;
-//                        row_scale
+//                        channel_scale
 // Each returns the first row that holds NaN or an infinity, or n. Rows before that one are written, of it and
 // those behind it nothing is.
 // Preconditions: n and k below 2^31; the bytes of a row fit codes_stride; outputs share no memory with rows.
@@ -27,8 +27,8 @@ struct QuantizeArgs {
   uint32_t n = 0, k = 0;
   uint32_t group = 32;  // of quantize_int4: 32, 64 or 128
   std::byte* codes = nullptr;
-  size_t codes_stride = 0;     // bytes from row to row
-  float* row_scale = nullptr;  // [n]; null for quantize_int8_group
+  size_t codes_stride = 0;         // bytes from row to row
+  float* channel_scale = nullptr;  // [n]; null for quantize_int8_group
 };
 
 }  // namespace ktmoe::kernels

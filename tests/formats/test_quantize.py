@@ -70,7 +70,7 @@ def normalizer(amax: Any) -> Any:
 
 
 def int4_row(row: AnyArray, g: int) -> tuple[list[int], list[int], Any]:
-    """The steps of `quantize_int4` one number at a time: q, m and row_scale."""
+    """The steps of `quantize_int4` one number at a time: q, m and channel_scale."""
     padded = [f32(w) for w in row] + [f32(0)] * (-len(row) % g)
     amax = max(abs(w) for w in padded)
     if amax == 0:
@@ -103,8 +103,8 @@ def int4_row(row: AnyArray, g: int) -> tuple[list[int], list[int], Any]:
     q = [min(max(np.rint(x * (f32(1) / (s * m[i // g]))), f32(-8)), f32(7)) for i, x in enumerate(v)]
     c = [m[i // g] * x for i, x in enumerate(q)]
     s = lane_sum([x * y for x, y in zip(v, c, strict=True)]) / lane_sum([x * x for x in c])
-    row_scale = min(s / power, f32(LARGEST) / max(abs(x) for x in c))
-    return [int(x) for x in q[: len(row)]], [int(x) for x in m], row_scale
+    channel_scale = min(s / power, f32(LARGEST) / max(abs(x) for x in c))
+    return [int(x) for x in q[: len(row)]], [int(x) for x in m], channel_scale
 
 
 @given(SEEDS, COLUMNS, st.sampled_from([32, 64, 128]), POWERS, st.sampled_from([bf16, np.float32]))
@@ -113,10 +113,10 @@ def test_int4_is_the_loop_bit_for_bit(seed: int, K: int, g: int, power: int, dty
     with np.errstate(all="raise"):
         matrix = quantize_int4(weights, group_size=g)
     for n in range(2):
-        q, m, row_scale = int4_row(weights[n], g)
+        q, m, channel_scale = int4_row(weights[n], g)
         assert matrix.q[n].tolist() == q
         assert matrix.multiplier[n].tolist() == m
-        assert matrix.row_scale[n].tobytes() == row_scale.tobytes()
+        assert matrix.channel_scale[n].tobytes() == channel_scale.tobytes()
 
 
 def int8_row(row: list[Any]) -> tuple[list[int], Any]:
@@ -146,7 +146,7 @@ def test_int8_is_the_loop_bit_for_bit(seed: int, K: int, g: int | None, power: i
     weights = draw(seed, 2, K, power=power, dtype=dtype)
     with np.errstate(all="raise"):
         matrix: Any = quantize_int8(weights) if g is None else quantize_int8(weights, group_size=g)
-    scales = matrix.row_scale[:, None] if g is None else matrix.group_scale
+    scales = matrix.channel_scale[:, None] if g is None else matrix.group_scale
     size = K if g is None else g
     for n, start in itertools.product(range(2), range(0, K, size)):
         group = [f32(w) for w in weights[n, start : start + size]]
@@ -195,7 +195,7 @@ def test_int8_of_its_own_codes_is_exact(seed: int, K: int, g: int | None, power:
     weights = codes * np.repeat(scale, g or K, axis=1)[:, :K]
     matrix: Any = quantize_int8(weights) if g is None else quantize_int8(weights, group_size=g)
     np.testing.assert_array_equal(matrix.codes, codes)
-    np.testing.assert_array_equal(matrix.row_scale[:, None] if g is None else matrix.group_scale, scale)
+    np.testing.assert_array_equal(matrix.channel_scale[:, None] if g is None else matrix.group_scale, scale)
     np.testing.assert_array_equal(dequantize(matrix), weights)
 
 
@@ -227,8 +227,8 @@ def test_a_power_of_two_scales_through(seed: int, power: int) -> None:
         np.testing.assert_array_equal(getattr(four_scaled, name), getattr(four, name))
     np.testing.assert_array_equal(eight_scaled.codes, eight.codes)
     np.testing.assert_array_equal(grouped_scaled.codes, grouped.codes)
-    np.testing.assert_array_equal(four_scaled.row_scale, np.ldexp(four.row_scale, power))
-    np.testing.assert_array_equal(eight_scaled.row_scale, np.ldexp(eight.row_scale, power))
+    np.testing.assert_array_equal(four_scaled.channel_scale, np.ldexp(four.channel_scale, power))
+    np.testing.assert_array_equal(eight_scaled.channel_scale, np.ldexp(eight.channel_scale, power))
     np.testing.assert_array_equal(grouped_scaled.group_scale, np.ldexp(grouped.group_scale, power))
 
 
@@ -260,7 +260,7 @@ def test_zero_rows() -> None:
     four, eight, grouped = quantize_int4(weights), quantize_int8(weights), in_groups(weights)
     zero = np.ones((2, 3), bool)
     zero[1, 2] = False
-    for scale in (four.row_scale, eight.row_scale, grouped.group_scale[..., 1]):
+    for scale in (four.channel_scale, eight.channel_scale, grouped.group_scale[..., 1]):
         np.testing.assert_array_equal(scale == 0, zero)
     assert (four.multiplier[zero] == 1).all()
     for matrix in (four, eight, grouped):
@@ -295,7 +295,7 @@ def test_no_decoded_weight_overflows() -> None:
     weights = weights.astype(f32).astype(bf16)
     matrix = quantize_int4(weights)
     limit = f32(LARGEST) / np.abs(matrix.codes).max().astype(f32)
-    assert int4_row(weights[0], 32)[2] == matrix.row_scale[0] == limit
+    assert int4_row(weights[0], 32)[2] == matrix.channel_scale[0] == limit
     assert float(gradient_weights(matrix).astype(f32).max()) == LARGEST
     # Nor do the largest float32, which bfloat16 takes for infinite, under the smallest of the tried scales.
     weights = np.linspace(-1, 1, 33, dtype=f32)[None] * np.finfo(f32).max
@@ -336,8 +336,8 @@ def test_int4_bytes_round_trip(seed: int, K: int, g: int) -> None:
         for k in range(K):
             expected[k // 2] |= (int(matrix.q[e, n, k]) & 15) << 4 * (k % 2)
         assert rows[e, n].tolist() == expected + [int(m) & 255 for m in matrix.multiplier[e, n]]
-    again = unpack_int4(rows, matrix.row_scale, K, group_size=g)
-    for name in ("q", "multiplier", "row_scale"):
+    again = unpack_int4(rows, matrix.channel_scale, K, group_size=g)
+    for name in ("q", "multiplier", "channel_scale"):
         np.testing.assert_array_equal(getattr(again, name), getattr(matrix, name))
     assert again.group_size == g
 
@@ -347,7 +347,7 @@ def test_int8_bytes_round_trip(seed: int, K: int) -> None:
     matrix, grouped = quantize_int8(draw(seed, 2, 3, K)), in_groups(draw(seed, 2, 3, K))
     rows = pack_int8(matrix)
     np.testing.assert_array_equal(rows.view(np.int8), matrix.codes)
-    np.testing.assert_array_equal(unpack_int8(rows, matrix.row_scale, K).codes, matrix.codes)
+    np.testing.assert_array_equal(unpack_int8(rows, matrix.channel_scale, K).codes, matrix.codes)
     rows = pack_int8(grouped)
     for e, n in itertools.product(range(2), range(3)):
         scales = grouped.group_scale[e, n].astype("<f4").tobytes()
@@ -362,7 +362,7 @@ def test_product_weights() -> None:
     grouped = in_groups(draw(1, 2, 3, 50))
     for matrix in (four, eight):
         np.testing.assert_array_equal(product_weights(matrix), matrix.codes.astype(bf16))
-        scaled = matrix.codes.astype(f32) * matrix.row_scale[..., None]
+        scaled = matrix.codes.astype(f32) * matrix.channel_scale[..., None]
         np.testing.assert_array_equal(dequantize(matrix), scaled)
         np.testing.assert_array_equal(gradient_weights(matrix), scaled.astype(bf16))
     scaled = grouped.codes.astype(f32) * np.repeat(grouped.group_scale, 32, axis=2)[..., :50]
@@ -377,7 +377,7 @@ def test_activations_are_quantised_by_row(seed: int, M: int, K: int, power: int)
         codes, scale = quantize_activations(x)
     expected = quantize_int8(x)
     np.testing.assert_array_equal(codes, expected.codes)
-    np.testing.assert_array_equal(scale, expected.row_scale)
+    np.testing.assert_array_equal(scale, expected.channel_scale)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -436,7 +436,7 @@ codes, scale = np.ones((2, 3), np.int8), np.ones(2, f32)
         (lambda: Int8Matrix([[1]], scale), TypeError, "codes must be a NumPy array, got list"),
         (lambda: Int8Matrix(codes.astype(int), scale), TypeError, "codes must be int8, got int64"),
         (lambda: Int8Matrix(codes[0], scale), ValueError, r"codes must have shape \[..., N, K\], got \[3\]"),
-        (lambda: Int8Matrix(codes, scale[:1]), ValueError, r"row_scale must have shape \[2\], got \[1\]"),
+        (lambda: Int8Matrix(codes, scale[:1]), ValueError, r"channel_scale must have shape \[2\], got \[1\]"),
         (
             lambda: Int8Matrix(codes * np.int8(-128), scale),
             ValueError,

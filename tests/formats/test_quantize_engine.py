@@ -51,30 +51,30 @@ def reference(format: str, weights: AnyArray) -> tuple[AnyArray, AnyArray | None
     kind, _, group = format.partition("_group")
     if kind == "int4":
         matrix: Int4Matrix = quantize_int4(weights, group_size=int(group))
-        return pack_int4(matrix), matrix.row_scale
+        return pack_int4(matrix), matrix.channel_scale
     if group:
         return pack_int8(quantize_int8(weights, group_size=int(group))), None
     rows = quantize_int8(weights)
-    return pack_int8(rows), rows.row_scale
+    return pack_int8(rows), rows.channel_scale
 
 
 def arrays_for(format: str, weights: AnyArray) -> Arrays:
     """What `quantize_task` takes for a matrix."""
     num_rows, num_columns = weights.shape
     codes = np.full((num_rows, ext.quantized_row_bytes(format, num_columns)), 0xA5, np.uint8)
-    row_scale = None if format == "int8_group32" else np.full(num_rows, np.nan, np.float32)
-    return {"format": format, "weights": weights, "codes": codes, "row_scale": row_scale}
+    channel_scale = None if format == "int8_group32" else np.full(num_rows, np.nan, np.float32)
+    return {"format": format, "weights": weights, "codes": codes, "channel_scale": channel_scale}
 
 
 def assert_is_reference(engine: Any, format: str, weights: AnyArray) -> None:
     a = arrays_for(format, weights)
     engine.run(ext.quantize_task(**a, pool=engine.backend_))
-    codes, row_scale = reference(format, weights)
+    codes, channel_scale = reference(format, weights)
     np.testing.assert_array_equal(a["codes"], codes)
-    if row_scale is None:
-        assert a["row_scale"] is None
+    if channel_scale is None:
+        assert a["channel_scale"] is None
     else:
-        np.testing.assert_array_equal(a["row_scale"].view(np.uint32), row_scale.view(np.uint32))
+        np.testing.assert_array_equal(a["channel_scale"].view(np.uint32), channel_scale.view(np.uint32))
 
 
 def test_doctests() -> None:
@@ -150,14 +150,14 @@ def test_instruction_sets_change_no_bit(isa: str) -> None:
 def test_the_arrays_live_as_long_as_the_task(engine: Any) -> None:
     weights = draw(2, 64, 512)
     a = arrays_for("int8", weights.copy())
-    codes, row_scale = a["codes"], a["row_scale"]
+    codes, channel_scale = a["codes"], a["channel_scale"]
     task = ext.quantize_task(**a, pool=engine.backend_)
     del a
     engine.submit(task)
     engine.sync()
     expected = reference("int8", weights)
     np.testing.assert_array_equal(codes, expected[0])
-    np.testing.assert_array_equal(row_scale, expected[1])
+    np.testing.assert_array_equal(channel_scale, expected[1])
 
 
 # ---- refusals ----
@@ -176,8 +176,8 @@ def test_the_first_row_that_is_not_finite(
     with pytest.raises(ValueError, match=rf"^weights: row 17 holds {what}, expected finite weights$"):
         engine.sync()
     assert (a["codes"][17] == 0xA5).all()
-    if a["row_scale"] is not None:
-        assert np.isnan(a["row_scale"][17])
+    if a["channel_scale"] is not None:
+        assert np.isnan(a["channel_scale"][17])
     assert_is_reference(engine, format, draw(3, 4, 99, dtype=dtype))  # the engine stays usable
 
 
@@ -258,45 +258,45 @@ REFUSED: dict[str, tuple[Change, type[Exception], str]] = {
         ValueError,
         "^codes: its memory overlaps that of weights, expected memory of its own$",
     ),
-    "row_scale, None": (
-        lambda a: {"row_scale": None},
+    "channel_scale, None": (
+        lambda a: {"channel_scale": None},
         ValueError,
-        rf"^row_scale: got None, expected float32 \[{N}\] for int8$",
+        rf"^channel_scale: got None, expected float32 \[{N}\] for int8$",
     ),
-    "row_scale, one too many": (
+    "channel_scale, one too many": (
         lambda a: {"format": "int8_group32", "codes": np.empty((N, K + 8), np.uint8)},
         ValueError,
-        "^row_scale: got one, expected None: rows of int8_group32 hold their scales$",
+        "^channel_scale: got one, expected None: rows of int8_group32 hold their scales$",
     ),
-    "row_scale, float64": (
-        lambda a: {"row_scale": a["row_scale"].astype(np.float64)},
+    "channel_scale, float64": (
+        lambda a: {"channel_scale": a["channel_scale"].astype(np.float64)},
         TypeError,
-        rf"^row_scale: got float64 \[{N}\], expected float32 \[{N}\]$",
+        rf"^channel_scale: got float64 \[{N}\], expected float32 \[{N}\]$",
     ),
-    "row_scale, length": (
-        lambda a: {"row_scale": a["row_scale"][1:]},
+    "channel_scale, length": (
+        lambda a: {"channel_scale": a["channel_scale"][1:]},
         ValueError,
-        rf"^row_scale: got float32 \[{N - 1}\], expected float32 \[{N}\]$",
+        rf"^channel_scale: got float32 \[{N - 1}\], expected float32 \[{N}\]$",
     ),
-    "row_scale, gaps": (
-        lambda a: {"row_scale": np.repeat(a["row_scale"], 2)[::2]},
+    "channel_scale, gaps": (
+        lambda a: {"channel_scale": np.repeat(a["channel_scale"], 2)[::2]},
         TypeError,
-        rf"^row_scale: got float32 \[{N}\] with gaps or in another order, expected it C-contiguous$",
+        rf"^channel_scale: got float32 \[{N}\] with gaps or in another order, expected it C-contiguous$",
     ),
-    "row_scale, read-only": (
-        lambda a: {"row_scale": read_only(a["row_scale"])},
+    "channel_scale, read-only": (
+        lambda a: {"channel_scale": read_only(a["channel_scale"])},
         ValueError,
-        rf"^row_scale: got a read-only array float32 \[{N}\], expected one that can be written$",
+        rf"^channel_scale: got a read-only array float32 \[{N}\], expected one that can be written$",
     ),
-    "row_scale over codes": (
-        lambda a: {"row_scale": a["codes"].reshape(-1).view(np.float32)[:N]},
+    "channel_scale over codes": (
+        lambda a: {"channel_scale": a["codes"].reshape(-1).view(np.float32)[:N]},
         ValueError,
-        "^row_scale: its memory overlaps that of codes, expected memory of its own$",
+        "^channel_scale: its memory overlaps that of codes, expected memory of its own$",
     ),
-    "row_scale over weights": (
-        lambda a: {"row_scale": a["weights"].view(np.float32).reshape(-1)[:N]},
+    "channel_scale over weights": (
+        lambda a: {"channel_scale": a["weights"].view(np.float32).reshape(-1)[:N]},
         ValueError,
-        "^row_scale: its memory overlaps that of weights, expected memory of its own$",
+        "^channel_scale: its memory overlaps that of weights, expected memory of its own$",
     ),
 }
 

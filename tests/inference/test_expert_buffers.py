@@ -276,8 +276,8 @@ def test_what_was_quantised_is_written_as_it_is_packed(method: str, group_size: 
     gate, up, down = (pack(matrix) for matrix in matrices.matrices)
     expected = {"w13_weights": [np.concatenate([gate[1], up[1]])], "w2_weights": [down[1]]}
     if not isinstance(matrices.down_proj, Int8GroupMatrix):
-        first = np.concatenate([matrices.gate_proj.row_scale[1], matrices.up_proj.row_scale[1]])
-        expected |= {"w13_scales": [first], "w2_scales": [matrices.down_proj.row_scale[1]]}
+        first = np.concatenate([matrices.gate_proj.channel_scale[1], matrices.up_proj.channel_scale[1]])
+        expected |= {"w13_scales": [first], "w2_scales": [matrices.down_proj.channel_scale[1]]}
     buffers = empty_buffers(expected)
     write(moe, 1, 1, buffers)
     assert_written(buffers, expected)

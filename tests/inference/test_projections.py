@@ -31,7 +31,7 @@ SCALES = np.ones((E, I), np.float32)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"channel_scale": SCALES}, "gate_scale: got one, expected None: bf16 has no row scales"),
+        ({"channel_scale": SCALES}, "gate_scale: got one, expected None: bf16 has no channel scales"),
         ({"block_scales": SCALES}, "gate_scale: got one, expected None: bf16 has no scales apart"),
         ({"format": "q4_0"}, "gate_format: got 'q4_0', expected None: the layer has one format"),
     ],

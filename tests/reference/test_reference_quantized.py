@@ -68,11 +68,11 @@ def noisy_engine(layer: Layer, rng: np.random.Generator, ulps: float) -> AnyArra
         if layer["product"] == "int8":
             codes, scale = quantize_activations(x)
             sums = codes.astype(np.int32) @ matrix.codes.astype(np.int32).T
-            total = sums.astype(np.float32) * scale[:, None] * matrix.row_scale
+            total = sums.astype(np.float32) * scale[:, None] * matrix.channel_scale
         else:
             weights = product_weights(matrix).astype(np.float32)[:, order]
             total = np.cumsum(x[:, None, order] * weights, axis=2, dtype=np.float32)[..., -1]
-            total = total * getattr(matrix, "row_scale", np.float32(1))
+            total = total * getattr(matrix, "channel_scale", np.float32(1))
         bias = layer.get(f"{name}_bias")
         return total if bias is None else total + bias[e].astype(np.float32)
 
@@ -152,7 +152,7 @@ def test_integer_products_to_the_bit() -> None:
     for name, after in (("gate_proj", True), ("down_proj", False)):
         codes, scale = quantize_activations(values)
         sums = codes.astype(np.int32) @ layer[name][0].codes.astype(np.int32).T
-        values = (sums.astype(np.float32) * scale[:, None]) * layer[name][0].row_scale
+        values = (sums.astype(np.float32) * scale[:, None]) * layer[name][0].channel_scale
         values = round_bf16(np.square(np.maximum(values, 0))) if after else values
     assert moe_forward(**layer, out_dtype=np.float32).tobytes() == values.tobytes()
 

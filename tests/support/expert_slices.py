@@ -29,7 +29,7 @@ class Encoding:
     runs: tuple[tuple[int, int], ...]
     #: Rows and columns that share a scale beside the rows, and its bytes.
     scale_block: tuple[int, int, int] | None = None
-    has_row_scale: bool = False
+    has_channel_scale: bool = False
     dtype: Any = np.uint8  #: as which codes are given
     scale_dtype: Any = np.uint8
     group_size: int | None = None
@@ -68,17 +68,17 @@ class Encoding:
 ENCODINGS = (
     Encoding("BF16", ((1, 2),), dtype=bf16),
     Encoding("FP8", ((1, 1),), (128, 128, 4), scale_dtype=np.float32),
-    Encoding("FP8_PERCHANNEL", ((1, 1),), has_row_scale=True),
+    Encoding("FP8_PERCHANNEL", ((1, 1),), has_channel_scale=True),
     Encoding("MXFP8", ((1, 1),), (1, 32, 1), dtype=ml_dtypes.float8_e4m3fn),
     Encoding("RAWINT4", ((2, 1),), (1, 32, 2), scale_dtype=bf16),
     Encoding("MXFP4", ((2, 1),), (1, 32, 1)),
-    Encoding("NVFP4", ((2, 1),), (1, 16, 1), has_row_scale=True),
+    Encoding("NVFP4", ((2, 1),), (1, 16, 1), has_channel_scale=True),
     Encoding("GPTQ_INT4", ((32, 18),)),
-    Encoding("AMXINT8", ((1, 1),), has_row_scale=True),
-    Encoding("MOE_INT8", ((1, 1),), has_row_scale=True),
+    Encoding("AMXINT8", ((1, 1),), has_channel_scale=True),
+    Encoding("MOE_INT8", ((1, 1),), has_channel_scale=True),
     Encoding("MOE_INT8", ((1, 1), (32, 4)), group_size=32),
     *(
-        Encoding(method, ((2, 1), (size, 1)), has_row_scale=True, group_size=size)
+        Encoding(method, ((2, 1), (size, 1)), has_channel_scale=True, group_size=size)
         for method in ("AMXINT4", "MOE_INT4")
         for size in (32, 64, 128)
     ),
@@ -100,7 +100,7 @@ class Matrix:
 
     rows: AnyArray  # uint8 [E, N, bytes]
     scales: AnyArray | None  # uint8 [E, rows, bytes]
-    row_scale: AnyArray | None  # float32 [E, N]
+    channel_scale: AnyArray | None  # float32 [E, N]
     arguments: dict[str, AnyArray]
 
 
@@ -111,17 +111,17 @@ def _draw_matrix(rng: np.random.Generator, encoding: Encoding, e: int, n: int, k
         return Matrix(q4_0_rows(qweight, scale), None, None, {"proj": qweight, "scale": scale})
     rows = rng.integers(0, 256, (e, n, encoding.row_bytes(k)), np.uint8)
     arguments = {"proj": rows.view(encoding.dtype)}
-    scales = row_scale = None
+    scales = channel_scale = None
     if encoding.scale_block is not None:
         high, wide, size = encoding.scale_block
         scales = rng.integers(0, 256, (e, -(-n // high), -(-k // wide) * size), np.uint8)
         arguments["scale"] = scales.view(encoding.scale_dtype)
     if encoding.method == "NVFP4":
         arguments["global_scale"] = rng.standard_normal(e, np.float32)
-        row_scale = np.repeat(arguments["global_scale"][:, None], n, axis=1)
-    elif encoding.has_row_scale:
-        arguments["scale"] = row_scale = rng.standard_normal((e, n), np.float32)
-    return Matrix(rows, scales, row_scale, arguments)
+        channel_scale = np.repeat(arguments["global_scale"][:, None], n, axis=1)
+    elif encoding.has_channel_scale:
+        arguments["scale"] = channel_scale = rng.standard_normal((e, n), np.float32)
+    return Matrix(rows, scales, channel_scale, arguments)
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,10 @@ class Experts:
             rows = slice(begin // high, -(-end // high))
             found["w13_scales"] = np.concatenate([matrix.scales[e, rows] for matrix in first])
             found["w2_scales"] = last.scales[e, :, begin // wide * size : -(-end // wide) * size]
-        if encoding.has_row_scale:
+        if encoding.has_channel_scale:
             name = "scales" if encoding.scale_block is None else "global_scales"
-            found[f"w13_{name}"] = np.concatenate([matrix.row_scale[e, begin:end] for matrix in first])
-            found[f"w2_{name}"] = last.row_scale[e]
+            found[f"w13_{name}"] = np.concatenate([matrix.channel_scale[e, begin:end] for matrix in first])
+            found[f"w2_{name}"] = last.channel_scale[e]
         return found
 
 

@@ -132,7 +132,7 @@ class Weights:
     """The weights of a projection, as the products of the forward and of the backward pass take them."""
 
     values: Ball  # [E, N, K]
-    row_scale: Ball | None  # [E, N]
+    channel_scale: Ball | None  # [E, N]
     backward: Ball  # [E, N, K]
     integer: bool
     rounded: bool
@@ -146,23 +146,25 @@ class Weights:
         )
         if isinstance(matrix, Int8GroupMatrix):
             return Weights(backward, None, backward, False, rounded)
-        values, row_scale = ball(product_weights(matrix)), ball(matrix.row_scale)
-        return Weights(values, row_scale, backward, product == "int8", rounded)
+        values, channel_scale = ball(product_weights(matrix)), ball(matrix.channel_scale)
+        return Weights(values, channel_scale, backward, product == "int8", rounded)
 
     def at(self, e: int) -> Weights:
-        row_scale = None if self.row_scale is None else _take(self.row_scale, e)
-        return Weights(_take(self.values, e), row_scale, _take(self.backward, e), self.integer, self.rounded)
+        channel_scale = None if self.channel_scale is None else _take(self.channel_scale, e)
+        return Weights(
+            _take(self.values, e), channel_scale, _take(self.backward, e), self.integer, self.rounded
+        )
 
     def product(self, operand: Ball) -> Ball:
         total = (operand.int8(self.rounded) if self.integer else operand) @ self.values.T
-        if self.row_scale is None:
+        if self.channel_scale is None:
             return total
-        scaled, row_scale = total * self.row_scale, np.maximum(self.row_scale.reach, 1.0)
+        scaled, channel_scale = total * self.channel_scale, np.maximum(self.channel_scale.reach, 1.0)
         if not self.integer:
             return scaled
         # Scales may act in any order on the sums of codes.
         scale = np.maximum(operand.reach.max(axis=1, keepdims=True, initial=0.0) / 127.0, 1.0)
-        return scaled.unless_above(127.0 * self.values.reach.sum(axis=-1) * row_scale * scale)
+        return scaled.unless_above(127.0 * self.values.reach.sum(axis=-1) * channel_scale * scale)
 
 
 def curvatures(spec: ActivationSpec) -> tuple[float, float]:

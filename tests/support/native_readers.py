@@ -118,7 +118,9 @@ def plain(matrix: Any) -> AnyArray:
 def stacked(matrices: list[Any]) -> Any:
     if isinstance(matrices[0], np.ndarray):
         return np.stack(matrices)
-    return ScaledMatrix(*(np.stack([getattr(m, part) for m in matrices]) for part in ("codes", "row_scale")))
+    return ScaledMatrix(
+        *(np.stack([getattr(m, part) for m in matrices]) for part in ("codes", "channel_scale"))
+    )
 
 
 def decoded(experts: ExpertWeights, projection: str, config: MoEConfig) -> list[Any]:

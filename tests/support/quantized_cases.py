@@ -35,17 +35,17 @@ def draw_quantized(seed: int, method: str, **sizes: Any) -> Layer:
 
 
 def decoded(matrix: Any, e: int, n: int) -> tuple[list[float], float]:
-    """Row n of expert e one number at a time: what activations are multiplied with, and the row scale."""
+    """Row n of expert e one number at a time: what activations are multiplied with, and the channel scale."""
     num_columns = matrix.shape[-1]
     match matrix:
         case Int8Matrix():
-            return [float(c) for c in matrix.codes[e, n]], float(matrix.row_scale[e, n])
+            return [float(c) for c in matrix.codes[e, n]], float(matrix.channel_scale[e, n])
         case Int4Matrix():
             g, row = matrix.group_size, (e, n)
             codes = [
                 int(matrix.q[*row, k]) * int(matrix.multiplier[*row, k // g]) for k in range(num_columns)
             ]
-            return [float(c) for c in codes], float(matrix.row_scale[row])
+            return [float(c) for c in codes], float(matrix.channel_scale[row])
         case Int8GroupMatrix():
             scales = [matrix.group_scale[e, n, k // matrix.group_size] for k in range(num_columns)]
             codes = matrix.codes[e, n].astype(np.float32)
@@ -69,8 +69,8 @@ def quantized_loop(layer: Layer, formula: Callable[[float, float], float]) -> An
         matrix, bias = layer[f"{name}_proj"], layer.get(f"{name}_bias")
         result = []
         for n in range(matrix.shape[1]):
-            weights, row_scale = decoded(matrix, e, n)
-            total = sum(a * w for a, w in zip(operand, weights, strict=True)) * scale * row_scale
+            weights, channel_scale = decoded(matrix, e, n)
+            total = sum(a * w for a, w in zip(operand, weights, strict=True)) * scale * channel_scale
             result.append(total + (0.0 if bias is None else float(bias[e, n])))
         return result
 

@@ -36,16 +36,16 @@ class ExpertArrays {
     std::vector<SliceArrays> slices(num_slices_);
     add({given.weights, given.weights_name, shape.num_rows, shape.row_bytes, &SliceArrays::weights}, slices);
     // The scales of rows are the second ones where others lie apart.
-    const bool apart = shape.num_scale_rows != 0, two_kinds = apart && shape.has_row_scale;
+    const bool apart = shape.num_scale_rows != 0, two_kinds = apart && shape.has_channel_scale;
     if (apart)
       add({given.scales, given.scales_name, shape.num_scale_rows, shape.scale_bytes, &SliceArrays::scales},
           slices);
-    if (shape.has_row_scale)
+    if (shape.has_channel_scale)
       add({two_kinds ? given.global_scales : given.scales,
            two_kinds ? given.global_scales_name : given.scales_name, shape.num_rows, sizeof(float),
-           &SliceArrays::row_scale},
+           &SliceArrays::channel_scale},
           slices);
-    if (!apart && !shape.has_row_scale)
+    if (!apart && !shape.has_channel_scale)
       refuse(given.scales, given.scales_name, shape, "no scales outside its rows");
     if (!two_kinds) refuse(given.global_scales, given.global_scales_name, shape, "no scales of two kinds");
     return slices;

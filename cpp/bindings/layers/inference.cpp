@@ -97,9 +97,10 @@ std::vector<WeightView> matrices(const Projection& p, Arrays& owners) {
 
 // The channel scales of a projection, float32 [rows] an expert, of formats that have them.
 void add_channel_scale(const Projection& p, Arrays& owners, std::vector<WeightView>& views) {
-  if (!format_has_row_scale(p.format)) {
+  if (!format_has_channel_scale(p.format)) {
     if (!p.given.channel_scale.is_none())
-      throw_invalid(p.names.scale, ": got one, expected None: ", format_name(p.format), " has no row scales");
+      throw_invalid(p.names.scale, ": got one, expected None: ", format_name(p.format),
+                    " has no channel scales");
     return;
   }
   auto view = views.begin();

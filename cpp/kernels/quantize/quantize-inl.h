@@ -90,7 +90,7 @@ uint32_t quantize_int8_of(const QuantizeArgs& a) {
     const float amax = row.amax(0, a.k);
     if (!is_number(amax)) return n;
     const float scale = amax / 127.0f;
-    a.row_scale[n] = scale;
+    a.channel_scale[n] = scale;
     store_int8_codes(row, 0, a.k, scale, a.codes + n * a.codes_stride);
   }
   return a.n;

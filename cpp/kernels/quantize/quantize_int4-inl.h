@@ -208,13 +208,13 @@ uint32_t quantize_int4_of(const QuantizeArgs& a) {
     if (!is_number(amax)) return n;
     if (amax == 0) {
       to.write_zeros();
-      a.row_scale[n] = 0;
+      a.channel_scale[n] = 0;
       continue;
     }
     to.power = normalizer(amax);
     const float s[kTries] = {amax * to.power / 128.0f, to.common_power()};
     const size_t choice = to.search(s);
-    a.row_scale[n] = to.fit(s[choice], choice);
+    a.channel_scale[n] = to.fit(s[choice], choice);
   }
   return a.n;
 }

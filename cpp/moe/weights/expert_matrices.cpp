@@ -9,8 +9,8 @@
 namespace ktmoe {
 namespace {
 
-// The rows of one projection, expert after expert. In memory an expert's rows are followed by its row scales
-// and then by its block scales, where the format has them.
+// The rows of one projection, expert after expert. In memory an expert's rows are followed by its channel
+// scales and then by its block scales, where the format has them.
 struct Block {
   const std::vector<WeightView>* source;
   std::vector<WeightView>* target;
@@ -23,12 +23,13 @@ struct Block {
     return {rows.begin / scale_rows, static_cast<uint32_t>(div_up(rows.end, size_t{scale_rows}))};
   }
   size_t rows_bytes() const { return round_up(rows.size() * row_bytes, kCacheLine); }
-  size_t row_scale_bytes(size_t e) const {
+  size_t channel_scale_bytes(size_t e) const {
     const bool scaled = (*source)[e].row_scale != nullptr;
     return scaled ? round_up(rows.size() * sizeof(float), kCacheLine) : 0;
   }
   size_t expert_bytes(size_t e) const {
-    return rows_bytes() + row_scale_bytes(e) + round_up(rows_of_scales().size() * scale_bytes, kCacheLine);
+    return rows_bytes() + channel_scale_bytes(e) +
+           round_up(rows_of_scales().size() * scale_bytes, kCacheLine);
   }
 };
 
@@ -44,7 +45,7 @@ void copy_expert(const Block& block, size_t e, std::byte* to) {
     copy.row_scale = scales;
   }
   if (block.scale_rows != 0) {
-    std::byte* scales = to + block.rows_bytes() + block.row_scale_bytes(e);
+    std::byte* scales = to + block.rows_bytes() + block.channel_scale_bytes(e);
     const Span apart = block.rows_of_scales();
     for (uint32_t i = apart.begin; i < apart.end; ++i)
       std::memcpy(scales + (i - apart.begin) * block.scale_bytes,

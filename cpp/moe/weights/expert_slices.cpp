@@ -43,7 +43,7 @@ class Copies {
       const Span rows{std::max(some.rows.begin, cut.rows.begin), std::min(some.rows.end, cut.rows.end)};
       if (rows.begin >= rows.end) continue;
       add_rows(some.matrix, rows, cut, to.weights);
-      if (to.row_scale != nullptr) add_row_scale(some.matrix, rows, cut, to.row_scale);
+      if (to.channel_scale != nullptr) add_channel_scale(some.matrix, rows, cut, to.channel_scale);
       if (to.scales != nullptr) add_scales_apart(some.matrix, rows, cut, to.scales);
     }
   }
@@ -84,7 +84,7 @@ class Copies {
     add_part(values(matrix.k) + scales(begin), scales(end) - scales(begin), values(cut.columns.size()));
   }
 
-  void add_row_scale(const WeightView& matrix, Span rows, const Cut& cut, std::byte* to) {
+  void add_channel_scale(const WeightView& matrix, Span rows, const Cut& cut, std::byte* to) {
     constexpr size_t kBytes = sizeof(float);
     const auto* from = reinterpret_cast<const std::byte*>(matrix.row_scale + rows.begin);
     to += (cut.to_row + rows.begin - cut.rows.begin) * kBytes;
@@ -119,7 +119,7 @@ SliceShape shape_of(FormatId format, uint32_t num_rows, uint32_t num_columns, ui
           format_row_bytes(format, num_columns),
           num_matrices * num_scale_rows(format, num_rows),
           format_scale_bytes(format, num_columns),
-          format_has_row_scale(format)};
+          format_has_channel_scale(format)};
 }
 
 }  // namespace

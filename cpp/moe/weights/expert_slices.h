@@ -26,7 +26,7 @@ struct SliceShape {
   size_t row_bytes;
   uint32_t num_scale_rows;  // rows of separate block scales; 0: none
   size_t scale_bytes;       // of one such row
-  bool has_row_scale;       // one float32 per row
+  bool has_channel_scale;   // one float32 per row
 };
 
 // w13: gate and up in one array, gate first. w2: down.
@@ -41,7 +41,7 @@ SliceShapes shapes_of_slices(const GeneralMOEConfig& config, const ProjectionFor
 
 // Where a slice is written; null: no such array.
 struct SliceArrays {
-  std::byte *weights = nullptr, *scales = nullptr, *row_scale = nullptr;
+  std::byte *weights = nullptr, *scales = nullptr, *channel_scale = nullptr;
 };
 
 // All slices of one expert.

@@ -35,7 +35,7 @@ QuantizeArgs rows_from(const QuantizeArgs& all, uint32_t first, uint32_t count) 
   QuantizeArgs part = all;
   part.rows = row_of(all, first), part.n = count;
   part.codes = all.codes + first * all.codes_stride;
-  if (all.row_scale != nullptr) part.row_scale = all.row_scale + first;
+  if (all.channel_scale != nullptr) part.channel_scale = all.channel_scale + first;
   return part;
 }
 

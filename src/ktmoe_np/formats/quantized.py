@@ -56,7 +56,7 @@ class QuantizedFormat:
     def problem(self, codes: NDArray[np.uint8], num_columns: int) -> str | None:
         """Say what rows [N, row_bytes] hold that no quantised weights are, and where; None if nothing.
 
-        Row scales are not looked at.
+        Channel scales are not looked at.
         """
         if self.bits == 8:
             values = codes[:, :num_columns].view(np.int8)

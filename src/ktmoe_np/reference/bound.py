@@ -50,11 +50,11 @@ def error_bound(
         bound     round(out + radius) - round(out - radius)
 
     With `scale_inputs`, x is bf(w x), which all evaluations agree on, and the w of the sum is 1.
-    With row scales, sum |x| |w| is that of the codes, scaled, and n is K + 2. Of an int8 product, whose sums
-    are exact, n is 4, and the codes q and the scale s of h have intervals too, with radii dq and ds, which
-    hold their values at the ends of the intervals of h::
+    With a channel scale c, sum |x| |w| is that of the codes, scaled, and n is K + 2. Int8 products, whose
+    sums are exact, have n = 4, and the codes q and the scale s of h have intervals too, with radii dq and ds,
+    which contain their values at the ends of the intervals of h::
 
-        y         radius  row_scale * (2 ds |sum q code| + (s + ds) sum dq |code|) + gamma_4 * (|y| + |bias|)
+        y         radius  c * (2 ds |sum q code| + (s + ds) sum dq |code|) + gamma_4 * (|y| + |bias|)
 
     Rounding is monotone, so the lines of h and of the bound lose nothing: an element of h whose interval
     holds no rounding boundary has radius 0, one whose interval holds one may be a bf16 ulp off. All sums

@@ -76,12 +76,12 @@ def moe_forward(
 
     With quantised weights a product is, for each row m of x and each output n::
 
-        product="bfloat16"    (sum over k of x[m, k] * code[n, k]) * row_scale[n]
-        product="int8"        (float32(sum over k of xq[m, k] * code[n, k]) * x_scale[m]) * row_scale[n]
+        product="bfloat16"    (sum over k of x[m, k] * code[n, k]) * channel_scale[n]
+        product="int8"        (float32(sum over k of xq[m, k] * code[n, k]) * x_scale[m]) * channel_scale[n]
 
     with the codes of the matrix (int8 of an `Int8Matrix`, m * q of an `Int4Matrix`), xq and x_scale from
-    `quantize_activations` of X and of h, and exact integer sums. An `Int8GroupMatrix` has no row scale: its
-    weights are bf(code * group_scale).
+    `quantize_activations` of X and of h, and exact integer sums. An `Int8GroupMatrix` has no channel scale:
+    its weights are bf(code * group_scale).
 
     With `scale_inputs` the routing weights act on what enters the experts, not on what leaves them::
 

@@ -24,7 +24,7 @@ LANES = 16
 
 
 def int4_rows(w: Floats) -> tuple[NDArray[np.int8], NDArray[np.int8], Floats]:
-    """Quantise groups [R, G, g] to q [R, G, g], m [R, G] and row_scale [R]; see `quantize_int4`."""
+    """Quantise groups [R, G, g] to q [R, G, g], m [R, G] and channel_scale [R]; see `quantize_int4`."""
     amax = np.abs(w).max(axis=(1, 2))
     power = normalizer(amax)
     with np.errstate(under="ignore", divide="ignore", invalid="ignore"):
@@ -40,9 +40,9 @@ def int4_rows(w: Floats) -> tuple[NDArray[np.int8], NDArray[np.int8], Floats]:
         c = m[..., None] * q
         largest = np.abs(c).max(axis=(1, 2))
         s = _row_sum(v * c) / _row_sum(c * c)
-        row_scale = np.minimum(s / power, LARGEST_BF16 / largest)
-    row_scale = np.where(amax > 0, row_scale, np.float32(0))
-    return q.astype(np.int8), m.astype(np.int8), row_scale
+        channel_scale = np.minimum(s / power, LARGEST_BF16 / largest)
+    channel_scale = np.where(amax > 0, channel_scale, np.float32(0))
+    return q.astype(np.int8), m.astype(np.int8), channel_scale
 
 
 def normalizer(amax: Floats) -> Floats:

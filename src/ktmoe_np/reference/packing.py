@@ -26,7 +26,7 @@ def pack_int4(matrix: Int4Matrix) -> Bytes:
     Parameters
     ----------
     matrix : Int4Matrix, [..., N, K]
-        Its row scales stay apart.
+        Its channel scales stay apart.
 
     Returns
     -------
@@ -46,14 +46,14 @@ def pack_int4(matrix: Int4Matrix) -> Bytes:
 
 
 def unpack_int4(
-    rows: Bytes, row_scale: NDArray[np.float32], num_columns: int, *, group_size: int = 32
+    rows: Bytes, channel_scale: NDArray[np.float32], num_columns: int, *, group_size: int = 32
 ) -> Int4Matrix:
     """Undo `pack_int4`.
 
     Parameters
     ----------
     rows : ndarray of uint8, [..., N, ceil(K / 2) + ceil(K / g)]
-    row_scale : ndarray of float32, [..., N]
+    channel_scale : ndarray of float32, [..., N]
     num_columns : int
         K.
     group_size : int, optional
@@ -82,7 +82,7 @@ def unpack_int4(
     nibbles = unpack_nibbles(rows[..., :num_pairs], num_columns).astype(np.int8)
     q = (nibbles ^ np.int8(8)) - np.int8(8)
     multiplier = np.ascontiguousarray(rows[..., num_pairs:]).view(np.int8)
-    return Int4Matrix(q, multiplier, row_scale, group_size)
+    return Int4Matrix(q, multiplier, channel_scale, group_size)
 
 
 def unpack_nibbles(pairs: Bytes, num_columns: int) -> Bytes:
@@ -102,7 +102,7 @@ def pack_int8(matrix: Int8Matrix | Int8GroupMatrix) -> Bytes:
     Parameters
     ----------
     matrix : Int8Matrix or Int8GroupMatrix, [..., N, K]
-        The row scales of an Int8Matrix stay apart.
+        The channel scales of an Int8Matrix stay apart.
 
     Returns
     -------
@@ -122,24 +122,24 @@ def pack_int8(matrix: Int8Matrix | Int8GroupMatrix) -> Bytes:
 
 
 @overload
-def unpack_int8(rows: Bytes, row_scale: NDArray[np.float32], num_columns: int) -> Int8Matrix: ...
+def unpack_int8(rows: Bytes, channel_scale: NDArray[np.float32], num_columns: int) -> Int8Matrix: ...
 
 
 @overload
 def unpack_int8(
-    rows: Bytes, row_scale: None, num_columns: int, *, group_size: int = 32
+    rows: Bytes, channel_scale: None, num_columns: int, *, group_size: int = 32
 ) -> Int8GroupMatrix: ...
 
 
 def unpack_int8(
-    rows: Bytes, row_scale: NDArray[np.float32] | None, num_columns: int, *, group_size: int = 32
+    rows: Bytes, channel_scale: NDArray[np.float32] | None, num_columns: int, *, group_size: int = 32
 ) -> Int8Matrix | Int8GroupMatrix:
     """Undo `pack_int8`.
 
     Parameters
     ----------
     rows : ndarray of uint8, [..., N, K] or [..., N, K + 4 ceil(K / g)]
-    row_scale : ndarray of float32, [..., N], or None
+    channel_scale : ndarray of float32, [..., N], or None
         None when the rows hold the scales of groups.
     num_columns : int
         K.
@@ -148,7 +148,7 @@ def unpack_int8(
 
     Returns
     -------
-    Int8Matrix, or Int8GroupMatrix when `row_scale` is None; [..., N, K]
+    Int8Matrix, or Int8GroupMatrix when `channel_scale` is None; [..., N, K]
 
     Raises
     ------
@@ -163,9 +163,9 @@ def unpack_int8(
     >>> unpack_int8(np.uint8([[255, 0, 0, 128, 63]]), None, 1).group_scale
     array([[1.]], dtype=float32)
     """
-    if row_scale is not None:
+    if channel_scale is not None:
         _check_rows(rows, num_columns)
-        return Int8Matrix(rows.view(np.int8), row_scale)
+        return Int8Matrix(rows.view(np.int8), channel_scale)
     _check_rows(rows, num_columns + 4 * num_groups(num_columns, group_size))
     scale = np.ascontiguousarray(rows[..., num_columns:]).view("<f4")
     return Int8GroupMatrix(rows[..., :num_columns].view(np.int8), scale.astype(np.float32), group_size)

@@ -89,7 +89,7 @@ def quantize_int8(
     --------
     >>> import numpy as np
     >>> matrix = quantize_int8(np.float32([[2.54, -1.0, 0.01]]))
-    >>> matrix.codes, matrix.row_scale
+    >>> matrix.codes, matrix.channel_scale
     (array([[127, -50,   0]], dtype=int8), array([0.02], dtype=float32))
     >>> quantize_int8(np.float32([[2.54, -1.0, 0.01]]), group_size=2).codes
     array([[127, -50, 127]], dtype=int8)
@@ -109,13 +109,13 @@ def quantize_int8(
             codes[part] = block_codes.reshape(len(block_codes), -1)[:, :num_columns]
     codes = codes.reshape(weights.shape)
     if group_size is None:
-        row_scale = scale[:, 0] if groups else np.zeros(len(rows), np.float32)
-        return Int8Matrix(codes, row_scale.reshape(weights.shape[:-1]))
+        channel_scale = scale[:, 0] if groups else np.zeros(len(rows), np.float32)
+        return Int8Matrix(codes, channel_scale.reshape(weights.shape[:-1]))
     return Int8GroupMatrix(codes, scale.reshape(*weights.shape[:-1], groups), group_size)
 
 
 def quantize_int4(weights: NDArray[Any], *, group_size: int = 32, name: str = "weights") -> Int4Matrix:
-    """Find row_scale, m and q with a small squared error of row_scale * m * q.
+    """Find channel_scale, m and q with a small squared error of channel_scale * m * q.
 
     Each row on its own, in these steps, all in float32 and none fused. Sums go over 16 lanes: lane j adds the
     columns 16 i + j from i = 0 on, then lanes j and j + 8 are added, j and j + 4, j and j + 2, j and j + 1. A
@@ -134,9 +134,9 @@ def quantize_int4(weights: NDArray[Any], *, group_size: int = 32, name: str = "w
     4. The second scale replaces the first when its (s * s) * (sum of errors, group after group) is smaller.
     5. q as in step 3, and with c = m * q the scale of least squares: s = (sum of v * c) / (sum of c * c),
        both sums over the row.
-    6. row_scale = min(s / 2^p, largest bfloat16 / max |c|), so that no decoded weight overflows.
+    6. channel_scale = min(s / 2^p, largest bfloat16 / max |c|), so that no decoded weight overflows.
 
-    A row of zeros has row_scale 0, m = 1, q = 0.
+    A row of zeros has channel_scale 0, m = 1, q = 0.
 
     A row comes back exactly when its amax is at least 2^-126, the largest power of two that divides all its
     weights, u, is at least 2^(floor(log2 amax) - 6), and each of its groups is either at most 7 u in
@@ -167,7 +167,7 @@ def quantize_int4(weights: NDArray[Any], *, group_size: int = 32, name: str = "w
     --------
     >>> import numpy as np
     >>> matrix = quantize_int4(np.float32([[0.5, -1.0, 3.5, 0.0]]))
-    >>> matrix.row_scale, matrix.multiplier, matrix.q
+    >>> matrix.channel_scale, matrix.multiplier, matrix.q
     (array([0.5], dtype=float32), array([[-1]], dtype=int8), array([[-1,  2, -7,  0]], dtype=int8))
     """
     check_int4_group_size(group_size)
@@ -175,15 +175,15 @@ def quantize_int4(weights: NDArray[Any], *, group_size: int = 32, name: str = "w
     num_columns = weights.shape[-1]
     groups = num_groups(num_columns, group_size)
     q, m = np.zeros(rows.shape, np.int8), np.ones((len(rows), groups), np.int8)
-    row_scale = np.zeros(len(rows), np.float32)
+    channel_scale = np.zeros(len(rows), np.float32)
     if num_columns:
         for part in _blocks(rows):
-            block_q, m[part], row_scale[part] = int4_rows(_grouped(rows[part], group_size))
+            block_q, m[part], channel_scale[part] = int4_rows(_grouped(rows[part], group_size))
             q[part] = block_q.reshape(len(block_q), -1)[:, :num_columns]
     return Int4Matrix(
         q.reshape(weights.shape),
         m.reshape(*weights.shape[:-1], groups),
-        row_scale.reshape(weights.shape[:-1]),
+        channel_scale.reshape(weights.shape[:-1]),
         group_size,
     )
 

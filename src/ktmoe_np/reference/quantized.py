@@ -39,12 +39,12 @@ def num_groups(num_columns: int, group_size: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Int8Matrix:
-    """w = row_scale * code, with codes from -127 to 127.
+    """w = channel_scale * code, with codes from -127 to 127.
 
     Parameters
     ----------
     codes : ndarray of int8, [..., N, K]
-    row_scale : ndarray of float32, [..., N]
+    channel_scale : ndarray of float32, [..., N]
 
     Raises
     ------
@@ -60,11 +60,11 @@ class Int8Matrix:
     """
 
     codes: NDArray[np.int8]
-    row_scale: NDArray[np.float32]
+    channel_scale: NDArray[np.float32]
 
     def __post_init__(self) -> None:
         _check("codes", self.codes, np.int8, None)
-        _check("row_scale", self.row_scale, np.float32, self.shape[:-1])
+        _check("channel_scale", self.channel_scale, np.float32, self.shape[:-1])
         _check_range("codes", self.codes, -127, 127)
 
     @property
@@ -74,7 +74,7 @@ class Int8Matrix:
 
     def __getitem__(self, at: Any) -> Int8Matrix:
         """Index the axes before N and K."""
-        return Int8Matrix(self.codes[at], self.row_scale[at])
+        return Int8Matrix(self.codes[at], self.channel_scale[at])
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +124,7 @@ class Int8GroupMatrix:
 
 @dataclass(frozen=True, eq=False)
 class Int4Matrix:
-    """w = row_scale * (m * q): two levels of scales, so that a row is one float32 times int8 codes m * q.
+    """w = channel_scale * (m * q): two levels of scales, so that a row is one float32 times int8 codes m * q.
 
     Parameters
     ----------
@@ -132,7 +132,7 @@ class Int4Matrix:
         From -8 to 7.
     multiplier : ndarray of int8, [..., N, ceil(K / group_size)]
         m of a group of `group_size` columns, from -15 to 15, not 0.
-    row_scale : ndarray of float32, [..., N]
+    channel_scale : ndarray of float32, [..., N]
     group_size : int, optional
         32, 64 or 128.
 
@@ -151,7 +151,7 @@ class Int4Matrix:
 
     q: NDArray[np.int8]
     multiplier: NDArray[np.int8]
-    row_scale: NDArray[np.float32]
+    channel_scale: NDArray[np.float32]
     group_size: int = 32
 
     def __post_init__(self) -> None:
@@ -159,7 +159,7 @@ class Int4Matrix:
         _check("q", self.q, np.int8, None)
         groups = num_groups(self.shape[-1], self.group_size)
         _check("multiplier", self.multiplier, np.int8, (*self.shape[:-1], groups))
-        _check("row_scale", self.row_scale, np.float32, self.shape[:-1])
+        _check("channel_scale", self.channel_scale, np.float32, self.shape[:-1])
         _check_range("q", self.q, -8, 7)
         _check_range("multiplier", self.multiplier, -15, 15)
         if not self.multiplier.all():
@@ -178,17 +178,17 @@ class Int4Matrix:
 
     def __getitem__(self, at: Any) -> Int4Matrix:
         """Index the axes before N and K."""
-        return Int4Matrix(self.q[at], self.multiplier[at], self.row_scale[at], self.group_size)
+        return Int4Matrix(self.q[at], self.multiplier[at], self.channel_scale[at], self.group_size)
 
 
 @dataclass(frozen=True, eq=False)
 class ScaledMatrix:
-    """w = row_scale * code, with codes of bfloat16.
+    """w = channel_scale * code, with codes of bfloat16.
 
     Parameters
     ----------
     codes : ndarray of bfloat16, [..., N, K]
-    row_scale : ndarray of float32, [..., N]
+    channel_scale : ndarray of float32, [..., N]
 
     Raises
     ------
@@ -204,11 +204,11 @@ class ScaledMatrix:
     """
 
     codes: NDArray[Any]
-    row_scale: NDArray[np.float32]
+    channel_scale: NDArray[np.float32]
 
     def __post_init__(self) -> None:
         _check("codes", self.codes, ml_dtypes.bfloat16, None)
-        _check("row_scale", self.row_scale, np.float32, self.shape[:-1])
+        _check("channel_scale", self.channel_scale, np.float32, self.shape[:-1])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -217,7 +217,7 @@ class ScaledMatrix:
 
     def __getitem__(self, at: Any) -> ScaledMatrix:
         """Index the axes before N and K."""
-        return ScaledMatrix(self.codes[at], self.row_scale[at])
+        return ScaledMatrix(self.codes[at], self.channel_scale[at])
 
 
 QuantizedMatrix = Int8Matrix | Int8GroupMatrix | Int4Matrix | ScaledMatrix
@@ -247,7 +247,7 @@ def dequantize(matrix: QuantizedMatrix, dtype: DTypeLike = np.float32) -> NDArra
     if isinstance(matrix, Int8GroupMatrix):
         scale = spread(matrix.group_scale, matrix.group_size, matrix.shape[-1])
     else:
-        scale = matrix.row_scale[..., None]
+        scale = matrix.channel_scale[..., None]
     with np.errstate(over="ignore", under="ignore"):
         values: NDArray[Any] = matrix.codes.astype(dtype) * scale.astype(dtype)
     return values
@@ -263,8 +263,8 @@ def product_weights(matrix: QuantizedMatrix) -> NDArray[Any]:
     Returns
     -------
     ndarray of bfloat16, [..., N, K]
-        With row scales the codes, which bfloat16 represents: y = row_scale * sum of x * code, the scale
-        applied in float32 to the sum. With group scales bf(code * scale), and no row scale.
+        With channel scales the codes, which bfloat16 represents: y = channel_scale * sum of x * code, the
+        scale applied in float32 to the sum. With group scales bf(code * scale), and no channel scale.
 
     Examples
     --------

@@ -37,7 +37,7 @@ def in_range(magnitude: Array, num_roundings: int) -> NDArray[np.bool_]:
 
 
 class _Sums(NamedTuple):
-    """Products x . W^T, all [M, N], before row scales, biases and the last roundings."""
+    """Products x . W^T, all [M, N], before channel scales, biases and the last roundings."""
 
     centre: Array
     magnitude: Array  #: sum of the magnitudes of the terms
@@ -73,8 +73,8 @@ class Rounding:
         sums = self._integer_sums if weights.integer else self._float_sums
         centre, magnitude, radius, reach, num_roundings = sums(x, dx, weights.values.astype(np.float64))
         num_roundings += 1
-        if weights.row_scale is not None:
-            scale = weights.row_scale.astype(np.float64)
+        if weights.channel_scale is not None:
+            scale = weights.channel_scale.astype(np.float64)
             # A scale below the normal numbers may be taken for zero.
             flushed = TINY * (magnitude + radius + 1.0)
             size = np.abs(scale)

@@ -20,10 +20,10 @@ PRODUCTS = ("bfloat16", "int8")
 
 @dataclass(frozen=True, eq=False)
 class ExpertWeights:
-    """The weights [N, K] of one projection of one expert: `values`, times `row_scale` where there is one."""
+    """The weights [N, K] of one projection of one expert: `values`, times `channel_scale` if there is one."""
 
     values: NDArray[Any]  # [N, K]: numbers of bfloat16, or int8 codes
-    row_scale: NDArray[np.float32] | None = None  # [N]
+    channel_scale: NDArray[np.float32] | None = None  # [N]
     integer: bool = False  # activations become int8 codes too
     quantized: bool = False
 
@@ -34,7 +34,7 @@ class ExpertWeights:
             return cls(dequantize(matrix, np.float64), quantized=True)
         if isinstance(matrix, Int8GroupMatrix):
             return cls(product_weights(matrix), quantized=True)
-        return cls(matrix.codes, matrix.row_scale, integer=product == "int8", quantized=True)
+        return cls(matrix.codes, matrix.channel_scale, integer=product == "int8", quantized=True)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,9 +42,9 @@ class ExpertWeights:
         return self.values.shape
 
     def product(self, x: Array) -> Array:
-        """Compute x . W^T in the dtype of x, [M, K] to [M, N]; the row scale acts on the sums."""
+        """Compute x . W^T in the dtype of x, [M, K] to [M, N]; the channel scale acts on the sums."""
         total: Array = self._integer_sums(x) if self.integer else x @ self.values.astype(x.dtype).T
-        return total if self.row_scale is None else total * self.row_scale.astype(x.dtype)
+        return total if self.channel_scale is None else total * self.channel_scale.astype(x.dtype)
 
     def _integer_sums(self, x: Array) -> Array:
         """Multiply the codes of x; their sums are exact, then rounded once, then scaled by the row of x."""
@@ -55,7 +55,7 @@ class ExpertWeights:
         return scaled
 
     def backward(self, dtype: np.dtype[Any]) -> Array:
-        """Return the weights [N, K] that gradients go through: of codes, bf(code * row_scale)."""
-        if self.row_scale is None:
+        """Return the weights [N, K] that gradients go through: of codes, bf(code * channel_scale)."""
+        if self.channel_scale is None:
             return self.values.astype(dtype)
-        return round_bf16(self.values.astype(np.float32) * self.row_scale[:, None]).astype(dtype)
+        return round_bf16(self.values.astype(np.float32) * self.channel_scale[:, None]).astype(dtype)

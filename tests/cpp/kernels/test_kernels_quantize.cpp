@@ -105,7 +105,7 @@ TEST_CASE("quantize: int8 codes are the nearest multiples of amax / 127") {
         float amax = 0;
         for (float x : rows[n]) amax = std::max(amax, std::fabs(x));
         const float scale = amax / 127.0f;
-        wrong += !same_bits(result.row_scale(n), scale);
+        wrong += !same_bits(result.channel_scale(n), scale);
         for (uint32_t j = 0; j < 77; ++j) {
           const float code = scale > 0 ? std::nearbyint(rows[n][j] / scale) : 0.0f;
           wrong += static_cast<float>(result.code(n, j)) != std::min(std::max(code, -127.0f), 127.0f);
@@ -186,7 +186,7 @@ TEST_CASE("quantize: a row of zeros stays one, with multipliers of 1") {
       int wrong = 0;
       for (size_t i = 0; i < bytes.size(); ++i) wrong += bytes[i] != (i < multipliers ? 0 : 1);
       CHECK(wrong == 0);
-      if (format_has_row_scale(format)) CHECK(same_bits(result.row_scale(0), 0.0f));
+      if (format_has_channel_scale(format)) CHECK(same_bits(result.channel_scale(0), 0.0f));
     }
   }
 }
@@ -260,7 +260,7 @@ TEST_CASE("quantize: rows in reverse order, one row many times, no rows, no colu
       CHECK(Quantized(format, none).run(*table) == 0);
       Quantized empty(format, narrow);
       CHECK(empty.run(*table) == 3);
-      if (format_has_row_scale(format)) CHECK(same_bits(empty.row_scale(2), 0.0f));
+      if (format_has_channel_scale(format)) CHECK(same_bits(empty.channel_scale(2), 0.0f));
     }
   }
 }

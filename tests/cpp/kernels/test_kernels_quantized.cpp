@@ -36,7 +36,7 @@ class Quantized {
   }
 
   WeightView view() const {
-    const float* scales = format_has_row_scale(format_) ? scales_.data() : nullptr;
+    const float* scales = format_has_channel_scale(format_) ? scales_.data() : nullptr;
     WeightView w{bytes_.data(), static_cast<ptrdiff_t>(stride_), k_, scales};
     w.format = format_;
     return w;
@@ -47,7 +47,7 @@ class Quantized {
     with_format(format_, [&](auto f) { decltype(f)::decode(view(), n, values.data()); });
     return values;
   }
-  float scale(uint32_t n) const { return format_has_row_scale(format_) ? scales_[n] : 1.0f; }
+  float scale(uint32_t n) const { return format_has_channel_scale(format_) ? scales_[n] : 1.0f; }
 
  private:
   void fill_row(std::byte* row, Random& random) const {

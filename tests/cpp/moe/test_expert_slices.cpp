@@ -33,7 +33,7 @@ struct Expert {
     const size_t row_bytes = format_row_bytes(format, columns);
     WeightView w{draw(rows * row_bytes).data(), static_cast<ptrdiff_t>(row_bytes), columns};
     w.format = format;
-    if (format_has_row_scale(format))
+    if (format_has_channel_scale(format))
       w.row_scale = reinterpret_cast<const float*>(draw(rows * sizeof(float)).data());
     if (const uint32_t serves = format_scale_rows(format)) {
       const size_t bytes = format_scale_bytes(format, columns);
@@ -73,7 +73,7 @@ std::vector<Bytes> written(FormatId format, uint32_t width, uint32_t hidden, uin
       SliceArrays to;
       to.weights = array(shape.num_rows * shape.row_bytes);
       if (shape.num_scale_rows != 0) to.scales = array(shape.num_scale_rows * shape.scale_bytes);
-      if (shape.has_row_scale) to.row_scale = array(shape.num_rows * sizeof(float));
+      if (shape.has_channel_scale) to.channel_scale = array(shape.num_rows * sizeof(float));
       (is_first ? slices.w13 : slices.w2).push_back(to);
     }
   }

@@ -34,9 +34,10 @@ class GoldenMatrices {
       : format_(format), rows_(rows), k_(k), row_bytes_(format_row_bytes(format, k)) {
     codes_.resize(experts * rows * row_bytes_);
     for (size_t n = 0; n < experts * rows; ++n) draw_row(codes_.data() + n * row_bytes_, random);
-    if (format_has_row_scale(format)) {
+    if (format_has_channel_scale(format)) {
       const float size = format == FormatId::kNvFp4 ? 0x1p-6f : 0x1p-10f;
-      for (size_t n = 0; n < experts * rows; ++n) row_scale_.push_back(size * (1.5f + 0.5f * random.unit()));
+      for (size_t n = 0; n < experts * rows; ++n)
+        channel_scale_.push_back(size * (1.5f + 0.5f * random.unit()));
     }
     if (const uint32_t serves = format_scale_rows(format)) {
       scale_rows_ = div_up(rows, serves), scale_bytes_ = format_scale_bytes(format, k);
@@ -51,7 +52,7 @@ class GoldenMatrices {
       WeightView view{codes_.data() + e * rows_ * row_bytes_, static_cast<ptrdiff_t>(row_bytes_),
                       static_cast<uint32_t>(k_)};
       view.format = format_;
-      if (!row_scale_.empty()) view.row_scale = row_scale_.data() + e * rows_;
+      if (!channel_scale_.empty()) view.row_scale = channel_scale_.data() + e * rows_;
       if (!scales_.empty()) {
         view.scales = scales_.data() + e * scale_rows_ * scale_bytes_;
         view.scales_stride_bytes = static_cast<ptrdiff_t>(scale_bytes_);
@@ -147,7 +148,7 @@ class GoldenMatrices {
   FormatId format_;
   size_t rows_, k_, row_bytes_, scale_rows_ = 0, scale_bytes_ = 0;
   std::vector<std::byte> codes_, scales_;
-  std::vector<float> row_scale_;
+  std::vector<float> channel_scale_;
 };
 
 struct GoldenCase {

@@ -66,10 +66,10 @@ class Quantized {
         args_(args),
         row_bytes_(format_row_bytes(format, args.k)),
         codes_(args.n ? (args.n - 1) * (row_bytes_ + gap) + row_bytes_ : 0),
-        row_scale_(args.n) {
+        channel_scale_(args.n) {
     args_.group = group_size(format);
     args_.codes = codes_.data(), args_.codes_stride = row_bytes_ + gap;
-    args_.row_scale = format_has_row_scale(format) ? row_scale_.data() : nullptr;
+    args_.channel_scale = format_has_channel_scale(format) ? channel_scale_.data() : nullptr;
   }
 
   const QuantizeArgs& args() const { return args_; }
@@ -84,11 +84,11 @@ class Quantized {
   // The bytes of row n, its scale behind them.
   std::string row(uint32_t n) const {
     std::string bytes(reinterpret_cast<const char*>(args_.codes + n * args_.codes_stride), row_bytes_);
-    return bytes.append(reinterpret_cast<const char*>(&row_scale_[n]), sizeof(float));
+    return bytes.append(reinterpret_cast<const char*>(&channel_scale_[n]), sizeof(float));
   }
   std::string untouched_row() const { return std::string(row_bytes_ + sizeof(float), '\xff'); }
 
-  float row_scale(uint32_t n) const { return row_scale_[n]; }
+  float channel_scale(uint32_t n) const { return channel_scale_[n]; }
   int code(uint32_t n, uint32_t i) const {
     const std::byte* codes = args_.codes + n * args_.codes_stride;
     if (!is_int4(format_)) return static_cast<int8_t>(codes[i]);
@@ -97,8 +97,8 @@ class Quantized {
     return ((q ^ 8) - 8) * m[i / args_.group];
   }
   float decoded(uint32_t n, uint32_t i) const {
-    float scale = row_scale_[n];
-    if (!format_has_row_scale(format_))
+    float scale = channel_scale_[n];
+    if (!format_has_channel_scale(format_))
       std::memcpy(&scale, args_.codes + n * args_.codes_stride + args_.k + i / 32 * sizeof scale,
                   sizeof scale);
     return static_cast<float>(code(n, i)) * scale;
@@ -115,7 +115,7 @@ class Quantized {
   QuantizeArgs args_;
   size_t row_bytes_;
   Guarded<std::byte> codes_;
-  Guarded<float> row_scale_;
+  Guarded<float> channel_scale_;
 };
 
 }  // namespace ktmoe::test

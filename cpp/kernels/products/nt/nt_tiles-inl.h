@@ -294,13 +294,13 @@ KT_INLINE void finish_panel(const NtArgs& args, uint32_t p, uint32_t n, uint32_t
   for (uint32_t i = 0; i < width; ++i)
     scale[i] = Product::kIsInteger ? args.x.quantized_row(m + i).scale : 1.0f;
   for (uint32_t r = 0; r < rows; ++r, c += width) {
-    const float row_scale = args.w.row_scale[n + r];
+    const float channel_scale = args.w.row_scale[n + r];
     if (width < kPanelColumns) {
-      for (uint32_t i = 0; i < width; ++i) c[i] = row_scale * (Product::sum(c[i]) * scale[i]);
+      for (uint32_t i = 0; i < width; ++i) c[i] = channel_scale * (Product::sum(c[i]) * scale[i]);
     } else {
       for (uint32_t i = 0; i < kPanelColumns; i += Vec::kWidth) {
         const Float scaled = Vec::mul(Product::sums(c + i), Vec::load_f(scale + i));
-        Vec::store_f(c + i, Vec::mul(Vec::set(row_scale), scaled));
+        Vec::store_f(c + i, Vec::mul(Vec::set(channel_scale), scaled));
       }
     }
   }

@@ -1,8 +1,9 @@
 """Files of quantized experts, one a layer: written atomically, checked field by field, mapped without a copy.
 
 ``layer-00012.safetensors`` holds ``gate_proj.codes`` U8 [E, I, row_bytes], ``gate_proj.row_scale`` F32 [E, I]
-where the format has row scales, ``gate_proj.bias`` F32 [E, I] where there are biases, and ``up_proj`` and
-``down_proj`` likewise; its metadata says what they are. The bytes depend on the weights alone.
+where the format has channel scales, ``gate_proj.bias`` F32 [E, I] where there are biases, and ``up_proj`` and
+``down_proj`` likewise; its metadata says what they are. The bytes depend on the weights alone. ``row_scale``
+is the channel scale: the name in the file stays, so that files written earlier still load.
 """
 
 from __future__ import annotations
