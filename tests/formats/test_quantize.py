@@ -1,54 +1,27 @@
-"""Quantising to the bit, what comes back exactly, the edges of the formats, and every refusal."""
+"""Quantization to the bit, what comes back exactly, and the edges of the formats."""
 
 from __future__ import annotations
 
 import doctest
 import itertools
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from quantize_draws import COLUMNS, LARGEST, POWERS, SEEDS, draw, f32, in_groups
 from reference_cases import AnyArray, bf16
 
 import ktmoe_np.reference.packing
 import ktmoe_np.reference.quantize
 import ktmoe_np.reference.quantized
 from ktmoe_np.reference import (
-    Int4Matrix,
-    Int8GroupMatrix,
-    Int8Matrix,
     dequantize,
     gradient_weights,
-    pack_int4,
-    pack_int8,
-    product_weights,
-    quantize_activations,
     quantize_int4,
     quantize_int8,
-    unpack_int4,
-    unpack_int8,
 )
-
-f32 = np.float32
-LARGEST = 2.0**128 - 2.0**120
-SEEDS = st.integers(0, 2**32 - 1)
-#: Columns: groups filled, short, one column, odd.
-COLUMNS = st.sampled_from([1, 2, 15, 31, 32, 33, 64, 77, 100, 128, 129, 200])
-#: Powers of two by which weights are scaled: denormal numbers up to the largest.
-POWERS = st.integers(-140, 127)
-in_groups = partial(quantize_int8, group_size=32)
-
-
-def draw(seed: int, *shape: int, power: int = 0, dtype: Any = bf16) -> AnyArray:
-    """Normal weights times a power of two, at most the largest; a few rows of zeros."""
-    rng = np.random.default_rng(seed)
-    values = np.ldexp(rng.standard_normal(shape), power)
-    values[rng.random(shape[:-1]) < 0.1] = 0
-    limit = LARGEST if dtype is not np.float16 else 65504.0
-    return np.clip(values, -limit, limit).astype(f32).astype(dtype)
 
 
 def test_doctests() -> None:
@@ -153,10 +126,6 @@ def test_int8_is_the_loop_bit_for_bit(seed: int, K: int, g: int | None, power: i
         codes, scale = int8_row(group) if g is None else int8_group(group)
         assert scales[n, start // size].tobytes() == scale.tobytes()
         assert matrix.codes[n, start : start + size].tolist() == codes
-
-
-def nibbles(seed: int, *shape: int) -> AnyArray:
-    return np.random.default_rng(seed).integers(-8, 8, shape).astype(np.int8)
 
 
 @given(SEEDS, COLUMNS, st.sampled_from([32, 64, 128]), st.integers(-126, 124), st.booleans())
@@ -317,184 +286,3 @@ def test_the_dtype_of_the_weights_does_not_matter(seed: int, K: int, dtype: Any)
         got, expected = quantize(weights), quantize(weights.astype(f32))
         np.testing.assert_array_equal(dequantize(got), dequantize(expected))
         np.testing.assert_array_equal(dequantize(got[1]), dequantize(quantize(weights[1])))
-
-
-def random_int4(seed: int, *shape: int, g: int = 32) -> Int4Matrix:
-    rng = np.random.default_rng(seed)
-    groups = -(-shape[-1] // g)
-    m = rng.integers(1, 16, (*shape[:-1], groups)) * rng.choice([-1, 1], (*shape[:-1], groups))
-    return Int4Matrix(nibbles(seed, *shape), m.astype(np.int8), rng.random(shape[:-1], f32), g)
-
-
-@given(SEEDS, COLUMNS, st.sampled_from([32, 64, 128]))
-def test_int4_bytes_round_trip(seed: int, K: int, g: int) -> None:
-    matrix = random_int4(seed, 2, 3, K, g=g)
-    rows = pack_int4(matrix)
-    assert rows.shape == (2, 3, (K + 1) // 2 + -(-K // g))
-    for e, n in itertools.product(range(2), range(3)):
-        expected = [0] * ((K + 1) // 2)
-        for k in range(K):
-            expected[k // 2] |= (int(matrix.q[e, n, k]) & 15) << 4 * (k % 2)
-        assert rows[e, n].tolist() == expected + [int(m) & 255 for m in matrix.multiplier[e, n]]
-    again = unpack_int4(rows, matrix.channel_scale, K, group_size=g)
-    for name in ("q", "multiplier", "channel_scale"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(matrix, name))
-    assert again.group_size == g
-
-
-@given(SEEDS, COLUMNS)
-def test_int8_bytes_round_trip(seed: int, K: int) -> None:
-    matrix, grouped = quantize_int8(draw(seed, 2, 3, K)), in_groups(draw(seed, 2, 3, K))
-    rows = pack_int8(matrix)
-    np.testing.assert_array_equal(rows.view(np.int8), matrix.codes)
-    np.testing.assert_array_equal(unpack_int8(rows, matrix.channel_scale, K).codes, matrix.codes)
-    rows = pack_int8(grouped)
-    for e, n in itertools.product(range(2), range(3)):
-        scales = grouped.group_scale[e, n].astype("<f4").tobytes()
-        assert rows[e, n].tobytes() == grouped.codes[e, n].tobytes() + scales
-    again = unpack_int8(rows, None, K)
-    np.testing.assert_array_equal(again.codes, grouped.codes)
-    np.testing.assert_array_equal(again.group_scale, grouped.group_scale)
-
-
-def test_product_weights() -> None:
-    four, eight = random_int4(1, 2, 3, 50), quantize_int8(draw(1, 2, 3, 50))
-    grouped = in_groups(draw(1, 2, 3, 50))
-    for matrix in (four, eight):
-        np.testing.assert_array_equal(product_weights(matrix), matrix.codes.astype(bf16))
-        scaled = matrix.codes.astype(f32) * matrix.channel_scale[..., None]
-        np.testing.assert_array_equal(dequantize(matrix), scaled)
-        np.testing.assert_array_equal(gradient_weights(matrix), scaled.astype(bf16))
-    scaled = grouped.codes.astype(f32) * np.repeat(grouped.group_scale, 32, axis=2)[..., :50]
-    for function in (product_weights, gradient_weights):
-        np.testing.assert_array_equal(function(grouped), scaled.astype(bf16))
-
-
-@given(SEEDS, st.integers(0, 5), st.integers(0, 70), POWERS)
-def test_activations_are_quantised_by_row(seed: int, M: int, K: int, power: int) -> None:
-    x = draw(seed, M, K, power=power)
-    with np.errstate(all="raise"):
-        codes, scale = quantize_activations(x)
-    expected = quantize_int8(x)
-    np.testing.assert_array_equal(codes, expected.codes)
-    np.testing.assert_array_equal(scale, expected.channel_scale)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_poisons_its_row_of_activations(value: float) -> None:
-    x = draw(0, 4, 30)
-    clean_codes, clean_scale = quantize_activations(x)
-    x[2, 7] = value
-    codes, scale = quantize_activations(x)
-    others = np.arange(4) != 2
-    np.testing.assert_array_equal(codes[others], clean_codes[others])
-    np.testing.assert_array_equal(scale[others], clean_scale[others])
-    assert not codes[2].any()
-    assert np.isnan(scale[2])
-
-
-@pytest.mark.parametrize("quantize", [quantize_int4, quantize_int8, in_groups])
-@pytest.mark.parametrize(
-    ("value", "kind"), [(np.nan, "NaN"), (np.inf, "an infinity"), (-np.inf, "an infinity")]
-)
-def test_weights_that_are_not_finite_are_refused(quantize: Any, value: float, kind: str) -> None:
-    weights = draw(0, 5, 20, 40)
-    weights[3, 17, 39] = value
-    with pytest.raises(ValueError, match=f"^gate_proj: expert 3, row 17 holds {kind}; only finite weights"):
-        quantize(weights, name="gate_proj")
-    with pytest.raises(ValueError, match=f"^weights: row 17 holds {kind}"):
-        quantize(weights[3])
-
-
-codes, scale = np.ones((2, 3), np.int8), np.ones(2, f32)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: quantize_int8([[1.0]]), TypeError, "weights must be a NumPy array, got list"),
-        (
-            lambda: quantize_int4(np.ones((2, 2)), name="up_proj"),
-            TypeError,
-            "up_proj must be bfloat16 or float16 or float32, got float64",
-        ),
-        (
-            lambda: quantize_int8(np.ones(2, f32)),
-            ValueError,
-            r"weights must have shape \[..., N, K\], got \[2\]",
-        ),
-        (
-            lambda: quantize_int8(np.ones((2, 2), f32), group_size=0),
-            ValueError,
-            "group_size must be at least 1, got 0",
-        ),
-        (
-            lambda: quantize_int4(np.ones((2, 2), f32), group_size=16),
-            ValueError,
-            "group_size must be 32, 64 or 128, got 16",
-        ),
-        (lambda: Int8Matrix([[1]], scale), TypeError, "codes must be a NumPy array, got list"),
-        (lambda: Int8Matrix(codes.astype(int), scale), TypeError, "codes must be int8, got int64"),
-        (lambda: Int8Matrix(codes[0], scale), ValueError, r"codes must have shape \[..., N, K\], got \[3\]"),
-        (lambda: Int8Matrix(codes, scale[:1]), ValueError, r"channel_scale must have shape \[2\], got \[1\]"),
-        (
-            lambda: Int8Matrix(codes * np.int8(-128), scale),
-            ValueError,
-            "codes must be from -127 to 127, got -128",
-        ),
-        (
-            lambda: Int8GroupMatrix(codes, scale[:, None], group_size=2),
-            ValueError,
-            r"group_scale must have shape \[2, 2\], got \[2, 1\]",
-        ),
-        (
-            lambda: Int8GroupMatrix(codes, scale[:, None], group_size=0),
-            ValueError,
-            "group_size must be at least 1, got 0",
-        ),
-        (
-            lambda: Int4Matrix(codes, codes[:, :1], scale, 31),
-            ValueError,
-            "group_size must be 32, 64 or 128, got 31",
-        ),
-        (
-            lambda: Int4Matrix(codes, codes, scale),
-            ValueError,
-            r"multiplier must have shape \[2, 1\], got \[2, 3\]",
-        ),
-        (
-            lambda: Int4Matrix(codes * np.int8(8), codes[:, :1], scale),
-            ValueError,
-            "q must be from -8 to 7, got 8",
-        ),
-        (
-            lambda: Int4Matrix(codes, codes[:, :1] * np.int8(16), scale),
-            ValueError,
-            "multiplier must be from -15 to 15, got 16",
-        ),
-        (
-            lambda: Int4Matrix(codes, codes[:, :1] * np.int8(0), scale),
-            ValueError,
-            "multiplier must not hold 0",
-        ),
-        (
-            lambda: unpack_int4(np.ones((2, 3), np.int8), scale, 3),
-            TypeError,
-            "rows must be an array of uint8, got int8",
-        ),
-        (lambda: unpack_int8([[1]], scale, 3), TypeError, "rows must be an array of uint8, got list"),
-        (
-            lambda: unpack_int4(np.ones((2, 4), np.uint8), scale, 3),
-            ValueError,
-            r"rows must have shape \[..., N, 3\], got \[2, 4\]",
-        ),
-        (
-            lambda: unpack_int8(np.ones((2, 4), np.uint8), None, 3),
-            ValueError,
-            r"rows must have shape \[..., N, 7\], got \[2, 4\]",
-        ),
-    ],
-)
-def test_refusals(call: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()
