@@ -62,6 +62,7 @@ def run_comparison(shape: Shape, specs: Sequence[Spec], plan: Plan, results: Res
     """Run it and write a record for each backend, batch size and phase."""
     shape = fit_all(shape, specs)
     layer = Layer.create(shape)
+    METHODS[specs[0].method].replace_weights(layer)
     processes = [BackendProcess(spec.but(shape=shape), layer.fd) for spec in specs]
     try:
         running = [process for process in processes if _load(process, layer, results)]

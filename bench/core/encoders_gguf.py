@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -149,6 +150,10 @@ def _f16(blocks: Array) -> tuple[Array, ...]:
     return (blocks.astype("<f2").view(np.uint8),)
 
 
+def _bf16(blocks: Array) -> tuple[Array, ...]:
+    return (blocks.astype(ml_dtypes.bfloat16).view(np.uint8),)
+
+
 def _f32(blocks: Array) -> tuple[Array, ...]:
     return (blocks.view(np.uint8),)
 
@@ -249,6 +254,7 @@ GGUF_FORMATS = {
     for name, block, encode_blocks, tolerance in (
         ("F32", 32, _f32, 0.02),
         ("F16", 32, _f16, 0.02),
+        ("BF16", 32, _bf16, 0.02),
         ("Q4_0", 32, _q4_0, 0.25),
         ("Q4_1", 32, _q4_1, 0.2),
         ("Q5_0", 32, _q5_0, 0.12),

@@ -1,4 +1,7 @@
-"""The weight formats that are benched: a further one is a row here, and a name in the peers that have it."""
+"""The weight formats that are benched: a further one is a row here, and a name in the peers that have it.
+
+GGUF types need no row: those without an encoder are timed with random blocks.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from .encoders import (
 )
 from .encoders_gguf import GGUF_FORMATS, GgufFormat
 from .layer import Layer
+from .random_gguf import RandomGguf, random_formats
 
 __all__ = ["METHODS", "Method"]
 
@@ -25,6 +29,10 @@ def _as_they_are(layer: Layer) -> dict[str, Any]:
     biases = ("gate_bias", "up_bias", "down_bias")
     weights = {"gate_proj": layer.gate, "up_proj": layer.up, "down_proj": layer.down}
     return weights | {name: getattr(layer, name) for name in biases}
+
+
+def _keep(_: Layer) -> None:
+    """Leave the shared weights as they were drawn."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Method:
     operation: str = "forward"  #: what it is for
     product: str = "bfloat16"  #: whose limit counts: "bfloat16" or "int8"
     encode: Callable[[Layer], dict[str, Any]] = _as_they_are  #: to the arguments of load_weights_from_tensors
+    replace_weights: Callable[[Layer], None] = _keep  #: called once, before anybody loads the layer
     wrapper: str = ""  #: the library's name for it, where that is another
 
     @property
@@ -50,10 +59,15 @@ class Method:
         return self.wrapper or self.name
 
 
-def _gguf(fmt: GgufFormat) -> Method:
+def _gguf(fmt: GgufFormat | RandomGguf) -> Method:
     """All three projections in one tensor type."""
     size = fmt.block_bytes / fmt.block
     return Method(f"LLAMAFILE-{fmt.name}", size, fmt.tolerance, encode=fmt.encode, wrapper="LLAMAFILE")
+
+
+def _random_gguf(fmt: RandomGguf) -> Method:
+    """Likewise, of a type that nothing here encodes."""
+    return replace(_gguf(fmt), replace_weights=fmt.replace_weights)
 
 
 _FORWARD = (
@@ -70,6 +84,7 @@ _FORWARD = (
     Method("MXFP4", 17 / 32, 0.3, encode=encode_mxfp4),
     Method("NVFP4", 9 / 16, 0.25, encode=encode_nvfp4),
     *map(_gguf, GGUF_FORMATS.values()),
+    *map(_random_gguf, random_formats(set(GGUF_FORMATS))),
 )
 
 
