@@ -87,7 +87,12 @@ WRONG_TENSORS: list[tuple[str, Change, str]] = [
     (
         "stacked",
         put(f"{STEM}up_exps.scale", "f32", 4 * E),
-        r"up_exps\.scale' is there, but scales apart from",
+        r"up_exps\.scale': got a scale per expert beside q8_0 blocks, expected none$",
+    ),
+    (
+        "fused",
+        put(f"{STEM}gate_up_exps.scale", "f32", 4 * E),
+        r"gate_up_exps\.scale': got a scale per expert beside q8_0 blocks, expected none$",
     ),
 ]
 
@@ -101,6 +106,24 @@ def test_wrong_tensors(tmp_path: Path, naming: str, change: Change, message: str
         load_gguf(tmp_path, LAYER, config_of(E, I, H))
     assert str(raised.value).startswith(f"{tmp_path}")
     assert f"tensor '{STEM}" in str(raised.value)
+
+
+@pytest.mark.parametrize("role", ["gate", "up", "down"])
+def test_global_scales_of_nvfp4(tmp_path: Path, role: str) -> None:
+    layer = draw_layer("nvfp4", E, 64, H)
+    activations = {f"{STEM}{name}_exps.input_scale": 4 * E for name in ("gate", "up", "down")}
+    for name, size in activations.items():
+        put(name, "f32", size)(layer.tensors)
+    write(tmp_path / "model.gguf", layer.tensors)
+    load_gguf(tmp_path, LAYER, config_of(E, 64, H))
+    put(f"{STEM}{role}_exps.scale", "f32", 4 * E)(layer.tensors)
+    write(tmp_path / "model.gguf", layer.tensors)
+    message = (
+        rf"tensor '{STEM}{role}_exps\.scale': got a scale per expert beside nvfp4 blocks, expected none; "
+        "load the safetensors checkpoint with method NVFP4 instead$"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_gguf(tmp_path, LAYER, config_of(E, 64, H))
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,10 @@ def load_gguf(
 ) -> ExpertWeights:
     """Find the experts of a layer.
 
-    Weights are never copied; biases are, to float32. A factor of whole experts (``ffn_down_exps.scale``,
-    which Gemma has) is not read: it belongs to the router, whose weights it multiplies.
+    Weights are never copied; biases are, to float32. A scale per expert beside the blocks
+    (``ffn_gate_exps.scale``: the global scale of NVFP4 files) is refused. Gemma's ``ffn_down_exps.scale`` is
+    not read: it belongs to the router, whose weights it multiplies. Nor is ``input_scale``, which is for
+    kernels that quantize activations.
 
     Parameters
     ----------
@@ -99,8 +101,8 @@ def load_gguf(
         No checkpoint there, or a file of a split model is missing.
     ValueError
         The layer has no experts (names the layers that have); a tensor is missing, of another shape, or of a
-        type that is not among those that work (names the file and the tensor); or the experts are not those
-        that `config` describes.
+        type that is not among those that work, or a scale beside the blocks (names the file and the tensor);
+        or the experts are not those that `config` describes.
 
     Examples
     --------
@@ -207,12 +209,6 @@ class _Layer:
     def matrices(self, role: str) -> tuple[str, list[NDArray[np.uint8]]]:
         """View a role's matrices, of one format."""
         num_experts = self.config.num_experts
-        scale = f"{self.stem}{role}_exps.scale"
-        if role != "down" and scale in self.checkpoint:
-            raise ValueError(
-                f"{self.checkpoint.file_of(scale)}: tensor {scale!r} is there, but scales apart from the "
-                "blocks are not supported"
-            )
         lead = (num_experts,) if self.is_stacked else ()
         kinds: list[str] = []
         matrices: list[NDArray[np.uint8]] = []
@@ -226,7 +222,20 @@ class _Layer:
                 )
             rows = self.checkpoint.tensor(name)
             matrices += list(rows.reshape(-1, self.shape(role)[0], rows.shape[-1]))
+        self._check_scale(role, kinds[0])
         return kinds[0], matrices
+
+    def _check_scale(self, role: str, kind: str) -> None:
+        """Raise ValueError for a scale per expert: llama.cpp multiplies products by it."""
+        name = f"{self.stem}{role}_exps.scale"
+        # Beside other types, down's scale is the router's. NVFP4 files have their global scale there.
+        if name not in self.checkpoint or (role == "down" and kind != "nvfp4"):
+            return
+        way_out = "; load the safetensors checkpoint with method NVFP4 instead" if kind == "nvfp4" else ""
+        raise ValueError(
+            f"{self.checkpoint.file_of(name)}: tensor {name!r}: got a scale per expert beside {kind} blocks, "
+            f"expected none{way_out}"
+        )
 
     def bias(self, role: str) -> NDArray[np.float32]:
         """Read a role's biases [E, N]."""
