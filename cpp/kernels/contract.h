@@ -22,8 +22,8 @@
 
 namespace ktmoe::kernels {
 
-// Outputs are cut into panels at multiples of this, except for a matrix's last rows. Even, so that the
-// K-paired layout of an intermediate never has a pair in two panels.
+// Outputs are cut into blocks at multiples of this, except for a matrix's last rows. Even, so that the
+// K-paired layout of an intermediate never has a pair in two blocks.
 inline constexpr uint32_t kOutputBlock = 32;
 // The largest M that one call takes. Bounds the fp32 scratch of a worker.
 inline constexpr uint32_t kMaxPanelRows = 384;

@@ -2,9 +2,9 @@
 // in pairs. NN sums over the rows of weights, TN over those of activations. Included inside a target's
 // namespace, after its interleave_*.h.
 //
-// A panel is [groups of 16 columns][pairs of rows][16 dwords], a dword (R[s, k], R[s + 1, k]): a row of a
-// group is a cache line, which tiles take as a row of B and vectors as one output a lane. Zeros stand behind
-// the last column and, up to a multiple of kPairsStep, behind the last row.
+// Packed pairs are [groups of 16 columns][pairs of rows][16 dwords], a dword (R[s, k], R[s + 1, k]): a row of
+// a group is a cache line, which tiles take as a row of B and vectors as one output per lane. Zeros stand
+// behind the last column and, up to a multiple of kPairsStep, behind the last row.
 
 inline constexpr uint32_t kGroupColumns = 16;
 inline constexpr size_t kPairsBytes = kGroupColumns * 2 * sizeof(bf16);  // a pair of rows of a group
@@ -12,7 +12,7 @@ inline constexpr size_t kPairsBytes = kGroupColumns * 2 * sizeof(bf16);  // a pa
 // depend on where blocks end.
 inline constexpr uint32_t kPairsStep = 32;
 inline constexpr size_t kStepPairsBytes = kPairsStep / 2 * kPairsBytes;
-// Rows lie a page or so apart, where no prefetcher of the hardware looks.
+// Rows are about a page apart, out of the reach of the hardware prefetchers.
 inline constexpr uint32_t kRowsAhead = 16;
 
 alignas(kCacheLine) inline constexpr std::byte kZeroRow[kMaxNnColumns * sizeof(bf16)] = {};
@@ -22,12 +22,12 @@ KT_INLINE uint32_t num_groups(uint32_t columns) {
   return static_cast<uint32_t>(div_up(columns, kGroupColumns));
 }
 
-// The most columns of a panel.
-inline constexpr uint32_t kPanelColumnsMost = 256;
-static_assert(kMaxTnColumns <= kPanelColumnsMost);
+// The maximum number of columns that are packed at a time.
+inline constexpr uint32_t kMaxPackedColumns = 256;
+static_assert(kMaxTnColumns <= kMaxPackedColumns);
 
-// How many steps of so many columns a panel of so many bytes holds.
-KT_INLINE uint32_t panel_steps(size_t bytes, uint32_t columns) {
+// The number of steps of so many columns that fit into so many bytes.
+KT_INLINE uint32_t packed_steps(size_t bytes, uint32_t columns) {
   return static_cast<uint32_t>(bytes / (num_groups(columns) * kStepPairsBytes));
 }
 
@@ -43,29 +43,29 @@ struct PackedPairs {
   size_t group_bytes;
 };
 
-// The panel at `data` for blocks of so many steps.
+// Packed pairs at `data` for blocks of so many steps.
 KT_INLINE PackedPairs packed_pairs(std::byte* data, uint32_t steps) {
   return {data, steps * kStepPairsBytes};
 }
 
 // One pair of rows, `at` bytes into each group.
 KT_INLINE void interleave_pair(const std::byte* even, const std::byte* odd, uint32_t columns,
-                               const PackedPairs& panel, size_t at) {
-  std::byte* group = panel.data + at;
+                               const PackedPairs& packed, size_t at) {
+  std::byte* group = packed.data + at;
   uint32_t k = 0;
   for (; k + kInterleaveColumns <= columns; k += kInterleaveColumns) {
-    interleave_columns(even + k * sizeof(bf16), odd + k * sizeof(bf16), group, panel.group_bytes);
-    group += kInterleaveColumns / kGroupColumns * panel.group_bytes;
+    interleave_columns(even + k * sizeof(bf16), odd + k * sizeof(bf16), group, packed.group_bytes);
+    group += kInterleaveColumns / kGroupColumns * packed.group_bytes;
   }
   if (k < columns)
-    interleave_last(even + k * sizeof(bf16), odd + k * sizeof(bf16), columns - k, group, panel.group_bytes);
+    interleave_last(even + k * sizeof(bf16), odd + k * sizeof(bf16), columns - k, group, packed.group_bytes);
 }
 
 // Zeros from `at` on in each group, up to a whole step: behind an end of rows.
-KT_INLINE size_t finish_step(uint32_t columns, const PackedPairs& panel, size_t at) {
+KT_INLINE size_t finish_step(uint32_t columns, const PackedPairs& packed, size_t at) {
   const size_t end = round_up(at, kStepPairsBytes);
   if (end == at) return at;
   for (uint32_t g = 0; g < num_groups(columns); ++g)
-    std::memset(panel.data + g * panel.group_bytes + at, 0, end - at);
+    std::memset(packed.data + g * packed.group_bytes + at, 0, end - at);
   return end;
 }

@@ -1,13 +1,13 @@
 // NN, what vectors and tiles share: C[m, k - k0] (+)= sum over terms of sum_n G[m, n] W[n, k].
 //
 // The rows of the terms' weights, each padded to whole steps, are one sequence. It is taken in blocks of
-// equal length, whose rows are interleaved in pairs (pairs.h) and multiplied; sums wait in C between blocks.
-// Included inside a target's namespace, after pairs.h.
+// equal length, whose rows are interleaved in pairs (pairs.h) and multiplied; sums are kept in C between
+// blocks. Included inside a target's namespace, after pairs.h.
 
-// Of a panel, which holds a block: with what it is multiplied by it must stay in the second-level cache, and
-// there are two, one that is multiplied and one that is being filled. Long blocks: waiting in C costs as much
-// as some four steps.
-inline constexpr size_t kNnPanelBytes = size_t{224} << 10;
+// Bytes of a packed block. Together with its multiplier it must stay in the L2 cache, and there are two: one
+// is multiplied while the other is packed. Blocks are long, as storing and loading the sums in C costs about
+// four steps.
+inline constexpr size_t kNnPackedBytes = size_t{224} << 10;
 
 // Rows [s0, s1) of a term, which begin `step` steps into their block.
 struct NnSlice {
@@ -69,7 +69,7 @@ struct WeightColumns {
   // Valid until the next row of the same parity is read.
   KT_INLINE const std::byte* of(const NnTerm& term, uint32_t s) const {
     if (is_stored(term.w)) return begin(term.w, s);
-    std::byte* to = decoded + s % 2 * (kPanelColumnsMost * sizeof(bf16));
+    std::byte* to = decoded + s % 2 * (kMaxPackedColumns * sizeof(bf16));
     decode(term.w, s, to);
     return to;
   }
@@ -78,7 +78,7 @@ struct WeightColumns {
   KT_INLINE void decode(const WeightView& w, uint32_t s, std::byte* to) const {
     kDecodeFunctions[static_cast<size_t>(w.format)](w, s, k0, k1, to);
   }
-  // Asks for what of() reads.
+  // Prefetches what of() reads.
   template <int kHint>
   KT_INLINE void prefetch(const WeightView& w, uint32_t s) const {
     prefetch_bytes<kHint>(begin(w, s), bytes(w));
@@ -92,14 +92,14 @@ struct WeightColumns {
     return is_stored(w) ? k * sizeof(bf16) : format_row_bytes(w.format, k);
   }
 };
-inline constexpr size_t kDecodedBytes = 2 * kPanelColumnsMost * sizeof(bf16);
-inline constexpr size_t kNnScratchBytes = 2 * kNnPanelBytes + kDecodedBytes;
+inline constexpr size_t kDecodedBytes = 2 * kMaxPackedColumns * sizeof(bf16);
+inline constexpr size_t kNnScratchBytes = 2 * kNnPackedBytes + kDecodedBytes;
 
-// Fills a panel with a block, pair by pair.
+// Packs a block, pair by pair.
 class BlockFill {
  public:
-  KT_INLINE BlockFill(const NnBlock& block, const WeightColumns& columns, const PackedPairs& panel)
-      : block_(block), columns_(columns), panel_(panel), pairs_(block.num_pairs()) {
+  KT_INLINE BlockFill(const NnBlock& block, const WeightColumns& columns, const PackedPairs& packed)
+      : block_(block), columns_(columns), packed_(packed), pairs_(block.num_pairs()) {
     if (pairs_) row_ = block.slices[0].s0;
   }
   KT_INLINE uint32_t pairs_left() const { return pairs_; }
@@ -112,12 +112,12 @@ class BlockFill {
     if (ahead + 1 < slice.s1) columns_.prefetch<3>(term.w, ahead + 1);
     const std::byte* even = columns_.of(term, row_);
     const std::byte* odd = row_ + 1 < slice.s1 ? columns_.of(term, row_ + 1) : kZeroRow;
-    interleave_pair(even, odd, columns_.size(), panel_, at_);
+    interleave_pair(even, odd, columns_.size(), packed_, at_);
     at_ += kPairsBytes;
     row_ += 2;
     --pairs_;
     if (row_ < slice.s1) return;
-    at_ = finish_step(columns_.size(), panel_, at_);
+    at_ = finish_step(columns_.size(), packed_, at_);
     if (pairs_) row_ = block_.slices[++slice_].s0;
   }
   KT_INLINE void finish() {
@@ -127,13 +127,13 @@ class BlockFill {
  private:
   const NnBlock& block_;
   const WeightColumns& columns_;
-  const PackedPairs panel_;
+  const PackedPairs packed_;
   size_t at_ = 0;  // bytes of a group that are filled
   uint32_t pairs_, slice_ = 0, row_ = 0;
 };
 
-// What is done while a block is multiplied, a little at a time, so that the units that multiply, those that
-// interleave and memory work at once. Behind a pointer: products are the same whatever it does.
+// Work done in small parts while a block is multiplied, so that multiplication, interleaving and memory
+// accesses overlap. Called by a pointer: products are the same whatever it does.
 class WorkAhead {
  public:
   KT_INLINE void spread_over(size_t times) { each_ = static_cast<uint32_t>(div_up(left_, times)); }
@@ -157,16 +157,16 @@ struct NothingAhead : WorkAhead {
   NothingAhead() : WorkAhead(nullptr, 0) {}
 };
 
-// The next block is filled, or behind the last one the rows that the caller multiplies by next are
-// prefetched, into the second-level cache.
+// Packs the next block or, after the last one, prefetches the rows that the caller multiplies next, into the
+// L2 cache.
 class BlockAhead : public WorkAhead {
  public:
   KT_INLINE BlockAhead(const NnArgs& args, const NnBlock& next, const WeightColumns& columns,
-                       const PackedPairs& panel)
+                       const PackedPairs& packed)
       : WorkAhead(work, next.num_steps     ? next.num_pairs()
-                        : args.next_w.data ? smaller(args.next_n, kMostAsked)
+                        : args.next_w.data ? smaller(args.next_n, kMaxPrefetchedRows)
                                            : 0),
-        fill_(next, columns, panel),
+        fill_(next, columns, packed),
         next_w_(args.next_w),
         next_columns_{args.next_k0, args.next_k1, nullptr} {}
   KT_INLINE void finish() { fill_.finish(); }
@@ -178,31 +178,31 @@ class BlockAhead : public WorkAhead {
       if (self.fill_.pairs_left()) {
         self.fill_.pair();
       } else {
-        self.next_columns_.prefetch<2>(self.next_w_, self.asked_++);
+        self.next_columns_.prefetch<2>(self.next_w_, self.num_prefetched_++);
       }
     }
   }
 
-  static constexpr uint32_t kMostAsked = 512;  // rows: what stays in the cache until it is used
+  static constexpr uint32_t kMaxPrefetchedRows = 512;  // as many as stay in the cache until they are used
   BlockFill fill_;
   const WeightView next_w_;
   const WeightColumns next_columns_;
-  uint32_t asked_ = 0;
+  uint32_t num_prefetched_ = 0;
 };
 
-// Walks over the blocks of so many columns: product.run(block, panel, is_first, ahead) for each.
+// Walks over the blocks of so many columns: product.run(block, packed, is_first, ahead) for each.
 template <class Product>
 KT_INLINE void for_blocks(const NnArgs& args, uint32_t k0, uint32_t k1, Product& product) {
-  const WeightColumns columns{k0, k1, args.scratch + 2 * kNnPanelBytes};
-  NnBlocks blocks(args.terms, panel_steps(kNnPanelBytes, columns.size()));
-  const PackedPairs panels[2] = {packed_pairs(args.scratch, blocks.steps()),
-                                 packed_pairs(args.scratch + kNnPanelBytes, blocks.steps())};
+  const WeightColumns columns{k0, k1, args.scratch + 2 * kNnPackedBytes};
+  NnBlocks blocks(args.terms, packed_steps(kNnPackedBytes, columns.size()));
+  const PackedPairs packed[2] = {packed_pairs(args.scratch, blocks.steps()),
+                                 packed_pairs(args.scratch + kNnPackedBytes, blocks.steps())};
   NnBlock block = blocks.next();
-  BlockFill(block, columns, panels[0]).finish();
+  BlockFill(block, columns, packed[0]).finish();
   for (uint32_t i = 0; block.num_steps > 0; ++i) {
     const NnBlock next = blocks.next();
-    BlockAhead ahead(args, next, columns, panels[(i + 1) % 2]);
-    product.run(block, panels[i % 2], i == 0, ahead);
+    BlockAhead ahead(args, next, columns, packed[(i + 1) % 2]);
+    product.run(block, packed[i % 2], i == 0, ahead);
     ahead.finish();
     block = next;
   }

@@ -23,7 +23,7 @@ inline Operand lhs_in_place(const bf16* rows, size_t stride, uint32_t m, uint32_
 inline void pack_lhs_in_place(bf16*, size_t, uint32_t, uint32_t, std::byte*) {}
 
 // Part of a sum: rows of the lhs, whose pairs are pair_bytes apart, and where their counterpart begins in
-// each group of the panel.
+// each packed group.
 struct RowsSlice {
   const std::byte* data;
   size_t row_bytes, pair_bytes;
@@ -156,7 +156,7 @@ struct NnRows {
   const NnArgs& args;
   uint32_t k0, k1;
 
-  KT_INLINE void run(const NnBlock& block, const PackedPairs& panel, bool is_first, WorkAhead& ahead) {
+  KT_INLINE void run(const NnBlock& block, const PackedPairs& packed, bool is_first, WorkAhead& ahead) {
     PairsBlock b;
     b.num_slices = block.num_slices, b.num_steps = block.num_steps;
     for (uint32_t i = 0; i < block.num_slices; ++i) {
@@ -170,7 +170,7 @@ struct NnRows {
                      slice.s1 - slice.s0,
                      slice.step * kStepPairsBytes};
     }
-    b.num_lhs = args.terms[0].g.rows, b.rhs = panel;
+    b.num_lhs = args.terms[0].g.rows, b.rhs = packed;
     b.c = args.c + (k0 - args.k0), b.c_stride = args.c_stride, b.columns = k1 - k0;
     b.zero_first = is_first && !args.accumulate;
     pairs_product(b, ahead);
@@ -178,8 +178,8 @@ struct NnRows {
 };
 
 inline void nn(const NnArgs& args) {
-  for (uint32_t k0 = args.k0; k0 < args.k1; k0 += kPanelColumnsMost) {
-    NnRows product{args, k0, smaller(args.k1, k0 + kPanelColumnsMost)};
+  for (uint32_t k0 = args.k0; k0 < args.k1; k0 += kMaxPackedColumns) {
+    NnRows product{args, k0, smaller(args.k1, k0 + kMaxPackedColumns)};
     for_blocks(args, product.k0, product.k1, product);
   }
 }

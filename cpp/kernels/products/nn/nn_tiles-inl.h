@@ -42,7 +42,7 @@ inline void pack_lhs_in_place(bf16* rows, size_t stride, uint32_t m, uint32_t n,
 
 inline size_t nn_scratch_bytes() { return kNnScratchBytes; }
 
-// Steps of a lhs operand, and where their counterpart begins in each group of the panel.
+// Steps of a lhs operand, and where their counterpart begins in each packed group.
 struct TileSlice {
   Operand lhs;
   size_t step0, steps, rhs_at;
@@ -139,7 +139,7 @@ struct NnTiles {
   TileScope& scope;
   uint32_t k0, k1;
 
-  KT_INLINE void run(const NnBlock& block, const PackedPairs& panel, bool is_first, WorkAhead& ahead) {
+  KT_INLINE void run(const NnBlock& block, const PackedPairs& packed, bool is_first, WorkAhead& ahead) {
     PairsTiles t;
     t.num_slices = block.num_slices, t.num_steps = block.num_steps;
     for (uint32_t i = 0; i < block.num_slices; ++i) {
@@ -147,7 +147,7 @@ struct NnTiles {
       t.slices[i] = {slice.term->g, (slice.term->n0 + slice.s0) / kTileK, div_up(slice.s1 - slice.s0, kTileK),
                      slice.step * kStepPairsBytes};
     }
-    t.num_lhs = args.terms[0].g.rows, t.rhs = panel;
+    t.num_lhs = args.terms[0].g.rows, t.rhs = packed;
     t.c = args.c + (k0 - args.k0), t.c_stride = args.c_stride, t.zero_first = is_first && !args.accumulate;
     pairs_product(scope, t, k1 - k0, ahead);
   }
@@ -156,8 +156,8 @@ struct NnTiles {
 inline void nn(const NnArgs& args) {
   if (args.terms[0].g.rows <= kFewRows) return nn_few_rows(args);
   TileScope scope;
-  for (uint32_t k0 = args.k0; k0 < args.k1; k0 += kPanelColumnsMost) {
-    NnTiles product{args, scope, k0, smaller(args.k1, k0 + kPanelColumnsMost)};
+  for (uint32_t k0 = args.k0; k0 < args.k1; k0 += kMaxPackedColumns) {
+    NnTiles product{args, scope, k0, smaller(args.k1, k0 + kMaxPackedColumns)};
     for_blocks(args, product.k0, product.k1, product);
   }
 }

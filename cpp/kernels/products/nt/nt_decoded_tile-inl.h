@@ -76,7 +76,7 @@ void nt_decoded_tile(const NtArgs& args, TileScope& scope, uint32_t n) {
 // a layer's token takes 0.19 ms instead of 0.3). Integer sums are exact, so the bits are the same.
 template <class Format>
 void nt_single_row(NtArgs args) {
-  static_assert(kPanelBytes + Vec::kRowTile * sizeof(Vec::Acc) <= kTileBlockSteps * 2 * kTileBytes,
+  static_assert(kPackedWeightsBytes + Vec::kRowTile * sizeof(Vec::Acc) <= kTileBlockSteps * 2 * kTileBytes,
                 "rows of several blocks leave their lanes in the scratch of tiles");
   const QuantizedRow& quantized = args.x.quantized_row(0);
   args.x = {args.x.data, 0, nullptr, 1, args.x.k, &quantized};

@@ -6,19 +6,19 @@
 // cache while the activations of the panel pass, so weights are read from memory once.
 //
 // Long rows are taken in blocks of K, the lanes kept in scratch from block to block: the order of the sum
-// does not change. With few activations weights are multiplied in place, with many from a panel of bf16 in
-// scratch: rows that lie a power of two apart would fight for the same sets of the cache, and those that
-// straddle cache lines or have to be decoded would pay for it with every token.
+// does not change. With few activations weights are multiplied in place, with many they are
+// packed to bf16 in scratch first: rows a power of two apart would compete for the same cache sets, and rows
+// that straddle cache lines or have to be decoded would pay for it with every token.
 //
 // A Product says what is multiplied: bf16 into fp32, or int8 codes into int32. Blocks, panels and tiles are
 // counted in bytes of activations, which are the same for both.
 //
 // C is row-major: c[m * ld + (n - n0)], ld = c_stride(n1 - n0).
 
-// Bytes of a row of activations in a block, in place and of a panel. A panel is half of a first-level cache
-// of 32 KiB, the rest is for the activations that pass.
+// Bytes of a row of activations in a block, in place and packed. Packed weights take half of an L1 cache of
+// 32 KiB, the rest is for activations.
 inline constexpr size_t kBlockBytes = 4096, kPackedBlockBytes = 2048;
-// From this many activation rows on, a panel of weights that are used as they are costs less than it saves.
+// From this many activation rows on, packing weights that could be used in place costs less than it saves.
 inline constexpr uint32_t kPackFromRows = 14;
 inline constexpr size_t kSegmentBytes = Vec::kStep * sizeof(bf16);
 
@@ -100,12 +100,12 @@ KT_INLINE bool is_aligned(const std::byte* data, ptrdiff_t stride) {
 
 inline size_t c_floats_rows(uint32_t m, uint32_t n) { return m * c_stride(n); }
 
-inline constexpr size_t kPanelBytes = size_t{Vec::kRowTile} * kPackedBlockBytes;
+inline constexpr size_t kPackedWeightsBytes = size_t{Vec::kRowTile} * kPackedBlockBytes;
 
 inline size_t nt_scratch_bytes_rows(uint32_t k) {
   const size_t lanes =
       k * sizeof(bf16) > kPackedBlockBytes ? size_t{kMaxPanelRows} * Vec::kRowTile * sizeof(Vec::Acc) : 0;
-  return kPanelBytes + lanes;
+  return kPackedWeightsBytes + lanes;
 }
 
 // Weights as they lie: row r of the group at its own address.
@@ -148,9 +148,9 @@ struct PackedWeights {
 };
 
 template <class Format, class Product, int kRows>
-void pack_weights(const WeightView& w, uint32_t n, size_t k0, size_t k1, std::byte* panel) {
+void pack_weights(const WeightView& w, uint32_t n, size_t k0, size_t k1, std::byte* packed) {
   for (int r = 0; r < kRows; ++r) {
-    std::byte* to = panel + r * kSegmentBytes;
+    std::byte* to = packed + r * kSegmentBytes;
     if constexpr (std::is_same_v<Format, AnyBlockFormat>) {
       AnyBlockFormat::unpack(w, n + static_cast<uint32_t>(r), k0, k1, to, kRows * kSegmentBytes);
     } else {
@@ -266,10 +266,10 @@ void dot_block(const NtArgs& args, const GroupBlock& b, const Weights& w, Ahead 
   }
 }
 
-// A block of a group, its weights in place or from a panel. A tile of activations prefetches its part of what
-// is behind, as slowly as still prefetches all of it: requests in a burst wait for each other.
+// A block of a group, its weights in place or packed. Each tile of activations prefetches its part of the
+// bytes behind, as slowly as possible: requests in a burst wait for each other.
 template <class Format, class Product, int kRows>
-void dot_block(const NtArgs& args, const GroupBlock& b, bool use_panel, const std::byte* behind,
+void dot_block(const NtArgs& args, const GroupBlock& b, bool use_packed, const std::byte* behind,
                size_t bytes) {
   // What a step takes of a group, in whole cache lines.
   constexpr int kStepBytes = static_cast<int>(
@@ -277,18 +277,18 @@ void dot_block(const NtArgs& args, const GroupBlock& b, bool use_panel, const st
   [[maybe_unused]] constexpr int kLines = kStepBytes / static_cast<int>(kCacheLine);
   const size_t tiles = div_up(args.x.rows, Vec::kTokenTile);
   const auto prefetching = [&](size_t share) { return Ahead{behind, bytes, kStepBytes / share}; };
-  if (use_panel) {
+  if (use_packed) {
     pack_weights<Format, Product, kRows>(args.w, b.n, b.k0, b.k1, args.scratch);
-    const PackedWeights<Product, kRows> panel{args.scratch, b.k0};
+    const PackedWeights<Product, kRows> packed{args.scratch, b.k0};
     const size_t share = tiles == 1 ? 1 : tiles <= 3 ? 2 : tiles < 8 ? 4 : tiles < 16 ? 8 : 16;
-    return dot_block<Product, kRows>(args, b, panel, prefetching(share));
+    return dot_block<Product, kRows>(args, b, packed, prefetching(share));
   }
-  if constexpr (kRows > 1 && !std::is_same_v<Format, AnyBlockFormat>) {  // which always have a panel
+  if constexpr (kRows > 1 && !std::is_same_v<Format, AnyBlockFormat>) {  // which are always packed
     if (tiles == 1)
       return dot_block<Product, kRows>(args, b, InPlace<Format, Product, kRows, kLines>(args.w, b.n),
                                        prefetching(1));
   }
-  if constexpr (kRows > 1 && Product::template as_stored<Format>()) {  // else more tiles have a panel
+  if constexpr (kRows > 1 && Product::template as_stored<Format>()) {  // else more tiles use packed weights
     constexpr int kHalf = (kLines + 1) / 2, kQuarter = (kLines + 3) / 4;
     if (tiles <= 3)
       return dot_block<Product, kRows>(args, b, InPlace<Format, Product, kRows, kHalf>(args.w, b.n),
@@ -299,19 +299,19 @@ void dot_block(const NtArgs& args, const GroupBlock& b, bool use_panel, const st
 }
 
 template <class Format, class Product, int kRows>
-void dot_group(const NtArgs& args, uint32_t n, bool use_panel) {
+void dot_group(const NtArgs& args, uint32_t n, bool use_packed) {
   const uint32_t k = args.x.k;
   const size_t row_bytes = format_row_bytes(args.w.format, k);
   const bool rows_adjoin = args.w.row_stride_bytes == static_cast<ptrdiff_t>(row_bytes);
-  const size_t block_k = (use_panel ? kPackedBlockBytes : kBlockBytes) / Product::kElementBytes;
+  const size_t block_k = (use_packed ? kPackedBlockBytes : kBlockBytes) / Product::kElementBytes;
   const size_t num_blocks = k == 0 ? 1 : div_up(k, block_k);
   // Whole steps, and what AnyBlockFormat takes apart at a time.
   const size_t block = round_up(div_up(k, num_blocks), Product::kStep < 32 ? 32 : Product::kStep);
   const size_t prefetch = rows_adjoin ? kRows * row_bytes / num_blocks : 0;
   for (size_t i = 0; i < num_blocks; ++i) {
     const size_t k0 = i * block, k1 = k0 + block < k ? k0 + block : k;
-    const GroupBlock b{n, k0, k1, args.scratch + kPanelBytes};
-    dot_block<Format, Product, kRows>(args, b, use_panel, args.w.row(n + kRows) + i * prefetch, prefetch);
+    const GroupBlock b{n, k0, k1, args.scratch + kPackedWeightsBytes};
+    dot_block<Format, Product, kRows>(args, b, use_packed, args.w.row(n + kRows) + i * prefetch, prefetch);
   }
 }
 
@@ -321,9 +321,9 @@ void nt_rows(const NtArgs& args) {
   constexpr uint32_t kFrom = std::is_same_v<Format, AnyBlockFormat>  ? 1
                              : Product::template as_stored<Format>() ? kPackFromRows
                                                                      : Vec::kTokenTile + 1;
-  const bool use_panel = args.x.rows >= kFrom;
+  const bool use_packed = args.x.rows >= kFrom;
   uint32_t n = args.n0;
   for (; n + Vec::kRowTile <= args.n1; n += Vec::kRowTile)
-    dot_group<Format, Product, Vec::kRowTile>(args, n, use_panel);
+    dot_group<Format, Product, Vec::kRowTile>(args, n, use_packed);
   for (; n < args.n1; ++n) dot_group<Format, Product, 1>(args, n, true);  // few, so one way will do
 }

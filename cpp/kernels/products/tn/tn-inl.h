@@ -4,15 +4,15 @@
 // what it wants for a lhs operand. Sums wait in scratch, and go to D at the end. Included inside a target's
 // namespace, after its nn_*.h and transpose_*.h.
 
-inline constexpr size_t kTnPanelBytes = size_t{64} << 10;  // of X: with the sums it stays in the cache
-inline constexpr uint32_t kTnBlockRows = 512;  // at most: blocks of G are small beside the panel of X
+inline constexpr size_t kTnPackedBytes = size_t{64} << 10;  // of X: with the sums it stays in the cache
+inline constexpr uint32_t kTnBlockRows = 512;  // at most: blocks of G are small beside the packed X
 inline constexpr size_t kTnLhsBytes = size_t{kMaxTnRows} * kTnBlockRows * sizeof(bf16);
 inline constexpr size_t kTnSumBytes = size_t{kMaxTnRows} * kMaxTnColumns * sizeof(float);
-inline constexpr size_t kTnScratchBytes = kTnPanelBytes + kTnLhsBytes + kTnSumBytes;
+inline constexpr size_t kTnScratchBytes = kTnPackedBytes + kTnLhsBytes + kTnSumBytes;
 
 // Interleaves rows [s0, s1), `columns` of each.
 inline void fill_pairs(const RowsView& rows, uint32_t s0, uint32_t s1, uint32_t columns,
-                       const PackedPairs& panel) {
+                       const PackedPairs& packed) {
   const auto row = [&](uint32_t s) {
     const size_t at = rows.index ? rows.index[s] : s;
     return reinterpret_cast<const std::byte*>(rows.data + at * rows.stride);
@@ -21,9 +21,9 @@ inline void fill_pairs(const RowsView& rows, uint32_t s0, uint32_t s1, uint32_t 
   for (uint32_t s = s0; s < s1; s += 2, at += kPairsBytes) {
     for (uint32_t ahead = s + kRowsAhead; ahead < smaller(s1, s + kRowsAhead + 2); ++ahead)
       prefetch_bytes<3>(row(ahead), columns * sizeof(bf16));
-    interleave_pair(row(s), s + 1 < s1 ? row(s + 1) : kZeroRow, columns, panel, at);
+    interleave_pair(row(s), s + 1 < s1 ? row(s + 1) : kZeroRow, columns, packed, at);
   }
-  finish_step(columns, panel, at);
+  finish_step(columns, packed, at);
 }
 
 // Scaled sums, row-major, to a D whose columns lie one after the other.
@@ -99,19 +99,19 @@ struct TnBlock {
 
 template <class Product>
 void tn_product(const TnArgs& a) {
-  std::byte* lhs = a.scratch + kTnPanelBytes;
+  std::byte* lhs = a.scratch + kTnPackedBytes;
   float* sums = reinterpret_cast<float*>(lhs + kTnLhsBytes);
   const size_t stride = round_up(a.k, kGroupColumns);
-  const uint32_t steps = smaller(panel_steps(kTnPanelBytes, a.k), kTnBlockRows / kPairsStep);
-  const PackedPairs x_panel = packed_pairs(a.scratch, steps), g_panel = packed_pairs(lhs, steps);
+  const uint32_t steps = smaller(packed_steps(kTnPackedBytes, a.k), kTnBlockRows / kPairsStep);
+  const PackedPairs x_packed = packed_pairs(a.scratch, steps), g_packed = packed_pairs(lhs, steps);
   const uint32_t block = steps * kPairsStep;
   std::memset(sums, 0, a.n * stride * sizeof(float));
   Product product;
   for (uint32_t m0 = 0; m0 < a.m; m0 += block) {
     const uint32_t m1 = smaller(a.m, m0 + block);
-    fill_pairs(a.x, m0, m1, a.k, x_panel);
-    fill_pairs(a.g, m0, m1, a.n, g_panel);
-    product.add({g_panel, x_panel, a.n, a.k, m1 - m0, sums, stride, a.scratch + kTnScratchBytes});
+    fill_pairs(a.x, m0, m1, a.k, x_packed);
+    fill_pairs(a.g, m0, m1, a.n, g_packed);
+    product.add({g_packed, x_packed, a.n, a.k, m1 - m0, sums, stride, a.scratch + kTnScratchBytes});
   }
   store_sums(a, sums, stride);
 }
