@@ -181,7 +181,7 @@ def loss_of(model: Model, ids: Tensor, following: Tensor, dropout: float = 0.0) 
 
 @torch.no_grad()
 def bits_per_byte(model: Model, data: Tensor, length: int) -> float:
-    """Over neighbouring windows; the first bytes of each have little to go by."""
+    """Over neighboring windows; the first bytes of each have little to go by."""
     model.eval()
     windows = data[: len(data) // (length + 1) * (length + 1)].view(-1, length + 1).long()
     losses = [loss_of(model, part[:, :-1], part[:, 1:])[0] for part in windows.split(64)]

@@ -31,7 +31,7 @@ class Spread:
 
     @classmethod
     def of(cls, seconds: Sequence[float] | Array) -> Spread:
-        """Summarise durations in seconds."""
+        """Summarize durations in seconds."""
         p10, median, p90 = (round(float(ms), 5) for ms in np.percentile(seconds, (10, 50, 90)) * 1e3)
         return cls(median, p10, p90, len(seconds))
 
@@ -73,7 +73,7 @@ class Limits:
 
     @classmethod
     def mean(cls, measured: Sequence[dict[str, Any]]) -> Limits:
-        """Summarise answers of ``measure_limits``."""
+        """Summarize answers of ``measure_limits``."""
         isa = measured[0]["isa"]
         flop_key = "step_flop_per_s" if isa in _STEP_LIMITED else "dot_flop_per_s"
         values = np.array([[one["read_bytes_per_s"], one[flop_key]] for one in measured])

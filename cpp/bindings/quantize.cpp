@@ -1,4 +1,4 @@
-// Quantising weights in Python: the task that turns rows into codes and scales.
+// Quantizing weights in Python: the task that turns rows into codes and scales.
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
@@ -93,7 +93,7 @@ PythonTask quantize_task(const std::string& format, nb::object weights, nb::obje
 
 void bind_row_bytes(nb::module_& m) {
   m.def("quantized_row_bytes", &row_bytes, nb::arg("format"), nb::arg("k"),
-        R"(Count the bytes that hold a row of quantised weights.
+        R"(Count the bytes that hold a row of quantized weights.
 
 Parameters
 ----------
@@ -121,7 +121,7 @@ Examples
 void bind_task(nb::module_& m) {
   m.def("quantize_task", &quantize_task, nb::arg("format"), nb::arg("weights").none(),
         nb::arg("codes").none(), nb::arg("channel_scale").none() = nb::none(), nb::kw_only(), nb::arg("pool"),
-        R"(Make the task that quantises the rows of a matrix.
+        R"(Make the task that quantizes the rows of a matrix.
 
 What it computes is what `quantize_int8` and `quantize_int4` of `ktmoe_np.reference` do, and what it writes is
 what `pack_int8` and `pack_int4` make of that: the same bytes on every instruction set, with any number of

@@ -1,4 +1,4 @@
-// The format of unquantised checkpoints: a row is its bfloat16 values, one after the other.
+// The format of unquantized checkpoints: a row is its bfloat16 values, one after the other.
 #ifndef KTMOE_FORMATS_BF16_H_
 #define KTMOE_FORMATS_BF16_H_
 

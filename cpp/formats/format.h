@@ -82,7 +82,7 @@ alignas(16) inline constexpr int8_t kFromZero[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 
 //   are then
 //                           exact in bf16
 //   bool kIsInteger         decoded values are whole numbers from -127 to 127: integer products take them
-// and, for the target regions (kernels/targets), a specialisation Unpack<F> that yields the k-th segment of a
+// and, for the target regions (kernels/targets), a specialization Unpack<F> that yields the k-th segment of a
 // row in registers, in the element order of the policy it is given.
 //
 // A row of a format of blocks, which has `kBlock` too, is whole blocks of so many values (blocks.h). Else

@@ -220,7 +220,7 @@ struct KernelTable {
   void (*tn)(const TnArgs&);
   void (*activate_backward)(const ActivateBackwardArgs&);
 
-  // Quantising; see contract_quantize.h.
+  // Quantizing; see contract_quantize.h.
   uint32_t (*quantize_int8)(const QuantizeArgs&);
   uint32_t (*quantize_int8_group)(const QuantizeArgs&);
   uint32_t (*quantize_int4)(const QuantizeArgs&);

@@ -1,4 +1,4 @@
-// The contract of the kernels that quantise weights. What they compute is stated by the reference
+// The contract of the kernels that quantize weights. What they compute is stated by the reference
 // (quantize_int8, quantize_int4): a fixed sequence of fp32 operations, none of them fused, with sums in 16
 // lanes whatever the width of the vectors. So, unlike products, codes and scales are the same to the bit on
 // every instruction set.

@@ -18,7 +18,7 @@ bool is_open(uint32_t epoch) { return epoch % 2 == 1; }
 }  // namespace
 
 InNumaPool::InNumaPool(Crew crew) : crew_(std::move(crew)), slots_(new Slot[crew_.cpus.size()]) {
-  neighbours_ = {this};
+  neighbors_ = {this};
   try {
     for (int position = crew_.caller_is_first ? 1 : 0; position < num_workers(); ++position) {
       threads_.emplace_back(str_cat("ktmoe-", crew_.first_worker + position), crew_.cpus[position],
@@ -64,7 +64,7 @@ void InNumaPool::deal(Job& job, uint32_t begin, uint32_t end) {
 
 void InNumaPool::open() {
   uint64_t wanted = 0;
-  for (const InNumaPool* pool : neighbours_) wanted += pool->num_dealt_;
+  for (const InNumaPool* pool : neighbors_) wanted += pool->num_dealt_;
   if (crew_.caller_is_first && wanted > 0) --wanted;  // one is the caller's
   wanted_.store(static_cast<int>(std::min(wanted, crew_.cpus.size())), std::memory_order_relaxed);
   epoch_.store(epoch_.load() + 1);
@@ -147,7 +147,7 @@ void InNumaPool::work(Job& job, int position) {
 }
 
 bool InNumaPool::steal_into(int position) {
-  for (InNumaPool* victim : neighbours_) {
+  for (InNumaPool* victim : neighbors_) {
     while (Slot* slot = victim->largest(position)) {
       if (slot->range.move_back_half_to(slots_[position].range)) return true;
     }

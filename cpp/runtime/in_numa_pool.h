@@ -44,7 +44,7 @@ class InNumaPool {
   InNumaPool& operator=(const InNumaPool&) = delete;
 
   // The sub-pools on the same node, this one first: its workers steal from them in this order.
-  void set_neighbours(std::vector<InNumaPool*> neighbours) { neighbours_ = std::move(neighbours); }
+  void set_neighbors(std::vector<InNumaPool*> neighbors) { neighbors_ = std::move(neighbors); }
 
   // The thread of a worker; null for the caller, who has none of the pool's.
   Thread* thread(int position);
@@ -92,7 +92,7 @@ class InNumaPool {
 
   Crew crew_;
   std::unique_ptr<Slot[]> slots_;
-  std::vector<InNumaPool*> neighbours_;
+  std::vector<InNumaPool*> neighbors_;
   Job* job_ = nullptr;      // valid while epoch_ is odd
   uint64_t num_dealt_ = 0;  // tasks of that job
   std::vector<Thread> threads_;

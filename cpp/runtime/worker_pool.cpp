@@ -43,11 +43,11 @@ WorkerPool::WorkerPool(WorkerPoolConfig config, const Topology& topology)
     subpools_.push_back(std::make_unique<InNumaPool>(std::move(crew)));
   }
   for (int s = 0; s < num_subpools(); ++s) {
-    std::vector<InNumaPool*> neighbours{subpools_[s].get()};
+    std::vector<InNumaPool*> neighbors{subpools_[s].get()};
     for (int other = 0; other < num_subpools(); ++other) {
-      if (other != s && numa_node(other) == numa_node(s)) neighbours.push_back(subpools_[other].get());
+      if (other != s && numa_node(other) == numa_node(s)) neighbors.push_back(subpools_[other].get());
     }
-    subpools_[s]->set_neighbours(std::move(neighbours));
+    subpools_[s]->set_neighbors(std::move(neighbors));
   }
   if (!is_crowded) seating_ = seat_workers(cpus);
 }

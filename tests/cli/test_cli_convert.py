@@ -44,7 +44,7 @@ pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("leave_no_engine")]
 def test_convert(
     method: str, size: int | None, fmt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, target = tmp_path / "model", tmp_path / "to" / "quantised"
+    model, target = tmp_path / "model", tmp_path / "to" / "quantized"
     drawn = write_checkpoint(model, "qwen3_moe", [1, 4], E=E, I=I, H=H)
     group = [] if size is None else [f"--group-size={size}"]
     assert run(model, target, "--json", *group, method=method) == 0

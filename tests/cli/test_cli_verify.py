@@ -79,7 +79,7 @@ def test_verify_finds_wrong_results(
 
 @pytest.mark.parametrize("name", ["AMXINT8", "AMXINT4", "MOE_INT8", "MOE_INT4"])
 @pytest.mark.parametrize("num_experts", [1, 5])
-def test_the_reference_judges_quantised_layers(name: str, num_experts: int, tmp_path: Path) -> None:
+def test_the_reference_judges_quantized_layers(name: str, num_experts: int, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "gpt_oss", [0], E=6, I=32, H=64, num_experts_per_tok=3)
     config = MoEConfig.from_hf_config(load_hf_config(tmp_path), 0)
     experts, sample = load_experts(tmp_path, 0, config), draw_sample(config, num_experts)
@@ -93,13 +93,13 @@ def test_the_reference_judges_quantised_layers(name: str, num_experts: int, tmp_
     expected = Expected(sample, config, TensorSource(experts, fmt, method.product))
     assert expected.num_experts == num_experts
     assert expected.judge(right).problem is None
-    unquantised = Expected(sample, config, TensorSource(experts))
-    assert unquantised.num_experts == num_experts
-    assert unquantised.judge(right).problem is not None
+    unquantized = Expected(sample, config, TensorSource(experts))
+    assert unquantized.num_experts == num_experts
+    assert unquantized.judge(right).problem is not None
 
 
 @pytest.mark.parametrize("name", ["AMXINT8", "AMXINT4", "MOE_INT8", "MOE_INT4"])
-def test_verify_quantised_layers(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_quantized_layers(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(tmp_path, "qwen3_moe", [0], E=4, I=32, H=64)
     assert main(["verify", str(tmp_path), "--json", "--tokens=1,40", f"--method={name}", *QUICK]) == 0
     assert json.loads(capsys.readouterr().out)["method"] == name

@@ -151,7 +151,7 @@ WRITES = {
 
 @pytest.mark.parametrize("form", WRITES)
 def test_what_compressed_tensors_writes(tmp_path: Path, form: str) -> None:
-    """Its quantiser makes the tensors, and it names all but the layer."""
+    """Its quantizer makes the tensors, and it names all but the layer."""
     from safetensors.torch import save_file
 
     writer, scheme = compressor(form)

@@ -1,4 +1,4 @@
-"""The extension quantises to the bytes of the reference, and refuses what it cannot."""
+"""The extension quantizes to the bytes of the reference, and refuses what it cannot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What quantised layers are refused for: files that are damaged or of others, weights, codes and scales."""
+"""What quantized layers are refused for: files that are damaged or of others, weights, codes and scales."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def test_fields_that_are_wrong_or_missing(field: str, layer: Layer, tmp_path: Pa
 
 def test_fields_that_nobody_knows(layer: Layer, tmp_path: Path) -> None:
     path = save(layer, tmp_path)
-    rewrite(path, lambda tensors, metadata: metadata.update(colour="red"))
-    refused(path, "'colour' is in the metadata, expected only format, version, layer_idx")
+    rewrite(path, lambda tensors, metadata: metadata.update(color="red"))
+    refused(path, "'color' is in the metadata, expected only format, version, layer_idx")
 
 
 TENSORS: dict[str, tuple[Callable[[Tensors], object], str]] = {
@@ -303,12 +303,12 @@ ARRAYS: dict[str, tuple[Callable[[Layer], dict[str, Any]], type[BaseException], 
     "scales of weights": (
         changed("up_scale", lambda _: np.ones((E, I), np.float32)),
         ValueError,
-        r"up_scale: got one, expected None: up_proj is bfloat16, and quantised weights are uint8",
+        r"up_scale: got one, expected None: up_proj is bfloat16, and quantized weights are uint8",
     ),
     "codes, dtype": (
         coded("gate_proj", lambda w: w.view(np.int8)),
         ValueError,
-        r"gate_scale: got one, expected None: gate_proj is int8, and quantised weights are uint8",
+        r"gate_scale: got one, expected None: gate_proj is int8, and quantized weights are uint8",
     ),
     "codes, shape": (
         coded("gate_proj", lambda w: w[:, :, 1:]),

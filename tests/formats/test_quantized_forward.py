@@ -1,4 +1,4 @@
-"""Is what quantised layers compute right? Every method against the reference, and laws to the bit."""
+"""Is what quantized layers compute right? Every method against the reference, and laws to the bit."""
 
 from __future__ import annotations
 

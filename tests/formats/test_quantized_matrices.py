@@ -81,7 +81,7 @@ def test_product_weights() -> None:
 
 
 @given(SEEDS, st.integers(0, 5), st.integers(0, 70), POWERS)
-def test_activations_are_quantised_by_row(seed: int, M: int, K: int, power: int) -> None:
+def test_activations_are_quantized_by_row(seed: int, M: int, K: int, power: int) -> None:
     x = draw(seed, M, K, power=power)
     with np.errstate(all="raise"):
         codes, scale = quantize_activations(x)

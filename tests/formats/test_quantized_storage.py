@@ -1,4 +1,4 @@
-"""Quantised layers: what is loaded, what is saved, and that the one comes back as the other."""
+"""Quantized layers: what is loaded, what is saved, and that the one comes back as the other."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 @every_method
-def test_what_is_saved_is_what_the_reference_quantises(
+def test_what_is_saved_is_what_the_reference_quantizes(
     method: str, group_size: int | None, fmt: str, layer: Layer, tmp_path: Path
 ) -> None:
     moe = load(wrapper(method, group_size), layer)
@@ -145,7 +145,7 @@ def test_given_codes_are_saved(layer: Layer, tmp_path: Path, as_lists: bool) -> 
     moe = wrapper("AMXINT8")
     moe.load_weights_from_tensors(*codes, **layer.biases, **scales)
     file = moe.save_weights(tmp_path / "given")
-    expected = load(wrapper("AMXINT8"), layer).save_weights(tmp_path / "quantised")
+    expected = load(wrapper("AMXINT8"), layer).save_weights(tmp_path / "quantized")
     assert file.read_bytes() == expected.read_bytes()
 
 
@@ -162,7 +162,7 @@ def test_codes_and_weights_may_be_mixed(layer: Layer, tmp_path: Path) -> None:
         progress=lambda *step: steps.append(step),
     )
     assert steps == [(i + 1, 2 * E) for i in range(2 * E)]
-    expected = load(wrapper("AMXINT8"), layer).save_weights(tmp_path / "quantised")
+    expected = load(wrapper("AMXINT8"), layer).save_weights(tmp_path / "quantized")
     assert moe.save_weights(tmp_path / "mixed").read_bytes() == expected.read_bytes()
 
 
@@ -212,7 +212,7 @@ def test_layers_without_gate_or_biases(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("naming", ["qwen3_moe", "gpt_oss", "nemotron_h", "qwen3_5_moe"])
-def test_checkpoints_are_quantised_when_they_are_loaded(naming: str, tmp_path: Path) -> None:
+def test_checkpoints_are_quantized_when_they_are_loaded(naming: str, tmp_path: Path) -> None:
     model = tmp_path / "model"
     drawn = write_checkpoint(model, naming, [5], E=E, I=32, H=64)[5]
     moe = KTMoEWrapper.from_pretrained(model, 5, method="AMXINT8")
@@ -270,7 +270,7 @@ def test_row_bytes_are_those_of_the_extension() -> None:
 
 
 @every_method
-def test_saved_and_quantised_layers_compute_the_same(
+def test_saved_and_quantized_layers_compute_the_same(
     method: str, group_size: int | None, fmt: str, layer: Layer, tmp_path: Path
 ) -> None:
     batch = draw_batch(np.random.default_rng(1), layer, 5, P)

@@ -147,7 +147,7 @@ def test_gradients(block: Block) -> None:
     assert got.keys() == expected.keys()
     balls = gradient_balls(Student(layer, {}, 0).reference(block.batch), grad_output, rounded=False)
     for name, value in expected.items():
-        np.testing.assert_allclose(balls[name].centre, value.numpy(), rtol=1e-9, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(balls[name].center, value.numpy(), rtol=1e-9, atol=1e-9, err_msg=name)
         assert_within(got[name], value.numpy(), balls[name].radius)
         error = np.linalg.norm(got[name] - value.numpy()) / np.linalg.norm(value.numpy())
         assert error < 2.0**-6, name

@@ -199,7 +199,7 @@ def test_a_layer_that_defers_nothing_ends_the_chain() -> None:
 
 @pytest.mark.parametrize("numbers", [(0, 2), (1, 3, 5), (0, 7, 8)])
 def test_layers_with_gaps_between_them(numbers: tuple[int, ...]) -> None:
-    """Dense layers lie between; then two neighbours may use the same slot of the buffer."""
+    """Dense layers lie between; then two neighbors may use the same slot of the buffer."""
     layers, batches = drawn(6, len(numbers))
     moes = [
         layer.wrapper(P, layer_idx=number, max_deferred_experts_per_token=2)

@@ -268,7 +268,7 @@ def test_a_forward_pass_may_be_pending() -> None:
 
 
 @pytest.mark.parametrize(("method", "group_size"), QUANTIZED)
-def test_what_was_quantised_is_written_as_it_is_packed(method: str, group_size: int | None) -> None:
+def test_what_was_quantized_is_written_as_it_is_packed(method: str, group_size: int | None) -> None:
     layer = draw_layer(np.random.default_rng(4), 2, 256, 40)
     moe = layer.wrapper(1, method=method, group_size=group_size)
     matrices = quantized_layer(layer, method, group_size)

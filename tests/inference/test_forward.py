@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.kernels, pytest.mark.asan]
 
 AnyArray = Any
 
-#: One element, a tile and its neighbours, pairs and steps of every instruction set, and odd ones.
+#: One element, a tile and its neighbors, pairs and steps of every instruction set, and odd ones.
 SIZES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 45, 64, 70, 95, 100, 128, 129, 160)
 TOKENS = (0, 1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65)
 BAD_NUMBERS = (np.nan, np.inf, -np.inf)

@@ -1,4 +1,4 @@
-"""Models that transformers dequantises while it loads them, beside the engine on their codes."""
+"""Models that transformers dequantizes while it loads them, beside the engine on their codes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.crosscheck, pytest.mark.filterwarnings("ignore")]
 
 
 def of_format(form: str) -> dict[str, Any]:
-    """The quantisation that compressed-tensors describes, of the experts only."""
+    """The quantization that compressed-tensors describes, of the experts only."""
     return {
         "quant_method": "compressed-tensors",
         "format": form,

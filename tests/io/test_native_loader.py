@@ -1,4 +1,4 @@
-"""Natively quantised experts are found in every encoding and naming, without a copy."""
+"""Natively quantized experts are found in every encoding and naming, without a copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers of natively quantised checkpoints: the method is found, and the files are what is computed with."""
+"""Layers of natively quantized checkpoints: the method is found, and the files are what is computed with."""
 
 from __future__ import annotations
 

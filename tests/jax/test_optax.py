@@ -1,4 +1,4 @@
-"""Optimisers of optax in `ktmoe finetune`: they step, stop and go on as optax does by itself."""
+"""Optimizers of optax in `ktmoe finetune`: they step, stop and go on as optax does by itself."""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ def test_a_state_goes_on(name: str) -> None:
     "name", ["no_such", "apply_updates", "exponential_decay", "lbfgs", "noisy_sgd", "clip", "scale"]
 )
 def test_other_names(name: str) -> None:
-    with pytest.raises(ValueError, match=f"--optimizer: got optax.{name}, expected the name of an optimiser"):
+    with pytest.raises(ValueError, match=f"--optimizer: got optax.{name}, expected the name of an optimizer"):
         make_optimizer(f"optax.{name}", begin(), 0.1)

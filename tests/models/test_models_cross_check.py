@@ -216,7 +216,7 @@ def larger_last_epsilon(ours: MoEDecoder, patch: pytest.MonkeyPatch) -> None:
     ours.config = replace(ours.config, rms_norm_eps=10 * ours.config.rms_norm_eps)
 
 
-def other_normalisation(ours: MoEDecoder, patch: pytest.MonkeyPatch) -> None:
+def other_normalization(ours: MoEDecoder, patch: pytest.MonkeyPatch) -> None:
     for layer in ours._layers:
         layer.router = replace(layer.router, renormalize=not layer.router.renormalize)
 
@@ -236,7 +236,7 @@ MISTAKES: dict[str, Callable[[MoEDecoder, pytest.MonkeyPatch], None]] = {
     "scale of scores": scaled_scores,
     "epsilon": larger_epsilon,
     "last epsilon": larger_last_epsilon,
-    "normalisation of routing weights": other_normalisation,
+    "normalization of routing weights": other_normalization,
     "experts": one_expert_in_place_of_another,
 }
 

@@ -135,7 +135,7 @@ def test_layers_of_large_numbers(seed: int, sizes: tuple[int, int, int], activat
 def test_quantized_layers_of_large_numbers(seed: int, method: str, exponents: tuple[int, ...]) -> None:
     layer = draw_arguments(seed, T=3, H=33, inter=17)
     for name, exponent in zip(("gate_proj", "up_proj", "down_proj"), exponents[:3], strict=True):
-        # Of full range, but finite, or they would not be quantised.
+        # Of full range, but finite, or they would not be quantized.
         layer[name] = np.clip(layer[name].astype(np.float64) * 2.0**exponent, -3e38, 3e38).astype(bf16)
     layer["topk_weights"] = scaled(layer["topk_weights"], exponents[3])
     layer = quantized(layer, method)
@@ -167,7 +167,7 @@ def test_gradients_of_large_numbers(
             out, cache = moe_forward_sft(**layer, accumulate_dtype=accumulate)
             gradients = present(moe_backward(cache, grad_output, full_weight_grad=True))
             for name, value in {**gradients, "out": out}.items():
-                assert_within(value, balls[name].centre, balls[name].radius)
+                assert_within(value, balls[name].center, balls[name].radius)
 
 
 @given(SEEDS, SIZES, st.integers(-60, 127), st.sampled_from(["silu", "relu2", "swigluoai"]))
@@ -192,7 +192,7 @@ def test_an_overflow_of_one_token_leaves_the_bounds_of_others() -> None:
     for name in ("out", "grad_input", "grad_weights"):
         assert np.isposinf(balls[name].radius[0]).all()
         assert np.isfinite(balls[name].radius[1:]).all()
-        assert np.isfinite(balls[name].centre[1:]).all()
+        assert np.isfinite(balls[name].center[1:]).all()
 
 
 def case_of_one_large_token() -> tuple[Any, AnyArray]:

@@ -155,7 +155,7 @@ def test_gradients_are_those_of_torch(activation: str, rate: float) -> None:
         expected = truth[ARGUMENTS.get(name, name)]
         scale = np.abs(expected).max()
         np.testing.assert_allclose(exact[name], expected, rtol=1e-12, atol=1e-12 * scale, err_msg=name)
-        np.testing.assert_allclose(balls[name].centre, expected, rtol=1e-12, atol=1e-12 * scale)
+        np.testing.assert_allclose(balls[name].center, expected, rtol=1e-12, atol=1e-12 * scale)
         assert_within(rounded[name], expected, balls[name].radius + 1e-12 * scale)
         # A bound that finds mistakes: below a tenth of what it bounds.
         assert np.median(balls[name].radius) < 0.1 * np.sqrt(np.mean(np.square(expected)))
@@ -171,7 +171,7 @@ def test_float32_is_float64_within_the_bound(activation: Any, rate: float) -> No
         out, cache = moe_forward_sft(**layer, accumulate_dtype=accumulate)
         gradients = present(moe_backward(cache, grad_output, full_weight_grad=True))
         for name, value in {**gradients, "out": out}.items():
-            assert_within(value, balls[name].centre, balls[name].radius)
+            assert_within(value, balls[name].center, balls[name].radius)
 
 
 def test_the_bound_finds_a_missing_rounding() -> None:
@@ -180,7 +180,7 @@ def test_the_bound_finds_a_missing_rounding() -> None:
     unrounded_cache = present(train(layer, grad_output, cache_dtype=np.float32))
     for name in ("gate_lora_b", "up_lora_a", "gate_proj"):
         with pytest.raises(AssertionError, match="elements are outside the bound"):
-            assert_within(unrounded_cache[name], balls[name].centre, balls[name].radius)
+            assert_within(unrounded_cache[name], balls[name].center, balls[name].radius)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 6), st.integers(0, 6))

@@ -1,4 +1,4 @@
-"""The layer with quantised weights: against plain loops, within its bound, its laws, accuracy and errors."""
+"""The layer with quantized weights: against plain loops, within its bound, its laws, accuracy and errors."""
 
 from __future__ import annotations
 

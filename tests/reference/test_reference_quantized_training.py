@@ -1,4 +1,4 @@
-"""The training step with quantised base weights: against a plain loop, within its bound, its laws."""
+"""The training step with quantized base weights: against a plain loop, within its bound, its laws."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def draw_quantized_training(seed: int, method: str, **sizes: Any) -> tuple[Layer
 
 
 def with_weights(layer: Layer, function: Any) -> Layer:
-    """The layer with bfloat16 or float64 weights that `function` makes of its quantised ones."""
+    """The layer with bfloat16 or float64 weights that `function` makes of its quantized ones."""
     plain = {n: None if layer[n] is None else function(layer[n]) for n in PROJECTIONS}
     return {**layer, **plain, "product": "bfloat16"}
 
@@ -73,17 +73,17 @@ def test_a_step_is_the_loop(
 @quick
 def test_the_interval_of_codes_holds_every_row_in_it(seed: int, K: int, radius: float) -> None:
     rng = np.random.default_rng(seed)
-    centre = round_bf16(rng.standard_normal((5, K))).astype(np.float64)
-    operand = Ball(centre, radius * np.abs(centre) * rng.uniform(0.1, 1.0, (5, K)))
+    center = round_bf16(rng.standard_normal((5, K))).astype(np.float64)
+    operand = Ball(center, radius * np.abs(center) * rng.uniform(0.1, 1.0, (5, K)))
     for rounded in (True, False):
         result = operand.int8(rounded)
         for _ in range(20):
             # Most elements near the ends of their intervals, by more than float32 rounds.
-            sign = np.clip(rng.uniform(-3, 3, centre.shape), -1, 1)
-            row = (centre + 0.99 * sign * operand.radius).astype(np.float32)
+            sign = np.clip(rng.uniform(-3, 3, center.shape), -1, 1)
+            row = (center + 0.99 * sign * operand.radius).astype(np.float32)
             codes, scale = quantize_activations(row)
             decoded = codes * scale[:, None].astype(np.float64)
-            assert (np.abs(decoded - result.centre) <= result.radius * (1 + 1e-12)).all()
+            assert (np.abs(decoded - result.center) <= result.radius * (1 + 1e-12)).all()
 
 
 @methods
@@ -102,7 +102,7 @@ def test_evaluations_lie_within_the_bound(method: str, activation: str, rounded:
     for numbers in computations:
         out, cache = moe_forward_sft(**layer, **numbers)
         for name, value in {**present(moe_backward(cache, grad_output)), "out": out}.items():
-            assert_within(value, balls[name].centre, balls[name].radius)
+            assert_within(value, balls[name].center, balls[name].radius)
 
 
 @methods
@@ -116,7 +116,7 @@ def test_the_bound_finds_mistakes(method: str) -> None:
         mistakes.append((other_weights, "down_lora_a"))
     for mistake, name in mistakes:
         with pytest.raises(AssertionError, match="elements are outside the bound"):
-            assert_within(mistake[name], balls[name].centre, balls[name].radius)
+            assert_within(mistake[name], balls[name].center, balls[name].radius)
 
 
 @methods
@@ -184,9 +184,9 @@ def test_what_is_not_finite_makes_its_row_and_its_experts_nan(method: str, value
 
 
 @methods
-def test_quantised_weights_have_no_gradient(method: str) -> None:
+def test_quantized_weights_have_no_gradient(method: str) -> None:
     layer, grad_output = draw_quantized_training(0, method)
-    message = "full_weight_grad needs bfloat16 weights, but gate_proj is quantised"
+    message = "full_weight_grad needs bfloat16 weights, but gate_proj is quantized"
     with pytest.raises(ValueError, match=message):
         train(layer, grad_output)
     assert train(layer, grad_output, full=False).gate_proj is None

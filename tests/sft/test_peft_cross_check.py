@@ -162,11 +162,11 @@ def test_peft_computes_what_we_do(model_type: str, tmp_path: Path) -> None:
         ball = gradient_balls(
             {**layer, **stacked(weights), "lora": lora}, np.zeros_like(call.batch.x), rounded=False
         )["float32 out"]
-        assert_within(call.output, ball.centre, ball.radius)
+        assert_within(call.output, ball.center, ball.radius)
         ours = moe.forward(*call.batch, out=np.empty(call.output.shape, np.float32))
-        assert_within(ours, ball.centre, ball.radius)
+        assert_within(ours, ball.center, ball.radius)
         with pytest.raises(AssertionError, match="outside the bound"):
-            assert_within(moe_forward(**layer, out_dtype=np.float32), ball.centre, ball.radius)
+            assert_within(moe_forward(**layer, out_dtype=np.float32), ball.center, ball.radius)
 
 
 def stacked(weights: dict[str, Any]) -> dict[str, Any]:

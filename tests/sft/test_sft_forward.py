@@ -35,7 +35,7 @@ def assert_close(actual: AnyArray, student: Student, batch: Batch, **options: An
     """`actual` is what the reference says, to the roundings; options are those of `Student.reference`."""
     ball = gradient_balls(student.reference(batch, **options), np.zeros_like(batch.x), rounded=True)
     name = "out" if actual.dtype == bf16 else "float32 out"
-    assert_within(actual, ball[name].centre, ball[name].radius)
+    assert_within(actual, ball[name].center, ball[name].radius)
 
 
 @settings(deadline=None, max_examples=30 if IS_SLOW else 100)

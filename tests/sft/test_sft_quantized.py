@@ -37,7 +37,7 @@ pytestmark = pytest.mark.kernels
 AnyArray = Any
 
 QUANTIZED: tuple[Method, ...] = tuple((f"{name}_SFT", size) for name, size in INFERENCE_METHODS)
-#: Those that quantise, and those that read a checkpoint's own encoding.
+#: Those that quantize, and those that read a checkpoint's own encoding.
 WRAPPERS = {"LLAMAFILE_SFT": "LlamafileSFTMoEWrapper"}
 
 METHODS: tuple[Method, ...] = (*QUANTIZED, *((f"{name}_SFT", None) for name in NATIVE_METHODS))

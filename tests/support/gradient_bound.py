@@ -1,8 +1,8 @@
 """How far two correct evaluations of a training step may lie apart: its formulas on intervals.
 
-Every quantity is a `Ball`: a centre in float64 and a radius that holds every evaluation which sums in float32
+Every quantity is a `Ball`: a center in float64 and a radius that holds every evaluation which sums in float32
 in any order and takes the activation to some ulps; infinite where a partial result may overflow. When
-`rounded`, a rounding to bfloat16 moves the centre: the bound is between two evaluations of the specification,
+`rounded`, a rounding to bfloat16 moves the center: the bound is between two evaluations of the specification,
 and an element may differ only if a rounding boundary is in its interval. Else the rounding widens the radius:
 the bound is to the function itself, as float64 computes it.
 """
@@ -35,71 +35,71 @@ ACTIVATION_ULPS = 8.0
 
 @dataclass(frozen=True)
 class Ball:
-    """Every number within `radius` of `centre`, elementwise."""
+    """Every number within `radius` of `center`, elementwise."""
 
-    centre: AnyArray
+    center: AnyArray
     radius: AnyArray
 
     @property
     def reach(self) -> AnyArray:
         """The largest magnitude in it."""
-        return np.abs(self.centre) + self.radius
+        return np.abs(self.center) + self.radius
 
     @property
     def T(self) -> Ball:
-        return Ball(self.centre.T, self.radius.T)
+        return Ball(self.center.T, self.radius.T)
 
     def computed(self, magnitude: AnyArray, num_roundings: int = 1) -> Ball:
         """This after `num_roundings` float32 roundings of sums of terms that add up to `magnitude`."""
         gamma = num_roundings * EPS / (1 - num_roundings * EPS)
-        widened = Ball(self.centre, self.radius + gamma * magnitude + num_roundings * TINY)
+        widened = Ball(self.center, self.radius + gamma * magnitude + num_roundings * TINY)
         return widened.unless_above(magnitude + self.radius, num_roundings)
 
     def unless_above(self, magnitude: AnyArray, num_roundings: int = 1) -> Ball:
         """This, or anything where partial results up to `magnitude` leave float32."""
-        return Ball(self.centre, np.where(in_range(magnitude, num_roundings), self.radius, np.inf))
+        return Ball(self.center, np.where(in_range(magnitude, num_roundings), self.radius, np.inf))
 
     def where(self, kept: AnyArray) -> Ball:
         """This with 0 where `kept` is False."""
-        return Ball(np.where(kept, self.centre, 0.0), np.where(kept, self.radius, 0.0))
+        return Ball(np.where(kept, self.center, 0.0), np.where(kept, self.radius, 0.0))
 
     def __add__(self, other: Ball) -> Ball:
-        total = Ball(self.centre + other.centre, self.radius + other.radius)
+        total = Ball(self.center + other.center, self.radius + other.radius)
         return total.computed(total.reach)
 
     def __mul__(self, other: Ball) -> Ball:
         return (_product(self, other, np.multiply)).computed(self.reach * other.reach)
 
     def __matmul__(self, other: Ball) -> Ball:
-        num_terms = self.centre.shape[-1]
+        num_terms = self.center.shape[-1]
         return _product(self, other, np.matmul).computed(self.reach @ other.reach, num_terms + 1)
 
     def bf(self, rounded: bool) -> Ball:
-        low, high = round_bf16(self.centre - self.radius), round_bf16(self.centre + self.radius)
-        centre = round_bf16(self.centre).astype(np.float64) if rounded else self.centre
-        return Ball(centre, np.maximum(high - centre, centre - low) + TINY).unless_above(self.reach)
+        low, high = round_bf16(self.center - self.radius), round_bf16(self.center + self.radius)
+        center = round_bf16(self.center).astype(np.float64) if rounded else self.center
+        return Ball(center, np.maximum(high - center, center - low) + TINY).unless_above(self.reach)
 
     def int8(self, rounded: bool) -> Ball:
         """Rows as int8 codes times their scales."""
-        near, far = (np.maximum(np.abs(self.centre) + sign * self.radius, 0) for sign in (-1, 1))
+        near, far = (np.maximum(np.abs(self.center) + sign * self.radius, 0) for sign in (-1, 1))
         rows = [magnitude.max(axis=1, keepdims=True, initial=0) for magnitude in (near, far)]
         scales = [(amax / 127).astype(np.float32).astype(np.float64) for amax in rows]
-        ends = [self.centre - self.radius, self.centre + self.radius]
+        ends = [self.center - self.radius, self.center + self.radius]
         codes = [_codes(end, scale) for end in ends for scale in scales]
         values = [code * scale for code in codes for scale in scales]
         low, high = np.minimum.reduce(values), np.maximum.reduce(values)
-        centre = self.centre
+        center = self.center
         if rounded:
-            scale = (np.abs(centre).max(axis=1, keepdims=True, initial=0) / 127).astype(np.float32)
-            centre = _codes(centre, scale) * scale.astype(np.float64)
-        return Ball(centre, np.maximum(high - centre, centre - low) + TINY).unless_above(self.reach)
+            scale = (np.abs(center).max(axis=1, keepdims=True, initial=0) / 127).astype(np.float32)
+            center = _codes(center, scale) * scale.astype(np.float64)
+        return Ball(center, np.maximum(high - center, center - low) + TINY).unless_above(self.reach)
 
     def mapped(self, function: Any, curvature: float, ulps: float | AnyArray) -> Ball:
         """A function with a second derivative of at most `curvature` between its jumps and corners."""
-        centre = function(self.centre)
-        ends = [np.abs(function(self.centre + sign * self.radius) - centre) for sign in (-1, 1)]
+        center = function(self.center)
+        ends = [np.abs(function(self.center + sign * self.radius) - center) for sign in (-1, 1)]
         spread = np.maximum(*ends) + curvature * np.square(self.radius)
-        widened = Ball(centre, spread + ulps * EPS * np.maximum(self.reach, 1.0))
+        widened = Ball(center, spread + ulps * EPS * np.maximum(self.reach, 1.0))
         return widened.unless_above(np.maximum(self.reach, widened.reach))
 
 
@@ -111,8 +111,8 @@ def _codes(x: AnyArray, scale: AnyArray) -> AnyArray:
 
 
 def _product(a: Ball, b: Ball, multiply: Any) -> Ball:
-    spread = multiply(np.abs(a.centre), b.radius) + multiply(a.radius, np.abs(b.centre))
-    return Ball(multiply(a.centre, b.centre), spread + multiply(a.radius, b.radius))
+    spread = multiply(np.abs(a.center), b.radius) + multiply(a.radius, np.abs(b.center))
+    return Ball(multiply(a.center, b.center), spread + multiply(a.radius, b.radius))
 
 
 def times(*factors: Ball) -> Ball:
@@ -123,8 +123,8 @@ def times(*factors: Ball) -> Ball:
 
 def ball(values: Any) -> Ball:
     """Numbers that are known."""
-    centre = np.asarray(values).astype(np.float64)
-    return Ball(centre, np.zeros(centre.shape))
+    center = np.asarray(values).astype(np.float64)
+    return Ball(center, np.zeros(center.shape))
 
 
 @dataclass(frozen=True)
@@ -230,15 +230,15 @@ def gradient_balls(
             step |= _through_scaling(step["grad_input"], _take(x, t), ball(layer["topk_weights"][t, p, None]))
         for name, value in step.items():
             if name in slots:
-                slots[name].centre[t, p], slots[name].radius[t, p] = value.centre, value.radius
+                slots[name].center[t, p], slots[name].radius[t, p] = value.center, value.radius
             else:
                 result[name].append(value)
     total = {
-        name: Ball(np.stack([value.centre for value in values]), np.stack([value.radius for value in values]))
+        name: Ball(np.stack([value.center for value in values]), np.stack([value.radius for value in values]))
         for name, values in result.items()
     }
     for name in ("out", "grad_input"):
-        added = Ball(slots[name].centre.sum(axis=1), slots[name].radius.sum(axis=1))
+        added = Ball(slots[name].center.sum(axis=1), slots[name].radius.sum(axis=1))
         total[f"float32 {name}"] = added.computed(slots[name].reach.sum(axis=1), ids.shape[1] + 1)
         total[name] = total[f"float32 {name}"].bf(rounded)
     total["grad_weights"] = _take(slots["grad_weights"], (..., 0))
@@ -256,10 +256,10 @@ def _scaled(layer: Layer, t: AnyArray, p: AnyArray, rounded: bool) -> Ball:
 
 def _through_scaling(grad: Ball, x: Ball, w: Ball) -> dict[str, Ball]:
     """From the gradient of w x to those of w and of x."""
-    terms = Ball(grad.centre * x.centre, grad.radius * x.reach)
-    total = Ball(terms.centre.sum(1, keepdims=True), terms.radius.sum(1, keepdims=True))
+    terms = Ball(grad.center * x.center, grad.radius * x.reach)
+    total = Ball(terms.center.sum(1, keepdims=True), terms.radius.sum(1, keepdims=True))
     magnitude = terms.reach.sum(1, keepdims=True)
-    return {"grad_weights": total.computed(magnitude, x.centre.shape[1] + 1), "grad_input": w * grad}
+    return {"grad_weights": total.computed(magnitude, x.center.shape[1] + 1), "grad_input": w * grad}
 
 
 def _expert_balls(
@@ -290,10 +290,10 @@ def _expert_balls(
     r = (q @ b["down"]).bf(rounded)
     z = q @ weight["down"].backward + s * (r @ a["down"]).where(kept["down"])
     zh = z * h
-    grad_w = Ball(zh.centre.sum(1, keepdims=True), zh.radius.sum(1, keepdims=True))
-    grad_w = grad_w.computed(zh.reach.sum(1, keepdims=True), h.centre.shape[1])
+    grad_w = Ball(zh.center.sum(1, keepdims=True), zh.radius.sum(1, keepdims=True))
+    grad_w = grad_w.computed(zh.reach.sum(1, keepdims=True), h.center.shape[1])
     if "down" in bias:
-        grad_w = grad_w + q @ Ball(bias["down"].centre[:, None], bias["down"].radius[:, None])
+        grad_w = grad_w + q @ Ball(bias["down"].center[:, None], bias["down"].radius[:, None])
     result = {"out": w * y, "grad_weights": grad_w}
     result["down_lora_b"] = s * (q.T @ (w * ud).bf(rounded))
     result["down_lora_a"] = times(s, w, r).bf(rounded).T @ h.where(kept["down"])
@@ -316,4 +316,4 @@ def _zeros(*shape: int) -> Ball:
 
 
 def _take(value: Ball, at: Any) -> Ball:
-    return Ball(value.centre[at], value.radius[at])
+    return Ball(value.center[at], value.radius[at])

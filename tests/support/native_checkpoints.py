@@ -1,4 +1,4 @@
-"""Tiny checkpoints of natively quantised experts in every encoding, written without the code under test."""
+"""Tiny checkpoints of natively quantized experts in every encoding, written without the code under test."""
 
 from __future__ import annotations
 

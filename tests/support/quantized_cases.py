@@ -1,4 +1,4 @@
-"""Layers with quantised weights, and their specification by plain loops over rows."""
+"""Layers with quantized weights, and their specification by plain loops over rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reference_cases import AnyArray, Layer, draw_layer, entering, round_by_bits
 from ktmoe_np.reference import Int4Matrix, Int8GroupMatrix, Int8Matrix, quantize_int4, quantize_int8
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-#: Ways to quantise a matrix, and the products that they allow.
+#: Ways to quantize a matrix, and the products that they allow.
 METHODS: dict[str, tuple[Callable[[AnyArray], Any], str]] = {
     "int8": (quantize_int8, "int8"),
     "int4": (quantize_int4, "int8"),
@@ -23,7 +23,7 @@ METHODS: dict[str, tuple[Callable[[AnyArray], Any], str]] = {
 
 
 def quantized(layer: Layer, method: str) -> Layer:
-    """The layer with its weights quantised."""
+    """The layer with its weights quantized."""
     quantize, product = METHODS[method]
     matrices = {name: None if layer[name] is None else quantize(layer[name]) for name in PROJECTIONS}
     return {**layer, **matrices, "product": product}

@@ -1,4 +1,4 @@
-"""The methods that quantise, and what each makes of a layer, by the reference."""
+"""The methods that quantize, and what each makes of a layer, by the reference."""
 
 from __future__ import annotations
 

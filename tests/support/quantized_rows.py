@@ -1,4 +1,4 @@
-"""The bytes of quantised weights by the reference."""
+"""The bytes of quantized weights by the reference."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ SHAPES = {
 class Student:
     """A layer with adapters, which are under the names of `update_lora_weights`; none when the rank is 0."""
 
-    layer: Layer  # before it is quantised
+    layer: Layer  # before it is quantized
     lora: dict[str, AnyArray]
     rank: int
     lora_alpha: float = 5.0
@@ -264,7 +264,7 @@ def assert_step_close(
     balls = gradient_balls(reference, grad_output, rounded=True, float32_cache=float32_cache)
     for name, value in {"float32 out": step.out, **step.gradients}.items():
         try:
-            assert_within(value, balls[name].centre, balls[name].radius)
+            assert_within(value, balls[name].center, balls[name].radius)
         except AssertionError as error:
             error.add_note(name)
             raise

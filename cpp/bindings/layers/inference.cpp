@@ -275,7 +275,7 @@ pool : WorkerPool, optional
 Attributes
 ----------
 group_size : int
-    Of weights that are quantised by groups; 0 for what the class has by default.
+    Of weights that are quantized by groups; 0 for what the class has by default.
 scale_inputs : bool
     The routing weights scale what enters the experts, rounded to bfloat16, and not what leaves them.)")
       .def(

@@ -104,7 +104,7 @@ alignas(64) constexpr float kDivisors[kScalesTried] = {127.0f,  127.25f, 126.75f
                                                        124.75f, 124.25f, 123.75f, 123.25f, 122.75f, 122.25f,
                                                        121.75f, 121.25f, 120.75f, 120.25f};
 
-// A group of a row while it is quantised: v = w power, with amax of v in [2, 4) unless amax is denormal.
+// A group of a row while it is quantized: v = w power, with amax of v in [2, 4) unless amax is denormal.
 struct Int8Search {
   static constexpr size_t kGroup = formats::Int8Group32::kGroup, kVectors = kGroup / Vec::kWidth;
   Float v[kVectors];

@@ -107,7 +107,7 @@ struct GroupSearch {
   }
 };
 
-// A row while it is quantised: v = w power, with amax of v in [2, 4) unless amax is denormal.
+// A row while it is quantized: v = w power, with amax of v in [2, 4) unless amax is denormal.
 template <class T, size_t kGroup>
 struct Int4Row {
   WeightRow<T> row;

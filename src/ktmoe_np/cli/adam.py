@@ -12,7 +12,7 @@ __all__ = ["Adam"]
 
 
 class Adam:
-    """Minimise by gradients and their running moments.
+    """Minimize by gradients and their running moments.
 
     With t the number of the step, for each element::
 

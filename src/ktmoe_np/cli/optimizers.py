@@ -1,4 +1,4 @@
-"""What minimises the loss: Adam in NumPy, or any optimiser of optax that a learning rate is enough for."""
+"""What minimizes the loss: Adam in NumPy, or any optimizer of optax that a learning rate is enough for."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make_optimizer(name: str, parameters: Mapping[str, Array], rate: float) -> O
     Raises
     ------
     ValueError
-        Another name, or not that of an optimiser of optax.
+        Another name, or not that of an optimizer of optax.
     ImportError
         optax is not installed; says how to get it.
     """
@@ -59,7 +59,7 @@ def make_optimizer(name: str, parameters: Mapping[str, Array], rate: float) -> O
 
 
 class _Optax:
-    """An optimiser of optax on arrays of NumPy."""
+    """An optimizer of optax on arrays of NumPy."""
 
     def __init__(self, name: str, parameters: Mapping[str, Array], rate: float) -> None:
         try:
@@ -68,7 +68,7 @@ class _Optax:
             raise ImportError(f"--optimizer {_OPTAX}{name}: needs: pip install optax jax") from error
         self._apply = optax.apply_updates
         if not self._descends(getattr(optax, name, None)):
-            expected = "the name of an optimiser of optax that needs a learning rate and gradients alone"
+            expected = "the name of an optimizer of optax that needs a learning rate and gradients alone"
             raise ValueError(f"--optimizer: got {_OPTAX}{name}, expected {expected}")
         made = getattr(optax, name)(rate)
         self._update = self._jax.jit(made.update)

@@ -62,7 +62,7 @@ class TrainingRun:
     Raises
     ------
     ValueError
-        A method that trains no adapters, an optimiser that is none, or an empty prompt.
+        A method that trains no adapters, an optimizer that is none, or an empty prompt.
     """
 
     def __init__(

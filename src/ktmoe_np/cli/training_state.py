@@ -86,13 +86,13 @@ def read_state(
     parameters : mapping of str to ndarray
         Overwritten.
     optimizer : mapping of str to ndarray
-        A state of the same optimiser, to compare with.
+        A state of the same optimizer, to compare with.
 
     Returns
     -------
     Course
     dict of str to ndarray
-        The optimiser's state.
+        The optimizer's state.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def read_state(
     course = _course(parse_json_object(file.metadata.get("course", "").encode(), f"{path}: course"), path)
     expected = _named(parameters, optimizer)
     if sorted(file.names()) != sorted(expected):
-        raise ValueError(f"{path}: has other tensors than a state of this model and optimiser")
+        raise ValueError(f"{path}: has other tensors than a state of this model and optimizer")
     found = {name: file.tensor(name) for name in expected}
     for name, value in found.items():
         if array_summary(value) != array_summary(expected[name]):

@@ -21,7 +21,7 @@ class Method:
     layer: str  #: the class in ``kt_kernel_ext.moe``
     weights: str = "bf16"  #: of the base: bf16, int8, int4, or a name in `ktmoe_np.formats.encodings`
     skip_lora: bool = False  #: adapters are used, but have no gradients
-    #: Of methods that quantise: group size -> name in `ktmoe_np.formats.quantized`; the first is the default.
+    #: Of methods that quantize: group size -> name in `ktmoe_np.formats.quantized`; the first is the default.
     formats: Mapping[int | None, str] = field(default_factory=dict, hash=False)
     #: Of encodings with a choice of groups: group size -> name in `ktmoe_np.formats.encodings`; likewise.
     encodings: Mapping[int | None, str] = field(default_factory=dict, hash=False)

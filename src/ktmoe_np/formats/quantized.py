@@ -1,4 +1,4 @@
-"""The encodings of quantised weights: the bytes of a row, what they may not be, and the numbers in them.
+"""The encodings of quantized weights: the bytes of a row, what they may not be, and the numbers in them.
 
 `ktmoe_np.reference.packing` lays the bytes out.
 """
@@ -54,7 +54,7 @@ class QuantizedFormat:
         return self.info.row_bytes(num_columns)
 
     def problem(self, codes: NDArray[np.uint8], num_columns: int) -> str | None:
-        """Say what rows [N, row_bytes] hold that no quantised weights are, and where; None if nothing.
+        """Say what rows [N, row_bytes] hold that no quantized weights are, and where; None if nothing.
 
         Channel scales are not looked at.
         """

@@ -1,4 +1,4 @@
-"""Quantising the matrices of a projection, one expert at a time, on the engine."""
+"""Quantizing the matrices of a projection, one expert at a time, on the engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def quantize_projection(
     shape: tuple[int, int, int],
     done: Callable[[], object] = lambda: None,
 ) -> Projection:
-    """Quantise the matrices of a projection.
+    """Quantize the matrices of a projection.
 
     They are read in place; what NumPy or the engine cannot read so is copied, one matrix at a time.
 

@@ -1,4 +1,4 @@
-"""What layers of quantised experts have in common: quantising, loading and saving."""
+"""What layers of quantized experts have in common: quantizing, loading and saving."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class QuantizedWeights(MoELayer):
-    """A layer whose weights are integers and scales, quantised when they are loaded or long before.
+    """A layer whose weights are integers and scales, quantized when they are loaded or long before.
 
     `ktmoe_np.reference.quantize_int8` and `quantize_int4` say what the integers are, to the bit;
     `pack_int8` and `pack_int4` beside them how they lie in memory and in files.
@@ -62,7 +62,7 @@ class QuantizedWeights(MoELayer):
         """Load the layer from `weight_path`. Does nothing when it is loaded already.
 
         Files that `save_weights` or ``ktmoe convert`` have written are mapped, not copied. Weights of a
-        Hugging Face checkpoint are quantised.
+        Hugging Face checkpoint are quantized.
 
         Parameters
         ----------
@@ -110,7 +110,7 @@ class QuantizedWeights(MoELayer):
         down_bias: ArrayLike | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
-        """Give the layer its weights: to be quantised, one expert after the other, or quantised already.
+        """Give the layer its weights: to be quantized, one expert after the other, or quantized already.
 
         Parameters
         ----------
@@ -123,7 +123,7 @@ class QuantizedWeights(MoELayer):
         physical_to_logical_map : array of int64 [E], optional
             Expert i uses the weights of entry map[i].
         gate_scale, up_scale : array of float32 [E, I], or E arrays [I]
-            Scales of the rows of quantised weights, which are held; None when the rows hold the scales
+            Scales of the rows of quantized weights, which are held; None when the rows hold the scales
             themselves (``MOE_INT8`` with a group size).
         down_scale : array of float32 [E, H], or E arrays [H]
         gate_bias, up_bias : array of float32 or bfloat16 [E, I], optional
@@ -131,7 +131,7 @@ class QuantizedWeights(MoELayer):
         down_bias : array of float32 or bfloat16 [E, H], optional
             Added before the routing weight is applied.
         progress : callable, optional
-            Called with (matrices that are quantised, matrices to quantise) after each one.
+            Called with (matrices that are quantized, matrices to quantize) after each one.
 
         Raises
         ------
@@ -139,7 +139,7 @@ class QuantizedWeights(MoELayer):
             Not arrays, or another dtype.
         ValueError
             Another shape or number of arrays; weights or scales that are not finite: names the projection,
-            the expert and the row; scales without quantised weights or the other way round; an `up_proj`
+            the expert and the row; scales without quantized weights or the other way round; an `up_proj`
             that the activation does not use.
         IndexError
             An entry of the map outside 0 to E - 1.
@@ -198,7 +198,7 @@ class QuantizedWeights(MoELayer):
     # ---- saving ----
 
     def save_weights(self, directory: str | os.PathLike[str]) -> Path:
-        """Write the quantised weights to a file of their own, for `weight_path`.
+        """Write the quantized weights to a file of their own, for `weight_path`.
 
         The bytes do not depend on the machine, its instruction sets or the number of threads. Experts are in
         the order in which they were given, before `physical_to_logical_map`.

@@ -1,4 +1,4 @@
-"""Arrays that a layer of quantised experts is given, checked before anything is quantised."""
+"""Arrays that a layer of quantized experts is given, checked before anything is quantized."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["are_codes", "check_only_used", "checked_biases", "checked_map", "giv
 
 
 def are_codes(source: Any) -> bool:
-    """Whether these weights are quantised."""
+    """Whether these weights are quantized."""
     return _dtype(source) == "uint8"
 
 
 def check_only_used(sources: Mapping[str, Any], scales: Mapping[str, Any], present: Container[str]) -> None:
-    """Raise ValueError for weights that the layer does not have, and for scales without quantised weights."""
+    """Raise ValueError for weights that the layer does not have, and for scales without quantized weights."""
     for name, source in sources.items():
         for what, value in ((name, source), (_scale_of(name), scales[name])):
             if name not in present and value is not None:
                 raise ValueError(f"{what}: got one, expected None: the activation is not gated")
         if scales[name] is not None and not are_codes(source):
             raise ValueError(
-                f"{_scale_of(name)}: got one, expected None: {name} is {_dtype(source)}, and quantised "
+                f"{_scale_of(name)}: got one, expected None: {name} is {_dtype(source)}, and quantized "
                 "weights are uint8"
             )
 
@@ -36,7 +36,7 @@ def check_only_used(sources: Mapping[str, Any], scales: Mapping[str, Any], prese
 def given_projection(
     fmt: QuantizedFormat, name: str, codes: Any, scale: Any, shape: tuple[int, int, int]
 ) -> Projection:
-    """Quantised weights of the caller, when they are what they should be; nothing is copied.
+    """Quantized weights of the caller, when they are what they should be; nothing is copied.
 
     `shape` is E, N and K. Codes are not looked at.
     """

@@ -3,7 +3,7 @@
 Read `forward` (the layer), then `activation` (the functions in it). `bound` says how far two correct
 evaluations may lie apart, so that a comparison needs no guessed tolerance; `inputs` checks the arguments.
 Training: `training` (the layer with adapters), `lora` (the adapters), `dropout` (their masks), then
-`backward`. Quantised weights: `quantized` (what they are), `quantize` (how they come about),
+`backward`. Quantized weights: `quantized` (what they are), `quantize` (how they come about),
 `weights` (what is multiplied with them), `packing` (their bytes). Encodings of checkpoints: `native`.
 
 T tokens, E experts, P experts per token, H hidden size, I intermediate size, R LoRA rank; bf(x) rounds to

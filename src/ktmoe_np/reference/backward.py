@@ -58,7 +58,7 @@ def moe_backward(
         grad_weights[t, p] = <grad_x'[t, p], x[t]>
         grad_input[t] = bf(sum over p in slot order of w * grad_x'[t, p])
 
-    Quantised weights are bf(code * scale) in all of these, whatever the product of the forward pass.
+    Quantized weights are bf(code * scale) in all of these, whatever the product of the forward pass.
 
     and, summed in float32 over the slots of an expert in the order of the tokens::
 
@@ -82,7 +82,7 @@ def moe_backward(
     skip_lora : bool, optional
         Only the gradients of the input and of the routing weights: adapters are used, but not trained.
     full_weight_grad : bool, optional
-        The gradients of the base weights too; they must not be quantised.
+        The gradients of the base weights too; they must not be quantized.
 
     Returns
     -------
@@ -92,7 +92,7 @@ def moe_backward(
     ------
     ValueError
         `grad_output` of another shape; `skip_lora` and `full_weight_grad` both; `full_weight_grad` of
-        quantised weights.
+        quantized weights.
     TypeError
         `cache` or `grad_output` of another type.
 
@@ -199,7 +199,7 @@ class _WeightSums:
                 if experts is not None:
                     if experts[0].quantized:
                         raise ValueError(
-                            f"full_weight_grad needs bfloat16 weights, but {name}_proj is quantised"
+                            f"full_weight_grad needs bfloat16 weights, but {name}_proj is quantized"
                         )
                     shapes[f"{name}_proj"] = (len(experts), *experts[0].shape)
         self.by_name: dict[str, Array] = {

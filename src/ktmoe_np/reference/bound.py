@@ -37,7 +37,7 @@ def error_bound(
     denormal numbers as they are or for zero. So the bound holds between an engine and `moe_forward`, and
     between two engines.
 
-    Every quantity is given an interval, centre (float64) and radius, that holds every such evaluation; e is
+    Every quantity is given an interval, center (float64) and radius, that holds every such evaluation; e is
     2^-24, the unit roundoff of float32::
 
         g, u      radius  gamma_n * (sum |x| |w| + |bias|)      n = K + 1, gamma_n = n e / (1 - n e)
@@ -158,7 +158,7 @@ def _poisoned(inputs: ForwardInputs) -> NDArray[np.bool_]:
 
 
 def _combined(inputs: ForwardInputs, rounding: Rounding) -> tuple[Array, Array]:
-    """Centre and radius of the sum before the last rounding, both [T, H]."""
+    """Center and radius of the sum before the last rounding, both [T, H]."""
     num_slots = inputs.ids.shape[1]
     base = np.zeros(inputs.x.shape) if inputs.base is None else inputs.base.astype(np.float64)
     total, radius, magnitude = base.copy(), np.zeros(base.shape), np.abs(base)
@@ -174,7 +174,7 @@ def _combined(inputs: ForwardInputs, rounding: Rounding) -> tuple[Array, Array]:
 
 
 def _expert(inputs: ForwardInputs, e: int, x: Array, rounding: Rounding) -> tuple[Array, Array]:
-    """Centre and radius of y of expert `e` for the rows x [M, H], both [M, H]."""
+    """Center and radius of y of expert `e` for the rows x [M, H], both [M, H]."""
     spec = inputs.activation
     gate_bias, up_bias, down_bias = (
         None if bias is None else bias[e] for bias in (inputs.gate_bias, inputs.up_bias, inputs.down_bias)

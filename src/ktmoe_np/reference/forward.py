@@ -67,14 +67,14 @@ def moe_forward(
     ::
 
         for token t, slot p, e = topk_ids[t, p]:
-          skip when e < 0 or gpu_experts_mask[e]        (weights are not renormalised)
+          skip when e < 0 or gpu_experts_mask[e]        (weights are not renormalized)
           g = X[t] . Wg[e]^T + gate_bias[e]             fp32 [I]
           u = X[t] . Wu[e]^T + up_bias[e]               fp32 [I]
           h = bf(act(g, u))                             one rounding
           y = h . Wd[e]^T + down_bias[e]                fp32 [H]
         out[t] = bf(base[t] + sum over p in slot order of topk_weights[t, p] * y)
 
-    With quantised weights a product is, for each row m of x and each output n::
+    With quantized weights a product is, for each row m of x and each output n::
 
         product="bfloat16"    (sum over k of x[m, k] * code[n, k]) * channel_scale[n]
         product="int8"        (float32(sum over k of xq[m, k] * code[n, k]) * x_scale[m]) * channel_scale[n]
@@ -101,11 +101,11 @@ def moe_forward(
         Experts of each token; an id may occur twice in a row and then counts twice.
     topk_weights : ndarray of float32, [T, P]
         Routing weights.
-    gate_proj : ndarray of bfloat16 [E, I, H], or E arrays [I, H], or a quantised matrix [E, I, H]
+    gate_proj : ndarray of bfloat16 [E, I, H], or E arrays [I, H], or a quantized matrix [E, I, H]
         Wg; of an activation that is not gated, the one projection.
     up_proj : like `gate_proj`, or None
         Wu; None exactly when the activation is not gated.
-    down_proj : ndarray of bfloat16 [E, H, I], or E arrays [H, I], or a quantised matrix [E, H, I]
+    down_proj : ndarray of bfloat16 [E, H, I], or E arrays [H, I], or a quantized matrix [E, H, I]
         Wd.
     gate_bias, up_bias : ndarray of float32, float16 or bfloat16, [E, I], optional
     down_bias : ndarray of float32, float16 or bfloat16, [E, H], optional
@@ -120,7 +120,7 @@ def moe_forward(
     base : ndarray of bfloat16, float16, float32 or float64, [T, H], optional
         What the result is added to: the previous content of an incremental output.
     product : {"bfloat16", "int8"}, optional
-        What quantised weights are multiplied with: activations as they are, or their int8 codes, for which
+        What quantized weights are multiplied with: activations as they are, or their int8 codes, for which
         all weights must be of `Int8Matrix` or `Int4Matrix`.
     scale_inputs : bool, optional
         The routing weights scale the inputs of the experts, as in Llama-4.

@@ -15,7 +15,7 @@ Floats = NDArray[np.float32]
 _STEPS = np.float32(128)
 #: A group's candidates surround extreme / (s * 8.25): with these offsets they hold every m whose largest
 #: |q| is 7 or 8.
-_CENTRE, _OFFSETS = np.float32(8.25), (-1, 0, 1, 2)
+_CENTER, _OFFSETS = np.float32(8.25), (-1, 0, 1, 2)
 #: The finest power of two tried as a scale, when the row's largest is in [2, 4).
 _FINEST = np.float32(1 / 32)
 LARGEST_BF16 = np.float32(2.0**128 - 2.0**120)
@@ -24,7 +24,7 @@ LANES = 16
 
 
 def int4_rows(w: Floats) -> tuple[NDArray[np.int8], NDArray[np.int8], Floats]:
-    """Quantise groups [R, G, g] to q [R, G, g], m [R, G] and channel_scale [R]; see `quantize_int4`."""
+    """Quantize groups [R, G, g] to q [R, G, g], m [R, G] and channel_scale [R]; see `quantize_int4`."""
     amax = np.abs(w).max(axis=(1, 2))
     power = normalizer(amax)
     with np.errstate(under="ignore", divide="ignore", invalid="ignore"):
@@ -64,7 +64,7 @@ def _multipliers(v: Floats, s: Floats) -> tuple[Floats, Floats]:
     """Return the squared error of the rows [R], and m [R, G], with the scales s [R]."""
     high, low = v.max(axis=2), (-v).max(axis=2)
     sign = np.where(high > low, -_ONE, _ONE)
-    middle = np.rint(np.maximum(high, low) / (s * _CENTRE)[:, None])
+    middle = np.rint(np.maximum(high, low) / (s * _CENTER)[:, None])
     best, chosen = np.full(high.shape, np.inf, np.float32), sign
     for offset in _OFFSETS:
         m = sign * np.clip(middle + np.float32(offset), 1, 15)

@@ -21,7 +21,7 @@ _LARGEST_SCALE = LARGEST_BF16 / np.float32(127)
 
 
 def int8_groups(w: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """Quantise groups [R, G, g], none of the sizes 0, to codes [R, G, g] and scales [R, G]."""
+    """Quantize groups [R, G, g], none of the sizes 0, to codes [R, G, g] and scales [R, G]."""
     amax = np.abs(w).max(axis=2)
     power = normalizer(amax)
     with np.errstate(under="ignore"):

@@ -115,7 +115,7 @@ def decode_rawint4(
 
 
 def decode_gptq_int4(qweight: NDArray[np.int32], scales: NDArray[Any]) -> NDArray[Any]:
-    """Decode int4 as GPTQ packs it, symmetric, in groups of neighbours: a nibble is q + 8, w = bf(q * scale).
+    """Decode int4 as GPTQ packs it, symmetric, in groups of neighbors: a nibble is q + 8, w = bf(q * scale).
 
     Parameters
     ----------

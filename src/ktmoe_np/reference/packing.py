@@ -1,4 +1,4 @@
-"""Rows of quantised matrices as the bytes that a file and the engine hold."""
+"""Rows of quantized matrices as the bytes that a file and the engine hold."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from .quantized import Int4Matrix, Int8GroupMatrix, Int8Matrix, check_int4_group
 
 __all__ = ["quantize_activations", "quantize_int4", "quantize_int8"]
 
-#: Elements quantised at once: what fits a cache.
+#: Elements quantized at once: what fits a cache.
 _BLOCK = 1 << 18
 
 _WEIGHT_DTYPES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
@@ -244,7 +244,7 @@ def _finite_rows(name: str, weights: NDArray[Any]) -> NDArray[Any]:
             kind = "NaN" if np.isnan(values[row]).any() else "an infinity"
             at = np.unravel_index(part.start + row, weights.shape[:-1])
             place = "".join(f"expert {e}, " for e in at[:-1]) + f"row {at[-1]}"
-            raise ValueError(f"{name}: {place} holds {kind}; only finite weights can be quantised")
+            raise ValueError(f"{name}: {place} holds {kind}; only finite weights can be quantized")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What the roundings of an evaluation may do to its products and activations, as centres and radii."""
+"""What the roundings of an evaluation may do to its products and activations, as centers and radii."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def in_range(magnitude: Array, num_roundings: int) -> NDArray[np.bool_]:
 class _Sums(NamedTuple):
     """Products x . W^T, all [M, N], before channel scales, biases and the last roundings."""
 
-    centre: Array
+    center: Array
     magnitude: Array  #: sum of the magnitudes of the terms
     radius: Array
     reach: Array  #: what no partial result exceeds, but for its roundings
@@ -69,25 +69,25 @@ class Rounding:
     def product(
         self, x: Array, dx: Array | None, weights: ExpertWeights, bias: AnyArray | None
     ) -> tuple[Array, Array]:
-        """Centre and radius of x . W^T + bias for x with radius dx: [M, K] and [N, K] to [M, N]."""
+        """Center and radius of x . W^T + bias for x with radius dx: [M, K] and [N, K] to [M, N]."""
         sums = self._integer_sums if weights.integer else self._float_sums
-        centre, magnitude, radius, reach, num_roundings = sums(x, dx, weights.values.astype(np.float64))
+        center, magnitude, radius, reach, num_roundings = sums(x, dx, weights.values.astype(np.float64))
         num_roundings += 1
         if weights.channel_scale is not None:
             scale = weights.channel_scale.astype(np.float64)
             # A scale below the normal numbers may be taken for zero.
             flushed = TINY * (magnitude + radius + 1.0)
             size = np.abs(scale)
-            centre, magnitude, radius = centre * scale, magnitude * size, radius * size + flushed
+            center, magnitude, radius = center * scale, magnitude * size, radius * size + flushed
             reach = reach * np.maximum(size, 1.0)
             num_roundings += 1
         if bias is not None:
-            centre = centre + bias.astype(np.float64)
+            center = center + bias.astype(np.float64)
             magnitude = magnitude + np.abs(bias.astype(np.float64))
             reach = reach + np.abs(bias.astype(np.float64))
         radius = radius + self.gamma(num_roundings) * (magnitude + radius)
         finite = in_range(np.maximum(reach, magnitude + radius), weights.shape[1] + 3)
-        return centre, np.where(finite, radius, np.inf)
+        return center, np.where(finite, radius, np.inf)
 
     def _float_sums(self, x: Array, dx: Array | None, w: Array) -> _Sums:
         abs_x, abs_w = np.abs(x), np.abs(w)
@@ -123,7 +123,7 @@ class Rounding:
         return smaller
 
     def gate_factor(self, spec: ActivationSpec, g: Array, dg: Array) -> tuple[Array, Array]:
-        """Centre and radius of the factor of the activation that depends on the gate."""
+        """Center and radius of the factor of the activation that depends on the gate."""
         a = gate_factor(spec, g)
         da = np.maximum(np.abs(gate_factor(spec, g + dg) - a), np.abs(gate_factor(spec, g - dg) - a))
         # The function may turn between the ends of the interval. |A''| is at most alpha / 2 (silu and its
@@ -134,7 +134,7 @@ class Rounding:
         return a, da + self.activation_ulps * EPS * np.maximum(scale, np.abs(a))
 
     def up_factor(self, spec: ActivationSpec, u: Array, du: Array) -> tuple[Array, Array]:
-        """Centre and radius of the factor of the activation that depends on up; it is monotone."""
+        """Center and radius of the factor of the activation that depends on up; it is monotone."""
         b = up_factor(spec, u)
         db = np.maximum(np.abs(up_factor(spec, u + du) - b), np.abs(up_factor(spec, u - du) - b))
         db = np.where(np.isfinite(du), db, np.inf)  # u may be NaN, which passes through every clamp
@@ -142,7 +142,7 @@ class Rounding:
 
 
 def _code_intervals(x: Array, dx: Array | None) -> tuple[Array, Array, Array, Array]:
-    """Codes [M, K] and scale [M, 1] of rows x +- dx, each as centre and radius.
+    """Codes [M, K] and scale [M, 1] of rows x +- dx, each as center and radius.
 
     A code rint(x / scale) is monotone in x, and in the scale, so its extremes are at the ends of both.
     """

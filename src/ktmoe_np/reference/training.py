@@ -89,8 +89,8 @@ activation, gpu_experts_mask, physical_to_logical_map, product, scale_inputs, ou
         everything else, a float32 cache included, is in float64.
     exact : bool, optional
         Compute the function that the above approximates: in float64 and without any rounding, whatever the
-        dtypes asked for. Every array of numbers may then have any float dtype, float64 too; quantised weights
-        are code * scale, activations are not quantised.
+        dtypes asked for. Every array of numbers may then have any float dtype, float64 too; quantized weights
+        are code * scale, activations are not quantized.
 
     Returns
     -------

@@ -28,7 +28,7 @@ double value_of(uint32_t bits) {
   return (bits & 0x8000) ? -size : size;
 }
 
-// Nearest of the two neighbours of a finite x, ties to the even one.
+// Nearest of the two neighbors of a finite x, ties to the even one.
 uint16_t rounded(float x) {
   const uint32_t below = std::bit_cast<uint32_t>(x) >> 16;  // towards zero
   const double to_below = std::fabs(x - value_of(below)), to_above = std::fabs(value_of(below + 1) - x);

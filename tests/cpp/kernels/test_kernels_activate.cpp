@@ -85,7 +85,7 @@ struct Expert {
   }
 };
 
-// Every magnitude, the neighbourhood of zero and of the limits, and values far outside; none that overflows,
+// Every magnitude, the neighborhood of zero and of the limits, and values far outside; none that overflows,
 // as an infinity would show in every column when the intermediate is read by a product.
 std::vector<float> sweep(Random& random) {
   std::vector<float> values = {

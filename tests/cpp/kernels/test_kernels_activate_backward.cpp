@@ -201,7 +201,7 @@ std::string text(const KernelTable& table, const Named& named, FloatType type) {
   return text(table, named) + (type == FloatType::kBf16 ? ", bf16" : ", fp32");
 }
 
-// Every magnitude, the clamps with their neighbours, and what is far outside.
+// Every magnitude, the clamps with their neighbors, and what is far outside.
 std::vector<float> sweep(Random& random) {
   std::vector<float> values = {0.0f,  -0.0f, 0.625f, -0.625f, 1e-30f, -1e-30f, 17,     -17,      30,
                                -30,   31,    -31,    40,      -40,    41,      -41,    88,       -88,

@@ -1,4 +1,4 @@
-// Are products of quantised weights right in every format, and integer products the same bits everywhere?
+// Are products of quantized weights right in every format, and integer products the same bits everywhere?
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -94,7 +94,7 @@ struct Int8Operand {
   }
 };
 
-// What quantising a row means, element by element.
+// What quantizing a row means, element by element.
 struct TrueCodes {
   float scale = 0;
   std::vector<int32_t> codes;
@@ -126,7 +126,7 @@ std::string text(const KernelTable& table, FormatId format, const Shape& s) {
 
 }  // namespace
 
-TEST_CASE("quantised: products of bf16 are exact where they can be, in every format") {
+TEST_CASE("quantized: products of bf16 are exact where they can be, in every format") {
   for (const KernelTable* table : usable_tables()) {
     Random random(40);
     for (FormatId format : kFormats) {
@@ -154,7 +154,7 @@ TEST_CASE("quantised: products of bf16 are exact where they can be, in every for
   }
 }
 
-TEST_CASE("quantised: integer products are what they are defined to be, on every instruction set") {
+TEST_CASE("quantized: integer products are what they are defined to be, on every instruction set") {
   for (const KernelTable* table : usable_tables()) {
     Random random(41);
     for (FormatId format : kFormats) {
@@ -187,7 +187,7 @@ TEST_CASE("quantised: integer products are what they are defined to be, on every
   }
 }
 
-TEST_CASE("quantised: a row of zeros gives zeros, one that is not finite NaN, and no other row changes") {
+TEST_CASE("quantized: a row of zeros gives zeros, one that is not finite NaN, and no other row changes") {
   for (const KernelTable* table : usable_tables()) {
     Random random(42);
     const uint32_t m = 5, n = 20, k = 70;
@@ -208,7 +208,7 @@ TEST_CASE("quantised: a row of zeros gives zeros, one that is not finite NaN, an
   }
 }
 
-TEST_CASE("quantised: products over rows take bf(code * scale), in every format") {
+TEST_CASE("quantized: products over rows take bf(code * scale), in every format") {
   for (const KernelTable* table : usable_tables()) {
     Random random(43);
     for (FormatId format : kFormats) {

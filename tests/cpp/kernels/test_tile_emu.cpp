@@ -150,10 +150,10 @@ TEST_CASE("tile emulator: products have the bits of the model, whatever the shap
     for (int i = 0; i < 60; ++i) {
       const auto size = [&] { return 1 + static_cast<int>(random.below(16)); };
       const TileShape shape = i % 2 ? kFull : TileShape{size(), size(), size()};
-      Product emulated = random_product(kind, random), modelled = emulated;
+      Product emulated = random_product(kind, random), modeled = emulated;
       run<Tile, TileConfig>(shape, emulated);
-      model(shape, modelled);
-      wrong += differences(emulated, modelled);
+      model(shape, modeled);
+      wrong += differences(emulated, modeled);
     }
     CHECK(wrong == 0);
   }

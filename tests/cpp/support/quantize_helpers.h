@@ -1,4 +1,4 @@
-// What the tests of quantising share: rows of weights as they may lie in memory, and what becomes of them.
+// What the tests of quantizing share: rows of weights as they may lie in memory, and what becomes of them.
 #pragma once
 
 #include <array>
