@@ -24,9 +24,9 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "registry.md"
 
 
 def page() -> str:
-    """The page as it should be."""
+    """Render the page."""
     tables = {
-        "Methods": _table(("method", "weights", "products", "group sizes", "to train adapters"), _methods()),
+        "Methods": _table(("method", "weights", "products", "group sizes", "training"), _methods()),
         "Arrays of encoded weights": _table(("encoding", "codes", "block or channel scales"), _encodings()),
         "Tensor types of GGUF": _table(("type", "number", "weights per block", "bytes per block"), _types()),
         "Activations": _table(("name", "gated", "parameters"), _activations()),
@@ -37,7 +37,7 @@ def page() -> str:
             "together, and g is any power of two from 32 on, or K."
         ),
     }
-    parts = ["# What there is", "Written by `tools/write_tables.py` from the registry of the extension."]
+    parts = ["# Methods, formats and activations", "Written by `tools/write_tables.py` from the registry of the extension."]
     for title, table in tables.items():
         parts += [f"## {title}", *([notes[title]] if title in notes else []), table]
     return "\n\n".join(parts) + "\n"
