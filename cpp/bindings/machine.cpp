@@ -35,7 +35,7 @@ Info isa_info() {
   return info;
 }
 
-// With the features of its processor and a list of compiled instruction sets, any machine can be asked about.
+// Selects for any machine, given its processor features and a list of compiled instruction sets.
 std::string select(const std::vector<std::string>& supported, const std::vector<std::string>& compiled,
                    const std::optional<std::string>& override_name) {
   CpuFeatures features;

@@ -63,7 +63,7 @@ struct QuantizeArrays {
       return;
     }
     if (!format_has_channel_scale(format))
-      throw_invalid("channel_scale: got one, expected None: rows of ", name, " hold their scales");
+      throw_invalid("channel_scale: got one, expected None: rows of ", name, " contain their scales");
     channel_scale = Array::write(target, "channel_scale");
     channel_scale.expect({DType::kFloat32}, {args.n}).expect_contiguous();
     channel_scale.expect_disjoint(weights);
@@ -79,21 +79,21 @@ PythonTask quantize_task(const std::string& format, nb::object weights, nb::obje
   arrays.take_weights(weights);
   arrays.take_codes(codes, parsed);
   arrays.take_channel_scale(channel_scale, parsed, format);
-  const auto held = std::make_shared<Arrays>(Arrays{arrays.weights, arrays.codes, arrays.channel_scale});
+  const auto kept = std::make_shared<Arrays>(Arrays{arrays.weights, arrays.codes, arrays.channel_scale});
   return PythonTask(
-      [parsed, args = arrays.args, held, pool = std::move(pool)] {
+      [parsed, args = arrays.args, kept, pool = std::move(pool)] {
         try {
           quantize_rows(parsed, args, *pool);
         } catch (const std::invalid_argument& error) {
-          throw_invalid(held->front().name(), ": ", error.what());
+          throw_invalid(kept->front().name(), ": ", error.what());
         }
       },
-      held);
+      kept);
 }
 
 void bind_row_bytes(nb::module_& m) {
   m.def("quantized_row_bytes", &row_bytes, nb::arg("format"), nb::arg("k"),
-        R"(Count the bytes that hold a row of quantized weights.
+        R"(Count the bytes of a row of quantized weights.
 
 Parameters
 ----------
@@ -123,23 +123,22 @@ void bind_task(nb::module_& m) {
         nb::arg("codes").none(), nb::arg("channel_scale").none() = nb::none(), nb::kw_only(), nb::arg("pool"),
         R"(Make the task that quantizes the rows of a matrix.
 
-What it computes is what `quantize_int8` and `quantize_int4` of `ktmoe_np.reference` do, and what it writes is
-what `pack_int8` and `pack_int4` make of that: the same bytes on every instruction set, with any number of
-threads.
+It computes `quantize_int8` or `quantize_int4` of `ktmoe_np.reference` and writes the bytes of `pack_int8` or
+`pack_int4`: the same bytes on every instruction set, with any number of threads.
 
 Parameters
 ----------
 format : str
-    What a row of `codes` holds::
+    The contents of a row of `codes`::
 
         int8           K codes
         int8_group32   K codes, the float32 scales of groups of 32
-        int4_group32   K codes, two a byte, the int8 multipliers of groups of 32
+        int4_group32   K codes, two per byte, the int8 multipliers of groups of 32
         int4_group64   the same with groups of 64
         int4_group128  the same with groups of 128
 
 weights : array
-    bfloat16 or float32 [N, K]. Rows may lie apart, the last axis is contiguous.
+    bfloat16 or float32 [N, K]. Rows may be strided, the last axis is contiguous.
 codes : array
     uint8 [N, quantized_row_bytes(format, K)], C-contiguous, written.
 channel_scale : array, optional
@@ -150,8 +149,7 @@ pool : WorkerPool
 Returns
 -------
 Task
-    It raises ValueError for the first row that holds NaN or an infinity. Of that row nothing is written, of the
-    others there may be.
+    It raises ValueError for the first row with NaN or infinity. That row is not written, others may be.
 
 Raises
 ------

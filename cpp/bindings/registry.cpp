@@ -110,9 +110,9 @@ void bind_format_info(nb::module_& m) {
 Attributes
 ----------
 name : str
-    Types of GGUF have names of their own, which another format may have too.
+    GGUF types have their own names, which another format may have too.
 gguf_type : int or None
-    The number of a tensor type of GGUF.
+    The number of a GGUF tensor type.
 block : int
     A row is a multiple of so many values.
 group : int or None
@@ -120,7 +120,7 @@ group : int or None
 scale_rows : int
     Rows that share a row of block scales, where these are separate from the codes; else 0.
 has_channel_scale : bool
-    Whether every row has a float32 scale of its own, apart from the codes.
+    Whether every row has its own float32 scale, separate from the codes.
 is_integer : bool
     Whether integer products take the codes.)")
       .def_prop_ro("name", [](const FormatInfo& f) { return std::string(format_name(f.id)); })
@@ -132,10 +132,10 @@ is_integer : bool
       .def_prop_ro("is_integer", [](const FormatInfo& f) { return format_is_integer(f.id); })
       .def(
           "row_bytes", [](const FormatInfo& f, int64_t k) { return f.count(k, format_row_bytes); },
-          nb::arg("k"), "Count the bytes of a row of k values, with the scales that lie in it.")
+          nb::arg("k"), "Count the bytes of a row of k values, including the scales in it.")
       .def(
           "code_bytes", [](const FormatInfo& f, int64_t k) { return f.count(k, format_code_bytes); },
-          nb::arg("k"), "Count the bytes of a row that are codes, when its scales lie behind them.")
+          nb::arg("k"), "Count the bytes of codes of a row in which the scales follow the codes.")
       .def(
           "scale_bytes", [](const FormatInfo& f, int64_t k) { return f.count(k, format_scale_bytes); },
           nb::arg("k"), "Count the bytes of a row of block scales that are separate from the codes.")
@@ -151,7 +151,7 @@ name : str
 gated, ungated : bool
     The forms it has: with a gate and an up projection, with one projection.
 parameters : dict of str to float
-    What the gated form takes, with the values of the models that introduced it.
+    The parameters of the gated form, with the values of the models that introduced it.
 config_key : str
     The key of a Hugging Face config.json that makes "silu" this function; empty for none.)")
       .def_ro("name", &ActivationRecord::name)
@@ -163,7 +163,7 @@ config_key : str
 }
 
 void bind_method_info(nb::module_& m) {
-  nb::class_<MethodInfo>(m, "MethodInfo", R"(How the experts of a layer are held and multiplied.
+  nb::class_<MethodInfo>(m, "MethodInfo", R"(How the experts of a layer are encoded and multiplied.
 
 Attributes
 ----------
@@ -174,14 +174,14 @@ names : list of str
 layer : str
     The class in `kt_kernel_ext.moe`.
 weights : str
-    "native": as the checkpoint has them; "quantized": quantized when they are loaded; "gguf": each projection
-    in a tensor type of GGUF.
+    "native": in the encoding of the checkpoint; "quantized": quantized at load; "gguf": each projection in a
+    GGUF tensor type.
 product : str
-    What the main products multiply: "bfloat16" or "int8".
+    The operands of the main products: "bfloat16" or "int8".
 formats : list of FormatInfo
     The first is the default; where there are several, the group size chooses among them.
 codes, scales : list of str
-    NumPy dtypes that arrays of native weights come in, the usual one first.)")
+    NumPy dtypes of arrays of native weights, the usual one first.)")
       .def_ro("mode", &MethodInfo::mode)
       .def_ro("names", &MethodInfo::names)
       .def_ro("layer", &MethodInfo::layer)

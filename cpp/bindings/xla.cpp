@@ -1,4 +1,4 @@
-// The handlers of XLA's calls in Python, as JAX registers them, and the layers that they may call.
+// The XLA handlers in Python, for JAX to register, and the layers that they may call.
 #include "xla/handlers.h"
 
 #include <nanobind/stl/shared_ptr.h>

@@ -1,4 +1,4 @@
-// Exceptions with composed messages: every error names the argument, what came and what was expected.
+// Exceptions with composed messages: every error names the argument, what was given and what was expected.
 #pragma once
 
 #include <concepts>

@@ -1,4 +1,4 @@
-// The scalar types that NumPy arrays of ml_dtypes hold and C++20 does not name, and their exact conversions.
+// The scalar types of ml_dtypes that C++20 lacks, and their exact conversions.
 #pragma once
 
 #include <bit>
@@ -8,7 +8,7 @@
 
 namespace ktmoe {
 
-// bfloat16 as it lies in memory: the upper half of a float32.
+// bfloat16 in memory: the upper half of a float32.
 struct bf16 {
   uint16_t bits;
 };
@@ -31,8 +31,8 @@ constexpr bf16 to_bf16_unbranched(float x) {
   return bf16{static_cast<uint16_t>((is_nan ? bits | 0x400000u : rounded) >> 16)};
 }
 
-// A float16 of these bits. Numbers below the normal ones are what a normal one is above 2^-14: to compute
-// with denormal numbers takes some processors a hundred cycles.
+// A float16 of these bits. Denormal numbers are computed as the excess of a normal number over 2^-14:
+// arithmetic with denormal numbers takes a hundred cycles on some processors.
 constexpr float half_to_float(uint16_t bits) {
   const uint32_t size = bits & 0x7fffu, sign = (bits & 0x8000u) << 16;
   if (size >= 0x7c00) return std::bit_cast<float>(sign | 0x7f800000u | (size & 0x3ffu) << 13);

@@ -1,5 +1,5 @@
 // Every format's header. Included plainly it brings their types; inside a target region (KT_TARGET_REGION) it
-// brings their Unpack specializations, once a target, so it has no include guard. A format that is added is
+// brings their Unpack specializations, once per target, so it has no include guard. A format that is added is
 // named here and in formats.inc.
 
 #include "formats/bf16.h"

@@ -33,7 +33,7 @@ static_assert(WeightFormat<Bf16>);
 
 #ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
 
-// bf16 rows need no unpacking: a segment is loaded as it lies.
+// bf16 rows need no unpacking: a segment is loaded directly.
 template <>
 struct Unpack<formats::Bf16> {
   static constexpr bool kUsedAsStored = true;

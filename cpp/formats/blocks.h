@@ -1,4 +1,4 @@
-// What formats of blocks have in common, those of GGUF: a row is blocks of some values one after the other,
+// Common to block formats, those of GGUF: a row is blocks of some values one after the other,
 // each with its scales among its codes.
 //
 //   w = bf(scale number + offset)      number whole and small, scale and offset float32 of a group of the
@@ -56,7 +56,7 @@ constexpr uint64_t spread_twos(uint64_t x) {
 //   group(const std::byte* block, size_t g, int8_t* to)      the numbers of values [32 g, 32 g + 32)
 // which is all that a format needs. One that has to be fast has in the target regions, too,
 //   Unpack<F>::numbers(block, g)                  those of a group in registers, or
-//   Unpack<F>::nibbles(block, g), kTable          nibbles likewise, and what they stand for
+//   Unpack<F>::nibbles(block, g), kTable          nibbles likewise, and their values
 //   Unpack<F>::scale(block), offset(block)        of blocks with one of each, where they are
 //   F::group_numbers, kScaleAt, kOffsetAt         of ScaledGroups (gguf_k.h)
 template <class F, size_t kValues, size_t kBytes, size_t kGroupValues>

@@ -18,26 +18,27 @@ enum class FormatId : uint8_t {
 
 inline constexpr size_t kNumFormats = static_cast<size_t>(FormatId::kCount);
 
-// One expert's weight matrix [N, K] as it lies in the checkpoint. Rows are output neurons, K is contiguous
-// within a row; rows may lie apart (interleaved or fused projections), so the stride is its own.
+// One expert's weight matrix [N, K] as stored in the checkpoint. Rows are output neurons, K is contiguous
+// within a row; rows may be strided (interleaved or fused projections), so the row stride is a separate
+// field.
 struct WeightView {
   const std::byte* data = nullptr;
   ptrdiff_t row_stride_bytes = 0;
   uint32_t k = 0;                     // elements of a row
-  const float* row_scale = nullptr;   // a value a row, of formats that have one
-  const std::byte* scales = nullptr;  // of formats whose scales lie apart: rows of them,
+  const float* row_scale = nullptr;   // one value per row, if the format has it
+  const std::byte* scales = nullptr;  // rows of separate block scales, if the format has them
   ptrdiff_t scales_stride_bytes = 0;
-  uint32_t scales_row = 0;  // and the matrix's row that row 0 here is, as one of them serves several
+  uint32_t scales_row = 0;  // number of row 0 within the matrix: a row of scales serves several rows
   FormatId format = FormatId::kBf16;
 
   const std::byte* row(size_t n) const { return data + static_cast<ptrdiff_t>(n) * row_stride_bytes; }
-  // The scales of row n, of which one row serves `rows` of the matrix.
+  // The block scales of row n; one row of scales serves `rows` rows of the matrix.
   const std::byte* scales_of(size_t n, uint32_t rows) const {
     const uint32_t numbered = scales_row + static_cast<uint32_t>(n);  // modulo 2^32, see numbered_from
     return scales + static_cast<ptrdiff_t>(numbered / rows) * scales_stride_bytes;
   }
 
-  // The rows from n on, row n called 0.
+  // The rows from n on, row n numbered 0.
   WeightView from(size_t n) const {
     WeightView rest = *this;
     rest.data = row(n);
@@ -45,13 +46,13 @@ struct WeightView {
     rest.scales_row += static_cast<uint32_t>(n);
     return rest;
   }
-  // What from(1) gives.
+  // In place of from(1).
   void next_row() {
     data += row_stride_bytes;
     if (row_scale) ++row_scale;
     ++scales_row;
   }
-  // The same rows, the first of them called n.
+  // The same rows, the first numbered n.
   WeightView numbered_from(size_t n) const {
     WeightView same = *this;
     same.data -= static_cast<ptrdiff_t>(n) * row_stride_bytes;
@@ -61,13 +62,13 @@ struct WeightView {
   }
 };
 
-// Rows of nibbles: two a byte, the low one first.
+// Rows of nibbles: two per byte, the low one first.
 constexpr size_t nibble_bytes(size_t k) { return (k + 1) / 2; }
 constexpr int nibble_at(const std::byte* row, size_t i) {
   return static_cast<int>(row[i / 2]) >> (i % 2 * 4) & 15;
 }
 
-// What nibbles may stand for: numbers from -8 or from 0 on.
+// Values of nibbles: numbers from -8 or from 0 on.
 alignas(16) inline constexpr int8_t kFromMinusEight[16] = {-8, -7, -6, -5, -4, -3, -2, -1,
                                                            0,  1,  2,  3,  4,  5,  6,  7};
 alignas(16) inline constexpr int8_t kFromZero[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -75,21 +76,21 @@ alignas(16) inline constexpr int8_t kFromZero[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 
 // A format F provides, all static:
 //   FormatId kId; std::string_view kName;
 //   size_t row_bytes(size_t k)                      bytes of a row of k values
-//   uint32_t kScaleRows     rows of the matrix that share a row of scales which lies apart; 0: there are none
+//   uint32_t kScaleRows     rows of the matrix that share one row of separate block scales; 0: none
 //   size_t scale_bytes(size_t k)                    bytes of a row of those scales
-//   void decode(const WeightView& w, size_t n, float* out)    row n, the scalar truth, before any channel
-//   scale bool kHasRowScale       a weight is its decoded value times a float32 of its row; decoded values
-//   are then
-//                           exact in bf16
+//   void decode(const WeightView& w, size_t n, float* out)    row n, the scalar reference, before the
+//                           channel scale
+//   bool kHasRowScale       a weight is its decoded value times a float32 of its row; decoded values are
+//                           then exact in bf16
 //   bool kIsInteger         decoded values are whole numbers from -127 to 127: integer products take them
 // and, for the target regions (kernels/targets), a specialization Unpack<F> that yields the k-th segment of a
 // row in registers, in the element order of the policy it is given.
 //
-// A row of a format of blocks, which has `kBlock` too, is whole blocks of so many values (blocks.h). Else
-// `kGroup`, where there is one, says how many values of a row share a scale, and
-//   size_t code_bytes(size_t k)                     bytes of a row's codes, when scales lie behind them in it
+// A row of a block format, which also has `kBlock`, is whole blocks of so many values (blocks.h). Otherwise
+// `kGroup`, if present, is the number of values of a row that share a scale, and
+//   size_t code_bytes(size_t k)                     bytes of a row's codes, when scales follow in the row
 //
-// `NoScalesApart` gives the two of formats that have none.
+// `NoScalesApart` provides these two members for formats without separate block scales.
 struct NoScalesApart {
   static constexpr uint32_t kScaleRows = 0;
   static constexpr size_t scale_bytes(size_t) { return 0; }

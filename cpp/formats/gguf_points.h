@@ -1,4 +1,4 @@
-// Points of lattices: what the codes of the smallest GGUF types stand for. They define these types and are
+// Lattice points: the values of the codes of the smallest GGUF types. They define these types and are
 // those of ggml (ggml-common.h); here in as many bits per coordinate as it takes, the first coordinate
 // lowest.
 #pragma once

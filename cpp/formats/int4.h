@@ -43,10 +43,10 @@ static_assert(WeightFormat<Int4Group32>);
 
 #endif  // KTMOE_FORMATS_INT4_H_
 
-#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once per target
 
-// m q for every multiplier and nibble, as int8 and as bf16: unpacking is a look-up. A byte that is no
-// multiplier, which nobody writes and nobody checks before it is read here, stands for zeros.
+// m q for every multiplier and nibble, as int8 and as bf16: unpacking is a lookup. Bytes are not
+// checked before they are read here: an invalid multiplier gives zeros.
 struct Int4Products {
   Vec::Numbers values[256] = {};  // by the multiplier's byte
   alignas(kCacheLine) int8_t codes[256][16] = {};
@@ -62,7 +62,7 @@ struct Int4Products {
 };
 inline constexpr Int4Products kInt4Products;
 
-// A segment lies in one group: groups are multiples of the longest.
+// A segment is within one group: groups are multiples of the longest.
 template <size_t kSize>
 struct Unpack<formats::Int4<kSize>> {
   static constexpr bool kUsedAsStored = false, kBytesUsedAsStored = false;

@@ -1,6 +1,6 @@
-// int8 codes from -127 to 127. With a scale a row, w = channel_scale * code, a row is its codes; with a scale
-// for every 32 codes, w = bf(code * scale), it is its codes and then its scales, little-endian float32
-// wherever they come to lie.
+// int8 codes from -127 to 127. With one scale per row, w = channel_scale * code, a row is its codes; with one
+// scale per 32 codes, w = bf(code * scale), a row is its codes and then its scales, little-endian float32
+// at any alignment.
 #ifndef KTMOE_FORMATS_INT8_H_
 #define KTMOE_FORMATS_INT8_H_
 

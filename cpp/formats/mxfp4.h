@@ -1,4 +1,4 @@
-// MXFP4: numbers of E2M1, and every 32 of a row share a power of two, E8M0, which lies apart.
+// MXFP4: E2M1 numbers; every 32 of a row share a separate power of two, E8M0.
 #ifndef KTMOE_FORMATS_MXFP4_H_
 #define KTMOE_FORMATS_MXFP4_H_
 

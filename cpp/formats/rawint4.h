@@ -1,5 +1,5 @@
 // int4 as compressed-tensors packs it: w = bf(q scale), a nibble is q + 8, and a group of a row shares a
-// scale in bf16, which lies apart.
+// separate bf16 scale.
 #ifndef KTMOE_FORMATS_RAWINT4_H_
 #define KTMOE_FORMATS_RAWINT4_H_
 

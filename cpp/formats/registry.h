@@ -1,4 +1,4 @@
-// What a format is, asked at run time.
+// The properties of formats at run time.
 #pragma once
 
 #include <optional>
@@ -50,7 +50,7 @@ inline size_t format_unit(FormatId id) {
     return 1;
   });
 }
-// Bytes of a row that are its values; what lies behind them are scales of its groups.
+// Bytes of the codes of a row; the scales of its groups follow.
 inline size_t format_code_bytes(FormatId id, size_t k) {
   return with_format(id, [&](auto f) {
     if constexpr (requires { decltype(f)::code_bytes(k); }) return decltype(f)::code_bytes(k);

@@ -1,5 +1,5 @@
-// What formats have in common whose scales lie apart: w = bf(number scale), the scales of a row, or of the
-// rows that share them, being `F::scale(scales, k)` for column k.
+// Common to formats with separate block scales: w = bf(number scale), with `F::scale(scales, k)` for column k
+// of a row, or of the rows that share the scales.
 #pragma once
 
 #include "core/types.h"

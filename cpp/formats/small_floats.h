@@ -40,7 +40,7 @@ constexpr float e8m0_to_float(uint8_t exponent) {
   return std::bit_cast<float>(exponent == 0 ? uint32_t{1} << 22 : uint32_t{exponent} << 23);
 }
 
-// Constant expressions may not compute with a NaN, so these say what comes of one.
+// Constant expressions may not compute with NaN, so these define the result.
 constexpr bool is_nan(float x) { return x != x; }
 constexpr float halved(float x) { return is_nan(x) ? x : x * 0.5f; }
 

@@ -34,7 +34,7 @@ uint64_t enabled_states() {
   return (uint64_t{high} << 32) | low;
 }
 
-// AMX tile state is off in every process until it asks: without the grant the first tile instruction faults.
+// A process must request AMX tile state: without the permission the first tile instruction faults.
 bool request_tile_permission() {
 #if defined(__linux__)
   constexpr long kArchReqXcompPerm = 0x1023, kXfeatureTileData = 18;

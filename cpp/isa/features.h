@@ -1,10 +1,9 @@
-// What this processor can do and the operating system lets it do, asked once.
+// Features of this processor that the operating system enables, read once.
 #pragma once
 
 namespace ktmoe {
 
-// The instruction sets of isas.inc: whether the processor has what each takes, and the system lets it be
-// used.
+// The instruction sets of isas.inc: whether the processor and the operating system support each.
 struct CpuFeatures {
   enum class Platform { any, x86_64 };
 #define KT_ISA(enumerator, name, platform, choice) bool name = Platform::platform == Platform::any;
@@ -12,7 +11,8 @@ struct CpuFeatures {
 #undef KT_ISA
 };
 
-// The features of the machine this runs on. The first call asks the kernel for permission to use AMX tiles.
+// The features of the machine this runs on. The first call requests permission from the kernel to use AMX
+// tiles.
 const CpuFeatures& cpu_features();
 
 }  // namespace ktmoe

@@ -16,7 +16,7 @@ std::string names(const std::vector<Isa>& isas) {
 
 enum class Choice { automatic, on_request };
 
-// Whether it is chosen without being asked for.
+// Whether it is chosen without an override.
 bool is_automatic(Isa isa) {
   switch (isa) {
 #define KT_ISA(enumerator, name, platform, choice) \

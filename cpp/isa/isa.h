@@ -24,7 +24,7 @@ Isa isa_from_name(std::string_view name);
 bool supports(const CpuFeatures& features, Isa isa);
 
 // The instruction set to use: the override when given, else the most capable one that is both compiled in
-// and supported. A pure function, so that any machine can be asked about any other.
+// and supported. A pure function, so that tests can select for any machine.
 // Throws std::invalid_argument for an unknown name, std::runtime_error for one this machine cannot run.
 Isa select_isa(const CpuFeatures& features, const std::vector<Isa>& compiled,
                std::optional<std::string_view> override_name);

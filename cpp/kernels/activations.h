@@ -29,7 +29,7 @@ struct Activation {
 enum class ActivationForms : uint8_t { kGated, kUngated, kGatedAndNot };
 
 struct ActivationInfo {
-  // Of the gated form; what is not there is not used.
+  // Of the gated form; parameters without a value are not used.
   struct Parameters {
     std::optional<float> limit = {}, alpha = {}, beta1 = {}, beta2 = {};
   };

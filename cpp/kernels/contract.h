@@ -5,8 +5,8 @@
 // Letters: M rows of activations (tokens routed to one expert), N outputs, K summed elements.
 //
 // Invariance. Every product sums along K in an order that depends on K and the instruction set alone: not on
-// M, not on the panel a row falls into, not on the thread. So an output row is the same to the bit whoever
-// else is in the batch.
+// M, not on the panel a row falls into, not on the thread. So an output row has the same bits in every
+// batch.
 #pragma once
 
 #include <array>
@@ -126,7 +126,7 @@ struct ActivateArgs {
   Activation activation;
   const float* c_gate = nullptr;
   const float* c_up = nullptr;
-  const float* l_gate = nullptr;  // C blocks: what the adapters add
+  const float* l_gate = nullptr;  // C blocks: the outputs of the adapters
   const float* l_up = nullptr;
   float lora_scale = 0;
   const float* gate_bias = nullptr;
@@ -183,7 +183,7 @@ struct LimitKernels {
 struct KernelTable {
   Isa isa;
 
-  // Bytes to hold an operand of m rows and k columns.
+  // Bytes of an operand of m rows and k columns.
   size_t (*operand_bytes)(uint32_t m, uint32_t k);
   // Rows [m0, m1) of an operand of m rows at `data`; m0 a multiple of kOutputBlock.
   Operand (*operand_block)(std::byte* data, uint32_t m, uint32_t k, uint32_t m0, uint32_t m1);
@@ -192,7 +192,7 @@ struct KernelTable {
   Operand (*pack)(const RowsView& rows, uint32_t m, uint32_t k, std::byte* data);
 
   size_t (*c_floats)(uint32_t m, uint32_t n);
-  // C blocks are plain rows, so a product may be written where it is wanted (NtArgs::c_stride).
+  // C blocks are plain rows, so a product may be written to its final place (NtArgs::c_stride).
   bool c_is_rows;
   size_t (*nt_scratch_bytes)(uint32_t k);
   std::array<void (*)(const NtArgs&), kNumFormats> nt;

@@ -11,14 +11,13 @@
 
 namespace ktmoe::kernels {
 
-// Rows [n, k] of finite floats to rows of bytes. What a kernel writes of a row:
+// Rows [n, k] of finite floats to rows of bytes. Output of each kernel per row:
 //   quantize_int8        k int8 codes; channel_scale
 //   quantize_int8_group  k int8 codes, then ceil(k / 32) fp32 scales, at any address, found by search
-//   quantize_int4        ceil(k / 2) bytes of codes in -8..7, two a byte, the first in the low four bits, the
-//                        high bits behind the last of an odd k 0; then ceil(k / group) int8 multipliers;
+//   quantize_int4        ceil(k / 2) bytes of codes in -8..7, two per byte, the first in the low four bits,
+//                        zero bits after the last of an odd k; then ceil(k / group) int8 multipliers;
 //                        channel_scale
-// Each returns the first row that holds NaN or an infinity, or n. Rows before that one are written, of it and
-// those behind it nothing is.
+// Each returns the first row with NaN or infinity, or n. Rows before it are written, the others are not.
 // Preconditions: n and k below 2^31; the bytes of a row fit codes_stride; outputs share no memory with rows.
 struct QuantizeArgs {
   const void* rows = nullptr;  // at any address

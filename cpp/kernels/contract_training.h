@@ -15,10 +15,10 @@ inline constexpr uint32_t kMaxNnColumns = 1024;
 inline constexpr uint32_t kMaxTnRows = 64, kMaxTnColumns = 256;
 
 // The lhs operands of NN, rows G [M, N] in the layout that the instruction set multiplies from:
-//   pack_lhs            refers to the rows where that will do, else packs them into lhs_bytes(m, n)
-//   pack_lhs_in_place    packs m rows, round_up(n, kOutputBlock) elements apart, into their own memory by way
-//                        of scratch of lhs_bytes(m, n); they are no rows any more
-//   lhs_in_place         the operand that has come out of that
+//   pack_lhs             uses the rows in place if possible, else packs them into lhs_bytes(m, n)
+//   pack_lhs_in_place    packs m rows with stride round_up(n, kOutputBlock) into their own memory, using
+//                        scratch of lhs_bytes(m, n); afterwards they are no longer rows
+//   lhs_in_place         the operand that results from that
 
 // A term of a sum of products: sum over n in [n0, n1) of G[m, n] W[n, k].
 struct NnTerm {
@@ -29,7 +29,7 @@ struct NnTerm {
 };
 
 // NN: C[m, k - k0] (+)= sum over terms of sum_n G[m, n] W[n, k] for k in [k0, k1), in fp32: gradients go back
-// through weights, whose rows are read as they lie. The sum is sequential, along n and from term to term: cut
+// through weights, whose rows are read in place. The sum is sequential, along n and from term to term: cut
 // between terms, or at a multiple of kOutputBlock rows of a W, with the second part accumulating, it has the
 // same bits. Preconditions: at least one term, none of them empty, M <= kMaxPanelRows the same in
 // all, k0 a multiple of kOutputBlock, k1 - k0 <= kMaxNnColumns, scratch of nn_scratch_bytes() aligned
@@ -46,7 +46,7 @@ struct NnArgs {
   std::byte* scratch = nullptr;
 };
 
-// TN: D[n, k] (+)= scale * sum_m G[m, n] X[m, k] in fp32: the gradient of a weight. D[n, k] lies at
+// TN: D[n, k] (+)= scale * sum_m G[m, n] X[m, k] in fp32: the gradient of a weight. D[n, k] is at
 // d[n * n_stride + k * k_stride], so that the transpose is a matter of strides. Any M, 0 included; the sum is
 // scaled once, when it is complete.
 // Preconditions: n <= kMaxTnRows, k <= kMaxTnColumns, scratch of tn_scratch_bytes() aligned to 64 bytes.

@@ -17,7 +17,7 @@ struct TokenRange {
   uint32_t first = 0, num = 0;
 };
 
-// Chunks of `chunk_size` tokens, the last one of what is left; 0: all tokens at once. An empty batch has one
+// Chunks of `chunk_size` tokens, the last one of the rest; 0: all tokens at once. An empty batch has one
 // empty chunk, so that its arguments are checked too.
 std::vector<TokenRange> cut_tokens(uint32_t num_tokens, uint32_t chunk_size);
 
@@ -32,7 +32,7 @@ class ChunkedPass {
 
   size_t num_chunks() const { return chunks_.size(); }
 
-  // Computes a chunk; the first one comes first. Throws as MoE_Interface::forward does, and
+  // Computes a chunk; the first one must be first. Throws as MoE_Interface::forward does, and
   // std::out_of_range for a wrong id of any chunk: when a part of a batch is refused, none is computed.
   void compute(size_t chunk);
 

@@ -1,8 +1,8 @@
 // Passes of layers that defer experts: of each token the experts with the smallest weights are computed while
-// the caller is already busy with what follows, and the next layer's output begins with their sum.
+// the caller already continues, and the next layer's output begins with their sum.
 //
 // A pass is a round of steps, in this order, each of them a task of the engine or part of one. A pass of a
-// CUDA stream is made once and done in any number of rounds.
+// CUDA stream is created once and runs any number of rounds.
 //
 //   step             what it does
 //   ---------------  -----------------------------------------------------------------------------------
@@ -50,8 +50,8 @@
 
 namespace ktmoe {
 
-// What a layer leaves for the next one: its deferred experts, weighted and summed. The memory is that of
-// whoever made the pass.
+// A layer's output for the next one: its deferred experts, weighted and summed. The creator of the pass owns
+// the memory.
 class DeferredOutput {
  public:
   DeferredOutput(float* sums, const GeneralMOEConfig& config, uint32_t num_tokens)
@@ -68,7 +68,7 @@ class DeferredOutput {
   // Throws std::invalid_argument when it is of other sizes.
   void check_shape(uint32_t num_tokens, int64_t hidden_size) const;
 
-  // Sleeps until it is ready. Who waits by the engine's tickets has no need to.
+  // Sleeps until it is ready. Not needed after waiting by the engine's tickets.
   void wait_until_ready() const { is_ready_.wait(false); }
 
   // When it is ready: throws the exception of the pass that failed.
@@ -105,8 +105,8 @@ struct DeferringBatch {
 
 class DeferredPass {
  public:
-  // `received`: the deferred output of the previous layer, or null. `output`: where to leave that of this
-  // layer; null when no expert is deferred. Throws std::invalid_argument when what it receives is of other
+  // `received`: the deferred output of the previous layer, or null. `output`: where to write that of this
+  // layer; null when no expert is deferred. Throws std::invalid_argument when `received` has other
   // sizes than the batch.
   DeferredPass(std::shared_ptr<MoE_Interface> layer, const DeferringBatch& batch,
                std::shared_ptr<const DeferredOutput> received, std::shared_ptr<DeferredOutput> output);
@@ -114,10 +114,11 @@ class DeferredPass {
   size_t num_chunks() const { return chunks_.size(); }
   const std::shared_ptr<DeferredOutput>& output() const { return output_; }
 
-  // Throws std::out_of_range for a wrong id now, before anything is queued. Split checks what it reads again.
+  // Throws std::out_of_range for a wrong id now, before anything is queued. Split checks again the ids that
+  // it reads.
   void check_ids() const;
 
-  // The steps. Throws as SlotSplit::run and MoE_Interface::forward do, and what it receives has failed with;
+  // The steps. Throws as SlotSplit::run and MoE_Interface::forward do, and the error of `received`;
   // std::runtime_error for a part before the first split.
   void split();
   void compute_immediate(size_t chunk);

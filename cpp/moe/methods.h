@@ -1,4 +1,4 @@
-// The methods: which weight formats a layer has, how it comes by its weights, what it multiplies them as.
+// The methods: the weight formats of a layer, how its weights are loaded, and its product.
 #pragma once
 
 #include <array>
@@ -12,7 +12,7 @@
 
 namespace ktmoe {
 
-// How a layer comes by its weights.
+// How a layer loads its weights.
 enum class WeightSource : uint8_t {
   kNative,     // as the checkpoint has them
   kQuantized,  // quantized when they are loaded, or long before

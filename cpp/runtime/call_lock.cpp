@@ -20,7 +20,7 @@ bool is_of_parent(uint64_t owner) { return owner >> 32 != num_forks(); }
 
 }  // namespace
 
-// The thread that forked goes on in the child with what it holds; no other thread of the parent does.
+// The thread that forked keeps its locks in the child; other threads of the parent do not exist there.
 CallLock::Outcome CallLock::try_take() {
   uint64_t owner = owner_.load();
   while (true) {

@@ -8,14 +8,14 @@
 
 namespace ktmoe {
 
-// A mutex can neither tell a thread that it holds it already, nor is it of use in a forked child when a
-// thread of the parent held it. This one knows its owner: the thread, and the process. An owner of a parent
-// process does not exist, so in the child the lock is free.
+// A mutex cannot tell a thread that it already owns it, and is unusable in a forked child if a thread of the
+// parent had locked it. This lock knows its owner: the thread and the process. In a child an owner in the
+// parent process does not exist, so the lock is free.
 class CallLock {
  public:
   enum class Outcome { kTaken, kTimedOut, kHeldByThisThread };
 
-  // Waits until the deadline; does not wait at all for a lock that the calling thread holds.
+  // Waits until the deadline; does not wait for a lock that the calling thread owns.
   Outcome take(const Deadline& deadline);
   Outcome try_take();
 

@@ -198,8 +198,8 @@ void CPUInfer::execute(std::unique_ptr<Task> task) {
   if (lowest_awaited_.load() <= ticket) wake_waiters();
 }
 
-// Whoever lets go of the role passes on what is left to do: to a thread that sleeps until the role is free,
-// and to the background thread if tasks were given to it.
+// The thread that releases the role hands over the remaining tasks: to a thread that sleeps until the role is
+// free, and to the background thread if it has been woken for them.
 void CPUInfer::release_role() {
   queue_.release_role();
   if (lowest_awaited_.load() != kNobody) wake_waiters();

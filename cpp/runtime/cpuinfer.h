@@ -21,7 +21,7 @@ namespace ktmoe {
 
 // Tasks run one after the other, in the order of their tickets, by the thread that has the consumer role. A
 // background thread takes it when a submit() wakes it. But a thread that waits takes the role itself if it is
-// free and runs the queue up to what it waits for: a synchronous call needs no other thread to get going.
+// free and runs the queue up to its own task: a synchronous call does not wait for another thread to start.
 class CPUInfer {
  public:
   explicit CPUInfer(WorkerPoolConfig config);
@@ -33,23 +33,23 @@ class CPUInfer {
   WorkerPool& pool() { return *pool_; }
   std::shared_ptr<WorkerPool> backend() const { return pool_; }
 
-  // Queues a task. With wake = false nobody is told: it runs when a thread waits for
-  // it, or on the way to a later task.
+  // Queues a task. With wake = false no thread is woken: it runs when a thread waits for
+  // it, or for a later task.
   Ticket submit(std::unique_ptr<Task> task, bool wake = true);
 
   // Waits until at most `allow_n_pending` of the tasks submitted up to now are unfinished. Rethrows the first
-  // exception of those it waited for and forgets their others; who holds a ticket of one is told all the
-  // same.
+  // exception of those it waited for and discards the others; their tickets still report
+  // them.
   void sync(uint64_t allow_n_pending = 0);
 
   // The same for the tasks up to a ticket and for about `timeout` at most: true when done, false when not.
   bool sync_for(uint64_t last_ticket, std::chrono::milliseconds timeout);
 
-  // Waits like sync(), but leaves all exceptions to who asks for them.
+  // Waits like sync(), but keeps all exceptions for later calls.
   void finish(uint64_t allow_n_pending = 0);
 
-  // Waits for one task, and so for all before it. Rethrows this task's exception only, as often as it is
-  // asked. Throws std::invalid_argument for the ticket of another engine.
+  // Waits for one task, and so for all before it. Rethrows this task's exception only, on every
+  // call. Throws std::invalid_argument for the ticket of another engine.
   void wait(const Ticket& ticket);
 
   // The same for a limited time: true when done, false when not. While this thread runs tasks itself it looks
@@ -62,7 +62,7 @@ class CPUInfer {
   // Finished tasks, in order, for the caller to destroy. One load when there are none.
   std::vector<std::unique_ptr<Task>> take_finished();
 
-  // Finishes what is queued and ends the threads. Afterwards submit() throws. May be repeated.
+  // Finishes the queued tasks and ends the threads. Afterwards submit() throws. May be repeated.
   void shutdown();
 
  private:

@@ -22,8 +22,7 @@ constexpr unsigned kPortable = 1;
 constexpr unsigned kWithoutTiming = 2;
 constexpr int kNotReady = 600;
 
-// While a stream is being captured a thread may not do what is not of any stream, unless it says that it
-// knows what it does.
+// While a stream is being captured, a thread may call the driver outside of streams only in relaxed mode.
 constexpr int kRelaxedCapture = 2;
 class RelaxedCapture {
  public:
@@ -192,7 +191,7 @@ bool CudaDriver::is_complete(Event event) const noexcept {
 void CudaDriver::wait(Stream waiting, Stream stream) const {
   const Event event = record_event(stream);
   const int result = wait_(waiting, event, 0);
-  destroy_event_(event);  // which the driver does when nobody waits for it any more
+  destroy_event_(event);  // the driver does so when nothing waits for it any more
   check(result, "cuStreamWaitEvent");
 }
 

@@ -18,19 +18,19 @@ class CudaDriver {
   static const CudaDriver& get();
   static bool is_there();
 
-  // Calls `function` when all that is in the stream has been done; what follows in it waits for that. The
+  // Calls `function` when all earlier work in the stream is done; later work waits for that. The
   // function must not call CUDA. Throws std::runtime_error with the driver's message, as all below.
   void launch(Stream stream, HostFunction function, void* data) const;
-  // Whether what is launched becomes part of a graph, to be done any number of times.
+  // Whether launched work becomes part of a graph, which may be replayed any number of times.
   bool is_capturing(Stream stream) const;
   // In the stream; addresses of the host or of a device.
   void copy(uint64_t to, uint64_t from, size_t bytes, Stream stream) const;
   // A number that no two streams have; the default stream is another one in every context.
   uint64_t key(Stream stream) const;
-  // An event that is complete when the stream reaches this point, to be asked for until it is.
+  // An event that completes when the stream reaches this point; to be polled.
   Event record_event(Stream stream) const;
   bool is_complete(Event event) const noexcept;  // true: and the event is destroyed
-  // What follows in `waiting` waits for what is in `stream` now.
+  // Later work in `waiting` waits for the current work in `stream`.
   void wait(Stream waiting, Stream stream) const;
   // Pins memory, so that copies need not wait for the CPU.
   void lock_pages(void* begin, size_t bytes) const;

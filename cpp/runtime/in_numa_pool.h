@@ -19,14 +19,13 @@ namespace ktmoe {
 // How a job runs, and why it never waits for a thread that has not come:
 //
 // The thread that calls WorkerPool::run (the caller) deals every worker a range of tasks, then opens the job
-// by making epoch_ odd. Workers that see this enter; each eats its own range, then steals. Ranges of workers
+// by making epoch_ odd. Workers that see this enter; each runs its own range, then steals. Ranges of workers
 // that are still asleep are stolen like any other. When the caller sees that nothing is left to take it
 // closes the job by making epoch_ even and waits for the workers that are inside. Entering and closing cross
 // safely: a worker first says that it is inside, then looks whether the job is still open; the caller first
 // closes, then looks who is inside; with sequential consistency at least one of the two sees the other. A
-// worker that comes too late leaves without having touched anything. A worker leaves only when its own range
-// is empty, so when all have left, all tasks have run. No
-// counter on the way is written by all workers.
+// worker that arrives too late leaves without having touched anything. A worker leaves only when its own
+// range is empty, so when all have left, all tasks have run. No counter on the way is written by all workers.
 class InNumaPool {
  public:
   struct Crew {

@@ -1,4 +1,4 @@
-// An error that nobody could be told of when it happened: kept until somebody asks.
+// An error that could not be reported when it happened: kept until a caller takes it.
 #pragma once
 
 #include <exception>

@@ -1,5 +1,5 @@
-// Objects that a process has one of, anew in a forked child: a lock there may be held by a thread that does
-// not exist, and what the object refers to belongs to the parent.
+// Objects of which a process has one, created anew in a forked child: the owner of a lock there may be a
+// thread that does not exist, and the data of the object belong to the parent.
 #pragma once
 
 #include <atomic>

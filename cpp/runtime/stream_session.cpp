@@ -86,7 +86,7 @@ void StreamSession::run(Stream stream, std::shared_ptr<CPUInfer> engine, std::ve
          std::unique_ptr<Call>(new Call{this, std::move(work), {}, Destroyer::kLockHolder, is_captured}));
 }
 
-// With wake = false somebody is about to wait.
+// With wake = false a thread is about to wait.
 void StreamSession::submit_now(CPUInfer& engine, const std::vector<StreamTask>& tasks, bool is_captured,
                                bool wake) {
   for (const StreamTask& each : tasks) {
@@ -179,7 +179,7 @@ void StreamSession::release_done(Destroyer by) {
       at = next;
     }
   }
-  // The driver is not asked under the lock, for which one of its threads may wait.
+  // The driver is not called under the lock, as one of its threads may wait for it.
   kept.remove_if([](const Kept& one) { return CudaDriver::get().is_complete(one.event); });
   const std::lock_guard lock(mutex_);
   kept_.splice(kept_.begin(), kept);

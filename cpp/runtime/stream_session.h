@@ -1,6 +1,5 @@
-// What this process does in CUDA streams: functions that the driver calls, tasks that a stream submits and
-// waits for, staging memory, and all that has to stay alive meanwhile. The calls of Python and those of JAX
-// programs share it.
+// CUDA streams of this process: host callbacks, tasks that a stream submits and waits for, staging buffers,
+// and the objects kept alive meanwhile. Python calls and JAX programs share it.
 //
 //   callback  made                 a stream that is not captured    a stream that is captured into a graph
 //   --------  -------------------  -------------------------------  --------------------------------------
@@ -9,12 +8,12 @@
 //   done      it has returned, or  release_done may destroy it      never
 //             was refused
 //
-//   object kept alive              until the stream reaches it;     for good
-//                                  release_done asks for its event
+//   object kept alive              until the stream reaches it;     permanently
+//                                  release_done polls its event
 //
-// An exception cannot reach a stream, which goes on: the result that the work was to write becomes NaN, all
-// bits set, and the exception is pending. There is one pending error in a process, the first one; whoever
-// asks takes it: the next sync of an engine, call with a stream, or call of a JAX program on a GPU.
+// An exception cannot stop a stream: the result of the work becomes NaN, all bits set, and the exception is
+// pending. A process has one pending error, the first one; the next sync of an engine, call with a stream, or
+// call of a JAX program on a GPU takes and raises it.
 #pragma once
 
 #include <atomic>
@@ -33,7 +32,7 @@
 
 namespace ktmoe {
 
-// A task, and what it writes: NaN when it throws or is refused.
+// A task and its result, which becomes NaN when the task throws or is refused.
 struct StreamTask {
   std::shared_ptr<Task> task;
   std::span<std::byte> result;
@@ -46,15 +45,14 @@ struct DeviceCopy {
   size_t bytes;
 };
 
-// Memory of the host whose pages are locked, so that copies from and to a GPU need not wait for the CPU.
+// Pinned host memory, so that copies from and to a GPU need not wait for the CPU.
 class PinnedMemory;
 
 class StreamSession {
  public:
   using Stream = CudaDriver::Stream;
 
-  // Who may destroy an object: any thread, or one that holds the lock of those who made it, which is
-  // Python's.
+  // Which threads may destroy an object: any, or those with the lock of its creator (the GIL).
   enum class Destroyer : uint8_t { kAnyThread, kLockHolder };
 
   static StreamSession& of_process();
@@ -79,11 +77,11 @@ class StreamSession {
   // When the stream reaches this point, it waits until at most so many of the engine's tasks are unfinished.
   void sync(Stream stream, std::shared_ptr<CPUInfer> engine, uint64_t allow_n_pending);
 
-  // Keeps an object alive until the stream reaches this point, without waiting: what is copied before it.
+  // Keeps an object alive until the stream reaches this point, without waiting: the copies before it.
   void keep_alive(Stream stream, std::shared_ptr<const void> object, Destroyer destroyer);
 
   // Staging memory of a stream, which its calls use one after the other. Other threads wait until the lease
-  // ends, by when all that uses the memory has been put into the stream.
+  // ends; by then all work that uses the memory must be in the stream.
   class StagingLease {
    public:
     StagingLease(std::unique_lock<std::mutex> lock, std::byte* data) : lock_(std::move(lock)), data_(data) {}
@@ -95,7 +93,7 @@ class StreamSession {
   };
   StagingLease lease_staging(Stream stream, size_t bytes);
 
-  // Destroys what is done with, of that which `by` may destroy; a lock holder may destroy all.
+  // Destroys objects that are no longer needed and that `by` may destroy; with the lock, all of them.
   void release_done(Destroyer by);
 
   // Throws the pending error, if there is one.

@@ -8,10 +8,10 @@
 
 namespace ktmoe {
 
-// What the file holds; empty when it cannot be read.
+// The contents of the file; empty when it cannot be read.
 std::string read_system_file(const std::string& path);
 
-// Cuts off and returns what stands before `separator`, or all of it.
+// Cuts off and returns the text before `separator`, or all of it.
 inline std::string_view take_until(std::string_view& text, char separator) {
   const std::string_view part = text.substr(0, text.find(separator));
   text.remove_prefix(part.size() < text.size() ? part.size() + 1 : text.size());

@@ -1,5 +1,5 @@
-// The exceptions of finished tasks that nobody has been told of yet, for those who wait for all tasks. Who
-// holds a task's ticket does not depend on them.
+// The unreported exceptions of finished tasks, for callers that wait for all tasks. Owners of a task's ticket
+// do not depend on them.
 #pragma once
 
 #include <atomic>

@@ -11,8 +11,8 @@
 
 namespace ktmoe {
 
-// A unit of work and all it needs. It is run by whichever thread has the consumer role, but destroyed only by
-// whoever takes it back when finished: what it holds may have to be released under somebody's lock.
+// A unit of work and its data. The thread with the consumer role runs it, but only the thread that takes it
+// back when finished destroys it: releasing its data may need a lock.
 class Task {
  public:
   Task() = default;
@@ -22,7 +22,7 @@ class Task {
 
   virtual void run() = 0;
 
-  // Whether it holds nothing that needs a lock to be let go: then it is destroyed as soon as it has run.
+  // Whether its data can be released without a lock: then it is destroyed as soon as it has run.
   virtual bool ends_anywhere() const { return false; }
 
   void set_outcome(std::shared_ptr<TaskOutcome> outcome) { outcome_ = std::move(outcome); }
@@ -34,7 +34,7 @@ class Task {
   friend class TaskQueue;
   Task* next_ = nullptr;  // in the one list that the task is in
   uint64_t ticket_ = 0;
-  std::shared_ptr<TaskOutcome> outcome_;  // shared with those who hold the ticket
+  std::shared_ptr<TaskOutcome> outcome_;  // shared with the owners of the ticket
 };
 
 // A list of tasks that belongs to one thread, linked through the tasks themselves.
@@ -95,7 +95,7 @@ class TaskQueue {
   // between its ticket and the stack; then the task appears in a moment.
   std::unique_ptr<Task> pop();
 
-  // In a forked child, where a consumer may have been lost in the middle of pop(): leaks what is queued.
+  // In a forked child, where a consumer may have been lost in the middle of pop(): leaks the queued tasks.
   void abandon();
 
  private:

@@ -28,7 +28,7 @@ class TaskRange {
     return false;
   }
 
-  // Moves the back half, rounded up, into `thief`, which only its owner may ask for and which must be empty.
+  // Moves the back half, rounded up, into `thief`, which must be empty. Called only by the owner of `thief`.
   // False when there was nothing to move, or someone else was faster.
   bool move_back_half_to(TaskRange& thief) {
     uint64_t word = word_.load(std::memory_order_relaxed);

@@ -16,8 +16,8 @@ struct TaskOutcome {
   std::exception_ptr error;
 };
 
-// A submitted task, for those who wait for it. The exception of a failed task lives as long as a ticket of
-// it, so a failure cannot be mistaken for success, whoever else has asked the engine for errors meanwhile.
+// A submitted task, to wait for. The exception of a failed task lives as long as a ticket of
+// it, so a failure cannot be mistaken for success, even if the engine has reported it to another caller.
 class Ticket {
  public:
   Ticket() = default;

@@ -1,4 +1,4 @@
-// Which CPUs this process may use, how they lie on NUMA nodes, and how memory is put on a node.
+// The CPUs that this process may use, their NUMA nodes, and placement of memory on a node.
 #pragma once
 
 #include <cstddef>
@@ -26,8 +26,8 @@ struct Topology {
                        const std::vector<int>& affinity = affinity_cpus());
 };
 
-// Asks the kernel to keep the pages of [data, data + bytes) on `node` while that has room, and moves those
-// that lie elsewhere. Pages that are only partly in the range stay as they are. False when the kernel
+// Makes the kernel keep the pages of [data, data + bytes) on `node` while it has room, and moves pages from
+// other nodes. Pages that are only partly in the range are not changed. False when the kernel
 // refused.
 bool bind_memory(void* data, size_t bytes, int node);
 

@@ -12,7 +12,7 @@ namespace ktmoe {
 namespace {
 
 // A layer call is a few jobs with microseconds between them, and waking a sleeper takes 5 to 50 us. Spinning
-// for about as long as a wake-up costs is never more than twice as dear as knowing the future.
+// for about as long as a wake-up takes costs at most twice the optimum.
 constexpr std::chrono::microseconds kSpinBetweenJobs{50};
 
 WorkerPoolConfig validated(WorkerPoolConfig config, const Topology& topology) {
@@ -146,7 +146,7 @@ void WorkerPool::run_parallel(Job& job) {
   Backoff backoff;
   subpools_.front()->work_as_first(job);
   while (!job.failed() && !is_drained()) {
-    // What is left lies on other nodes, or was on its way to a thief when the caller looked.
+    // The remaining tasks are on other nodes, or were being stolen when the caller looked.
     if (!run_for_absent(job)) backoff.wait();
     subpools_.front()->work_as_first(job);
   }

@@ -73,7 +73,7 @@ class WorkerPool {
   ScratchPool scratch_;
   std::vector<std::unique_ptr<InNumaPool>> subpools_;
   std::vector<uint64_t> threads_before_;  // in the sub-pools before each; one entry more, for the end
-  std::mutex mutex_;                      // held by the caller of the current job
+  std::mutex mutex_;                      // locked by the caller of the current job
   Seating seating_;
   std::vector<uint32_t> first_task_;  // of the current job, see Job
 };

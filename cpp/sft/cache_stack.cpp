@@ -65,7 +65,7 @@ void CacheStack::use_up(Cache cache, TrainingCall* call) noexcept {
   call != nullptr && call->is_revoked_ ? insert(std::move(cache)) : keep_memory(std::move(cache));
 }
 
-// In a forked child the lock may be held forever, by a thread that only the parent has.
+// In a forked child the lock may stay locked forever, by a thread that only the parent has.
 void CacheStack::settle(TrainingCall& call) noexcept {
   if (fork_guard_.in_child()) return;
   const std::lock_guard lock(mutex_);

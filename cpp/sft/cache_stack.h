@@ -16,8 +16,8 @@ class TrainingCall;
 
 // Last in, first out. The memory of finished passes is reused.
 //
-// A layer computes one pass at a time, but other threads may revoke calls at any time, so the stack has a
-// lock of its own. The lock is never held during a computation or a wait.
+// A layer computes one pass at a time, but other threads may revoke calls at any time, so the stack has its
+// own lock. It is never locked during a computation or a wait.
 class CacheStack {
  public:
   using Cache = std::unique_ptr<ForwardCache>;

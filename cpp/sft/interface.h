@@ -32,9 +32,9 @@ class MoE_SFT_Interface : public MoE_Interface {
   // Takes new values for some of the adapters' matrices.
   virtual void update_lora_weights(const LoraSources& sources) = 0;
 
-  // The layer with its adapters. With `save`, dropout is applied and what backward() needs is saved. Throws
-  // std::runtime_error when max_cache_depth passes are saved already. A caller may tag a saved pass with an
-  // id above 0.
+  // The layer with its adapters. With `save`, dropout is applied and the values for backward() are saved.
+  // Throws std::runtime_error when max_cache_depth passes are saved already. A caller may tag a saved pass
+  // with an id above 0.
   virtual void forward_sft(const ForwardArgs& args, bool save, uint32_t caller_id = 0,
                            TrainingCall* call = nullptr) = 0;
 

@@ -1,4 +1,4 @@
-// A layer of experts that trains, over all sub-pools of an engine.
+// A layer of experts for training, over all sub-pools of an engine.
 //
 // forward     copy the input | ug, uu | gate, up, activation | ud | down, combine
 // backward    r | z, dg, du | dug, duu | gradients of matrices | (dg, du to lhs operands) | dx, combine
@@ -67,11 +67,11 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
   // Allocates a cache and copies the inputs of the pass into it.
   void fill_input(const ForwardArgs& args, bool save, ForwardCache& cache);
   void fill_token(const ForwardArgs& args, uint32_t t, ForwardCache& cache) const;
-  // The layer on the cache's input. `to_the_end` false: only what the backward pass needs.
+  // The layer on the cache's input. `to_the_end` false: only the values for the backward pass.
   void run_forward(const ForwardArgs& args, ForwardCache& cache, bool to_the_end);
   using LoraHiddenStep = void (*)(TrainingPass&, WorkerScratch&, const PanelTask&);
   void run_lora_hidden(TrainingPass& pass, uint32_t k, LoraHiddenStep step);
-  // Forgets what workers have packed, before a step on another matrix.
+  // Invalidates the packed operands of workers, before a step on another matrix.
   void invalidate_packed(TrainingPass& pass);
 
   // ---- backward (tp_moe_sft_backward.cpp) ----

@@ -1,9 +1,9 @@
-// What the steps of a training pass work on: the layer, what is kept of the forward pass, and scratch.
+// The data of the steps of a training pass: the layer, the cache of the forward pass, and scratch.
 //
 // Symbols, here and in backward_*.h. bf() rounds to bf16; a row belongs to one token of one expert.
 //
 //   x           [H]   input of the expert
-//   g, u        [I]   gate and up, with biases and adapters: what the activation takes
+//   g, u        [I]   gate and up, with biases and adapters: the inputs of the activation
 //   h           [I]   bf(act(g, u)), the intermediate
 //   w                 the routing weight of the row
 //   q           [H]   dY, the gradient of the layer's output, of the row's token
@@ -33,11 +33,11 @@ namespace ktmoe {
 struct ForwardScratch {
   PackedRows lora_hidden[2];  // ug (or ud) and uu as operands
   std::byte* lora_hidden_operand[2] = {};
-  float* l[2] = {};         // C blocks: what the adapters add
+  float* l[2] = {};         // C blocks: the outputs of the adapters
   bf16* dropped = nullptr;  // rows of x or h after dropout; null without
 };
 
-// Rows as an lhs operand, packed anew only when the expert or the rows change.
+// Rows as an lhs operand, packed again only when the expert or the rows change.
 struct PackedLhs {
   uint32_t active = UINT32_MAX;
   uint32_t m0 = 0;

@@ -1,6 +1,6 @@
-// What of XLA's foreign function interface is used here, as its C interface lays it out in memory (versions
-// 0.x). Declared anew, so that nothing of XLA is needed to build; a test compares it with the headers that
-// come with jaxlib.
+// The parts of XLA's foreign function interface that are used here, with the memory layout of its C interface
+// (versions 0.x). Declared here, so that the build does not need XLA; a test compares it with jaxlib's
+// headers.
 #pragma once
 
 #include <cstddef>

@@ -38,8 +38,8 @@ Error* error(const Api& api, ErrorCode code, const char* name, const char* what)
   return api.create_error(&args);
 }
 
-// XLA asks once a handler which version of the interface it speaks: that of the caller, since the little that
-// is used of it has been the same in all.
+// XLA queries each handler once for its interface version. The answer is the version of the caller, since the
+// few parts used here are the same in all versions.
 bool answers_metadata(CallFrame& frame) {
   for (Extension* e = frame.extensions; e != nullptr; e = e->next) {
     if (e->type != kMetadataExtension) continue;

@@ -47,8 +47,8 @@ struct Operation {
   void (*work)(Call&);
 };
 
-// Answers what XLA asks of a handler before it calls, or else does `work`, whose exceptions become XLA's
-// errors and begin with `name`.
+// Answers XLA's query for metadata, or else does `work`; its exceptions become XLA errors that begin with
+// `name`.
 Error* answer(CallFrame* frame, const char* name, FunctionRef<void()> work);
 
 // An operation at once, on the arrays of the call.

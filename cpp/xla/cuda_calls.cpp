@@ -43,7 +43,7 @@ class HostBuffers {
   HostBuffers(const HostBuffers&) = delete;
   HostBuffers& operator=(const HostBuffers&) = delete;
 
-  // Gives them memory one after the other; returns what is behind them.
+  // Assigns them memory one after the other; returns the end of it.
   std::byte* place(std::byte* at) {
     for (size_t i = 0; i < buffers_.size(); ++i) {
       buffers_[i].data = at;

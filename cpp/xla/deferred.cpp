@@ -20,7 +20,7 @@ namespace ktmoe::xla {
 namespace {
 
 // Deferred outputs that wait for the next layer's call, by number. A program that stops half-way never takes
-// its last one, so only so many are kept.
+// its last one, so their number is limited.
 class DeferredOutputs {
  public:
   using Output = std::shared_ptr<DeferredOutput>;

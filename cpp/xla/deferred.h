@@ -1,4 +1,4 @@
-// Deferred experts in XLA's programs: what a layer leaves is known to the program by a number.
+// Deferred experts in XLA programs: a program refers to a deferred output by its number.
 #pragma once
 
 #include "xla/call.h"

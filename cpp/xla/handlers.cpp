@@ -67,7 +67,7 @@ void do_forward_saved(Call& call) {
   run(*batch.called()->engine, [&] { run_with_adapters(batch, lora, out, *pass); });
 }
 
-// The gradients of the adapters, when the call wants them.
+// The gradients of the adapters, if the call has them among its results.
 void take_lora_gradients(Call& call, const MOESFTConfig& c, BackwardArgs& args) {
   if (call.num_results() == 2) return;
   for (size_t i = 0; i < kNumLora; ++i) {

@@ -17,12 +17,12 @@ Error* forward(CallFrame* frame);
 //   down_lora_b [E, H, R]
 Error* forward_sft(CallFrame* frame);
 
-// The same, and the pass is kept for its backward pass until the layer is called again. Results: out, and
+// The same, and the pass is saved for its backward pass until the layer is called again. Results: out, and
 // pass uint32 [], its number.
 Error* forward_saved(CallFrame* frame);
 
-// Arguments: those of forward_sft, pass uint32 [], grad_output bf16 [.., H]. The pass is computed again when
-// it is kept no longer. Results: grad_input bf16 [.., H], grad_weights float32 [.., P], then float32
+// Arguments: those of forward_sft, pass uint32 [], grad_output bf16 [.., H]. The pass is computed again if
+// it is no longer saved. Results: grad_input bf16 [.., H], grad_weights float32 [.., P], then float32
 // gradients of all adapters, or of none.
 Error* backward(CallFrame* frame);
 
@@ -31,7 +31,7 @@ Error* backward(CallFrame* frame);
 // 0.
 Error* forward_deferred(CallFrame* frame);
 
-// Arguments: carry uint32 []. Results: out bf16 [.., H], what is left.
+// Arguments: carry uint32 []. Results: out bf16 [.., H], the deferred output.
 Error* drain_deferred(CallFrame* frame);
 
 // The same on arrays of a GPU, in its program's stream: arrays are copied to the host and back. Neither the

@@ -1,4 +1,4 @@
-// The layers that XLA's programs may call, by number: a compiled program can refer to a layer in no other
+// The layers that XLA programs may call, by number: a compiled program cannot refer to a layer in any other
 // way.
 #pragma once
 

@@ -11,14 +11,14 @@
 
 namespace ktmoe::xla {
 
-// It refers to nothing of Python's.
+// It has no references to Python objects.
 class Work final : public FunctionTask {
  public:
   using FunctionTask::FunctionTask;
   bool ends_anywhere() const override { return true; }
 };
 
-// work(0) to work(num - 1), a task each, on the engine's threads and this one, after what was submitted
+// work(0) to work(num - 1), one task each, on the engine's threads and this one, after what was submitted
 // before. It waits until they are done, so they may refer to the caller's stack; only a caller within a task
 // could not wait, and XLA is none.
 inline void run(CPUInfer& engine, size_t num, FunctionRef<void(size_t)> work) {

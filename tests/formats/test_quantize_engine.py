@@ -266,7 +266,7 @@ REFUSED: dict[str, tuple[Change, type[Exception], str]] = {
     "channel_scale, one too many": (
         lambda a: {"format": "int8_group32", "codes": np.empty((N, K + 8), np.uint8)},
         ValueError,
-        "^channel_scale: got one, expected None: rows of int8_group32 hold their scales$",
+        "^channel_scale: got one, expected None: rows of int8_group32 contain their scales$",
     ),
     "channel_scale, float64": (
         lambda a: {"channel_scale": a["channel_scale"].astype(np.float64)},

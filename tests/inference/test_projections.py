@@ -32,7 +32,7 @@ SCALES = np.ones((E, I), np.float32)
     ("more", "message"),
     [
         ({"channel_scale": SCALES}, "gate_scale: got one, expected None: bf16 has no channel scales"),
-        ({"block_scales": SCALES}, "gate_scale: got one, expected None: bf16 has no scales apart"),
+        ({"block_scales": SCALES}, "gate_scale: got one, expected None: bf16 has no block scales"),
         ({"format": "q4_0"}, "gate_format: got 'q4_0', expected None: the layer has one format"),
     ],
 )

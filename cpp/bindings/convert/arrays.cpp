@@ -42,7 +42,7 @@ nb::object as_integers(nb::handle object) {
   return viewed(object, nb::cast(str_cat("u", nb::cast<size_t>(nb::object(object.attr("itemsize"))))));
 }
 
-// A NumPy array without what a subclass makes of it: its own memory, whatever the subclass exports.
+// A plain NumPy array: its own memory, even if a subclass exports something else.
 nb::object as_plain(nb::handle object) {
   if (Py_TYPE(object.ptr()) == reinterpret_cast<PyTypeObject*>(names->ndarray.ptr()))
     return nb::borrow(object);

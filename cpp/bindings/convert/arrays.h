@@ -1,5 +1,5 @@
-// Arrays from Python, seen without a copy: NumPy (ml_dtypes included) and whatever speaks DLPack. Each check
-// names the argument, what came and what was expected.
+// Arrays from Python, viewed without a copy: NumPy (including ml_dtypes) and DLPack. Each check
+// names the argument, what was given and what was expected.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -66,7 +66,7 @@ class Array {
   std::string dtype_name() const;
 
   const char* name_ = "";
-  nb::ndarray<nb::ro> handle_;  // keeps the memory of what is no NumPy array
+  nb::ndarray<nb::ro> handle_;  // keeps the memory alive of arrays that are not from NumPy
   nb::object object_;           // as it was given
   void* data_ = nullptr;
   DType dtype_ = DType::kOther;

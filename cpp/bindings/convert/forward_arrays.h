@@ -14,7 +14,7 @@ inline kernels::FloatType float_type(const Array& a) {
 
 class ForwardArrays {
  public:
-  // Throws TypeError and ValueError for what is not as it should be.
+  // Throws TypeError and ValueError for invalid arguments.
   ForwardArrays(const GeneralMOEConfig& config, nb::handle hidden_states, nb::handle topk_ids,
                 nb::handle topk_weights, nb::handle out, nb::handle skip_experts);
 

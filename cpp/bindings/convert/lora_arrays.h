@@ -1,4 +1,4 @@
-// The adapters of a layer as Python gives them and asks for them: names, shapes, and arrays that are read.
+// The adapters of a layer as Python passes and receives them: names, shapes, and arrays that are read.
 #pragma once
 
 #include <array>
@@ -17,8 +17,8 @@ const char* lora_name(const MOESFTConfig& config, size_t id);
 void check_lora_exists(const MOESFTConfig& config, const char* name, bool is_up);
 bool is_up_lora(size_t id);
 
-// The matrices that are not None, checked; TypeError and ValueError for what is not as it should be. Their
-// memory stays as long as the owners.
+// The matrices that are not None, checked; TypeError and ValueError for invalid ones. The
+// owners keep their memory alive.
 LoraSources read_lora(const MOESFTConfig& config, const LoraHandles& handles, Arrays& owners);
 
 }  // namespace ktmoe::bindings

@@ -160,7 +160,7 @@ class PythonPass {
                                           DType::kFloat32, {tokens, slots});
   }
 
-  // The tasks share what it holds, and are not shown; then nothing of it can be garbage yet.
+  // The tasks share its arrays but are invisible to the collector: while any task exists, nothing is garbage.
   static int traverse(PyObject* self, visitproc visit, void* arg) {
     Py_VISIT(Py_TYPE(self));
     if (!nb::inst_ready(self)) return 0;
@@ -183,39 +183,39 @@ PyType_Slot PythonPass::slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(&Pyt
                                    {0, nullptr}};
 
 constexpr const char* kPassDoc =
-    R"(A forward pass of a layer that defers experts, or begins with what one has deferred.
+    R"(A forward pass of a layer that defers experts, or that adds deferred experts of the previous layer.
 
-Immediate are, of each token, all but `num_deferred` experts: those with the largest weights, ties by slot.
+Of each token, all but `num_deferred` experts are immediate: those with the largest weights, ties by slot.
 
 Parameters
 ----------
 layer : MoE_Interface
 hidden_states : array of bfloat16 [T, H]
 topk_ids : array of int64 or int32 [T, P]
-    Read when the tasks run, as all others.
+    Read when the tasks run, like all other arrays.
 topk_weights : array of float32 [T, P]
 out : array of bfloat16 or float32 [T, H]
-    Written: the deferred output of the layer before and the immediate experts.
+    Written: the deferred output of the previous layer plus the immediate experts.
 immediate_ids : array of int64 [T, P]
     Written: the ids of immediate experts, -1 elsewhere.
 chunk_size : int
-    Tokens that a task computes at most.
+    Maximum number of tokens per task.
 num_deferred : int
-    Experts of each token that are deferred, at most.
+    Maximum number of deferred experts per token.
 deferred_ids : array of int64 [T, P], optional
     Written, when any are deferred: the other ids.
 deferred_output : array of float32 [T, H], optional
     Written, when any are deferred: their sums.
 copied_hidden_states, copied_weights : array of bfloat16 [T, H] and of float32 [T, P], optional
-    Written: what the deferred experts are computed from. None: hidden states and weights stay as they are
-    until that is done.
+    Written: copies of the inputs of the deferred experts. None: hidden states and weights must not change
+    until these have run.
 received : DeferredOutput, optional
-    What the layer before has left; when that failed, so does this pass.
+    The deferred output of the previous layer; if that failed, so does this pass.
 incremental : bool
-    Add to what `out` holds; not with `received`.
+    Add to the contents of `out`; not with `received`.
 skip_experts : array of bool [E], optional
 num_tokens : array of int64 or int32 [1], optional
-    Tokens from that number on are computed with no expert.
+    Tokens from that number on are computed without experts.
 
 Raises
 ------

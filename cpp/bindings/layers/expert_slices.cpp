@@ -35,9 +35,9 @@ class ExpertArrays {
   std::vector<SliceArrays> read(const Given& given, const SliceShape& shape) {
     std::vector<SliceArrays> slices(num_slices_);
     add({given.weights, given.weights_name, shape.num_rows, shape.row_bytes, &SliceArrays::weights}, slices);
-    // The scales of rows are the second ones where others lie apart.
-    const bool apart = shape.num_scale_rows != 0, two_kinds = apart && shape.has_channel_scale;
-    if (apart)
+    // With separate block scales, the channel scales are the second kind.
+    const bool separate = shape.num_scale_rows != 0, two_kinds = separate && shape.has_channel_scale;
+    if (separate)
       add({given.scales, given.scales_name, shape.num_scale_rows, shape.scale_bytes, &SliceArrays::scales},
           slices);
     if (shape.has_channel_scale)
@@ -45,7 +45,7 @@ class ExpertArrays {
            two_kinds ? given.global_scales_name : given.scales_name, shape.num_rows, sizeof(float),
            &SliceArrays::channel_scale},
           slices);
-    if (!apart && !shape.has_channel_scale)
+    if (!separate && !shape.has_channel_scale)
       refuse(given.scales, given.scales_name, shape, "no scales outside its rows");
     if (!two_kinds) refuse(given.global_scales, given.global_scales_name, shape, "no scales of two kinds");
     return slices;
@@ -123,13 +123,13 @@ gpu_tp_count : int
 expert_id : int
     Which expert.
 w13_weights : list of arrays
-    For each slice an array of any dtype, in C order: its rows of gate and then of up, as they are held.
+    One array per slice, of any dtype, in C order: its rows of gate and then of up, in their encoding.
 w13_scales : list of arrays, or None where the format has none outside the rows
-    Likewise their scales that lie apart, or else the float32 scales of the rows.
+    Likewise their block scales, or else the float32 channel scales.
 w2_weights, w2_scales : list of arrays
     Likewise all rows of down, with the slice's columns.
 w13_global_scales, w2_global_scales : list of arrays, optional
-    The float32 scales of the rows, where the format has scales that lie apart beside.
+    The float32 channel scales, if the format has block scales too.
 
 Returns
 -------

@@ -1,4 +1,4 @@
-// The task that writes an expert to arrays of Python's, in slices.
+// The task that writes slices of an expert to Python arrays.
 #pragma once
 
 #include <memory>

@@ -30,7 +30,7 @@ struct GivenProjection {
   }
 };
 
-// What messages call the parts of a projection: the arguments of layers' wrappers.
+// Names of the parts of a projection in messages: the arguments of the wrappers of layers.
 struct ProjectionNames {
   const char *codes, *scale, *format, *bias;
 };
@@ -118,7 +118,7 @@ void add_block_scales(const Projection& p, Arrays& owners, std::vector<WeightVie
   if (serves == 0) {
     if (!p.given.block_scales.is_none())
       throw_invalid(p.names.scale, ": got one, expected None: ", format_name(p.format),
-                    " has no scales apart");
+                    " has no block scales");
     return;
   }
   const auto width = static_cast<int64_t>(format_scale_bytes(p.format, static_cast<size_t>(p.columns)));
@@ -154,7 +154,7 @@ void apply_map(nb::handle source, const GeneralMOEConfig& c, ExpertWeights& weig
   weights.permute(std::vector<int64_t>(a.as<int64_t>(), a.as<int64_t>() + a.size()));
 }
 
-// The format of a projection: that of the layer, or, where projections have some of their own, the one named.
+// The format of a projection: that of the layer, or the given one where projections have their own.
 FormatId projection_format(const GemmKernel& kernel, const std::optional<std::string>& given,
                            const char* name) {
   if (kernel.format) {
@@ -172,7 +172,7 @@ FormatId projection_format(const GemmKernel& kernel, const std::optional<std::st
                 known);
 }
 
-// Raises for what is given of up although the activation is not gated.
+// Raises if anything of up is given although the activation is not gated.
 void refuse_up(const GivenProjection& up, nb::handle bias) {
   if (up.is_none() && bias.is_none()) return;
   const char* name = !up.codes.is_none()                                         ? kUpNames.codes
@@ -221,7 +221,8 @@ PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_i
   return PythonTask([layer, arrays, args = forward.args()] { layer->forward(args); }, arrays);
 }
 
-// A task for each chunk of a batch. Each holds the arrays by itself: the cycle collector counts references.
+// One task per chunk of a batch. Each keeps the arrays alive on its own: the cycle collector counts
+// references.
 nb::typed<nb::list, PythonTask> forward_tasks(Layer layer, nb::object hidden_states, nb::object topk_ids,
                                               nb::object topk_weights, nb::object out, int64_t chunk_size,
                                               bool incremental, nb::object skip_experts) {
@@ -275,9 +276,9 @@ pool : WorkerPool, optional
 Attributes
 ----------
 group_size : int
-    Of weights that are quantized by groups; 0 for what the class has by default.
+    For weights that are quantized by groups; 0 for the default of the class.
 scale_inputs : bool
-    The routing weights scale what enters the experts, rounded to bfloat16, and not what leaves them.)")
+    The routing weights scale the inputs of the experts, rounded to bfloat16, not their outputs.)")
       .def(
           "__init__",
           [](GeneralMOEConfig* self, int64_t experts, int64_t per_token, int64_t hidden, int64_t intermediate,
@@ -377,7 +378,7 @@ topk_weights : array
 out : array
     bfloat16 or float32 [T, H], written.
 incremental : bool
-    Add to what `out` holds.
+    Add to the contents of `out`.
 base : array, optional
     bfloat16 or float32 [T, H], added to the result.
 skip_experts : array, optional

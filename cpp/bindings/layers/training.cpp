@@ -1,4 +1,4 @@
-// The expert layers that train in Python: a class a method.
+// The expert layers for training in Python: one class per method.
 #include <nanobind/stl/shared_ptr.h>
 
 #include <algorithm>
@@ -136,7 +136,7 @@ void bind_forward(Interface& interface) {
            nb::arg("gate_lora_b").none() = none, nb::arg("up_lora_a").none() = none,
            nb::arg("up_lora_b").none() = none, nb::arg("down_lora_a").none() = none,
            nb::arg("down_lora_b").none() = none,
-           R"(Make the task that gives the adapters new values; what is None stays, but not all.
+           R"(Make the task that gives the adapters new values; matrices that are None do not change, at least one is given.
 
 Parameters
 ----------
@@ -192,15 +192,15 @@ gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b : array
 gate_proj, up_proj, down_proj : array, optional
     float32 gradients of the weights, [E, I, H], [E, I, H], [E, H, I].
 accumulate : bool
-    Add the gradients of matrices to what is there.
+    Add the gradients of matrices to the contents of the arrays.
 
 Returns
 -------
 TrainingTask)")
-      .def("clear_cache_task", &clear_cache_task, "Make the task that forgets the saved forward passes.")
+      .def("clear_cache_task", &clear_cache_task, "Make the task that drops the saved forward passes.")
       .def_prop_ro("num_cached", &MoE_SFT_Interface::num_cached,
                    "Forward passes that wait for their backward pass.")
-      .def_prop_ro("cache_bytes", &MoE_SFT_Interface::cache_bytes, "Memory of saved forward passes, and what is kept of it for the next.")
+      .def_prop_ro("cache_bytes", &MoE_SFT_Interface::cache_bytes, "Memory of saved forward passes, and memory kept for the next ones.")
       .def_prop_rw("step", &MoE_SFT_Interface::step, &MoE_SFT_Interface::set_step,
                    "The number of the next saving forward pass, which keys its dropout masks.");
 }

@@ -26,8 +26,8 @@ lora_rank : int
 lora_alpha : float
     The adapters are scaled by lora_alpha / R.
 gate_lora_a, up_lora_a : array, optional
-    float32 or bfloat16 [E, R, H]: what the adapters of a layer begin as, None for zeros. Checked, and copied as
-    bfloat16, when the layer is made; what is assigned or written later changes nothing in it.
+    float32 or bfloat16 [E, R, H]: initial adapters of a layer, None for zeros. Checked, and copied as bfloat16,
+    when the layer is created; later changes do not affect it.
 gate_lora_b, up_lora_b : array, optional
     [E, I, R].
 down_lora_a, down_lora_b : array, optional

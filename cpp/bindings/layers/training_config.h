@@ -1,13 +1,13 @@
-// The config of a layer that trains, as Python has it.
+// The config of a layer for training in Python.
 #pragma once
 
 #include "bindings/convert/lora_arrays.h"
 
 namespace ktmoe::bindings {
 
-// With the arrays that the adapters of a layer begin as, which the layer copies when it is made.
+// With the initial adapters, which a layer copies when it is created.
 struct SFTConfig : MOESFTConfig {
-  std::array<nb::object, kNumLora> lora;  // None where zeros will do
+  std::array<nb::object, kNumLora> lora;  // None for zeros
 
   LoraHandles lora_handles() const;
 };

@@ -66,19 +66,19 @@ void unlock_pages(uint64_t address) {
 
 void bind_cuda(nb::module_& m) {
   bind_stream_pass(m);
-  m.def("is_available", &CudaDriver::is_there, "Whether there is a driver that finds a GPU.");
+  m.def("is_available", &CudaDriver::is_there, "Whether a driver and a GPU are present.");
   m.def(
       "raise_error", [] { StreamSession::of_process().rethrow(); },
-      "Raise the first exception, of tasks of streams and of JAX programs on a GPU, since somebody asked.");
+      "Raise the first exception since the last call, of tasks in streams and of JAX programs on a GPU.");
   m.def(
       "stream_key",
       [](uint64_t stream) {
         const GilRelease no_gil;
         return CudaDriver::get().key(as_stream(stream));
       },
-      nb::arg("stream"), "A number that no two streams have, of whichever GPU.");
+      nb::arg("stream"), "A number that is unique among the streams of all GPUs.");
   m.def("wait", &wait, nb::arg("waiting"), nb::arg("stream"),
-        "Let what comes in one stream wait for what is in another now.");
+        "Let later work in one stream wait for the current work in another.");
   m.def("exported_array", &exported_array, nb::arg("capsule"),
         R"(An array that DLPack exports, of any device.
 

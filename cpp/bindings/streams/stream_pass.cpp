@@ -1,4 +1,4 @@
-// A pass of a layer in CUDA streams, in Python: made once, done any number of times.
+// A pass of a layer in CUDA streams, in Python: created once, run any number of times.
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
@@ -93,7 +93,7 @@ class StreamPass {
 
 void bind_stream_pass(nb::module_& m) {
   nb::class_<StreamPass>(m, "StreamPass",
-                         R"(A pass that streams do, any number of times, one after the other.
+                         R"(A pass that streams run, any number of times, one after the other.
 
 Parameters
 ----------
@@ -101,11 +101,11 @@ engine : CPUInfer
 inputs : list of array
     Staging buffers for the inputs, in memory that must not move.
 tasks : list of (Task, array)
-    To be submitted, each with the array that it writes: NaN when it raises.
+    Tasks to submit, each with its output array, which becomes NaN when the task raises.
 output : array
     The staging buffer of the output.
 num_deferred : int
-    So many of the last tasks are not waited for.)")
+    The number of last tasks that are not waited for.)")
       .def(nb::init<std::shared_ptr<CPUInfer>, const std::vector<nb::object>&,
                     const std::vector<std::pair<PythonTask*, nb::object>>&, nb::handle, uint64_t>(),
            nb::arg("engine"), nb::arg("inputs"), nb::arg("tasks"), nb::arg("output"), nb::arg("num_deferred"))
@@ -116,9 +116,10 @@ num_deferred : int
            "Let the stream wait for the tasks and copy the output to the device; keep an object alive until "
            "it "
            "has done so.")
-      .def("run", &StreamPass::run, nb::arg("stream"), nb::arg("addresses"), nb::arg("address"),
-           nb::arg("kept").none(),
-           "Both at once: the thread that the stream waits for does the tasks, so nobody has to be woken.");
+      .def(
+          "run", &StreamPass::run, nb::arg("stream"), nb::arg("addresses"), nb::arg("address"),
+          nb::arg("kept").none(),
+          "Both at once: the thread that the stream waits for runs the tasks, so no thread has to be woken.");
 }
 
 }  // namespace ktmoe::bindings

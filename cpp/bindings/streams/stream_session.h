@@ -9,10 +9,10 @@ namespace ktmoe::bindings {
 
 inline CudaDriver::Stream as_stream(uint64_t handle) { return reinterpret_cast<CudaDriver::Stream>(handle); }
 
-// A task of Python's, and the array that it writes and so holds, or None.
+// A Python task and its output array, which it keeps alive, or None.
 StreamTask stream_task(PythonTask& task, nb::handle result);
 
-// Destroys what streams and the engine's tasks have done with; the GIL is held.
+// Destroys objects that streams and finished tasks no longer need; called with the GIL.
 void release_done(CPUInfer& engine);
 
 }  // namespace ktmoe::bindings

@@ -1,4 +1,4 @@
-// The lock of Python's classes in this package.
+// The lock for the Python classes of this package.
 #include "runtime/call_lock.h"
 
 #include <nanobind/stl/string.h>
@@ -51,21 +51,21 @@ class PythonLock {
 
 void bind_call_lock(nb::module_& m) {
   nb::class_<PythonLock>(m, "CallLock",
-                         R"(A lock that is used by `with`, and never makes a thread wait for itself.
+                         R"(A lock for `with` that never makes a thread wait for itself.
 
-In a forked child it is free, whoever held it in the parent; if what it guards belongs to an engine of the parent, to use it is an error.
+In a forked child it is free, even if it was locked in the parent; if it guards an object of an engine of the parent, using it is an error.
 
 Parameters
 ----------
 guards : str
-    What it guards, for messages.
+    The guarded object, for messages.
 of_engine : bool
-    Whether that is of no use in a forked child.
+    Whether the guarded object is unusable in a forked child.
 
 Raises
 ------
 RuntimeError
-    By `with`: the thread holds it, as in a signal handler that runs in the midst of a call; or, `of_engine`, this is a fork of the process that made it.)")
+    By `with`: the thread has locked it already, as in a signal handler during a call; or, with `of_engine`, this is a fork of the process that created it.)")
       .def(nb::init<std::string, bool>(), nb::arg("guards"), nb::arg("of_engine") = false)
       .def("__enter__", &PythonLock::enter)
       .def(

@@ -22,10 +22,10 @@
 namespace ktmoe::bindings {
 namespace {
 
-// Tasks that have run hold Python references: they are destroyed here, where the GIL is held.
+// Finished tasks have Python references: they are destroyed here, with the GIL.
 void release_finished(CPUInfer& engine) { engine.take_finished(); }
 
-// Repeats a wait of limited time, so that Ctrl-C gets through while another thread does the work.
+// Repeats a wait of limited time, so that Ctrl-C works while another thread does the work.
 template <class WaitFor>
 void wait_in_slices(CPUInfer& engine, WaitFor&& wait_for) {
   constexpr std::chrono::milliseconds kSlice{50};
@@ -70,7 +70,7 @@ void run_all(CPUInfer& engine, const std::vector<PythonTask*>& tasks) {
   run_in_turn(engine, tasks.size(), take, [&](const Ticket& ticket) { wait_for_task(engine, ticket); });
 }
 
-// Fresh memory is slow to write to on one thread: every page of it is asked for.
+// Writing to fresh memory on one thread is slow: every page of it faults.
 void copy(CPUInfer& engine, nb::handle source, nb::handle to) {
   static constexpr size_t kChunk = size_t{1} << 18;
   const auto from = std::make_shared<Array>(Array::read(source, "source"));
@@ -128,9 +128,9 @@ void bind_streams(nb::class_<CPUInfer>& engine) {
             StreamSession::of_process().submit(as_stream(stream), engine, tasks);
           },
           nb::arg("stream"), nb::arg("task"), nb::arg("result").none() = nb::none(),
-          R"(Submit a task when a CUDA stream comes to this point; returns at once.
+          R"(Submit a task when a CUDA stream reaches this point; returns at once.
 
-In a stream that is being captured, the graph submits the task whenever it is replayed; the task and its arrays are then kept for good.
+In a stream that is being captured, the graph submits the task at every replay; the task and its arrays are then kept alive permanently.
 
 Parameters
 ----------
@@ -138,7 +138,7 @@ stream : int
     The stream's handle; 0 is the default stream.
 task : Task
 result : array of floats, optional
-    What the task writes, and so holds: NaN when the task raises, which nobody can know in the stream.
+    The output of the task, kept alive by it: NaN when the task raises, as the stream cannot raise.
 
 Raises
 ------
@@ -157,7 +157,7 @@ RuntimeError
           nb::arg("stream"), nb::arg("allow_n_pending") = 0,
           R"(Let a CUDA stream wait, at this point, until at most `allow_n_pending` tasks are unfinished; returns at once.
 
-Exceptions of tasks that streams have submitted are raised by this, when all is said to the stream, or by `sync`.)");
+Raises the exceptions of tasks that streams have submitted, after the wait is in the stream; so does `sync`.)");
 }
 
 void bind_pool(nb::module_& m) {
@@ -180,13 +180,13 @@ subpool_thread_count : list of int
           nb::arg("subpool_count"), nb::arg("subpool_numa_map"), nb::arg("subpool_thread_count"))
       .def_static(
           "defaults", [] { return WorkerPoolConfig::defaults(Topology::read()); },
-          "One sub-pool for every node with CPUs that this process may use, a thread for each of them.")
+          "One sub-pool per node with CPUs that this process may use, one thread per CPU.")
       .def_rw("subpool_count", &WorkerPoolConfig::subpool_count)
       .def_rw("subpool_numa_map", &WorkerPoolConfig::subpool_numa_map)
       .def_rw("subpool_thread_count", &WorkerPoolConfig::subpool_thread_count)
       .def("__repr__", &config_repr);
 
-  nb::class_<WorkerPool>(m, "WorkerPool", "The threads of an engine; made by CPUInfer, handed to layers.")
+  nb::class_<WorkerPool>(m, "WorkerPool", "The threads of an engine; created by CPUInfer, passed to layers.")
       .def_prop_ro("num_threads", [](const WorkerPool& pool) { return pool.num_threads(); })
       .def_prop_ro("num_subpools", &WorkerPool::num_subpools)
       .def_prop_ro("config", &WorkerPool::config, nb::rv_policy::copy)
@@ -198,11 +198,11 @@ subpool_thread_count : list of int
 
 void bind_engine(nb::module_& m) {
   bind_pool(m);
-  nb::class_<PythonTask>(m, "Task", "Work for an engine, made by a layer; it can be submitted once.",
+  nb::class_<PythonTask>(m, "Task", "Work for an engine, created by a layer; it can be submitted once.",
                          nb::type_slots(PythonTask::slots));
-  nb::class_<Ticket>(m, "Ticket", R"(A submitted task, for those who wait for it.
+  nb::class_<Ticket>(m, "Ticket", R"(A submitted task, to wait for.
 
-As long as it lives, `CPUInfer.wait` raises the exception of a task that failed, whoever else was told of it.)")
+As long as it lives, `CPUInfer.wait` raises the exception of a failed task, even if another caller has got it.)")
       .def_prop_ro("number", &Ticket::number, "1, 2, 3 ... in the order of execution.")
       .def("__repr__", [](const Ticket& ticket) { return str_cat("Ticket(", ticket.number(), ")"); });
 
@@ -218,7 +218,7 @@ config : WorkerPoolConfig or int
 Raises
 ------
 ValueError
-    Threads or sub-pools that cannot be: the message names the field, and the nodes that exist.)");
+    Impossible threads or sub-pools: the message names the field, and the existing nodes.)");
   bind_streams(engine);
   engine.def(nb::init<WorkerPoolConfig>(), nb::arg("config"))
       .def(nb::init<int>(), nb::arg("num_threads"))
@@ -238,14 +238,15 @@ Exception
 Raises
 ------
 Exception
-    What the task raised, as often as it is asked.
+    The exception of the task, at every call.
 ValueError
     The ticket of another engine.)")
       .def("run", &run, nb::arg("task"), "Submit a task and wait for it, without waking another thread.")
       .def("run", &run_all, nb::arg("tasks"),
-           "Do so with one task after the other. An exception, of a task or of a signal handler, ends that.")
+           "Run one task after the other. An exception, of a task or of a signal handler, ends this.")
       .def("copy", &copy, nb::arg("source"), nb::arg("to"),
-           "Copy an array to another of as many bytes, by all threads, after what was submitted before.")
+           "Copy an array to another of the same size in bytes, with all threads, after the tasks submitted "
+           "before.")
       .def(
           "shutdown",
           [](CPUInfer& engine) {
@@ -255,7 +256,7 @@ ValueError
             }
             release_finished(engine);
           },
-          "Finish what is queued and end the threads. May be called again.")
+          "Finish the queued tasks and end the threads. May be called again.")
       .def_prop_ro("num_submitted", &CPUInfer::num_submitted)
       .def_prop_ro("num_completed", &CPUInfer::num_completed);
 }

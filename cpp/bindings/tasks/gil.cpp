@@ -12,7 +12,7 @@ namespace nb = nanobind;
 std::atomic<bool> interpreter_ends{false};
 std::atomic<std::thread::id> ending_thread;
 
-// Those who already wait for the GIL get it in this pause, and will not ask again.
+// Threads that already wait for the GIL get it in this pause, and will not wait again.
 void at_exit() {
   ending_thread.store(std::this_thread::get_id());
   interpreter_ends.store(true);

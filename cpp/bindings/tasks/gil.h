@@ -8,9 +8,9 @@ namespace ktmoe::bindings {
 // Called once, when the module is loaded.
 void init_gil();
 
-// A daemon thread may still be in a wait when the interpreter ends. To ask for the GIL then would end the
-// thread by unwinding its stack, which C++ frames that must not throw turn into the end of the process. Such
-// a thread sleeps instead, until the process is gone.
+// A daemon thread may still be waiting when the interpreter ends. Acquiring the GIL then would unwind its
+// stack, which terminates the process in noexcept frames. Such a thread sleeps instead, until the process
+// ends.
 class GilRelease {
  public:
   GilRelease() : state_(PyEval_SaveThread()) {}

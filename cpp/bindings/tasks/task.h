@@ -1,4 +1,4 @@
-// A unit of work as Python holds it: made by a layer, handed to an engine once.
+// A unit of work in Python: created by a layer, submitted to an engine once.
 #pragma once
 
 #include <functional>
@@ -11,11 +11,11 @@
 
 namespace ktmoe::bindings {
 
-// Its task holds what the work refers to until a thread with the GIL destroys it. A task that is never
+// Its task keeps the objects of the work alive until a thread with the GIL destroys it. A task that is never
 // submitted may be part of a reference cycle through one of its arrays; the collector finds and breaks it.
 class PythonTask {
  public:
-  // The work holds `arrays` too, and nobody else does.
+  // The work is the only other owner of `arrays`.
   explicit PythonTask(std::function<void()> work, std::shared_ptr<const Arrays> arrays = nullptr)
       : task_(std::make_unique<FunctionTask>(std::move(work))), arrays_(std::move(arrays)) {}
 

@@ -98,7 +98,7 @@ void for_form(const Args& args) {
   }
 }
 
-// The same for the activation that args names: one branch a panel.
+// The same for the activation that args names: one branch per panel.
 template <template <class> class Panel, class Args>
 void for_activation(const Args& args) {
   switch (args.activation.kind) {
@@ -109,7 +109,7 @@ void for_activation(const Args& args) {
   }
 }
 
-// Inference without adapters: nothing but the intermediate comes out.
+// Inference without adapters: the intermediate is the only output.
 inline bool is_plain(const ActivateArgs& a) {
   const KeptRows& kept = a.kept;
   return a.l_gate == nullptr && a.l_up == nullptr && kept.gate == nullptr && kept.up == nullptr &&

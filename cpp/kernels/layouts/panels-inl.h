@@ -1,4 +1,4 @@
-// What tile kernels share: the sizes of tiles, panels of activation rows, C blocks, and the unit's
+// Common to tile kernels: the sizes of tiles, panels of activation rows, C blocks, and the unit's
 // configuration. Included inside a target's namespace, after its tile policy.
 //
 // A panel of w rows: [K/32][16 pairs][w][2] bf16; w is 16 but for the last panel, which is only as wide as

@@ -11,7 +11,7 @@ inline Operand operand_block(std::byte* data, uint32_t, uint32_t k, uint32_t m0,
   return Operand{data + m0 * stride, stride, nullptr, m1 - m0, k};
 }
 
-// Rows that straddle cache lines are read by every group of weights anew, so they are copied once.
+// Every group of weights would read rows that straddle cache lines again, so they are copied once.
 inline Operand pack(const RowsView& rows, uint32_t m, uint32_t k, std::byte* data) {
   const std::byte* source = reinterpret_cast<const std::byte*>(rows.data);
   const size_t source_stride = rows.stride * sizeof(bf16);

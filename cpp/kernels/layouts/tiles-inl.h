@@ -133,8 +133,8 @@ struct ActivateTiles {
     }
   }
 
-  // C of a narrow panel has no gaps, so vectors go across its rows: one token costs what a sixteenth of a
-  // full panel does.
+  // C of a narrow panel has no gaps, so vectors span its rows: one token costs a sixteenth of a full
+  // panel.
   static void narrow_panel(const ActivateArgs& a, size_t c, uint32_t width, bf16* to) {
     constexpr uint32_t kRows = 16;  // outputs at a time: even, and whole vectors for any width
     static_assert(kRows % Vec::kWidth == 0);
@@ -173,8 +173,8 @@ struct ActivateTiles {
     std::memcpy(to, pairs, static_cast<size_t>(end - to) * sizeof(bf16));
   }
 
-  // A row of a narrow panel is taken as a full one: what lies behind it in the C block is computed too, and
-  // dropped.
+  // A row of a narrow panel is computed like a full one: the elements behind it in the C block are computed
+  // too, and discarded.
   static void training_panel(const ActivateArgs& a, size_t c, uint32_t m0, uint32_t width, bf16* to) {
     const uint32_t outputs = a.n1 - a.n0;
     LeavingOutputs gate, up, h;

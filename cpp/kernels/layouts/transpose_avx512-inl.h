@@ -14,7 +14,7 @@ inline void transpose_dwords(const std::byte* const* row, size_t at, uint32_t* t
     a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
     a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
   }
-  // a[4 g + c] holds, in quarter q, column 4 q + c of rows 4 g .. 4 g + 3.
+  // a[4 g + c] contains, in quarter q, column 4 q + c of rows 4 g .. 4 g + 3.
   KT_UNROLL for (int c = 0; c < 4; ++c) {
     const __m512i low01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44),
                   high01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);

@@ -1,8 +1,7 @@
 // What the machine can do at most with this instruction set: reading memory, and products with and without
 // the loads that feed them. Included inside a target's namespace, after the policy.
 
-// What the compiler must believe to be used. A copy: what is looked at in memory itself would have to stay
-// there.
+// Makes the compiler treat a value as used. A copy, so that the value itself need not stay in memory.
 template <class Value>
 KT_INLINE void use(Value value) {
   asm volatile("" ::"m"(value));

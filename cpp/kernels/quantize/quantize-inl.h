@@ -34,7 +34,7 @@ struct WeightRow {
 
 KT_INLINE bool is_number(float x) { return x - x == 0; }
 
-// ---- what the searches for scales share ----
+// ---- common to the searches for scales ----
 
 constexpr float kLargestBf16 = 0x1.fep+127f;
 
@@ -55,7 +55,7 @@ struct LaneSum {
   }
 };
 
-// ---- a scale a row ----
+// ---- one scale per row ----
 
 // Nearest code to t, from -127 to 127. A scale that was rounded as a denormal number, or limited, has
 // quotients beyond them.
@@ -96,7 +96,7 @@ uint32_t quantize_int8_of(const QuantizeArgs& a) {
   return a.n;
 }
 
-// ---- a scale a group ----
+// ---- one scale per group ----
 
 // The scales tried for a group are its amax over these; the reference says why these.
 constexpr size_t kScalesTried = 16;

@@ -1,8 +1,8 @@
-// Formats of blocks (formats/blocks.h) as products take them: a run of a row is taken apart and leaves bf16
-// in scratch, by a function of the format; the loops are one for all of them, `AnyBlockFormat` in place of a
+// Block formats (formats/blocks.h) for products: a function of the format decodes a run of a row to bf16 in
+// scratch; the loops are one for all of them, `AnyBlockFormat` in place of a
 // format. Included inside a target's namespace, after its vectors and formats.
 
-// Elements that lie side by side where runs are unpacked to: what products take of a row at a time.
+// Adjacent elements in the output of a run: those that products take of a row at a time.
 #if KT_HAS_TILES
 inline constexpr size_t kRunElements = 32;
 #else

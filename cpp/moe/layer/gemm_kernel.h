@@ -1,4 +1,4 @@
-// What a layer multiplies with: a weight format, and the kind of product. "224" is the shape of a tile step:
+// The product of a layer: a weight format, and the kind of product. "224" is the shape of a tile step:
 // two weight tiles, two activation tiles, four accumulators. Every kernel runs on every instruction set.
 #pragma once
 

@@ -17,11 +17,11 @@ struct ForwardArgs {
   const int64_t* topk_ids = nullptr;      // [T, P]
   const float* topk_weights = nullptr;    // [T, P]
   const uint8_t* skip_experts = nullptr;  // [E] or null: experts that are computed elsewhere
-  const void* base = nullptr;             // [T, H] or null: what the result is added to; may be `out`
+  const void* base = nullptr;             // [T, H] or null: added to the result; may be `out`
   kernels::FloatType base_type = kernels::FloatType::kFloat32;
   void* out = nullptr;  // [T, H]
   kernels::FloatType out_type = kernels::FloatType::kBf16;
-  // What is summed apart from that, of a batch whose slots are split in two; or null.
+  // Slots that are summed separately, of a batch with split slots; or null.
   const int64_t* deferred_ids = nullptr;  // [T, P], negative where topk_ids has an id
   float* deferred_out = nullptr;          // [T, H]
 };

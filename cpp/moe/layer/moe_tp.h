@@ -1,4 +1,4 @@
-// A node's share of a layer for inference: the base's steps as they are.
+// A node's share of a layer for inference: the unchanged steps of the base.
 #pragma once
 
 #include "moe/layer/moe_base.h"

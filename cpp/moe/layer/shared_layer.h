@@ -1,4 +1,4 @@
-// What the parts of a layer share: its weights, the call that is computed, and the steps of a pass that no
+// Common to the parts of a layer: its weights, the current call, and the steps of a pass that no
 // part owns. Compiled once, for inference and training alike.
 #pragma once
 
@@ -41,7 +41,7 @@ class SharedLayer {
   // All rows of an expert, wherever they are.
   ExpertRows rows_of(uint32_t expert) const;
 
-  // ---- the steps of a pass; the caller holds mutex_ ----
+  // ---- the steps of a pass; the caller has locked mutex_ ----
 
   // Makes the plan. Throws as MoE_Interface::forward() does.
   void begin_forward(const ForwardArgs& args);
@@ -59,7 +59,7 @@ class SharedLayer {
   // At most as many rows as one block of an operand of k inputs has.
   uint32_t most_rows(uint32_t k) const;
   // As many passes over the hidden size as keep the fp32 results of the down projection within a budget that
-  // the last-level cache holds.
+  // fits in the last-level cache.
   uint32_t num_passes() const;
   // Too little work to wake the other workers for it.
   bool is_tiny() const;

@@ -30,7 +30,7 @@ class TP_MOE_Common : public Interface, protected SharedLayer {
   // Throws when the layer's weights must not change now.
   virtual void check_before_load() {}
 
-  // ---- the steps of a pass that parts compute; the caller holds mutex_ ----
+  // ---- the steps of a pass that parts compute; the caller has locked mutex_ ----
 
   void run_gate_up();
   void run_down(uint32_t passes);

@@ -1,4 +1,4 @@
-// What one forward pass of a layer works on: the caller's arrays, the routing, and the borrowed scratch.
+// The data of one forward pass of a layer: the caller's arrays, the routing, and the borrowed scratch.
 #pragma once
 
 #include <array>
@@ -18,7 +18,7 @@ struct PackedRows {
   uint32_t m0 = 0;
   kernels::Operand operand;
 
-  // The rows of a task as an operand, packed anew only when the expert or the rows change: pack() does it.
+  // The rows of a task as an operand, packed by pack() only when the expert or the rows change.
   template <class Pack>
   const kernels::Operand& pack_once(const PanelTask& task, Pack&& pack) {
     if (active == task.active && m0 == task.m0) return operand;
@@ -69,7 +69,7 @@ struct LayerCall {
   const ForwardArgs* args = nullptr;
   RoutingPlan plan;
   const SlotSum* sum = nullptr;    // the one that is computed
-  const float* weights = nullptr;  // [T, P]: what the row of each slot counts in that; null for ones
+  const float* weights = nullptr;  // [T, P]: the weight of each slot's row in the sum; null for ones
   bf16* scaled_x = nullptr;        // the inputs by rows of the plan, where the routing weights scale them
   std::vector<std::byte*> h;       // the intermediate of each active expert, an operand
   // For integer products instead, because a row can be quantized only when it is complete:

@@ -16,7 +16,7 @@ void RoutingPlan::build(const int64_t* ids, uint32_t num_tokens, uint32_t num_sl
   row.resize(num_ids);
   next_row_.assign(num_experts, 0);
 
-  // From here on `row` holds each slot's expert, and `ids` is not read again: its owner may write to it.
+  // From here on `row` has each slot's expert, and `ids` is not read again: its owner may write to it.
   uint32_t num_rows = 0;
   for (size_t i = 0; i < num_ids; ++i) {
     const int64_t id = read_expert_id(ids, i, num_slots, num_experts);

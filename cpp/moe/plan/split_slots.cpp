@@ -61,8 +61,8 @@ uint32_t SlotSplit::checked_num_used() const {
   return static_cast<uint32_t>(used);
 }
 
-// To read weights twice takes longer than what is gained by waiting for fewer experts, which is a GPU's part
-// of a layer: some tenths of the time of one token's experts, less of more tokens'.
+// Reading weights twice costs more than waiting for fewer experts saves, which is a GPU's part of a layer:
+// some tenths of the time of one token's experts, less for more tokens.
 bool SlotSplit::shares_experts(const std::vector<uint8_t>& uses) {
   constexpr size_t kJointFromOneIn = 16;  // experts that are used
   const auto shared = static_cast<size_t>(std::count(uses.begin(), uses.end(), kImmediate | kDeferred));

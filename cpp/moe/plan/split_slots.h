@@ -1,5 +1,5 @@
-// Which slots of each token a pass computes at once and which it defers, by the routing as it is when the
-// pass is run.
+// Which slots of each token a pass computes at once and which it defers, by the routing at the time when the
+// pass runs.
 #pragma once
 
 #include <cstddef>
@@ -19,8 +19,8 @@ struct SlotSplit {
   int64_t* immediate = nullptr;  // [T, P]: ids, deferred slots -1
   int64_t* deferred = nullptr;   // [T, P]: ids, immediate slots -1; null when none is deferred
 
-  // Whether what is deferred should be computed along with what is not, and only its sum be kept for later:
-  // the two use so many of the same experts that their weights would be read twice.
+  // Whether deferred slots should be computed with the others, and only their sum be kept for later:
+  // both use so many of the same experts that weights would be read twice.
   bool is_joint = false;
 
   // Throws std::out_of_range for an id of num_experts or above and for a number of tokens outside 0 to T.

@@ -15,7 +15,7 @@ struct ExpertMatrices {
   std::vector<WeightView> gate, up, down;  // [E]; a layer without a gate has no up
 };
 
-// What a part of a layer computes: outputs of gate and up, and of down.
+// The outputs that a part of a layer computes: of gate and up, and of down.
 struct OutputShare {
   Span intermediate;
   Span hidden;

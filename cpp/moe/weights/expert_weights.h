@@ -1,4 +1,4 @@
-// The weights of a layer as a caller gives them.
+// The weights of a layer as passed by a caller.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// NN, what vectors and tiles share: C[m, k - k0] (+)= sum over terms of sum_n G[m, n] W[n, k].
+// NN, common to vectors and tiles: C[m, k - k0] (+)= sum over terms of sum_n G[m, n] W[n, k].
 //
 // The rows of the terms' weights, each padded to whole steps, are one sequence. It is taken in blocks of
 // equal length, whose rows are interleaved in pairs (pairs.h) and multiplied; sums are kept in C between

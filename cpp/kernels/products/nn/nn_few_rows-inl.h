@@ -1,11 +1,11 @@
-// NN of tile targets for a few rows of G, on vectors: rows of W are multiplied as they come from memory, not
+// NN of tile targets for a few rows of G, on vectors: rows of W are multiplied directly from memory, not
 // interleaved first. Every output takes the steps that the tile unit takes (policy/tile_sums_*.h), so it has
 // the same bits: over 32 rows of W, the even and the odd ones are summed separately from zero, the two sums
 // added, and that is added to C. Included inside a target's namespace, after nn.h.
 //
-// The lhs operand is the rows of G as they lie.
+// The lhs operand is the rows of G in place.
 
-// Up to here memory is what takes the time.
+// Up to here memory is the bottleneck.
 inline constexpr uint32_t kFewRows = 12;
 // Rows of G at a time: 24 accumulators of 32 registers.
 inline constexpr int kFewRowsTile = 6;
@@ -128,7 +128,8 @@ class FewRows {
     }
   }
 
-  // What is read behind rows [.., s0) of term i: rows of it, of the next, or what the caller goes on with.
+  // Prefetches the rows behind [.., s0) of term i: its own, those of the next term, or the next rows of the
+  // caller.
   KT_INLINE void look_ahead(size_t i, uint32_t s0) {
     if (s0 >= args_.terms[i].size()) ++i, s0 = 0;
     if (i < args_.terms.size()) {

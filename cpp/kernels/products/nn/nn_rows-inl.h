@@ -1,11 +1,11 @@
 // NN on vectors: C[m, k - k0] (+)= sum over terms of sum_n G[m, n] W[n, k].
 //
 // A block of rows of W is interleaved in pairs (nn.h). A register tile is kPairRows rows of the lhs x
-// kPairGroups groups of columns, a lane an output: a pair of a row of the lhs, broadcast, meets a pair of
-// rows of W in each. The sum runs along n alone in every lane, and waits in C between blocks of n; so its
-// order is that of n.
+// kPairGroups groups of columns, one lane per output: a pair of a row of the lhs is broadcast and multiplied
+// by a pair of rows of W in each. Every lane sums along n only, and sums are kept in C between blocks of n;
+// so the order is that of n.
 //
-// Rows of the lhs are read in place, their pairs any distance apart: 4 bytes in rows of G, a cache line where
+// Rows of the lhs are read in place, with any stride between pairs: 4 bytes in rows of G, a cache line where
 // G is itself interleaved (tn_rows.h).
 
 inline size_t lhs_bytes(uint32_t, uint32_t) { return 0; }
@@ -22,7 +22,7 @@ inline Operand lhs_in_place(const bf16* rows, size_t stride, uint32_t m, uint32_
 
 inline void pack_lhs_in_place(bf16*, size_t, uint32_t, uint32_t, std::byte*) {}
 
-// Part of a sum: rows of the lhs, whose pairs are pair_bytes apart, and where their counterpart begins in
+// Part of a sum: rows of the lhs, with pairs pair_bytes apart, and where their counterpart begins in
 // each packed group.
 struct RowsSlice {
   const std::byte* data;

@@ -2,7 +2,7 @@
 //
 // Rows of G are the A operand, packed to tiles once for all columns; a block of rows of W, interleaved in
 // pairs (nn.h), is the B operand. A step is two panels of 16 rows of G by two groups of 16 columns of W,
-// so C comes out row-major and is stored where it is wanted. Sums wait in C between blocks; blocks are whole
+// so C is row-major and is stored in its final place. Sums are kept in C between blocks; blocks are whole
 // steps, so the order of the sum is that of the steps from the first on.
 //
 // The lhs operand is panels of 16 rows, the last one only as tall as its rows: [N/32][rows][32] bf16, N

@@ -1,8 +1,7 @@
-// NT on the tile unit by weights in blocks: what nt_tiles-inl.h and nt_decoded_tile-inl.h do for other
-// formats a segment at a time, here a run of a row at a time. Included inside a target's namespace, after
-// them.
+// NT on the tile unit with weights in blocks: like nt_tiles-inl.h and nt_decoded_tile-inl.h, but a run of a
+// row at a time instead of a segment. Included inside a target's namespace, after them.
 
-// Steps of a run: at least a block.
+// Steps of a run: at least one block.
 inline constexpr size_t kRunSteps = kBlockElements / kTileK;
 static_assert(kRunElements == kTileK && 2 * kRunSteps <= kMostRingSteps);
 
@@ -14,7 +13,7 @@ KT_INLINE void unpack_to_tiles(const WeightView& w, uint32_t n, size_t k0, size_
   AnyBlockFormat::unpack(w, n, k0, k1, to, stride);
 }
 
-// While a run of steps is multiplied, the next is brought, a few rows a step.
+// While a run of steps is multiplied, the next is decoded, a few rows per step.
 template <class Product, int kWeights>
 struct DecodeToScratch<AnyBlockFormat, Product, kWeights> {
   static constexpr size_t kRingSteps = 2 * kRunSteps;

@@ -1,8 +1,8 @@
-// NT on the tile unit for up to 16 rows of activations by weights that are decoded: what takes the time is
-// decoding and memory. Included inside a target's namespace, after nt_tiles-inl.h.
+// NT on the tile unit for up to 16 rows of activations with decoded weights: decoding and memory are the
+// bottleneck. Included inside a target's namespace, after nt_tiles-inl.h.
 
-// Decodes steps of a tile of rows, which follow one another, and prefetches a line of each row where there is
-// one to ask for (decode_tile in nt_tiles-inl.h). A format may keep something from step to step.
+// Decodes steps of a tile of rows, which follow one another, and prefetches a line of each row
+// (decode_tile in nt_tiles-inl.h). A format may keep state from step to step.
 template <class Format, class Product>
 struct TileDecoder {
   KT_INLINE void decode(const WeightView& rows, size_t step, std::byte* to, ptrdiff_t line) {
@@ -10,10 +10,11 @@ struct TileDecoder {
   }
 };
 
-// A single panel of activations by a tile of weight rows that are decoded, K whole steps: what the general
-// way does, without what it provides for. A step is decoded while the one before is multiplied, so that
-// vectors, tiles and memory work at once; further ahead, or several at a time, is slower. Rows a group behind
-// are prefetched a line of each at a time: memory serves many streams faster than one row after the other.
+// A single panel of activations and a tile of decoded weight rows, K whole steps: the general algorithm
+// without its special cases. A step is decoded while the previous one is multiplied, so that vectors, tiles
+// and memory work at once; decoding further ahead, or several at a time, is slower. The rows of the next
+// group are prefetched one line of each at a time: memory serves many streams faster than one row after the
+// other.
 template <class Format, class Product>
 class DecodedTile {
  public:
@@ -42,9 +43,9 @@ class DecodedTile {
   static constexpr size_t kRowBytes = kTileK * sizeof(bf16);
 
   KT_INLINE std::byte* tile(size_t step) const { return ring_ + step % 2 * kTileBytes; }
-  KT_INLINE void decode(size_t step) { decoder_.decode(rows_, step, tile(step), line_asked_for(step)); }
+  KT_INLINE void decode(size_t step) { decoder_.decode(rows_, step, tile(step), prefetched_line(step)); }
   // A step's line, in bytes from the beginning of a row to that of the row a group behind; -1: none.
-  KT_INLINE ptrdiff_t line_asked_for(size_t step) const {
+  KT_INLINE ptrdiff_t prefetched_line(size_t step) const {
     const size_t at = step * step_bytes_;
     if (at / kCacheLine == (at + step_bytes_) / kCacheLine) return -1;
     return kTileRows * rows_.row_stride_bytes + static_cast<ptrdiff_t>(at);
@@ -71,9 +72,9 @@ void nt_decoded_tile(const NtArgs& args, TileScope& scope, uint32_t n) {
   if (args.w.row_scale) finish_panel<Product>(args, 0, n, kTileRows);
 }
 
-// A single row, which is stored as it is and whose results are too: what is decoded goes straight into
-// products on vectors, which come near memory's speed where the way through scratch does not (Emerald Rapids:
-// a layer's token takes 0.19 ms instead of 0.3). Integer sums are exact, so the bits are the same.
+// A single row of activations in place, with results in place: decoded weights go directly into products on
+// vectors, which approach the speed of memory, while the way through scratch does not (Emerald Rapids: one
+// token of a layer takes 0.19 ms instead of 0.3). Integer sums are exact, so the bits are the same.
 template <class Format>
 void nt_single_row(NtArgs args) {
   static_assert(kPackedWeightsBytes + Vec::kRowTile * sizeof(Vec::Acc) <= kTileBlockSteps * 2 * kTileBytes,

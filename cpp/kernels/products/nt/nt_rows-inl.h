@@ -10,7 +10,7 @@
 // packed to bf16 in scratch first: rows a power of two apart would compete for the same cache sets, and rows
 // that straddle cache lines or have to be decoded would pay for it with every token.
 //
-// A Product says what is multiplied: bf16 into fp32, or int8 codes into int32. Blocks, panels and tiles are
+// A Product defines the operands: bf16 into fp32, or int8 codes into int32. Blocks, panels and tiles are
 // counted in bytes of activations, which are the same for both.
 //
 // C is row-major: c[m * ld + (n - n0)], ld = c_stride(n1 - n0).
@@ -108,7 +108,7 @@ inline size_t nt_scratch_bytes_rows(uint32_t k) {
   return kPackedWeightsBytes + lanes;
 }
 
-// Weights as they lie: row r of the group at its own address.
+// Weights in place: row r of the group at its own address.
 // kLines cache lines are prefetched at each step.
 template <class Format, class Product, int kRows, int kLines>
 struct InPlace {
@@ -117,20 +117,20 @@ struct InPlace {
   KT_INLINE InPlace(const WeightView& w, uint32_t n) {
     for (int r = 0; r < kRows; ++r) row[r] = Row(w, n + static_cast<uint32_t>(r));
   }
-  // What comes faster than a line in two steps would drive what is in use out of the first-level cache: it
-  // waits in the second (on Zen 4 a single token is 50 % faster so).
+  // Prefetches faster than a line in two steps would evict data in use from the L1 cache, so they go to the
+  // L2 cache (on Zen 4 a single token is 50 % faster).
   KT_INLINE void prefetch(const std::byte* ahead, size_t) const {
     KT_UNROLL for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead + i * kCacheLine, 0, 2);
   }
   KT_INLINE typename Product::Segment segment(int r, size_t k) const { return Product::weights(row[r], k); }
-  // The ends of rows, side by side. A loop, as code that few rows need would be the longest of all.
+  // The ends of rows, side by side. A loop: unrolled, this rarely executed code would be the longest part.
   KT_INLINE void store_tails(size_t k, size_t count, std::byte* to) const {
     KT_NO_UNROLL for (int r = 0; r < kRows; ++r)
         Product::store(to + r * kSegmentBytes, Product::weights_tail(row[r], k, count));
   }
 };
 
-// Weights as the product takes them: the segments of all rows of a step lie side by side, zeros behind the
+// Packed weights: the segments of all rows of a step are adjacent, zeros follow the
 // last.
 template <class Product, int kRows>
 struct PackedWeights {

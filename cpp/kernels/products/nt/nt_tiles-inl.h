@@ -1,28 +1,28 @@
 // NT on the tile unit: C^T[n, m] (+)= sum_k W[n, k] X[m, k].
 //
 // The weights are the A operand, 16 rows x 64 bytes straight from the row-major matrix; the activations are
-// the K-paired B operand. A step is two weight tiles by two activation panels. The product comes out
-// transposed, which after the activation function is the K-paired form that the down projection wants.
+// the K-paired B operand. A step is two weight tiles by two activation panels. The product is
+// transposed, which after the activation function is the K-paired operand of the down projection.
 //
 // C stays in the tiles for up to kTileBlockSteps steps of K. With few activations the weights are multiplied
 // in place (then memory is the limit). With many, the first pair of panels multiplies them in place and
-// leaves them in scratch, tile by tile, where the other panels find them. Rows that have to be decoded or end
-// inside a tile are brought to scratch by the first pair of panels, some steps before it multiplies them:
-// tiles cannot be loaded from stores that are still on their way, and vectors and tiles work at the same
-// time. Between blocks of K sums wait in C, so the order along K stays.
+// copies them to scratch, tile by tile, for the other panels. Rows that have to be decoded or end
+// inside a tile are written to scratch by the first pair of panels, some steps before it multiplies them:
+// tiles cannot be loaded from stores still in flight, and vectors and tiles work at the same
+// time. Between blocks of K sums are kept in C, so the order along K does not change.
 //
-// The entry nt_tiles and the ways of few rows are in nt_decoded_tile-inl.h.
+// The entry nt_tiles and the variants for few rows are in nt_decoded_tile-inl.h.
 //
-// A Product says what is multiplied: bf16 pairs into fp32, or int8 quads into int32, which become fp32 when
-// all of K is done. The bytes of tiles, panels and blocks are the same for both; what counts steps counts 64
-// bytes of a row as the product takes it.
+// A Product defines the operands: bf16 pairs into fp32, or int8 quads into int32, converted to fp32
+// after all of K. The bytes of tiles, panels and blocks are the same for both; a step is 64
+// bytes of a row of the operand.
 //
-// Panels and C blocks lie as panels-inl.h says. Included inside a target's namespace, after it.
+// panels-inl.h defines the layout of panels and C blocks. Included inside a target's namespace, after it.
 
-// Steps of K in a block: long, since waiting in C costs as much as two steps, but 32 rows of it (128 KiB) and
-// the activations must stay in the second-level cache.
+// Steps of K in a block: many, since storing and loading C costs as much as two steps, but 32 rows of it (128
+// KiB) and the activations must stay in the L2 cache.
 inline constexpr uint32_t kTileBlockSteps = 64;
-// The most steps that scratch holds at a time when no other panel will look for them there.
+// The number of steps in scratch when no other panel reads them.
 inline constexpr size_t kMostRingSteps = 16;
 // Up to this many activation rows weights are multiplied in place.
 inline constexpr uint32_t kInPlaceRows = 128;
@@ -95,10 +95,10 @@ struct TileBlock {
   }
 };
 
-// Where a block's weights are read from, and whether they are left in scratch on the way.
+// Where a block's weights are read from, and whether they are copied to scratch.
 enum class Weights { kInPlace, kKeptInScratch, kFromScratch, kDecoded };
 
-// Nothing has to be brought to scratch.
+// No weights have to be decoded to scratch.
 struct NothingToDecode {
   KT_INLINE void operator()(size_t) const {}
 };
@@ -112,8 +112,8 @@ KT_INLINE void load_weights(const std::byte* tile, ptrdiff_t row_stride) {
   }
 }
 
-// The rows behind a group, prefetched a few cache lines at a step while it is multiplied. Only rows that
-// adjoin are: what lies between others is not wanted.
+// The rows behind a group, prefetched a few cache lines per step while it is multiplied. Only adjoining
+// rows: the bytes between others are not needed.
 class RowPrefetch {
  public:
   KT_INLINE RowPrefetch(const WeightView& w, uint32_t n, uint32_t rows, size_t row_bytes, size_t steps)
@@ -142,8 +142,8 @@ KT_INLINE void prefetch_rows(const TileBlock& w, size_t step) {
   for (uint32_t r = 0; r < kTileRows; ++r, row += w.row_stride) __builtin_prefetch(row, 0, 3);
 }
 
-// A step of a tile of rows, decoded. `line`: where, from its beginning on, of each row a cache line is asked
-// for; -1: none is. A format may have a way of its own, where it pays to take several rows at once.
+// A step of a tile of rows, decoded. `line`: offset within each row of the cache line to prefetch; -1: none.
+// A format may specialize this where decoding several rows at once pays.
 template <class Format, class Product>
 KT_INLINE void decode_tile(WeightView rest, size_t k, std::byte* to, ptrdiff_t line) {
   if constexpr (requires { Unpack<Format>::decode_tile(rest, k, to, line); }) {
@@ -159,8 +159,8 @@ KT_INLINE void decode_tile(WeightView rest, size_t k, std::byte* to, ptrdiff_t l
   }
 }
 
-// The weights of a group of rows that are brought to tiles in scratch, zeros around them. Scratch is a ring
-// of `ring` steps, a power of two that is more than are brought at a time.
+// Decodes the weights of a group of rows to tiles in scratch, padded with zeros. Scratch is a ring of `ring`
+// steps, a power of two larger than the steps decoded at a time.
 template <class Format, class Product, int kWeights>
 struct DecodeToScratch {
   static constexpr size_t kRingSteps = 4;
@@ -219,7 +219,7 @@ struct DecodeToScratch {
 };
 
 // One block, of one or two tiles of weight rows, against panels p and, when kPanels is 2, p + 1. Scratch,
-// which no other panel needs soon, is loaded past the first-level cache; activations are not (Emerald Rapids:
+// which no other panel needs soon, is loaded past the L1 cache; activations are not (Emerald Rapids:
 // 5 %).
 template <class Product, int kWeights, int kPanels, Weights kFrom, class Decode>
 KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, uint32_t n, bool zero_first,
@@ -306,7 +306,7 @@ KT_INLINE void finish_panel(const NtArgs& args, uint32_t p, uint32_t n, uint32_t
   }
 }
 
-// What a group of weight rows is multiplied by and where it ends: blocks of K of it follow one another.
+// The operand of a group of weight rows and its end; the blocks of K follow one another.
 struct TileGroup {
   const NtArgs& args;
   TileScope& scope;
@@ -356,7 +356,7 @@ void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t ro
     group.zero_first = false;
   }
   while (k0 < k) {
-    // What nobody finds in scratch needs to be there for a moment only.
+    // Tiles that no other panel reads stay in scratch only briefly.
     const bool is_shared = panels > first;
     size_t k1 = k0 + kTileBlockSteps * kStep < k ? k0 + kTileBlockSteps * kStep : k;
     if (whole_tiles && k1 - k0 >= kStep) {

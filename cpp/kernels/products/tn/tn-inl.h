@@ -1,8 +1,8 @@
-// TN, what vectors and tiles share: D[n, k] (+)= scale * sum_m G[m, n] X[m, k], block by block of m.
+// TN, common to vectors and tiles: D[n, k] (+)= scale * sum_m G[m, n] X[m, k], block by block of m.
 //
-// Rows of both, gathered, are interleaved in pairs (pairs.h). X is then what W is in NN; of G, Product makes
-// what it wants for a lhs operand. Sums wait in scratch, and go to D at the end. Included inside a target's
-// namespace, after its nn_*.h and transpose_*.h.
+// Rows of both, gathered, are interleaved in pairs (pairs.h). X then has the role of W in NN; Product
+// converts G to its lhs operand. Sums are kept in scratch and written to D at the end. Included inside a
+// target's namespace, after its nn_*.h and transpose_*.h.
 
 inline constexpr size_t kTnPackedBytes = size_t{64} << 10;  // of X: with the sums it stays in the cache
 inline constexpr uint32_t kTnBlockRows = 512;  // at most: blocks of G are small beside the packed X
@@ -26,7 +26,7 @@ inline void fill_pairs(const RowsView& rows, uint32_t s0, uint32_t s1, uint32_t 
   finish_step(columns, packed, at);
 }
 
-// Scaled sums, row-major, to a D whose columns lie one after the other.
+// Scaled sums, row-major, to a D with adjacent columns.
 KT_INLINE void store_sums_rows(const TnArgs& a, const float* sums, size_t stride) {
   for (uint32_t n = 0; n < a.n; ++n) {
     const float* from = sums + n * stride;
@@ -53,7 +53,7 @@ KT_INLINE void store_sums_any(const TnArgs& a, const float* sums, size_t stride,
   }
 }
 
-// A D whose rows lie one after the other, as 16 x 16 blocks that change sides.
+// A D with adjacent rows, by transposing 16 x 16 blocks.
 inline void store_sums_columns(const TnArgs& a, const float* sums, size_t stride) {
   constexpr uint32_t kSide = 16;
   alignas(kCacheLine) float block[kSide * kSide];
@@ -78,7 +78,7 @@ inline void store_sums_columns(const TnArgs& a, const float* sums, size_t stride
   store_sums_any(a, sums, stride, whole_n, a.n, 0, a.k);
 }
 
-// `sums` has whole vectors a row, and is scaled in place.
+// `sums` has whole vectors per row, and is scaled in place.
 inline void store_sums(const TnArgs& a, float* sums, size_t stride) {
   const Float scale = Vec::set(a.scale);
   for (size_t i = 0; i < a.n * stride; i += Vec::kWidth)
@@ -88,7 +88,7 @@ inline void store_sums(const TnArgs& a, float* sums, size_t stride) {
   store_sums_any(a, sums, stride, 0, a.n, 0, a.k);
 }
 
-// What Product adds to the sums: a block of both, interleaved, `length` rows of it.
+// The operands of a Product: a block of both, interleaved, `length` rows.
 struct TnBlock {
   PackedPairs g, x;
   uint32_t n, k, length;

@@ -1,4 +1,4 @@
-// TN on vectors: the pairs of a column of G lie a cache line apart where its rows are interleaved, and are
+// TN on vectors: the pairs of a column of G are one cache line apart where its rows are interleaved, and are
 // broadcast from there. Included inside a target's namespace, after nn_rows.h and tn.h.
 
 struct TnRows {
