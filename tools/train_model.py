@@ -212,7 +212,7 @@ def train(
             rows.append((step + 1, loss.item() / math.log(2), bits_per_byte(model, held_out, options.length)))
             seconds = time.monotonic() - began
             _, trained, measured = rows[-1]
-            text = f"step {step + 1}: {trained:.3f} bits a byte, held out {measured:.3f}"
+            text = f"step {step + 1}: {trained:.3f} bits per byte, held out {measured:.3f}"
             print(f"{text}, balance {balance.item():.2f}, {seconds:.0f} s", file=sys.stderr, flush=True)
     return rows
 

@@ -37,7 +37,10 @@ def page() -> str:
             "together, and g is any power of two from 32 on, or K."
         ),
     }
-    parts = ["# Methods, formats and activations", "Written by `tools/write_tables.py` from the registry of the extension."]
+    parts = [
+        "# Methods, formats and activations",
+        "Written by `tools/write_tables.py` from the registry of the extension.",
+    ]
     for title, table in tables.items():
         parts += [f"## {title}", *([notes[title]] if title in notes else []), table]
     return "\n\n".join(parts) + "\n"

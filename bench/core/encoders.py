@@ -61,7 +61,7 @@ def _powers(largest: Array, of_codes: int) -> Array:
 
 
 def _nibbles(codes: Array, num_columns: int) -> Array:
-    """Two codes a byte, the low one first."""
+    """Two codes per byte, the low one first."""
     flat = codes.reshape(len(codes), -1)[:, :num_columns].astype(np.uint8)
     packed: Array = flat[:, ::2] | flat[:, 1::2] << np.uint8(4)
     return packed

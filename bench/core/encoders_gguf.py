@@ -1,4 +1,4 @@
-"""The benched layer in the blocks of GGUF: nearest codes, scales from the largest value or from both ends.
+"""The benched layer in GGUF blocks: nearest codes, scales from the largest value or from both ends.
 
 Scales and offsets of groups within a block are numbers of a few bits, the block's largest being the largest
 number. Nothing is searched for the least error, as those who make such files do.
@@ -28,7 +28,7 @@ _NEAREST = np.abs(np.arange(-127, 128)[:, None] - _NON_LINEAR).argmin(axis=1).as
 
 @dataclass(frozen=True)
 class GgufFormat:
-    """A tensor type of GGUF."""
+    """A GGUF tensor type."""
 
     name: str
     block: int  #: weights of a block

@@ -55,7 +55,7 @@ def _drawn(rng: np.random.Generator, *shape: int) -> np.ndarray[Any, Any]:
 
 
 def write_checkpoint(directory: Path, shape: Shape, num_layers: int) -> None:
-    """Write a Qwen3-MoE checkpoint, a file a layer."""
+    """Write a Qwen3-MoE checkpoint, one file per layer."""
     rng = np.random.default_rng(0)
     hidden, inter, ones = shape.hidden, shape.inter, np.ones(shape.hidden, ml_dtypes.bfloat16)
     files = {"model.norm.weight": "rest", "model.embed_tokens.weight": "rest"}

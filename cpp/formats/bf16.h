@@ -31,7 +31,7 @@ static_assert(WeightFormat<Bf16>);
 
 #endif  // KTMOE_FORMATS_BF16_H_
 
-#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once per target
 
 // bf16 rows need no unpacking: a segment is loaded directly.
 template <>

@@ -87,7 +87,7 @@ static_assert(WeightFormat<Iq4Nl>);
 
 #endif  // KTMOE_FORMATS_GGUF_32_H_
 
-#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once per target
 
 // Scale and offset begin the block.
 struct ScaleInBlock {

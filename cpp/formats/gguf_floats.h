@@ -44,7 +44,7 @@ static_assert(WeightFormat<F32>);
 
 #endif  // KTMOE_FORMATS_GGUF_FLOATS_H_
 
-#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once per target
 
 template <>
 struct Unpack<formats::F16> {

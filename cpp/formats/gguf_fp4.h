@@ -53,7 +53,7 @@ static_assert(WeightFormat<GgufNvFp4>);
 
 #endif  // KTMOE_FORMATS_GGUF_FP4_H_
 
-#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once per target
 
 template <>
 struct Unpack<formats::GgufMxFp4> {

@@ -160,7 +160,7 @@ static_assert(WeightFormat<Iq4Xs>);
 
 #endif  // KTMOE_FORMATS_GGUF_K_H_
 
-#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once per target
 
 template <>
 struct Unpack<formats::Q2K> {

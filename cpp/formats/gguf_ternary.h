@@ -59,7 +59,7 @@ static_assert(WeightFormat<Q1_0>);
 
 #endif  // KTMOE_FORMATS_GGUF_TERNARY_H_
 
-#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once per target
 
 template <>
 struct Unpack<formats::Tq2_0> {

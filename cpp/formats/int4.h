@@ -1,6 +1,6 @@
 // Two-level int4: w = channel_scale * m * q with q from -8 to 7 and a multiplier m from -15 to 15 for every
-// group of a row, so that a row is one float32 times int8 codes m * q. A row is its q, two a byte, the first
-// in the low nibble, and then its multipliers, a byte each.
+// group of a row, so that a row is one float32 times int8 codes m * q. A row is its q, two per byte, the
+// first in the low nibble, and then its multipliers, a byte each.
 #ifndef KTMOE_FORMATS_INT4_H_
 #define KTMOE_FORMATS_INT4_H_
 

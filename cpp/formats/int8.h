@@ -51,7 +51,7 @@ static_assert(WeightFormat<Int8Group32>);
 
 #endif  // KTMOE_FORMATS_INT8_H_
 
-#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once per target
 
 template <>
 struct Unpack<formats::Int8> {

@@ -27,7 +27,7 @@ static_assert(WeightFormat<MxFp4>);
 
 #endif  // KTMOE_FORMATS_MXFP4_H_
 
-#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once per target
 
 template <>
 struct Unpack<formats::MxFp4> {

@@ -43,7 +43,7 @@ static_assert(WeightFormat<RawInt4Group32>);
 
 #endif  // KTMOE_FORMATS_RAWINT4_H_
 
-#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once per target
 
 template <class Format>
 struct UnpackRawInt4 {

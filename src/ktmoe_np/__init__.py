@@ -66,7 +66,7 @@ else:
             if name not in ("cli", "kt_kernel_ext"):
                 # Threads that want different modules all take this one first. A thread that imported a module
                 # of a package while another imports the package would wait for it in a circle. The extension
-                # imports nothing of the package, and modules that `_api` imports ask for it.
+                # imports nothing of the package, and modules that `_api` imports need it.
                 import_module(f"{__name__}._api")
             module = f"{__name__}.{name}"
             if find_spec(module) is not None:

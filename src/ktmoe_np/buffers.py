@@ -113,7 +113,7 @@ def _rounded(size: int, multiple: int) -> int:
 
 
 class Claim:
-    """While it lives, arrays belong to a pass that was submitted and whose result nobody has taken yet."""
+    """While it lives, arrays belong to a submitted pass whose result has not been taken yet."""
 
 
 class Claims:
@@ -209,10 +209,10 @@ class _CacheOfThread(_Cache, threading.local):
 class _ExpertsBuffer(Generic[Slot]):
     """Slots of all layers: layer L uses slot L % 2, so that two neighbors never share one.
 
-    Buffers are kept for the capture batch sizes and for the last other size; the rest are let go. Every
-    subclass has buffers and capture batch sizes of its own, and so has every CUDA stream, which uses them in
-    its own order. A stream's grow and serve smaller batches too: to let go of memory that is locked for a GPU
-    takes until that GPU has nothing to do.
+    Buffers are kept for the capture batch sizes and for the last other size; the rest are released. Every
+    subclass has its own buffers and capture batch sizes, and so has every CUDA stream, which uses them in
+    its own order. The buffers of a stream grow and serve smaller batches too: releasing pinned memory waits
+    until the GPU is idle.
     """
 
     buffer_depth: ClassVar[int] = 2
@@ -310,7 +310,7 @@ def _grown(batch_size: int) -> int:
 class KExpertsCPUBuffer(_ExpertsBuffer[BufferSlot], slot=BufferSlot):
     """Slots of inference: layer L uses slot L % 2, so that two neighbors never share one.
 
-    Buffers are kept for the capture batch sizes and for the last other size; the rest are let go.
+    Buffers are kept for the capture batch sizes and for the last other size; the rest are released.
 
     Examples
     --------
@@ -329,11 +329,11 @@ class KExpertsSFTBuffer(_ExpertsBuffer[SFTBufferSlot], slot=SFTBufferSlot, cache
     """Slots of training: arrays that a training loop reads into, and has results written to.
 
     Layer L uses slot L % 2. Buffers are kept for the capture batch sizes, which are not those of
-    `KExpertsCPUBuffer`, and for the last other size; the rest are let go. Every thread has slots of its own,
-    so that no thread overwrites what another one reads.
+    `KExpertsCPUBuffer`, and for the last other size; the rest are released. Every thread has its own slots,
+    so that no thread overwrites arrays that another one reads.
 
-    Layers made with `reuse_buffers` write their results there; `ktmoe_np.sft.SFTOptions` says how long these
-    are valid.
+    Layers created with `reuse_buffers` write their results there; `ktmoe_np.sft.SFTOptions` documents how
+    long these are valid.
 
     Examples
     --------

@@ -127,23 +127,23 @@ def _check_same(
     threadpool_count: int | None,
     numa_nodes: Sequence[int] | None,
 ) -> None:
-    """Raise RuntimeError when the engine is not what was asked for; what is None is not asked for."""
+    """Raise RuntimeError when the engine differs from the arguments that are not None."""
     config = engine.backend_.config
     has = {
         "cpuinfer_threads": sum(config.subpool_thread_count),
         "threadpool_count": config.subpool_count,
         "numa_nodes": list(config.subpool_numa_map),
     }
-    asked = {
+    requested = {
         "cpuinfer_threads": cpuinfer_threads,
         "threadpool_count": threadpool_count,
         "numa_nodes": None if numa_nodes is None else list(numa_nodes),
     }
-    for name, value in asked.items():
+    for name, value in requested.items():
         if value is not None and value != has[name]:
             raise RuntimeError(
                 f"{name}: got {value}, but the engine of this process has {has[name]}; "
-                "there is one engine, call _MoEBase.reset_cpu_infer() before asking for another"
+                "there is one engine, call _MoEBase.reset_cpu_infer() before creating another"
             )
 
 

@@ -105,7 +105,7 @@ class KTMoEWrapper:
     TypeError
         An unknown keyword, or a value of the wrong type.
     RuntimeError
-        Another engine than the one that lives is asked for.
+        The arguments need another engine than the existing one.
 
     Examples
     --------
@@ -360,7 +360,7 @@ class KTMoEWrapper:
 def _read_layer(
     path: PathLike, layer_idx: int, look_at_layer: bool
 ) -> tuple[MoEConfig, str | None, int | None]:
-    """What a checkpoint says of a layer: its config, and, when asked, the method and the group size.
+    """Read a layer of a checkpoint: its config and, with `look_at_layer`, the method and the group size.
 
     No method is that of the mode; the group size is that of a directory that ``ktmoe convert`` has written,
     or of a checkpoint's own encoding.

@@ -120,7 +120,7 @@ def test_convert_text(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "over a sample of 4 experts in each layer" in text
     assert "Every file was read back and compared." in text
     assert "2 layers in" in text
-    assert "bits a weight; 0 of them were there already." in text
+    assert "bits per weight; 0 of them were there already." in text
 
 
 def test_experts_without_gate_and_with_biases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,7 @@ def test_the_text_says_all(text: Path, tmp_path: Path, capsys: pytest.CaptureFix
     ):
         assert part in said
     assert f"ktmoe generate --adapter {out}" in " ".join(said.split())
-    assert "384 tokens a step" in " ".join(said.split())
+    assert "384 tokens per step" in " ".join(said.split())
 
 
 def test_more_steps_go_on_as_if_not_stopped(text: Path, whole: Path, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_interrupts_come_between_steps(
     assert finetune(text, out, "--steps=6") == 130
     error = capsys.readouterr().err
     assert "stopping in a moment; once more to stop at once" in error
-    assert f"stopped after step 4 of 6; the same command goes on from {out / 'state.safetensors'}" in error
+    assert f"stopped after step 4 of 6; the same command resumes from {out / 'state.safetensors'}" in error
     assert len(read(out / "loss.csv")) == 5
     assert finetune(text, out, "--steps=6") == 0
     assert taken == 6
@@ -215,7 +215,7 @@ def test_states_that_are_none(
     assert "state.safetensors: is no state of ktmoe finetune" in capsys.readouterr().err
     (tmp_path / "state.safetensors").rename(tmp_path / "other")
     assert finetune(text, tmp_path) == 2
-    assert "is not empty and has no state to go on from: give another --out" in capsys.readouterr().err
+    assert "is not empty and has no state to resume from: give another --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_generate_streams_a_text_and_says_how_fast() -> None:
     text, facts = done.stdout.rsplit("\n\n", 1)
     assert text == f"{PROMPT} no more a m"
     assert facts.startswith("12 tokens, ")
-    assert "a second with BF16" in facts
+    assert "per second with BF16" in facts
     assert "in the experts" in facts
 
 

@@ -106,7 +106,7 @@ def test_a_traced_array_is_of_jax() -> None:
 
 def test_other_objects_are_of_no_library() -> None:
     assert find_library([1.0]) is None
-    with pytest.raises(TypeError, match=r"^x: got list, expected an array of NumPy, CuPy, JAX or torch$"):
+    with pytest.raises(TypeError, match=r"^x: got list, expected a NumPy, CuPy, JAX or torch array$"):
         library_of([1.0], "x")
 
 

@@ -324,10 +324,18 @@ UNGATED = {**GATED, "config": replace(CONFIG, activation=parse_activation("relu2
         (
             {"gate_proj": [1.0]},
             TypeError,
-            r"gate_proj: got list, expected an array of NumPy, CuPy, JAX or torch",
+            r"gate_proj: got list, expected a NumPy, CuPy, JAX or torch array",
         ),
-        ({"gate_proj": None}, TypeError, r"gate_proj: got NoneType, expected an array of NumPy"),
-        ({"down_proj": None}, TypeError, r"down_proj: got NoneType, expected an array of NumPy"),
+        (
+            {"gate_proj": None},
+            TypeError,
+            r"gate_proj: got NoneType, expected a NumPy, CuPy, JAX or torch array",
+        ),
+        (
+            {"down_proj": None},
+            TypeError,
+            r"down_proj: got NoneType, expected a NumPy, CuPy, JAX or torch array",
+        ),
         (
             {"up_proj": zeros(G, I, H, dtype=np.float32)},
             TypeError,
@@ -379,7 +387,12 @@ PART = zeros(2, H, dtype=np.float32)
 @pytest.mark.parametrize(
     ("method", "arguments", "error", "message"),
     [
-        ("forward", ([0.0], IDS, WEIGHTS), TypeError, r"hidden_states: got list, expected an array of NumPy"),
+        (
+            "forward",
+            ([0.0], IDS, WEIGHTS),
+            TypeError,
+            r"hidden_states: got list, expected a NumPy, CuPy, JAX or torch array",
+        ),
         (
             "forward",
             (PART, IDS, WEIGHTS),

@@ -29,7 +29,7 @@ U32 = pack("<I", 1)
 
 
 def put(name: str, kind: str, *shape: int) -> Change:
-    """Put a tensor of so many bytes a row."""
+    """Put a tensor with rows of so many bytes."""
     return lambda tensors: tensors.update({name: (kind, np.zeros(shape, np.uint8))})
 
 

@@ -359,7 +359,7 @@ def test_awq(tmp_path: Path, naming: str) -> None:
     put_layer(tmp_path, layer)
     message = (
         r"model\.safetensors: tensor '.*experts\.0\..*\.qweight' is there, but AWQ layers are not read: the "
-        r"codes of a row do not lie together, nor in their order$"
+        r"codes of a row are neither contiguous nor in order$"
     )
     with pytest.raises(ValueError, match=message):
         load_native(tmp_path, LAYER, config_of(E, I, H))

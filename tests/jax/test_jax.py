@@ -410,7 +410,7 @@ def test_wrong_layers(case: Any) -> None:
         moe_forward(moe, *arrays, index=0)
     with pytest.raises(ValueError, match=r"index: got shape \[1\], expected a single integer"):
         moe_forward([moe], *arrays, index=jnp.array([0]))
-    with pytest.raises(ValueError, match=r"sft: got lora_dropout 0\.5, expected 0 in a program of JAX"):
+    with pytest.raises(ValueError, match=r"sft: got lora_dropout 0\.5, expected 0 in a JAX program"):
         moe_sft(dropping, lora_parameters(dropping), *arrays)
 
 

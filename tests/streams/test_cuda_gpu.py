@@ -1,4 +1,4 @@
-"""CUDA streams on a real GPU: arrays of torch and CuPy, and graphs."""
+"""CUDA streams on a real GPU: torch and CuPy arrays, and graphs."""
 
 from __future__ import annotations
 
@@ -182,5 +182,5 @@ def test_arrays_of_jax() -> None:
     done = run_python(textwrap.dedent(script))
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
-    assert first == "out: got an array of JAX, which nobody writes to, expected None"
+    assert first == "out: got a JAX array, which cannot be written, expected None"
     assert second.startswith("hidden_states: got")

@@ -21,7 +21,7 @@ STUDENTS = {"gated": "silu", "ungated": "relu2"}
 
 
 def numpy(x: Any) -> AnyArray:
-    """An array of JAX as one of NumPy."""
+    """A JAX array as one of NumPy."""
     return np.asarray(x)
 
 

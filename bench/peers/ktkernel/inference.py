@@ -61,7 +61,7 @@ def backend_specs(base: Spec, options: Any) -> list[Spec]:
 
 
 class Backend:
-    """A layer of kt-kernel; it packs a copy of the weights for itself, but for those in blocks of GGUF."""
+    """A layer of kt-kernel; it packs a copy of the weights for itself, but for those in GGUF blocks."""
 
     def __init__(self, spec: Spec, layer: Layer) -> None:
         if spec.shape.biased or spec.shape.activation != "silu":

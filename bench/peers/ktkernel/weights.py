@@ -1,6 +1,6 @@
 """The encodings of checkpoints as kt-kernel's extension takes them: the very codes and scales of the others.
 
-Codes with scales apart are packed while it loads and may be let go afterwards; blocks of GGUF stay in use.
+Codes with scales apart are packed while it loads and may be let go afterwards; GGUF blocks stay in use.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ GROUPS = {
     "MXFP4": Groups(("AMXFP4_KGroup_MOE", "AVX2MXFP4_MOE"), 4, 32, _powers_as_bf16),
 }
 
-#: For the tensor types of GGUF, and those of them that end its process or give another answer.
+#: For the GGUF tensor types, and those of them that end its process or give another answer.
 GGUF_CLASS, GGUF_WITHOUT = "MOE", ("IQ4_NL",)
 
 #: What its own Python layer sets: rows of a task, and tokens from which on those of an expert go together.

@@ -1,1 +1,1 @@
-"""Arrays of any library: what they are, where they lie, and checks that name what is wrong."""
+"""Arrays from any library: their kind and device, and checks with errors that name the argument."""

@@ -80,7 +80,7 @@ def count_tokens(hidden_states: Any, name: str = "hidden_states") -> int:
 
 
 def as_numpy(value: Any, name: str) -> Array:
-    """An array of whoever has it as one of NumPy, for what Python itself reads.
+    """An array from any library as a NumPy array, to be read by Python.
 
     Raises
     ------

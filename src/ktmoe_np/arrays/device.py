@@ -1,4 +1,4 @@
-"""Arrays on a GPU, of whoever has them: where they lie, and how another of their kind is made."""
+"""Arrays on a GPU, from any library: their addresses, and new arrays of the same kind."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class DeviceArray(NamedTuple):
     address: int
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    owner: Any  #: the array itself, which holds the memory
-    export: object = None  #: what holds it too, of an array that was exported
+    owner: Any  #: the array itself, which keeps the memory alive
+    export: object = None  #: of an exported array: another owner of the memory
 
 
 def device_array(value: Any, name: str, spec: ArraySpec, stream: int) -> DeviceArray:
-    """An array of torch, CuPy, JAX or another that has ``__cuda_array_interface__``.
+    """A torch, CuPy or JAX array, or another with ``__cuda_array_interface__``.
 
     The stream is where it will be used.
 

@@ -1,7 +1,7 @@
-"""Arrays of JAX on a GPU, by DLPack: what is ready when, two streams agree on.
+"""JAX arrays on a GPU, by DLPack, which synchronizes two streams.
 
-JAX runs its programs in a stream of its own, which nobody else sees. When it exports an array, the stream
-that it is told waits for the array; when it imports one, it asks the exporter for the same.
+JAX runs its programs in a private stream. When it exports an array, the given stream waits for the array;
+when it imports one, it requests the same from the exporter.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def is_on_cuda(value: Any) -> bool:
 
 
 def exported(value: Any, stream: int) -> tuple[int, str, tuple[int, ...], bool, object]:
-    """Address, dtype, shape, whether it has no gaps, and what holds the memory. The stream waits for it."""
+    """Address, dtype, shape, contiguity and owner of an array. The stream waits for it."""
     return ext.cuda.exported_array(value.__dlpack__(stream=stream or _DEFAULT_STREAM))
 
 
 def handed_over(array: Any, stream: int) -> Any:
-    """An array of JAX that is ready when a stream has come to this point."""
+    """A JAX array that is ready when a stream reaches this point."""
     return sys.modules["jax"].dlpack.from_dlpack(_WrittenIn(array, stream))
 
 

@@ -1,7 +1,7 @@
-"""Arrays of NumPy, CuPy, JAX or torch: what each of them does under a name, or in a way, of its own.
+"""NumPy, CuPy, JAX or torch arrays: functions whose names or behavior differ between the libraries.
 
-What all have under one name is taken from `ArrayLibrary.xp`. Nothing is read back from a device or copied to
-one but by `ArrayLibrary.beside`, so that calls go into CUDA graphs and programs of JAX.
+Functions with the same name in all of them are called on `ArrayLibrary.xp`. Nothing is read back from a
+device or copied to one but by `ArrayLibrary.beside`, so that calls go into CUDA graphs and JAX programs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _erfc = np.frompyfunc(math.erfc, 1, 1)
 
 
 class ArrayLibrary:
-    """NumPy, and what the others have in common with it.
+    """NumPy, and the functions that the others have in common with it.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class ArrayLibrary:
         self.xp = xp
 
     def beside(self, constant: Array, other: Any) -> Any:
-        """An array of NumPy as one that lies where the other does."""
+        """A NumPy array as one on the device of the other."""
         return constant
 
     def integers(self, x: Any) -> Any:
@@ -119,7 +119,7 @@ class _Torch(ArrayLibrary):
         return x.masked_fill(where, value)  # torch.where would copy the number to the device
 
     def empty_like(self, x: Any) -> Any:
-        return x.new_empty(x.shape)  # without gaps, whatever those of x
+        return x.new_empty(x.shape)  # contiguous, even if x is not
 
     def product(self, x: Any, w: Any) -> Any:
         if not self._has_mixed_product(w):
@@ -175,7 +175,7 @@ def library_of(value: Any, name: str) -> ArrayLibrary:
     found = find_library(value)
     if found is not None:
         return found
-    raise TypeError(f"{name}: got {type(value).__name__}, expected an array of NumPy, CuPy, JAX or torch")
+    raise TypeError(f"{name}: got {type(value).__name__}, expected a NumPy, CuPy, JAX or torch array")
 
 
 def dtype_name(value: Any) -> str:

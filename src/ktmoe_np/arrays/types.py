@@ -28,7 +28,7 @@ Array = NDArray[Any]
 
 
 class ArrayLike(Protocol):
-    """An array of NumPy, torch, JAX, CuPy or another library that exports DLPack."""
+    """A NumPy, torch, JAX or CuPy array, or one from another library that exports DLPack."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         0: done, and every result that was checked is within its bound; 1: one is not; 2: it could not be
-        done, and one line on stderr says why; 130: interrupted; 141: nobody reads the output any more.
+        done, and one line on stderr says why; 130: interrupted; 141: the output was closed.
     """
     from . import terminal
 

@@ -52,7 +52,7 @@ class Adam:
         self._num_steps = 0
 
     def state(self) -> dict[str, Array]:
-        """What `restore` needs to go on: the moments and the number of steps; not copied."""
+        """The state for `restore`: the moments and the number of steps; not copied."""
         moments = (("first", self._first), ("second", self._second))
         named = {f"{kind}.{name}": value for kind, of in moments for name, value in of.items()}
         return {**named, "num_steps": np.array([self._num_steps])}

@@ -87,7 +87,7 @@ def utf8(text: str) -> str:
 
 
 def _float(text: str) -> float:
-    """The number that a text is, or NaN, which lies in no range."""
+    """Parse a number; NaN, which is in no range, if the text is none."""
     try:
         return float(text)
     except ValueError:

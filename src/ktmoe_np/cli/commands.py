@@ -79,7 +79,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises
     ------
     SystemExit
-        After help that was asked for, or after one line about what is wrong.
+        After the help text, or after one line about an error.
     """
     hidden = argv[:1] == ["_measure"]
     return _child_parser().parse_args(argv[1:]) if hidden else _parser().parse_args(argv)

@@ -127,7 +127,7 @@ class _Conversion:
         return ExpertWeights.of(quantized)
 
     def _check_written(self, path: Path, experts: ExpertWeights, config: MoEConfig) -> None:
-        """Raise RuntimeError when the file does not hold what was to be written."""
+        """Raise RuntimeError when the contents of the file are not those written."""
         found = load_quantized(path, config, self._format)
         check_codes(path, found, config, self._format)
         for name, projection in experts.projections.items():
@@ -167,7 +167,7 @@ def _chosen_layers(checkpoint: SafetensorsCheckpoint, wanted: Sequence[int] | No
 
 
 def _begin(target: Path, manifest: Manifest) -> Manifest:
-    """Make the directory, or go on with a conversion of the same kind that it holds."""
+    """Make the directory, or resume a conversion of the same kind in it."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target}: is a file, expected a directory")
     others = sorted(
@@ -231,7 +231,7 @@ def _text(manifest: Manifest, target: Path, rows: Sequence[LayerRow], configs: S
     groups = "" if manifest.group_size is None else f" in groups of {manifest.group_size}"
     said = (
         f"{counted(len(rows), 'layer')} in {target}, {num_bytes / 1e6:.3g} MB, {8 * num_bytes / weights:.2f} "
-        f"bits a weight; {num_kept} of them were there already. Load them with weight_path={str(target)!r}, "
+        f"bits per weight; {num_kept} of them were there already. Load them with weight_path={str(target)!r}, "
         f"method={manifest.method!r}."
     )
     checked = len(manifest.layers[rows[0].layer].experts_checked)

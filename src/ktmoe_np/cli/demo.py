@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _work(path: Path, arguments: argparse.Namespace) -> tuple[int, Expected, list[Measured], dict[str, str]]:
-    """Write the checkpoint, ask the reference, and measure each instruction set in a process of its own."""
+    """Write the checkpoint, compute the reference, and measure each instruction set in its own process."""
     isas = ext.isa_info()["supported"]
     runs: list[Measured] = []
     failures: dict[str, str] = {}

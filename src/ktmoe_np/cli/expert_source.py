@@ -30,13 +30,13 @@ __all__ = ["ExpertSource", "GgufSource", "Layer", "NativeSource", "TensorSource"
 
 
 class ExpertSource(Protocol):
-    """The experts of a layer as the reference takes them, made of those that are asked for alone.
+    """The experts of a layer for the reference, only those requested.
 
-    All of a layer, decoded, may be more than memory holds.
+    All experts of a layer, decoded, may not fit in memory.
     """
 
     def arguments(self, experts: Sequence[int]) -> dict[str, Any]:
-        """What `moe_forward` takes for these experts: weights, biases, and the product where it matters."""
+        """Arguments of `moe_forward` for these experts: weights, biases, and the product where it matters."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ class NativeSource:
 
 @dataclass(frozen=True, eq=False)
 class GgufSource:
-    """Blocks of a GGUF model, each projection in a type of its own."""
+    """Blocks of a GGUF model; each projection has its own type."""
 
     experts: ExpertWeights
 
@@ -173,7 +173,7 @@ def _open_safetensors(path: Path, layer_idx: int | None, method: str | None) -> 
 
 
 def _choose(path: Path, layers: Sequence[int], layer_idx: int | None) -> int:
-    """The layer that is asked for, or the first; where no layer is known, the loader says why."""
+    """The requested layer, or the first; where no layer is known, the loader raises."""
     if layer_idx is None:
         if not layers:
             raise ValueError(f"{path}: no layer has experts in a naming known here")

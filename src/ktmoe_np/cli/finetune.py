@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     training.begin()
     if not training.run():
         complain(
-            f"stopped after step {training.course.num_steps} of {arguments.steps}; the same command goes on "
+            f"stopped after step {training.course.num_steps} of {arguments.steps}; the same command resumes "
             f"from {state_path(Path(arguments.out))}"
         )
         raise KeyboardInterrupt
@@ -75,7 +75,7 @@ def _text(value: dict[str, Any]) -> str:
     each = "" if value["ms_per_step"] is None else f", {value['ms_per_step']:.0f} ms each"
     about = wrap(
         f"Adapters of {size} of the experts ({value['method']}) have learnt nine tenths of {value['text']}; "
-        f"the last tenth was held out. {value['tokens_per_step']} tokens a step{each}."
+        f"the last tenth was held out. {value['tokens_per_step']} tokens per step{each}."
     )
     batches = {step: f"{losses[step - 1]:.4f}" if step else "" for step in held_out}
     rows = [f"{step:6d}   {batches[step]:>13}   {bits:9.4f}" for step, bits in held_out.items()]
@@ -83,7 +83,7 @@ def _text(value: dict[str, Any]) -> str:
     picture = "loss.csv and loss.png" if value["drawn"] else f"loss.csv (a picture {why})"
     end = wrap(
         f"{value['out']} has the adapters (ktmoe generate --adapter {value['out']}), the losses in "
-        f"{picture}, and a state from which more --steps go on."
+        f"{picture}, and a state to resume from with more --steps."
     )
     before, after = (wrap(" ".join(value[when].split())) for when in ("before", "after"))
     samples = ["Before:", before, "", "After:", after]

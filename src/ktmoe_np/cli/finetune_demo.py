@@ -163,7 +163,7 @@ def _text(course: _Course, arguments: argparse.Namespace, fraction: float) -> st
     about = wrap(
         f"A layer of {_EXPERTS} experts ({_HIDDEN} wide, {_INTER} inside, {_PER_TOKEN} a token) learns "
         f"adapters of rank {arguments.rank} from a teacher that has some: Adam in NumPy, {_TOKENS} fresh "
-        "tokens a step."
+        "tokens per step."
     )
     every = max(1, len(course.losses) // 10)
     steps = [*range(0, len(course.losses) - 1, every), len(course.losses) - 1]
@@ -171,7 +171,7 @@ def _text(course: _Course, arguments: argparse.Namespace, fraction: float) -> st
     agreement = "agree" if course.follows_reference else "DO NOT AGREE"
     end = wrap(
         f"The loss fell to {100 * fraction:.2g} % of the first; "
-        f"{1e3 * float(np.median(course.seconds)):.1f} ms a step. The first {len(course.reference_losses)} "
+        f"{1e3 * float(np.median(course.seconds)):.1f} ms per step. The first {len(course.reference_losses)} "
         f"losses {agreement} with those of the NumPy reference within {100 * _CHECKED_WITHIN:g} %."
     )
     return "\n".join([about, "", "  step         loss", *rows, "", end])

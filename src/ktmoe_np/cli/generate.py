@@ -1,4 +1,4 @@
-"""`ktmoe generate`: a model goes on with a text, which appears as it is computed."""
+"""`ktmoe generate`: continue a text with a model and print it as it is computed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         say_json(value)
     else:
         say(
-            f"\n\n{value['tokens']} tokens, {value['tokens_per_s']:.1f} a second with {value['method']}; "
+            f"\n\n{value['tokens']} tokens, {value['tokens_per_s']:.1f} per second with {value['method']}; "
             f"{value['experts_of_time']:.0%} of the time in the experts"
         )
     return 0

@@ -13,7 +13,7 @@ __all__ = ["Interrupts"]
 
 
 class Interrupts:
-    """Within it a first interrupt only sets `asked`, and says so; a second one is as it is without.
+    """Within it the first interrupt only sets `requested` and prints so; a second one interrupts as usual.
 
     A context manager.
 
@@ -21,11 +21,11 @@ class Interrupts:
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._before: Callable[[int, FrameType | None], object] | None = None
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
         self._restore()
         complain("stopping in a moment; once more to stop at once")
 
@@ -38,7 +38,7 @@ class Interrupts:
         before = signal.getsignal(signal.SIGINT)
         if callable(before) and threading.current_thread() is threading.main_thread():
             self._before = before
-            signal.signal(signal.SIGINT, self._ask)
+            signal.signal(signal.SIGINT, self._request)
         return self
 
     def __exit__(

@@ -57,7 +57,7 @@ def number_ranges(numbers: Iterable[int]) -> str:
 
 
 def busy_note() -> str | None:
-    """Say that others keep the machine busy, when they do. To be asked before measuring."""
+    """Print a note when other processes keep the machine busy. Call it before measuring."""
     load, cpus = os.getloadavg()[0], os.cpu_count() or 1
     if load < _BUSY * cpus:
         return None

@@ -1,4 +1,4 @@
-"""What minimizes the loss: Adam in NumPy, or any optimizer of optax that a learning rate is enough for."""
+"""Optimizers: Adam in NumPy, or any optax optimizer that only needs a learning rate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Optimizer(Protocol):
         """Take one step by the gradients of all parameters."""
 
     def state(self) -> dict[str, Array]:
-        """What `restore` needs to go on."""
+        """The state for `restore`."""
 
     def restore(self, state: Mapping[str, Array]) -> None:
         """Go on from a state of the same parameters."""
@@ -59,7 +59,7 @@ def make_optimizer(name: str, parameters: Mapping[str, Array], rate: float) -> O
 
 
 class _Optax:
-    """An optimizer of optax on arrays of NumPy."""
+    """An optax optimizer on NumPy arrays."""
 
     def __init__(self, name: str, parameters: Mapping[str, Array], rate: float) -> None:
         try:
@@ -86,7 +86,7 @@ class _Optax:
                 x = np.asarray(self._apply(x, updates))
             for leaf in self._jax.tree_util.tree_leaves(state):
                 np.asarray(leaf)
-        except Exception:  # whatever other things of optax want
+        except Exception:  # objects of optax that need other arguments
             return False
         return bool((np.abs(x) < 2).all())
 

@@ -58,7 +58,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far results lie from the reference, and may lie, relative to its norm; what is wrong."""
+    """Distance of results from the reference, and its bound, relative to the norm; and errors."""
 
     error: float
     bound: float
@@ -95,7 +95,7 @@ def draw_batch(sample: Sample, config: MoEConfig, num_tokens: int) -> Batch:
 def draw_routings(config: MoEConfig, num_tokens: int) -> list[Routing]:
     """Draw routings for calls to go through in turn.
 
-    A batch that cannot use all experts goes on with those that were used longest ago, so that, as in a model
+    A batch that cannot use all experts uses those that were used longest ago, so that, as in a model
     of many layers, no weights are still in a cache. Larger batches are drawn at random.
     """
     rng = np.random.default_rng(_SEED + num_tokens)
@@ -138,7 +138,7 @@ class Expected:
     """
 
     def __init__(self, sample: Sample, config: MoEConfig, experts: ExpertSource) -> None:
-        # Only the experts in use are decoded or quantized, and so they are numbered anew.
+        # Only the experts in use are decoded or quantized, so they get new numbers.
         used, ids = np.unique(sample.ids, return_inverse=True)
         used, ids = used[used >= 0], ids.reshape(sample.ids.shape) - int((used < 0).any())
         layer = (sample.hidden_states, ids, sample.weights)

@@ -1,4 +1,4 @@
-"""The training loop of `ktmoe finetune`, with what it leaves in a directory and goes on from."""
+"""The training loop of `ktmoe finetune`, and the state in its directory from which it resumes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .training_text import TrainingText
 
 __all__ = ["TrainingRun"]
 
-#: The sample: tokens that it goes on from and that it has, and how freely they are drawn.
+#: The sample: numbers of prompt tokens and of new tokens, and the temperature.
 _PROMPT_TOKENS, _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE = 48, 160, 0.5
 
 
@@ -124,7 +124,7 @@ class TrainingRun:
             self._give()
             self._drop_ends_of_earlier_runs()
         elif directory.exists() and not all(map(is_leftover, directory.iterdir())):
-            raise ValueError(f"{directory}: is not empty and has no state to go on from: give another --out")
+            raise ValueError(f"{directory}: is not empty and has no state to resume from: give another --out")
         directory.mkdir(parents=True, exist_ok=True)
 
     def _drop_ends_of_earlier_runs(self) -> None:
@@ -158,7 +158,7 @@ class TrainingRun:
             for step in self._with_progress(range(course.num_steps, steps)):
                 with Interrupts() as interrupts:
                     self._step(step)
-                if interrupts.asked:
+                if interrupts.requested:
                     raise KeyboardInterrupt
                 if self._measure_if_due():
                     self._save()
@@ -172,7 +172,7 @@ class TrainingRun:
         return True
 
     def _measure_if_due(self) -> bool:
-        """Measure the held-out text if this many steps ask for it and it was not done yet; whether it was."""
+        """Measure the held-out text if it is due after this many steps and not done yet; whether it was."""
         course = self.course
         due = self._is_measured(course.num_steps) and course.num_steps not in course.held_out
         if due:
@@ -223,7 +223,7 @@ class TrainingRun:
             experts.update_lora_weights(**{n: self.parameters[f"{experts.layer_idx}.{n}"] for n in names})
 
     def _measure(self) -> float:
-        """Bits a byte of the held-out text."""
+        """Bits per byte of the held-out text."""
         held_out = self._text.held_out
         bits = bits_per_token(self._model, held_out.tokens, window=self._arguments.window)
         self._check_finite(bits)
@@ -235,7 +235,7 @@ class TrainingRun:
             raise ValueError(f"{after}, expected a number: a smaller --rate may help")
 
     def sample(self) -> str:
-        """What the model makes of the prompt, or of how the held-out text begins."""
+        """Continue the prompt, or the beginning of the held-out text."""
         said = generate(
             self._model,
             self._prompt,
@@ -247,9 +247,9 @@ class TrainingRun:
         return self._tokenizer.decode([*self._prompt, *said])
 
     def _save(self) -> None:
-        """Write the state, which is one step from the old to the new, and then what follows from it.
+        """Replace the state atomically, then write the files derived from it.
 
-        Whatever is killed on the way goes on from the one or the other, and writes the rest anew.
+        A run that is killed meanwhile resumes from the old or the new state, and writes the rest again.
         """
         if not all(np.isfinite(value).all() for value in self.parameters.values()):
             raise ValueError(
@@ -261,7 +261,7 @@ class TrainingRun:
             )
             self._write_results()
         self._is_saved = True
-        if interrupts.asked:
+        if interrupts.requested:
             raise KeyboardInterrupt
 
     def _write_results(self) -> None:
@@ -272,6 +272,6 @@ class TrainingRun:
         self.drawn = False
         if can_draw():
             title = f"Adapters of rank {arguments.rank} learn {Path(arguments.text).name}"
-            with contextlib.suppress(Exception):  # whatever matplotlib has: the rest is worth more
+            with contextlib.suppress(Exception):  # an error of matplotlib must not lose the rest
                 draw_course(self._directory / "loss.png", course.losses, course.held_out, title)
                 self.drawn = True

@@ -1,4 +1,4 @@
-"""What `ktmoe finetune` goes on from: a safetensors file with the settings and the course in its metadata."""
+"""The state of `ktmoe finetune`: a safetensors file with the settings and the course in its metadata."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Course:
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
-    """What tells a checkpoint from others, wherever it lies: its config, and the beginnings of its files."""
+    """Identify a checkpoint, whatever its path: its config, and the beginnings of its files."""
     digest = hashlib.sha256(read_regular(Path(path) / "config.json", MAX_JSON_BYTES))
     for file in sorted(Path(path).glob("*.safetensors")):
         with open_regular(file) as opened:

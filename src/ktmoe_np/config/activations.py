@@ -186,7 +186,7 @@ def parse_activation(activation: str | ActivationSpec | Mapping[str, Any]) -> Ac
 def _registry() -> Mapping[str, ext.ActivationInfo]:
     """What the extension lists, by name.
 
-    It is imported when it is first asked: the reference can be imported without it.
+    It is imported at first use: the reference can be imported without it.
     """
     from .. import kt_kernel_ext
 

@@ -79,9 +79,9 @@ class NativeFormat:
     def matrices(
         self, projection: str, codes: Any, scale: Any, global_scale: Any, shape: tuple[int, int, int]
     ) -> Projection:
-        """Arrays of the caller as the engine takes them, when they are what they should be.
+        """The caller's arrays as the engine takes them, checked.
 
-        Codes and scales that lie apart are not copied, and not looked at. `shape` is E, N and K.
+        Codes and separate scales are not copied, and their contents not checked. `shape` is E, N and K.
 
         Raises
         ------
@@ -128,7 +128,7 @@ class NativeFormat:
 
 @dataclass(frozen=True)
 class GptqFormat(NativeFormat):
-    """The encoding whose rows do not lie together: they are converted, and what is made of them is held."""
+    """The encoding whose rows are not contiguous: they are converted, and the result is kept."""
 
     @property
     def group_size(self) -> int | None:
@@ -247,7 +247,7 @@ def _encodings(method: ext.MethodInfo) -> Iterator[NativeFormat]:
     """The encodings of a method, one for each of its group sizes."""
     codes, scales = (tuple(map(np.dtype, names)) for names in (method.codes, method.scales))
     for info, name in zip(method.formats, format_names(method).values(), strict=True):
-        # Blocks, which no array of codes and scales apart is, are made of what is given.
+        # Arrays of codes and scales are converted to blocks.
         kind = NativeFormat if info.gguf_type is None else GptqFormat
         yield kind(name, info, codes, scales)
 

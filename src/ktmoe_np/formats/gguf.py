@@ -1,4 +1,4 @@
-"""The tensor types of GGUF files that the engine computes from: how many bytes hold how many weights."""
+"""The GGUF tensor types that the engine supports, with the sizes of their blocks."""
 
 from __future__ import annotations
 

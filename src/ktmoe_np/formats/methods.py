@@ -28,7 +28,7 @@ class Method:
     product: str = "bfloat16"  #: what is multiplied: see `ktmoe_np.reference.moe_forward`
 
     def resolve_group_size(self, group_size: Any) -> int | None:
-        """The group size that weights get when this one is asked for.
+        """The group size of the weights for a requested one.
 
         Raises
         ------
@@ -52,7 +52,7 @@ class Method:
         raise ValueError(f"group_size: got {size}, expected {known} with method {self.name!r}")
 
 
-#: Mode, how weights are held and the product -> the wrapper.
+#: Mode, kind of weights and product -> the wrapper.
 _WRAPPERS = {
     ("inference", "native", "bfloat16"): "inference.wrappers:NativeMoEWrapper",
     ("inference", "quantized", "int8"): "inference.wrappers:AMXMoEWrapper",
@@ -87,7 +87,7 @@ def format_names(info: ext.MethodInfo) -> dict[int | None, str]:
 
 
 def _plain_name(info: ext.MethodInfo) -> str:
-    """The name without what tells the modes apart."""
+    """The name without the suffix of the mode."""
     return info.names[-1].removesuffix(training_name("")) if info.mode == "sft" else info.names[-1]
 
 

@@ -40,7 +40,7 @@ class QuantizedFormat:
 
     @property
     def has_channel_scale(self) -> bool:
-        """Whether a float32 for every row is held apart from the rows."""
+        """Whether every row has a float32 scale, separate from the codes."""
         return self.info.has_channel_scale
 
     def row_bytes(self, num_columns: int) -> int:
@@ -54,9 +54,9 @@ class QuantizedFormat:
         return self.info.row_bytes(num_columns)
 
     def problem(self, codes: NDArray[np.uint8], num_columns: int) -> str | None:
-        """Say what rows [N, row_bytes] hold that no quantized weights are, and where; None if nothing.
+        """Describe the first invalid code of rows [N, row_bytes]; None if all are valid.
 
-        Channel scales are not looked at.
+        Channel scales are not checked.
         """
         if self.bits == 8:
             values = codes[:, :num_columns].view(np.int8)

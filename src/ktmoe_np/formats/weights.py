@@ -1,4 +1,4 @@
-"""The weights of a layer's experts, in whichever encoding: what loaders produce and layers consume."""
+"""The weights of a layer's experts in any encoding, as loaders return and layers take them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Projection:
     codes : array or sequence of arrays
         Numbers [E, N, K], or rows of codes, uint8 [E, N, row_bytes].
     block_scales : array or sequence of arrays, optional
-        Scales of blocks or groups of codes that are apart from them, [E, rows, columns].
+        Scales of blocks or groups of codes, separate from the codes, [E, rows, columns].
     channel_scale : array or sequence of arrays, optional
         float32 [E, N]: one scale per row.
     global_scale : array, optional
@@ -32,7 +32,7 @@ class Projection:
     bias : array, optional
         float32 or bfloat16 [E, N].
     format : str, optional
-        Of projections that have formats of their own: a name in `ktmoe_np.formats.gguf`.
+        For projections with their own formats: a name in `ktmoe_np.formats.gguf`.
     """
 
     codes: Matrices

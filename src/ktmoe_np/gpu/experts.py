@@ -24,12 +24,12 @@ _INTEGERS = tuple(np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in
 class GPUExperts:
     """The masked experts of a layer, in bfloat16, on the device where their weights are.
 
-    Weights and batches are arrays of torch, CuPy, JAX or NumPy, all of one library and on one device. Nothing
+    Weights and batches are torch, CuPy, JAX or NumPy arrays, all from one library and on one device. Nothing
     waits for the host and shapes do not depend on values, so calls go into CUDA graphs and under `jax.jit`.
 
-    Every masked expert is applied to every token, and what was not routed to it is left out of the sum: G x T
+    Every masked expert is applied to every token, and tokens not routed to it are left out of the sum: G x T
     rows, however few of the T x P slots are masked. That suits few tokens, as in decoding, and few experts.
-    The results of all rows are there at once, 4 G T H bytes: large batches are better taken in parts. Where
+    The results of all rows exist at once, 4 G T H bytes: split large batches. Where
     the routing weights scale the inputs (`MoEConfig.scale_inputs`), every slot is a row: P times as many.
 
     Parameters
@@ -39,8 +39,8 @@ class GPUExperts:
     gpu_experts_mask : array of bool [E], or None for none
         That of the layer. It counts as it is now; G of its elements are set.
     gate_proj, up_proj : array of bfloat16 [G, I, H]
-        Weights of the masked experts alone, in ascending order: ``weights[mask]`` of those of all. Held, not
-        copied. `up_proj` is None exactly when the activation is not gated.
+        Weights of the masked experts alone, in ascending order: ``weights[mask]`` of those of all. Kept
+        alive, not copied. `up_proj` is None exactly when the activation is not gated.
     down_proj : array of bfloat16 [G, H, I]
     gate_bias, up_bias : array of float32, float16 or bfloat16 [G, I], optional
     down_bias : array of float32, float16 or bfloat16 [G, H], optional

@@ -128,24 +128,24 @@ class BaseMoEWrapper(ExpertExport):
         topk_ids : array of any integer dtype [T, P]
             Negative ids are skipped.
         topk_weights : array of float32 [T, P]
-            Routing weights, used as they are.
+            Routing weights, used without normalization.
         cuda_stream : stream of torch or CuPy, or the handle of one, optional
-            Where the arrays are on a CUDA device: of torch, CuPy, JAX (in a stream of anybody's) or another
-            that has ``__cuda_array_interface__``, ids in int64 or int32, `out` in bfloat16. They are copied
-            to the host and back in the stream, which waits for the result; the call does not. Works in a
-            stream that is being captured into a graph too; graphs captured in one stream share its buffers
-            and must be replayed one after the other.
+            For arrays on a CUDA device: torch, CuPy, JAX (in any stream) or others with
+            ``__cuda_array_interface__``, ids in int64 or int32, `out` in bfloat16. They are copied to the
+            host and back in the stream, and only the stream waits for the result. Works also in a stream that
+            is being captured into a graph; graphs captured in one stream share its buffers and must be
+            replayed one after the other.
         out : array of bfloat16 or float32 [T, H], optional
-            Where to write; must not overlap the inputs. None with arrays of JAX.
+            Where to write; must not overlap the inputs. None with JAX arrays.
         incremental : bool
-            Add to what `out` holds.
+            Add to the contents of `out`.
         num_tokens : array of int64 or int32 [1], optional
-            With a stream, on its device, and read when the stream comes to the pass: how many tokens of the
-            batch count. To the others no expert is applied; their results are zero. So a graph of the largest
-            batch does for smaller ones.
+            With a stream, on its device, and read when the stream reaches the pass: the number of valid
+            tokens. The results of the others are zero. So a graph captured for the largest batch serves
+            smaller ones.
         chain : DeferralChain, optional
-            Without a stream, where deferred experts are left and looked for; by default a chain that all
-            calls share, one thread at a time.
+            Without a stream, the chain that passes deferred experts from layer to layer; by default one that
+            all calls share, one thread at a time.
 
         Returns
         -------
@@ -159,17 +159,17 @@ class BaseMoEWrapper(ExpertExport):
             An expert id of E or above.
         RuntimeError
             Nothing is loaded, or the layer's last pass was submitted and not waited for; deferred experts of
-            a pass before were not drained, or, on the shared chain, another thread has left some; with a
+            an earlier pass were not drained, or, on the shared chain, belong to another thread; with a
             stream, there is no CUDA driver, or it refuses.
         OSError
-            A file that weights lie in was cut off; see `load_weights`.
+            A file of the weights was truncated; see `load_weights`.
 
         Notes
         -----
-        What a pass in a stream meets when the stream comes to it, ids of E or above and numbers of tokens
-        outside 0 to T, nobody can be told at once: its result is NaN, and its exception is raised by the next
-        call that has a `cuda_stream`, before it does anything (`sync_forward`: at its end), or by
-        ``cpu_infer.sync``. A stream has one chain of deferred experts, whichever threads use it.
+        Errors that a pass finds when the stream reaches it, ids of E or above and numbers of tokens outside 0
+        to T, cannot be raised at once: its result is NaN, and the next call with a `cuda_stream` raises the
+        exception before it does anything (`sync_forward`: at its end), or ``cpu_infer.sync`` does. A stream
+        has one chain of deferred experts, for all threads.
 
         Examples
         --------
@@ -213,8 +213,8 @@ class BaseMoEWrapper(ExpertExport):
     ) -> None:
         """Begin what `forward` does and return at once; `sync_forward` gives the result.
 
-        Until then the engine holds the arrays, and the caller must not write to them. With deferred experts
-        the output begins with what the layer before has deferred.
+        Until then the engine keeps the arrays alive, and the caller must not write to them. With deferred
+        experts, the output includes those of the previous layer.
 
         Raises
         ------
@@ -222,7 +222,7 @@ class BaseMoEWrapper(ExpertExport):
             A pass of this layer is pending, or, with deferred experts, one before was not drained or is
             another thread's.
         OSError
-            A file that weights lie in was cut off; see `load_weights`.
+            A file of the weights was truncated; see `load_weights`.
 
         Notes
         -----
@@ -241,7 +241,7 @@ class BaseMoEWrapper(ExpertExport):
     def _starter(
         self, arrays: _Arrays, out: ArrayLike | None, incremental: bool, chain: DeferralChain
     ) -> Callable[[BegunPass[Array]], Array]:
-        """What queues a pass."""
+        """Make the function that queues a pass."""
 
         def start(begun: BegunPass[Array]) -> Array:
             batch = Batch(self.config, *arrays, out, incremental)
@@ -266,7 +266,7 @@ class BaseMoEWrapper(ExpertExport):
 
     @classmethod
     def _stream(cls, cuda_stream: StreamLike) -> Stream:
-        """What passes in a stream share."""
+        """The state that passes in a stream share."""
         handle = stream_handle(cuda_stream)
         key = ext.cuda.stream_key(handle)
         stream: Stream | None = cls._streams.get(key)
@@ -287,9 +287,9 @@ class BaseMoEWrapper(ExpertExport):
         Parameters
         ----------
         hidden_states : ignored
-            Taken since KTransformers' layers take it.
+            For compatibility with the layers of KTransformers.
         cuda_stream : stream, optional
-            That of the pass: it waits, the call does not.
+            That of the pass; only the stream waits.
 
         Returns
         -------
@@ -317,16 +317,16 @@ class BaseMoEWrapper(ExpertExport):
         out: ArrayLike | None = None,
         chain: DeferralChain | None = None,
     ) -> Array | None:
-        """What the last layer of a pass has deferred, so that nothing is lost.
+        """Return the deferred experts of the last layer of a pass.
 
         Parameters
         ----------
         cuda_stream : stream of torch or CuPy, or the handle of one, optional
-            Of passes in that stream, which waits for what is deferred; the call does not.
+            For passes in that stream; only the stream waits for the deferred experts.
         out : array of bfloat16 [T, H], optional
             With a stream, where to write.
         chain : DeferralChain, optional
-            Of passes that were given one.
+            For passes with this chain.
 
         Returns
         -------

@@ -33,18 +33,18 @@ class ExpertExport(MoELayer):
         w13_global_scales: ExpertArrays | None = None,
         w2_global_scales: ExpertArrays | None = None,
     ) -> None:
-        """Begin to write an expert's weights to buffers, cut for GPUs that share its intermediate size.
+        """Begin to write an expert's weights to buffers, sliced for GPUs that share its intermediate size.
 
         With g GPUs, the slice of GPU i is i I / g to (i + 1) I / g of the intermediate size I: it takes these
-        rows of gate, then these of up, and these columns of down. They are written in the encoding in which
-        the layer holds them, a slice being a matrix of its own: `load_weights_from_tensors` says what codes
-        and scales of a matrix are. That is the checkpoint's encoding, but for ``GPTQ_INT4``, whose weights
+        rows of gate, then these of up, and these columns of down. They are written in the encoding of
+        the layer, each slice as a matrix: `load_weights_from_tensors` documents the codes and scales
+        of a matrix. That is the checkpoint's encoding, but for ``GPTQ_INT4``, whose weights
         were converted to GGUF's blocks of Q4_0, and for ``AMXINT8``, ``AMXINT4``, ``MOE_INT8`` and
         ``MOE_INT4``, whose weights were quantized (`ktmoe_np.reference.packing`). Biases are not written.
 
-        Every argument of buffers has g arrays, of NumPy or of others on the CPU, that can be written and lie
-        in C order. Their dtype is free; the first axis counts the rows, and the size in bytes is that of so
-        many rows. The engine holds them until `sync_write_weight_scale_to_buffer`.
+        Every buffer argument has g writable arrays in C order, from NumPy or another library on the CPU.
+        Their dtype is free; the first axis counts the rows, and the size in bytes is that of so many rows.
+        The engine keeps them alive until `sync_write_weight_scale_to_buffer`.
 
         Parameters
         ----------
@@ -56,15 +56,15 @@ class ExpertExport(MoELayer):
             2 I / g rows, those of gate first; I / g when the activation is not gated.
         w13_scales : sequence of g arrays
             The scales of gate's rows and then of up's; a row of ``FP8`` serves 128 rows of the matrix. None
-            when there are none or they lie within the rows: ``BF16``, ``GPTQ_INT4``, ``LLAMAFILE`` and
-            ``MOE_INT8`` with a group size. The scales of ``FP8_PERCHANNEL`` and the quantized methods are a
-            float32 a row.
+            when there are none or they are within the rows: ``BF16``, ``GPTQ_INT4``, ``LLAMAFILE`` and
+            ``MOE_INT8`` with a group size. The scales of ``FP8_PERCHANNEL`` and the quantized methods are one
+            float32 per row.
         w2_weights : sequence of g arrays
             H rows of I / g columns.
         w2_scales : sequence of g arrays
             Likewise their scales; where a row has one scale, all H of them.
         w13_global_scales, w2_global_scales : sequence of g arrays, optional
-            Of encodings that have one, which must have them: the float32 scale of the matrix, for each of its
+            Required for encodings with a global scale: the float32 scale of the matrix, for each of its
             rows.
 
         Raises
@@ -80,7 +80,7 @@ class ExpertExport(MoELayer):
         RuntimeError
             Nothing is loaded, or buffers of this layer are being written.
         OSError
-            A file that weights lie in was cut off; see `load_weights`.
+            A file of the weights was truncated; see `load_weights`.
 
         Examples
         --------

@@ -1,4 +1,4 @@
-"""The wrappers of layers for inference: one per way that weights are held."""
+"""The wrappers of layers for inference: one per kind of weights."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class GeneralMoEWrapper(QuantizedWeights, BaseMoEWrapper):
 class LlamafileMoEWrapper(GgufWeights, BaseMoEWrapper):
     """Experts computed from GGUF: method ``LLAMAFILE``.
 
-    Gate, up and down each have a tensor type of their own, as mixtures of quantizations do. Weights are
-    referred to, never copied: arrays stay the caller's, files stay mapped.
+    Gate, up and down each have their own tensor type, as in mixed quantizations. Weights are never copied:
+    arrays stay the caller's, files stay mapped.
     """
 
 
 class NativeMoEWrapper(NativeWeights, BaseMoEWrapper):
     """Experts computed from a checkpoint's own encoding: methods ``BF16``, ``FP8`` and others.
 
-    Weights are referred to, never copied: arrays stay the caller's, files stay mapped. Those of
-    ``GPTQ_INT4``, whose rows do not lie together, are converted once.
+    Weights are never copied: arrays stay the caller's, files stay mapped. Those of ``GPTQ_INT4``, whose rows
+    are not contiguous, are converted once.
     """

@@ -27,7 +27,7 @@ def load_experts(
     layer_idx: int,
     config: MoEConfig | None = None,
 ) -> ExpertWeights:
-    """Find the experts of a layer, whatever the checkpoint calls them (`ktmoe_np.io.layouts.name_patterns`).
+    """Find the experts of a layer, by any of the known tensor names (`ktmoe_np.io.layouts.name_patterns`).
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def find_experts(
 
 
 def _build(layer: ExpertLayer, pattern: NamePattern, sizes: tuple[int, int, int]) -> ExpertWeights:
-    """Read, split and, where the layout asks for it, transpose."""
+    """Read, split and, where the layout needs it, transpose."""
     num_experts = sizes[0]
     axis = 1 if pattern.transposed else 0
     weights: dict[str, list[AnyArray]] = {}

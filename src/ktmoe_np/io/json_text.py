@@ -1,4 +1,4 @@
-"""Parsing JSON that nobody vouches for: whatever the text is, a value or a ValueError that names the file."""
+"""Parsing untrusted JSON: any text gives a value or a ValueError that names the file."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def read_json_object(path: str | os.PathLike[str], *, finite: bool = False) -> d
 
 
 def shown(value: object) -> str:
-    """`value` for a message: short, and bounded in depth and time whatever it is.
+    """`value` for a message: short, and bounded in depth and time.
 
     Examples
     --------

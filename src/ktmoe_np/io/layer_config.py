@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say a layer is, held against what the files can hold."""
+"""The layer described by the files of a checkpoint, checked against the sizes of the files."""
 
 from __future__ import annotations
 

@@ -34,15 +34,15 @@ class FileIdentity(NamedTuple):
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def is_same_file(self, then: FileIdentity) -> bool:
-        """Whether this is the file of `then`, of the same size, whatever its time is now."""
+        """Whether this is the file of `then`, of the same size, at any modification time."""
         return self == then._replace(mtime_ns=self.mtime_ns)
 
 
 def identity_at(path: Path) -> FileIdentity | None:
-    """The identity of the file of that name; None when there is none, or none that can be asked."""
+    """The identity of the file of that name; None when there is none, or it cannot be read."""
     try:
         return FileIdentity.of(path.stat())
-    except (OSError, ValueError):  # who opens it is told why
+    except (OSError, ValueError):  # opening it raises the reason
         return None
 
 
@@ -67,7 +67,7 @@ def map_file(file: BinaryIO, path: Path) -> FileMap:
 
 
 class _Watched(NamedTuple):
-    """A mapping, whoever made it."""
+    """A mapping, of any origin."""
 
     size_now: Callable[[], int]
     expected: int  #: the least that the file must have
@@ -75,12 +75,12 @@ class _Watched(NamedTuple):
 
 
 class MappedFiles:
-    """The mapped files that arrays lie in, those that `numpy.memmap` and `mmap` have mapped among them.
+    """The mapped files of arrays, including those mapped by `numpy.memmap` and `mmap`.
 
     Parameters
     ----------
     arrays : iterable
-        Arrays, and lists or tuples of them. What is no array of NumPy, or in no file, is passed over.
+        Arrays, and lists or tuples of them. Other objects, and arrays without a file, are ignored.
 
     Examples
     --------
@@ -138,7 +138,7 @@ def _mapping_of(array: Any) -> tuple[mmap.mmap | None, Any]:
 
 
 def _watched(mapping: mmap.mmap, memmap: Any) -> _Watched | None:
-    """What is asked of a mapping; nothing when it is of memory or a device, or has kept no descriptor."""
+    """Watch a mapping; None when it is of memory or a device, or has no descriptor."""
     if isinstance(mapping, FileMap):
         return _Watched(mapping.size, len(mapping), mapping.path)
     try:

@@ -182,7 +182,7 @@ def _experts(layout: NativeLayout, role: str, spec: TensorSpec, config: MoEConfi
 
 
 def _codes(layout: NativeLayout, array: AnyArray, num_rows: int) -> AnyArray:
-    """The codes of a matrix: rows of bytes, wherever they lie, or numbers whose rows are not the matrix's."""
+    """The codes of a matrix: rows of bytes, or numbers whose rows are not the matrix's."""
     return array if layout.encoding.transposed else array.view(np.uint8).reshape(num_rows, -1)
 
 

@@ -37,7 +37,7 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     FileNotFoundError
         No such file.
     OSError
-        It cannot be opened, for whatever other reason the system has.
+        It cannot be opened for another reason.
     ValueError
         A directory, a FIFO, a device or a socket, or a name that no file can have: names the path.
     """

@@ -1,9 +1,8 @@
-"""Files that others see whole or not at all: everything that the package writes is written here.
+"""Atomic replacement of files: the package writes all its files here.
 
-A file comes about under a random name in the directory it goes to, opened so that it is new and no link, and
-takes its place by a rename. While it is written its writer holds a lock (`flock`) of it, which goes away with
-the writer, however that ends: a file that can be locked is a leftover. Numbers of processes would not tell,
-since containers that share a directory have the same ones.
+A file is created exclusively, never through a link, under a random name in its directory, and then renamed.
+While it is written, its writer locks it (`flock`); the lock ends with the writer: a file that can be locked
+is a leftover. Process ids cannot tell, since containers that share a directory may have the same ones.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def replace_text(path: str | os.PathLike[str], text: str) -> None:
 def remove_leftovers(directory: str | os.PathLike[str]) -> None:
     """Remove what `replacing` has left in a directory when its process was killed.
 
-    Files that somebody is writing stay, wherever that process runs, as do those that cannot be locked or
+    Files that are being written by any process stay, as do those that cannot be locked or
     removed. Files ``.NAME.NUMBER.part``, as they were called before there were locks, stay for a day.
     """
     try:
@@ -118,7 +117,7 @@ def _is_part(name: object) -> bool:
 
 @contextmanager
 def _opened(directory: Path) -> Iterator[int]:
-    """The descriptor of a directory, so that it stays the same one whatever is renamed."""
+    """The descriptor of a directory, so that it stays the same one despite renames."""
     flags = os.O_DIRECTORY | os.O_CLOEXEC
     try:
         opened = os.open(directory, os.O_RDONLY | flags)
@@ -151,13 +150,13 @@ def _new_file(name: str, directory: int) -> BinaryIO:
 
 def _lock(file: int) -> bool:
     """Lock a file that was just created; false when it was taken for a leftover before that, and removed."""
-    with contextlib.suppress(OSError):  # a file system without locks: nobody will take it for a leftover
+    with contextlib.suppress(OSError):  # a file system without locks: it will not be taken for a leftover
         fcntl.flock(file, fcntl.LOCK_EX)
     return os.fstat(file).st_nlink > 0
 
 
 def _remove_unless_locked(name: str, directory: int, min_age: float) -> None:
-    """Remove a file that nobody writes, or has for `min_age` seconds; OSError when it cannot be told."""
+    """Remove a file that has no writer, or none for `min_age` seconds; OSError when that is unknown."""
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     file = os.open(name, flags, dir_fd=directory)
     try:

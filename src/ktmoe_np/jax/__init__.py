@@ -10,12 +10,12 @@ there is one, even for a program of experts alone. A call of a small layer then 
 instead of tens. To keep a program on the CPU, put its arrays there with ``jax.device_put``, or call it within
 ``jax.default_device``, or, for the whole process, set ``JAX_PLATFORMS=cpu`` before JAX is imported.
 
-A program knows a layer by a number, which is an ordinary operand; so `jax.lax.scan` may go over layers. It
-holds nothing of the layer else: the wrapper must live as long as programs that call it.
+A program refers to a layer by a number, which is an ordinary operand; so `jax.lax.scan` can iterate over
+layers. It does not keep the layer alive: the wrapper must live as long as programs that call it.
 
 Examples
 --------
-A program that stays on the CPU, whatever else JAX finds:
+A program that stays on the CPU, even if JAX finds a GPU:
 
 >>> import jax, ml_dtypes, numpy as np
 >>> from ktmoe_np import KTMoEWrapper

@@ -48,15 +48,15 @@ def moe_forward(
     Raises
     ------
     TypeError, ValueError
-        While tracing: an argument of another kind, dtype or shape. Also when it is differentiated: that is
-        what `moe_sft` is for.
+        While tracing: an argument of another kind, dtype or shape. Also when it is differentiated: use
+        `moe_sft` for that.
     RuntimeError
         While tracing: nothing is loaded. From the running program, as JAX's error: the layer is gone, or an
         id of E or above. On a GPU the results are NaN then, and the error is that of a later call, or of
         `raise_pending_error`.
     OSError
-        While tracing, or outside of compiled programs: a file that weights lie in was cut off. The running
-        program does not ask; see `MoELayer.load_weights`.
+        While tracing, or outside of compiled programs: a file of the weights was truncated. A running
+        program does not check; see `MoELayer.load_weights`.
 
     Examples
     --------
@@ -129,7 +129,7 @@ def moe_sft(
     first = sft if isinstance(sft, BaseSFTMoEWrapper) else sft[0]
     options = first.options
     if options.lora_dropout:
-        raise ValueError(f"sft: got lora_dropout {options.lora_dropout}, expected 0 in a program of JAX")
+        raise ValueError(f"sft: got lora_dropout {options.lora_dropout}, expected 0 in a JAX program")
     shapes = lora_shapes(config, options.lora_rank)
     unknown = sorted(lora.keys() - shapes.keys())
     if unknown:

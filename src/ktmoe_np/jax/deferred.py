@@ -24,11 +24,11 @@ def moe_forward_deferred(
     *,
     index: Array | None = None,
 ) -> tuple[Array, Array]:
-    """The experts of a layer that are not deferred, and what the layer before has deferred.
+    """The immediate experts of a layer, and the deferred experts of the previous layer.
 
     Of each token `max_deferred_experts_per_token` slots, those with the smallest weights, are computed while
-    the program goes on, and are in the result of the next layer, which is given the carry. Results have the
-    bits of `BaseMoEWrapper.submit_forward` on the host.
+    the program continues, and are added to the result of the next layer, which takes the carry. Results have
+    the bits of `BaseMoEWrapper.submit_forward` on the host.
 
     Parameters
     ----------

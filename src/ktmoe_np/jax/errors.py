@@ -8,11 +8,11 @@ __all__ = ["raise_pending_error"]
 
 
 def raise_pending_error() -> None:
-    """Raise the first error that calls on a GPU have met since the last time.
+    """Raise the first error of calls on a GPU since the last time.
 
-    Such a call has long returned when it meets one: its results are NaN, and the next call of the process
-    fails with that error, or this does. Passes of layers in CUDA streams have the same pending error: whoever
-    asks first is told. Wait for the results first, by `jax.block_until_ready`.
+    Such a call has returned long before its error: its results are NaN, and the next call of the process
+    fails with that error, or this does. Passes of layers in CUDA streams share the pending error: the first
+    call raises it. Wait for the results first, by `jax.block_until_ready`.
 
     Raises
     ------

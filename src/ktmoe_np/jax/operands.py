@@ -19,7 +19,7 @@ from ..sft.base import BaseSFTMoEWrapper
 
 __all__ = ["Array", "adapter", "called", "checked"]
 
-#: An array of JAX, or what stands for one while a program is traced.
+#: A JAX array, or a tracer.
 Array = Any
 
 #: wrapper -> mask, as bytes -> the number under which programs call the layer with it.
@@ -73,7 +73,7 @@ def _sizes(layer: MoELayer) -> tuple[Any, ...]:
 
 
 def checked(config: MoEConfig, x: Any, ids: Any, weights: Any) -> tuple[Array, Array, Array]:
-    """Hidden states, ids and weights as arrays of JAX; TypeError and ValueError when they do not fit."""
+    """Hidden states, ids and weights as JAX arrays; TypeError and ValueError when they do not fit."""
     x, ids, weights = jnp.asarray(x), _ids(ids, config.num_experts), jnp.asarray(weights)
     ArraySpec((bfloat16,), ("...", config.hidden_size)).check("hidden_states", x)
     routes = (*x.shape[:-1], config.num_experts_per_tok)

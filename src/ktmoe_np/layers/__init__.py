@@ -1,1 +1,1 @@
-"""Layers of experts by how their weights are held, common to inference and training."""
+"""Layers of experts by kind of weights, common to inference and training."""

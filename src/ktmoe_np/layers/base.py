@@ -57,7 +57,7 @@ class MoELayer(_MoEBase):
         self.group_size = method.resolve_group_size(group_size)
         self._set_method(method)
         self.weight_path = weight_path
-        self._files = MappedFiles()  # that the weights lie in
+        self._files = MappedFiles()  # of the weights
         self.set_gpu_experts_mask(gpu_experts_mask)
         self.cpu_infer = self._get_cpu_infer(cpuinfer_threads, threadpool_count, numa_nodes)
         self._layer = getattr(ext.moe, method.layer)(self._layer_config())
@@ -145,7 +145,7 @@ class MoELayer(_MoEBase):
             self._load_from_path(physical_to_logical_map)
 
     def _may_load(self) -> bool:
-        """Whether there is something to load; RuntimeError when nobody said from where."""
+        """Whether there is something to load; RuntimeError without a `weight_path`."""
         if self.loaded:
             return False
         if self.weight_path is None:
@@ -203,7 +203,7 @@ class MoELayer(_MoEBase):
             raise
 
     def _spans_nodes(self) -> bool:
-        """Whether every NUMA node has been given its own copy of its rows, so that these need not be held."""
+        """Whether every NUMA node has its own copy of its rows, so that the source need not be kept alive."""
         return len(set(self.cpu_infer.backend_.config.subpool_numa_map)) > 1
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""What layers have in common whose weights are blocks of GGUF."""
+"""Common to layers whose weights are GGUF blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLAIN = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", bfloat16: "b
 
 
 class GgufWeights(MoELayer):
-    """A layer whose weights stay as a GGUF file has them, each projection in a tensor type of its own."""
+    """A layer whose weights stay in the encoding of a GGUF file; each projection has its own tensor type."""
 
     _formats: dict[str, str] | None = None  # of the projections, when loaded
 
@@ -33,12 +33,10 @@ class GgufWeights(MoELayer):
         Raises
         ------
         RuntimeError
-            Nothing is loaded: the weights say what they are.
+            Nothing is loaded: GGUF tensors carry their own type.
         """
         if self._formats is None:
-            raise RuntimeError(
-                "expert_bytes: nothing is loaded, and weights of GGUF say themselves what they are"
-            )
+            raise RuntimeError("expert_bytes: nothing is loaded, and GGUF tensors carry their own type")
         sizes = projection_sizes(self.config)
         return sum(
             sizes[name][0] * GGUF_FORMATS[fmt].row_bytes(sizes[name][1])
@@ -59,15 +57,15 @@ class GgufWeights(MoELayer):
         up_bias: ArrayLike | None = None,
         down_bias: ArrayLike | None = None,
     ) -> None:
-        """Give the layer its weights. They are held, not copied: do not write to them afterwards.
+        """Give the layer its weights. They are kept alive, not copied: do not write to them afterwards.
 
-        `ktmoe_np.reference.decode_gguf` says what the bytes stand for.
+        `ktmoe_np.reference.decode_gguf` defines the values of the bytes.
 
         Parameters
         ----------
         gate_proj, up_proj : array of uint8 [E, I, B], or E arrays
-            Rows of B bytes, whole blocks of the format. float32, float16 and bfloat16 [E, I, H] are taken as
-            they are. `up_proj` is None when the activation is not gated.
+            Rows of B bytes, whole blocks of the format. float32, float16 and bfloat16 [E, I, H] are used
+            directly. `up_proj` is None when the activation is not gated.
         down_proj : array of uint8 [E, H, B], or E arrays
         physical_to_logical_map : array of int64 [E], optional
             Expert i uses the weights of entry map[i].
@@ -91,7 +89,7 @@ class GgufWeights(MoELayer):
         RuntimeError
             Of a layer for training: saved forward passes wait for their backward pass.
         OSError
-            A mapped file that arrays lie in was cut off.
+            A mapped file of the arrays was truncated.
 
         Examples
         --------

@@ -19,9 +19,9 @@ __all__ = ["NativeWeights"]
 
 
 class NativeWeights(MoELayer):
-    """A layer whose weights stay as the checkpoint has them: arrays stay the caller's, files stay mapped.
+    """A layer whose weights stay in the checkpoint's encoding: arrays stay the caller's, files stay mapped.
 
-    But for those of an encoding whose rows do not lie together: they are converted, once.
+    An encoding whose rows are not contiguous is converted, once.
     """
 
     def _set_method(self, method: Method) -> None:
@@ -53,26 +53,26 @@ class NativeWeights(MoELayer):
         up_bias: ArrayLike | None = None,
         down_bias: ArrayLike | None = None,
     ) -> None:
-        """Give the layer its weights. They are held, not copied: do not write to them afterwards.
+        """Give the layer its weights. They are kept alive, not copied: do not write to them afterwards.
 
-        Those of ``GPTQ_INT4`` are converted instead, once: rows are made of them and held, of the same
-        weights to the bit, and the arrays given are let go.
+        Those of ``GPTQ_INT4`` are converted instead, once, to rows with the same weights to the bit; the
+        given arrays are released.
 
         With [N, K] being [I, H] of gate and up and [H, I] of down, E of each in one array or a sequence,
         ``BF16`` takes bfloat16 [N, K]. The codes and scales of another method are those of its
         `ktmoe_np.formats.encodings.NativeFormat`: `code_dtypes` and `row_bytes`, `scale_dtypes` and
         `scale_shape`; docs/registry.md has a table of them.
 
-        float8_e4m3fn may be given as uint8. `ktmoe_np.reference` says what they stand for (``decode_fp8`` and
-        those beside it). With ``GPTQ_INT4``, K is a multiple of 32 and weights are symmetric in groups of
+        float8_e4m3fn may be given as uint8. `ktmoe_np.reference` defines their values (``decode_fp8`` and
+        similar functions). With ``GPTQ_INT4``, K is a multiple of 32 and weights are symmetric in groups of
         neighbors; the group size is a power of two from 32 on, or K. Scales in bfloat16 must be numbers that
         float16 has.
 
         Parameters
         ----------
         gate_proj, up_proj, down_proj : array, or E arrays
-            `up_proj` is None when the activation is not gated. Rows may lie apart in memory, the last axis
-            must be contiguous.
+            `up_proj` is None when the activation is not gated. Rows may be strided, the last axis must be
+            contiguous.
         physical_to_logical_map : array of int64 [E], optional
             Expert i uses the weights of entry map[i].
         gate_scale, up_scale, down_scale : array, or E arrays
@@ -96,7 +96,7 @@ class NativeWeights(MoELayer):
         RuntimeError
             Of a layer for training: saved forward passes wait for their backward pass.
         OSError
-            A mapped file that arrays lie in was cut off.
+            A mapped file of the arrays was truncated.
 
         Examples
         --------

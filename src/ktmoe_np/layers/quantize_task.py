@@ -51,7 +51,7 @@ def quantize_projection(
     ValueError
         Another shape or number of arrays; a weight that is not finite: names expert and row.
     OSError
-        A file that the matrices lie in was cut off.
+        A file of the matrices was truncated.
     """
     num_experts, num_rows, num_columns = shape
     _check_number(name, source, shape)

@@ -28,10 +28,10 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class QuantizedWeights(MoELayer):
-    """A layer whose weights are integers and scales, quantized when they are loaded or long before.
+    """A layer whose weights are integers and scales, quantized at load or before.
 
-    `ktmoe_np.reference.quantize_int8` and `quantize_int4` say what the integers are, to the bit;
-    `pack_int8` and `pack_int4` beside them how they lie in memory and in files.
+    `ktmoe_np.reference.quantize_int8` and `quantize_int4` define the integers, to the bit; `pack_int8` and
+    `pack_int4` their bytes in memory and in files.
 
     Attributes
     ----------
@@ -115,16 +115,16 @@ class QuantizedWeights(MoELayer):
         Parameters
         ----------
         gate_proj, up_proj : array of bfloat16 or float32 [E, I, H], or E arrays [I, H]
-            Read, and let go. Or uint8 [E, I, row_bytes], or E arrays [I, row_bytes], laid out as
-            `ktmoe_np.reference.packing` says: these are held, not copied, and their codes are not looked at.
+            Read, and released. Or uint8 [E, I, row_bytes], or E arrays [I, row_bytes], in the layout of
+            `ktmoe_np.reference.packing`: these are kept alive, not copied, and their codes are not checked.
             `up_proj` is None when the activation is not gated.
         down_proj : array of bfloat16 or float32 [E, H, I], or E arrays [H, I]
             Or uint8 [E, H, row_bytes], or E arrays [H, row_bytes].
         physical_to_logical_map : array of int64 [E], optional
             Expert i uses the weights of entry map[i].
         gate_scale, up_scale : array of float32 [E, I], or E arrays [I]
-            Scales of the rows of quantized weights, which are held; None when the rows hold the scales
-            themselves (``MOE_INT8`` with a group size).
+            Channel scales of quantized weights, kept alive; None when the rows contain the scales
+            (``MOE_INT8`` with a group size).
         down_scale : array of float32 [E, H], or E arrays [H]
         gate_bias, up_bias : array of float32 or bfloat16 [E, I], optional
             Added before the activation. Copied.
@@ -146,7 +146,7 @@ class QuantizedWeights(MoELayer):
         RuntimeError
             Of a layer for training: saved forward passes wait for their backward pass.
         OSError
-            A mapped file that arrays lie in was cut off.
+            A mapped file of the arrays was truncated.
 
         Examples
         --------
@@ -218,13 +218,13 @@ class QuantizedWeights(MoELayer):
         RuntimeError
             Nothing is loaded, or the weights are spread over NUMA nodes.
         OSError
-            The file cannot be written, or that which the weights lie in was cut off.
+            The file cannot be written, or a file of the weights was truncated.
         """
         if not self.loaded:
             raise RuntimeError("save_weights: no weights are loaded; call load_weights first")
         if self._experts is None:
             raise RuntimeError(
-                "save_weights: every NUMA node holds its own rows of the weights, and nobody all of them; "
+                "save_weights: every NUMA node has its own rows of the weights, none has all of them; "
                 "save them with threadpool_count=1, or use the command 'ktmoe convert'"
             )
         return save_quantized(directory, self._experts, self.config, self._format)

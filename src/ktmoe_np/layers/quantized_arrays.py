@@ -45,7 +45,7 @@ def given_projection(
     name = _scale_of(name)
     if not fmt.has_channel_scale:
         if scale is not None:
-            raise ValueError(f"{name}: got one, expected None: rows of {fmt.name} hold their scales")
+            raise ValueError(f"{name}: got one, expected None: rows of {fmt.name} contain their scales")
         return Projection(matrices)
     scales = _matrices(name, scale, np.dtype(np.float32), (num_experts, num_rows))
     for e, values in enumerate(scales):

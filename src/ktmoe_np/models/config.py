@@ -20,7 +20,9 @@ class _Family:
 
     router: str  #: its tensor within a layer
     qk_norm: str = ""  #: queries and keys are normed by "head", as a whole ("all"), or not
-    always_renormalize: bool = False  #: weights of a token's experts sum to 1 whatever the configuration says
+    always_renormalize: bool = (
+        False  #: weights of a token's experts sum to 1, regardless of the configuration
+    )
 
 
 _FAMILIES = {

@@ -1,4 +1,4 @@
-"""Where the model that comes with the package lies, and a text that it has not seen."""
+"""Paths of the packaged model and of a text that it was not trained on."""
 
 from __future__ import annotations
 

@@ -113,5 +113,5 @@ def _together(parts: Sequence[Floats]) -> Floats:
 
 
 def _split(rows: Floats, like: Sequence[Floats]) -> list[Floats]:
-    """Rows of all sequences, apart by the lengths of others."""
+    """Rows of all sequences, split by the lengths of others."""
     return [rows] if len(like) == 1 else np.split(rows, np.cumsum([len(x) for x in like])[:-1])

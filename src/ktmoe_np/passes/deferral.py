@@ -45,7 +45,7 @@ OutputT = TypeVar("OutputT", bound=LayerOutput)
 class OutputChain(Generic[OutputT]):
     """The deferred output on its way from layer to layer.
 
-    Whoever uses it holds a lock from `receive_output` to `leave_output`.
+    Its user keeps a lock from `receive_output` to `leave_output`.
     """
 
     def __init__(self) -> None:

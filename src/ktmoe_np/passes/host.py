@@ -79,9 +79,9 @@ class LayerRunner:
     def submit_deferring(
         self, batch: Batch, skip_experts: Array | None, begun: BegunPass[Any], chain: DeferralChain
     ) -> None:
-        """Queue a batch that begins with what the layer before has deferred and defers some itself.
+        """Queue a batch that adds deferred experts of the previous layer and defers some itself.
 
-        What is deferred is no task of the pass: nobody waits for it with the pass.
+        The deferred part is no task of the pass: waiting for the pass does not wait for it.
         """
         with chain.lock:
             self._submit_deferring(batch, skip_experts, begun, chain)
@@ -96,8 +96,8 @@ class LayerRunner:
                 "are left over from another engine, expected a chain with layers of one"
             )
         buffers = self._free_buffers(chain, batch.num_tokens)
-        # Ids are checked before anything is queued: nobody waits for the deferred part by itself. That part
-        # reads copies: after the sync the caller's arrays are the caller's again.
+        # Ids are checked before anything is queued: no call waits for the deferred part. That part reads
+        # copies: after the sync the caller may write to its arrays again.
         deferring = self.deferred_pass(batch, buffers, skip_experts, received, copies=True)
         deferring.check_ids()
         immediate, deferred = deferring.immediate_tasks(), deferring.deferred_tasks()

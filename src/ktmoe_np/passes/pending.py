@@ -127,7 +127,7 @@ class PendingPass(Generic[Result]):
         try:
             with self._lock:
                 begun = self._claimed(call)
-            while begun.tickets:  # goes on where an interrupt has ended it
+            while begun.tickets:  # resumes where an interrupt has ended it
                 try:
                     self._engine.wait(begun.tickets[0])
                 except Exception as error:
@@ -176,7 +176,7 @@ def is_of_a_handler(error: Exception) -> bool:
 
 
 def wait_until_done(engine: ext.CPUInfer, ticket: ext.Ticket) -> None:
-    """Wait for a task whose exception is somebody else's."""
+    """Wait for a task whose exception another call raises."""
     try:
         engine.wait(ticket)
     except Exception as error:

@@ -100,7 +100,7 @@ class StreamRunner:
         RuntimeError
             A pass is pending, there is no CUDA driver, or it refuses.
         Exception
-            What passes in streams have raised since somebody asked; their results are NaN.
+            The pending exception of earlier passes in streams; their results are NaN.
         """
         with stream.order, self._lock:
             ready = self._ready(batch, stream)
@@ -200,9 +200,9 @@ class StreamRunner:
         skip_experts: Array | None,
         arrays: list[DeviceArray],
     ) -> _PreparedPass:
-        """What does a pass, made when it is first needed.
+        """The prepared pass, created at first use.
 
-        What it is made of is known by its objects, which it holds as long as it is known.
+        The key contains ids of objects, which the prepared pass keeps alive.
         """
         num_tokens = arrays[0].shape[0]
         begins_with = None if received is None else id(received.output)
@@ -236,7 +236,7 @@ class StreamRunner:
 
     def _result(self, like: Any, num_tokens: int, out: Any, stream: int) -> DeviceArray:
         if out is not None and is_of("JAX", out):
-            raise TypeError("out: got an array of JAX, which nobody writes to, expected None")
+            raise TypeError("out: got a JAX array, which cannot be written, expected None")
         target = new_like(like) if out is None else out
         return device_array(
             target, "out", ArraySpec((bfloat16,), (num_tokens, self._config.hidden_size)), stream

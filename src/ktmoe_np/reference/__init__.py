@@ -1,7 +1,7 @@
 """The specification: what the engine computes, in NumPy and ml_dtypes alone.
 
 Read `forward` (the layer), then `activation` (the functions in it). `bound` says how far two correct
-evaluations may lie apart, so that a comparison needs no guessed tolerance; `inputs` checks the arguments.
+evaluations may differ, so that a comparison needs no guessed tolerance; `inputs` checks the arguments.
 Training: `training` (the layer with adapters), `lora` (the adapters), `dropout` (their masks), then
 `backward`. Quantized weights: `quantized` (what they are), `quantize` (how they come about),
 `weights` (what is multiplied with them), `packing` (their bytes). Encodings of checkpoints: `native`.

@@ -17,7 +17,7 @@ __all__ = ["Gradients", "moe_backward"]
 
 @dataclass(frozen=True)
 class Gradients:
-    """What `moe_backward` returns; None for what was not asked for or does not exist.
+    """The results of `moe_backward`; None for those not requested or nonexistent.
 
     Sums are float32 (float64 when the forward pass accumulated in float64), in the shape and, with a
     `physical_to_logical_map`, the order of the arrays that they are the gradients of.
@@ -110,7 +110,7 @@ def moe_backward(
     if not isinstance(cache, ForwardCache):
         raise TypeError(f"cache must be a ForwardCache, got {type(cache).__name__}")
     if skip_lora and full_weight_grad:
-        raise ValueError("full_weight_grad asks for gradients of weights, and skip_lora for none; drop one")
+        raise ValueError("full_weight_grad needs gradients of weights, and skip_lora none; drop one")
     precision, (tokens, hidden) = cache.precision, cache.inputs.x.shape
     dtypes = FLOATS if precision.exact else (np.dtype(ml_dtypes.bfloat16),)
     q = check_array("grad_output", grad_output, ("T", "H"), {"T": tokens, "H": hidden}, *dtypes)
@@ -146,7 +146,7 @@ def _through_down(cache: ForwardCache, rows: Rows, q: Array, sums: _WeightSums) 
         h_dropped = adapter.dropped(h, t)
         r = bf(q @ adapter.b[e])
         z = z + adapter.scale * adapter.dropped(r @ adapter.a[e], t)
-        sums.add("down_lora_b", e, adapter.scale * (q.T @ bf(w * adapter.inner(e, h_dropped))))
+        sums.add("down_lora_b", e, adapter.scale * (q.T @ bf(w * adapter.hidden(e, h_dropped))))
         sums.add("down_lora_a", e, bf(adapter.scale * w * r).T @ h_dropped)
     sums.add("down_proj", e, q.T @ bf(w * h))
     grad_w: Array = (z * h).sum(axis=1)
@@ -172,7 +172,7 @@ def _through_first(cache: ForwardCache, rows: Rows, projection: str, d: Array, s
         x_dropped = adapter.dropped(x, t)
         d_inner = cache.precision.bf(adapter.scale * (d @ adapter.b[e]))
         grad_x = grad_x + adapter.dropped(d_inner @ adapter.a[e], t)
-        sums.add(f"{projection}_lora_b", e, adapter.scale * (d.T @ adapter.inner(e, x_dropped)))
+        sums.add(f"{projection}_lora_b", e, adapter.scale * (d.T @ adapter.hidden(e, x_dropped)))
         sums.add(f"{projection}_lora_a", e, d_inner.T @ x_dropped)
     sums.add(f"{projection}_proj", e, d.T @ x)
     return grad_x
@@ -186,7 +186,7 @@ def _through_scaling(cache: ForwardCache, rows: Rows, grad: Array) -> tuple[Arra
 
 
 class _WeightSums:
-    """The gradients that are summed over tokens, those that were asked for, by logical expert."""
+    """The requested gradients that are summed over tokens, by logical expert."""
 
     def __init__(self, cache: ForwardCache, *, lora: bool, full: bool) -> None:
         shapes: dict[str, tuple[int, ...]] = {}

@@ -1,4 +1,4 @@
-"""How far two correct evaluations of the layer may lie apart."""
+"""How far two correct evaluations of the layer may differ."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def error_bound(
     denormal numbers as they are or for zero. So the bound holds between an engine and `moe_forward`, and
     between two engines.
 
-    Every quantity is given an interval, center (float64) and radius, that holds every such evaluation; e is
-    2^-24, the unit roundoff of float32::
+    Every quantity is given an interval, center (float64) and radius, that contains every such evaluation; e
+    is 2^-24, the unit roundoff of float32::
 
         g, u      radius  gamma_n * (sum |x| |w| + |bias|)      n = K + 1, gamma_n = n e / (1 - n e)
         A(g)      radius  max |A(g +- dg) - A(g)| + C dg^2 / 2 + activation_ulps * e * |g|
@@ -57,8 +57,8 @@ def error_bound(
         y         radius  c * (2 ds |sum q code| + (s + ds) sum dq |code|) + gamma_4 * (|y| + |bias|)
 
     Rounding is monotone, so the lines of h and of the bound lose nothing: an element of h whose interval
-    holds no rounding boundary has radius 0, one whose interval holds one may be a bf16 ulp off. All sums
-    assume the worst case over signs, so the bound grows with K where the typical difference grows with
+    contains no rounding boundary has radius 0, one whose interval contains one may be a bf16 ulp off. All
+    sums assume the worst case over signs, so the bound grows with K where the typical difference grows with
     sqrt(K): sharp up to a K of some hundreds, loose at thousands. `max_chain` and `sigmas` sharpen it.
 
     Parameters

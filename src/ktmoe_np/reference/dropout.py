@@ -68,8 +68,8 @@ def dropout_mask(
 
     One mask of x serves gate and up, and both masks serve every expert of a token: an element is dropped for
     the token, not for a slot. So a mask is drawn once, before tokens are spread over experts, and depends
-    neither on the order of the slots nor on where an expert lies or runs. The price: the noise of a token's
-    adapters is correlated. Its mean is 0 all the same.
+    neither on the order of the slots nor on where an expert is stored or runs. The price: the noise of a
+    token's adapters is correlated. Its mean is 0 all the same.
 
     Parameters
     ----------

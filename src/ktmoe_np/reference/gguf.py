@@ -1,7 +1,7 @@
-"""The tensor types of GGUF, decoded: blocks of 32 to 256 values with their scales among them.
+"""The GGUF tensor types, decoded: blocks of 32 to 256 values with their scales among them.
 
 A row is whole blocks; a value is scale * number + offset in float32, rounded to bfloat16. The layouts are
-those of ggml, where the types come from. A function a type takes blocks [n, bytes] apart: numbers
+those of ggml, where the types come from. One function per type decodes blocks [n, bytes]: numbers
 [n, groups, values of a group], scales [n, groups, 1] and, where there are some, offsets like them.
 """
 
@@ -36,7 +36,7 @@ _NON_LINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38,
 
 
 def decode_gguf(data: Bytes, type_name: str) -> NDArray[Any]:
-    """Decode rows of a tensor type of GGUF: w = bf(scale * number + offset).
+    """Decode rows of a GGUF tensor type: w = bf(scale * number + offset).
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ def _q3_k(b: Bytes) -> Blocks:
 
 
 def _eight_scales(b: Bytes) -> tuple[Floats, Floats]:
-    """Scales and offsets of Q4_K and Q5_K, of six bits each: four whole ones, four with upper bits apart."""
+    """Scales and offsets of Q4_K and Q5_K, six bits each: four whole ones, four with separate upper bits."""
     first, second, rest = b[:, 4:8], b[:, 8:12], b[:, 12:16]
     scales = np.concatenate([first & 63, rest & 15 | first >> 6 << 4], axis=1)
     minima = np.concatenate([second & 63, rest >> 4 | second >> 6 << 4], axis=1)

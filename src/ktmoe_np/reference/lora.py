@@ -85,16 +85,16 @@ class Adapter:
     precision: Precision
 
     def dropped(self, x: Array, token: NDArray[np.intp]) -> Array:
-        """Rows [M, K] of the tokens `token`, with 0 for what is dropped."""
+        """Rows [M, K] of the tokens `token`, with 0 for dropped elements."""
         return x if self.kept is None else np.where(self.kept[token], x, x.dtype.type(0))
 
-    def inner(self, e: int, dropped: Array) -> Array:
-        """Compute bf(x . A^T), [M, R], of rows that went through `dropped`."""
+    def hidden(self, e: int, dropped: Array) -> Array:
+        """Compute the LoRA hidden states bf(x . A^T), [M, R], of rows that went through `dropped`."""
         return self.precision.bf(dropped @ self.a[e].T)
 
     def output(self, e: int, x: Array, token: NDArray[np.intp]) -> Array:
         """Compute s * (bf(x . A^T) . B^T), [M, N]."""
-        result: Array = self.inner(e, self.dropped(x, token)) @ self.b[e].T
+        result: Array = self.hidden(e, self.dropped(x, token)) @ self.b[e].T
         return self.scale * result
 
 

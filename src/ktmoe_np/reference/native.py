@@ -1,6 +1,6 @@
-"""The encodings that checkpoints come in, decoded: what a layer multiplies with when it reads them in place.
+"""The encodings of checkpoints, decoded: the weights of a layer that reads them in place.
 
-Codes are bytes [..., N, row_bytes], as they lie in the checkpoint; nibbles are two a byte, the low one first.
+Codes are bytes [..., N, row_bytes], as in the checkpoint; nibbles are two per byte, the low one first.
 GPTQ alone packs columns of the transposed matrix.
 """
 

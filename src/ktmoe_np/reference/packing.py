@@ -1,4 +1,4 @@
-"""Rows of quantized matrices as the bytes that a file and the engine hold."""
+"""Rows of quantized matrices as bytes, in files and in the engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Bytes = NDArray[np.uint8]
 
 
 def pack_int4(matrix: Int4Matrix) -> Bytes:
-    """Lay out each row as its q, two a byte, then its multipliers.
+    """Lay out each row as its q, two per byte, then its multipliers.
 
     ::
 
@@ -26,7 +26,7 @@ def pack_int4(matrix: Int4Matrix) -> Bytes:
     Parameters
     ----------
     matrix : Int4Matrix, [..., N, K]
-        Its channel scales stay apart.
+        Its channel scales are separate.
 
     Returns
     -------
@@ -86,7 +86,7 @@ def unpack_int4(
 
 
 def unpack_nibbles(pairs: Bytes, num_columns: int) -> Bytes:
-    """Take bytes [..., ceil(K / 2)] apart into nibbles [..., K], the low one of a byte first."""
+    """Unpack bytes [..., ceil(K / 2)] to nibbles [..., K], the low one of a byte first."""
     nibbles = np.stack([pairs & np.uint8(15), pairs >> np.uint8(4)], axis=-1)
     return nibbles.reshape(*pairs.shape[:-1], 2 * pairs.shape[-1])[..., :num_columns]
 
@@ -102,7 +102,7 @@ def pack_int8(matrix: Int8Matrix | Int8GroupMatrix) -> Bytes:
     Parameters
     ----------
     matrix : Int8Matrix or Int8GroupMatrix, [..., N, K]
-        The channel scales of an Int8Matrix stay apart.
+        The channel scales of an Int8Matrix are separate.
 
     Returns
     -------
@@ -140,11 +140,11 @@ def unpack_int8(
     ----------
     rows : ndarray of uint8, [..., N, K] or [..., N, K + 4 ceil(K / g)]
     channel_scale : ndarray of float32, [..., N], or None
-        None when the rows hold the scales of groups.
+        None when the rows contain the scales of groups.
     num_columns : int
         K.
     group_size : int, optional
-        g, when the rows hold the scales of groups.
+        g, when the rows contain the scales of groups.
 
     Returns
     -------

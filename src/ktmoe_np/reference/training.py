@@ -23,12 +23,12 @@ __all__ = ["ForwardCache", "moe_forward_sft"]
 
 @dataclass(frozen=True)
 class ForwardCache:
-    """What `moe_backward` needs of one forward pass. Skipped slots hold 0."""
+    """The values of one forward pass for `moe_backward`. Skipped slots are 0."""
 
     inputs: ForwardInputs  # a row of `x` that is not finite is all NaN
     adapters: Mapping[str, Adapter]  # "gate", "up", "down"; empty without LoRA
     precision: Precision
-    gate: AnyArray  # g [T, P, I], in the dtype asked for
+    gate: AnyArray  # g [T, P, I], in the requested dtype
     up: AnyArray | None  # u, likewise; None when the activation is not gated
     h: AnyArray  # [T, P, I]
 
@@ -89,7 +89,7 @@ activation, gpu_experts_mask, physical_to_logical_map, product, scale_inputs, ou
         everything else, a float32 cache included, is in float64.
     exact : bool, optional
         Compute the function that the above approximates: in float64 and without any rounding, whatever the
-        dtypes asked for. Every array of numbers may then have any float dtype, float64 too; quantized weights
+        requested dtypes. Every array of numbers may then have any float dtype, float64 too; quantized weights
         are code * scale, activations are not quantized.
 
     Returns

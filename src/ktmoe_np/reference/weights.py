@@ -1,4 +1,4 @@
-"""The product of activations with the weights of one expert, in whichever form those are held."""
+"""The product of activations with the weights of one expert, in any form."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ExpertWeights:
     def _integer_sums(self, x: Array) -> Array:
         """Multiply the codes of x; their sums are exact, then rounded once, then scaled by the row of x."""
         codes, scale = quantize_activations(x)
-        # The sums are integers below 2^53, so float64 holds them.
+        # The sums are integers below 2^53, exact in float64.
         sums = codes.astype(np.float64) @ self.values.astype(np.float64).T
         scaled: Array = sums.astype(x.dtype) * scale.astype(x.dtype)[:, None]
         return scaled

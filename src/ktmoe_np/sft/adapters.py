@@ -32,7 +32,7 @@ _PEFT_PATTERN = re.compile(
 )
 _PEFT_ROLES = {"w1": "gate", "w3": "up", "w2": "down"}
 
-#: How a file may hold its numbers.
+#: The dtypes of a file.
 _DTYPES = ("F32", "BF16")
 _PEFT_DTYPES = (*_DTYPES, "F16")
 
@@ -109,12 +109,12 @@ def _metadata(layer: AdaptedLayer) -> dict[str, str]:
 def export_peft(
     directory: str | os.PathLike[str], layers: Sequence[AdaptedLayer], *, model_type: str | None = None
 ) -> None:
-    """Write the adapters of layers of one model as PEFT has them: a directory of two files.
+    """Write the adapters of layers of one model in the PEFT format: a directory of two files.
 
     ``adapter_model.safetensors`` holds ``base_model.model.model.layers.{L}.mlp.experts.{e}.gate_proj.
     lora_A.weight`` [R, H] and so on (of Mixtral and MiniMax ``block_sparse_moe.experts.{e}.w1``),
     ``adapter_config.json`` the rank, the scale and the modules. PEFT applies dropout to no fused experts, so
-    the files ask for none.
+    the files set it to 0.
 
     With transformers 5, PEFT loads such adapters for the families of `ktmoe_np.sft.peft_families.LOADED`
     alone: qwen3_moe, qwen3_next, olmoe, flex_olmo, deepseek_v2, deepseek_v3, deepseek_v32, glm4_moe,

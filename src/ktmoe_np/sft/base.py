@@ -115,7 +115,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         RuntimeError
             Nothing is loaded, or `max_cache_depth` passes are saved already.
         OSError
-            A file that weights lie in was cut off; see `load_weights`.
+            A file of the weights was truncated; see `load_weights`.
 
         Examples
         --------
@@ -155,7 +155,7 @@ class BaseSFTMoEWrapper(LoraLayer):
     ) -> None:
         """Begin what `forward_sft` does and return at once; `sync_forward_sft` gives the result.
 
-        Until then the engine holds the arrays, and the caller must not write to them.
+        Until then the engine keeps the arrays alive, and the caller must not write to them.
 
         Raises
         ------
@@ -249,7 +249,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         RuntimeError
             No forward pass is saved.
         OSError
-            A file that weights lie in was cut off; see `load_weights`. The forward pass stays saved.
+            A file of the weights was truncated; see `load_weights`. The forward pass stays saved.
         """
         result, task = self._backward_task(grad_output, gradients, accumulate, grad_input, grad_weights)
         try:
@@ -270,7 +270,7 @@ class BaseSFTMoEWrapper(LoraLayer):
     ) -> None:
         """Begin what `backward` does and return at once; `sync_backward` gives the result.
 
-        Until then the engine holds the arrays, and the caller must not use them.
+        Until then the engine keeps the arrays alive, and the caller must not use them.
 
         Raises
         ------
@@ -353,11 +353,11 @@ class BaseSFTMoEWrapper(LoraLayer):
 
     @property
     def cache_bytes(self) -> int:
-        """Memory that they hold, and that is kept for the next ones; `clear_cache` lets it go."""
+        """Memory of saved passes, and memory kept for the next ones; `clear_cache` releases it."""
         return int(self._layer.cache_bytes)
 
     def clear_cache(self) -> None:
-        """Forget the saved forward passes; waits for passes that were submitted before."""
+        """Drop the saved forward passes; waits for passes that were submitted before."""
         self.cpu_infer.run(self._layer.clear_cache_task())
 
     @property

@@ -54,21 +54,21 @@ class SFTOptions:
 
     Notes
     -----
-    The results of a step are new arrays by default, and stay as they are. With `reuse_buffers`
+    The results of a step are new arrays by default, which later steps do not change. With `reuse_buffers`
 
     - outputs, `grad_input` and `grad_weights` come from slot ``layer_idx % 2`` of `KExpertsSFTBuffer`. They
       are valid until the next pass of the same kind, forward or backward, with the same T, H and P, by this
-      layer or another with that slot: layer 2 overwrites what layer 0 gave, layer 1 does not.
+      layer or another with that slot: layer 2 overwrites the results of layer 0, layer 1 does not.
     - gradients of matrices are arrays of the layer, valid until its next backward pass without `gradients`.
-    - every thread has slots, and arrays of each layer, of its own.
-    - what a pass reads, and what waits for its ``sync_*``, is not overwritten: a pass that would is given new
-      arrays. (Where a tensor of another library shares memory with a result, it is refused instead.)
-    - a batch of another T has other arrays, and earlier results stay as they are.
-      `KTMoEWrapper.clear_sft_buffer_cache` lets all of this memory go; results that are held stay.
-    - `out`, `gradients`, `grad_input` and `grad_weights` of a call come first, as ever.
-    - compiled programs of JAX (`ktmoe_np.jax`) write XLA's arrays: the option changes nothing there.
+    - every thread has its own slots and its own arrays of each layer.
+    - inputs of a pass, and results that wait for their ``sync_*``, are not overwritten: such a pass gets new
+      arrays. (If a tensor of another library shares memory with a result, it is refused instead.)
+    - a batch of another T has other arrays, and does not overwrite earlier results.
+      `KTMoEWrapper.clear_sft_buffer_cache` releases all of this memory; results still in use remain valid.
+    - `out`, `gradients`, `grad_input` and `grad_weights` of a call take precedence.
+    - compiled JAX programs (`ktmoe_np.jax`) write XLA's arrays: the option has no effect there.
 
-    What has to last is copied:
+    Copy results that must last:
 
     >>> import ml_dtypes, numpy as np
     >>> from ktmoe_np import KTMoEWrapper

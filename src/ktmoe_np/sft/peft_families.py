@@ -1,6 +1,6 @@
 """Of which families PEFT loads adapters of single experts, and under which names: a table.
 
-transformers 5 holds the experts of a layer in two tensors, so an adapter of one Linear per expert finds no
+transformers 5 stores the experts of a layer in two tensors, so an adapter of one Linear per expert finds no
 Linear. For some families PEFT converts such adapters as it loads them. For the others it refuses them, or,
 where the model has shared experts or dense layers with modules of the same names, gives those adapters that
 do nothing. Checked with PEFT 0.21 and transformers 5.24.
@@ -22,7 +22,7 @@ __all__ = ["LOADED", "REFUSED", "PeftNames", "peft_names"]
 class PeftNames:
     """What a family calls its experts and their projections."""
 
-    experts: str  #: the module that holds them, within a layer
+    experts: str  #: the module of the experts, within a layer
     gate: str
     up: str
     down: str

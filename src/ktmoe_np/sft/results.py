@@ -19,10 +19,10 @@ __all__ = ["Results"]
 
 
 class Results:
-    """Arrays for what the passes of a layer give: new ones, or those of the step before.
+    """Arrays for the results of the passes of a layer: new ones, or those of the previous step.
 
-    A pass gets new ones too where those of the step before hold what it reads, and while a pass that was
-    submitted, and whose result nobody has taken, has a claim to them.
+    A pass gets new ones also where it reads those of the previous step, and while a submitted pass whose
+    result has not been taken has a claim to them.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ class Results:
         return {name: np.empty(shape, np.float32) for name, shape in self._shapes.items()}
 
     def claim_given(self, name: str, given: Iterable[Any], num_tokens: int, claim: Claim | None) -> None:
-        """Let a pass hold the slot's arrays too where the arrays that its caller gives lie there."""
+        """Let a pass claim the slot's arrays too where the caller's arrays share their memory."""
         if not self._reuse or claim is None:
             return
         slot = self._slot(num_tokens)

@@ -1,4 +1,4 @@
-"""The wrappers of layers for training: one per way that weights are held, and their base."""
+"""The wrappers of layers for training: one per kind of weights, and their base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
     """A layer for training that is computed by ``AMX_SFT_MOE_TP``: the base of the wrappers of all methods.
 
     ``AMX`` names the family of kernels, not the instruction set. `NativeSFTMoEWrapper`,
-    `QuantizedSFTMoEWrapper` and `LlamafileSFTMoEWrapper` add how weights are held.
+    `QuantizedSFTMoEWrapper` and `LlamafileSFTMoEWrapper` add the kind of weights.
     """
 
 
@@ -29,9 +29,9 @@ class QuantizedSFTMoEWrapper(QuantizedWeights, AMXSFTMoEWrapper):
 
 
 class LlamafileSFTMoEWrapper(GgufWeights, AMXSFTMoEWrapper):
-    """Experts with adapters on weights of GGUF: method ``LLAMAFILE_SFT``.
+    """Experts with adapters on GGUF weights: method ``LLAMAFILE_SFT``.
 
-    Weights are referred to, never copied, and the backward pass reads the same bytes as the forward pass.
+    Weights are never copied, and the backward pass reads the same bytes as the forward pass.
     """
 
 

@@ -170,7 +170,7 @@ struct GroupBlock {
   std::byte* lanes;  // accumulators between blocks of K
 };
 
-// What is prefetched meanwhile: `step` bytes a step from `data` on, up to `bytes`.
+// What is prefetched meanwhile: `step` bytes per step from `data` on, up to `bytes`.
 struct Ahead {
   const std::byte* data;
   size_t bytes, step;

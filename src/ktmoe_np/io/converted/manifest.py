@@ -1,6 +1,6 @@
 """``ktmoe.json``: what a directory of quantized layers was made from, how, and how exact it is.
 
-Several processes may convert layers into one directory. A process that changes the file holds a lock, reads
+Several processes may convert layers into one directory. A process that changes the file locks it, reads
 what the others have written, adds to it and replaces the file; readers need no lock. The lock (`flock`) is on
 a file of its own, which is never renamed or removed: a lock on ``ktmoe.json`` would go with the old file.
 Whoever may write to the directory may lock it, other users too.
@@ -32,7 +32,7 @@ _FORMAT, _VERSION = "ktmoe-quantized", 1
 #: The file that is locked.
 _LOCK_NAME = ".ktmoe.lock"
 
-#: What `flock` fails with where nobody can lock.
+#: Errors of `flock` on file systems without locks.
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 

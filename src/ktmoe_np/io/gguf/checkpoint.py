@@ -20,7 +20,7 @@ from .header import GGUF_TYPES, GgufHeader, GgufTensorInfo, parse_gguf_header
 
 __all__ = ["GgufCheckpoint", "GgufTensorInfo", "is_gguf"]
 
-#: Checkpoints that someone holds, by the paths and identities of all their files.
+#: Checkpoints in use, by the paths and identities of all their files.
 _shared: SharedCache[GgufCheckpoint] = SharedCache()
 
 #: The name of a file of a model of several: the model, the file's number from 1, and how many there are.
@@ -42,7 +42,7 @@ class _GgufFile:
         self.header = parse_gguf_header(path, memoryview(self._map))
 
     def readable_header(self) -> GgufHeader:
-        """The header, to decode values, which lie in the file; OSError when it was cut off."""
+        """The header, to decode values from the file; OSError when it was truncated."""
         self._map.check()
         return self.header
 
@@ -124,9 +124,9 @@ class GgufCheckpoint:
 
     @classmethod
     def shared(cls, path: str | os.PathLike[str]) -> GgufCheckpoint:
-        """The checkpoint at `path`, the same one for all who hold it: headers are read once.
+        """The checkpoint at `path`, the same one for all its users: headers are read once.
 
-        When any file has been replaced or written to, all are read anew. Errors are those of the class.
+        When any file has been replaced or written to, all are read again. Errors are those of the class.
         """
         key = tuple((str(file.resolve()), identity_at(file)) for file in _model_files(Path(path)))
         return _shared.get(key, lambda: cls(path))

@@ -1,8 +1,8 @@
-"""The header of a GGUF file: what it may say, and the checks that it does not lie.
+"""The header of a GGUF file, and the checks of its contents.
 
 The header is parsed here, not by the `gguf` package: that one believes every length (an array said to have
 2**60 elements is a loop of as many steps) and makes a Python object of every string of a vocabulary. Here a
-value is stepped over, and decoded when someone asks for it; a length is believed when the file has the bytes.
+value is skipped, and decoded at first use; a length is accepted if the file has the bytes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _LEAST_KEY, _LEAST_TENSOR = 13, 24
 #: The most entries that are read, ten times what the largest models have; each takes microseconds.
 _MAX_KEYS, _MAX_TENSORS = 2**16, 2**20
 
-#: The format's own limit on keys; nobody names a tensor at more length.
+#: The format's own limit on keys; names of tensors are shorter.
 _MAX_NAME_BYTES = 2**16 - 1
 
 
@@ -76,7 +76,7 @@ class _Entry(NamedTuple):
 
 
 class GgufHeader:
-    """A parsed header; values of the metadata are decoded when they are asked for."""
+    """A parsed header; values of the metadata are decoded at first use."""
 
     def __init__(
         self, cursor: GgufCursor, values: Mapping[str, GgufValue], tensors: Mapping[str, GgufTensorInfo]

@@ -30,7 +30,7 @@ _STRING, _ARRAY = 8, 9
 
 
 class GgufValue(NamedTuple):
-    """Where a value of the metadata lies."""
+    """The position of a value of the metadata."""
 
     type: int
     begin: int

@@ -37,7 +37,7 @@ def _elements(values: int, num_rows: int, num_columns: int) -> Shapes:
 
 
 def _blocks_of_32(num_rows: int, num_columns: int) -> Shapes:
-    """16 bytes a group of 32 nibbles."""
+    """16 bytes per group of 32 nibbles."""
     return ((num_rows, num_columns // 32, 16),)
 
 

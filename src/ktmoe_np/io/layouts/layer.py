@@ -184,7 +184,7 @@ def layers_with(checkpoint: SafetensorsCheckpoint, known: Collection[str]) -> tu
 
 
 def read_layers(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> list[ExpertLayer]:
-    """Sort the layer's tensors, whatever they are, by their prefixes; those without any are empty."""
+    """Sort the layer's tensors by their prefixes; those without any are empty."""
     return [ExpertLayer(checkpoint, prefix) for prefix in _prefixes(layer_idx)]
 
 

@@ -14,7 +14,7 @@ _LONG = 10
 
 
 class LayerNames:
-    """Names of tensors, parted once at the number of their layer; a layer's own are sorted when asked for.
+    """Tensor names, split once at the number of their layer; those of a layer are sorted at first use.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How checkpoints name and lay out the experts of a layer: a table, one row a way."""
+"""How checkpoints name and lay out the experts of a layer: a table, one row per naming scheme."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class NamePattern:
 
     @property
     def per_expert(self) -> bool:
-        """Whether every expert has tensors of its own."""
+        """Whether every expert has its own tensors."""
         return "{e}" in self.tensors["down"]
 
 

@@ -44,7 +44,7 @@ class NativeLayout:
         return self.encoding.method
 
     def name(self, role: str, spec: TensorSpec, e: int) -> str:
-        """A tensor of a projection; of fused experts, whatever the expert."""
+        """A tensor of a projection; of fused experts, the same for all."""
         return self.layer.name(self.pattern.tensors[role] + spec.suffix, e)
 
     def names_of(self, role: str, spec: TensorSpec, config: MoEConfig) -> list[str]:
@@ -194,7 +194,7 @@ def _check_not_awq(layer: ExpertLayer) -> None:
                 if codes and scales and _packs_rows(codes.shape, scales.shape):
                     raise ValueError(
                         f"{layer.checkpoint.file_of(name)}: tensor {name!r} is there, but AWQ layers are not "
-                        "read: the codes of a row do not lie together, nor in their order"
+                        "read: the codes of a row are neither contiguous nor in order"
                     )
 
 

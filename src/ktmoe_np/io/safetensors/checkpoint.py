@@ -140,7 +140,7 @@ class SafetensorsFile:
 
 
 class _Shard:
-    """A file of a checkpoint, opened when something of it is asked for."""
+    """A file of a checkpoint, opened at first use."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -155,7 +155,7 @@ class _Shard:
         if self._identity is not None and not file.identity.is_same_file(self._identity):
             raise ValueError(
                 f"{self.path}: got another file than when the checkpoint was opened, expected the same; open "
-                "the checkpoint anew"
+                "the checkpoint again"
             )
         return file
 
@@ -170,7 +170,7 @@ class _Index:
 
 
 class SafetensorsCheckpoint:
-    """The tensors of one file or of a directory of files; a file is opened when a tensor of it is asked for.
+    """The tensors of one file or of a directory of files; a file is opened when one of its tensors is read.
 
     A directory holds ``model.safetensors``, or ``model.safetensors.index.json`` and the shards it names, or
     any ``*.safetensors`` files, looked for in this order. Without an index all headers must be read to know
@@ -215,10 +215,10 @@ class SafetensorsCheckpoint:
 
     @classmethod
     def shared(cls, path: str | os.PathLike[str]) -> SafetensorsCheckpoint:
-        """The checkpoint at `path`, the same one for all who hold it: index and headers are read once.
+        """The checkpoint at `path`, the same one for all its users: index and headers are read once.
 
-        When the index or any file has been replaced or written to, all are read anew. Errors are those of the
-        class.
+        When the index or any file has been replaced or written to, all are read again. Errors are those of
+        the class.
         """
         where = Path(path)
         index, files = _find_files(where)

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: what it may say, and the checks that it does not lie."""
+"""The header of a safetensors file, and the checks of its contents."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def write_safetensors(
     TypeError
         A dtype that the format does not have.
     OSError
-        The file cannot be written, or a tensor lies in a file that was cut off: names the file.
+        The file cannot be written, or a file of a tensor was truncated: names the file.
 
     Examples
     --------
