@@ -35,7 +35,7 @@ def weights(rng: np.random.Generator) -> list[Any]:
 
 
 class Case:
-    """A layer, batches of it, and what comes of them when nobody else is there."""
+    """A layer, its batches, and their results without other threads."""
 
     def __init__(self, method: str, mode: str, seed: int, **options: Any) -> None:
         rng = np.random.default_rng(seed)

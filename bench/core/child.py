@@ -1,7 +1,7 @@
 """A backend's process: `python -m bench.core.child FD` serves its parent's requests on the socket FD.
 
 Being processes of their own, backends can differ in instruction set, threads and interpreter, and one that
-crashes takes nobody along. The parent lets them run only while it waits for an answer.
+crashes does not affect the others. The parent lets them run only while it waits for an answer.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Plan:
 
 
 def note(text: str) -> None:
-    """Tell whoever watches."""
+    """Print a note to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

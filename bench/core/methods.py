@@ -37,7 +37,7 @@ def _keep(_: Layer) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """What a bench must know of a method."""
+    """The properties of a method that a bench needs."""
 
     name: str
     bytes_per_weight: float  #: in the checkpoint's encoding, scales counted in

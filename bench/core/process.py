@@ -28,7 +28,7 @@ class BackendError(Exception):
 class BackendProcess:
     """A backend in its process, which is stopped (SIGSTOP) whenever it has nothing to answer.
 
-    So nobody's waiting threads take time from the one that is being timed, however they wait.
+    So waiting threads take no time from the process that is being timed, however they wait.
     """
 
     def __init__(self, spec: Spec, fd: int) -> None:

@@ -21,7 +21,7 @@ class Spec:
     threads: int
     max_tokens: int
     operation: str = "forward"
-    isa: str = ""  #: instruction set asked for, where there is a choice
+    isa: str = ""  #: requested instruction set, where there is a choice
     options: dict[str, Any] = field(default_factory=dict)  #: the peer's own
     copies: float = 0.0  #: bytes for each byte of the bf16 weights that the backend takes for itself
     python: str = ""  #: another interpreter than the parent's

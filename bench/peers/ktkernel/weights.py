@@ -1,6 +1,6 @@
 """The encodings of checkpoints as kt-kernel's extension takes them: the very codes and scales of the others.
 
-Codes with scales apart are packed while it loads and may be let go afterwards; GGUF blocks stay in use.
+Codes with separate scales are packed at load and may be released afterwards; GGUF blocks stay in use.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _powers_as_bf16(scale: Array) -> Array:
 
 @dataclass(frozen=True)
 class Groups:
-    """An encoding of codes with scales apart."""
+    """An encoding with separate scales."""
 
     classes: tuple[str, ...]  #: of the extension; the first that it and the CPU have is taken
     bits: int

@@ -24,7 +24,7 @@ LIBRARIES: tuple[str, ...] = ("ktmoe_np._api",)
 
 
 def backend_specs(base: Spec, options: Any) -> list[Spec]:
-    """One for each instruction set asked for, which also measures the machine with it."""
+    """One per requested instruction set, which also measures the machine with it."""
     of_bf16 = METHODS[base.method].of_bf16
     spec = base.but(peer="ktmoe", copies=of_bf16 if of_bf16 < 1.0 else 0.0)
     return [

@@ -231,8 +231,8 @@ def _text(manifest: Manifest, target: Path, rows: Sequence[LayerRow], configs: S
     groups = "" if manifest.group_size is None else f" in groups of {manifest.group_size}"
     said = (
         f"{counted(len(rows), 'layer')} in {target}, {num_bytes / 1e6:.3g} MB, {8 * num_bytes / weights:.2f} "
-        f"bits per weight; {num_kept} of them were there already. Load them with weight_path={str(target)!r}, "
-        f"method={manifest.method!r}."
+        f"bits per weight; {num_kept} of them were there already. Load them with "
+        f"weight_path={str(target)!r}, method={manifest.method!r}."
     )
     checked = len(manifest.layers[rows[0].layer].experts_checked)
     title = f"{manifest.source} with method {manifest.method}{groups}"

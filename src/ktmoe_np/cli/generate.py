@@ -11,7 +11,7 @@ from .terminal import flush, say, say_json, say_piece
 
 __all__ = ["run"]
 
-#: What stands for bytes that are no UTF-8, as those of a letter are that is not finished.
+#: Replaces bytes that are not UTF-8, such as those of an unfinished letter.
 _UNFINISHED = "\ufffd"
 
 

@@ -31,7 +31,7 @@ Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Blocks = tuple[Ints, Floats] | tuple[Ints, Floats, Floats]
 
-#: What the nibbles of the non-linear types stand for.
+#: Values of the nibbles of the non-linear types.
 _NON_LINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int32)
 
 
@@ -199,7 +199,7 @@ def _eight_signs(seven: Ints) -> Ints:
     return seven | parity << 7
 
 
-#: What coordinates of points stand for.
+#: Values of the coordinates of points.
 _SIZES = np.array([8, 25, 43], np.int32)
 _QUAD_SIZES = np.array([4, 12, 20, 28, 36, 44, 52, 62], np.int32)
 

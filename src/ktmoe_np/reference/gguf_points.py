@@ -1,4 +1,4 @@
-"""Points of lattices: what the codes of the smallest GGUF types stand for, as int32 [points, coordinates].
+"""Lattice points: the values of the codes of the smallest GGUF types, as int32 [points, coordinates].
 
 They define these types, and are those of ggml (``ggml-common.h``). Each is 16 bits here, the first coordinate
 lowest.

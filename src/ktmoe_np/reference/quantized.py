@@ -1,4 +1,4 @@
-"""Weight matrices as integers times scales: what they hold, and the numbers that they stand for.
+"""Weight matrices as integers times scales, and their values.
 
 Each is a stack `[..., N, K]` of matrices, most often `[E, N, K]`; its rows are the outputs.
 """
