@@ -1,4 +1,4 @@
-"""What ``ktmoe_np`` offers, imported at once; the package itself imports this when a name of it is used."""
+"""The public names of ``ktmoe_np``, imported at once; the package imports this at the first use of one."""
 
 from __future__ import annotations
 

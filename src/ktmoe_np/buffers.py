@@ -117,7 +117,7 @@ class Claim:
 
 
 class Claims:
-    """Which arrays of a set are taken, by name."""
+    """The claimed arrays of a set, by name."""
 
     def __init__(self) -> None:
         self._holders: dict[str, weakref.ref[Claim]] = {}

@@ -1,4 +1,4 @@
-"""What an array must be: the one check of dtypes and shapes, with the one message."""
+"""Requirements on an array: one check of dtypes and shapes, with one message."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 def _add_checkpoint_commands(add: Callable[..., _Parser]) -> None:
     """Add the commands that are about a checkpoint of the user's."""
-    command = add("inspect", inspect.run, "what experts a checkpoint has, and how fast they can be", _INSPECT)
+    command = add("inspect", inspect.run, "the experts of a checkpoint, and how fast they can be", _INSPECT)
     command.add_argument("path", help="directory of the checkpoint, or a file of it")
     command.add_argument(
         "--no-measure", action="store_true", help="leave out how fast memory is read, and what that allows"

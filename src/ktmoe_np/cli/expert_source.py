@@ -1,4 +1,4 @@
-"""Where the reference's matrices of a layer's experts come from: numbers, or a checkpoint's own encoding."""
+"""Sources of the matrices of a layer's experts for the reference: numbers, or a checkpoint's encoding."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ _CHECKED_STEPS, _CHECKED_WITHIN = 20, 0.01
 
 @dataclass
 class _Course:
-    """What happened."""
+    """The results."""
 
     losses: list[float] = field(default_factory=list)
     reference_losses: list[float] = field(default_factory=list)

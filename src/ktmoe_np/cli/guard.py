@@ -1,4 +1,4 @@
-"""What Ctrl-C does to the process of the command. Imports next to nothing, to be in force early."""
+"""Handling of Ctrl-C in the process of the command. Imports almost nothing, to take effect early."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _Guard:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """Whether what a frame does is part of an import."""
+    """Whether a frame belongs to an import."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True

@@ -1,4 +1,4 @@
-"""`ktmoe inspect`: what experts a checkpoint has, whether they fit, and how fast they can be read."""
+"""`ktmoe inspect`: the experts of a checkpoint, whether they fit, and how fast they can be read."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _facts(report: CheckpointReport, value: dict[str, Any]) -> list[tuple[str, s
 
 
 def _of_layers(layers: Sequence[LayerReport], tell: _Tell) -> str:
-    """Say what holds of all layers; or, where they differ, what holds of which."""
+    """Describe all layers at once or, where they differ, each group of equal ones."""
     found: dict[str, list[int]] = {}
     for layer in layers:
         found.setdefault(tell(layer), []).append(layer.config.layer_idx)

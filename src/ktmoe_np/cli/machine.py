@@ -1,4 +1,4 @@
-"""What the machine is, read from the system, for `ktmoe info` and for the captions of the others."""
+"""Machine information, read from the system, for `ktmoe info` and for the captions of the others."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measured:
-    """What an instruction set did."""
+    """Results of one instruction set."""
 
     isa: str
     threads: int

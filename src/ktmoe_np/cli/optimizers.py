@@ -17,7 +17,7 @@ _OPTAX = "optax."
 
 
 class Optimizer(Protocol):
-    """What is needed of one; parameters are changed in place."""
+    """The interface of an optimizer; parameters are changed in place."""
 
     def step(self, gradients: Mapping[str, Array]) -> None:
         """Take one step by the gradients of all parameters."""

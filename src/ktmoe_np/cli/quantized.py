@@ -1,4 +1,4 @@
-"""What `ktmoe convert` and `ktmoe verify` have in common: the error of quantized weights, and its table."""
+"""Common to `ktmoe convert` and `ktmoe verify`: the error of quantized weights, and its table."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def _draw_weights(ids: NDArray[np.int64], rng: np.random.Generator) -> NDArray[n
 
 
 class Expected:
-    """What the reference says of a sample, and how far a correct result may lie from it.
+    """The reference results of a sample, and the bound for correct results.
 
     Parameters
     ----------

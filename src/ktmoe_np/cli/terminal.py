@@ -1,4 +1,4 @@
-"""Where the command writes: everything it says goes through here, so that no control character gets out.
+"""Output of the command: all text goes through here, so that no control characters are printed.
 
 Names, metadata and texts come from files of others. What a terminal would obey (escape sequences, carriage
 returns, text that runs from right to left) is shown as Python writes it in a string.

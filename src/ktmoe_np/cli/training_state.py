@@ -28,7 +28,7 @@ _LOOKED_AT = 1 << 20
 
 @dataclass
 class Course:
-    """What happened, in bits per byte."""
+    """The course of the run, in bits per byte."""
 
     losses: list[float] = field(default_factory=list)  #: of the batch of each step, before it
     held_out: dict[int, float] = field(default_factory=dict)  #: number of steps -> of the held-out text

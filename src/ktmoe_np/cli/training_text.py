@@ -13,7 +13,7 @@ from ..models import Tokenizer
 
 __all__ = ["TextPart", "TrainingText", "read_training_text"]
 
-#: What is held out of the text: its last tenth, of which so many letters are measured.
+#: The held-out part of the text: its last tenth, of which so many letters are measured.
 _HELD_OUT, _MAX_MEASURED = 10, 16384
 
 
@@ -33,7 +33,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class TrainingText:
-    """What is learnt, and what it is measured by."""
+    """The training text and the held-out text."""
 
     learnt: TextPart
     held_out: TextPart

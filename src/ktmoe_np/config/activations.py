@@ -184,7 +184,7 @@ def parse_activation(activation: str | ActivationSpec | Mapping[str, Any]) -> Ac
 
 @cache
 def _registry() -> Mapping[str, ext.ActivationInfo]:
-    """What the extension lists, by name.
+    """The activations of the extension, by name.
 
     It is imported at first use: the reference can be imported without it.
     """

@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json calls the sizes and the activation of a mixture-of-experts layer."""
+"""Keys of a Hugging Face config.json for the sizes and the activation of a mixture-of-experts layer."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What weights are encoded as: methods, encodings of checkpoints, GGUF blocks, quantized formats."""
+"""Encodings of weights: methods, encodings of checkpoints, GGUF blocks, quantized formats."""

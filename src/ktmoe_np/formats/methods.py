@@ -13,7 +13,7 @@ __all__ = ["METHODS", "Method", "find_method", "format_names", "main_name", "tra
 
 @dataclass(frozen=True)
 class Method:
-    """How a method is carried out."""
+    """The weights and products of a method."""
 
     name: str
     mode: str  #: "inference" or "sft"

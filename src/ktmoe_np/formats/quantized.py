@@ -25,7 +25,7 @@ class QuantizedFormat:
 
     @property
     def name(self) -> str:
-        """What `ktmoe_np.kt_kernel_ext.quantize_task` calls it."""
+        """The name of the format in `ktmoe_np.kt_kernel_ext.quantize_task`."""
         return self.info.name
 
     @property

@@ -170,7 +170,7 @@ class GPUExperts:
             return library.filled(total, (is_routed.any(0) & ~is_finite)[:, None], np.nan)
 
     def _scaled(self, x: Any, weights: Any) -> Any:
-        """What enters the experts in every slot, bfloat16 [T, P, H]; a row that is not finite is all NaN."""
+        """The inputs of the experts in every slot, bfloat16 [T, P, H]; non-finite rows are all NaN."""
         library = self._library
         scaled = library.float32(library.round_bf16(weights[:, :, None] * library.float32(x)[:, None]))
         is_finite = library.xp.isfinite(scaled).all(-1)
@@ -187,7 +187,7 @@ class GPUExperts:
         return _with_bias(library.product(h, self._down), self._down_bias)
 
     def add(self, cpu_result: ArrayLike, partial: ArrayLike) -> Any:
-        """What the layer and `forward` have computed, together.
+        """Add the results of the layer and of `forward`.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""Which experts go to the GPU."""
+"""Masks of the experts on the GPU."""
 
 from __future__ import annotations
 

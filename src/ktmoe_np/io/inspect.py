@@ -1,4 +1,4 @@
-"""What experts a checkpoint has, in which formats and how large, told by its headers alone."""
+"""The experts of a checkpoint, their formats and sizes, from its headers alone."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What `inspect_checkpoint` finds.
+    """The result of `inspect_checkpoint`.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ class CheckpointReport:
 
 
 def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
-    """Tell what experts a checkpoint has.
+    """List the experts of a checkpoint.
 
     Headers are read and checked, as when a layer is loaded; weights are not.
 
@@ -183,7 +183,7 @@ def _inspect_safetensors(path: Path) -> CheckpointReport:
 
 
 def known_templates() -> set[str]:
-    """What experts' tensors are called, in any format."""
+    """The names of experts' tensors, in any format."""
     plain = {name for pattern in NAME_PATTERNS for name in pattern.tensors.values()}
     return plain.union(
         stem + encoding.codes.suffix

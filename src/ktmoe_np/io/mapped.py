@@ -21,7 +21,7 @@ __all__ = ["FileIdentity", "FileMap", "MappedFiles", "identity_at", "map_file"]
 
 
 class FileIdentity(NamedTuple):
-    """What tells a file from another one that has come to its name, or from itself when it was written to."""
+    """Distinguishes a file from another one under its name, and from itself after a write."""
 
     device: int
     inode: int
@@ -30,7 +30,7 @@ class FileIdentity(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileIdentity:
-        """Of the file whose status this is."""
+        """From the status of a file."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def is_same_file(self, then: FileIdentity) -> bool:

@@ -75,7 +75,7 @@ def moe_forward_deferred(
 
 
 def moe_drain_deferred(carry: Array, hidden_states: Array) -> Array:
-    """What the last layer has deferred, to be added to its output.
+    """The deferred experts of the last layer, to be added to its output.
 
     Parameters
     ----------

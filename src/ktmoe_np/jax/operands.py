@@ -1,4 +1,4 @@
-"""What calls are given, checked while a program is traced, and the numbers by which programs know layers."""
+"""The arguments of calls, checked while a program is traced, and the numbers of layers in programs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _INTEGERS = tuple(np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in
 
 
 def _number_of(layer: MoELayer) -> int:
-    """The number under which programs call a layer with the mask that it has now."""
+    """The number under which programs call a layer with its current mask."""
     mask = layer.gpu_experts_mask
     key = None if mask is None else mask.tobytes()
     with _lock:

@@ -1,4 +1,4 @@
-"""What layers of experts for inference and for training have in common: engine, config, weights."""
+"""Common to layers of experts for inference and training: engine, config, weights."""
 
 from __future__ import annotations
 

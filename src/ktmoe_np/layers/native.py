@@ -1,4 +1,4 @@
-"""What layers have in common whose weights are in their checkpoint's own encoding."""
+"""Common to layers with weights in their checkpoint's encoding."""
 
 from __future__ import annotations
 

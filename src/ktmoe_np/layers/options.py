@@ -26,7 +26,7 @@ class LayerOptions(TypedDict, total=False):
 
 
 class LayerOverrides(LayerOptions, total=False):
-    """What a layer of a checkpoint may be told in place of what the checkpoint says."""
+    """Options of a layer that override those of its checkpoint."""
 
     num_experts: int
     num_experts_per_tok: int
@@ -39,7 +39,7 @@ class LayerOverrides(LayerOptions, total=False):
 
 
 class WeightOptions(TypedDict, total=False):
-    """What `load_weights_from_tensors` takes by keyword; each method takes those of its encoding."""
+    """Keyword arguments of `load_weights_from_tensors`; each method takes those of its encoding."""
 
     gate_scale: ExpertArrays | None
     up_scale: ExpertArrays | None

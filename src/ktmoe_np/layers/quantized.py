@@ -1,4 +1,4 @@
-"""What layers of quantized experts have in common: quantizing, loading and saving."""
+"""Common to layers of quantized experts: quantizing, loading and saving."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ __all__ = ["Attention", "AttentionPass", "Place"]
 
 @dataclass(frozen=True)
 class Place:
-    """What attention must know of where tokens stand in their sequence; the same in every layer."""
+    """The positions of tokens in their sequence for attention; the same in every layer."""
 
     cos: Floats  #: [T, D / 2], of the angles by which queries and keys are turned
     sin: Floats
@@ -32,7 +32,7 @@ class Place:
 
 @dataclass(frozen=True)
 class AttentionPass:
-    """What the backward pass needs of a forward pass over a sequence from its beginning."""
+    """The values of a forward pass over a whole sequence for the backward pass."""
 
     place: Place
     projected: tuple[

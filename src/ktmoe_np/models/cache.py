@@ -1,4 +1,4 @@
-"""What a sequence has behind it: keys and values of its tokens, layer by layer."""
+"""The key-value cache of a sequence: keys and values of its tokens, layer by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decoder is, read from a checkpoint's config.json."""
+"""The config of a decoder, read from a checkpoint's config.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["DecoderConfig"]
 
 @dataclass(frozen=True)
 class _Family:
-    """How models of a type differ in what is not in their config.json."""
+    """Properties of a model type that are not in config.json."""
 
     router: str  #: its tensor within a layer
     qk_norm: str = ""  #: queries and keys are normed by "head", as a whole ("all"), or not

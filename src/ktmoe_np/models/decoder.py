@@ -41,7 +41,7 @@ _Tokens = ArrayLike | Sequence[int]
 
 @dataclass(frozen=True, repr=False)
 class TrainingPass:
-    """What `MoEDecoder.backward` needs of a forward pass."""
+    """The values of a forward pass for `MoEDecoder.backward`."""
 
     pass_id: int  #: counts the forward passes of the model
     layers: list[LayerPass]
@@ -353,7 +353,7 @@ class MoEDecoder:
     def _hidden(
         self, ids: Sequence[NDArray[np.int64]], caches: Sequence[KVCache], tape: list[LayerPass] | None = None
     ) -> list[Floats]:
-        """What the last layer gives for the next tokens of some sequences."""
+        """The outputs of the last layer for the next tokens of some sequences."""
         hidden = [self._embedding[row] for row in ids]
         places = [self._place(cache.length, len(row)) for row, cache in zip(ids, caches, strict=True)]
         for layer in self._layers:

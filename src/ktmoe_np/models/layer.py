@@ -23,7 +23,7 @@ __all__ = ["DecoderLayer", "LayerPass"]
 
 @dataclass(frozen=True)
 class LayerPass:
-    """What the backward pass needs of a forward pass, an entry for each sequence; experts keep their own."""
+    """The values of a forward pass for the backward pass, one entry per sequence; experts keep their own."""
 
     inputs: list[Floats]
     attention: list[AttentionPass]
@@ -68,7 +68,7 @@ class DecoderLayer:
         return [x + part for x, part in zip(middles, parts, strict=True)]
 
     def _experts(self, hidden: list[Floats], routes: list[Route], saved: bool) -> list[Floats]:
-        """What the experts give for the rows of all sequences, in one call."""
+        """The outputs of the experts for the rows of all sequences, in one call."""
         rows = _together(hidden).astype(ml_dtypes.bfloat16)
         ids = _together([route.ids for route in routes])
         weights = _together([route.weights for route in routes])

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and how much each counts, with the derivative of the latter."""
+"""The experts of each token and their routing weights, with the derivative of the weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Route", "Router"]
 
 @dataclass(frozen=True)
 class Route:
-    """Where tokens go."""
+    """The experts of each token."""
 
     ids: NDArray[np.int64]  #: [T, P]
     weights: Floats  #: [T, P]

@@ -16,7 +16,7 @@ __all__ = ["Tokenizer", "load_stop_tokens", "load_tokenizer"]
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer."""
+    """The interface of a tokenizer."""
 
     def encode(self, text: str) -> list[int]:
         """Turn a text into tokens."""
@@ -37,7 +37,7 @@ class _Bytes:
 
 
 class _Library:
-    """What the package tokenizers makes of the file."""
+    """A tokenizer of the package tokenizers, from its file."""
 
     def __init__(self, path: Path, text: bytes) -> None:
         try:

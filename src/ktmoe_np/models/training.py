@@ -19,7 +19,7 @@ __all__ = ["Loss", "loss_and_gradients"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Loss:
-    """What a step gives."""
+    """The results of a step."""
 
     bits_per_token: float  #: minus the mean log2 of the chances given to the tokens
     num_tokens: int  #: that were expected

@@ -64,7 +64,7 @@ class OutputChain(Generic[OutputT]):
         return self._output is not None
 
     def receive_output(self, layer_idx: int) -> OutputT | None:
-        """What the layer's output starts from; None when no layer left anything.
+        """The deferred output that the layer adds; None when there is none.
 
         Raises
         ------
@@ -85,14 +85,14 @@ class OutputChain(Generic[OutputT]):
         self._output = output
 
     def take_output(self) -> OutputT | None:
-        """What is left, for the end of a pass."""
+        """The remaining deferred output, for the end of a pass."""
         output = self._output
         self.leave_output(None)
         return output
 
 
 class DeferralChain(OutputChain[HostOutput]):
-    """What layers that defer experts leave for each other, in passes on arrays of the host.
+    """Deferred outputs passed from layer to layer, in passes on host arrays.
 
     Layers that are called without one share the chain of their engine, which one thread at a time can use.
     Threads that run passes side by side give each pass a chain of its own, and so hand a pass over to another
@@ -133,7 +133,7 @@ class DeferralChain(OutputChain[HostOutput]):
                 self.leave_output(received)
 
     def drain(self) -> Array | None:
-        """What is left, rounded, when it has been computed; None when nothing is."""
+        """The remaining deferred output, computed and rounded; None when there is none."""
         with self.lock:
             left = self._to_drain()
             if left is None:

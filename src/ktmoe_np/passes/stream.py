@@ -1,4 +1,4 @@
-"""What passes in a CUDA stream share: their order, the buffers they use, what they leave for each other."""
+"""The state shared by passes in a CUDA stream: their order, buffers and deferred outputs."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class StreamBatch:
 
 
 class _PreparedPass(NamedTuple):
-    """What is done in the stream, from and to the first rows of staging buffers."""
+    """The work in the stream, from and to the first rows of staging buffers."""
 
     stream_pass: ext.cuda.StreamPass
     received: LayerOutput | None  #: what it begins with
@@ -61,7 +61,7 @@ class _Pass(NamedTuple):
 
     @property
     def addresses(self) -> list[int]:
-        """Where that is."""
+        """Its address."""
         return [array.address for array in self.arrays]
 
 
@@ -244,7 +244,7 @@ class StreamRunner:
 
 
 def drain(stream: Stream, out: Any) -> Any:
-    """What the last layer of a pass has left in a stream, or None; see `BaseMoEWrapper.drain_deferred`."""
+    """The deferred output of the last layer in a stream, or None; see `BaseMoEWrapper.drain_deferred`."""
     with stream.order:
         ext.cuda.raise_error()
         left = stream.chain.take_output()

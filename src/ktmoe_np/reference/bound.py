@@ -149,7 +149,7 @@ def assert_within(actual: AnyArray, expected: AnyArray, bound: Array) -> None:
 
 
 def _poisoned(inputs: ForwardInputs) -> NDArray[np.bool_]:
-    """Which tokens must get NaN, [T]."""
+    """Whether tokens must get NaN, [T]."""
     poisoned = np.zeros(len(inputs.x), np.bool_)
     for _, t, p in rows_by_expert(inputs.ids):
         bad = ~finite_rows(inputs.expert_rows(t, p)) | np.isnan(inputs.routing[t, p])

@@ -46,13 +46,13 @@ class ForwardInputs:
 
     @property
     def combine_weights(self) -> AnyArray:
-        """What the output of each slot counts in its token's sum, [T, P]."""
+        """The weight of each slot's output in its token's sum, [T, P]."""
         return np.ones_like(self.routing) if self.scale_inputs else self.routing
 
     def expert_rows(
         self, token: NDArray[np.intp], slot: NDArray[np.intp], *, exact: bool = False
     ) -> AnyArray:
-        """What enters the experts in the slots (token, slot), [M, H]: rows of x, or bf(w x).
+        """The inputs of the experts in the slots (token, slot), [M, H]: rows of x, or bf(w x).
 
         A scaled row that is not finite is all NaN. With `exact`, w x is in float64 and not rounded.
         """
@@ -67,7 +67,7 @@ class ForwardInputs:
 
 
 def finite_rows(x: AnyArray) -> NDArray[np.bool_]:
-    """Whether each row of x holds finite numbers only."""
+    """Whether each row of x contains only finite numbers."""
     return np.asarray(np.isfinite(x.astype(np.float64)).all(axis=1))
 
 

@@ -1,4 +1,4 @@
-"""What the roundings of an evaluation may do to its products and activations, as centers and radii."""
+"""Effects of the roundings of an evaluation on products and activations, as centers and radii."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _Sums(NamedTuple):
 
 @dataclass(frozen=True)
 class Rounding:
-    """What is assumed of the roundings of an evaluation; the parameters are those of `error_bound`."""
+    """Assumptions about the roundings of an evaluation; the parameters are those of `error_bound`."""
 
     max_chain: int | None
     sigmas: float | None

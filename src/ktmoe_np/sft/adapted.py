@@ -1,4 +1,4 @@
-"""What a layer with adapters is to those who read and write adapters."""
+"""The interface of a layer with adapters for code that reads and writes adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all layers of experts for training have in common: forward and backward passes."""
+"""The base of the layers for training: forward and backward passes."""
 
 from __future__ import annotations
 

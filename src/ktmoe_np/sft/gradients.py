@@ -1,4 +1,4 @@
-"""What a backward pass gives."""
+"""The results of a backward pass."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class LoraLayer(MoELayer):
 
 
 def first_matrix(name: str, config: MoEConfig, options: SFTOptions) -> Array:
-    """What training begins with: A uniform in +-1 / sqrt(its columns), B zero; float32.
+    """Initial adapters: A uniform in +-1 / sqrt(its columns), B zero; float32.
 
     The numbers depend on the seed, the layer and the matrix alone.
     """

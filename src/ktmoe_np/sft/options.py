@@ -1,4 +1,4 @@
-"""What a layer for training can be told, beyond what every layer is told."""
+"""Options of a layer for training, beyond those of every layer."""
 
 from __future__ import annotations
 

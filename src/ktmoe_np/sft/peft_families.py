@@ -1,4 +1,4 @@
-"""Of which families PEFT loads adapters of single experts, and under which names: a table.
+"""The families for which PEFT loads per-expert adapters, and their names: a table.
 
 transformers 5 stores the experts of a layer in two tensors, so an adapter of one Linear per expert finds no
 Linear. For some families PEFT converts such adapters as it loads them. For the others it refuses them, or,
@@ -20,7 +20,7 @@ __all__ = ["LOADED", "REFUSED", "PeftNames", "peft_names"]
 
 @dataclass(frozen=True)
 class PeftNames:
-    """What a family calls its experts and their projections."""
+    """The names of the experts and projections of a family."""
 
     experts: str  #: the module of the experts, within a layer
     gate: str

@@ -241,7 +241,7 @@ def check_codes(
 
 
 def _metadata(config: MoEConfig, fmt: QuantizedFormat, biased: Any) -> dict[str, str]:
-    """What a file says of itself."""
+    """The metadata of a file."""
     spec = config.activation
     parameters = (f"{name}={getattr(spec, name)!r}" for name in ("limit", "alpha", "beta1", "beta2"))
     return {

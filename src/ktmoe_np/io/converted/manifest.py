@@ -38,7 +38,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What is known of a layer's file."""
+    """The record of a layer's file."""
 
     sha256: str  #: of the file
     relative_error: Mapping[str, float]  #: projection -> of the weights, on `experts_checked`
@@ -47,7 +47,7 @@ class LayerRecord:
 
 @dataclass
 class Manifest:
-    """What the file says."""
+    """The contents of the file."""
 
     source: str  #: the checkpoint, as an absolute path
     method: str
@@ -130,7 +130,7 @@ def _open_lock(path: Path) -> int:
 
 
 def _read_same(directory: str | os.PathLike[str], wanted: Manifest) -> Manifest:
-    """What the file says; ValueError when it is that of another conversion."""
+    """The contents of the file; ValueError when it belongs to another conversion."""
     found = read_manifest(directory)
     for name in ("source", "method", "group_size"):
         got, expected = getattr(found, name), getattr(wanted, name)

@@ -1,4 +1,4 @@
-"""What the experts of a layer are, by the metadata of a GGUF file."""
+"""The config of the experts of a layer from the metadata of a GGUF file."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ def _parse_start(cursor: GgufCursor) -> tuple[int, int]:
 
 
 def _alignment(cursor: GgufCursor, value: GgufValue | None) -> int:
-    """Of what the offsets of tensors are multiples."""
+    """The alignment of the offsets of tensors."""
     if value is None:
         return _DEFAULT_ALIGNMENT
     if value.type != UINT32 or value.length is not None:

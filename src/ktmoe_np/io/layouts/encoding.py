@@ -1,4 +1,4 @@
-"""What a row of the table of encodings is: the tensors that make up a matrix, and what each must be."""
+"""A row of the table of encodings: the tensors of a matrix, and the requirements on each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 class Sizes(NamedTuple):
-    """What the contents of a tensor are held against."""
+    """The data that the contents of a tensor are checked against."""
 
     num_rows: int
     num_columns: int
@@ -37,7 +37,7 @@ class TensorSpec:
     shapes : callable
         N and K of the matrix -> the shapes that it may have.
     problem : callable, optional
-        Of a tensor whose contents matter: the array, and what it is held against -> what is wrong, None if
+        Of a tensor whose contents matter: the array, and the data to check it against -> the error, None if
         nothing.
     optional : bool
         Whether a projection may be without it; of one that has it, every expert must have it.

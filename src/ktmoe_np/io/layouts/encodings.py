@@ -1,4 +1,4 @@
-"""How checkpoints store natively quantized experts: tables, a row an encoding and a row a pattern."""
+"""How checkpoints store natively quantized experts: tables, one row per encoding and per pattern."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _two(num_rows: int, num_columns: int) -> Shapes:
 
 
 def _other_size(array: AnyArray, sizes: Sizes) -> str | None:
-    """What is wrong with a tensor that holds N and K."""
+    """The error of a tensor of N and K; None if there is none."""
     expected = [sizes.num_rows, sizes.num_columns]
     return None if array.tolist() == expected else f"holds {array.tolist()}, expected {expected}"
 

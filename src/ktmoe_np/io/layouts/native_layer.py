@@ -86,7 +86,7 @@ class NativeLayout:
         return no_codes_match, count
 
     def _mismatches(self, name: str, spec: TensorSpec, codes: TensorInfo | None) -> int:
-        """How much speaks against one tensor, when the codes that it goes with are these."""
+        """How badly a tensor matches these codes."""
         info = self.layer.info(name)
         if info is None:
             return 2

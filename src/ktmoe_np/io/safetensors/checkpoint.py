@@ -89,7 +89,7 @@ class SafetensorsFile:
 
     @property
     def identity(self) -> FileIdentity:
-        """What tells the file that is mapped from others of its name."""
+        """Distinguishes the mapped file from others under its name."""
         return self._map.identity
 
     def names(self) -> tuple[str, ...]:
