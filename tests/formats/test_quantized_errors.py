@@ -392,11 +392,11 @@ def test_arrays_that_are_refused(case: str, layer: Layer) -> None:
     assert not moe.loaded
 
 
-def test_scales_beside_rows_that_hold_theirs(layer: Layer) -> None:
+def test_scales_beside_rows_that_contain_theirs(layer: Layer) -> None:
     codes, _ = quantized_bytes("int8_group32", layer.gate_proj)
     scale = np.ones((E, I), np.float32)
     with pytest.raises(
-        ValueError, match=r"gate_scale: got one, expected None: rows of int8_group32 hold the"
+        ValueError, match=r"gate_scale: got one, expected None: rows of int8_group32 contain their scales$"
     ):
         wrapper("MOE_INT8", 32).load_weights_from_tensors(
             codes, layer.up_proj, layer.down_proj, gate_scale=scale
@@ -448,7 +448,7 @@ def test_saving_is_refused(layer: Layer, tmp_path: Path, monkeypatch: pytest.Mon
         moe.save_weights(tmp_path / "new")
     monkeypatch.setattr(QuantizedWeights, "_spans_nodes", lambda self: True)
     moe.load_weights_from_tensors(*layer.matrices)
-    with pytest.raises(RuntimeError, match="save_weights: every NUMA node holds its own rows of the weights"):
+    with pytest.raises(RuntimeError, match="save_weights: every NUMA node has its own rows of the weights"):
         moe.save_weights(tmp_path / "new")
     assert not (tmp_path / "new").exists()
     monkeypatch.undo()
