@@ -25,6 +25,6 @@ NB_MODULE(kt_kernel_ext, m) {
   bind_moe(moe);
   bind_sft(moe);
   bind_deferred_pass(moe);
-  nanobind::module_ xla = m.def_submodule("xla", "What programs of JAX call.");
+  nanobind::module_ xla = m.def_submodule("xla", "The functions that JAX programs call.");
   bind_xla(xla);
 }

@@ -64,7 +64,7 @@ class InNumaPool {
   // Runs one task out of the range of a worker that has not come; false when there is none.
   bool run_for_absent(Job& job, const Worker& helper);
 
-  bool is_drained() const;  // no range holds a task; tasks may still be running
+  bool is_drained() const;  // all ranges are empty; tasks may still be running
   void close();
   void wait_until_left(Backoff& backoff) const;
 

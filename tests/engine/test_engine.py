@@ -149,7 +149,7 @@ def test_an_exception_comes_out_of_wait(engine: Any, moe: Any, batch: Batch, exp
     )
     engine.wait(good)
     engine.wait(after)  # only the task's own exception comes out
-    for _ in range(2):  # as often as it is asked
+    for _ in range(2):  # at every call
         with pytest.raises(IndexError, match=f"topk_ids: got expert {E} at"):
             engine.wait(wrong)
     engine.sync()  # has nothing to add
@@ -302,7 +302,7 @@ def test_many_threads_with_layers_of_their_own() -> None:
 
 
 def test_many_threads_submit_to_one_engine(engine: Any, moe: Any, batch: Batch, expected: AnyArray) -> None:
-    """Each gets its own exceptions and nobody else's."""
+    """Each gets its own exceptions only."""
 
     def work(i: int) -> None:
         for turn in range(30):

@@ -1,4 +1,4 @@
-"""Who keeps what alive, and what is left when nobody does: arrays, threads, memory, processor time."""
+"""Objects are kept alive as long as needed, and nothing is left then: arrays, threads, memory, CPU time."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_submitted_task_holds_its_arrays(engine: Any, moe: Any, batch: Batch, 
         inputs += [weakref.ref(array) for array in copies]
         del copies
         np.full((T, H), np.nan, bf16)  # takes the place of what was freed too early
-    assert all(ref() is not None for ref in inputs[-3:])  # nobody has asked the engine since
+    assert all(ref() is not None for ref in inputs[-3:])  # no call has reached the engine since
     engine.sync()
     gc.collect()
     assert all(ref() is None for ref in inputs)

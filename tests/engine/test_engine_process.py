@@ -338,7 +338,7 @@ tried(ext.CPUInfer, 0)
 tried(moe.cpu_infer.wait, 0)
 moe.submit_forward(x, ids + E, weights)
 tried(moe.sync_forward)
-moe.submit_forward(x, ids + E, weights)  # nobody asks
+moe.submit_forward(x, ids + E, weights)  # no call waits
 moe.forward(*batch)
 moe.cpu_infer.submit(moe._layer.forward_task(*batch, np.empty((T, H), bf16)))
 del moe

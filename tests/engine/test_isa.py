@@ -45,7 +45,7 @@ def test_the_best_that_is_there(machine: str) -> None:
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("wanted", X86)
-def test_what_is_asked_for(machine: str, wanted: str) -> None:
+def test_overrides(machine: str, wanted: str) -> None:
     features, compiled, _ = MACHINES[machine]
     usable = [name for name in compiled if name in {*features, *ARM}]
     if wanted in usable:
@@ -114,7 +114,7 @@ def test_the_environment_names_what_is_unknown() -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: ")
     assert f"unknown instruction set 'avx1024', expected one of {', '.join(X86)}" in last
-    assert "KTMOE_ISA" in last  # else nobody knows where the name came from
+    assert "KTMOE_ISA" in last  # else the origin of the name is unknown
 
 
 def test_the_limits_of_this_machine() -> None:

@@ -21,7 +21,7 @@ E, I, H = 3, 64, 96  # noqa: E741
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
-#: As what codes and scales are asked for, and how many columns of codes share a scale; None: a row. Not of
+#: Expected dtypes of codes and scales, and how many columns of codes share a scale; None: a row. Not of
 #: GPTQ_INT4, whose rows do not lie together.
 EXPECTED: dict[str, tuple[str, str, int | None]] = {
     "FP8": ("float8_e4m3fn", "float32", 128),
@@ -34,7 +34,7 @@ EXPECTED: dict[str, tuple[str, str, int | None]] = {
 
 
 def expected(method: str, name: str) -> str:
-    """What the message about an argument asks for."""
+    """The requirement in the message about an argument."""
     rows, columns = (H, I) if name.startswith("down") else (I, H)
     if method == "GPTQ_INT4":
         if name.endswith("_proj"):

@@ -1,4 +1,4 @@
-"""Rows of an odd number of nibbles: the last one of a row is nobody's, whatever it holds."""
+"""Rows with an odd number of nibbles: the last nibble of a row is ignored."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ REFUSED: dict[str, tuple[Change, type[Exception], str]] = {
         ValueError,
         rf"^weights: got bfloat16 \[1, {N}, {K}\], expected bfloat16 or float32 \[N, K\]$",
     ),
-    "weights, columns apart": (
+    "weights, strided columns": (
         lambda a: {"weights": np.repeat(a["weights"], 2, axis=1)[:, ::2]},
         TypeError,
         "^weights: the last axis has gaps, expected it contiguous$",

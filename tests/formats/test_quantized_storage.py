@@ -187,7 +187,7 @@ def test_sources_of_other_kinds_give_the_same_file(layer: Layer, tmp_path: Path)
         list,
         lambda w: [np.ascontiguousarray(m.T).T for m in w],  # the last axis has gaps
         Foreign,
-        lambda w: np.concatenate([w, w], axis=1)[:, : w.shape[1]],  # rows of experts lie apart
+        lambda w: np.concatenate([w, w], axis=1)[:, : w.shape[1]],  # rows of experts are strided
     ]
     for number, change in enumerate(changes, 1):
         moe = load(wrapper("AMXINT4"), layer.with_matrices(change))

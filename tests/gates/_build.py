@@ -1,4 +1,4 @@
-"""What builds left below build/, and what they were asked for."""
+"""The builds below build/, and their options."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _FRAMEWORKS = {"torch", "jax", "jaxlib", "transformers", "tensorflow", "cupy", "
 _ADAPTERS = {"ktmoe_np.jax": {"jax"}}
 # Modules that state what is computed, and so depend on nothing that computes it.
 _PURE = ("reference", "config")
-# The one of them that asks the extension, when it is first used, for the names of the activations.
+# The only one of them that uses the extension, at first use, for the names of the activations.
 _ASKS_FOR_NAMES = "ktmoe_np.config.activations"
 
 

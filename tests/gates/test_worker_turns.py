@@ -1,4 +1,4 @@
-"""Turns of pytest's workers: beside others, alone, and nobody overtakes one who waits to be alone."""
+"""Turns of pytest's workers: shared, exclusive, and no worker overtakes one that waits to be alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _A_WHILE = 0.2
 
 
 class _Worker(threading.Thread):
-    """Takes a turn as soon as it may, and ends it when told; locks of files are apart in threads too."""
+    """Takes a turn as soon as it may, and ends it when told; file locks are separate in threads too."""
 
     def __init__(self, folder: Path, *, alone: bool) -> None:
         super().__init__(daemon=True)

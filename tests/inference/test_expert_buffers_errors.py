@@ -58,7 +58,7 @@ def keep(_: Buffers) -> None:
     """Change nothing."""
 
 
-# ---- what is asked for ----
+# ---- arguments ----
 
 
 @pytest.mark.parametrize("num", [0, -1, 3, 8, 40, 2**62])
@@ -268,7 +268,7 @@ def test_nvfp4_must_have_both_kinds() -> None:
         assert_refused("NVFP4", lambda b, a=argument: b.update({a: None}), TypeError, message)
 
 
-# ---- when it is asked for ----
+# ---- order of calls ----
 
 
 def test_nothing_loaded() -> None:

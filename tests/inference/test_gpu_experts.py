@@ -277,7 +277,7 @@ def test_a_program_of_jax_leaves_no_rounding_out() -> None:
 @pytest.mark.crosscheck
 @pytest.mark.parametrize("has_mixed_product", [False, True])
 @pytest.mark.parametrize("scale_inputs", [False, True])
-def test_no_value_of_torch_is_asked_for(
+def test_no_value_of_torch_is_read(
     case: Any, has_mixed_product: bool, scale_inputs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Arrays that have no values give a result that has none."""

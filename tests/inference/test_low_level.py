@@ -1,4 +1,4 @@
-"""The extension as it is used directly, with arrays from whoever has them."""
+"""The extension used directly, with arrays from any library."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ def test_a_file_of_several_under_another_name(tmp_path: Path) -> None:
 
 
 def ask(path: Path, request: Callable[[], Any]) -> Any:
-    """What is asked for, or None where a ValueError names the file."""
+    """The requested value, or None where a ValueError names the file."""
     try:
         return request()
     except ValueError as error:

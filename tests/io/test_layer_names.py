@@ -1,4 +1,4 @@
-"""Names of tensors by layer: what is an expert's number, and that only the layer asked for is looked at."""
+"""Tensor names by layer: the number of an expert, and that only the requested layer is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are replaced: whole or not at all, whoever writes beside, and errors that name them."""
+"""Files that are replaced: whole or not at all, with concurrent writers, and errors that name them."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def opened_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return opened
 
 
-def test_with_an_index_only_the_shards_asked_for_are_opened(
+def test_with_an_index_only_the_needed_shards_are_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_checkpoint(tmp_path, "qwen3_moe", [0, 1, 2], 2, 3, 5, num_shards=5)

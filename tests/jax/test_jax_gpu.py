@@ -31,7 +31,7 @@ assert x.devices().pop().platform == "gpu"
 
 
 def has_gpu() -> bool:
-    """Whether JAX finds one, asked for in another process."""
+    """Whether JAX finds one, tested in another process."""
     if shutil.which("nvidia-smi") is None:
         return False
     script = "import os; os.environ['JAX_PLATFORMS'] = 'cuda'; import jax; jax.devices()"

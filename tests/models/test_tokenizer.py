@@ -83,7 +83,7 @@ def test_the_real_package_refuses(tmp_path: Path) -> None:
 
 
 def test_tokens_beyond_the_vocabulary(folder: Path) -> None:
-    assert load_tokenizer(folder).encode("a") == [0, 9]  # nobody says how many the model knows
+    assert load_tokenizer(folder).encode("a") == [0, 9]  # the size of the vocabulary is unknown
     (folder / "config.json").write_text('{"vocab_size": 10}')
     tokenizer = load_tokenizer(folder)
     assert tokenizer.encode("a") == [0, 9]

@@ -108,7 +108,7 @@ def test_a_wrong_alpha_is_refused_at_once(alpha: Any, error: type[Exception], me
         (
             {"skip_lora": True, "full_weight_grad": True},
             ValueError,
-            "full_weight_grad asks for gradients of weights, and skip_lora for none",
+            "full_weight_grad needs gradients of weights, and skip_lora none",
         ),
         ({"grad_output": [[1.0]]}, TypeError, "grad_output must be a NumPy array, got list"),
         ({"grad_output": np.zeros((5, 48), "f4")}, TypeError, "grad_output must be bfloat16, got float32"),

@@ -169,7 +169,7 @@ def test_adapters_of_up_without_a_gate(engine: Any) -> None:
 
 
 def test_reading_an_array_may_change_the_config(engine: Any, student: Student) -> None:
-    """Arrays are checked against the config as it was when the layer was asked for."""
+    """Arrays are checked against the config at the creation of the layer."""
 
     class Sly:
         dtype = np.dtype(np.float32)

@@ -182,7 +182,7 @@ def test_given_and_drawn_adapters_beside_each_other() -> None:
         assert list(moe.lora_weights) == list(student.lora)
         for name, matrix in moe.lora_weights.items():
             assert_same_bits(matrix, given.get(name, drawn[name]))
-    moe.init_lora_weights()  # all of them anew
+    moe.init_lora_weights()  # all of them again
     for name, matrix in moe.lora_weights.items():
         assert_same_bits(matrix, drawn[name])
 

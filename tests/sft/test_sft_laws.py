@@ -146,7 +146,7 @@ def test_accumulating_is_adding(seed: int, size: Any, rank: int, full: bool, rec
 @given(
     seeds, sizes, ranks, st.sets(st.sampled_from(["gate_lora_a", "up_lora_b", "down_lora_b", "gate_proj"]))
 )
-def test_gradients_that_are_not_asked_for(seed: int, size: Any, rank: int, names: set[str]) -> None:
+def test_gradients_that_are_not_requested(seed: int, size: Any, rank: int, names: set[str]) -> None:
     _, student, batch, grad_output = drawn(seed, size, 30, 2, rank)
     moe = student.wrapper(2, full_weight_grad=True)
     every = train(moe, batch, grad_output)

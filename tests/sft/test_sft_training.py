@@ -27,7 +27,7 @@ NUM_BATCHES, EPOCHS = 8, 15
 #: Of the loss of the first epoch, so much is left in the last one.
 LEFT = 0.5
 
-#: How far the losses of engine and reference may lie apart: early, and at all. Both evaluations round to
+#: How far the losses of engine and reference may differ: early, and at all. Both evaluations round to
 #: bfloat16 at the same places, so at first they hardly differ. A gradient that falls to the other side of a
 #: rounding moves a weight by up to RATE / 2^8, and that grows with every step: by the end to 0.003, as the
 #: reference in float32 differs from itself in float64. Without the gradient of one matrix it is 0.03 early.

@@ -196,7 +196,7 @@ def test_passes_that_wait_for_their_sync_share_no_buffers(cuda_driver: str) -> N
         moes[0].submit_forward(given[0], ids, w, stream, out=outs[0])
         stream.synchronize()
         moe.cpu_infer.sync()
-        del moes[0]  # and with it the pass that nobody waits for any more
+        del moes[0]  # and with it the pass that no call waits for any more
         gc.collect()
         moes[1].forward(given[2], ids, w, stream, out=outs[2])
         """,

@@ -46,7 +46,7 @@ def test_layers_follow_each_other_without_waiting(cuda_driver: str) -> None:
             outs.append(DeviceArray(np.zeros((6, 40), bf16)))
             moe.submit_forward(outs[-2], ids, w, stream, out=outs[-1])
             assert moe.sync_forward(cuda_stream=stream) is outs[-1]
-        assert not any(one.value.any() for one in outs[1:])  # nobody has waited
+        assert not any(one.value.any() for one in outs[1:])  # nothing has waited
         stream.synchronize()
         for moe, found in zip(moes, outs[1:], strict=True):
             before = moe.forward(before, *batch[1:])
@@ -148,7 +148,7 @@ def test_buffers_live_until_they_are_copied(cuda_driver: str) -> None:
         moe.sync_forward(cuda_stream=stream)
         KExpertsCPUBuffer.clear_buffer_cache()
         for _ in range(3):
-            moe.forward(*batch)  # lets go of what is done
+            moe.forward(*batch)  # releases finished objects
             gc.collect()
         assert num_locked() == 1
         stream.synchronize()
@@ -240,8 +240,8 @@ def test_what_is_wrong(cuda_driver: str) -> None:
         "TypeError: out: got None, expected an array on the device to write to: a DeviceArray cannot be made",
         "TypeError: out: got float32 [6, 40], expected bfloat16 [6, 40] on a CUDA device",
         "TypeError: hidden_states: got gaps in an array, expected bfloat16 [T, 40] on a CUDA device",
-        "TypeError: cuda_stream: got 'stream', expected a stream of torch or CuPy, or the handle of one",
-        "TypeError: cuda_stream: got -1, expected a stream of torch or CuPy, or the handle of one",
+        "TypeError: cuda_stream: got 'stream', expected a torch or CuPy stream, or the handle of one",
+        "TypeError: cuda_stream: got -1, expected a torch or CuPy stream, or the handle of one",
         "ValueError: incremental: got True with a cuda_stream, expected False",
         "RuntimeError: sync_forward: no pass of layer 0 is pending in a stream, call submit_forward first",
         "RuntimeError: a pass of layer 0 is pending in a stream, call sync_forward first",

@@ -67,7 +67,7 @@ def shown_on_terminal(command: list[str], env: dict[str, str], **streams: Any) -
     try:
         while chunk := os.read(ours, 4096):
             raw += chunk
-    except OSError:  # how a terminal tells that nobody writes to it any more
+    except OSError:  # a terminal without writers gives this
         pass
     os.close(ours)
     assert child.wait(60) == 0

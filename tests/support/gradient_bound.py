@@ -1,4 +1,4 @@
-"""How far two correct evaluations of a training step may lie apart: its formulas on intervals.
+"""How far two correct evaluations of a training step may differ: its formulas on intervals.
 
 Every quantity is a `Ball`: a center in float64 and a radius that holds every evaluation which sums in float32
 in any order and takes the activation to some ulps; infinite where a partial result may overflow. When

@@ -77,7 +77,7 @@ def _noting(name: str, capsule: object, calls: list[Call]) -> object:
     real = _Handler(_pointer_in(capsule, None))
 
     def handler(frame: Any) -> Any:
-        if not frame.contents.extensions:  # XLA asks for metadata by an extension, without arrays
+        if not frame.contents.extensions:  # XLA requests metadata by an extension, without arrays
             args, rets = frame.contents.args, frame.contents.rets
             calls.append(Call(name, _addresses(args), _addresses(rets)))
         return real(frame)

@@ -252,7 +252,7 @@ def _misaligned(array: AnyArray, offset: int) -> AnyArray:
 
 
 def _interleaved(array: AnyArray) -> AnyArray:
-    """Rows that lie two apart, as those of a gate in a fused gate_up projection."""
+    """Rows with a stride of two, as those of a gate in a fused gate_up projection."""
     pairs = np.full((array.shape[0], 2 * array.shape[1], array.shape[2]), np.nan, array.dtype)
     pairs[:, ::2] = array
     return pairs[:, ::2]

@@ -170,7 +170,7 @@ def draw_native_layer(
 ) -> NativeLayer:
     """Any codes, with scales that keep gate, up and outputs about as large as those of `draw_layer`.
 
-    Sizes are those asked for, or the next that the method takes.
+    Sizes are the given ones, or the next that the method takes.
     """
     if method in ("GPTQ_INT4", "LLAMAFILE"):
         inter_size, hidden_size = -(-inter_size // 32) * 32, -(-hidden_size // 32) * 32

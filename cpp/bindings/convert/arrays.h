@@ -25,7 +25,7 @@ struct Dim {
 };
 using Dims = std::vector<Dim>;
 
-// A view of an array's memory, which stays alive as long as the view. Copied and destroyed with the GIL held.
+// A view of an array's memory, which stays alive as long as the view. Copied and destroyed with the GIL.
 class Array {
  public:
   Array() = default;

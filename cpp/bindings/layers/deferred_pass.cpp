@@ -15,7 +15,7 @@
 namespace ktmoe::bindings {
 namespace {
 
-// A layer's deferred output, and the array that it is in. Copied and destroyed with the GIL held.
+// A layer's deferred output, and the array that it is in. Copied and destroyed with the GIL.
 class PythonOutput {
  public:
   PythonOutput(std::shared_ptr<DeferredOutput> output, const Array& sums)

@@ -81,7 +81,7 @@ def given_back(array: DeviceArray, stream: int) -> Any:
 
 
 def stream_handle(stream: Any) -> int:
-    """The handle of a stream of torch or CuPy, or one that is given as a number.
+    """The handle of a torch or CuPy stream, or of one given as a number.
 
     Raises
     ------
@@ -94,7 +94,7 @@ def stream_handle(stream: Any) -> int:
             return handle
     if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
         return stream
-    raise TypeError(f"cuda_stream: got {stream!r}, expected a stream of torch or CuPy, or the handle of one")
+    raise TypeError(f"cuda_stream: got {stream!r}, expected a torch or CuPy stream, or the handle of one")
 
 
 #: Dtypes of torch, as they come.

@@ -63,5 +63,5 @@ class _CupyStream(Protocol):
         """The handle."""
 
 
-#: A CUDA stream of torch or CuPy, or the handle of one.
+#: A torch or CuPy CUDA stream, or the handle of one.
 StreamLike: TypeAlias = int | _TorchStream | _CupyStream

@@ -129,7 +129,7 @@ class BaseMoEWrapper(ExpertExport):
             Negative ids are skipped.
         topk_weights : array of float32 [T, P]
             Routing weights, used without normalization.
-        cuda_stream : stream of torch or CuPy, or the handle of one, optional
+        cuda_stream : torch or CuPy stream, or the handle of one, optional
             For arrays on a CUDA device: torch, CuPy, JAX (in any stream) or others with
             ``__cuda_array_interface__``, ids in int64 or int32, `out` in bfloat16. They are copied to the
             host and back in the stream, and only the stream waits for the result. Works also in a stream that
@@ -321,7 +321,7 @@ class BaseMoEWrapper(ExpertExport):
 
         Parameters
         ----------
-        cuda_stream : stream of torch or CuPy, or the handle of one, optional
+        cuda_stream : torch or CuPy stream, or the handle of one, optional
             For passes in that stream; only the stream waits for the deferred experts.
         out : array of bfloat16 [T, H], optional
             With a stream, where to write.

@@ -139,7 +139,7 @@ def moe_sft(
 
 
 def lora_parameters(sft: BaseSFTMoEWrapper) -> dict[str, jax.Array]:
-    """The adapters of a layer as arrays of JAX, by name; see `BaseSFTMoEWrapper.lora_weights`.
+    """The adapters of a layer as JAX arrays, by name; see `BaseSFTMoEWrapper.lora_weights`.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The primitives of JAX that calls of layers become: their results, their batching, and who computes them."""
+"""The JAX primitives of calls of layers: their results, their batching, and their handlers."""
 
 from __future__ import annotations
 

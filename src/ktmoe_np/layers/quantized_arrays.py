@@ -116,7 +116,7 @@ def _dtype(source: Any) -> str:
 
 
 def _matrices(name: str, source: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array | list[Array]:
-    """Arrays of the caller as those of NumPy."""
+    """The caller's arrays as NumPy arrays."""
 
     def checked(array: Array, lead: tuple[int, ...]) -> Array:
         ArraySpec((dtype,), (*lead, *shape[1:])).check(name, array)

@@ -1,6 +1,6 @@
 """A decoder in NumPy whose experts are layers of this library: how they are embedded in a program.
 
-All but the experts is float32 arithmetic of NumPy, a sequence at a time; the experts take the rows of all
+All but the experts is float32 NumPy arithmetic, one sequence at a time; the experts take the rows of all
 sequences together. Both give a sequence the same bits whether it is alone or not. Loaded for training, it
 goes back too: to the adapters of the experts, which are all that is trained.
 """

@@ -38,7 +38,7 @@ CpuFeatures features_of(unsigned bits) {
   return features;
 }
 
-// Every choice of instruction sets that a build may hold; scalar always is in it.
+// Every choice of instruction sets that a build may have; always with scalar.
 std::vector<std::vector<Isa>> builds() {
   std::vector<std::vector<Isa>> all;
   const size_t others = kAll.size() - 1;

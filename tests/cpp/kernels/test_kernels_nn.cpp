@@ -1,5 +1,5 @@
-// Are products that sum over a weight's rows right, wherever operands lie, and the same to the bit whoever
-// else is in the batch and however columns and sums are cut?
+// Are products that sum over a weight's rows right, at any address of the operands, and bit-identical in
+// every batch, however columns and sums are cut?
 #include <doctest/doctest.h>
 
 #include <algorithm>

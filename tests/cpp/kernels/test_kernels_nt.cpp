@@ -1,4 +1,4 @@
-// Are products right, wherever operands lie, and the same to the bit whoever else is in the batch?
+// Are products right, at any address of the operands, and bit-identical in every batch?
 #include <doctest/doctest.h>
 
 #include <cmath>

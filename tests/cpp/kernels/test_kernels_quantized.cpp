@@ -19,7 +19,7 @@ namespace {
 constexpr FormatId kFormats[] = {FormatId::kInt8, FormatId::kInt8Group32, FormatId::kInt4Group32,
                                  FormatId::kInt4Group64, FormatId::kInt4Group128};
 
-// Rows of any codes that a format may hold. Scales of rows are powers of two times three, those of groups
+// Rows of any valid codes of a format. Scales of rows are powers of two times three, those of groups
 // powers of two: products with codes are then exact in bf16.
 class Quantized {
  public:

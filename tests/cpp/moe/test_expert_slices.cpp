@@ -1,4 +1,4 @@
-// Experts cut in slices: nodes that hold parts of the rows write the bytes that one node writes.
+// Experts cut in slices: nodes that have parts of the rows write the bytes that one node writes.
 #include <doctest/doctest.h>
 
 #include <cstring>

@@ -1,4 +1,4 @@
-// The layer above the kernels: sub-pools and nodes share the outputs, and nobody's bits change.
+// The layer above the kernels: sub-pools and nodes share the outputs, and no bit changes.
 #include <doctest/doctest.h>
 
 #include <algorithm>

@@ -51,7 +51,7 @@ void check_cover(const RoutingPlan& plan, Span outputs, const std::vector<PanelT
   CHECK(not_once == 0);
 }
 
-// What contract.h asks of a panel.
+// The preconditions of contract.h for a panel.
 void check_preconditions(const std::vector<PanelTask>& tasks, const RoutingPlan& plan, uint32_t outputs_end,
                          uint32_t k) {
   int wrong = 0;

@@ -24,7 +24,7 @@ TEST_CASE("engine: tasks run once and in order, with and without a wake-up") {
   }
 }
 
-TEST_CASE("engine: a submitted task runs although nobody waits, one without wake-up does not") {
+TEST_CASE("engine: a submitted task runs without a waiting thread, one without wake-up does not") {
   Engine engine;
   engine.submit(task([] {}), kNoWake);
   std::this_thread::sleep_for(milliseconds(20));
@@ -148,7 +148,7 @@ TEST_CASE("engine: what a waiter leaves behind goes to the background thread") {
   const Ticket first = engine.submit(gate.task(), kNoWake);
   std::thread waiter([&] { engine.wait(first); });
   REQUIRE(gate.wait_until_begun());
-  engine.submit(task([] {}));  // asks for the background thread, which cannot have the role yet
+  engine.submit(task([] {}));  // wakes the background thread, which cannot have the role yet
   gate.open();
   waiter.join();
   CHECK(becomes_true([&] { return engine.num_completed() == 2; }));

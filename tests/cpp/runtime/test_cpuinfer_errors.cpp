@@ -53,14 +53,14 @@ TEST_CASE("engine: wait rethrows only its own task's exception, and sync the res
                c = engine.submit(task([] {})), d = engine.submit(failing("d"));
   CHECK(wait_error(engine, c) == kNoError);
   CHECK(wait_error(engine, b) == "b");
-  CHECK(wait_error(engine, b) == "b");  // as often as it is asked
+  CHECK(wait_error(engine, b) == "b");  // at every call
   CHECK(message_of<std::runtime_error>([&] { engine.wait_for(d, milliseconds(10000)); }) == "d");
   CHECK(sync_error(engine) == "a");
   CHECK(sync_error(engine) == kNoError);
-  CHECK(wait_error(engine, a) == "a");  // whoever else has been told
+  CHECK(wait_error(engine, a) == "a");  // even after other calls
 }
 
-TEST_CASE("engine: of exceptions that nobody fetches, sync keeps the first ones and the last") {
+TEST_CASE("engine: of exceptions that no call fetches, sync keeps the first ones and the last") {
   Engine engine;
   std::vector<Ticket> tickets;
   for (int i = 1; i <= 1500; ++i) tickets.push_back(engine.submit(failing(std::to_string(i)), kNoWake));
@@ -68,7 +68,7 @@ TEST_CASE("engine: of exceptions that nobody fetches, sync keeps the first ones 
   CHECK(sync_error(engine, 1501 - 1100) == "1");
   CHECK(sync_error(engine) == "1500");
   CHECK(sync_error(engine) == kNoError);
-  // Those who hold a ticket are told of every one.
+  // Owners of a ticket get every one.
   for (int i = 1; i <= 1500; ++i)
     CHECK(wait_error(engine, tickets[static_cast<size_t>(i - 1)]) == std::to_string(i));
 }

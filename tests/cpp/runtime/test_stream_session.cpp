@@ -102,7 +102,7 @@ TEST_CASE_FIXTURE(Fixture, "stream session: an object lives until the stream has
   CHECK(kept.use_count() == 2);
   synchronize();
   session.release_done(Destroyer::kAnyThread);
-  CHECK(kept.use_count() == 2);  // which is for those who hold the lock of its owner
+  CHECK(kept.use_count() == 2);  // needs the lock of its owner
   session.release_done(Destroyer::kLockHolder);
   CHECK(kept.use_count() == 1);
   fake_cuda().capture(stream, true);

@@ -91,7 +91,7 @@ TEST_CASE("task queue: closed, it takes nothing more and still gives what it has
   CHECK(queue.pop() == nullptr);
 }
 
-TEST_CASE("task queue: destroys what nobody took") {
+TEST_CASE("task queue: destroys tasks that were not taken") {
   Log log;
   {
     TaskQueue queue;

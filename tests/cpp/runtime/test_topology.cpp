@@ -165,7 +165,7 @@ TEST_CASE("bind_memory: keeps contents, refuses nodes that cannot exist") {
   REQUIRE(memory != MAP_FAILED);
   auto* data = static_cast<unsigned char*>(memory);
   for (size_t i = 0; i < bytes; ++i) data[i] = static_cast<unsigned char>(i % 251);
-  // A sandbox may forbid the call, so its success is not asked for; that it does no harm is.
+  // A sandbox may forbid the call, so it need not succeed, but it must do no harm.
   ktmoe::bind_memory(data + 10, bytes - 20, Topology::read().node_cpus.begin()->first);
   CHECK(std::all_of(data, data + bytes,
                     [&](unsigned char& c) { return c == static_cast<unsigned char>((&c - data) % 251); }));

@@ -1,4 +1,4 @@
-// Does every task run exactly once, whoever runs it, however the pool is made, and whatever goes wrong?
+// Does every task run exactly once, on any thread, with any pool, and with any failure?
 #include <doctest/doctest.h>
 
 #include <cmath>

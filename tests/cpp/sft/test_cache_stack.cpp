@@ -49,7 +49,7 @@ TEST_CASE("cache stack: a forward pass that is taken back was never saved") {
   CHECK_FALSE(stack->is_revoked(nullptr));
 }
 
-TEST_CASE("cache stack: memory serves the next pass when nobody can take the last one back") {
+TEST_CASE("cache stack: memory serves the next pass when no call can take the last one back") {
   const auto stack = std::make_shared<CacheStack>(1);
   for (const bool is_early : {true, false}) {
     const Call forward = call_of(stack), backward = call_of(stack);

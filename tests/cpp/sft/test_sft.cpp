@@ -1,4 +1,4 @@
-// The layer that trains: whoever shares the work, no bit changes; what is kept and what is refused.
+// The layer for training: sharing the work changes no bit; caches and refusals.
 #include <doctest/doctest.h>
 
 #include <cstring>

@@ -1,4 +1,5 @@
-// What the tests of the engine share: tasks made of lambdas, a task that waits to be let go, a small engine.
+// Common to the tests of the engine: tasks made of lambdas, a task that waits for its release, a small
+// engine.
 #pragma once
 
 #include <memory>
@@ -28,7 +29,7 @@ inline std::unique_ptr<Task> failing(const std::string& message) {
 
 inline constexpr bool kNoWake = false;
 
-// A task that begins when it is run and ends when it is let go.
+// A task that begins when it is run and ends when it is released.
 class Gate {
  public:
   std::unique_ptr<Task> task() {

@@ -19,7 +19,7 @@ struct Left {
         operand(table.pack_lhs(rows, m, n, memory.data())) {}
 };
 
-// C, its rows `gap` floats apart.
+// C, with a row stride of `gap` floats.
 class Output {
  public:
   Output(const KernelTable& table, uint32_t m, uint32_t k0, uint32_t k1, uint32_t gap = 0)

@@ -305,7 +305,7 @@ void dot_group(const NtArgs& args, uint32_t n, bool use_packed) {
   const bool rows_adjoin = args.w.row_stride_bytes == static_cast<ptrdiff_t>(row_bytes);
   const size_t block_k = (use_packed ? kPackedBlockBytes : kBlockBytes) / Product::kElementBytes;
   const size_t num_blocks = k == 0 ? 1 : div_up(k, block_k);
-  // Whole steps, and what AnyBlockFormat takes apart at a time.
+  // Whole steps, and whole runs of AnyBlockFormat.
   const size_t block = round_up(div_up(k, num_blocks), Product::kStep < 32 ? 32 : Product::kStep);
   const size_t prefetch = rows_adjoin ? kRows * row_bytes / num_blocks : 0;
   for (size_t i = 0; i < num_blocks; ++i) {
