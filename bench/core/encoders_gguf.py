@@ -215,7 +215,7 @@ def _q3_k(blocks: Array) -> tuple[Array, ...]:
 
 
 def _eight_scales(scales: Array, minima: Array) -> Array:
-    """Twice eight numbers of six bits in 12 bytes: four whole ones, four with upper bits apart."""
+    """Twice eight numbers of six bits in 12 bytes: four whole ones, four with separate upper bits."""
     upper = [numbers[:, :4] | numbers[:, 4:] >> 4 << 6 for numbers in (scales, minima)]
     return np.concatenate([*upper, scales[:, 4:] & 15 | minima[:, 4:] << 4], axis=1)
 

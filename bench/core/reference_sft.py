@@ -81,9 +81,9 @@ class _Expert:
     def _through(self, name: str, x: Array, grad: Array) -> tuple[Array, dict[str, Array]]:
         """Take the gradient of a projection's result to its input `x` and its adapter."""
         a, b = self._lora[f"{name}_lora_a"], self._lora[f"{name}_lora_b"]
-        inner = self._scale * (grad @ b)
-        lora = {f"{name}_lora_a": inner.T @ x, f"{name}_lora_b": self._scale * (grad.T @ (x @ a.T))}
-        return grad @ self._weights[name] + inner @ a, lora
+        hidden_gradient = self._scale * (grad @ b)
+        lora = {f"{name}_lora_a": hidden_gradient.T @ x, f"{name}_lora_b": self._scale * (grad.T @ (x @ a.T))}
+        return grad @ self._weights[name] + hidden_gradient @ a, lora
 
 
 def _slopes(name: str, gate: Array, up: Array) -> tuple[Array, Array]:

@@ -52,8 +52,8 @@ def _error(experts: Any, layer: Layer, batch: tuple[Any, Any, Any]) -> float:
             torch.from_numpy(part[chosen].view(np.int16)).cuda().view(torch.bfloat16).float()
             for part in (layer.gate, layer.up, layer.down)
         )
-        inner = torch.nn.functional.silu(gate @ x[t].float()) * (up @ x[t].float())
-        expected[t] = (weights[t][:, None] * (down @ inner[:, :, None])[:, :, 0]).sum(0)
+        intermediate = torch.nn.functional.silu(gate @ x[t].float()) * (up @ x[t].float())
+        expected[t] = (weights[t][:, None] * (down @ intermediate[:, :, None])[:, :, 0]).sum(0)
     return float((found - expected).abs().mean() / expected.abs().mean())
 
 

@@ -279,9 +279,9 @@ def _expert_balls(
     """The formulas for the slots of one expert."""
 
     def project(name: str, operand: Ball) -> tuple[Ball, Ball]:
-        inner = (operand.where(kept[name]) @ a[name].T).bf(rounded)
-        result = weight[name].product(operand) + s * (inner @ b[name].T)
-        return inner, result + bias[name] if name in bias else result
+        lora_hidden = (operand.where(kept[name]) @ a[name].T).bf(rounded)
+        result = weight[name].product(operand) + s * (lora_hidden @ b[name].T)
+        return lora_hidden, result + bias[name] if name in bias else result
 
     first = {name: project(name, x) for name in weight if name != "down"}
     g, u = first["gate"][1], first["up"][1] if "up" in first else None

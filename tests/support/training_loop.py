@@ -67,21 +67,21 @@ class Loop:
         if self.scale_inputs:
             x, w = rounded(w * x), 1.0
         kept_x, kept_h = self.kept(t, x.size, 0), self.kept(t, at["down_lora_a"].shape[1], 1)
-        inner, first = {}, []
+        lora_hidden, first = {}, []
         for name in self.projections:
-            inner[name] = rounded(product(at[f"{name}_lora_a"], x * kept_x))
+            lora_hidden[name] = rounded(product(at[f"{name}_lora_a"], x * kept_x))
             base = self.base(f"{name}_proj", e, x) + bias.get(f"{name}_bias", 0.0)
-            first.append(base + s * product(at[f"{name}_lora_b"], inner[name]))
+            first.append(base + s * product(at[f"{name}_lora_b"], lora_hidden[name]))
         h = np.array([bf(self.act(*operands)) for operands in zip(first[0], first[-1], strict=True)])
-        inner["down"] = rounded(product(at["down_lora_a"], h * kept_h))
-        y = self.base("down_proj", e, h) + s * product(at["down_lora_b"], inner["down"])
+        lora_hidden["down"] = rounded(product(at["down_lora_a"], h * kept_h))
+        y = self.base("down_proj", e, h) + s * product(at["down_lora_b"], lora_hidden["down"])
         self.out[t] += w * (y + bias.get("down_bias", 0.0))
 
         cached = first if self.float32_cache else [rounded(values) for values in first]
         r = rounded(product(at["down_lora_b"].T, q))
         z = product(at["down_proj"].T, q) + s * product(at["down_lora_a"].T, r) * kept_h
         self.gradients["grad_weights"][t, p] = z @ h + q @ bias.get("down_bias", np.zeros(q.size))
-        self.add("down_lora_b", e, s * q, rounded(w * inner["down"]))
+        self.add("down_lora_b", e, s * q, rounded(w * lora_hidden["down"]))
         self.add("down_lora_a", e, rounded(s * w * r), h * kept_h)
         self.add("down_proj", e, q, rounded(w * h))
         grad_x = np.zeros(x.size)
@@ -90,7 +90,7 @@ class Loop:
             d = rounded(w * z * np.array(act_slope))
             d_inner = rounded(s * product(at[f"{name}_lora_b"].T, d))
             grad_x += product(at[f"{name}_proj"].T, d) + product(at[f"{name}_lora_a"].T, d_inner) * kept_x
-            self.add(f"{name}_lora_b", e, s * d, inner[name])
+            self.add(f"{name}_lora_b", e, s * d, lora_hidden[name])
             self.add(f"{name}_lora_a", e, d_inner, x * kept_x)
             self.add(f"{name}_proj", e, d, x)
         if self.scale_inputs:

@@ -100,8 +100,8 @@ class Backend:
         hidden, per_token = self._shape.hidden, self._shape.per_token
         context = ggml.context()
         made = self._products(context, tokens, {name: self._weights[name] for name in ("gate", "up")})
-        inner = ggml.swiglu_split(context, made["gate"], made["up"])
-        outputs = ggml.mul_mat_id(context, self._weights["down"], inner, made["ids"])
+        intermediate = ggml.swiglu_split(context, made["gate"], made["up"])
+        outputs = ggml.mul_mat_id(context, self._weights["down"], intermediate, made["ids"])
         outputs = ggml.mul(context, outputs, made["routing"])
         row = hidden * 4
         slots = [

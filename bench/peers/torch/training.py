@@ -64,8 +64,8 @@ class Backend(ForwardBackend):
         linear = self._torch.nn.functional.linear
         weights, bias = self._projections[name]
         base = linear(x, weights[e], None if bias is None else bias[e])
-        inner = linear(x, self._lora[f"{name}_lora_a"][e])
-        return base.add(linear(inner, self._lora[f"{name}_lora_b"][e]), alpha=self._scale)
+        lora_hidden = linear(x, self._lora[f"{name}_lora_a"][e])
+        return base.add(linear(lora_hidden, self._lora[f"{name}_lora_b"][e]), alpha=self._scale)
 
     def backward(self, i: int) -> None:
         """See `bench.peers.Trainer`."""

@@ -46,9 +46,9 @@ void copy_expert(const Block& block, size_t e, std::byte* to) {
   }
   if (block.scale_rows != 0) {
     std::byte* scales = to + block.rows_bytes() + block.channel_scale_bytes(e);
-    const Span apart = block.rows_of_scales();
-    for (uint32_t i = apart.begin; i < apart.end; ++i)
-      std::memcpy(scales + (i - apart.begin) * block.scale_bytes,
+    const Span rows = block.rows_of_scales();
+    for (uint32_t i = rows.begin; i < rows.end; ++i)
+      std::memcpy(scales + (i - rows.begin) * block.scale_bytes,
                   source.scales_of(size_t{i} * block.scale_rows, block.scale_rows), block.scale_bytes);
     copy.scales = scales, copy.scales_stride_bytes = static_cast<ptrdiff_t>(block.scale_bytes);
     copy.scales_row = block.rows.begin % block.scale_rows;

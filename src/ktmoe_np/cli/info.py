@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure_limits(seconds: float, threads: int | None) -> dict[str, Any]:
-    """Take the best of a few rounds, which last `seconds` in all, apart from the preparations."""
+    """Take the best of a few rounds, which last `seconds` in all, without the preparations."""
     with Progress(_ROUNDS) as progress:
         engine = _MoEBase._get_cpu_infer(threads)
         rounds = []

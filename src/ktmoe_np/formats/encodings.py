@@ -136,7 +136,7 @@ class GptqFormat(NativeFormat):
         return None
 
     def matrix_bytes(self, num_rows: int, num_columns: int) -> int:
-        """Count the bytes of a matrix that is held, scales included.
+        """Count the bytes of a converted matrix, including scales.
 
         Examples
         --------

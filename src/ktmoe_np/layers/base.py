@@ -129,7 +129,7 @@ class MoELayer(_MoEBase):
         RuntimeError
             The layer was made without a `weight_path`.
         FileNotFoundError, ValueError
-            The checkpoint is not there, or does not hold this layer: names file and tensor.
+            The checkpoint is not there, or does not have this layer: names file and tensor.
         OSError
             A file was cut off since it was opened.
 

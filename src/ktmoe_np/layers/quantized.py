@@ -76,7 +76,7 @@ class QuantizedWeights(MoELayer):
         RuntimeError
             The layer was made without a `weight_path`.
         FileNotFoundError, ValueError
-            The checkpoint is not there, does not hold this layer, or is of another method: names the file,
+            The checkpoint is not there, does not have this layer, or is of another method: names the file,
             and the field or tensor, what came and what was expected.
         """
         if self._may_load():

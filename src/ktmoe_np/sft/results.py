@@ -41,7 +41,7 @@ class Results:
         """For a forward pass: bfloat16 [T, H]."""
         if self._reuse:
             slot = self._slot(num_tokens)
-            if _apart(slot.output, hidden_states) and slot.claims.take("output", claim):
+            if _disjoint(slot.output, hidden_states) and slot.claims.take("output", claim):
                 return slot.output.view()
         return np.empty((num_tokens, self._config.hidden_size), bfloat16)
 
@@ -51,7 +51,7 @@ class Results:
         """For a backward pass: the gradients of the input, bfloat16 [T, H], and of the weights, [T, P]."""
         if self._reuse:
             slot = self._slot(num_tokens)
-            if _apart(slot.grad_input, grad_output) and slot.claims.take("gradients", claim):
+            if _disjoint(slot.grad_input, grad_output) and slot.claims.take("gradients", claim):
                 return slot.grad_input.view(), slot.grad_weights.view()
         shape = num_tokens, self._config.num_experts_per_tok
         return np.empty((num_tokens, self._config.hidden_size), bfloat16), np.empty(shape, np.float32)
@@ -70,7 +70,7 @@ class Results:
             return
         slot = self._slot(num_tokens)
         own = (slot.output,) if name == "output" else (slot.grad_input, slot.grad_weights)
-        if any(not _apart(mine, array) for mine in own for array in given):
+        if any(not _disjoint(mine, array) for mine in own for array in given):
             slot.claims.take(name, claim)
 
     def _slot(self, num_tokens: int) -> SFTBufferSlot:
@@ -79,6 +79,6 @@ class Results:
         return slots[config.layer_idx % KExpertsSFTBuffer.buffer_depth]
 
 
-def _apart(array: Array, read: Any) -> bool:
+def _disjoint(array: Array, read: Any) -> bool:
     """Whether an array has nothing of what is read. Arrays of other libraries are the engine's to check."""
     return not (isinstance(read, np.ndarray) and np.may_share_memory(array, read))
