@@ -9,11 +9,11 @@
 
 namespace ktmoe::formats {
 
-struct Bf16 : NoScalesApart {
+struct Bf16 : NoBlockScales {
   static constexpr FormatId kId = FormatId::kBf16;
   static constexpr std::string_view kName = "bf16";
   static constexpr int kGgufType = 30;
-  static constexpr bool kHasRowScale = false, kIsInteger = false;
+  static constexpr bool kHasChannelScale = false, kIsInteger = false;
 
   static constexpr size_t row_bytes(size_t k) { return k * sizeof(bf16); }
 

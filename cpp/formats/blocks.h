@@ -60,8 +60,8 @@ constexpr uint64_t spread_twos(uint64_t x) {
 //   Unpack<F>::scale(block), offset(block)        of blocks with one of each, where they are
 //   F::group_numbers, kScaleAt, kOffsetAt         of ScaledGroups (gguf_k.h)
 template <class F, size_t kValues, size_t kBytes, size_t kGroupValues>
-struct Blocks : NoScalesApart {
-  static constexpr bool kHasRowScale = false, kIsInteger = false;
+struct Blocks : NoBlockScales {
+  static constexpr bool kHasChannelScale = false, kIsInteger = false;
   static constexpr size_t kBlock = kValues, kBlockBytes = kBytes, kGroup = kGroupValues;
   using Scales = BlockScales<kBlock / kGroup>;
 

@@ -24,9 +24,9 @@ inline constexpr size_t kNumFormats = static_cast<size_t>(FormatId::kCount);
 struct WeightView {
   const std::byte* data = nullptr;
   ptrdiff_t row_stride_bytes = 0;
-  uint32_t k = 0;                     // elements of a row
-  const float* row_scale = nullptr;   // one value per row, if the format has it
-  const std::byte* scales = nullptr;  // rows of separate block scales, if the format has them
+  uint32_t k = 0;                        // elements of a row
+  const float* channel_scale = nullptr;  // one value per row, if the format has it
+  const std::byte* scales = nullptr;     // rows of separate block scales, if the format has them
   ptrdiff_t scales_stride_bytes = 0;
   uint32_t scales_row = 0;  // number of row 0 within the matrix: a row of scales serves several rows
   FormatId format = FormatId::kBf16;
@@ -42,21 +42,21 @@ struct WeightView {
   WeightView from(size_t n) const {
     WeightView rest = *this;
     rest.data = row(n);
-    if (row_scale) rest.row_scale += n;
+    if (channel_scale) rest.channel_scale += n;
     rest.scales_row += static_cast<uint32_t>(n);
     return rest;
   }
   // In place of from(1).
   void next_row() {
     data += row_stride_bytes;
-    if (row_scale) ++row_scale;
+    if (channel_scale) ++channel_scale;
     ++scales_row;
   }
   // The same rows, the first numbered n.
   WeightView numbered_from(size_t n) const {
     WeightView same = *this;
     same.data -= static_cast<ptrdiff_t>(n) * row_stride_bytes;
-    if (row_scale) same.row_scale -= n;
+    if (channel_scale) same.channel_scale -= n;
     same.scales_row -= static_cast<uint32_t>(n);  // modulo 2^32, as n is added again
     return same;
   }
@@ -80,7 +80,7 @@ alignas(16) inline constexpr int8_t kFromZero[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 
 //   size_t scale_bytes(size_t k)                    bytes of a row of those scales
 //   void decode(const WeightView& w, size_t n, float* out)    row n, the scalar reference, before the
 //                           channel scale
-//   bool kHasRowScale       a weight is its decoded value times a float32 of its row; decoded values are
+//   bool kHasChannelScale       a weight is its decoded value times a float32 of its row; decoded values are
 //                           then exact in bf16
 //   bool kIsInteger         decoded values are whole numbers from -127 to 127: integer products take them
 // and, for the target regions (kernels/targets), a specialization Unpack<F> that yields the k-th segment of a
@@ -90,8 +90,8 @@ alignas(16) inline constexpr int8_t kFromZero[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 
 // `kGroup`, if present, is the number of values of a row that share a scale, and
 //   size_t code_bytes(size_t k)                     bytes of a row's codes, when scales follow in the row
 //
-// `NoScalesApart` provides these two members for formats without separate block scales.
-struct NoScalesApart {
+// `NoBlockScales` provides these two members for formats without separate block scales.
+struct NoBlockScales {
   static constexpr uint32_t kScaleRows = 0;
   static constexpr size_t scale_bytes(size_t) { return 0; }
 };
@@ -104,7 +104,7 @@ concept WeightFormat = requires(const WeightView& w, size_t k, float* out) {
   { F::kScaleRows } -> std::convertible_to<uint32_t>;
   { F::scale_bytes(k) } -> std::same_as<size_t>;
   F::decode(w, k, out);
-  { F::kHasRowScale } -> std::convertible_to<bool>;
+  { F::kHasChannelScale } -> std::convertible_to<bool>;
   { F::kIsInteger } -> std::convertible_to<bool>;
 };
 

@@ -24,10 +24,10 @@ struct Fp8 : ScaledE4m3<Fp8, 128> {
 };
 static_assert(WeightFormat<Fp8>);
 
-struct Fp8Row : NoScalesApart {
+struct Fp8Row : NoBlockScales {
   static constexpr FormatId kId = FormatId::kFp8Row;
   static constexpr std::string_view kName = "fp8_perchannel";
-  static constexpr bool kHasRowScale = true, kIsInteger = false;
+  static constexpr bool kHasChannelScale = true, kIsInteger = false;
 
   static constexpr size_t row_bytes(size_t k) { return k; }
 
@@ -131,13 +131,13 @@ struct Unpack<formats::Fp8Row> {
   }
   struct Row : E4m3Row<Row> {
     const std::byte* data;
-    float row_scale;
+    float channel_scale;
     Row() = default;
-    KT_INLINE Row(const WeightView& w, size_t n) : data(w.row(n)), row_scale(w.row_scale[n]) {}
+    KT_INLINE Row(const WeightView& w, size_t n) : data(w.row(n)), channel_scale(w.channel_scale[n]) {}
     KT_INLINE float scale(size_t) const { return 1.0f; }
-    KT_INLINE Vec::Segment weights(size_t k) const { return E4m3::segment(data + k, row_scale); }
+    KT_INLINE Vec::Segment weights(size_t k) const { return E4m3::segment(data + k, channel_scale); }
     KT_INLINE Vec::Segment weights_tail(size_t k, size_t count) const {
-      return this->tail(k, count, row_scale);
+      return this->tail(k, count, channel_scale);
     }
   };
 };

@@ -8,8 +8,8 @@ namespace ktmoe::formats {
 
 // One number is a block.
 template <class F, size_t kBytes>
-struct PlainNumbers : NoScalesApart {
-  static constexpr bool kHasRowScale = false, kIsInteger = false;
+struct PlainNumbers : NoBlockScales {
+  static constexpr bool kHasChannelScale = false, kIsInteger = false;
   static constexpr size_t kBlock = 1;
 
   static constexpr size_t row_bytes(size_t k) { return k * kBytes; }

@@ -13,7 +13,7 @@
 namespace ktmoe::formats {
 
 template <size_t kSize>
-struct Int4 : NoScalesApart {
+struct Int4 : NoBlockScales {
   static constexpr size_t kGroup = kSize;
   static constexpr FormatId kId = kSize == 32   ? FormatId::kInt4Group32
                                   : kSize == 64 ? FormatId::kInt4Group64
@@ -21,7 +21,7 @@ struct Int4 : NoScalesApart {
   static constexpr std::string_view kName = kSize == 32   ? "int4_group32"
                                             : kSize == 64 ? "int4_group64"
                                                           : "int4_group128";
-  static constexpr bool kHasRowScale = true, kIsInteger = true;
+  static constexpr bool kHasChannelScale = true, kIsInteger = true;
 
   static constexpr size_t code_bytes(size_t k) { return nibble_bytes(k); }
   static constexpr size_t row_bytes(size_t k) { return code_bytes(k) + div_up(k, kGroup); }
@@ -71,7 +71,7 @@ struct Unpack<formats::Int4<kSize>> {
     float scale;
     Row() = default;
     KT_INLINE Row(const WeightView& w, size_t n)
-        : data(w.row(n)), multipliers(data + nibble_bytes(w.k)), scale(w.row_scale[n]) {}
+        : data(w.row(n)), multipliers(data + nibble_bytes(w.k)), scale(w.channel_scale[n]) {}
     KT_INLINE size_t multiplier(size_t k) const { return static_cast<uint8_t>(multipliers[k / kSize]); }
     KT_INLINE const int8_t* products(size_t k) const { return kInt4Products.codes[multiplier(k)]; }
     KT_INLINE Vec::Segment segment(size_t k) const {

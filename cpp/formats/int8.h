@@ -12,10 +12,10 @@
 
 namespace ktmoe::formats {
 
-struct Int8 : NoScalesApart {
+struct Int8 : NoBlockScales {
   static constexpr FormatId kId = FormatId::kInt8;
   static constexpr std::string_view kName = "int8";
-  static constexpr bool kHasRowScale = true, kIsInteger = true;
+  static constexpr bool kHasChannelScale = true, kIsInteger = true;
 
   static constexpr size_t row_bytes(size_t k) { return k; }
 
@@ -25,10 +25,10 @@ struct Int8 : NoScalesApart {
 };
 static_assert(WeightFormat<Int8>);
 
-struct Int8Group32 : NoScalesApart {
+struct Int8Group32 : NoBlockScales {
   static constexpr FormatId kId = FormatId::kInt8Group32;
   static constexpr std::string_view kName = "int8_group32";
-  static constexpr bool kHasRowScale = false, kIsInteger = false;
+  static constexpr bool kHasChannelScale = false, kIsInteger = false;
   static constexpr size_t kGroup = 32;
 
   static constexpr size_t code_bytes(size_t k) { return k; }
@@ -60,7 +60,7 @@ struct Unpack<formats::Int8> {
     const std::byte* data;
     float scale;
     Row() = default;
-    KT_INLINE Row(const WeightView& w, size_t n) : data(w.row(n)), scale(w.row_scale[n]) {}
+    KT_INLINE Row(const WeightView& w, size_t n) : data(w.row(n)), scale(w.channel_scale[n]) {}
     KT_INLINE Vec::Codes codes(size_t k) const { return Vec::load_codes(data + k); }
     KT_INLINE Vec::Codes codes_tail(size_t k, size_t count) const {
       return Vec::load_codes_partial(data + k, count);

@@ -10,7 +10,7 @@ namespace ktmoe::formats {
 struct MxFp4 : ScaledNibbles<MxFp4> {
   static constexpr FormatId kId = FormatId::kMxFp4;
   static constexpr std::string_view kName = "mxfp4";
-  static constexpr bool kHasRowScale = false;
+  static constexpr bool kHasChannelScale = false;
   static constexpr size_t kGroup = 32;
 
   static constexpr size_t scale_bytes(size_t k) { return div_up(k, kGroup); }

@@ -12,7 +12,7 @@ namespace ktmoe::formats {
 struct NvFp4 : ScaledNibbles<NvFp4> {
   static constexpr FormatId kId = FormatId::kNvFp4;
   static constexpr std::string_view kName = "nvfp4";
-  static constexpr bool kHasRowScale = true;
+  static constexpr bool kHasChannelScale = true;
   static constexpr size_t kGroup = 16;
 
   static constexpr size_t scale_bytes(size_t k) { return div_up(k, kGroup); }
@@ -36,12 +36,13 @@ struct Unpack<formats::NvFp4> {
   using Format = formats::NvFp4;
   static constexpr bool kUsedAsStored = false;
   struct Row : NibbleRow<Row, Format> {
-    float row_scale;
+    float channel_scale;
     Row() = default;
-    KT_INLINE Row(const WeightView& w, size_t n) : NibbleRow<Row, Format>(w, n), row_scale(w.row_scale[n]) {}
-    KT_INLINE Vec::Segment weights(size_t k) const { return Vec::times(this->segment(k), row_scale); }
+    KT_INLINE Row(const WeightView& w, size_t n)
+        : NibbleRow<Row, Format>(w, n), channel_scale(w.channel_scale[n]) {}
+    KT_INLINE Vec::Segment weights(size_t k) const { return Vec::times(this->segment(k), channel_scale); }
     KT_INLINE Vec::Segment weights_tail(size_t k, size_t count) const {
-      return Vec::times(this->tail(k, count), row_scale);
+      return Vec::times(this->tail(k, count), channel_scale);
     }
     // The second group of a segment may lie behind the end of the row, where activations are zeros.
     // look_up_two is defined in formats/nvfp4, for the instruction sets that call this.

@@ -12,7 +12,7 @@ namespace ktmoe::formats {
 
 template <size_t kSize>
 struct RawInt4 : ScaledNibbles<RawInt4<kSize>> {
-  static constexpr bool kHasRowScale = false;
+  static constexpr bool kHasChannelScale = false;
   static constexpr size_t kGroup = kSize;
 
   static constexpr size_t scale_bytes(size_t k) { return div_up(k, kGroup) * sizeof(bf16); }

@@ -27,7 +27,7 @@ inline size_t format_row_bytes(FormatId id, size_t k) {
   return with_format(id, [&](auto f) { return decltype(f)::row_bytes(k); });
 }
 inline bool format_has_channel_scale(FormatId id) {
-  return with_format(id, [](auto f) { return decltype(f)::kHasRowScale; });
+  return with_format(id, [](auto f) { return decltype(f)::kHasChannelScale; });
 }
 inline size_t format_scale_bytes(FormatId id, size_t k) {
   return with_format(id, [&](auto f) { return decltype(f)::scale_bytes(k); });

@@ -27,7 +27,7 @@ struct ScaledNibbles {
 // Numbers of E4M3, of which `kRows` rows share their scales.
 template <class F, uint32_t kRows>
 struct ScaledE4m3 {
-  static constexpr bool kHasRowScale = false, kIsInteger = false;
+  static constexpr bool kHasChannelScale = false, kIsInteger = false;
   static constexpr uint32_t kScaleRows = kRows;
 
   static constexpr size_t row_bytes(size_t k) { return k; }

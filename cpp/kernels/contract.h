@@ -1,6 +1,6 @@
 // The contract between the kernels of every instruction set and the layers above: formulas, layouts,
 // preconditions. A kernel works on one panel (some rows of one expert x some outputs), so the indirect call
-// through the table is amortised.
+// through the table is amortized.
 //
 // Letters: M rows of activations (tokens routed to one expert), N outputs, K summed elements.
 //

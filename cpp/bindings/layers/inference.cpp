@@ -107,7 +107,7 @@ void add_channel_scale(const Projection& p, Arrays& owners, std::vector<WeightVi
   for_experts(p.given.channel_scale, p.names.scale, p.num, DType::kFloat32, {p.rows}, owners,
               [&](const Array& a, size_t, const std::byte* data) {
                 a.expect_contiguous();
-                (view++)->row_scale = reinterpret_cast<const float*>(data);
+                (view++)->channel_scale = reinterpret_cast<const float*>(data);
               });
 }
 

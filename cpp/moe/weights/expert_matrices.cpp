@@ -24,7 +24,7 @@ struct Block {
   }
   size_t rows_bytes() const { return round_up(rows.size() * row_bytes, kCacheLine); }
   size_t channel_scale_bytes(size_t e) const {
-    const bool scaled = (*source)[e].row_scale != nullptr;
+    const bool scaled = (*source)[e].channel_scale != nullptr;
     return scaled ? round_up(rows.size() * sizeof(float), kCacheLine) : 0;
   }
   size_t expert_bytes(size_t e) const {
@@ -39,10 +39,10 @@ void copy_expert(const Block& block, size_t e, std::byte* to) {
     std::memcpy(to + (n - block.rows.begin) * block.row_bytes, source.row(n), block.row_bytes);
   WeightView copy{to, static_cast<ptrdiff_t>(block.row_bytes), source.k};
   copy.format = source.format;
-  if (source.row_scale) {
+  if (source.channel_scale) {
     auto* scales = reinterpret_cast<float*>(to + block.rows_bytes());
-    std::copy(source.row_scale + block.rows.begin, source.row_scale + block.rows.end, scales);
-    copy.row_scale = scales;
+    std::copy(source.channel_scale + block.rows.begin, source.channel_scale + block.rows.end, scales);
+    copy.channel_scale = scales;
   }
   if (block.scale_rows != 0) {
     std::byte* scales = to + block.rows_bytes() + block.channel_scale_bytes(e);

@@ -86,7 +86,7 @@ class Copies {
 
   void add_channel_scale(const WeightView& matrix, Span rows, const Cut& cut, std::byte* to) {
     constexpr size_t kBytes = sizeof(float);
-    const auto* from = reinterpret_cast<const std::byte*>(matrix.row_scale + rows.begin);
+    const auto* from = reinterpret_cast<const std::byte*>(matrix.channel_scale + rows.begin);
     to += (cut.to_row + rows.begin - cut.rows.begin) * kBytes;
     copies_.push_back({from, kBytes, to, kBytes, kBytes, rows.size()});
   }

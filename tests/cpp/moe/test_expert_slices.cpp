@@ -34,7 +34,7 @@ struct Expert {
     WeightView w{draw(rows * row_bytes).data(), static_cast<ptrdiff_t>(row_bytes), columns};
     w.format = format;
     if (format_has_channel_scale(format))
-      w.row_scale = reinterpret_cast<const float*>(draw(rows * sizeof(float)).data());
+      w.channel_scale = reinterpret_cast<const float*>(draw(rows * sizeof(float)).data());
     if (const uint32_t serves = format_scale_rows(format)) {
       const size_t bytes = format_scale_bytes(format, columns);
       w.scales = draw(div_up(rows, serves) * bytes).data();

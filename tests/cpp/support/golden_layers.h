@@ -52,7 +52,7 @@ class GoldenMatrices {
       WeightView view{codes_.data() + e * rows_ * row_bytes_, static_cast<ptrdiff_t>(row_bytes_),
                       static_cast<uint32_t>(k_)};
       view.format = format_;
-      if (!channel_scale_.empty()) view.row_scale = channel_scale_.data() + e * rows_;
+      if (!channel_scale_.empty()) view.channel_scale = channel_scale_.data() + e * rows_;
       if (!scales_.empty()) {
         view.scales = scales_.data() + e * scale_rows_ * scale_bytes_;
         view.scales_stride_bytes = static_cast<ptrdiff_t>(scale_bytes_);

@@ -69,7 +69,7 @@ void nt_decoded_tile(const NtArgs& args, TileScope& scope, uint32_t n) {
   }
   DecodedTile<Format, Product>(args, n).multiply(args.x.data, stride);
   Tile::store<0>(c, stride);
-  if (args.w.row_scale) finish_panel<Product>(args, 0, n, kTileRows);
+  if (args.w.channel_scale) finish_panel<Product>(args, 0, n, kTileRows);
 }
 
 // A single row of activations in place, with results in place: decoded weights go directly into products on

@@ -228,7 +228,7 @@ KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& 
     float sums[kRows];
     Product::sums(args, m + static_cast<uint32_t>(t), acc[t], sums);
     float* c = args.c + (m + t) * ld + (b.n - args.n0);
-    const float* scale = args.w.row_scale ? args.w.row_scale + b.n : nullptr;
+    const float* scale = args.w.channel_scale ? args.w.channel_scale + b.n : nullptr;
     for (int r = 0; r < kRows; ++r) {
       if (scale) {
         c[r] = scale[r] * sums[r];

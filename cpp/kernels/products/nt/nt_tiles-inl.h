@@ -294,7 +294,7 @@ KT_INLINE void finish_panel(const NtArgs& args, uint32_t p, uint32_t n, uint32_t
   for (uint32_t i = 0; i < width; ++i)
     scale[i] = Product::kIsInteger ? args.x.quantized_row(m + i).scale : 1.0f;
   for (uint32_t r = 0; r < rows; ++r, c += width) {
-    const float channel_scale = args.w.row_scale[n + r];
+    const float channel_scale = args.w.channel_scale[n + r];
     if (width < kPanelColumns) {
       for (uint32_t i = 0; i < width; ++i) c[i] = channel_scale * (Product::sum(c[i]) * scale[i]);
     } else {
@@ -325,7 +325,7 @@ struct TileGroup {
         scope.use(panel_width(args.x, p), 0);
         tile_block<Product, kWeights, 1, kFrom>(args, w, p, n, zero_first, decode, ahead);
       }
-      if (!is_last || args.w.row_scale == nullptr) continue;
+      if (!is_last || args.w.channel_scale == nullptr) continue;
       for (uint32_t done = p; done < end && done < p + 2; ++done) finish_panel<Product>(args, done, n, rows);
     }
   }
