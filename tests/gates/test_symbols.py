@@ -33,7 +33,7 @@ _NAMESAKE = {
 # Mangled names, since a demangled one may mention a namespace among its arguments. Z: local to a function.
 _OWNER = re.compile(r"^_ZZ*N[KV]*5ktmoe7kernels(?:" + "|".join(f"({len(isa)}{isa})" for isa in _ISAS) + ")")
 _TABLE = re.compile(
-    r"^_ZZ*N[KV]*5ktmoe7kernels\d+\w+?(?:5tableEv|\d+add_(?:nt|nn_tn|elementwise|quantize)ERNS)"
+    r"^_ZZ*N[KV]*5ktmoe7kernels\d+\w+?(?:5tableEv|\d+add_(?:nt|nt_int8|nn_tn|elementwise|quantize)ERNS)"
 )
 _SYMBOL = re.compile(r"^[0-9a-f]+ <(.+)>:$")
 _INSTRUCTION = re.compile(r"^\s*[0-9a-f]+:\t(.+)$")

@@ -1,11 +1,12 @@
 // AVX2 with AVX-VNNI, which consumer processors have in place of AVX-512: integer products take a third of
-// the instructions. All other results have the bits of avx2. Included by begin_target.h: first for what it
-// defines, then inside its namespace.
+// the instructions, and all else is avx2's. Included by begin_target.h: first for what it defines, then inside
+// its namespace.
 #ifndef KT_TARGET_NAME
 
 #define KT_TARGET_NAME avx_vnni
 #define KT_TARGET_ISA Isa::kAvxVnni
 #define KT_TARGET_FEATURES "avx2,fma,f16c,avxvnni"
+#define KT_TARGET_BASE avx2
 #define KT_HAS_TILES 0
 
 #else

@@ -1,4 +1,4 @@
-// The NT products of an instruction set, and what it can do at most. Compiled once per instruction set.
+// The bf16 NT products of an instruction set, and how fast it reads. Compiled once per instruction set.
 #include "kernels/targets/begin_target.h"
 #include "kernels/products/nt/nt_rows-inl.h"
 #if KT_HAS_TILES
@@ -18,23 +18,10 @@ template <class Format>
 using TileFormat = std::conditional_t<BlockFormat<Format> && HasUnpack<Format>, Format, LoopFormat<Format>>;
 template <class Format>
 inline constexpr auto kNt = nt_tiles<TileFormat<Format>, TileBf16>;
-template <class Format>
-inline constexpr auto kNtInt8 = nt_tiles<Format, TileInt8>;
 #else
 template <class Format>
 inline constexpr auto kNt = nt_rows<LoopFormat<Format>, Bf16Product>;
-template <class Format>
-inline constexpr auto kNtInt8 = nt_rows<Format, Int8Product>;
 #endif
-
-template <class Format>
-constexpr void (*nt_int8())(const NtArgs&) {
-  if constexpr (Format::kIsInteger) {
-    return kNtInt8<Format>;
-  } else {
-    return nullptr;
-  }
-}
 
 KT_END_TARGET
 
@@ -44,22 +31,15 @@ void add_nt(KernelTable& table) {
 #include "formats/formats.inc"
 #undef KT_FORMAT
   };
-  table.nt_int8 = {
-#define KT_FORMAT(id, type) nt_int8<formats::type>(),
-#include "formats/formats.inc"
-#undef KT_FORMAT
-  };
   table.limits.read = limit_read;
 #if KT_HAS_TILES
   table.c_floats = c_floats_tiles, table.c_is_rows = false;
   table.nt_scratch_bytes = nt_scratch_bytes_tiles;
   table.limits.bf16 = {limit_dot_tiles<TileBf16>, limit_step_tiles<TileBf16>};
-  table.limits.int8 = {limit_dot_tiles<TileInt8>, limit_step_tiles<TileInt8>};
 #else
   table.c_floats = c_floats_rows, table.c_is_rows = true;
   table.nt_scratch_bytes = nt_scratch_bytes_rows;
   table.limits.bf16 = {limit_dot_rows<Bf16Product>, limit_step_rows<Bf16Product>};
-  table.limits.int8 = {limit_dot_rows<Int8Product>, limit_step_rows<Int8Product>};
 #endif
 }
 
