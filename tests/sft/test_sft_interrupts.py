@@ -49,6 +49,7 @@ def interrupted(call, most):
         signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, most))
         call()
         armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)  # one that rings while Python exits would kill the process
         return False
     except KeyboardInterrupt:
         return True
