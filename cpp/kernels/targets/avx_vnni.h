@@ -1,6 +1,6 @@
 // AVX2 with AVX-VNNI, which consumer processors have in place of AVX-512: integer products take a third of
-// the instructions, and all else is avx2's. Included by begin_target.h: first for what it defines, then inside
-// its namespace.
+// the instructions, and all else is avx2's. Included by begin_target.h: first for what it defines, then
+// inside its namespace.
 #ifndef KT_TARGET_NAME
 
 #define KT_TARGET_NAME avx_vnni
