@@ -195,6 +195,9 @@ struct KernelTable {
   // C blocks are plain rows, so a product may be written to its final place (NtArgs::c_stride).
   bool c_is_rows;
   size_t (*nt_scratch_bytes)(uint32_t k);
+  // The part of K that an NT product finishes for all its outputs before it goes on: rows of activations are
+  // cut so that this much of them fits in L2. UINT32_MAX where each group of outputs takes all of K.
+  uint32_t nt_block_k;
   std::array<void (*)(const NtArgs&), kNumFormats> nt;
 
   // Integer products: rows to int8, their operand, and the product by format, null for one that is not

@@ -183,7 +183,8 @@ void TP_MOE_SFT::run_forward(const ForwardArgs& args, ForwardCache& cache, bool 
   const size_t scaled = plan.take(scaled_bytes());
   Int8Scratch int8;
   if (kernel_.is_integer) int8.take(*this, plan);
-  const ForwardWorkersPlan workers(pass, most_rows(pass.hidden()), most_rows(pass.inter()), threads, plan);
+  const ForwardWorkersPlan workers(pass, most_rows(call_.nt_block_k(pass.hidden())),
+                                   most_rows(call_.nt_block_k(pass.inter())), threads, plan);
   const ScratchPool::Lease lease = config_.pool->scratch().lease(plan.bytes());
   place_y(y, lease.data());
   place_scaled(lease.data() + scaled);

@@ -35,10 +35,12 @@ void add_nt(KernelTable& table) {
 #if KT_HAS_TILES
   table.c_floats = c_floats_tiles, table.c_is_rows = false;
   table.nt_scratch_bytes = nt_scratch_bytes_tiles;
+  table.nt_block_k = kTileBlockSteps * TileBf16::kStep;
   table.limits.bf16 = {limit_dot_tiles<TileBf16>, limit_step_tiles<TileBf16>};
 #else
   table.c_floats = c_floats_rows, table.c_is_rows = true;
   table.nt_scratch_bytes = nt_scratch_bytes_rows;
+  table.nt_block_k = UINT32_MAX;
   table.limits.bf16 = {limit_dot_rows<Bf16Product>, limit_step_rows<Bf16Product>};
 #endif
 }

@@ -27,15 +27,15 @@ Pointer element(Pointer base, kernels::FloatType type, size_t at) {
 
 template <class Derived>
 void AMX_MOE_BASE<Derived>::cut_gate_up(const LayerCall& call, int num_threads) {
-  cut_panels(call.plan, intermediate_, static_cast<uint32_t>(config_.hidden_size), num_threads,
-             gate_up_tasks_);
+  cut_panels(call.plan, intermediate_, call.nt_block_k(static_cast<uint32_t>(config_.hidden_size)),
+             num_threads, gate_up_tasks_);
 }
 
 template <class Derived>
 void AMX_MOE_BASE<Derived>::cut_down(const LayerCall& call, int num_threads, uint32_t pass, uint32_t passes) {
   begin_pass(call, num_threads, pass, passes);
-  cut_panels(call.plan, pass_.columns, static_cast<uint32_t>(config_.intermediate_size), num_threads,
-             down_tasks_);
+  cut_panels(call.plan, pass_.columns, call.nt_block_k(static_cast<uint32_t>(config_.intermediate_size)),
+             num_threads, down_tasks_);
 }
 
 template <class Derived>

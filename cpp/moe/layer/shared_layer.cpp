@@ -215,9 +215,10 @@ SharedLayer::InferenceScratch::InferenceScratch(const SharedLayer& layer, uint32
   }
   y = layer.take_y(plan, passes);
 
-  const uint32_t most = std::max(layer.most_rows(hidden), layer.most_rows(width));
+  const auto most_rows = [&](uint32_t size) { return layer.most_rows(layer.call_.nt_block_k(size)); };
+  const uint32_t most = std::max(most_rows(hidden), most_rows(width));
   const auto operand_bytes = [&](uint32_t size) {
-    return round_up(layer.kernel_.operand_bytes(k, layer.most_rows(size), size), kCacheLine);
+    return round_up(layer.kernel_.operand_bytes(k, most_rows(size), size), kCacheLine);
   };
   operand_ = std::max(operand_bytes(hidden), layer.kernel_.is_integer ? operand_bytes(width) : 0);
   c_ = round_up(k.c_floats(most, kernels::kMaxPanelOutputs) * sizeof(float), kCacheLine);

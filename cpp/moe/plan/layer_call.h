@@ -1,6 +1,7 @@
 // The data of one forward pass of a layer: the caller's arrays, the routing, and the borrowed scratch.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <span>
@@ -79,6 +80,8 @@ struct LayerCall {
 
   // Makes the plan. Throws std::out_of_range as RoutingPlan does.
   void plan_batch();
+  // Of k columns, those that an NT product finishes before it goes on.
+  uint32_t nt_block_k(uint32_t k) const { return std::min(k, kernels->nt_block_k); }
   // What enters the experts: one row per token, or one per row of the plan where inputs are scaled.
   kernels::RowsView inputs() const { return {scaled_x ? scaled_x : args->hidden_states, hidden(), nullptr}; }
   uint32_t num_inputs() const { return config->scale_inputs ? plan.num_rows() : args->num_tokens; }

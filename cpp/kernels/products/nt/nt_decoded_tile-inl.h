@@ -84,14 +84,11 @@ void nt_single_row(NtArgs args) {
   nt_rows<Format, Int8Product>(args);
 }
 
-// The product: whole groups by nt_tile_group, few rows by the ways above.
+// Columns `span` of all groups of outputs: whole groups by nt_tile_group, few rows by the ways above.
 template <class Format, class Product>
-void nt_tiles(const NtArgs& args) {
+void nt_tile_groups(const NtArgs& args, TileScope& scope, SpanOfK span) {
   using Loop = LoopFormat<Format>;
-  if constexpr (Product::kIsInteger && !Product::template as_stored<Loop>()) {
-    if (args.x.rows == 1) return nt_single_row<Format>(args);
-  }
-  TileScope scope;
+  const size_t k = args.x.k;
   // A single panel takes its weights 16 rows at a time: memory serves 16 streams better than 32.
   const uint32_t group = args.x.rows <= kPanelColumns ? kTileRows : kGroupRows;
   for (uint32_t n = args.n0; n < args.n1; n += group) {
@@ -102,10 +99,30 @@ void nt_tiles(const NtArgs& args) {
         continue;
       }
     }
+    // Behind the last group comes the first one with the next columns, or that of another call.
+    const bool wraps = n + group >= args.n1 && span.end < k;
+    const NextGroup next{wraps ? args.n0 : n + group, wraps ? span.after(k) : span};
     if (rows > kTileRows) {
-      nt_tile_group<Loop, Product, 2>(args, scope, n, rows);
+      nt_tile_group<Loop, Product, 2>(args, scope, n, rows, span, next);
     } else {
-      nt_tile_group<Loop, Product, 1>(args, scope, n, rows);
+      nt_tile_group<Loop, Product, 1>(args, scope, n, rows, span, next);
     }
+  }
+}
+
+// The product. With many rows by blocks of K, whose activations then stay in L2 for all outputs.
+template <class Format, class Product>
+void nt_tiles(const NtArgs& args) {
+  using Loop = LoopFormat<Format>;
+  if constexpr (Product::kIsInteger && !Product::template as_stored<Loop>()) {
+    if (args.x.rows == 1) return nt_single_row<Format>(args);
+  }
+  TileScope scope;
+  const size_t k = args.x.k, block = args.x.rows > kInPlaceRows ? kTileBlockSteps * Product::kStep : k;
+  SpanOfK span{0, block < k ? block : k};
+  nt_tile_groups<Format, Product>(args, scope, span);
+  while (span.end < k) {
+    span = span.after(k);
+    nt_tile_groups<Format, Product>(args, scope, span);
   }
 }

@@ -11,6 +11,9 @@
 // tiles cannot be loaded from stores still in flight, and vectors and tiles work at the same
 // time. Between blocks of K sums are kept in C, so the order along K does not change.
 //
+// With many rows a block of K is finished for all outputs of the call before the next one begins: the
+// activations of the block stay in L2.
+//
 // The entry nt_tiles and the variants for few rows are in nt_decoded_tile-inl.h.
 //
 // A Product defines the operands: bf16 pairs into fp32, or int8 quads into int32, converted to fp32
@@ -112,23 +115,31 @@ KT_INLINE void load_weights(const std::byte* tile, ptrdiff_t row_stride) {
   }
 }
 
-// The rows behind a group, prefetched a few cache lines per step while it is multiplied. Only adjoining
-// rows: the bytes between others are not needed.
+// The weights of the next group, prefetched a few cache lines per step while this one is multiplied: bytes
+// [begin, end) of each of its rows.
 class RowPrefetch {
  public:
-  KT_INLINE RowPrefetch(const WeightView& w, uint32_t n, uint32_t rows, size_t row_bytes, size_t steps)
-      : next_(w.row(n)),
-        left_(w.row_stride_bytes == static_cast<ptrdiff_t>(row_bytes) ? rows * row_bytes / kCacheLine : 0),
+  KT_INLINE RowPrefetch(const WeightView& w, uint32_t n, uint32_t rows, size_t begin, size_t end,
+                        size_t steps)
+      : row_(w.row(n) + begin),
+        stride_(w.row_stride_bytes),
+        lines_(div_up(end - begin, kCacheLine)),
+        left_(rows * lines_),
         each_(div_up(left_, steps ? steps : 1)) {}
   KT_INLINE void prefetch() {
     const size_t some = each_ < left_ ? each_ : left_;
-    for (size_t i = 0; i < some; ++i, next_ += kCacheLine) __builtin_prefetch(next_, 0, 2);
+    for (size_t i = 0; i < some; ++i) {
+      __builtin_prefetch(row_ + line_ * kCacheLine, 0, 2);
+      if (++line_ == lines_) line_ = 0, row_ += stride_;
+    }
     left_ -= some;
   }
 
  private:
-  const std::byte* next_;
-  size_t left_;
+  const std::byte* row_;
+  const ptrdiff_t stride_;
+  const size_t lines_;
+  size_t line_ = 0, left_;
   const size_t each_;
 };
 
@@ -331,16 +342,34 @@ struct TileGroup {
   }
 };
 
-// Weight rows [n, n + rows), at most kWeights tiles of them.
+// Columns [begin, end) of weights.
+struct SpanOfK {
+  size_t begin, end;
+  // As many behind them, of k in all.
+  SpanOfK after(size_t k) const {
+    const size_t size = end - begin;
+    return {end, k - end < size ? k : end + size};
+  }
+};
+
+// The group of weight rows that is multiplied next.
+struct NextGroup {
+  uint32_t n;
+  SpanOfK span;
+};
+
+// Weight rows [n, n + rows), at most kWeights tiles of them, and columns `span`.
 template <class Format, class Product, int kWeights>
-void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t rows) {
+void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t rows, SpanOfK span,
+                   NextGroup next) {
   constexpr size_t kStep = Product::kStep;
   const uint32_t k = args.x.k, panels = static_cast<uint32_t>(div_up(args.x.rows, kPanelColumns));
   const uint32_t first = panels < 2 ? panels : 2;  // panels that meet the weights first
   const bool whole_tiles = Product::template as_stored<Format>() && rows == kWeights * kTileRows;
-  const RowPrefetch ahead(args.w, n + kWeights * kTileRows, kWeights * kTileRows,
-                          format_row_bytes(args.w.format, k), div_up(k, kStep) * div_up(panels, 2));
-  TileGroup group{args, scope, n, rows, ahead, !args.accumulate, false};
+  const auto bytes = [&](size_t columns) { return format_row_bytes(args.w.format, columns); };
+  const RowPrefetch ahead(args.w, next.n, kWeights * kTileRows, bytes(next.span.begin), bytes(next.span.end),
+                          div_up(span.end - span.begin, kStep) * div_up(panels, 2));
+  TileGroup group{args, scope, n, rows, ahead, !args.accumulate && span.begin == 0, false};
   const auto in_place = [&](size_t k0, size_t k1) {
     return TileBlock::in_place(args.w.row(n) + Format::row_bytes(k0), args.w.row_stride_bytes, k0 / kStep,
                                (k1 - k0) / kStep);
@@ -348,23 +377,23 @@ void nt_tile_group(const NtArgs& args, TileScope& scope, uint32_t n, uint32_t ro
   const auto in_scratch = [&](size_t k0, size_t k1) {
     return TileBlock::in_scratch<kWeights>(args.scratch, k0 / kStep, div_up(k1 - k0, kStep));
   };
-  size_t k0 = 0;
-  if (whole_tiles && k >= kStep && args.x.rows <= kInPlaceRows) {
+  size_t k0 = span.begin;
+  if (whole_tiles && k >= kStep && args.x.rows <= kInPlaceRows) {  // and all of K is taken
     k0 = k / kStep * kStep;
     group.is_last = k0 == k;
     group.multiply<Product, kWeights, Weights::kInPlace>(in_place(0, k0), 0, panels);
     group.zero_first = false;
   }
-  while (k0 < k) {
+  while (k0 < span.end) {
     // Tiles that no other panel reads stay in scratch only briefly.
     const bool is_shared = panels > first;
-    size_t k1 = k0 + kTileBlockSteps * kStep < k ? k0 + kTileBlockSteps * kStep : k;
+    size_t k1 = k0 + kTileBlockSteps * kStep < span.end ? k0 + kTileBlockSteps * kStep : span.end;
     if (whole_tiles && k1 - k0 >= kStep) {
       k1 = k0 + (k1 - k0) / kStep * kStep;
       group.is_last = k1 == k;
       group.multiply<Product, kWeights, Weights::kKeptInScratch>(in_place(k0, k1), 0, first);
     } else {
-      if (!is_shared) k1 = k;
+      if (!is_shared) k1 = span.end;
       group.is_last = k1 == k;
       using Decode = DecodeToScratch<Format, Product, kWeights>;
       const Decode decode{
