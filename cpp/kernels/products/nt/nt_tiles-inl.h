@@ -121,26 +121,26 @@ class RowPrefetch {
  public:
   KT_INLINE RowPrefetch(const WeightView& w, uint32_t n, uint32_t rows, size_t begin, size_t end,
                         size_t steps)
-      : row_(w.row(n) + begin),
-        stride_(w.row_stride_bytes),
-        lines_(div_up(end - begin, kCacheLine)),
-        left_(rows * lines_),
-        each_(div_up(left_, steps ? steps : 1)) {}
+      : next_(w.row(n) + begin), left_(div_up(end - begin, kCacheLine)), more_rows_(rows - 1) {
+    each_ = div_up(left_ * rows, steps ? steps : 1);
+    if (w.row_stride_bytes == static_cast<ptrdiff_t>(end - begin)) {  // the rows adjoin: one long row
+      left_ = rows * (end - begin) / kCacheLine, more_rows_ = 0;
+    }
+    lines_ = left_;
+    to_next_row_ = w.row_stride_bytes - static_cast<ptrdiff_t>(lines_ * kCacheLine);
+  }
   KT_INLINE void prefetch() {
     const size_t some = each_ < left_ ? each_ : left_;
-    for (size_t i = 0; i < some; ++i) {
-      __builtin_prefetch(row_ + line_ * kCacheLine, 0, 2);
-      if (++line_ == lines_) line_ = 0, row_ += stride_;
-    }
+    for (size_t i = 0; i < some; ++i, next_ += kCacheLine) __builtin_prefetch(next_, 0, 2);
     left_ -= some;
+    if (left_ == 0 && more_rows_ > 0) --more_rows_, left_ = lines_, next_ += to_next_row_;
   }
 
  private:
-  const std::byte* row_;
-  const ptrdiff_t stride_;
-  const size_t lines_;
-  size_t line_ = 0, left_;
-  const size_t each_;
+  const std::byte* next_;
+  size_t left_, more_rows_;  // lines of this row, rows behind it
+  size_t each_, lines_;
+  ptrdiff_t to_next_row_;
 };
 
 // A single panel waits for memory alone: rows are prefetched some steps ahead, at their end those behind
