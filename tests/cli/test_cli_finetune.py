@@ -1,4 +1,4 @@
-"""`ktmoe finetune`: what is learnt, what is written, and that stopping and going on changes no bit."""
+"""`ktmoe finetune`: what is learned, what is written, and that stop and resume is bit-identical."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_interrupts_come_between_steps(
     out = tmp_path / "adapter"
     assert finetune(text, out, "--steps=6") == 130
     error = capsys.readouterr().err
-    assert "stopping in a moment; once more to stop at once" in error
+    assert "stopping after this step; press Ctrl-C again to stop now" in error
     assert f"stopped after step 4 of 6; the same command resumes from {out / 'state.safetensors'}" in error
     assert len(read(out / "loss.csv")) == 5
     assert finetune(text, out, "--steps=6") == 0
@@ -226,7 +226,7 @@ def test_states_that_are_none(
         (b"x" * 500 + b"\xff", "is not UTF-8: invalid start byte at byte 500"),
     ],
 )
-def test_texts_that_cannot_be_learnt(
+def test_texts_that_cannot_be_learned(
     content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text").write_bytes(content)

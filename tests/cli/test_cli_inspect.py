@@ -98,8 +98,8 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
         "Activation        silu",
         "Format            bf16",
         "Method            BF16",
-        "Bytes             73.7 kB a layer; 221 kB in all",
-        "A token reads     24.6 kB a layer; 73.7 kB in all",
+        "Bytes             73.7 kB per layer; 221 kB in all",
+        "Read per token    24.6 kB per layer; 73.7 kB in all",
         "Memory            all experts fit in the 2 GB that this machine has",
     ]
 
@@ -128,7 +128,7 @@ def test_text_of_layers_that_differ(
         "Layers 7, of which 1-2,5 with experts",
         "Format bf16 (layers 1-2); fp8 (layer 5)",
         "Method BF16 (layers 1-2); FP8 (layer 5)",
-        "Bytes 276 kB a layer (layers 1-2); 138 kB a layer (layer 5); 691 kB in all",
+        "Bytes 276 kB per layer (layers 1-2); 138 kB per layer (layer 5); 691 kB in all",
         "Not counted 276 kB of experts behind the model's last layer (layer 8)",
         "Memory the experts do not fit in the 600 kB that this process may use: the rest is read from the",
     ):

@@ -80,7 +80,7 @@ def test_eval_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--bytes=600", "--methods=BF16,MOE_INT4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"600 bytes of {EMBEDDED_TEXT}"
-    assert lines[1].split() == ["method", "bits", "per", "byte", "more"]
+    assert lines[1].split() == ["method", "bits", "per", "byte", "vs", "first"]
     assert [line.split()[0] for line in lines[2:]] == ["BF16", "MOE_INT4"]
     assert lines[2].split()[2] == "+0.0000"
 

@@ -1,4 +1,4 @@
-"""The core does not print or end the process, the package prints in its command, no text names a workshop."""
+"""The core does not print or end the process, only the command prints, no file mentions local paths."""
 
 from __future__ import annotations
 

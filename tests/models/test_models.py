@@ -96,7 +96,7 @@ def test_examples(name: str) -> None:
     assert found.failed == 0
 
 
-def test_the_embedded_model_has_learnt_its_texts(model: MoEDecoder) -> None:
+def test_the_embedded_model_has_learned_its_texts(model: MoEDecoder) -> None:
     assert bytes(generate(model, TEXT, 12)) == b" no more a m"
     assert bits_per_token(model, list(TEXT)) < 2
 

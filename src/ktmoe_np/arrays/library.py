@@ -63,7 +63,7 @@ class ArrayLibrary:
         return self.xp.empty_like(x)
 
     def erfc(self, x: Any) -> Any:
-        """1 - erf(x), without cancelling."""
+        """1 - erf(x), without canceling."""
         return np.asarray(_erfc(x), np.float32)
 
 

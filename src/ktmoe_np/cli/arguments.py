@@ -61,7 +61,7 @@ def layer_ranges(text: str) -> list[int]:
         ends = [Count(0)(end) for end in ((first, last) if dash else (first,))]
         if ends[0] > ends[-1] or ends[-1] >= _MAX_LAYERS:
             raise argparse.ArgumentTypeError(
-                f"got {part!r}, expected a range upwards, of numbers below {_MAX_LAYERS}"
+                f"got {part!r}, expected an ascending range of numbers below {_MAX_LAYERS}"
             )
         numbers += range(ends[0], ends[-1] + 1)
     return numbers

@@ -24,7 +24,7 @@ from .terminal import complain, one_line, say_piece
 
 __all__ = ["parse"]
 
-_DESCRIPTION = "Mixture-of-experts layers on CPUs: what this machine can do, and what is reached on it."
+_DESCRIPTION = "Mixture-of-experts layers on CPUs: run, check, time and fine-tune them."
 _EPILOG = "Start with: ktmoe demo"
 _INFO = "Add the output of 'ktmoe info --json' to every bug report."
 _DEMO = (
@@ -59,11 +59,11 @@ _GENERATE = (
     "continues the prompt; the text is shown as it is computed."
 )
 _EVAL = (
-    "Measures how well a model predicts a text, in bits per byte (lower is better), with its experts "
-    "computed by several methods: what quantizing them costs."
+    "Prints bits per byte (lower is better) with the experts computed by several methods: what quantizing "
+    "them costs."
 )
 _FINETUNE = (
-    "Fine-tunes LoRA adapters of all experts on nine tenths of a text; the last tenth is held out. The "
+    "All experts are trained on nine tenths of the text; the last tenth is held out. The "
     "output directory gets the adapters in PEFT's format, the losses as CSV and as a picture, and a state: "
     "after Ctrl-C, or with more --steps, the same command resumes as if it had never stopped."
 )
@@ -110,10 +110,10 @@ def _parser() -> _Parser:
         command.set_defaults(run=run)
         return command
 
-    command = add("info", info.run, "the machine: cores, instruction sets, measured limits", _INFO)
+    command = add("info", info.run, "show cores, instruction sets and measured limits of this machine", _INFO)
     _add_common(command, seconds=1.5, meaning="time for measuring the limits")
 
-    command = add("demo", demo.run, "a small model on every instruction set, checked and timed", _DEMO)
+    command = add("demo", demo.run, "run a small model on every instruction set; check and time it", _DEMO)
     _add_common(command, seconds=0.25, meaning="time for each batch")
     command.add_argument("--keep", metavar="DIR", help="write the checkpoint here and leave it")
     command.add_argument(
@@ -121,12 +121,15 @@ def _parser() -> _Parser:
     )
 
     command = add(
-        "finetune-demo", finetune_demo.run, "adapters that learn, checked and drawn", _FINETUNE_DEMO
+        "finetune-demo",
+        finetune_demo.run,
+        "train adapters on a small layer; check and plot the loss",
+        _FINETUNE_DEMO,
     )
     command.add_argument("--steps", type=Count(1), default=300, metavar="N", help="default 300")
     command.add_argument("--rank", type=Count(1), default=8, metavar="R", help="of the adapters (default 8)")
     command.add_argument(
-        "--seed", type=Count(0, 2**64 - 1), default=0, metavar="N", help="of everything that is drawn"
+        "--seed", type=Count(0, 2**64 - 1), default=0, metavar="N", help="random seed (default 0)"
     )
     command.add_argument("--plot", metavar="FILE.png", help="draw the curve of the loss (needs matplotlib)")
     _add_threads_and_json(command)
@@ -149,13 +152,15 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
         type=temperature,
         default=0.0,
         metavar="T",
-        help="0 takes the likeliest token (default), 1 draws as the model expects them",
+        help="0 (default): greedy; 1: sample from the model's distribution",
     )
-    command.add_argument("--seed", type=Count(0, 2**64 - 1), default=0, metavar="N", help="of the draws")
+    command.add_argument(
+        "--seed", type=Count(0, 2**64 - 1), default=0, metavar="N", help="random seed (default 0)"
+    )
     _add_adapter(command)
     _add_threads_and_json(command)
 
-    command = add("eval", evaluate.run, "how well a model predicts a text, by method", _EVAL)
+    command = add("eval", evaluate.run, "measure how well a model predicts a text, by method", _EVAL)
     _add_model(command)
     _add_text(command)
     command.add_argument(
@@ -173,7 +178,9 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
 
 
 def _add_finetune(add: Callable[..., _Parser]) -> None:
-    command = add("finetune", finetune.run, "adapters of a model's experts that learn a text", _FINETUNE)
+    command = add(
+        "finetune", finetune.run, "fine-tune LoRA adapters of a model's experts on a text", _FINETUNE
+    )
     _add_model(command)
     _add_text(command)
     command.add_argument("--out", default="ktmoe-adapter", metavar="DIR", help="default %(default)s")
@@ -182,15 +189,15 @@ def _add_finetune(add: Callable[..., _Parser]) -> None:
     command.add_argument(
         "--rank", type=Count(1), default=16, metavar="R", help="of the adapters (default 16)"
     )
+    command.add_argument("--alpha", type=positive, metavar="A", help="LoRA alpha (default: twice the rank)")
     command.add_argument(
-        "--alpha", type=positive, metavar="A", help="scale times rank; default twice the rank"
-    )
-    command.add_argument("--batch", type=Count(1), default=8, metavar="N", help="texts a step (default 8)")
-    command.add_argument(
-        "--window", type=Count(2), default=256, metavar="N", help="tokens each (default 256)"
+        "--batch", type=Count(1), default=8, metavar="N", help="sequences per step (default 8)"
     )
     command.add_argument(
-        "--rate", type=positive, default=1e-3, metavar="X", help="of learning (default 1e-3)"
+        "--window", type=Count(2), default=256, metavar="N", help="tokens per sequence (default 256)"
+    )
+    command.add_argument(
+        "--rate", type=positive, default=1e-3, metavar="X", help="learning rate (default 1e-3)"
     )
     command.add_argument(
         "--optimizer",
@@ -199,12 +206,18 @@ def _add_finetune(add: Callable[..., _Parser]) -> None:
         help="adam (default), or one of optax, as in optax.adamw",
     )
     command.add_argument(
-        "--every", type=Count(1), default=20, metavar="N", help="steps to measure after (default 20)"
+        "--every",
+        type=Count(1),
+        default=20,
+        metavar="N",
+        help="evaluate the held-out text every N steps (default 20)",
     )
     command.add_argument(
-        "--seed", type=Count(0, 2**64 - 1), default=0, metavar="N", help="of everything that is drawn"
+        "--seed", type=Count(0, 2**64 - 1), default=0, metavar="N", help="random seed (default 0)"
     )
-    command.add_argument("--prompt", type=utf8, help="of the sample; default how the held-out text begins")
+    command.add_argument(
+        "--prompt", type=utf8, help="prompt of the sample (default: start of the held-out text)"
+    )
     _add_threads_and_json(command)
 
 
@@ -235,14 +248,17 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 def _add_checkpoint_commands(add: Callable[..., _Parser]) -> None:
     """Add the commands that are about a checkpoint of the user's."""
-    command = add("inspect", inspect.run, "the experts of a checkpoint, and how fast they can be", _INSPECT)
-    command.add_argument("path", help="directory of the checkpoint, or a file of it")
-    command.add_argument(
-        "--no-measure", action="store_true", help="leave out how fast memory is read, and what that allows"
+    command = add(
+        "inspect",
+        inspect.run,
+        "list a checkpoint's experts and the decode speed that memory bandwidth allows",
+        _INSPECT,
     )
+    command.add_argument("path", help="directory of the checkpoint, or a file of it")
+    command.add_argument("--no-measure", action="store_true", help="do not measure memory bandwidth")
     _add_common(command, seconds=0.6, meaning="time for measuring the limits")
 
-    command = add("convert", convert.run, "a checkpoint's experts, quantized to files", _CONVERT)
+    command = add("convert", convert.run, "quantize a checkpoint's experts to files", _CONVERT)
     command.add_argument("source", metavar="SRC", help="directory of the checkpoint")
     command.add_argument("target", metavar="DST", help="directory for the files; made when it is not there")
     command.add_argument(
@@ -259,7 +275,7 @@ def _add_checkpoint_commands(add: Callable[..., _Parser]) -> None:
     )
     _add_threads_and_json(command)
 
-    command = add("verify", verify.run, "a layer of your own checkpoint, checked and timed", _VERIFY)
+    command = add("verify", verify.run, "check and time a layer of your own checkpoint", _VERIFY)
     command.add_argument(
         "path", help="directory of the checkpoint, with config.json and *.safetensors; or a GGUF model"
     )
@@ -267,7 +283,7 @@ def _add_checkpoint_commands(add: Callable[..., _Parser]) -> None:
         "--layer",
         type=Count(0),
         metavar="N",
-        help="the layer; default the first with experts, or of files that were converted all",
+        help="layer (default: the first with experts; in converted directories, all)",
     )
     command.add_argument("--method", help="how to compute; default what the checkpoint is encoded in")
     command.add_argument(

@@ -133,7 +133,7 @@ class _Conversion:
         for name, projection in experts.projections.items():
             for part, wanted in vars(projection).items():
                 if wanted is not None and not _same_bytes(getattr(found.projections[name], part), wanted):
-                    raise RuntimeError(f"{path}: '{name}.{part}' reads otherwise than it was written")
+                    raise RuntimeError(f"{path}: '{name}.{part}' does not match what was written")
 
     def _is_right(self, path: Path, record: LayerRecord, config: MoEConfig, matrices: dict[str, Any]) -> bool:
         """Whether a file is whole, what was written, and what some of the source's experts still give."""

@@ -64,8 +64,11 @@ def _measure(model: MoEDecoder, method: str, tokens: Any, num_bytes: int) -> dic
 
 def _table(value: dict[str, Any]) -> str:
     first = value["methods"][0]["bits_per_byte"]
-    lines = [f"{value['bytes']} bytes of {value['text']}", f"{'method':<16}{'bits per byte':>14}{'more':>10}"]
+    lines = [
+        f"{value['bytes']} bytes of {value['text']}",
+        f"{'method':<16}{'bits per byte':>14}{'vs first':>10}",
+    ]
     for row in value["methods"]:
-        more = row["bits_per_byte"] - first
-        lines.append(f"{row['method']:<16}{row['bits_per_byte']:>14.4f}{more:>+10.4f}")
+        excess = row["bits_per_byte"] - first
+        lines.append(f"{row['method']:<16}{row['bits_per_byte']:>14.4f}{excess:>+10.4f}")
     return "\n".join(lines)

@@ -74,8 +74,8 @@ def _text(value: dict[str, Any]) -> str:
     size = f"rank {value['rank']} ({value['num_parameters'] / 1e6:.2f} million numbers)"
     each = "" if value["ms_per_step"] is None else f", {value['ms_per_step']:.0f} ms each"
     about = wrap(
-        f"Adapters of {size} of the experts ({value['method']}) have learnt nine tenths of {value['text']}; "
-        f"the last tenth was held out. {value['tokens_per_step']} tokens per step{each}."
+        f"Adapters of {size} of the experts ({value['method']}) were fine-tuned on nine tenths of "
+        f"{value['text']}; the last tenth was held out. {value['tokens_per_step']} tokens per step{each}."
     )
     batches = {step: f"{losses[step - 1]:.4f}" if step else "" for step in held_out}
     rows = [f"{step:6d}   {batches[step]:>13}   {bits:9.4f}" for step, bits in held_out.items()]

@@ -161,7 +161,7 @@ class _ReferenceStudent:
 
 def _text(course: _Course, arguments: argparse.Namespace, fraction: float) -> str:
     about = wrap(
-        f"A layer of {_EXPERTS} experts ({_HIDDEN} wide, {_INTER} inside, {_PER_TOKEN} a token) learns "
+        f"A layer of {_EXPERTS} experts ({_HIDDEN} wide, {_INTER} inside, {_PER_TOKEN} per token) learns "
         f"adapters of rank {arguments.rank} from a teacher that has some: Adam in NumPy, {_TOKENS} fresh "
         "tokens per step."
     )

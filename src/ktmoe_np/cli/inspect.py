@@ -112,12 +112,12 @@ def _facts(report: CheckpointReport, value: dict[str, Any]) -> list[tuple[str, s
         ("Activation", lambda layer: layer.config.activation.name),
         ("Format", _format),
         ("Method", _method),
-        ("Bytes", lambda layer: f"{_amount(layer.num_bytes)} a layer"),
-        ("A token reads", lambda layer: f"{_amount(layer.token_bytes)} a layer"),
+        ("Bytes", lambda layer: f"{_amount(layer.num_bytes)} per layer"),
+        ("Read per token", lambda layer: f"{_amount(layer.token_bytes)} per layer"),
     ]
     said = {name: _of_layers(layers, tell) for name, tell in facts}
     said["Bytes"] += f"; {_amount(report.num_bytes)} in all"
-    said["A token reads"] += f"; {_amount(report.token_bytes)} in all"
+    said["Read per token"] += f"; {_amount(report.token_bytes)} in all"
     lines = [("Layers", _layers(report)), *said.items()]
     if report.further_layers:
         numbers = _numbered([layer.config.layer_idx for layer in report.further_layers])
@@ -180,8 +180,8 @@ def _memory(report: CheckpointReport, value: dict[str, Any]) -> str:
     if value["fits_in_memory"]:
         return f"all experts fit in the {_amount(room)} that {whose}"
     return (
-        f"the experts do not fit in the {_amount(room)} that {whose}: the rest is read from the disk, again "
-        "and again"
+        f"the experts do not fit in the {_amount(room)} that {whose}: the rest is read from the disk, "
+        "for every token"
     )
 
 

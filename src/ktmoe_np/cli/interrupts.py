@@ -27,7 +27,7 @@ class Interrupts:
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()
-        complain("stopping in a moment; once more to stop at once")
+        complain("stopping after this step; press Ctrl-C again to stop now")
 
     def _restore(self) -> None:
         before, self._before = self._before, None

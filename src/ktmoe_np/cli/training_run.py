@@ -197,10 +197,10 @@ class TrainingRun:
 
     def _step(self, step: int) -> None:
         began = time.perf_counter()
-        learnt, window = self._text.learnt, self._arguments.window
+        learned, window = self._text.learned, self._arguments.window
         rng = np.random.default_rng((self._arguments.seed, step))
-        begins = rng.integers(0, len(learnt.tokens) - window, self._arguments.batch)
-        loss = loss_and_gradients(self._model, [learnt.tokens[at : at + window + 1] for at in begins])
+        begins = rng.integers(0, len(learned.tokens) - window, self._arguments.batch)
+        loss = loss_and_gradients(self._model, [learned.tokens[at : at + window + 1] for at in begins])
         self._check_finite(loss.bits_per_token)
         self._is_whole = False
         self._optimizer.step(
@@ -211,7 +211,7 @@ class TrainingRun:
             }
         )
         self._give()
-        self.course.losses.append(loss.bits_per_token * learnt.tokens_per_byte)
+        self.course.losses.append(loss.bits_per_token * learned.tokens_per_byte)
         self._is_saved = False
         self.seconds.append(time.perf_counter() - began)
         self._is_whole = True

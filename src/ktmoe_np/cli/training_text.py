@@ -35,13 +35,13 @@ class TextPart:
 class TrainingText:
     """The training text and the held-out text."""
 
-    learnt: TextPart
+    learned: TextPart
     held_out: TextPart
     sha256: str  #: of the file
 
 
 def read_training_text(file: Path, tokenizer: Tokenizer, window: int, vocab_size: int) -> TrainingText:
-    """Read a text of which windows of that many tokens, and the one behind, are to be learnt.
+    """Read a text of which windows of that many tokens, and the one behind, are to be learned.
 
     Raises
     ------
@@ -65,5 +65,5 @@ def read_training_text(file: Path, tokenizer: Tokenizer, window: int, vocab_size
                 f"{file}: has token {part.tokens.max()}, expected 0 to {vocab_size - 1}: the tokenizer is "
                 "another model's"
             )
-    learnt, held_out = parts
-    return TrainingText(learnt, held_out, hashlib.sha256(data).hexdigest())
+    learned, held_out = parts
+    return TrainingText(learned, held_out, hashlib.sha256(data).hexdigest())

@@ -30,7 +30,7 @@ double value_of(uint32_t bits) {
 
 // Nearest of the two neighbors of a finite x, ties to the even one.
 uint16_t rounded(float x) {
-  const uint32_t below = std::bit_cast<uint32_t>(x) >> 16;  // towards zero
+  const uint32_t below = std::bit_cast<uint32_t>(x) >> 16;  // toward zero
   const double to_below = std::fabs(x - value_of(below)), to_above = std::fabs(value_of(below + 1) - x);
   const bool up = to_above < to_below || (to_above == to_below && (below & 1));
   return static_cast<uint16_t>(below + up);

@@ -159,7 +159,7 @@ TEST_CASE("tile emulator: products have the bits of the model, whatever the shap
   }
 }
 
-TEST_CASE("tile emulator: examples that can be read") {
+TEST_CASE("tile emulator: hand-computed examples") {
   const auto dot = [](std::initializer_list<float> a, std::initializer_list<float> b, float c) {
     Product p{};
     for (size_t i = 0; i < a.size(); ++i) p.a[0][i / 2][i % 2] = to_bf16(a.begin()[i]);
