@@ -32,9 +32,15 @@ def page() -> str:
         "Activations": _table(("name", "gated", "parameters"), _activations()),
     }
     notes = {
+        "Methods": (
+            "Weights: `native` are used in the encoding of the checkpoint (`GPTQ_INT4` is converted once at "
+            "load), `quantized` are made from float weights at load or read from converted files, `gguf` are "
+            "blocks of a GGUF file, each projection with a tensor type of its own. Group sizes are listed "
+            "where there is a choice; that of `GPTQ_INT4` is the checkpoint's."
+        ),
         "Arrays of encoded weights": (
-            "[N, K] is [I, H] of gate and up, [H, I] of down; dtypes that mean the same bytes are listed "
-            "together, and g is any power of two from 32 on, or K."
+            "[N, K] is [I, H] of gate and up, [H, I] of down; 8-bit dtypes separated by `or` hold the same "
+            "bytes; g, the GPTQ group size, is K or a power of two >= 32."
         ),
     }
     parts = [
@@ -56,8 +62,17 @@ def _methods() -> Iterator[tuple[str, ...]]:
         if info.mode != "inference":
             continue
         (method,) = (found for found in METHODS if found.name == info.names[0] and found.mode == info.mode)
-        sizes = ", ".join(str(size) for size in (method.formats or method.encodings) if size is not None)
-        yield f"`{method.name}`", info.weights, info.product, sizes, _trained(method)
+        yield f"`{method.name}`", info.weights, info.product, _group_sizes(method), _trained(method)
+
+
+def _group_sizes(method: Method) -> str:
+    sizes = list(method.formats or method.encodings)
+    if method.name == "GPTQ_INT4":
+        return "K, or a power of two >= 32"
+    if len(sizes) < 2:
+        return ""
+    shown = ["per row" if size is None else str(size) for size in sizes]
+    return ", ".join([f"{shown[0]} (default)", *shown[1:]])
 
 
 def _trained(method: Method) -> str:
@@ -74,7 +89,7 @@ def _encodings() -> Iterator[tuple[str, str, str]]:
             shapes = _shape_of_codes(fmt), _shape_of_scales(fmt)
         yield (
             f"`{fmt.name}`",
-            f"{_dtypes(fmt.code_dtypes)} {shapes[0]}",
+            _codes(fmt, shapes[0]),
             f"{_dtypes(fmt.scale_dtypes)} {shapes[1]}"
             + ("; a float32 global scale of each matrix" if fmt.has_global_scale else ""),
         )
@@ -84,8 +99,18 @@ def _dtypes(dtypes: Iterable[np.dtype[np.generic]]) -> str:
     return " or ".join(map(str, dtypes))
 
 
+def _codes(fmt: NativeFormat, shape: str) -> str:
+    """The dtypes of codes and their shape; wider dtypes have the bytes of the first."""
+    first, *others = fmt.code_dtypes
+    same = [dtype for dtype in others if dtype.itemsize == first.itemsize]
+    wider = [dtype for dtype in others if dtype.itemsize != first.itemsize]
+    return f"{_dtypes([first, *same])} {shape}" + (
+        f", or {_dtypes(wider)} with the same bytes" if wider else ""
+    )
+
+
 def _shape_of_codes(fmt: NativeFormat) -> str:
-    return "[N, K]" if fmt.row_bytes(2) == 2 else "[N, ceil(K / 2)] in bytes"
+    return "[N, K]" if fmt.row_bytes(2) == 2 else "[N, ceil(K / 2)]"
 
 
 def _shape_of_scales(fmt: NativeFormat) -> str:

@@ -1,4 +1,4 @@
-// What the machine is: instruction sets and measured limits.
+// Machine information: instruction sets, topology and measured limits.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -95,15 +95,22 @@ Info limits(CPUInfer& engine, double seconds, const std::optional<std::string>& 
 
 void bind_machine(nb::module_& m) {
   m.def("isa_info", &isa_info,
-        "Instruction sets: the active one, those that there are, those compiled in, those this machine has.");
+        "Instruction sets, by name. Keys: 'active' (str), the one in use; 'known' (list of str), all, in "
+        "rising order of preference; 'compiled' (list of str), those of this build; 'supported' (list of "
+        "str), those of the build that this machine can run.");
   m.def("select_isa", &select, nb::arg("supported"), nb::arg("compiled"),
         nb::arg("override_name").none() = nb::none(),
         "The instruction set that a machine whose processor has the supported ones would use.");
-  m.def("topology", &topology, "CPUs that this process may use, by NUMA node, and its CPU quota.");
+  m.def("topology", &topology,
+        "The CPUs that this process may use. Keys: 'cpus' (list of int); 'node_cpus' (dict of int to list of "
+        "int), those CPUs by NUMA node; 'cpu_quota' (int), CPUs' worth of time: their number, or fewer where "
+        "a control group grants fewer.");
   m.def("measure_limits", &limits, nb::arg("engine"), nb::arg("seconds") = 0.3,
         nb::arg("isa").none() = nb::none(), nb::arg("product") = "bfloat16",
-        "Read bandwidth and rates of products, 'bfloat16' or 'int8', of all threads of an engine; `seconds` "
-        "for each.");
+        "Measure the limits of all threads of an engine, for `seconds` (at most 600) each. Keys: 'isa' "
+        "(str); 'threads' (int); 'read_bytes_per_s' (float); 'dot_flop_per_s' (float), of products, "
+        "'bfloat16' or 'int8', with as few loads as possible; 'step_flop_per_s' (float), of the same "
+        "products with operands loaded from the L1 cache, as kernels have them.");
 }
 
 }  // namespace ktmoe::bindings

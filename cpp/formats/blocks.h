@@ -1,8 +1,7 @@
 // Common to block formats, those of GGUF: a row is blocks of some values one after the other,
 // each with its scales among its codes.
 //
-//   w = bf(scale number + offset)      number whole and small, scale and offset float32 of a group of the
-//   block
+//   w = bf(scale number + offset)      number: a small integer; scale, offset: float32, per group of a block
 //
 // The product is exact in float32 (a scale of 11 bits by a factor of at most 6, by a number of 7 and its
 // sign), so fused or not the value has the same bits.
@@ -48,17 +47,16 @@ constexpr uint64_t spread_twos(uint64_t x) {
   return (x | x << 6) & 0x0303030303030303;
 }
 
-// F provides
-//   kHasOffset
-//   scales(const std::byte* block, Scales& scales)
-//   number(const std::byte* block, size_t i)      of value i
-// or, where 32 of them are found faster than one by one, in place of `number`
-//   group(const std::byte* block, size_t g, int8_t* to)      the numbers of values [32 g, 32 g + 32)
-// which is all that a format needs. One that has to be fast has in the target regions, too,
-//   Unpack<F>::numbers(block, g)                  those of a group in registers, or
-//   Unpack<F>::nibbles(block, g), kTable          nibbles likewise, and their values
-//   Unpack<F>::scale(block), offset(block)        of blocks with one of each, where they are
-//   F::group_numbers, kScaleAt, kOffsetAt         of ScaledGroups (gguf_k.h)
+// Members of a format F; the optional ones are faster, and give the same numbers:
+//
+//   required    F::kHasOffset
+//               F::scales(block, Scales& scales)
+//               F::number(block, i)             of value i, or in its place
+//               F::group(block, g, int8_t* to)  of values [32 g, 32 g + 32)
+//   optional    F::group_numbers, kScaleAt, kOffsetAt      scales in registers, see ScaledGroups (gguf_k.h)
+//   fast path   Unpack<F>::numbers(block, g)               of a group in registers, or in their place
+//   (in target  Unpack<F>::nibbles(block, g), kTable       nibbles of a group, and their values
+//   regions)    Unpack<F>::scale(block), offset(block)     where a block has one of each
 template <class F, size_t kValues, size_t kBytes, size_t kGroupValues>
 struct Blocks : NoBlockScales {
   static constexpr bool kHasChannelScale = false, kIsInteger = false;

@@ -1,4 +1,4 @@
-// What a weight format is: how the rows of a weight matrix are encoded. One header a format, one line in
+// What a weight format is: how the rows of a weight matrix are encoded. One header per format, one line in
 // formats.inc; methods, kernels, bindings and tests follow from that list.
 #pragma once
 

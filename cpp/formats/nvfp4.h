@@ -1,6 +1,6 @@
 // NVFP4: E2M1 numbers with one E4M3 scale per group of 16 in a row, in a separate array, and one float32
-// scale per matrix, which is passed as the row scale of each of its rows. A number times its group's scale is
-// exact in bf16.
+// scale per matrix, which is passed as the channel scale of each of its rows. A number times its group's
+// scale is exact in bf16.
 #ifndef KTMOE_FORMATS_NVFP4_H_
 #define KTMOE_FORMATS_NVFP4_H_
 
@@ -29,7 +29,7 @@ static_assert(WeightFormat<NvFp4>);
 
 #endif  // KTMOE_FORMATS_NVFP4_H_
 
-#ifdef KT_TARGET_REGION  // inside a target's namespace, once a target
+#ifdef KT_TARGET_REGION  // inside a target's namespace, once per target
 
 template <>
 struct Unpack<formats::NvFp4> {

@@ -173,7 +173,7 @@ struct LimitKernels {
   struct Product {
     // Operations of `iterations` rounds of independent dot products, with as few loads as they need.
     double (*dot)(uint64_t iterations);
-    // Those of the same products as a kernel issues them, operands loaded from the first-level cache.
+    // Those of the same products as a kernel issues them, operands loaded from the L1 cache.
     double (*step)(uint64_t iterations, std::byte* cached_32k);
   };
   Product bf16, int8;

@@ -1,4 +1,4 @@
-// All workers of the engine, one InNumaPool a sub-pool: runs loops of independent tasks in parallel.
+// All workers of the engine, one InNumaPool per sub-pool: runs loops of independent tasks in parallel.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""Memory that calls reuse: two slots for every shape of a batch."""
+"""Reused batch buffers: two per batch shape."""
 
 from __future__ import annotations
 

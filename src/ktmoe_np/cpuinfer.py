@@ -79,7 +79,7 @@ class _MoEBase:
         Raises
         ------
         ValueError
-            Threads, sub-pools or nodes that cannot be.
+            Invalid numbers of threads, sub-pools or nodes.
         RuntimeError
             Another engine is there already, or this is a fork of the process that made it.
         """

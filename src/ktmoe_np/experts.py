@@ -67,12 +67,12 @@ class KTMoEWrapper:
         The checkpoint that `load_weights` reads: of Hugging Face, or, with methods that quantize, also a
         directory that `save_weights` or ``ktmoe convert`` has written.
     chunked_prefill_size : int
-        Of inference: tokens that are taken at a time; bounds the scratch memory, not the batch.
+        Inference only: tokens computed per chunk. Limits scratch memory, not batch size.
     method : str
         How weights are encoded, and for training what is trained. Of mode ``inference``: ``BF16``, ``FP8``
         and others read a checkpoint's own encoding; ``LLAMAFILE`` reads GGUF's; ``AMXINT8`` and ``AMXINT4``
         quantize weights and activations; ``MOE_INT8`` and ``MOE_INT4`` quantize weights alone. Of mode
-        ``sft``, which trains adapters on the same base weights: the same with ``_SFT`` behind their name;
+        ``sft``, which trains adapters on the same base weights: the same with the suffix ``_SFT``;
         ``AMXBF16_SFT`` and ``AMXFP8_SFT`` mean ``BF16_SFT`` and ``FP8_SFT``. Each with ``_SkipLoRA`` behind
         it for gradients of the input and the routing weights alone. `ktmoe_np.kt_kernel_ext.methods` lists
         them all.
@@ -81,7 +81,7 @@ class KTMoEWrapper:
     numa_nodes : sequence of int, optional
         The NUMA node of each sub-pool; a node may be named twice.
     max_deferred_experts_per_token : int
-        Of inference: of each token, how many experts the next layer's output may wait for.
+        Inference only: experts per token whose result may be added to the next layer's output.
     activation : str, ActivationSpec or mapping
         See `ktmoe_np.config.parse_activation`.
     group_size : int, optional
@@ -101,7 +101,7 @@ class KTMoEWrapper:
     Raises
     ------
     ValueError
-        An unknown method, mode or activation, sizes that cannot be, or options of the other mode.
+        An unknown method, mode or activation, invalid sizes, or options of the other mode.
     TypeError
         An unknown keyword, or a value of the wrong type.
     RuntimeError
@@ -259,14 +259,23 @@ class KTMoEWrapper:
         mode : str
             ``inference`` or ``sft``.
         **overrides
-            Any other parameter of `KTMoEWrapper`.
+            Any other parameter of `KTMoEWrapper`, and the `physical_to_logical_map` of `load_weights`.
+
+        Returns
+        -------
+        BaseMoEWrapper, or BaseSFTMoEWrapper with ``mode="sft"``
+            The loaded layer.
 
         Raises
         ------
         FileNotFoundError
-            No checkpoint there.
+            `path`, or a file that its index names, does not exist.
         ValueError
-            A config or a layer that is not what it should be.
+            A size that the config lacks, contradicts itself about, or that the files are too small for; an
+            unknown activation; a layer without experts; a tensor that is missing or has another dtype or
+            shape; an unknown method, or one that does not read this checkpoint.
+        OSError
+            A file cannot be read, or was truncated.
 
         Notes
         -----
@@ -301,6 +310,16 @@ class KTMoEWrapper:
         Where weights scale the inputs, the layer is made with ``scale_inputs=True``: found by the
         ``model_type`` of the config.json (``llama4``, ``llama4_text``) or the architecture of the GGUF file
         (``llama4``).
+
+        Examples
+        --------
+        >>> from ktmoe_np.models import EMBEDDED_MODEL
+        >>> moe = KTMoEWrapper.from_pretrained(EMBEDDED_MODEL, layer_idx=1)
+        >>> moe.config.num_experts, moe.config.hidden_size, moe.method, moe.loaded
+        (16, 256, 'BF16', True)
+        >>> sft = KTMoEWrapper.from_pretrained(EMBEDDED_MODEL, 1, mode="sft", lora_rank=8)
+        >>> sft.method, sft.options.lora_rank
+        ('AMXBF16_SFT', 8)
         """
         config, native, group_size = _read_layer(
             path, layer_idx, method is None or bool(find_method(method, mode).encodings)

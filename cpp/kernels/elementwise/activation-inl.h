@@ -1,6 +1,6 @@
 // The activation functions of SwiGLU-like experts on vectors: act(gate, up) in fp32, no rounding.
 // Formulas: silu(g) = g sigmoid(g); the reference module states them all side by side.
-// Included inside a target's namespace, after math.h.
+// Included inside a target's namespace, after math-inl.h.
 
 KT_INLINE Float silu_f(const Float& g) { return Vec::mul(g, sigmoid(g)); }
 

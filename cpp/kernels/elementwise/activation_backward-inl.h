@@ -1,5 +1,5 @@
 // The derivatives of the activation functions, from what reaches the intermediate to what reaches gate and
-// up. Included inside a target's namespace, after activation.h.
+// up. Included inside a target's namespace, after activation-inl.h.
 //
 // Every activation is a product A(g) B(u), so its derivatives are A'(g) B(u) and A(g) B'(u). Arguments are
 // clipped where the factor beside them has become zero: nothing finite turns into NaN, and a NaN passes.

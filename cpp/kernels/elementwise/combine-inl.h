@@ -1,5 +1,5 @@
 // The end of a layer: a token's experts are added in slot order in fp32 and rounded once.
-// Included inside a target's namespace, after elements.h.
+// Included inside a target's namespace, after elements-inl.h.
 
 // Whether all values of a row are finite.
 inline bool row_is_finite(const bf16* row, size_t count) {

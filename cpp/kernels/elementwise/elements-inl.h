@@ -1,5 +1,5 @@
 // Vectors of rows that may end anywhere and be of either float type, and the operands that are added to a
-// product. Included inside a target's namespace, after math.h.
+// product. Included inside a target's namespace, after math-inl.h.
 
 KT_INLINE void store_partial_bf16(bf16* p, const Float& x, size_t count) {
   if (count >= Vec::kWidth) return Vec::store_bf16(p, x);

@@ -1,5 +1,5 @@
 // Kernels on one row, element by element: loops that the compiler vectorizes without changing a bit.
-// Included once per target, inside its namespace, after combine.
+// Included once per target, inside its namespace, after combine-inl.h.
 
 inline void fill_nan_row(bf16* to, size_t size) {
   for (size_t i = 0; i < size; ++i) to[i].bits = 0x7fc0;

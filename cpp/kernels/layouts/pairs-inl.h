@@ -1,6 +1,6 @@
 // Rhs operands of the products that sum over rows: R[s, k] of sum_s L[i, s] R[s, k], its rows interleaved
 // in pairs. NN sums over the rows of weights, TN over those of activations. Included inside a target's
-// namespace, after its interleave_*.h.
+// namespace, after its interleave_*-inl.h.
 //
 // Packed pairs are [groups of 16 columns][pairs of rows][16 dwords], a dword (R[s, k], R[s + 1, k]): a row of
 // a group is a cache line, which tiles take as a row of B and vectors as one output per lane. Zeros stand

@@ -44,7 +44,7 @@ double limit_dot_rows(uint64_t iterations) {
   return 2.0 * Product::kStep * Vec::kPeakChains * static_cast<double>(iterations);
 }
 
-// The register tile of nt_rows-inl.h with its loads, over operands that stay in the first-level cache.
+// The register tile of nt_rows-inl.h with its loads, over operands that stay in the L1 cache.
 template <class Product>
 double limit_step_rows(uint64_t iterations, std::byte* cached_32k) {
   constexpr int kRows = Vec::kRowTile, kTokens = Vec::kTokenTile;

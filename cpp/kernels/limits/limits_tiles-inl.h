@@ -18,7 +18,7 @@ double limit_dot_tiles(uint64_t iterations) {
   return 4 * kFlopPerTileDot<Product> * static_cast<double>(iterations);
 }
 
-// The step of nt_tiles-inl.h: four loads from the first-level cache and four products.
+// The step of nt_tiles-inl.h: four loads from the L1 cache and four products.
 template <class Product>
 double limit_step_tiles(uint64_t iterations, std::byte* cached_32k) {
   TileScope scope;

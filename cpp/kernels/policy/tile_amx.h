@@ -24,7 +24,7 @@ struct Tile {
   static KT_INLINE void load(const void* p, ptrdiff_t stride_bytes) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride_bytes), "i"(kId) : "memory");
   }
-  // For what lies in the second-level cache and is not used again soon: the first keeps what it has.
+  // For what lies in the L2 cache and is not used again soon: L1 keeps what it has.
   template <int kId>
   static KT_INLINE void load_past_l1(const void* p, ptrdiff_t stride_bytes) {
     asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride_bytes), "i"(kId) : "memory");

@@ -1,6 +1,6 @@
 // Rows of weights to int8: multiples of a scale. That of a row is amax / 127; that of a group is found by the
 // search that the reference (quantize_int8) states step by step.
-// Included inside a target's namespace, after elements.h.
+// Included inside a target's namespace, after elements-inl.h.
 
 // A row of weights of type T, at any address.
 template <class T>

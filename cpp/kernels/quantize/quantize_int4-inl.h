@@ -1,7 +1,7 @@
 // Rows of weights to int4: the search for a row's scale and its groups' multipliers that the reference
 // (quantize_int4) states step by step. Groups are searched several at a time: their multipliers stand side by
 // side in vectors, their sums of squares are reduced together.
-// Included inside a target's namespace, after quantize.h.
+// Included inside a target's namespace, after quantize-inl.h.
 
 // Nearest code to t, from -8 to 7.
 KT_INLINE Float nearest_int4(const Float& t) {

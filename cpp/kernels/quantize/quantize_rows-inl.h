@@ -1,5 +1,5 @@
 // Activations in int8 (contract.h, QuantizedRow). Included inside a target's namespace, after
-// quantize.h, which rounds weights the same way.
+// quantize-inl.h, which rounds weights the same way.
 
 // The largest size of a row; an infinity or NaN when it is not finite. Bits without the sign order as sizes
 // do.

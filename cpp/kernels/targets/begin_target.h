@@ -1,6 +1,6 @@
-// The first include of a source that is compiled once per instruction set: KT_TARGET_HEADER names the header
-// of the one. Opens its region, where intrinsics compile and inline functions take on its instructions, and
-// its namespace; ends with what all bodies use. Nothing from outside may be included behind this.
+// The first include of a source that is compiled once per instruction set: KT_TARGET_HEADER names
+// that instruction set's header. Opens its region, where intrinsics compile and inline functions take on its
+// instructions, and its namespace; ends with what all bodies use. Include nothing from outside behind this.
 #include "kernels/targets/includes.h"
 #include KT_TARGET_HEADER
 

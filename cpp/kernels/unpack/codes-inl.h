@@ -1,7 +1,7 @@
 // Rows of codes, dequantized in registers. Included inside a target's namespace, after its vectors and before
 // the formats, whose Unpack<F>::Row provides
 //   segment, tail            elements [k, k + kStep), or fewer, decoded: what bf16 products take
-//   weights, weights_tail    the same times the row scale, rounded to bf16: where a product sums over rows
+//   weights, weights_tail    the same times the channel scale, in bf16: for products that sum over rows
 //   bytes, bytes_tail        integer formats only: elements [k, k + kByteStep) for integer products
 
 inline constexpr size_t kByteStep = 2 * Vec::kStep;

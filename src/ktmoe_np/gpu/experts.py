@@ -68,9 +68,9 @@ class GPUExperts:
     >>> mask = np.array([False, True, False])
     >>> moe = KTMoEWrapper(layer_idx=0, num_experts=3, num_experts_per_tok=2, hidden_size=4,
     ...                    moe_intermediate_size=2, activation="relu2", gpu_experts_mask=mask)
-    >>> first, last = np.ones((3, 2, 4), ml_dtypes.bfloat16), np.ones((3, 4, 2), ml_dtypes.bfloat16)
-    >>> moe.load_weights_from_tensors(first, None, last)
-    >>> gpu = GPUExperts(moe.config, mask, first[mask], None, last[mask])
+    >>> gate, down = np.ones((3, 2, 4), ml_dtypes.bfloat16), np.ones((3, 4, 2), ml_dtypes.bfloat16)
+    >>> moe.load_weights_from_tensors(gate, None, down)
+    >>> gpu = GPUExperts(moe.config, mask, gate[mask], None, down[mask])
     >>> x, ids = np.ones((1, 4), ml_dtypes.bfloat16), np.array([[0, 1]])
     >>> weights = np.array([[0.25, 0.5]], np.float32)
     >>> moe.submit_forward(x, ids, weights)    # on a GPU with its stream, as sync_forward

@@ -16,7 +16,7 @@ __all__ = ["checked_mask", "generate_gpu_experts_masks"]
 def generate_gpu_experts_masks(
     activation_freq: ArrayLike | Sequence[Sequence[float]], num_gpu_experts: int
 ) -> NDArray[np.bool_]:
-    """The most frequent experts of a model, over all its layers.
+    """Mask of the most frequently routed experts of a model, over all its layers.
 
     Parameters
     ----------

@@ -119,7 +119,7 @@ class BaseMoEWrapper(ExpertExport):
 
         out[t] = sum over p in slot order of topk_weights[t, p] * expert(topk_ids[t, p])(hidden_states[t]);
         with ``scale_inputs`` the sum of expert(topk_ids[t, p])(topk_weights[t, p] * hidden_states[t]).
-        `ktmoe_np.reference.moe_forward` states it to the rounding.
+        `ktmoe_np.reference.moe_forward` defines it, including every rounding.
 
         Parameters
         ----------
@@ -177,8 +177,8 @@ class BaseMoEWrapper(ExpertExport):
         >>> from ktmoe_np import KTMoEWrapper
         >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
         ...                    moe_intermediate_size=2, activation="relu2")
-        >>> first, last = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
-        >>> moe.load_weights_from_tensors(first, None, last)
+        >>> gate, down = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+        >>> moe.load_weights_from_tensors(gate, None, down)
         >>> x = np.ones((1, 4), ml_dtypes.bfloat16)
         >>> moe.forward(x, np.array([[1]]), np.array([[0.5]], np.float32)).astype(float).tolist()
         [[16.0, 16.0, 16.0, 16.0]]
@@ -228,6 +228,20 @@ class BaseMoEWrapper(ExpertExport):
         -----
         An exception that ends this call, such as KeyboardInterrupt, leaves no pass pending; `out` may then be
         written all the same.
+
+        Examples
+        --------
+        >>> import ml_dtypes, numpy as np
+        >>> from ktmoe_np import KTMoEWrapper
+        >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+        ...                    moe_intermediate_size=2, activation="relu2")
+        >>> gate, down = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+        >>> moe.load_weights_from_tensors(gate, None, down)
+        >>> x = np.ones((1, 4), ml_dtypes.bfloat16)
+        >>> moe.submit_forward(x, np.array([[1]]), np.array([[0.5]], np.float32))
+        >>> others = x + x  # while the experts are computed
+        >>> moe.sync_forward().astype(float).tolist()
+        [[16.0, 16.0, 16.0, 16.0]]
         """
         if cuda_stream is not None:
             _check_no_chain(chain)
@@ -303,6 +317,20 @@ class BaseMoEWrapper(ExpertExport):
             Another stream than that of the pass.
         IndexError
             An expert id of E or above was submitted; of streams see `forward`.
+
+        Examples
+        --------
+        >>> import ml_dtypes, numpy as np
+        >>> from ktmoe_np import KTMoEWrapper
+        >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+        ...                    moe_intermediate_size=2, activation="relu2")
+        >>> gate, down = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+        >>> moe.load_weights_from_tensors(gate, None, down)
+        >>> x = np.ones((1, 4), ml_dtypes.bfloat16)
+        >>> out = np.empty((1, 4), np.float32)
+        >>> moe.submit_forward(x, np.array([[0]]), np.array([[0.25]], np.float32), out=out)
+        >>> moe.sync_forward() is out, out.tolist()
+        (True, [[8.0, 8.0, 8.0, 8.0]])
         """
         if cuda_stream is not None:
             result: Array = self._stream_runner.sync(self._stream(cuda_stream))
@@ -349,8 +377,8 @@ class BaseMoEWrapper(ExpertExport):
         >>> from ktmoe_np import KTMoEWrapper
         >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=2, hidden_size=4,
         ...                    moe_intermediate_size=2, activation="relu2", max_deferred_experts_per_token=1)
-        >>> first, last = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
-        >>> moe.load_weights_from_tensors(first, None, last)
+        >>> gate, down = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+        >>> moe.load_weights_from_tensors(gate, None, down)
         >>> x, weights = np.ones((1, 4), ml_dtypes.bfloat16), np.array([[0.75, 0.25]], np.float32)
         >>> float(moe.forward(x, np.array([[0, 1]]), weights)[0, 0])
         24.0

@@ -21,8 +21,8 @@ A program that stays on the CPU, even if JAX finds a GPU:
 >>> from ktmoe_np import KTMoEWrapper
 >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
 ...                    moe_intermediate_size=2, activation="relu2")
->>> first, last = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
->>> moe.load_weights_from_tensors(first, None, last)
+>>> gate, down = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+>>> moe.load_weights_from_tensors(gate, None, down)
 >>> cpu = jax.devices("cpu")[0]
 >>> batch = (np.ones((3, 4), ml_dtypes.bfloat16), np.zeros((3, 1), np.int32), np.ones((3, 1), np.float32))
 >>> program = jax.jit(lambda *batch: moe_forward(moe, *batch))

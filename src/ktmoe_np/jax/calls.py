@@ -26,13 +26,13 @@ def moe_forward(
     *,
     index: Array | None = None,
 ) -> Array:
-    """The experts of a layer on a batch of tokens; as `BaseMoEWrapper.forward`, with its bits.
+    """The experts of a layer on a batch of tokens, bit-identical to `BaseMoEWrapper.forward`.
 
     Parameters
     ----------
     moe : BaseMoEWrapper, or a sequence of them
-        Of mode ``inference``, loaded. Which experts its `gpu_experts_mask` names counts as it is when the
-        program is traced. Of a sequence, all of the same sizes, `index` says which.
+        Of mode ``inference``, loaded. `gpu_experts_mask` is read when the program is traced. Of a sequence,
+        all of the same sizes, `index` says which.
     hidden_states : array of bfloat16 [..., H]
         All leading axes count as rows, as does one of `jax.vmap`: a token's result does not depend on others.
     topk_ids : array of integers [..., P]
@@ -56,7 +56,7 @@ def moe_forward(
         `raise_pending_error`.
     OSError
         While tracing, or outside of compiled programs: a file of the weights was truncated. A running
-        program does not check; see `MoELayer.load_weights`.
+        program does not check; see `BaseMoEWrapper.load_weights`.
 
     Examples
     --------
@@ -64,8 +64,8 @@ def moe_forward(
     >>> from ktmoe_np import KTMoEWrapper
     >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
     ...                    moe_intermediate_size=2, activation="relu2")
-    >>> first, last = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
-    >>> moe.load_weights_from_tensors(first, None, last)
+    >>> gate, down = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+    >>> moe.load_weights_from_tensors(gate, None, down)
     >>> x = jnp.ones((3, 4), jnp.bfloat16)
     >>> ids, w = jnp.zeros((3, 1), int), jnp.ones((3, 1))
     >>> y = jax.jit(lambda *batch: moe_forward(moe, *batch))(x, ids, w)
@@ -88,8 +88,8 @@ def moe_sft(
     """The experts of a layer with adapters, to be differentiated by these, the input and the routing weights.
 
     The layer's own adapters and saved passes become those of the last call: a layer that a program calls
-    should be called by programs alone. A backward pass goes back through the forward pass that the layer has
-    saved when that was its last one, and through a new one of the same bits otherwise.
+    should be called by programs alone. A backward pass uses the saved forward pass if it is the layer's last,
+    and recomputes it bit-identically otherwise.
 
     Parameters
     ----------
@@ -117,8 +117,8 @@ def moe_sft(
     >>> sft = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
     ...                    moe_intermediate_size=2, activation="relu2", mode="sft",
     ...                    method="AMXBF16_SFT", lora_rank=1)
-    >>> first, last = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
-    >>> sft.load_weights_from_tensors(first, None, last)
+    >>> gate, down = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+    >>> sft.load_weights_from_tensors(gate, None, down)
     >>> x, ids, w = jnp.ones((3, 4), jnp.bfloat16), jnp.zeros((3, 1), int), jnp.ones((3, 1))
     >>> loss = lambda lora: moe_sft(sft, lora, x, ids, w).astype(jnp.float32).sum()
     >>> gradients = jax.grad(loss)(lora_parameters(sft))
@@ -139,7 +139,19 @@ def moe_sft(
 
 
 def lora_parameters(sft: BaseSFTMoEWrapper) -> dict[str, jax.Array]:
-    """The adapters of a layer as JAX arrays, by name; see `BaseSFTMoEWrapper.lora_weights`.
+    """Copy the adapters of a layer to JAX arrays; see `BaseSFTMoEWrapper.lora_weights`.
+
+    Parameters
+    ----------
+    sft : BaseSFTMoEWrapper
+        Of mode ``sft``. Adapters that have no values yet get those of `init_lora_weights`.
+
+    Returns
+    -------
+    dict of str to array of float32 or bfloat16
+        In the dtypes that the layer was given them in, float32 by default: ``gate_lora_a``, ``up_lora_a``
+        [E, R, H], ``gate_lora_b``, ``up_lora_b`` [E, I, R], ``down_lora_a`` [E, R, I] and ``down_lora_b``
+        [E, H, R]. No ``up`` when the activation is not gated; empty when `lora_rank` is 0.
 
     Examples
     --------

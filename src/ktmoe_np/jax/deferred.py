@@ -27,13 +27,13 @@ def moe_forward_deferred(
     """The immediate experts of a layer, and the deferred experts of the previous layer.
 
     Of each token `max_deferred_experts_per_token` slots, those with the smallest weights, are computed while
-    the program continues, and are added to the result of the next layer, which takes the carry. Results have
-    the bits of `BaseMoEWrapper.submit_forward` on the host.
+    the program continues, and are added to the result of the next layer, which takes the carry. Results are
+    bit-identical to those of `BaseMoEWrapper.submit_forward` on the host.
 
     Parameters
     ----------
     moe, hidden_states, topk_ids, topk_weights, index
-        See `moe_forward`; but for `jax.vmap`.
+        As in `moe_forward`, without `jax.vmap`.
     carry : array of uint32 [], optional
         What the call of the layer before has returned, to be used once; None or zero for the first layer.
 
@@ -57,8 +57,8 @@ def moe_forward_deferred(
     >>> from ktmoe_np import KTMoEWrapper
     >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=2, hidden_size=4,
     ...                    moe_intermediate_size=2, activation="relu2", max_deferred_experts_per_token=1)
-    >>> first, last = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
-    >>> moe.load_weights_from_tensors(first, None, last)
+    >>> gate, down = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+    >>> moe.load_weights_from_tensors(gate, None, down)
     >>> @jax.jit
     ... def two_layers(x, ids, weights):
     ...     out, carry = moe_forward_deferred(moe, x, ids, weights)

@@ -17,7 +17,7 @@ from .base import MoELayer
 
 __all__ = ["GgufWeights"]
 
-#: Arrays of numbers that say themselves what they are.
+#: Dtypes that imply the tensor type.
 _PLAIN = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", bfloat16: "bf16"}
 
 

@@ -104,9 +104,9 @@ class NativeWeights(MoELayer):
         >>> from ktmoe_np import KTMoEWrapper
         >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
         ...                    moe_intermediate_size=2, activation="relu2", method="FP8")
-        >>> first, last = (np.ones(shape, ml_dtypes.float8_e4m3fn) for shape in ((2, 2, 4), (2, 4, 2)))
+        >>> gate, down = (np.ones(shape, ml_dtypes.float8_e4m3fn) for shape in ((2, 2, 4), (2, 4, 2)))
         >>> scale = np.ones((2, 1, 1), np.float32)
-        >>> moe.load_weights_from_tensors(first, None, last, gate_scale=scale, down_scale=scale)
+        >>> moe.load_weights_from_tensors(gate, None, down, gate_scale=scale, down_scale=scale)
         >>> x = np.ones((1, 4), ml_dtypes.bfloat16)
         >>> moe.forward(x, np.array([[1]]), np.array([[0.5]], np.float32)).astype(float).tolist()
         [[16.0, 16.0, 16.0, 16.0]]

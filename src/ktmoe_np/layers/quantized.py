@@ -154,8 +154,8 @@ class QuantizedWeights(MoELayer):
         >>> from ktmoe_np import KTMoEWrapper
         >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
         ...                    moe_intermediate_size=2, activation="relu2", method="MOE_INT8")
-        >>> first, last = np.ones((2, 2, 4), np.float32), np.ones((2, 4, 2), np.float32)
-        >>> moe.load_weights_from_tensors(first, None, last)
+        >>> gate, down = np.ones((2, 2, 4), np.float32), np.ones((2, 4, 2), np.float32)
+        >>> moe.load_weights_from_tensors(gate, None, down)
         >>> x = np.ones((1, 4), ml_dtypes.bfloat16)
         >>> moe.forward(x, np.array([[1]]), np.array([[0.5]], np.float32)).astype(float).tolist()
         [[16.0, 16.0, 16.0, 16.0]]

@@ -224,7 +224,7 @@ class MoEDecoder:
         return KVCache(c.num_layers, c.num_kv_heads, c.head_dim)
 
     def forward(self, tokens: Sequence[_Tokens], caches: Sequence[KVCache]) -> list[Floats]:
-        """Go on with some sequences.
+        """Compute logits for the next tokens of each sequence.
 
         Parameters
         ----------
@@ -251,8 +251,8 @@ class MoEDecoder:
     def forward_sft(self, tokens: Sequence[_Tokens]) -> tuple[list[Floats], TrainingPass]:
         """Compute the logits of whole sequences, and keep what `backward` needs.
 
-        Experts keep theirs too, until the backward pass of this one or `clear_cache`; so passes are gone back
-        in the reverse of their order, `max_cache_depth` of them at most. An exception within a pass forgets
+        Experts keep theirs too, until the backward pass of this one or `clear_cache`; so passes are
+        backpropagated in reverse order, `max_cache_depth` of them at most. An exception within a pass forgets
         all that wait.
 
         Parameters
@@ -296,12 +296,12 @@ class MoEDecoder:
     def backward(self, kept: TrainingPass, grad_logits: Sequence[Floats]) -> list[SFTGradients]:
         """Differentiate the sum of logits * grad_logits by the adapters.
 
-        Which experts a token goes to is taken as it is; how much they count is gone back through.
+        Expert selection is treated as constant; routing weights are differentiated.
 
         Parameters
         ----------
         kept : TrainingPass
-            Of the last forward pass that has not been gone back.
+            Of the last forward pass that has not been backpropagated.
         grad_logits : sequence of float32 [T, vocab_size]
 
         Returns
@@ -336,7 +336,7 @@ class MoEDecoder:
         return results[::-1]
 
     def clear_cache(self) -> None:
-        """Forget forward passes that were not gone back."""
+        """Forget forward passes that were not backpropagated."""
         self._waiting.clear()
         for experts in self.trained_experts():
             experts.clear_cache()

@@ -84,10 +84,9 @@ def bits_per_token(
     batch: int = 8,
     progress: Callable[[int], object] | None = None,
 ) -> float:
-    """Measure how well a text is expected: minus the mean log2 of the chances given to its tokens.
+    """Cross-entropy in bits per token.
 
-    The text is cut into windows, each of which is expected from its own beginning on; the first token of
-    each has nothing to be expected from and does not count.
+    Windows are scored independently; the first token of each is not scored.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A step of training: how badly a model expects some texts, and the gradients by its adapters."""
+"""A step of training: the cross-entropy loss of a model on some texts, and the gradients by its adapters."""
 
 from __future__ import annotations
 

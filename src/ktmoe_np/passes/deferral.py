@@ -1,8 +1,8 @@
 """Deferred experts: how the deferred output of a layer reaches the next one.
 
-What a pass receives and leaves, and when its parts run, is said in the C++ core, which computes it
-(`moe/deferred_pass.h`). Layers follow each other by their `layer_idx` along a chain: there is one in an
-engine, which threads use in turn, one for each CUDA stream, and as many as callers make.
+What a pass receives and leaves, and when its parts run, is documented in cpp/moe/deferred_pass.h. Layers
+follow each other by their `layer_idx` along a chain: there is one in an engine, which threads use in turn,
+one for each CUDA stream, and as many as callers make.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class DeferralChain(OutputChain[HostOutput]):
     """Deferred outputs passed from layer to layer, in passes on host arrays.
 
     Layers that are called without one share the chain of their engine, which one thread at a time can use.
-    Threads that run passes side by side give each pass a chain of its own, and so hand a pass over to another
+    Threads that run passes side by side use one chain per pass; the same chain moves a pass to another
     thread: the calls of one pass, from its first layer to `drain_deferred`, have the same chain.
 
     Examples
@@ -104,8 +104,8 @@ class DeferralChain(OutputChain[HostOutput]):
     >>> from ktmoe_np import DeferralChain, KTMoEWrapper
     >>> moe = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=2, hidden_size=4,
     ...                    moe_intermediate_size=2, activation="relu2", max_deferred_experts_per_token=1)
-    >>> first, last = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
-    >>> moe.load_weights_from_tensors(first, None, last)
+    >>> gate, down = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+    >>> moe.load_weights_from_tensors(gate, None, down)
     >>> x, weights = np.ones((1, 4), ml_dtypes.bfloat16), np.array([[0.75, 0.25]], np.float32)
     >>> chain = DeferralChain()
     >>> float(moe.forward(x, np.array([[0, 1]]), weights, chain=chain)[0, 0])

@@ -138,6 +138,18 @@ def export_peft(
         of which PEFT does not load them, or is not known to.
     OSError
         A file cannot be written.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> from ktmoe_np import KTMoEWrapper
+    >>> layers = [KTMoEWrapper(layer_idx=i, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+    ...                        moe_intermediate_size=2, mode="sft", method="AMXBF16_SFT", lora_rank=1)
+    ...           for i in range(2)]
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     export_peft(directory, layers)
+    ...     sorted(os.listdir(directory)), peft_scale(directory)
+    (['adapter_config.json', 'adapter_model.safetensors'], (1, 32.0))
     """
     rank, alpha = _common_scale(layers)
     names = peft_names(layers, model_type)
@@ -188,6 +200,20 @@ def import_peft(directory: str | os.PathLike[str], layers: Sequence[AdaptedLayer
         Not such files, another rank or scale, a kind of adapter that is not plain LoRA, or a tensor that is
         missing or of another shape or dtype: names the file, and the tensor or key. All layers keep their
         adapters.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np
+    >>> from ktmoe_np import KTMoEWrapper
+    >>> trained, fresh = (KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+    ...                                moe_intermediate_size=2, mode="sft", method="AMXBF16_SFT", lora_rank=1)
+    ...                   for _ in range(2))
+    >>> trained.update_lora_weights(down_lora_b=np.full((2, 4, 1), 0.25, np.float32))
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     export_peft(directory, [trained])
+    ...     import_peft(directory, [fresh])
+    >>> fresh.lora_weights["down_lora_b"][1].ravel().tolist()
+    [0.25, 0.25, 0.25, 0.25]
     """
     rank, alpha = _common_scale(layers)
     source = Path(directory)

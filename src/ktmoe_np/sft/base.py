@@ -124,8 +124,8 @@ class BaseSFTMoEWrapper(LoraLayer):
         >>> sft = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
         ...                    moe_intermediate_size=2, activation="relu2", mode="sft", method="AMXBF16_SFT",
         ...                    lora_rank=1, lora_alpha=0.5)
-        >>> first, last = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
-        >>> sft.load_weights_from_tensors(first, None, last)
+        >>> gate, down = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+        >>> sft.load_weights_from_tensors(gate, None, down)
         >>> sft.init_lora_weights(gate_lora_b=np.ones((2, 2, 1), np.float32))
         >>> sft.update_lora_weights(gate_lora_a=np.ones((2, 1, 4), np.float32))
         >>> x = np.ones((1, 4), ml_dtypes.bfloat16)
@@ -221,7 +221,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         grad_input: ArrayLike | None = None,
         grad_weights: ArrayLike | None = None,
     ) -> SFTGradients:
-        """Differentiate the sum of output * grad_output, by the forward pass that was saved last.
+        """Backpropagate grad_output through the most recently saved forward pass.
 
         Parameters
         ----------
@@ -250,6 +250,23 @@ class BaseSFTMoEWrapper(LoraLayer):
             No forward pass is saved.
         OSError
             A file of the weights was truncated; see `load_weights`. The forward pass stays saved.
+
+        Examples
+        --------
+        >>> import ml_dtypes, numpy as np
+        >>> from ktmoe_np import KTMoEWrapper
+        >>> sft = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+        ...                    moe_intermediate_size=2, activation="relu2", mode="sft", method="AMXBF16_SFT",
+        ...                    lora_rank=1, lora_alpha=0.5)
+        >>> gate, down = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+        >>> sft.load_weights_from_tensors(gate, None, down)
+        >>> x, ids = np.ones((1, 4), ml_dtypes.bfloat16), np.array([[1]])
+        >>> _ = sft.forward_sft(x, ids, np.ones((1, 1), np.float32))
+        >>> gradients = sft.backward(np.ones((1, 4), ml_dtypes.bfloat16))
+        >>> gradients.grad_input.astype(float).tolist(), gradients.grad_weights.tolist()
+        ([[64.0, 64.0, 64.0, 64.0]], [[128.0]])
+        >>> gradients.gate_lora_b.shape
+        (2, 2, 1)
         """
         result, task = self._backward_task(grad_output, gradients, accumulate, grad_input, grad_weights)
         try:

@@ -89,6 +89,16 @@ class LoraLayer(MoELayer):
             Not an array, or another dtype.
         ValueError
             Another shape, adapters of up when the activation is not gated, or any when `lora_rank` is 0.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from ktmoe_np import KTMoEWrapper
+        >>> sft = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+        ...                    moe_intermediate_size=2, mode="sft", method="AMXBF16_SFT", lora_rank=1)
+        >>> sft.init_lora_weights(gate_lora_a=np.ones((2, 1, 4), np.float32))
+        >>> sft.lora_weights["gate_lora_a"][0].tolist(), sft.lora_weights["gate_lora_b"][0].tolist()
+        ([[1.0, 1.0, 1.0, 1.0]], [[0.0], [0.0]])
         """
         given = self._copied(gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
         self._set_lora(given, all_new=True)
@@ -111,6 +121,16 @@ class LoraLayer(MoELayer):
         ------
         ValueError
             All are None: a caller that changed its own arrays in place has to give them again.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from ktmoe_np import KTMoEWrapper
+        >>> sft = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
+        ...                    moe_intermediate_size=2, mode="sft", method="AMXBF16_SFT", lora_rank=1)
+        >>> sft.update_lora_weights(up_lora_b=np.full((2, 2, 1), 0.5, np.float32))
+        >>> sft.lora_weights["up_lora_b"][0].tolist(), sft.lora_weights["down_lora_b"].shape
+        ([[0.5], [0.5]], (2, 4, 1))
         """
         given = self._copied(gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
         if not given:

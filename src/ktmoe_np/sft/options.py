@@ -35,7 +35,7 @@ class SFTOptions:
     max_cache_depth : int
         Forward passes that may wait for their backward pass.
     full_weight_grad : bool
-        The gradients of the base weights too, where these are bf16.
+        Also compute gradients of the base weights, where these are bf16.
     recompute : bool
         Keep input and routing only, and repeat the forward pass in the backward pass: the same bits, less
         memory.
@@ -75,8 +75,8 @@ class SFTOptions:
     >>> sft = KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
     ...                    moe_intermediate_size=2, activation="relu2", mode="sft", method="AMXBF16_SFT",
     ...                    reuse_buffers=True)
-    >>> first, last = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
-    >>> sft.load_weights_from_tensors(first, None, last)
+    >>> gate, down = np.ones((2, 2, 4), ml_dtypes.bfloat16), np.ones((2, 4, 2), ml_dtypes.bfloat16)
+    >>> sft.load_weights_from_tensors(gate, None, down)
     >>> x, ids, weights = np.ones((1, 4), ml_dtypes.bfloat16), np.array([[1]]), np.ones((1, 1), np.float32)
     >>> y = sft.forward_sft(x, ids, weights, save_for_backward=False)
     >>> kept = y.copy()

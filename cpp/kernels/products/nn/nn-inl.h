@@ -1,8 +1,8 @@
 // NN, common to vectors and tiles: C[m, k - k0] (+)= sum over terms of sum_n G[m, n] W[n, k].
 //
 // The rows of the terms' weights, each padded to whole steps, are one sequence. It is taken in blocks of
-// equal length, whose rows are interleaved in pairs (pairs.h) and multiplied; sums are kept in C between
-// blocks. Included inside a target's namespace, after pairs.h.
+// equal length, whose rows are interleaved in pairs (pairs-inl.h) and multiplied; sums are kept in C
+// between blocks. Included inside a target's namespace, after pairs-inl.h.
 
 // Bytes of a packed block. Together with its multiplier it must stay in the L2 cache, and there are two: one
 // is multiplied while the other is packed. Blocks are long, as storing and loading the sums in C costs about

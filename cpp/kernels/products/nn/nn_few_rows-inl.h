@@ -1,7 +1,7 @@
 // NN of tile targets for a few rows of G, on vectors: rows of W are multiplied directly from memory, not
 // interleaved first. Every output takes the steps that the tile unit takes (policy/tile_sums_*.h), so it has
 // the same bits: over 32 rows of W, the even and the odd ones are summed separately from zero, the two sums
-// added, and that is added to C. Included inside a target's namespace, after nn.h.
+// added, and that is added to C. Included inside a target's namespace, after nn-inl.h.
 //
 // The lhs operand is the rows of G in place.
 
@@ -180,7 +180,7 @@ class FewRows {
       few_rows_group(step_, rows_, (j * kFewColumns - first) * sizeof(bf16), few_lanes(c_, j, rows_, 0));
   }
 
-  // The same of rows that are decoded, as many columns at a time as stay in the first-level cache.
+  // The same of rows that are decoded, as many columns at a time as stay in the L1 cache.
   KT_INLINE void decoded_step(const NnTerm& term, uint32_t s0, uint32_t count) {
     for (uint32_t n = 0; n < kPairsStep; ++n) step_.row[n] = n < count ? copies_ + n * kCopyBytes : kZeroRow;
     for (uint32_t k = 0; k < columns_.size(); k += kCopyColumns) {

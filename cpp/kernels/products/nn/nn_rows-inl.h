@@ -1,12 +1,12 @@
 // NN on vectors: C[m, k - k0] (+)= sum over terms of sum_n G[m, n] W[n, k].
 //
-// A block of rows of W is interleaved in pairs (nn.h). A register tile is kPairRows rows of the lhs x
+// A block of rows of W is interleaved in pairs (nn-inl.h). A register tile is kPairRows rows of the lhs x
 // kPairGroups groups of columns, one lane per output: a pair of a row of the lhs is broadcast and multiplied
 // by a pair of rows of W in each. Every lane sums along n only, and sums are kept in C between blocks of n;
 // so the order is that of n.
 //
 // Rows of the lhs are read in place, with any stride between pairs: 4 bytes in rows of G, a cache line where
-// G is itself interleaved (tn_rows.h).
+// G is itself interleaved (tn_rows-inl.h).
 
 inline size_t lhs_bytes(uint32_t, uint32_t) { return 0; }
 
@@ -131,7 +131,7 @@ KT_INLINE void last_pairs_tile(const PairsBlock& b, uint32_t i, uint32_t g, uint
   }
 }
 
-// All rows of the lhs by groups from g on, which stay in the first- or second-level cache meanwhile.
+// All rows of the lhs by groups from g on, which stay in the L1 or L2 cache meanwhile.
 template <int kGroups>
 void pairs_strip(const PairsBlock& b, uint32_t g, WorkAhead& ahead) {
   uint32_t i = 0;

@@ -1,12 +1,12 @@
 // NN on the tile unit: C[m, k - k0] (+)= sum over terms of sum_n G[m, n] W[n, k].
 //
 // Rows of G are the A operand, packed to tiles once for all columns; a block of rows of W, interleaved in
-// pairs (nn.h), is the B operand. A step is two panels of 16 rows of G by two groups of 16 columns of W,
+// pairs (nn-inl.h), is the B operand. A step is two panels of 16 rows of G by two groups of 16 columns of W,
 // so C is row-major and is stored in its final place. Sums are kept in C between blocks; blocks are whole
 // steps, so the order of the sum is that of the steps from the first on.
 //
 // The lhs operand is panels of 16 rows, the last one only as tall as its rows: [N/32][rows][32] bf16, N
-// padded with zeros. Few rows stay where they are (nn_few_rows.h).
+// padded with zeros. Few rows stay where they are (nn_few_rows-inl.h).
 
 inline size_t lhs_bytes(uint32_t m, uint32_t n) { return div_up(m, kTileRows) * panel_bytes(n); }
 

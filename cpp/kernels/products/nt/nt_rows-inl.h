@@ -2,7 +2,7 @@
 //
 // A register tile is kRowTile weight rows x kTokenTile activation rows, one accumulator of lanes an output.
 // The lanes of every output see K in steps of kStep, whatever the tile, and are added by one tree; that is
-// the order that makes results independent of the batch. A group of weight rows stays in the first-level
+// the order that makes results independent of the batch. A group of weight rows stays in the L1
 // cache while the activations of the panel pass, so weights are read from memory once.
 //
 // Long rows are taken in blocks of K, the lanes kept in scratch from block to block: the order of the sum

@@ -1,8 +1,8 @@
 // TN, common to vectors and tiles: D[n, k] (+)= scale * sum_m G[m, n] X[m, k], block by block of m.
 //
-// Rows of both, gathered, are interleaved in pairs (pairs.h). X then has the role of W in NN; Product
+// Rows of both, gathered, are interleaved in pairs (pairs-inl.h). X then has the role of W in NN; Product
 // converts G to its lhs operand. Sums are kept in scratch and written to D at the end. Included inside a
-// target's namespace, after its nn_*.h and transpose_*.h.
+// target's namespace, after its nn_*-inl.h and transpose_*-inl.h.
 
 inline constexpr size_t kTnPackedBytes = size_t{64} << 10;  // of X: with the sums it stays in the cache
 inline constexpr uint32_t kTnBlockRows = 512;  // at most: blocks of G are small beside the packed X

@@ -1,5 +1,5 @@
 // TN on vectors: the pairs of a column of G are one cache line apart where its rows are interleaved, and are
-// broadcast from there. Included inside a target's namespace, after nn_rows.h and tn.h.
+// broadcast from there. Included inside a target's namespace, after nn_rows-inl.h and tn-inl.h.
 
 struct TnRows {
   KT_INLINE void add(const TnBlock& b) {

@@ -1,11 +1,11 @@
 // TN on the tile unit: groups of G's columns, interleaved, are transposed to the tiles of a lhs operand.
-// Included inside a target's namespace, after nn_tiles.h and tn.h.
+// Included inside a target's namespace, after nn_tiles-inl.h and tn-inl.h.
 
 struct TnTiles {
   TileScope scope;
 
-  // Panels [steps][rows][32] as nn_tiles.h has them. Of a last panel with fewer rows, a step overwrites what
-  // the one before it has too many.
+  // Panels [steps][rows][32] as nn_tiles-inl.h has them. Of a last panel with fewer rows, a step overwrites
+  // what the one before it has too many.
   KT_INLINE Operand pack(const TnBlock& b) {
     const size_t steps = div_up(b.length, kTileK);
     const Operand lhs{b.scratch, steps * kTileBytes, nullptr, b.n, b.length};

@@ -1,4 +1,4 @@
-"""Files of quantized experts, one a layer: written atomically, checked field by field, mapped without a copy.
+"""Files of quantized experts, one per layer: written atomically, checked field by field, mapped without copy.
 
 ``layer-00012.safetensors`` holds ``gate_proj.codes`` U8 [E, I, row_bytes], ``gate_proj.row_scale`` F32 [E, I]
 where the format has channel scales, ``gate_proj.bias`` F32 [E, I] where there are biases, and ``up_proj`` and
