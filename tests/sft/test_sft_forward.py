@@ -15,7 +15,9 @@ from sft_layers import SHAPES, Student, draw_case, draw_student, draw_training
 
 import ktmoe_np.buffers
 import ktmoe_np.experts
+import ktmoe_np.sft.adapters
 import ktmoe_np.sft.base
+import ktmoe_np.sft.lora
 import ktmoe_np.sft.options
 from ktmoe_np.reference import Dropout, assert_within
 
@@ -27,7 +29,8 @@ BAD_NUMBERS = (np.nan, np.inf, -np.inf)
 
 
 def test_doctests() -> None:
-    for module in (ktmoe_np.buffers, ktmoe_np.experts, ktmoe_np.sft.base, ktmoe_np.sft.options):
+    sft = ktmoe_np.sft
+    for module in (ktmoe_np.buffers, ktmoe_np.experts, sft.adapters, sft.base, sft.lora, sft.options):
         assert doctest.testmod(module).failed == 0
 
 
