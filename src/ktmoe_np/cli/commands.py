@@ -63,7 +63,7 @@ _EVAL = (
     "them costs."
 )
 _FINETUNE = (
-    "All experts are trained on nine tenths of the text; the last tenth is held out. The "
+    "Adapters of all experts are trained on nine tenths of the text; the last tenth is held out. The "
     "output directory gets the adapters in PEFT's format, the losses as CSV and as a picture, and a state: "
     "after Ctrl-C, or with more --steps, the same command resumes as if it had never stopped."
 )
