@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ktmoe_np import kt_kernel_ext as ext
+
 from .encoders import (
     encode_fp8,
     encode_fp8_perchannel,
@@ -40,8 +42,8 @@ class Method:
     """The properties of a method that a bench needs."""
 
     name: str
-    bytes_per_weight: float  #: in the checkpoint's encoding, scales counted in
     tolerance: float  #: relative error from which on an answer is wrong
+    bytes_per_weight: float  #: block scales included
     operation: str = "forward"  #: what it is for
     product: str = "bfloat16"  #: whose limit counts: "bfloat16" or "int8"
     encode: Callable[[Layer], dict[str, Any]] = _as_they_are  #: to the arguments of load_weights_from_tensors
@@ -62,7 +64,7 @@ class Method:
 def _gguf(fmt: GgufFormat | RandomGguf) -> Method:
     """All three projections in one tensor type."""
     size = fmt.block_bytes / fmt.block
-    return Method(f"LLAMAFILE-{fmt.name}", size, fmt.tolerance, encode=fmt.encode, wrapper="LLAMAFILE")
+    return Method(f"LLAMAFILE-{fmt.name}", fmt.tolerance, size, encode=fmt.encode, wrapper="LLAMAFILE")
 
 
 def _random_gguf(fmt: RandomGguf) -> Method:
@@ -70,19 +72,29 @@ def _random_gguf(fmt: RandomGguf) -> Method:
     return replace(_gguf(fmt), replace_weights=fmt.replace_weights)
 
 
+def _method(name: str, tolerance: float, **options: Any) -> Method:
+    """Size and product as the library says, in the method's default format."""
+    (info,) = (info for info in ext.methods() if info.names[0] == name)
+    encoded, k = info.formats[0], 1 << 14
+    size = encoded.row_bytes(k) / k
+    if encoded.scale_rows:
+        size += encoded.scale_bytes(k) / k / encoded.scale_rows
+    return Method(name, tolerance, size, product=info.product, **options)
+
+
 _FORWARD = (
-    Method("BF16", 2.0, 0.02),
-    Method("AMXINT8", 1.0, 0.05, product="int8"),
-    Method("AMXINT4", 17 / 32, 0.3, product="int8"),
-    Method("MOE_INT8", 1.0, 0.03),
-    Method("MOE_INT4", 17 / 32, 0.3),
-    Method("FP8", 1.0, 0.06, encode=encode_fp8),
-    Method("FP8_PERCHANNEL", 1.0, 0.06, encode=encode_fp8_perchannel),
-    Method("MXFP8", 33 / 32, 0.06, encode=encode_mxfp8),
-    Method("RAWINT4", 18 / 32, 0.25, encode=encode_rawint4),
-    Method("GPTQ_INT4", 33 / 64, 0.3, encode=encode_gptq_int4),
-    Method("MXFP4", 17 / 32, 0.3, encode=encode_mxfp4),
-    Method("NVFP4", 9 / 16, 0.25, encode=encode_nvfp4),
+    _method("BF16", 0.02),
+    _method("AMXINT8", 0.05),
+    _method("AMXINT4", 0.3),
+    _method("MOE_INT8", 0.03),
+    _method("MOE_INT4", 0.3),
+    _method("FP8", 0.06, encode=encode_fp8),
+    _method("FP8_PERCHANNEL", 0.06, encode=encode_fp8_perchannel),
+    _method("MXFP8", 0.06, encode=encode_mxfp8),
+    _method("RAWINT4", 0.25, encode=encode_rawint4),
+    _method("GPTQ_INT4", 0.3, encode=encode_gptq_int4),
+    _method("MXFP4", 0.3, encode=encode_mxfp4),
+    _method("NVFP4", 0.25, encode=encode_nvfp4),
     *map(_gguf, GGUF_FORMATS.values()),
     *map(_random_gguf, random_formats(set(GGUF_FORMATS))),
 )

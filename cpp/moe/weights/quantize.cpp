@@ -19,7 +19,10 @@ uint32_t (*kernel_of(FormatId format))(const QuantizeArgs&) {
   switch (format) {
     case FormatId::kInt8: return table.quantize_int8;
     case FormatId::kInt8Group32: return table.quantize_int8_group;
-    default: return table.quantize_int4;
+    case FormatId::kInt4Group32:
+    case FormatId::kInt4Group64:
+    case FormatId::kInt4Group128: return table.quantize_int4;
+    default: throw_unknown_format(format);
   }
 }
 

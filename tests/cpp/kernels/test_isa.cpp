@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "formats/registry.h"
 #include "isa/isa.h"
 #include "kernels/table.h"
 #include "runtime_helpers.h"
@@ -128,9 +129,21 @@ TEST_CASE("isa: every entry of every table is there") {
   for (Isa isa : kernels::compiled_isas()) {
     const kernels::KernelTable& t = *kernels::find_table(isa);
     CAPTURE(isa_name(isa).data());
-    for (const auto& nt : t.nt) CHECK((nt != nullptr));
+    CHECK(t.isa == isa);
+    for (size_t id = 0; id < kNumFormats; ++id) {
+      CHECK((t.nt[id] != nullptr));
+      CHECK((t.nt_int8[id] != nullptr) == format_is_integer(static_cast<FormatId>(id)));
+    }
     CHECK((t.operand_bytes && t.operand_block && t.pack && t.c_floats && t.nt_scratch_bytes));
-    CHECK((t.activate && t.store_rows && t.combine));
+    CHECK(t.nt_block_k > 0);
+    CHECK((t.quantize_rows && t.int8_operand_bytes && t.pack_int8));
+    CHECK((t.activate && t.store_rows && t.combine && t.activate_backward));
+    CHECK((t.lhs_bytes && t.pack_lhs && t.pack_lhs_in_place && t.lhs_in_place));
+    CHECK((t.nn_scratch_bytes && t.nn && t.tn_scratch_bytes && t.tn));
+    CHECK((t.quantize_int8 && t.quantize_int8_group && t.quantize_int4));
+    const kernels::ElementwiseKernels& e = t.elementwise;
+    CHECK((e.copy_finite && e.scale && e.scale_finite && e.round_scaled && e.round && e.add));
+    CHECK((e.dot && e.dot_blocks && e.sum && e.draw_mask && e.mask_bf16 && e.mask_float));
     CHECK((t.limits.read && t.limits.bf16.dot && t.limits.bf16.step && t.limits.int8.dot &&
            t.limits.int8.step));
   }
