@@ -1,11 +1,11 @@
 // The contract between the kernels of every instruction set and the layers above: formulas, layouts,
-// preconditions. A kernel works on one panel (some rows of one expert x some outputs), so the indirect call
+// preconditions. A kernel works on one block (some rows of one expert x some outputs), so the indirect call
 // through the table is amortized.
 //
 // Letters: M rows of activations (tokens routed to one expert), N outputs, K summed elements.
 //
 // Invariance. Every product sums along K in an order that depends on K and the instruction set alone: not on
-// M, not on the panel a row falls into, not on the thread. So an output row has the same bits in every
+// M, not on the block a row falls into, not on the thread. So an output row has the same bits in every
 // batch.
 #pragma once
 
@@ -26,9 +26,9 @@ namespace ktmoe::kernels {
 // K-paired layout of an intermediate never has a pair in two blocks.
 inline constexpr uint32_t kOutputBlock = 32;
 // The largest M that one call takes. Bounds the fp32 scratch of a worker.
-inline constexpr uint32_t kMaxPanelRows = 384;
+inline constexpr uint32_t kMaxCallRows = 384;
 // The largest N that one call takes.
-inline constexpr uint32_t kMaxPanelOutputs = 64;
+inline constexpr uint32_t kMaxCallOutputs = 64;
 
 // Rows of bf16 in row-major memory, optionally picked by an index: row m is index[m], or m without an index.
 struct RowsView {
@@ -88,7 +88,7 @@ struct Int8Rows {
 //   integer products      C[m, n] = s[n] (scale[m] sum_k codes[m, k] V[n, k]), the sum, which must fit, exact
 //   in int32
 // which do not accumulate.
-// Preconditions: n0 a multiple of kOutputBlock / 2, 1 <= M <= kMaxPanelRows, n1 - n0 <= kMaxPanelOutputs,
+// Preconditions: n0 a multiple of kOutputBlock / 2, 1 <= M <= kMaxCallRows, n1 - n0 <= kMaxCallOutputs,
 // scratch of nt_scratch_bytes(k), C aligned to 64 bytes.
 struct NtArgs {
   Operand x;

@@ -31,7 +31,7 @@ struct NnTerm {
 // NN: C[m, k - k0] (+)= sum over terms of sum_n G[m, n] W[n, k] for k in [k0, k1), in fp32: gradients go back
 // through weights, whose rows are read in place. The sum is sequential, along n and from term to term: cut
 // between terms, or at a multiple of kOutputBlock rows of a W, with the second part accumulating, it has the
-// same bits. Preconditions: at least one term, none of them empty, M <= kMaxPanelRows the same in
+// same bits. Preconditions: at least one term, none of them empty, M <= kMaxCallRows the same in
 // all, k0 a multiple of kOutputBlock, k1 - k0 <= kMaxNnColumns, scratch of nn_scratch_bytes() aligned
 // to 64 bytes. Only elements [k0, k1) of each row of W are read.
 struct NnArgs {

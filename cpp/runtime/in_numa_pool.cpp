@@ -17,7 +17,7 @@ bool is_open(uint32_t epoch) { return epoch % 2 == 1; }
 
 }  // namespace
 
-InNumaPool::InNumaPool(Crew crew) : crew_(std::move(crew)), slots_(new Slot[crew_.cpus.size()]) {
+InNumaPool::InNumaPool(Crew crew) : crew_(std::move(crew)), shares_(new WorkerShare[crew_.cpus.size()]) {
   neighbors_ = {this};
   try {
     for (int position = crew_.caller_is_first ? 1 : 0; position < num_workers(); ++position) {
@@ -59,7 +59,7 @@ void InNumaPool::deal(Job& job, uint32_t begin, uint32_t end) {
   const auto boundary = [=, this](uint64_t share) {
     return begin + static_cast<uint32_t>(num_dealt_ * share / num_shares);
   };
-  for (uint64_t i = 0; i < num_shares; ++i) slots_[i].range.reset(boundary(i), boundary(i + 1));
+  for (uint64_t i = 0; i < num_shares; ++i) shares_[i].range.reset(boundary(i), boundary(i + 1));
 }
 
 void InNumaPool::open() {
@@ -74,7 +74,7 @@ void InNumaPool::open() {
 bool InNumaPool::run_for_absent(Job& job, const Worker& helper) {
   for (int i = 0; i < num_workers(); ++i) {
     uint32_t task = 0;
-    if (slots_[i].inside.load() || !slots_[i].range.pop_front(task)) continue;
+    if (shares_[i].inside.load() || !shares_[i].range.pop_front(task)) continue;
     job.run(helper, task);
     return true;
   }
@@ -82,15 +82,15 @@ bool InNumaPool::run_for_absent(Job& job, const Worker& helper) {
 }
 
 bool InNumaPool::is_drained() const {
-  return std::all_of(&slots_[0], &slots_[0] + num_workers(),
-                     [](const Slot& slot) { return slot.range.size() == 0; });
+  return std::all_of(&shares_[0], &shares_[0] + num_workers(),
+                     [](const WorkerShare& share) { return share.range.size() == 0; });
 }
 
 void InNumaPool::close() { epoch_.store(epoch_.load() + 1); }
 
 void InNumaPool::wait_until_left(Backoff& backoff) const {
   for (int i = 0; i < num_workers(); ++i) {
-    while (slots_[i].inside.load()) backoff.wait();
+    while (shares_[i].inside.load()) backoff.wait();
   }
 }
 
@@ -98,19 +98,19 @@ void InNumaPool::wait_until_left(Backoff& backoff) const {
 
 void InNumaPool::worker_main(int position) {
   const InsideTask inside(crew_.pool, worker(position));
-  Slot& slot = slots_[position];
+  WorkerShare& share = shares_[position];
   uint32_t seen = 0;
   while (true) {
     const bool has_slept = wait_for_epoch_after(seen);
     seen = epoch_.load();
     if (stopping_.load()) return;  // looked at after the epoch: who has seen that of the end sees this too
     if (!is_open(seen)) continue;
-    slot.inside.store(true);
+    share.inside.store(true);
     if (epoch_.load() == seen) {
       if (has_slept) wake_some();
       work(*job_, position);
     }
-    slot.inside.store(false, std::memory_order_release);
+    share.inside.store(false, std::memory_order_release);
   }
 }
 
@@ -135,7 +135,7 @@ void InNumaPool::wake_some() {
 
 void InNumaPool::work(Job& job, int position) {
   const Worker me = worker(position);
-  TaskRange& range = slots_[position].range;
+  TaskRange& range = shares_[position].range;
   uint32_t task = 0;
   while (!job.failed()) {
     if (range.pop_front(task)) {
@@ -148,23 +148,23 @@ void InNumaPool::work(Job& job, int position) {
 
 bool InNumaPool::steal_into(int position) {
   for (InNumaPool* victim : neighbors_) {
-    while (Slot* slot = victim->largest(position)) {
-      if (slot->range.move_back_half_to(slots_[position].range)) return true;
+    while (WorkerShare* share = victim->largest(position)) {
+      if (share->range.move_back_half_to(shares_[position].range)) return true;
     }
   }
   return false;
 }
 
-// The slot with the most tasks, null when none has any. Among equals the first from `start` on, so that
+// The share with the most tasks, null when none has any. Among equals the first from `start` on, so that
 // thieves who look at the same moment go to different victims.
-InNumaPool::Slot* InNumaPool::largest(int start) {
-  Slot* best = nullptr;
+InNumaPool::WorkerShare* InNumaPool::largest(int start) {
+  WorkerShare* best = nullptr;
   uint32_t best_size = 0;
   for (int i = 0; i < num_workers(); ++i) {
-    Slot& slot = slots_[(start + i) % num_workers()];
-    const uint32_t size = slot.range.size();
+    WorkerShare& share = shares_[(start + i) % num_workers()];
+    const uint32_t size = share.range.size();
     if (size <= best_size) continue;
-    best = &slot;
+    best = &share;
     best_size = size;
   }
   return best;

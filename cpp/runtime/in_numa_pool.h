@@ -76,7 +76,7 @@ class InNumaPool {
 
  private:
   // Two cache lines, since the hardware prefetcher fetches lines in pairs.
-  struct alignas(128) Slot {
+  struct alignas(128) WorkerShare {
     TaskRange range;
     std::atomic<bool> inside{false};
   };
@@ -86,11 +86,11 @@ class InNumaPool {
   bool wait_for_epoch_after(uint32_t seen);
   void work(Job& job, int position);
   bool steal_into(int position);
-  Slot* largest(int start);
+  WorkerShare* largest(int start);
   void wake_some();
 
   Crew crew_;
-  std::unique_ptr<Slot[]> slots_;
+  std::unique_ptr<WorkerShare[]> shares_;
   std::vector<InNumaPool*> neighbors_;
   Job* job_ = nullptr;      // valid while epoch_ is odd
   uint64_t num_dealt_ = 0;  // tasks of that job

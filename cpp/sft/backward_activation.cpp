@@ -2,7 +2,7 @@
 
 namespace ktmoe {
 
-void backward_activation(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task) {
+void backward_activation(TrainingPass& pass, BackwardScratch& scratch, const BlockTask& task) {
   const uint32_t rows = task.m1 - task.m0, hidden = pass.hidden(), inter = pass.inter(), rank = pass.rank();
   const size_t row = pass.first_row(task), e = pass.expert(task).expert;
   const Span columns{task.n0, task.n1};

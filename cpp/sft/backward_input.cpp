@@ -7,7 +7,7 @@ namespace {
 
 // The task's contribution to the gradients of routing weights that scale inputs: <dx, x> by blocks of
 // columns.
-void dot_with_inputs(TrainingPass& pass, const PanelTask& task, const float* grad, size_t stride) {
+void dot_with_inputs(TrainingPass& pass, const BlockTask& task, const float* grad, size_t stride) {
   const BackwardRows& all = pass.rows;
   if (all.grad_input_weight == nullptr) return;
   const size_t row = pass.first_row(task), hidden = pass.hidden();
@@ -21,7 +21,7 @@ void dot_with_inputs(TrainingPass& pass, const PanelTask& task, const float* gra
 
 }  // namespace
 
-void pack_gradients_of_gate_up(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task) {
+void pack_gradients_of_gate_up(TrainingPass& pass, BackwardScratch& scratch, const BlockTask& task) {
   const size_t row = pass.first_row(task);
   const auto pack = [&](bf16* d, size_t stride, uint32_t n) {
     pass.kernels().pack_lhs_in_place(d + row * stride, stride, task.m1 - task.m0, n, scratch.lhs);
@@ -33,10 +33,10 @@ void pack_gradients_of_gate_up(TrainingPass& pass, BackwardScratch& scratch, con
     if (pass.rank()) pack(d, pass.rank_stride(), pass.rank());
 }
 
-void backward_input(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task, Span pass_columns,
+void backward_input(TrainingPass& pass, BackwardScratch& scratch, const BlockTask& task, Span sweep_columns,
                     float* y) {
   const uint32_t rows = task.m1 - task.m0, rank = pass.rank();
-  const size_t e = pass.expert(task).expert, row = pass.first_row(task), stride = pass_columns.size();
+  const size_t e = pass.expert(task).expert, row = pass.first_row(task), stride = sweep_columns.size();
   const Span columns{task.n0, task.n1};
   const MaskView mask = mask_of_x(pass);
   const auto lhs = [&](const bf16* d, size_t d_stride, uint32_t n) {
@@ -62,11 +62,11 @@ void backward_input(TrainingPass& pass, BackwardScratch& scratch, const PanelTas
   if (pass.gated()) add(pass.rows.d_up, &ExpertMatrices::up, pass.rows.d_lora_up, LoraId::kUpA);
 
   kernels::NnArgs nn;
-  if (pass.segments.size() == 1 && columns.end < pass_columns.end) {  // prefetch for the next task
+  if (pass.segments.size() == 1 && columns.end < sweep_columns.end) {  // prefetch for the next task
     nn.next_w = terms[0].w, nn.next_n = pass.inter();
-    nn.next_k0 = columns.end, nn.next_k1 = std::min(columns.end + columns.size(), pass_columns.end);
+    nn.next_k0 = columns.end, nn.next_k1 = std::min(columns.end + columns.size(), sweep_columns.end);
   }
-  float* to = y + row * stride + (task.n0 - pass_columns.begin);
+  float* to = y + row * stride + (task.n0 - sweep_columns.begin);
   multiply_terms(pass, terms, columns, to, stride, scratch.products, nn);
   if (num_dropped != 0) {
     multiply_terms(pass, {dropped, num_dropped}, columns, scratch.l, columns.size(), scratch.products);

@@ -12,10 +12,10 @@
 namespace ktmoe {
 
 // Packs dg, du, dug and duu of a block of rows as lhs operands in place: nothing reads them as rows later.
-void pack_gradients_of_gate_up(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task);
+void pack_gradients_of_gate_up(TrainingPass& pass, BackwardScratch& scratch, const BlockTask& task);
 
-// `pass_columns` are the columns of the current pass over H, whose results are rows of y.
-void backward_input(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task, Span pass_columns,
+// `sweep_columns` are the columns of the current pass over H, whose results are rows of y.
+void backward_input(TrainingPass& pass, BackwardScratch& scratch, const BlockTask& task, Span sweep_columns,
                     float* y);
 
 }  // namespace ktmoe

@@ -2,7 +2,7 @@
 
 namespace ktmoe {
 
-void backward_lora_hidden(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task) {
+void backward_lora_hidden(TrainingPass& pass, BackwardScratch& scratch, const BlockTask& task) {
   const size_t row = pass.first_row(task), stride = pass.rank_stride();
   const auto through = [&](const bf16* d, LoraId b, bf16* to) {
     const kernels::Operand lhs = pass.kernels().pack_lhs(pass.rows_from(d, pass.inter_stride(), row),

@@ -7,6 +7,6 @@
 
 namespace ktmoe {
 
-void backward_lora_hidden(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task);
+void backward_lora_hidden(TrainingPass& pass, BackwardScratch& scratch, const BlockTask& task);
 
 }  // namespace ktmoe

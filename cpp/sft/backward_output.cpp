@@ -2,7 +2,7 @@
 
 namespace ktmoe {
 
-void backward_output(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task) {
+void backward_output(TrainingPass& pass, BackwardScratch& scratch, const BlockTask& task) {
   const uint32_t rows = task.m1 - task.m0, hidden = pass.hidden(), rank = pass.rank();
   const size_t row = pass.first_row(task);
   const kernels::RowsView q{pass.args->grad_output, hidden, pass.tokens(task)};

@@ -9,6 +9,6 @@
 
 namespace ktmoe {
 
-void backward_output(TrainingPass& pass, BackwardScratch& scratch, const PanelTask& task);
+void backward_output(TrainingPass& pass, BackwardScratch& scratch, const BlockTask& task);
 
 }  // namespace ktmoe

@@ -23,7 +23,7 @@ void add_terms(const TrainingPass& pass, const kernels::Operand& g,
 }
 
 kernels::NnTerm adapter_term(const TrainingPass& pass, const kernels::Operand& g, LoraId a,
-                             const PanelTask& task) {
+                             const BlockTask& task) {
   return {g, 0, pass.rank(), pass.adapter(a, task)};
 }
 

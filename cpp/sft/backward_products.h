@@ -14,7 +14,7 @@ void add_terms(const TrainingPass& pass, const kernels::Operand& g,
 
 // The term of an adapter's A [R, K].
 kernels::NnTerm adapter_term(const TrainingPass& pass, const kernels::Operand& g, LoraId a,
-                             const PanelTask& task);
+                             const BlockTask& task);
 
 // C[m, k - k0] = sum of the terms for columns [k0, k1); `nn` has further arguments, such as prefetches.
 void multiply_terms(const TrainingPass& pass, std::span<const kernels::NnTerm> terms, Span columns, float* c,

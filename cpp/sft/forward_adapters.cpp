@@ -19,8 +19,8 @@ void multiply_adapter(const TrainingPass& pass, const kernels::Operand& x, const
 void multiply_lora_a(const TrainingPass& pass, WorkerScratch& scratch, const kernels::Operand& x,
                      const WeightView& a, bf16* to) {
   const uint32_t rank = pass.rank();
-  for (uint32_t r = 0; r < rank; r += kernels::kMaxPanelOutputs) {
-    const uint32_t end = std::min(r + kernels::kMaxPanelOutputs, rank);
+  for (uint32_t r = 0; r < rank; r += kernels::kMaxCallOutputs) {
+    const uint32_t end = std::min(r + kernels::kMaxCallOutputs, rank);
     multiply_adapter(pass, x, a, r, end, scratch.c_gate, scratch.nt);
     kernels::StoreRowsArgs store;
     store.c = scratch.c_gate, store.m = x.rows, store.n = end - r;
@@ -31,7 +31,7 @@ void multiply_lora_a(const TrainingPass& pass, WorkerScratch& scratch, const ker
 
 }  // namespace
 
-void gate_up_lora_hidden(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task) {
+void gate_up_lora_hidden(TrainingPass& pass, WorkerScratch& scratch, const BlockTask& task) {
   const uint32_t rows = task.m1 - task.m0, hidden = pass.hidden();
   const kernels::RowsView x = pass.call->inputs_from(pass.first_row(task));
   if (const MaskView mask = mask_of_x(pass); mask.bits) {
@@ -51,7 +51,7 @@ void gate_up_lora_hidden(TrainingPass& pass, WorkerScratch& scratch, const Panel
                     pass.cache->rows.lora_hidden[1] + at);
 }
 
-void down_lora_hidden(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task) {
+void down_lora_hidden(TrainingPass& pass, WorkerScratch& scratch, const BlockTask& task) {
   const uint32_t rows = task.m1 - task.m0, inter = pass.inter();
   const kernels::RowsView h =
       pass.rows_from(pass.cache->rows.kept.h, pass.inter_stride(), pass.first_row(task));
@@ -67,7 +67,7 @@ void down_lora_hidden(TrainingPass& pass, WorkerScratch& scratch, const PanelTas
                   pass.cache->rows.lora_hidden[2] + pass.first_row(task) * pass.rank());
 }
 
-const float* adapter_output(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task, size_t block,
+const float* adapter_output(TrainingPass& pass, WorkerScratch& scratch, const BlockTask& task, size_t block,
                             size_t projection, LoraId b) {
   ForwardScratch& own = pass.forward[scratch.worker];
   const kernels::RowsView lora_hidden =

@@ -11,14 +11,14 @@
 namespace ktmoe {
 
 // ug and uu of a block of rows.
-void gate_up_lora_hidden(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task);
+void gate_up_lora_hidden(TrainingPass& pass, WorkerScratch& scratch, const BlockTask& task);
 
 // ud of a block of rows.
-void down_lora_hidden(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task);
+void down_lora_hidden(TrainingPass& pass, WorkerScratch& scratch, const BlockTask& task);
 
 // The adapter's part of outputs [task.n0, task.n1), ux B^T, in one of the worker's C blocks: `block` is 0 for
 // gate and down, 1 for up. `projection` is the index in CachedRows::lora_hidden.
-const float* adapter_output(TrainingPass& pass, WorkerScratch& scratch, const PanelTask& task, size_t block,
+const float* adapter_output(TrainingPass& pass, WorkerScratch& scratch, const BlockTask& task, size_t block,
                             size_t projection, LoraId b);
 
 }  // namespace ktmoe

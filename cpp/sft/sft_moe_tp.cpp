@@ -10,13 +10,13 @@ namespace ktmoe {
 template class AMX_MOE_BASE<AMX_SFT_MOE_TP>;
 
 void AMX_SFT_MOE_TP::cut_activation(const LayerCall& call, int num_threads) {
-  cut_panels(call.plan, intermediate_, static_cast<uint32_t>(config_.hidden_size), num_threads, tasks_,
+  cut_blocks(call.plan, intermediate_, static_cast<uint32_t>(config_.hidden_size), num_threads, tasks_,
              backward_width());
 }
 
-void AMX_SFT_MOE_TP::cut_input(const LayerCall& call, int num_threads, uint32_t i, uint32_t passes) {
-  begin_pass(call, num_threads, i, passes);
-  cut_panels(call.plan, pass_columns(), 2 * static_cast<uint32_t>(config_.intermediate_size), num_threads,
+void AMX_SFT_MOE_TP::cut_input(const LayerCall& call, int num_threads, uint32_t i, uint32_t sweeps) {
+  begin_sweep(call, num_threads, i, sweeps);
+  cut_blocks(call.plan, sweep_columns(), 2 * static_cast<uint32_t>(config_.intermediate_size), num_threads,
              tasks_, backward_width());
 }
 
@@ -25,10 +25,10 @@ void AMX_SFT_MOE_TP::activation(uint32_t worker, uint32_t task) {
 }
 
 void AMX_SFT_MOE_TP::input(uint32_t worker, uint32_t task) {
-  backward_input(*pass_, pass_->backward[worker], tasks_[task], pass_columns(), pass_y());
+  backward_input(*pass_, pass_->backward[worker], tasks_[task], sweep_columns(), sweep_y());
 }
 
-void AMX_SFT_MOE_TP::before_activation(LayerCall&, WorkerScratch& scratch, const PanelTask& task,
+void AMX_SFT_MOE_TP::before_activation(LayerCall&, WorkerScratch& scratch, const BlockTask& task,
                                        kernels::ActivateArgs& act) {
   if (pass_ == nullptr || pass_->rank() == 0) return;
   act.lora_scale = pass_->lora_scale;
@@ -36,13 +36,13 @@ void AMX_SFT_MOE_TP::before_activation(LayerCall&, WorkerScratch& scratch, const
   if (pass_->gated()) act.l_up = adapter_output(*pass_, scratch, task, 1, 1, LoraId::kUpB);
 }
 
-kernels::KeptRows AMX_SFT_MOE_TP::kept_rows(const LayerCall& call, const PanelTask& task,
+kernels::KeptRows AMX_SFT_MOE_TP::kept_rows(const LayerCall& call, const BlockTask& task,
                                             uint32_t column) const {
   if (pass_ == nullptr) return Base::kept_rows(call, task, column);
   return kept_from(pass_->cache->rows.kept, pass_->first_row(task), column);
 }
 
-void AMX_SFT_MOE_TP::before_store(LayerCall&, WorkerScratch& scratch, const PanelTask& task,
+void AMX_SFT_MOE_TP::before_store(LayerCall&, WorkerScratch& scratch, const BlockTask& task,
                                   kernels::StoreRowsArgs& store) {
   if (!adds_to_down()) return;
   store.lora_scale = pass_->lora_scale;

@@ -25,7 +25,7 @@ class AMX_SFT_MOE_TP : public AMX_MOE_BASE<AMX_SFT_MOE_TP> {
 
   void cut_activation(const LayerCall& call, int num_threads);
   // Columns of pass `i` of `passes`.
-  void cut_input(const LayerCall& call, int num_threads, uint32_t i, uint32_t passes);
+  void cut_input(const LayerCall& call, int num_threads, uint32_t i, uint32_t sweeps);
   uint32_t num_backward() const { return static_cast<uint32_t>(tasks_.size()); }
 
   void activation(uint32_t worker, uint32_t task);
@@ -36,15 +36,15 @@ class AMX_SFT_MOE_TP : public AMX_MOE_BASE<AMX_SFT_MOE_TP> {
 
   // ---- hooks of the base ----
 
-  void before_activation(LayerCall& call, WorkerScratch& scratch, const PanelTask& task,
+  void before_activation(LayerCall& call, WorkerScratch& scratch, const BlockTask& task,
                          kernels::ActivateArgs& act);
-  kernels::KeptRows kept_rows(const LayerCall& call, const PanelTask& task, uint32_t column) const;
+  kernels::KeptRows kept_rows(const LayerCall& call, const BlockTask& task, uint32_t column) const;
   bool adds_to_down() const { return pass_ != nullptr && pass_->rank() != 0; }
-  void before_store(LayerCall& call, WorkerScratch& scratch, const PanelTask& task,
+  void before_store(LayerCall& call, WorkerScratch& scratch, const BlockTask& task,
                     kernels::StoreRowsArgs& store);
 
   TrainingPass* pass_ = nullptr;
-  std::vector<PanelTask> tasks_;  // of the current step of the backward pass
+  std::vector<BlockTask> tasks_;  // of the current step of the backward pass
 };
 
 }  // namespace ktmoe

@@ -123,9 +123,9 @@ ScratchPool::Lease TP_MOE_SFT::lease_rows(ForwardCache& cache, bool for_backward
   return lease;
 }
 
-std::vector<PanelTask> TP_MOE_SFT::row_blocks(uint32_t k) const {
-  std::vector<PanelTask> tasks;
-  cut_panels(call_.plan, {0, 1}, k, config_.pool->num_threads(), tasks);
+std::vector<BlockTask> TP_MOE_SFT::row_blocks(uint32_t k) const {
+  std::vector<BlockTask> tasks;
+  cut_blocks(call_.plan, {0, 1}, k, config_.pool->num_threads(), tasks);
   return tasks;
 }
 
@@ -176,9 +176,9 @@ void TP_MOE_SFT::run_forward(const ForwardArgs& args, ForwardCache& cache, bool 
   own.hidden_states = cache.hidden;
   call_.args = &own;
   TrainingPass pass = make_pass(cache);
-  const uint32_t passes = to_the_end ? num_passes() : 0;
+  const uint32_t sweeps = to_the_end ? num_sweeps() : 0;
   ScratchPlan plan;
-  const std::vector<size_t> y = take_y(plan, passes);
+  const std::vector<size_t> y = take_y(plan, sweeps);
   const size_t threads = static_cast<size_t>(config_.pool->num_threads());
   const size_t scaled = plan.take(scaled_bytes());
   Int8Scratch int8;
@@ -197,13 +197,13 @@ void TP_MOE_SFT::run_forward(const ForwardArgs& args, ForwardCache& cache, bool 
   run_lora_hidden(pass, pass.hidden(), gate_up_lora_hidden);
   run_gate_up();
   run_lora_hidden(pass, pass.inter(), down_lora_hidden);
-  if (to_the_end) run_down(passes);
+  if (to_the_end) run_down(sweeps);
 }
 
 void TP_MOE_SFT::run_lora_hidden(TrainingPass& pass, uint32_t k, LoraHiddenStep step) {
   invalidate_packed(pass);
   if (pass.rank() == 0) return;
-  const std::vector<PanelTask> tasks = row_blocks(k);
+  const std::vector<BlockTask> tasks = row_blocks(k);
   run_tasks(static_cast<uint32_t>(tasks.size()),
             [&](uint32_t worker, uint32_t task) { step(pass, call_.workers[worker], tasks[task]); });
 }

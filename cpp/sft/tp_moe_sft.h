@@ -60,7 +60,7 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
   // Borrowed memory for the rows of a cache that does not save them.
   ScratchPool::Lease lease_rows(ForwardCache& cache, bool for_backward);
   // Blocks of rows of all active experts, for operands of k inputs.
-  std::vector<PanelTask> row_blocks(uint32_t k) const;
+  std::vector<BlockTask> row_blocks(uint32_t k) const;
 
   // ---- forward ----
 
@@ -69,7 +69,7 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
   void fill_token(const ForwardArgs& args, uint32_t t, ForwardCache& cache) const;
   // The layer on the cache's input. `to_the_end` false: only the values for the backward pass.
   void run_forward(const ForwardArgs& args, ForwardCache& cache, bool to_the_end);
-  using LoraHiddenStep = void (*)(TrainingPass&, WorkerScratch&, const PanelTask&);
+  using LoraHiddenStep = void (*)(TrainingPass&, WorkerScratch&, const BlockTask&);
   void run_lora_hidden(TrainingPass& pass, uint32_t k, LoraHiddenStep step);
   // Invalidates the packed operands of workers, before a step on another matrix.
   void invalidate_packed(TrainingPass& pass);
@@ -77,11 +77,11 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
   // ---- backward (tp_moe_sft_backward.cpp) ----
 
   void run_backward(const BackwardArgs& args, ForwardCache& cache);
-  using BackwardStep = void (*)(TrainingPass&, BackwardScratch&, const PanelTask&);
+  using BackwardStep = void (*)(TrainingPass&, BackwardScratch&, const BlockTask&);
   void run_step(TrainingPass& pass, uint32_t k, BackwardStep step);
   void run_activation();
   void run_weight_gradients(TrainingPass& pass, const std::vector<WeightGradient>& gradients);
-  void run_input(uint32_t passes);
+  void run_input(uint32_t sweeps);
   // The gradient of a routing weight: the sum over the blocks of its row, in order.
   void run_grad_weights(const TrainingPass& pass);
 

@@ -80,9 +80,9 @@ void TP_MOE_SFT::run_backward(const BackwardArgs& args, ForwardCache& cache) {
   call_.kernels = &kernels::active_table();
   TrainingPass pass = make_pass(cache);
   pass.args = &args;
-  const uint32_t passes = num_passes();
+  const uint32_t sweeps = num_sweeps();
   ScratchPlan plan;
-  const std::vector<size_t> y = take_y(plan, passes);
+  const std::vector<size_t> y = take_y(plan, sweeps);
   const size_t threads = static_cast<size_t>(config_.pool->num_threads());
   const uint32_t most =
       std::max({most_rows(pass.hidden()), most_rows(pass.inter()), most_rows(2 * pass.inter())});
@@ -101,12 +101,12 @@ void TP_MOE_SFT::run_backward(const BackwardArgs& args, ForwardCache& cache) {
   if (pass.rank()) run_step(pass, pass.inter(), backward_lora_hidden);
   run_weight_gradients(pass, weight_gradients(pass));
   run_step(pass, 2 * pass.inter(), pack_gradients_of_gate_up);
-  run_input(passes);
+  run_input(sweeps);
   run_grad_weights(pass);
 }
 
 void TP_MOE_SFT::run_step(TrainingPass& pass, uint32_t k, BackwardStep step) {
-  const std::vector<PanelTask> tasks = row_blocks(k);
+  const std::vector<BlockTask> tasks = row_blocks(k);
   run_tasks(static_cast<uint32_t>(tasks.size()),
             [&](uint32_t worker, uint32_t task) { step(pass, pass.backward[worker], tasks[task]); });
 }
@@ -125,9 +125,9 @@ void TP_MOE_SFT::run_weight_gradients(TrainingPass& pass, const std::vector<Weig
   });
 }
 
-void TP_MOE_SFT::run_input(uint32_t passes) {
-  for (uint32_t i = 0; i < passes; ++i) {
-    for_parts([&](Part& part, int p) { part.cut_input(call_, config_.pool->num_threads(p), i, passes); });
+void TP_MOE_SFT::run_input(uint32_t sweeps) {
+  for (uint32_t i = 0; i < sweeps; ++i) {
+    for_parts([&](Part& part, int p) { part.cut_input(call_, config_.pool->num_threads(p), i, sweeps); });
     run_phase(&Part::num_backward, [&](const Worker& worker, Part& part, uint32_t task) {
       part.input(static_cast<uint32_t>(worker.index), task);
     });

@@ -5,7 +5,7 @@
 namespace ktmoe {
 
 const kernels::Operand& PackedLhs::pack_once(const kernels::KernelTable& table, const kernels::RowsView& rows,
-                                             const PanelTask& task, uint32_t n, std::byte* memory) {
+                                             const BlockTask& task, uint32_t n, std::byte* memory) {
   if (active != task.active || m0 != task.m0) {
     operand = table.pack_lhs(rows, task.m1 - task.m0, n, memory);
     active = task.active, m0 = task.m0;
@@ -18,7 +18,7 @@ bool TrainingPass::scale_is_exact() const {
   return std::frexp(lora_scale, &exponent) == 0.5f;
 }
 
-WeightView TrainingPass::adapter(LoraId id, const PanelTask& task) const {
+WeightView TrainingPass::adapter(LoraId id, const BlockTask& task) const {
   return cache->lora->view(id, logical_expert(expert(task).expert));
 }
 

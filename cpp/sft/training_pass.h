@@ -44,7 +44,7 @@ struct PackedLhs {
   kernels::Operand operand;
 
   const kernels::Operand& pack_once(const kernels::KernelTable& table, const kernels::RowsView& rows,
-                                    const PanelTask& task, uint32_t n, std::byte* memory);
+                                    const BlockTask& task, uint32_t n, std::byte* memory);
 };
 
 // A worker's scratch in the backward pass.
@@ -103,9 +103,9 @@ struct TrainingPass {
 
   const kernels::KernelTable& kernels() const { return *call->kernels; }
   const RoutingPlan& plan() const { return call->plan; }
-  const RoutingPlan::ExpertRows& expert(const PanelTask& task) const { return plan().active[task.active]; }
-  size_t first_row(const PanelTask& task) const { return size_t{expert(task).begin} + task.m0; }
-  const int32_t* tokens(const PanelTask& task) const { return plan().token.data() + first_row(task); }
+  const RoutingPlan::ExpertRows& expert(const BlockTask& task) const { return plan().active[task.active]; }
+  size_t first_row(const BlockTask& task) const { return size_t{expert(task).begin} + task.m0; }
+  const int32_t* tokens(const BlockTask& task) const { return plan().token.data() + first_row(task); }
   uint32_t hidden() const { return static_cast<uint32_t>(config->hidden_size); }
   uint32_t inter() const { return static_cast<uint32_t>(config->intermediate_size); }
   uint32_t rank() const { return static_cast<uint32_t>(config->lora_rank); }
@@ -120,7 +120,7 @@ struct TrainingPass {
   }
   // Whether s is a power of two, so that s x is exact in bf16: scaled adapters then need no separate product.
   bool scale_is_exact() const;
-  WeightView adapter(LoraId id, const PanelTask& task) const;
+  WeightView adapter(LoraId id, const BlockTask& task) const;
 };
 
 MaskView mask_of_x(const TrainingPass& pass);

@@ -72,7 +72,7 @@ ForwardWorkersPlan::ForwardWorkersPlan(const TrainingPass& pass, uint32_t rows_o
     return std::max(k.operand_bytes(m, size), pass.kernel.operand_bytes(k, m, size));
   };
   operand_ = own.take(std::max(operand_bytes(rows_of_x, hidden), operand_bytes(rows_of_h, inter)));
-  for (size_t& at : c_) at = own.take(k.c_floats(rows, kernels::kMaxPanelOutputs) * sizeof(float));
+  for (size_t& at : c_) at = own.take(k.c_floats(rows, kernels::kMaxCallOutputs) * sizeof(float));
   nt_ = own.take(k.nt_scratch_bytes(std::max({hidden, inter, pass.rank()})));
   for (size_t& at : lora_hidden_) at = own.take(k.operand_bytes(rows, pass.rank()));
   drops_ = pass.cache->mask_x != nullptr;

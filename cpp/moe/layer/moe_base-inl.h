@@ -27,28 +27,29 @@ Pointer element(Pointer base, kernels::FloatType type, size_t at) {
 
 template <class Derived>
 void AMX_MOE_BASE<Derived>::cut_gate_up(const LayerCall& call, int num_threads) {
-  cut_panels(call.plan, intermediate_, call.nt_block_k(static_cast<uint32_t>(config_.hidden_size)),
+  cut_blocks(call.plan, intermediate_, call.nt_block_k(static_cast<uint32_t>(config_.hidden_size)),
              num_threads, gate_up_tasks_);
 }
 
 template <class Derived>
-void AMX_MOE_BASE<Derived>::cut_down(const LayerCall& call, int num_threads, uint32_t pass, uint32_t passes) {
-  begin_pass(call, num_threads, pass, passes);
-  cut_panels(call.plan, pass_.columns, call.nt_block_k(static_cast<uint32_t>(config_.intermediate_size)),
+void AMX_MOE_BASE<Derived>::cut_down(const LayerCall& call, int num_threads, uint32_t sweep,
+                                     uint32_t sweeps) {
+  begin_sweep(call, num_threads, sweep, sweeps);
+  cut_blocks(call.plan, sweep_.columns, call.nt_block_k(static_cast<uint32_t>(config_.intermediate_size)),
              num_threads, down_tasks_);
 }
 
 template <class Derived>
-void AMX_MOE_BASE<Derived>::begin_pass(const LayerCall& call, int num_threads, uint32_t pass,
-                                       uint32_t passes) {
-  const Span part = share_of(hidden_.size(), kernels::kOutputBlock, pass, passes);
-  pass_.columns = {hidden_.begin + part.begin, hidden_.begin + part.end};
-  cut_tokens(call.args->num_tokens, pass_.columns, num_threads, combine_tasks_);
+void AMX_MOE_BASE<Derived>::begin_sweep(const LayerCall& call, int num_threads, uint32_t sweep,
+                                        uint32_t sweeps) {
+  const Span part = share_of(hidden_.size(), kernels::kOutputBlock, sweep, sweeps);
+  sweep_.columns = {hidden_.begin + part.begin, hidden_.begin + part.end};
+  cut_tokens(call.args->num_tokens, sweep_.columns, num_threads, combine_tasks_);
 }
 
 template <class Derived>
 void AMX_MOE_BASE<Derived>::gate_up(LayerCall& call, WorkerScratch& scratch, uint32_t task_index) {
-  const PanelTask& task = gate_up_tasks_[task_index];
+  const BlockTask& task = gate_up_tasks_[task_index];
   const auto& expert = call.plan.active[task.active];
   const size_t e = expert.expert, width = static_cast<size_t>(config_.intermediate_size);
   const kernels::Operand& x = packed_hidden(call, scratch, task);
@@ -73,15 +74,15 @@ void AMX_MOE_BASE<Derived>::gate_up(LayerCall& call, WorkerScratch& scratch, uin
 
 template <class Derived>
 void AMX_MOE_BASE<Derived>::down(LayerCall& call, WorkerScratch& scratch, uint32_t task_index) {
-  const PanelTask& task = down_tasks_[task_index];
+  const BlockTask& task = down_tasks_[task_index];
   const size_t e = call.plan.active[task.active].expert;
   const kernels::Operand h = down_operand(call, scratch, task);
 
   kernels::StoreRowsArgs store;
   store.bias = detail::bias_of(biases_->down, e * static_cast<size_t>(config_.hidden_size) + task.n0);
   store.m = task.m1 - task.m0, store.n = task.n1 - task.n0;
-  store.y_stride = pass_.columns.size();
-  store.y = pass_.y + first_row(call, task) * store.y_stride + (task.n0 - pass_.columns.begin);
+  store.y_stride = sweep_.columns.size();
+  store.y = sweep_.y + first_row(call, task) * store.y_stride + (task.n0 - sweep_.columns.begin);
   if (call.kernels->c_is_rows && store.bias == nullptr && !derived().adds_to_down())
     return product(call, scratch, h, matrices_->down[e], task, static_cast<float*>(store.y), store.y_stride);
 
@@ -93,7 +94,7 @@ void AMX_MOE_BASE<Derived>::down(LayerCall& call, WorkerScratch& scratch, uint32
 
 template <class Derived>
 void AMX_MOE_BASE<Derived>::combine(const LayerCall& call, uint32_t task_index) {
-  const PanelTask& task = combine_tasks_[task_index];
+  const BlockTask& task = combine_tasks_[task_index];
   const ForwardArgs& args = *call.args;
   const size_t slots = static_cast<size_t>(config_.num_experts_per_tok),
                hidden = static_cast<size_t>(config_.hidden_size);
@@ -101,8 +102,8 @@ void AMX_MOE_BASE<Derived>::combine(const LayerCall& call, uint32_t task_index) 
 
   const SlotSum& sum = *call.sum;
   kernels::CombineArgs c;
-  c.y = pass_.y + (task.n0 - pass_.columns.begin);
-  c.y_stride = pass_.columns.size();
+  c.y = sweep_.y + (task.n0 - sweep_.columns.begin);
+  c.y_stride = sweep_.columns.size();
   c.row = sum.row + task.m0 * slots;
   c.weights = call.weights ? call.weights + task.m0 * slots : nullptr;
   c.tokens = task.m1 - task.m0, c.slots = static_cast<uint32_t>(slots), c.columns = task.n1 - task.n0;
@@ -115,7 +116,7 @@ void AMX_MOE_BASE<Derived>::combine(const LayerCall& call, uint32_t task_index) 
 }
 
 template <class Derived>
-kernels::KeptRows AMX_MOE_BASE<Derived>::kept_rows(const LayerCall& call, const PanelTask& task,
+kernels::KeptRows AMX_MOE_BASE<Derived>::kept_rows(const LayerCall& call, const BlockTask& task,
                                                    uint32_t column) const {
   kernels::KeptRows rows;
   if (!kernel_.is_integer) return rows;
@@ -126,7 +127,7 @@ kernels::KeptRows AMX_MOE_BASE<Derived>::kept_rows(const LayerCall& call, const 
 
 template <class Derived>
 const kernels::Operand& AMX_MOE_BASE<Derived>::packed_hidden(const LayerCall& call, WorkerScratch& scratch,
-                                                             const PanelTask& task) {
+                                                             const BlockTask& task) {
   const kernels::RowsView rows = call.inputs_from(first_row(call, task));
   const auto hidden = static_cast<uint32_t>(config_.hidden_size);
   if (!kernel_.is_integer)
@@ -136,7 +137,7 @@ const kernels::Operand& AMX_MOE_BASE<Derived>::packed_hidden(const LayerCall& ca
 }
 
 template <class Derived>
-kernels::Operand AMX_MOE_BASE<Derived>::intermediate(const LayerCall& call, const PanelTask& task,
+kernels::Operand AMX_MOE_BASE<Derived>::intermediate(const LayerCall& call, const BlockTask& task,
                                                      const kernels::KeptRows& kept) const {
   const auto width = static_cast<uint32_t>(config_.intermediate_size);
   if (kept.h) return {nullptr, 0, nullptr, task.m1 - task.m0, width};
@@ -146,7 +147,7 @@ kernels::Operand AMX_MOE_BASE<Derived>::intermediate(const LayerCall& call, cons
 
 template <class Derived>
 kernels::Operand AMX_MOE_BASE<Derived>::down_operand(const LayerCall& call, WorkerScratch& scratch,
-                                                     const PanelTask& task) {
+                                                     const BlockTask& task) {
   const auto width = static_cast<uint32_t>(config_.intermediate_size);
   if (kernel_.is_integer)
     return scratch.packed.pack_once(*call.kernels, call.h8.from(first_row(call, task)), nullptr, task, width,
@@ -159,7 +160,7 @@ kernels::Operand AMX_MOE_BASE<Derived>::down_operand(const LayerCall& call, Work
 
 template <class Derived>
 void AMX_MOE_BASE<Derived>::product(const LayerCall& call, const WorkerScratch& scratch,
-                                    const kernels::Operand& x, const WeightView& w, const PanelTask& task,
+                                    const kernels::Operand& x, const WeightView& w, const BlockTask& task,
                                     float* c, size_t c_stride) {
   kernels::NtArgs nt;
   nt.x = x, nt.w = w;

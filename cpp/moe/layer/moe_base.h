@@ -30,16 +30,16 @@ class AMX_MOE_BASE {
   }
 
   void cut_gate_up(const LayerCall& call, int num_threads);
-  // Columns of pass `i` of `passes`.
-  void cut_down(const LayerCall& call, int num_threads, uint32_t pass, uint32_t passes);
-  // Cuts the combination alone, which ends every pass over the columns.
-  void begin_pass(const LayerCall& call, int num_threads, uint32_t pass, uint32_t passes);
+  // The columns of one of several sweeps over the hidden size.
+  void cut_down(const LayerCall& call, int num_threads, uint32_t sweep, uint32_t sweeps);
+  // Cuts the combination alone, which ends every sweep over the columns.
+  void begin_sweep(const LayerCall& call, int num_threads, uint32_t sweep, uint32_t sweeps);
   uint32_t num_gate_up() const { return static_cast<uint32_t>(gate_up_tasks_.size()); }
   uint32_t num_down() const { return static_cast<uint32_t>(down_tasks_.size()); }
   uint32_t num_combine() const { return static_cast<uint32_t>(combine_tasks_.size()); }
 
-  // Memory for the results of the down projection: rows x the widest pass.
-  void set_y(float* y) { pass_.y = y; }
+  // Memory for the results of the down projection: rows x the columns of the widest sweep.
+  void set_y(float* y) { sweep_.y = y; }
 
   void gate_up(LayerCall& call, WorkerScratch& scratch, uint32_t task_index);
   void down(LayerCall& call, WorkerScratch& scratch, uint32_t task_index);
@@ -47,18 +47,18 @@ class AMX_MOE_BASE {
 
   // ---- hooks ----
   // Gate and up are in scratch.c_gate and c_up; a hook may add arguments to `act`.
-  void before_activation(LayerCall&, WorkerScratch&, const PanelTask&, kernels::ActivateArgs&) {}
+  void before_activation(LayerCall&, WorkerScratch&, const BlockTask&, kernels::ActivateArgs&) {}
   // Row-major memory for the activation's results from a column on, instead of an operand; integer products
   // need it.
-  kernels::KeptRows kept_rows(const LayerCall& call, const PanelTask& task, uint32_t column) const;
+  kernels::KeptRows kept_rows(const LayerCall& call, const BlockTask& task, uint32_t column) const;
   // The product with the down projection is in scratch.c_gate; only if adds_to_down() says so.
   bool adds_to_down() const { return false; }
-  void before_store(LayerCall&, WorkerScratch&, const PanelTask&, kernels::StoreRowsArgs&) {}
+  void before_store(LayerCall&, WorkerScratch&, const BlockTask&, kernels::StoreRowsArgs&) {}
 
  protected:
-  // The columns of the current pass.
-  Span pass_columns() const { return pass_.columns; }
-  float* pass_y() const { return pass_.y; }
+  // The columns of the current sweep.
+  Span sweep_columns() const { return sweep_.columns; }
+  float* sweep_y() const { return sweep_.y; }
 
   const GeneralMOEConfig& config_;
   const GemmKernel& kernel_;
@@ -68,23 +68,23 @@ class AMX_MOE_BASE {
   Derived& derived() { return static_cast<Derived&>(*this); }
 
   // The first of the task's rows in the plan.
-  static size_t first_row(const LayerCall& call, const PanelTask& task) {
+  static size_t first_row(const LayerCall& call, const BlockTask& task) {
     return size_t{call.plan.active[task.active].begin} + task.m0;
   }
 
-  const kernels::Operand& packed_hidden(const LayerCall& call, WorkerScratch& scratch, const PanelTask& task);
+  const kernels::Operand& packed_hidden(const LayerCall& call, WorkerScratch& scratch, const BlockTask& task);
   // Where the activation writes its operand: nowhere when it keeps rows.
-  kernels::Operand intermediate(const LayerCall& call, const PanelTask& task,
+  kernels::Operand intermediate(const LayerCall& call, const BlockTask& task,
                                 const kernels::KeptRows& kept) const;
   // The intermediate as an operand of the down projection.
-  kernels::Operand down_operand(const LayerCall& call, WorkerScratch& scratch, const PanelTask& task);
+  kernels::Operand down_operand(const LayerCall& call, WorkerScratch& scratch, const BlockTask& task);
   void product(const LayerCall& call, const WorkerScratch& scratch, const kernels::Operand& x,
-               const WeightView& w, const PanelTask& task, float* c, size_t c_stride = 0);
+               const WeightView& w, const BlockTask& task, float* c, size_t c_stride = 0);
 
   const ExpertMatrices* matrices_ = nullptr;
   const ExpertBiases* biases_ = nullptr;
-  std::vector<PanelTask> gate_up_tasks_, down_tasks_, combine_tasks_;
-  ColumnPass pass_;
+  std::vector<BlockTask> gate_up_tasks_, down_tasks_, combine_tasks_;
+  ColumnSweep sweep_;
 };
 
 }  // namespace ktmoe

@@ -145,7 +145,7 @@ uint32_t SharedLayer::most_rows(uint32_t k) const {
   return std::min(static_cast<uint32_t>(round_up(most, kernels::kOutputBlock)), most_rows_per_block(k));
 }
 
-uint32_t SharedLayer::num_passes() const {
+uint32_t SharedLayer::num_sweeps() const {
   constexpr size_t kBudgetBytes = size_t{32} << 20;
   const size_t bytes = size_t{call_.plan.num_rows()} * hidden_size() * sizeof(float);
   const size_t most = div_up(hidden_size(), 8 * kernels::kOutputBlock);
@@ -159,11 +159,11 @@ bool SharedLayer::is_tiny() const {
   return (call_.plan.active.size() + call_.plan.num_rows() / 8) * matrix * sizeof(bf16) < kTiny;
 }
 
-std::vector<size_t> SharedLayer::take_y(ScratchPlan& plan, uint32_t passes) const {
+std::vector<size_t> SharedLayer::take_y(ScratchPlan& plan, uint32_t sweeps) const {
   std::vector<size_t> y;
   for (const OutputShare& share : shares_) {
-    const size_t width = widest_share(share.hidden.size(), kernels::kOutputBlock, passes);
-    y.push_back(passes == 0 ? 0 : plan.take(call_.plan.num_rows() * width * sizeof(float)));
+    const size_t width = widest_share(share.hidden.size(), kernels::kOutputBlock, sweeps);
+    y.push_back(sweeps == 0 ? 0 : plan.take(call_.plan.num_rows() * width * sizeof(float)));
   }
   return y;
 }
@@ -202,7 +202,7 @@ void SharedLayer::Int8Scratch::place(SharedLayer& layer, std::byte* base) const 
   call.h8 = kernels::Int8Rows::in(base + h, call.plan.num_rows(), layer.intermediate_size());
 }
 
-SharedLayer::InferenceScratch::InferenceScratch(const SharedLayer& layer, uint32_t passes) {
+SharedLayer::InferenceScratch::InferenceScratch(const SharedLayer& layer, uint32_t sweeps) {
   const auto& k = *layer.call_.kernels;
   const uint32_t width = layer.intermediate_size(), hidden = layer.hidden_size();
   scaled_ = plan.take(layer.scaled_bytes());
@@ -213,7 +213,7 @@ SharedLayer::InferenceScratch::InferenceScratch(const SharedLayer& layer, uint32
     for (const auto& expert : layer.call_.plan.active)
       h_.push_back(plan.take(k.operand_bytes(expert.rows, width)));
   }
-  y = layer.take_y(plan, passes);
+  y = layer.take_y(plan, sweeps);
 
   const auto most_rows = [&](uint32_t size) { return layer.most_rows(layer.call_.nt_block_k(size)); };
   const uint32_t most = std::max(most_rows(hidden), most_rows(width));
@@ -221,7 +221,7 @@ SharedLayer::InferenceScratch::InferenceScratch(const SharedLayer& layer, uint32
     return round_up(layer.kernel_.operand_bytes(k, most_rows(size), size), kCacheLine);
   };
   operand_ = std::max(operand_bytes(hidden), layer.kernel_.is_integer ? operand_bytes(width) : 0);
-  c_ = round_up(k.c_floats(most, kernels::kMaxPanelOutputs) * sizeof(float), kCacheLine);
+  c_ = round_up(k.c_floats(most, kernels::kMaxCallOutputs) * sizeof(float), kCacheLine);
   per_worker_ = operand_ + 2 * c_ + round_up(k.nt_scratch_bytes(std::max(width, hidden)), kCacheLine);
   workers_ = plan.take(per_worker_ * static_cast<size_t>(layer.config_.pool->num_threads()));
 }

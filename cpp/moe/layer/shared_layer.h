@@ -58,14 +58,14 @@ class SharedLayer {
 
   // At most as many rows as one block of an operand of k inputs has.
   uint32_t most_rows(uint32_t k) const;
-  // As many passes over the hidden size as keep the fp32 results of the down projection within a budget that
+  // As many sweeps over the hidden size as keep the fp32 results of the down projection within a budget that
   // fits in the last-level cache.
-  uint32_t num_passes() const;
+  uint32_t num_sweeps() const;
   // Too little work to wake the other workers for it.
   bool is_tiny() const;
 
-  // The fp32 results of the down projection, one block per part; none in zero passes.
-  std::vector<size_t> take_y(ScratchPlan& plan, uint32_t passes) const;
+  // The fp32 results of the down projection, one block per part; none in zero sweeps.
+  std::vector<size_t> take_y(ScratchPlan& plan, uint32_t sweeps) const;
 
   // Runs counts_[i] tasks in sub-pool i.
   void run_counts(FunctionRef<void(const Worker&, int, uint32_t)> task);
@@ -86,7 +86,7 @@ class SharedLayer {
   struct InferenceScratch {
     ScratchPlan plan;
     std::vector<size_t> y;
-    InferenceScratch(const SharedLayer& layer, uint32_t passes);
+    InferenceScratch(const SharedLayer& layer, uint32_t sweeps);
     void place(SharedLayer& layer, std::byte* base) const;
 
    private:

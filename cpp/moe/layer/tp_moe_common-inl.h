@@ -29,14 +29,14 @@ void TP_MOE_Common<Part, Interface>::forward(const ForwardArgs& args) {
   const std::lock_guard lock(mutex_);
   begin_forward(args);
   if (args.num_tokens == 0) return;
-  const uint32_t passes = num_passes();
-  const InferenceScratch layout(*this, passes);
+  const uint32_t sweeps = num_sweeps();
+  const InferenceScratch layout(*this, sweeps);
   const ScratchPool::Lease lease = config_.pool->scratch().lease(layout.plan.bytes());
   layout.place(*this, lease.data());
   place_y(layout.y, lease.data());
   run_scale_inputs(args.topk_weights);
   run_gate_up();
-  run_down(passes);
+  run_down(sweeps);
 }
 
 template <class Part, class Interface>
@@ -58,10 +58,10 @@ void TP_MOE_Common<Part, Interface>::run_gate_up() {
 }
 
 template <class Part, class Interface>
-void TP_MOE_Common<Part, Interface>::run_down(uint32_t passes) {
+void TP_MOE_Common<Part, Interface>::run_down(uint32_t sweeps) {
   quantize_intermediate();
-  for (uint32_t pass = 0; pass < passes; ++pass) {
-    for_parts([&](Part& part, int i) { part.cut_down(call_, config_.pool->num_threads(i), pass, passes); });
+  for (uint32_t sweep = 0; sweep < sweeps; ++sweep) {
+    for_parts([&](Part& part, int i) { part.cut_down(call_, config_.pool->num_threads(i), sweep, sweeps); });
     run_phase(&Part::num_down, [&](const Worker& worker, Part& part, uint32_t task) {
       part.down(call_, call_.workers[static_cast<size_t>(worker.index)], task);
     });

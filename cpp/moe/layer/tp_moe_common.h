@@ -33,7 +33,7 @@ class TP_MOE_Common : public Interface, protected SharedLayer {
   // ---- the steps of a pass that parts compute; the caller has locked mutex_ ----
 
   void run_gate_up();
-  void run_down(uint32_t passes);
+  void run_down(uint32_t sweeps);
   void run_combine();
 
   void place_y(const std::vector<size_t>& y, std::byte* base);

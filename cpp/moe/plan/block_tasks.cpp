@@ -1,4 +1,4 @@
-#include "moe/plan/panel_tasks.h"
+#include "moe/plan/block_tasks.h"
 
 #include <algorithm>
 
@@ -7,8 +7,8 @@
 namespace ktmoe {
 namespace {
 
-// Equal blocks of about `target` rows, in multiples of a panel. Up to 1.5 times `target` stay in one block:
-// reading the weights again costs more than activations that do not quite fit the cache.
+// Equal blocks of about `target` rows, in multiples of kOutputBlock. Up to 1.5 times `target` stay in one
+// block: reading the weights again costs more than activations that do not quite fit the cache.
 uint32_t row_block(uint32_t rows, uint32_t target) {
   const size_t blocks = rows <= target / 2 * 3 ? 1 : div_up(rows - target / 2, target);
   return static_cast<uint32_t>(round_up(div_up(rows, blocks), kernels::kOutputBlock));
@@ -24,11 +24,11 @@ uint32_t rows_per_block(uint32_t k) {
   constexpr uint32_t kCacheBytes = 1u << 20;
   const uint32_t rows =
       kCacheBytes / (k * static_cast<uint32_t>(sizeof(bf16))) / kernels::kOutputBlock * kernels::kOutputBlock;
-  return std::clamp(rows, kernels::kOutputBlock, kernels::kMaxPanelRows / 3 * 2);
+  return std::clamp(rows, kernels::kOutputBlock, kernels::kMaxCallRows / 3 * 2);
 }
 
-void cut_panels(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threads,
-                std::vector<PanelTask>& tasks, BlockWidth block_width) {
+void cut_blocks(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threads,
+                std::vector<BlockTask>& tasks, BlockWidth block_width) {
   tasks.clear();
   const uint32_t target = rows_per_block(k);
   size_t row_blocks = 0;
@@ -46,7 +46,7 @@ void cut_panels(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threa
   }
 }
 
-void cut_tokens(uint32_t num_tokens, Span columns, int num_threads, std::vector<PanelTask>& tasks) {
+void cut_tokens(uint32_t num_tokens, Span columns, int num_threads, std::vector<BlockTask>& tasks) {
   tasks.clear();
   constexpr uint32_t kColumns = 512;
   const size_t wanted = size_t{4} * static_cast<size_t>(num_threads);

@@ -1,4 +1,4 @@
-// How the work of a layer is cut: into panels of (rows of one expert) x (a block of outputs).
+// How the work of a layer is cut: into blocks of (rows of one expert) x (outputs).
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct Span {
 };
 
 // One task: rows [m0, m1) of an active expert (tokens, for the combination) x outputs [n0, n1).
-struct PanelTask {
+struct BlockTask {
   uint32_t active;
   uint32_t m0, m1;
   uint32_t n0, n1;
@@ -27,24 +27,24 @@ struct PanelTask {
 // weights.
 uint32_t rows_per_block(uint32_t k);
 
-// The most rows that cut_panels puts into one block.
+// The most rows that cut_blocks puts into one block.
 uint32_t most_rows_per_block(uint32_t k);
 
 // Bounds on the width of a block of outputs (powers of two), and how many tasks to aim at per thread: enough
 // to balance the load, few enough that each is worth its call.
 struct BlockWidth {
   uint32_t least = kernels::kOutputBlock / 2;
-  uint32_t most = kernels::kMaxPanelOutputs;
+  uint32_t most = kernels::kMaxCallOutputs;
   uint32_t tasks_per_thread = 24;
 };
 
-// Panels of all active experts x outputs, grouped by expert so that a worker can reuse packed activations.
+// Tasks for all active experts x outputs, grouped by expert so that a worker can reuse packed activations.
 // Blocks of outputs are as wide as the target number of tasks per thread allows.
-void cut_panels(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threads,
-                std::vector<PanelTask>& tasks, BlockWidth block_width = {});
+void cut_blocks(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threads,
+                std::vector<BlockTask>& tasks, BlockWidth block_width = {});
 
 // Blocks of tokens; when there are few tokens, columns are cut too.
-void cut_tokens(uint32_t num_tokens, Span columns, int num_threads, std::vector<PanelTask>& tasks);
+void cut_tokens(uint32_t num_tokens, Span columns, int num_threads, std::vector<BlockTask>& tasks);
 
 // `total` in `parts` parts of nearly equal size, cut at multiples of `multiple`.
 Span share_of(uint32_t total, uint32_t multiple, uint32_t part, uint32_t parts);

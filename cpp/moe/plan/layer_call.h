@@ -8,12 +8,12 @@
 #include <vector>
 
 #include "moe/layer/interface.h"
-#include "moe/plan/panel_tasks.h"
+#include "moe/plan/block_tasks.h"
 #include "moe/plan/routing_plan.h"
 
 namespace ktmoe {
 
-// The activations that a worker packed last: consecutive panels of an expert share them.
+// The activations that a worker packed last: consecutive tasks of an expert share them.
 struct PackedRows {
   uint32_t active = UINT32_MAX;
   uint32_t m0 = 0;
@@ -21,18 +21,18 @@ struct PackedRows {
 
   // The rows of a task as an operand, packed by pack() only when the expert or the rows change.
   template <class Pack>
-  const kernels::Operand& pack_once(const PanelTask& task, Pack&& pack) {
+  const kernels::Operand& pack_once(const BlockTask& task, Pack&& pack) {
     if (active == task.active && m0 == task.m0) return operand;
     operand = pack();
     active = task.active, m0 = task.m0;
     return operand;
   }
   const kernels::Operand& pack_once(const kernels::KernelTable& table, const kernels::RowsView& rows,
-                                    const PanelTask& task, uint32_t k, std::byte* memory) {
+                                    const BlockTask& task, uint32_t k, std::byte* memory) {
     return pack_once(task, [&] { return table.pack(rows, task.m1 - task.m0, k, memory); });
   }
   const kernels::Operand& pack_once(const kernels::KernelTable& table, const kernels::Int8Rows& rows,
-                                    const int32_t* index, const PanelTask& task, uint32_t k,
+                                    const int32_t* index, const BlockTask& task, uint32_t k,
                                     std::byte* memory) {
     return pack_once(task, [&] { return table.pack_int8(rows, index, task.m1 - task.m0, k, memory); });
   }
@@ -50,7 +50,7 @@ struct WorkerScratch {
 
 // The down projection computes a part's columns in several passes, so that its fp32 results stay in cache
 // until they are combined. In each pass `columns` are in y, row after row.
-struct ColumnPass {
+struct ColumnSweep {
   Span columns;
   float* y = nullptr;
 };

@@ -5,7 +5,7 @@
 
 #include "formats/format.h"
 #include "moe/weights/node_memory.h"
-#include "moe/plan/panel_tasks.h"
+#include "moe/plan/block_tasks.h"
 #include "runtime/worker_pool.h"
 
 namespace ktmoe {

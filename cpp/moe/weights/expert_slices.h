@@ -8,7 +8,7 @@
 
 #include "formats/format.h"
 #include "moe/layer/config.h"
-#include "moe/plan/panel_tasks.h"
+#include "moe/plan/block_tasks.h"
 #include "runtime/worker_pool.h"
 
 namespace ktmoe {

@@ -50,7 +50,7 @@ struct Expert {
     Block g(h.table, m1 - m0, n0, n1), u(h.table, m1 - m0, n0, n1);
     g.multiply(packed.operand, gate.weights());
     u.multiply(packed.operand, up.weights());
-    // Biases of the panel alone, up to the end of their memory.
+    // Biases of the block alone, up to the end of their memory.
     const Guarded<float> g_bias(n1 - n0), u_bias(n1 - n0);
     std::copy_n(gate_bias.data() + n0, n1 - n0, g_bias.data());
     std::copy_n(up_bias.data() + n0, n1 - n0, u_bias.data());
@@ -136,7 +136,7 @@ TEST_CASE("activate: large gates and ups overflow to infinity, not to something 
   }
 }
 
-TEST_CASE("activate: rows, outputs and biases meet as they should, in every shape and panel") {
+TEST_CASE("activate: rows, outputs and biases meet as they should, in every shape and block") {
   const uint32_t widths[] = {1, 2, 15, 16, 17, 31, 33, 47, 64, 65, 97, 130};
   for (const KernelTable* table : usable_tables()) {
     Random random(31);
@@ -163,7 +163,7 @@ TEST_CASE("activate: rows, outputs and biases meet as they should, in every shap
   }
 }
 
-TEST_CASE("activate: a row has the same bits alone and in any batch and panel") {
+TEST_CASE("activate: a row has the same bits alone and in any batch and block") {
   for (const KernelTable* table : usable_tables()) {
     for (const Named& named : activations()) {
       INFO(text(*table, named));

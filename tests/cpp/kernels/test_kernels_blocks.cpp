@@ -118,13 +118,13 @@ TEST_CASE("blocks: sums over rows are those of the decoded weights, bf16 and oth
         const BlockMatrix first(format, n, k, 0, random), second(beside, n, k, 3, random);
         const Matrix first_bf16 = first.decoded(n), second_bf16 = second.decoded(n);
         const Matrix adapter(n, k, Layout::kTight, [&] { return random.wide(); });
-        const Left left_rows(*table, g.activations(), m, n);
-        const Operand& left = left_rows.operand;
+        const Lhs lhs_rows(*table, g.activations(), m, n);
+        const Operand& lhs = lhs_rows.operand;
         const kernels::NnTerm encoded[] = {
-            {left, 0, n, first.view()}, {left, 0, n, adapter.weights()}, {left, 0, n, second.view()}};
-        const kernels::NnTerm plain[] = {{left, 0, n, first_bf16.weights()},
-                                         {left, 0, n, adapter.weights()},
-                                         {left, 0, n, second_bf16.weights()}};
+            {lhs, 0, n, first.view()}, {lhs, 0, n, adapter.weights()}, {lhs, 0, n, second.view()}};
+        const kernels::NnTerm plain[] = {{lhs, 0, n, first_bf16.weights()},
+                                         {lhs, 0, n, adapter.weights()},
+                                         {lhs, 0, n, second_bf16.weights()}};
         Output of_blocks(*table, m, k0, k1), of_bf16(*table, m, k0, k1);
         of_blocks.multiply(encoded);
         of_bf16.multiply(plain);

@@ -91,7 +91,7 @@ struct Shape {
   uint32_t m, n0, n1, width;
   uint32_t columns() const { return n1 - n0; }
 
-  // A panel anywhere, which may be the last of its rows.
+  // A block anywhere, which may be the last of its rows.
   static Shape draw(Random& random) {
     const uint32_t n0 = 16 * random.below(4), n = kWidths[random.below(std::size(kWidths))];
     const bool may_go_on = n % 16 == 0;

@@ -20,7 +20,7 @@ constexpr uint32_t kSums[] = {1,  2,  3,  15,  16,  17,  30,  31,  32,  33,  63,
                               65, 95, 96, 127, 254, 255, 256, 257, 288, 511, 513, 800};
 // Blocks of narrower products.
 constexpr uint32_t kLongSums[] = {1023, 1024, 1025, 1057, 2048, 2049, 4097};
-constexpr uint32_t kBatches[] = {96, 127, 128, 129, 200, 256, kernels::kMaxPanelRows};
+constexpr uint32_t kBatches[] = {96, 127, 128, 129, 200, 256, kernels::kMaxCallRows};
 
 struct Shape {
   uint32_t m, n, k0, k1;
@@ -73,9 +73,9 @@ struct Sums {
     sum.resize(size_t{s.m} * width), size.resize(size_t{s.m} * width);
     for (uint32_t m = 0; m < s.m; ++m) {
       for (uint32_t n = 0; n < s.n; ++n) {
-        const T left = g_rows[o.row(m)][n];
+        const T lhs = g_rows[o.row(m)][n];
         for (uint32_t k = 0; k < width; ++k) {
-          const T term = left * w_rows[n][s.k0 + k];
+          const T term = lhs * w_rows[n][s.k0 + k];
           sum[m * width + k] += term, size[m * width + k] += term < 0 ? -term : term;
         }
       }
@@ -88,16 +88,16 @@ void check_exact(const KernelTable& table, const Shape& s, uint32_t seed) {
   INFO(text(table.isa, s));
   Random random(seed);
   const Operands o(s, random, [&] { return random.whole(); });
-  const Left left(table, o.rows(), s.m, s.n);
+  const Lhs lhs(table, o.rows(), s.m, s.n);
   Output out(table, s.m, s.k0, s.k1, s.gap);
-  out.multiply(left.operand, o.w.weights());
+  out.multiply(lhs.operand, o.w.weights());
   const Sums<int32_t> first(s, o, o.w);
   CHECK(first_difference(out.rows(), {first.sum.begin(), first.sum.end()}) == -1);
 
   const Matrix other(s.n, s.k, s.w_layout, [&] { return random.whole(); });
   Sums<int32_t> both(s, o, other);
   for (size_t i = 0; i < both.sum.size(); ++i) both.sum[i] += first.sum[i];
-  out.multiply(left.operand, other.weights(), true);
+  out.multiply(lhs.operand, other.weights(), true);
   CHECK(first_difference(out.rows(), {both.sum.begin(), both.sum.end()}) == -1);
   CHECK(out.gaps_are_untouched());
 }
@@ -108,8 +108,8 @@ void check_close(const KernelTable& table, const Shape& s, uint32_t seed) {
   INFO(text(table.isa, s));
   Random random(seed);
   const Operands o(s, random, [&] { return random.wide(); });
-  const Left left(table, o.rows(), s.m, s.n);
-  const std::vector<float> got = nn_product(table, left.operand, o.w.weights(), s.k0, s.k1);
+  const Lhs lhs(table, o.rows(), s.m, s.n);
+  const std::vector<float> got = nn_product(table, lhs.operand, o.w.weights(), s.k0, s.k1);
   const Sums<double> exact(s, o, o.w);
   int count = 0;
   for (size_t i = 0; i < got.size(); ++i) {
@@ -185,8 +185,8 @@ TEST_CASE("nn: a NaN or infinity stays in its row of G or its column of W") {
           const bool here = !in_g && at++ == sum * k + column;
           return here ? bad : random.whole() + 0.5f;
         });
-        const Left left(*table, g.activations(), m, n);
-        const std::vector<float> y = nn_product(*table, left.operand, w.weights(), 0, k);
+        const Lhs lhs(*table, g.activations(), m, n);
+        const std::vector<float> y = nn_product(*table, lhs.operand, w.weights(), 0, k);
         int wrong = 0;
         for (uint32_t i = 0; i < m * k; ++i) {
           const bool reached = in_g ? i / k == row : i % k == column;
@@ -207,15 +207,15 @@ TEST_CASE("nn: a row has the same bits alone, in any batch, in any cut of column
     for (uint32_t n : {33u, 288u, 1100u}) {
       const Matrix g(rows, n, Layout::kAligned, [&] { return random.wide(); });
       const Matrix w(n, columns, Layout::kAligned, [&] { return random.wide(); });
-      const Left left(*table, g.activations(), rows, n);
-      const std::vector<float> whole = nn_product(*table, left.operand, w.weights(), 0, columns);
+      const Lhs lhs(*table, g.activations(), rows, n);
+      const std::vector<float> whole = nn_product(*table, lhs.operand, w.weights(), 0, columns);
       for (uint32_t m : {1u, 1u, 2u, 3u, 6u, 7u, 16u, 17u, 33u}) {
         const std::vector<int32_t> index = random_index(random, m, rows);
         const Matrix g_copy = g.copy(kActivationLayouts[random.below(3)]);
         const Matrix w_copy = w.copy(kWeightLayouts[random.below(4)]);
         const uint32_t k0 = random.below(6) * kernels::kOutputBlock, k1 = k0 + 1 + random.below(columns - k0);
         INFO(text(table->isa, {m, n, k0, k1, columns, {}, {}, true, 0}));
-        const Left some(*table, g_copy.activations(index.data()), m, n);
+        const Lhs some(*table, g_copy.activations(index.data()), m, n);
         const std::vector<float> part = nn_product(*table, some.operand, w_copy.weights(), k0, k1);
         int wrong = 0;
         for (uint32_t i = 0; i < m; ++i)
@@ -238,15 +238,15 @@ TEST_CASE("nn: a sum cut at a multiple of 32 rows, its second part accumulating,
         INFO(text(table->isa, {m, n, 0, width, width, {}, {}, false, 0}), ", cut at ", cut);
         const Matrix g(m, n, Layout::kTight, [&] { return random.wide(); });
         const Matrix w(n, width, Layout::kTight, [&] { return random.wide(); });
-        const Left left(*table, g.activations(), m, n);
-        const std::vector<float> whole = nn_product(*table, left.operand, w.weights(), 0, width);
+        const Lhs lhs(*table, g.activations(), m, n);
+        const std::vector<float> whole = nn_product(*table, lhs.operand, w.weights(), 0, width);
 
         RowsView second = g.activations();
         second.data += cut;
-        const Left left0(*table, g.activations(), m, cut), left1(*table, second, m, n - cut);
+        const Lhs lhs0(*table, g.activations(), m, cut), lhs1(*table, second, m, n - cut);
         Output out(*table, m, 0, width);
-        out.multiply(left0.operand, w.weights());
-        out.multiply(left1.operand, {w.weights().row(cut), w.weights().row_stride_bytes}, true);
+        out.multiply(lhs0.operand, w.weights());
+        out.multiply(lhs1.operand, {w.weights().row(cut), w.weights().row_stride_bytes}, true);
         CHECK(first_difference(out.rows(), whole) == -1);
       }
     }
@@ -261,7 +261,7 @@ TEST_CASE("nn: a sum of terms, whole or parts of products, has the bits of one a
         const uint32_t width = 1 + random.below(256);
         INFO(isa_name(table->isa).data(), ": M ", m, ", ", num_terms, " terms, ", width, " columns");
         std::vector<Matrix> g, w;
-        std::vector<std::unique_ptr<Left>> left;
+        std::vector<std::unique_ptr<Lhs>> lhs;
         std::vector<kernels::NnTerm> terms;
         for (uint32_t i = 0; i < num_terms; ++i) {
           const uint32_t n = 1 + random.below(random.below(3) ? 70 : 700);
@@ -269,9 +269,9 @@ TEST_CASE("nn: a sum of terms, whole or parts of products, has the bits of one a
               random.below(2) * random.below(n) / kernels::kOutputBlock * kernels::kOutputBlock;
           g.emplace_back(m, n, Layout::kTight, [&] { return random.wide(); });
           w.emplace_back(n, width, kWeightLayouts[random.below(4)], [&] { return random.wide(); });
-          left.push_back(std::make_unique<Left>(*table, g.back().activations(), m, n));
+          lhs.push_back(std::make_unique<Lhs>(*table, g.back().activations(), m, n));
           const WeightView all = w.back().weights();
-          terms.push_back({left.back()->operand, n0, n, {all.row(n0), all.row_stride_bytes}});
+          terms.push_back({lhs.back()->operand, n0, n, {all.row(n0), all.row_stride_bytes}});
         }
         Output at_once(*table, m, 0, width), in_turn(*table, m, 0, width);
         at_once.multiply(terms);
@@ -282,7 +282,7 @@ TEST_CASE("nn: a sum of terms, whole or parts of products, has the bits of one a
   }
 }
 
-TEST_CASE("nn: rows that become a left operand where they lie give the same product") {
+TEST_CASE("nn: rows that become an lhs operand where they lie give the same product") {
   for (const KernelTable* table : usable_tables()) {
     Random random(29);
     for (uint32_t m : {1u, 7u, 12u, 13u, 16u, 33u, 250u}) {
@@ -292,7 +292,7 @@ TEST_CASE("nn: rows that become a left operand where they lie give the same prod
         const size_t stride = round_up(n, kernels::kOutputBlock);
         const Matrix g(m, n, Layout::kTight, [&] { return random.wide(); });
         const Matrix w(n, width, Layout::kTight, [&] { return random.wide(); });
-        const Left left(*table, g.activations(), m, n);
+        const Lhs lhs(*table, g.activations(), m, n);
         Guarded<bf16> rows(m * stride);
         for (size_t i = 0; i < m; ++i)
           std::copy_n(g.activations().data + i * g.activations().stride, n, rows.data() + i * stride);
@@ -300,7 +300,7 @@ TEST_CASE("nn: rows that become a left operand where they lie give the same prod
         table->pack_lhs_in_place(rows.data(), stride, m, n, scratch.data());
         const Operand operand = table->lhs_in_place(rows.data(), stride, m, n);
         CHECK(first_difference(nn_product(*table, operand, w.weights(), 0, width),
-                               nn_product(*table, left.operand, w.weights(), 0, width)) == -1);
+                               nn_product(*table, lhs.operand, w.weights(), 0, width)) == -1);
       }
     }
   }
@@ -318,8 +318,8 @@ TEST_CASE("nn: the tile unit and its emulator give the same bits") {
     const Shape s = random_shape(random, 1 + random.below(40), 1 + random.below(600), 1 + random.below(256));
     INFO(text(amx->isa, s));
     const Operands o(s, random, [&] { return random.wide(); });
-    const Left left0(*amx, o.rows(), s.m, s.n), left1(*emulated, o.rows(), s.m, s.n);
-    CHECK(first_difference(nn_product(*amx, left0.operand, o.w.weights(), s.k0, s.k1),
-                           nn_product(*emulated, left1.operand, o.w.weights(), s.k0, s.k1)) == -1);
+    const Lhs lhs0(*amx, o.rows(), s.m, s.n), lhs1(*emulated, o.rows(), s.m, s.n);
+    CHECK(first_difference(nn_product(*amx, lhs0.operand, o.w.weights(), s.k0, s.k1),
+                           nn_product(*emulated, lhs1.operand, o.w.weights(), s.k0, s.k1)) == -1);
   }
 }

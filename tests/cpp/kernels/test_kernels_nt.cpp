@@ -16,7 +16,7 @@ namespace {
 constexpr uint32_t kInputs[] = {1,   2,   7,   8,    9,    15,   16,   17,   31,   32,
                                 33,  47,  48,  63,   64,   65,   96,   97,   255,  511,
                                 512, 513, 704, 1055, 2047, 2048, 2049, 4097, 4160, 6145};
-constexpr uint32_t kBatches[] = {71, 96, 127, 128, 129, 144, 200, 255, 256, 300, kernels::kMaxPanelRows};
+constexpr uint32_t kBatches[] = {71, 96, 127, 128, 129, 144, 200, 255, 256, 300, kernels::kMaxCallRows};
 
 struct Shape {
   uint32_t m, n0, n1, k;
@@ -35,7 +35,7 @@ Shape random_shape(Random& random, uint32_t m, uint32_t k) {
   Shape s;
   s.m = m, s.k = k;
   s.n0 = random.below(4) * 16;
-  s.n1 = s.n0 + 1 + random.below(kernels::kMaxPanelOutputs);
+  s.n1 = s.n0 + 1 + random.below(kernels::kMaxCallOutputs);
   s.x_layout = kActivationLayouts[random.below(3)];
   s.w_layout = kWeightLayouts[random.below(4)];
   s.indexed = random.below(2) != 0;
@@ -130,7 +130,7 @@ TEST_CASE("nt: every number of rows up to 70, and some up to the limit") {
 TEST_CASE("nt: every number of outputs") {
   for (const KernelTable* table : usable_tables()) {
     Random random(11);
-    for (uint32_t n = 1; n <= kernels::kMaxPanelOutputs; ++n) {
+    for (uint32_t n = 1; n <= kernels::kMaxCallOutputs; ++n) {
       Shape s = random_shape(random, 1 + random.below(40), 32 + random.below(100));
       s.n1 = s.n0 + n;
       check_exact(*table, s, n);
@@ -185,7 +185,7 @@ TEST_CASE("nt: a NaN or infinity in a row of activations stays in its row") {
 
 namespace {
 
-// A batch and its product, taken in one go per panel of outputs, and the same operands as they may lie
+// A batch and its product, taken in one go per block of outputs, and the same operands as they may lie
 // elsewhere.
 struct Whole {
   static constexpr uint32_t kRows = 150,
@@ -202,11 +202,11 @@ struct Whole {
     for (Layout layout : {Layout::kTight, Layout::kApart}) x.push_back(x[0].copy(layout));
     for (Layout layout : {Layout::kTight, Layout::kApart, Layout::kOdd}) w.push_back(w[0].copy(layout));
     const Packed packed(table, x[0].activations(), kRows, k);
-    for (uint32_t n0 = 0; n0 < kOutputs; n0 += kernels::kMaxPanelOutputs) {
-      const uint32_t n1 = std::min(kOutputs, n0 + kernels::kMaxPanelOutputs);
-      const std::vector<float> panel = product(table, packed.operand, w[0].weights(), n0, n1);
+    for (uint32_t n0 = 0; n0 < kOutputs; n0 += kernels::kMaxCallOutputs) {
+      const uint32_t n1 = std::min(kOutputs, n0 + kernels::kMaxCallOutputs);
+      const std::vector<float> block = product(table, packed.operand, w[0].weights(), n0, n1);
       for (uint32_t m = 0; m < kRows; ++m)
-        std::copy_n(panel.begin() + m * (n1 - n0), n1 - n0, rows[m].begin() + n0);
+        std::copy_n(block.begin() + m * (n1 - n0), n1 - n0, rows[m].begin() + n0);
     }
   }
 
@@ -225,7 +225,7 @@ struct Whole {
 
 }  // namespace
 
-TEST_CASE("nt: a row has the same bits alone, in any batch, in any panel, wherever its operands lie") {
+TEST_CASE("nt: a row has the same bits alone, in any batch, in any block, wherever its operands lie") {
   for (const KernelTable* table : usable_tables()) {
     Random random(15);
     for (uint32_t k : {33u, 704u, 2081u}) {

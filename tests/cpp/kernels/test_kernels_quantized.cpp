@@ -218,8 +218,8 @@ TEST_CASE("quantized: products over rows take bf(code * scale), in every format"
         INFO(text(*table, format, {m, n, k}), ", columns ", k0, " to ", k1);
         const Matrix g(m, n, Layout::kAligned, [&] { return static_cast<float>(random.below(9)) - 4; });
         const Quantized w(format, n, k, 0, random);
-        const Left left(*table, g.activations(), m, n);
-        const auto c = nn_product(*table, left.operand, w.view(), k0, k1);
+        const Lhs lhs(*table, g.activations(), m, n);
+        const auto c = nn_product(*table, lhs.operand, w.view(), k0, k1);
         std::vector<double> sums(size_t{m} * (k1 - k0));
         for (uint32_t i = 0; i < n; ++i) {
           const auto row = w.row(i);

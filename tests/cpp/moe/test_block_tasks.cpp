@@ -1,5 +1,5 @@
-// Is the work of a layer cut into panels that cover it exactly once, and that the kernels may be given?
-#include "moe/plan/panel_tasks.h"
+// Is the work of a layer cut into blocks that cover it exactly once, and that the kernels may be given?
+#include "moe/plan/block_tasks.h"
 
 #include <doctest/doctest.h>
 
@@ -9,8 +9,8 @@
 #include "kernels/contract.h"
 
 using namespace ktmoe;
-using kernels::kMaxPanelOutputs;
-using kernels::kMaxPanelRows;
+using kernels::kMaxCallOutputs;
+using kernels::kMaxCallRows;
 using kernels::kOutputBlock;
 
 namespace {
@@ -28,11 +28,11 @@ RoutingPlan plan_of(const std::vector<uint32_t>& rows_of_experts) {
 }
 
 // How often each (row of expert, output) is covered: all once, none beyond.
-void check_cover(const RoutingPlan& plan, Span outputs, const std::vector<PanelTask>& tasks) {
+void check_cover(const RoutingPlan& plan, Span outputs, const std::vector<BlockTask>& tasks) {
   std::vector<std::vector<uint8_t>> times;
   for (const auto& expert : plan.active) times.emplace_back(size_t{expert.rows} * outputs.size());
   int outside = 0;
-  for (const PanelTask& t : tasks) {
+  for (const BlockTask& t : tasks) {
     REQUIRE(t.active < plan.active.size());
     for (uint32_t m = t.m0; m < t.m1; ++m) {
       for (uint32_t n = t.n0; n < t.n1; ++n) {
@@ -51,15 +51,15 @@ void check_cover(const RoutingPlan& plan, Span outputs, const std::vector<PanelT
   CHECK(not_once == 0);
 }
 
-// The preconditions of contract.h for a panel.
-void check_preconditions(const std::vector<PanelTask>& tasks, const RoutingPlan& plan, uint32_t outputs_end,
+// The preconditions of contract.h for a block.
+void check_preconditions(const std::vector<BlockTask>& tasks, const RoutingPlan& plan, uint32_t outputs_end,
                          uint32_t k) {
   int wrong = 0;
-  for (const PanelTask& t : tasks) {
+  for (const BlockTask& t : tasks) {
     wrong += t.m0 >= t.m1 || t.n0 >= t.n1;
     wrong += t.m0 % kOutputBlock != 0 || t.n0 % (kOutputBlock / 2) != 0;
-    wrong += t.m1 - t.m0 > std::min(kMaxPanelRows, most_rows_per_block(k)) || t.n1 - t.n0 > kMaxPanelOutputs;
-    // A pair of outputs, or a tile of rows, is in two panels only if it does not exist.
+    wrong += t.m1 - t.m0 > std::min(kMaxCallRows, most_rows_per_block(k)) || t.n1 - t.n0 > kMaxCallOutputs;
+    // A pair of outputs, or a tile of rows, is in two blocks only if it does not exist.
     wrong += t.n1 != outputs_end && t.n1 % (kOutputBlock / 2) != 0;
     wrong += t.m1 != plan.active[t.active].rows && t.m1 % kOutputBlock != 0;
   }
@@ -68,20 +68,20 @@ void check_preconditions(const std::vector<PanelTask>& tasks, const RoutingPlan&
 
 }  // namespace
 
-TEST_CASE("panels: rows of a block are a multiple of a panel and within the kernels' limit, whatever K") {
+TEST_CASE("blocks: rows are a multiple of kOutputBlock and within the kernels' limit, whatever K") {
   for (uint32_t k = 1; k <= (1u << 24); k = k < 5000 ? k + 1 : k * 2 + 1) {
     const uint32_t rows = rows_per_block(k);
     CHECK(rows % kOutputBlock == 0);
     CHECK(rows >= kOutputBlock);
-    CHECK(rows <= kMaxPanelRows);
+    CHECK(rows <= kMaxCallRows);
   }
 }
 
-TEST_CASE("panels: every row and output once, preconditions kept, whatever the shape") {
+TEST_CASE("blocks: every row and output once, preconditions kept, whatever the shape") {
   std::mt19937 random(3);
   const uint32_t widths[] = {1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 200, 704};
   const uint32_t inputs[] = {1, 64, 704, 2048, 4096, 7168, 18432};
-  std::vector<PanelTask> tasks;
+  std::vector<BlockTask> tasks;
   for (int i = 0; i < 400; ++i) {
     std::vector<uint32_t> rows(1 + random() % 8);
     for (uint32_t& r : rows) r = random() % 3 == 0 ? 0 : 1 + random() % (random() % 4 == 0 ? 1000 : 70);
@@ -94,40 +94,40 @@ TEST_CASE("panels: every row and output once, preconditions kept, whatever the s
     CAPTURE(outputs.end);
     CAPTURE(k);
     CAPTURE(threads);
-    cut_panels(plan, outputs, k, threads, tasks);
+    cut_blocks(plan, outputs, k, threads, tasks);
     check_cover(plan, outputs, tasks);
     check_preconditions(tasks, plan, outputs.end, k);
   }
 }
 
 TEST_CASE(
-    "panels: an expert's panels follow each other, rows first, so that packed activations are met again") {
+    "blocks: an expert's blocks follow each other, rows first, so that packed activations are met again") {
   const RoutingPlan plan = plan_of({300, 0, 20});
-  std::vector<PanelTask> tasks;
-  cut_panels(plan, {0, 160}, 2048, 2, tasks);
+  std::vector<BlockTask> tasks;
+  cut_blocks(plan, {0, 160}, 2048, 2, tasks);
   for (size_t i = 1; i < tasks.size(); ++i) {
-    const PanelTask &a = tasks[i - 1], &b = tasks[i];
+    const BlockTask &a = tasks[i - 1], &b = tasks[i];
     const bool in_order =
         a.active < b.active || (a.active == b.active && (a.m0 < b.m0 || (a.m0 == b.m0 && a.n0 < b.n0)));
     CHECK(in_order);
   }
 }
 
-TEST_CASE("panels: more threads get more, narrower panels") {
+TEST_CASE("blocks: more threads get more, narrower blocks") {
   const RoutingPlan plan = plan_of({4});
-  std::vector<PanelTask> few, many;
-  cut_panels(plan, {0, 768}, 2048, 1, few);
-  cut_panels(plan, {0, 768}, 2048, 64, many);
+  std::vector<BlockTask> few, many;
+  cut_blocks(plan, {0, 768}, 2048, 1, few);
+  cut_blocks(plan, {0, 768}, 2048, 64, many);
   CHECK(few.front().n1 == kOutputBlock);
   CHECK(many.front().n1 == kOutputBlock / 2);
 }
 
-TEST_CASE("panels: no rows or no outputs give no panels, and old ones go") {
-  std::vector<PanelTask> tasks{{0, 0, 1, 0, 1}};
-  cut_panels(plan_of({}), {0, 64}, 64, 4, tasks);
+TEST_CASE("blocks: no rows or no outputs give no blocks, and old ones go") {
+  std::vector<BlockTask> tasks{{0, 0, 1, 0, 1}};
+  cut_blocks(plan_of({}), {0, 64}, 64, 4, tasks);
   CHECK(tasks.empty());
   tasks.resize(1);
-  cut_panels(plan_of({5}), {64, 64}, 64, 4, tasks);
+  cut_blocks(plan_of({5}), {64, 64}, 64, 4, tasks);
   CHECK(tasks.empty());
   tasks.resize(1);
   cut_tokens(0, {0, 64}, 4, tasks);
@@ -135,7 +135,7 @@ TEST_CASE("panels: no rows or no outputs give no panels, and old ones go") {
 }
 
 TEST_CASE("tokens: every token and column once") {
-  std::vector<PanelTask> tasks;
+  std::vector<BlockTask> tasks;
   for (uint32_t tokens : {1u, 2u, 7u, 8u, 9u, 64u, 100u, 700u}) {
     for (uint32_t width : {1u, 32u, 511u, 512u, 513u, 1500u}) {
       for (int threads : {1, 2, 16, 300}) {

@@ -86,10 +86,10 @@ struct Intermediate {
       return ++at, diagonal ? 1.0f : 0.0f;
     });
     std::vector<float> all(size_t{m} * width);
-    for (uint32_t m0 = 0; m0 < m; m0 += kernels::kMaxPanelRows) {
-      const uint32_t m1 = std::min(m, m0 + kernels::kMaxPanelRows);
-      for (uint32_t n0 = 0; n0 < width; n0 += kernels::kMaxPanelOutputs) {
-        const uint32_t n1 = std::min(width, n0 + kernels::kMaxPanelOutputs);
+    for (uint32_t m0 = 0; m0 < m; m0 += kernels::kMaxCallRows) {
+      const uint32_t m1 = std::min(m, m0 + kernels::kMaxCallRows);
+      for (uint32_t n0 = 0; n0 < width; n0 += kernels::kMaxCallOutputs) {
+        const uint32_t n1 = std::min(width, n0 + kernels::kMaxCallOutputs);
         const std::vector<float> part = product(table, rows(m0, m1), one.weights(), n0, n1);
         for (uint32_t i = m0; i < m1; ++i)
           std::copy_n(part.begin() + (i - m0) * (n1 - n0), n1 - n0, all.begin() + i * width + n0);

@@ -1,4 +1,4 @@
-// What the tests of products that sum over rows share: left operands, and results in memory.
+// What the tests of products that sum over rows share: lhs operands, and results in memory.
 #pragma once
 
 #include <cmath>
@@ -10,11 +10,11 @@
 
 namespace ktmoe::test {
 
-// A left operand, with the memory it may refer to.
-struct Left {
+// An lhs operand, with the memory it may refer to.
+struct Lhs {
   Guarded<std::byte> memory;
   Operand operand;
-  Left(const KernelTable& table, const RowsView& rows, uint32_t m, uint32_t n)
+  Lhs(const KernelTable& table, const RowsView& rows, uint32_t m, uint32_t n)
       : memory(Guarded<std::byte>::on_cache_line(table.lhs_bytes(m, n))),
         operand(table.pack_lhs(rows, m, n, memory.data())) {}
 };

@@ -104,7 +104,7 @@ inline constexpr size_t kPackedWeightsBytes = size_t{Vec::kRowTile} * kPackedBlo
 
 inline size_t nt_scratch_bytes_rows(uint32_t k) {
   const size_t lanes =
-      k * sizeof(bf16) > kPackedBlockBytes ? size_t{kMaxPanelRows} * Vec::kRowTile * sizeof(Vec::Acc) : 0;
+      k * sizeof(bf16) > kPackedBlockBytes ? size_t{kMaxCallRows} * Vec::kRowTile * sizeof(Vec::Acc) : 0;
   return kPackedWeightsBytes + lanes;
 }
 

@@ -257,7 +257,7 @@ KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, ui
   const std::byte* b0 = args.x.data + p * args.x.stride_bytes + w.step0 * kTileRows * stride0;
   const std::byte* b1 = args.x.data + (p + 1) * args.x.stride_bytes + w.step0 * kTileRows * stride1;
   const std::byte* a = w.data;
-  [[maybe_unused]] std::byte* left = args.scratch;
+  [[maybe_unused]] std::byte* kept = args.scratch;
   for (size_t s = 0; s < w.steps; ++s) {
     if constexpr (kWeights == 1 && kPanels == 1 && kFrom == Weights::kInPlace) {
       prefetch_rows(w, s);
@@ -281,9 +281,9 @@ KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, ui
     }
     if constexpr (kWeights == 2 && kPanels == 2) Product::template dot<3, 5, 7>();
     if constexpr (kFrom == Weights::kKeptInScratch) {
-      Tile::store<4>(left, kTileK * sizeof(bf16));
-      if constexpr (kWeights == 2) Tile::store<5>(left + kTileBytes, kTileK * sizeof(bf16));
-      left += kWeights * kTileBytes;
+      Tile::store<4>(kept, kTileK * sizeof(bf16));
+      if constexpr (kWeights == 2) Tile::store<5>(kept + kTileBytes, kTileK * sizeof(bf16));
+      kept += kWeights * kTileBytes;
     }
     a += w.step_bytes;
     b0 += kTileRows * stride0;
