@@ -89,9 +89,9 @@ def test_group_sizes_come_from_the_directory(source: Path, tmp_path: Path) -> No
     assert run(source, tmp_path / "64", "--group-size=64", "--layers=0") == 0
     assert KTMoEWrapper.from_pretrained(tmp_path / "64").group_size == 64
     assert KTMoEWrapper.from_pretrained(tmp_path / "64", method="MOE_INT4").group_size == 64
-    with pytest.raises(ValueError, match=r"gate_proj\.format is 'int4_group64', expected 'int4_group32'"):
+    with pytest.raises(ValueError, match=r"gate_proj\.format: got 'int4_group64', expected 'int4_group32'"):
         KTMoEWrapper.from_pretrained(tmp_path / "64", group_size=32)
-    with pytest.raises(ValueError, match=r"gate_proj\.format is 'int4_group64', expected 'int8'"):
+    with pytest.raises(ValueError, match=r"gate_proj\.format: got 'int4_group64', expected 'int8'"):
         KTMoEWrapper.from_pretrained(tmp_path / "64", method="MOE_INT8")
 
 
@@ -311,8 +311,8 @@ def test_convert_errors(source: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ([tmp_path / "nowhere", tmp_path / "x"], "no such file or directory"),
         ([bare, tmp_path / "x"], "no layer has experts in a naming known here"),
         ([source, tmp_path / "x", "--layers=1-3"], "layer 3 has no experts; layers with experts: 0, 1, 2"),
-        ([source, source], "model-00001-of-00002.safetensors, expected a directory of its own"),
-        ([source, tmp_path / "file"], "is a file, expected a directory"),
+        ([source, source], "model-00001-of-00002.safetensors in it, expected a directory of its own"),
+        ([source, tmp_path / "file"], "got a file, expected a directory"),
         ([source, tmp_path / "x", "--method=BF16"], "method: got 'BF16', expected one of AMXINT8, AMXINT4, "),
         ([source, tmp_path / "x", "--method=INT4"], "method: got 'INT4' for mode 'inference'"),
         (
@@ -338,9 +338,9 @@ def test_other_conversions_are_left_alone(
 ) -> None:
     write_checkpoint(tmp_path / "other", "qwen3_moe", [0], E=E, I=I, H=H)
     for arguments, message in [
-        ((tmp_path / "other", target), f"source is '{source}', expected '{tmp_path / 'other'}'"),
-        ((source, target, "--group-size=64"), "group_size is 32, expected 64: another conversion is there"),
-        ((source, target, "--method=MOE_INT4"), "method is 'AMXINT4', expected 'MOE_INT4'"),
+        ((tmp_path / "other", target), f"source: got '{source}', expected '{tmp_path / 'other'}'"),
+        ((source, target, "--group-size=64"), "group_size: got 32, expected 64: another conversion is there"),
+        ((source, target, "--method=MOE_INT4"), "method: got 'AMXINT4', expected 'MOE_INT4'"),
     ]:
         assert run(*arguments) == 2  # type: ignore[arg-type]
         assert message in only_error(capsys)

@@ -81,7 +81,7 @@ def test_demo_does_not_overwrite(
 ) -> None:
     _, folder = demo_run
     assert main(["demo", "--keep", str(folder)]) == 2
-    assert "is not empty" in only_error(capsys)
+    assert "got files in it, expected a new or an empty directory" in only_error(capsys)
 
 
 @pytest.fixture

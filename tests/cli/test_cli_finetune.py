@@ -221,8 +221,8 @@ def test_states_that_are_none(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"x" * 100, "has 90 tokens in its first nine tenths, expected 97 or more"),
-        (b"", "has 1 tokens in its first nine tenths, expected 97 or more"),
+        (b"x" * 100, "got 90 tokens in its first nine tenths, expected 97 or more"),
+        (b"", "got 1 tokens in its first nine tenths, expected 97 or more"),
         (b"x" * 500 + b"\xff", "is not UTF-8: invalid start byte at byte 500"),
     ],
 )
@@ -338,7 +338,7 @@ def test_the_first_adapters_are_of_the_seed(text: Path, tmp_path: Path) -> None:
             lambda tensors, told: tensors.update(
                 {"parameter.0.gate_lora_a": np.zeros((16, 1, 256), np.float32)}
             ),
-            r"parameter.0.gate_lora_a is float32 \[16, 1, 256\], expected float32 \[16, 4, 256\]",
+            r"parameter.0.gate_lora_a: got float32 \[16, 1, 256\], expected float32 \[16, 4, 256\]",
         ),
         (lambda tensors, told: told.update(course="{}"), "its course is not one of ktmoe finetune"),
         (lambda tensors, told: told.update(course='{"held_out": {}, "x": 1}'), "its course is not one"),

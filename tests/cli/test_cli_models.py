@@ -109,7 +109,7 @@ def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.
 def test_texts_that_cannot_be_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "text.txt"
     for content, message in (
-        (b"", "has 0 tokens, expected at least 2"),
+        (b"", "got 0 tokens, expected at least 2"),
         (b"ab\xff" + b"c" * 9, "is not UTF-8"),
     ):
         file.write_bytes(content)

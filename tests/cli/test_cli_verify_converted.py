@@ -41,8 +41,8 @@ def test_verify_finds_damage(target: Path, source: Path, capsys: pytest.CaptureF
     whole = file.read_bytes()
     num_pairs = H // 2
     for damage, status, message in [
-        (("gate_proj.codes", (3, 17, num_pairs), 0), "DAMAGED", "expert 3, row 17 holds multiplier 0, exp"),
-        (("gate_proj.codes", (3, 17, num_pairs), 16), "DAMAGED", "holds multiplier 16, expected -15 to 15"),
+        (("gate_proj.codes", (3, 17, num_pairs), 0), "DAMAGED", "expert 3, row 17: got multiplier 0, exp"),
+        (("gate_proj.codes", (3, 17, num_pairs), 16), "DAMAGED", "got multiplier 16, expected -15 to 15"),
         (("gate_proj.codes", (3, 17, 0), 0x11), "CHANGED", "which was recorded: its bytes have changed"),
     ]:
         file.write_bytes(whole)
@@ -93,21 +93,27 @@ def test_verify_errors(target: Path, capsys: pytest.CaptureFixture[str]) -> None
     whole = json.loads(path.read_text())
     record = {"sha256": "", "relative_error": {}, "experts_checked": []}
     for change, message in [
-        ({"format": "x"}, "format is 'x', expected 'ktmoe-quantized'"),
-        ({"version": 2}, "version is 2, expected 1"),
-        ({"source": 5}, "source is 5, expected a string"),
-        ({"method": None}, "method is None, expected a string"),
+        ({"format": "x"}, "format: got 'x', expected 'ktmoe-quantized'"),
+        ({"version": 2}, "version: got 2, expected 1"),
+        ({"source": 5}, "source: got 5, expected a string"),
+        ({"method": None}, "method: got None, expected a string"),
         ({"method": "BF16"}, "method: got 'BF16', expected one of AMXINT8"),
-        ({"group_size": "32"}, "group_size is '32', expected a number or null"),
+        ({"group_size": "32"}, "group_size: got '32', expected a number or null"),
         ({"group_size": 5}, "group_size: got 5, expected None, 32, 64 or 128"),
-        ({"layers": []}, "layers is [], expected an object"),
-        ({"layers": {"x": record}}, "layers has 'x', expected numbers of layers"),
-        ({"layers": {"1": 5}}, "layers.1 is 5, expected an object"),
-        ({"layers": {"1": {**record, "sha256": 5}}}, "layers.1.sha256 is 5, expected a string"),
-        ({"layers": {"1": {**record, "relative_error": 5}}}, "layers.1.relative_error is 5, expected an obj"),
-        ({"layers": {"1": {**record, "relative_error": {"a": "b"}}}}, "is {'a': 'b'}, expected numbers"),
-        ({"layers": {"1": {**record, "experts_checked": 5}}}, "layers.1.experts_checked is 5, expected an a"),
-        ({"layers": {"1": {**record, "experts_checked": [None]}}}, "is [None], expected numbers of experts"),
+        ({"layers": []}, "layers: got [], expected an object"),
+        ({"layers": {"x": record}}, "layers: got 'x', expected numbers of layers"),
+        ({"layers": {"1": 5}}, "layers.1: got 5, expected an object"),
+        ({"layers": {"1": {**record, "sha256": 5}}}, "layers.1.sha256: got 5, expected a string"),
+        (
+            {"layers": {"1": {**record, "relative_error": 5}}},
+            "layers.1.relative_error: got 5, expected an obj",
+        ),
+        ({"layers": {"1": {**record, "relative_error": {"a": "b"}}}}, "got {'a': 'b'}, expected numbers"),
+        (
+            {"layers": {"1": {**record, "experts_checked": 5}}},
+            "layers.1.experts_checked: got 5, expected an a",
+        ),
+        ({"layers": {"1": {**record, "experts_checked": [None]}}}, "got [None], expected numbers of experts"),
     ]:
         path.write_text(json.dumps({**whole, **change}))
         assert main(["verify", str(target)]) == 2

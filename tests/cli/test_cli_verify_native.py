@@ -223,16 +223,16 @@ def test_verify_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     model = paths["gguf"] / "model.gguf"
     other = "has no experts in a naming known here; layers with experts: 5"
     for path, arguments, message in [
-        (paths["int4"], ["--method=MXFP4"], "the experts of layer 5 are RAWINT4, expected MXFP4"),
+        (paths["int4"], ["--method=MXFP4"], "the experts of layer 5: got RAWINT4, expected MXFP4"),
         (
             paths["int4"],
             ["--method=AMXINT4"],
-            "the experts of layer 5 are RAWINT4, expected bfloat16 with method 'AMXINT4'",
+            "the experts of layer 5: got RAWINT4, expected bfloat16 with method 'AMXINT4'",
         ),
-        (paths["fp8"], ["--method=BF16"], "of layer 5 are FP8, expected bfloat16 with method 'BF16'"),
+        (paths["fp8"], ["--method=BF16"], "of layer 5: got FP8, expected bfloat16 with method 'BF16'"),
         (paths["fp8"], ["--method=LLAMAFILE"], f"got 'LLAMAFILE', which reads GGUF: {paths['fp8']} is none"),
         (paths["fp8"], ["--layer=6"], f"layer 6 {other}"),
-        (paths["plain"], ["--method=FP8"], "is BF16, expected weights of FP8"),
+        (paths["plain"], ["--method=FP8"], "got BF16, expected weights of FP8"),
         (paths["gguf"], ["--method=FP8"], f"got 'FP8', expected 'LLAMAFILE': {paths['gguf']} is GGUF"),
         (model, ["--method=BF16"], f"got 'BF16', expected 'LLAMAFILE': {model} is GGUF"),
         (model, ["--method=FP5"], "method: got 'FP5'"),

@@ -94,58 +94,58 @@ def test_fields_that_are_wrong_or_missing(field: str, layer: Layer, tmp_path: Pa
     path = save(layer, tmp_path)
     got, expected = METADATA[field]
     rewrite(path, lambda tensors, metadata: metadata.update({field: got.strip("'")}))
-    refused(path, f"{field} is {got}, expected {expected}")
+    refused(path, f"{field}: got {got}, expected {expected}")
     rewrite(path, lambda tensors, metadata: metadata.pop(field))
-    refused(path, f"{field} is missing in the metadata, expected {expected}")
+    refused(path, f"{field}: got none in the metadata, expected {expected}")
 
 
 def test_fields_that_nobody_knows(layer: Layer, tmp_path: Path) -> None:
     path = save(layer, tmp_path)
     rewrite(path, lambda tensors, metadata: metadata.update(color="red"))
-    refused(path, "'color' is in the metadata, expected only format, version, layer_idx")
+    refused(path, "'color': got one in the metadata, expected only format, version, layer_idx")
 
 
 TENSORS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "codes, missing": (
         lambda t: t.pop("up_proj.codes"),
-        f"tensor 'up_proj.codes' is missing, expected U8 [{E}, {I}, {ROW['int4_group32']}]",
+        f"tensor 'up_proj.codes': got none, expected U8 [{E}, {I}, {ROW['int4_group32']}]",
     ),
     "scales, missing": (
         lambda t: t.pop("down_proj.row_scale"),
-        f"tensor 'down_proj.row_scale' is missing, expected F32 [{E}, {H}]",
+        f"tensor 'down_proj.row_scale': got none, expected F32 [{E}, {H}]",
     ),
     "biases, missing": (
         lambda t: t.pop("gate_proj.bias"),
-        "biases is 'gate_proj up_proj down_proj', expected 'up_proj down_proj'",
+        "biases: got 'gate_proj up_proj down_proj', expected 'up_proj down_proj'",
     ),
     "codes, shape": (
         lambda t: t.update({"gate_proj.codes": t["gate_proj.codes"][:, :, 1:]}),
-        f"tensor 'gate_proj.codes' is U8 [{E}, {I}, {ROW['int4_group32'] - 1}], "
+        f"tensor 'gate_proj.codes': got U8 [{E}, {I}, {ROW['int4_group32'] - 1}], "
         f"expected U8 [{E}, {I}, {ROW['int4_group32']}]",
     ),
     "codes, dtype": (
         lambda t: t.update({"gate_proj.codes": t["gate_proj.codes"].view(np.int8)}),
-        f"tensor 'gate_proj.codes' is I8 [{E}, {I}, {ROW['int4_group32']}], expected U8",
+        f"tensor 'gate_proj.codes': got I8 [{E}, {I}, {ROW['int4_group32']}], expected U8",
     ),
     "scales, shape": (
         lambda t: t.update({"up_proj.row_scale": t["up_proj.row_scale"][1:]}),
-        f"tensor 'up_proj.row_scale' is F32 [{E - 1}, {I}], expected F32 [{E}, {I}]",
+        f"tensor 'up_proj.row_scale': got F32 [{E - 1}, {I}], expected F32 [{E}, {I}]",
     ),
     "biases, dtype": (
         lambda t: t.update({"up_proj.bias": t["up_proj.bias"].astype(np.float64)}),
-        f"tensor 'up_proj.bias' is F64 [{E}, {I}], expected F32 [{E}, {I}]",
+        f"tensor 'up_proj.bias': got F64 [{E}, {I}], expected F32 [{E}, {I}]",
     ),
     "one more": (
         lambda t: t.update(router=np.ones(3, np.float32)),
-        "tensor 'router' is there, expected only gate_proj.codes, gate_proj.row_scale, gate_proj.bias, up",
+        "tensor 'router': got one, expected only gate_proj.codes, gate_proj.row_scale, gate_proj.bias, up",
     ),
     "scales, NaN": (
         lambda t: t["up_proj.row_scale"].__setitem__((3, 17), np.nan),
-        "tensor 'up_proj.row_scale': expert 3, row 17 holds nan, expected finite scales",
+        "tensor 'up_proj.row_scale': expert 3, row 17: got nan, expected finite scales",
     ),
     "scales, infinite": (
         lambda t: t["down_proj.row_scale"].__setitem__((0, 5), -np.inf),
-        "tensor 'down_proj.row_scale': expert 0, row 5 holds -inf, expected finite scales",
+        "tensor 'down_proj.row_scale': expert 0, row 5: got -inf, expected finite scales",
     ),
 }
 
@@ -163,7 +163,7 @@ def test_files_of_other_methods(method: str, layer: Layer, tmp_path: Path) -> No
     name, _, size = method.partition(", ")
     path = save(layer, tmp_path, name, int(size) if size else None)
     other = SafetensorsFile(path).metadata["gate_proj.format"]
-    refused(path, f"gate_proj.format is '{other}', expected 'int4_group32'")
+    refused(path, f"gate_proj.format: got '{other}', expected 'int4_group32'")
 
 
 def test_methods_that_read_no_such_files(
@@ -220,7 +220,7 @@ def test_codes_that_cannot_be(
     rewrite(path, lambda t, m: t["gate_proj.codes"].__setitem__((3, 17, at), value))
     experts = load_quantized(path, config, found)
     with pytest.raises(
-        ValueError, match=rf"{NAME}: tensor 'gate_proj.codes': expert 3, row 17 holds {message}"
+        ValueError, match=rf"{NAME}: tensor 'gate_proj.codes': expert 3, row 17: got {message}"
     ):
         check_codes(path, experts, config, found)
 
@@ -343,7 +343,7 @@ ARRAYS: dict[str, tuple[Callable[[Layer], dict[str, Any]], type[BaseException], 
     "scales, NaN": (
         coded("up_scale", with_value((2, 9), np.nan)),
         ValueError,
-        r"up_scale: expert 2, row 9 holds nan, expected finite scales",
+        r"up_scale: expert 2, row 9: got nan, expected finite scales",
     ),
     "map, shape": (
         changed("physical_to_logical_map", lambda _: np.arange(E - 1)),
@@ -378,7 +378,7 @@ ARRAYS: dict[str, tuple[Callable[[Layer], dict[str, Any]], type[BaseException], 
     "scales, infinite": (
         coded("up_scale", lambda s: list(with_value((2, 9), np.inf)(s))),
         ValueError,
-        r"up_scale: expert 2, row 9 holds inf, expected finite scales",
+        r"up_scale: expert 2, row 9: got inf, expected finite scales",
     ),
 }
 

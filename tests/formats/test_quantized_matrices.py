@@ -110,9 +110,11 @@ def test_what_is_not_finite_poisons_its_row_of_activations(value: float) -> None
 def test_weights_that_are_not_finite_are_refused(quantize: Any, value: float, kind: str) -> None:
     weights = draw(0, 5, 20, 40)
     weights[3, 17, 39] = value
-    with pytest.raises(ValueError, match=f"^gate_proj: expert 3, row 17 holds {kind}; only finite weights"):
+    with pytest.raises(
+        ValueError, match=f"^gate_proj: expert 3, row 17: got {kind}, expected finite weights"
+    ):
         quantize(weights, name="gate_proj")
-    with pytest.raises(ValueError, match=f"^weights: row 17 holds {kind}"):
+    with pytest.raises(ValueError, match=f"^weights: row 17: got {kind}, expected finite weights$"):
         quantize(weights[3])
 
 
@@ -122,86 +124,86 @@ codes, scale = np.ones((2, 3), np.int8), np.ones(2, f32)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: quantize_int8([[1.0]]), TypeError, "weights must be a NumPy array, got list"),
+        (lambda: quantize_int8([[1.0]]), TypeError, "weights: got list, expected a NumPy array"),
         (
             lambda: quantize_int4(np.ones((2, 2)), name="up_proj"),
             TypeError,
-            "up_proj must be bfloat16 or float16 or float32, got float64",
+            "up_proj: got float64, expected bfloat16 or float16 or float32",
         ),
         (
             lambda: quantize_int8(np.ones(2, f32)),
             ValueError,
-            r"weights must have shape \[..., N, K\], got \[2\]",
+            r"weights: got shape \[2\], expected \[..., N, K\]",
         ),
         (
             lambda: quantize_int8(np.ones((2, 2), f32), group_size=0),
             ValueError,
-            "group_size must be at least 1, got 0",
+            "group_size: got 0, expected at least 1",
         ),
         (
             lambda: quantize_int4(np.ones((2, 2), f32), group_size=16),
             ValueError,
-            "group_size must be 32, 64 or 128, got 16",
+            "group_size: got 16, expected 32, 64 or 128",
         ),
-        (lambda: Int8Matrix([[1]], scale), TypeError, "codes must be a NumPy array, got list"),
-        (lambda: Int8Matrix(codes.astype(int), scale), TypeError, "codes must be int8, got int64"),
-        (lambda: Int8Matrix(codes[0], scale), ValueError, r"codes must have shape \[..., N, K\], got \[3\]"),
-        (lambda: Int8Matrix(codes, scale[:1]), ValueError, r"channel_scale must have shape \[2\], got \[1\]"),
+        (lambda: Int8Matrix([[1]], scale), TypeError, "codes: got list, expected a NumPy array"),
+        (lambda: Int8Matrix(codes.astype(int), scale), TypeError, "codes: got int64, expected int8"),
+        (lambda: Int8Matrix(codes[0], scale), ValueError, r"codes: got shape \[3\], expected \[..., N, K\]"),
+        (lambda: Int8Matrix(codes, scale[:1]), ValueError, r"channel_scale: got shape \[1\], expected \[2\]"),
         (
             lambda: Int8Matrix(codes * np.int8(-128), scale),
             ValueError,
-            "codes must be from -127 to 127, got -128",
+            "codes: got -128, expected from -127 to 127",
         ),
         (
             lambda: Int8GroupMatrix(codes, scale[:, None], group_size=2),
             ValueError,
-            r"group_scale must have shape \[2, 2\], got \[2, 1\]",
+            r"group_scale: got shape \[2, 1\], expected \[2, 2\]",
         ),
         (
             lambda: Int8GroupMatrix(codes, scale[:, None], group_size=0),
             ValueError,
-            "group_size must be at least 1, got 0",
+            "group_size: got 0, expected at least 1",
         ),
         (
             lambda: Int4Matrix(codes, codes[:, :1], scale, 31),
             ValueError,
-            "group_size must be 32, 64 or 128, got 31",
+            "group_size: got 31, expected 32, 64 or 128",
         ),
         (
             lambda: Int4Matrix(codes, codes, scale),
             ValueError,
-            r"multiplier must have shape \[2, 1\], got \[2, 3\]",
+            r"multiplier: got shape \[2, 3\], expected \[2, 1\]",
         ),
         (
             lambda: Int4Matrix(codes * np.int8(8), codes[:, :1], scale),
             ValueError,
-            "q must be from -8 to 7, got 8",
+            "q: got 8, expected from -8 to 7",
         ),
         (
             lambda: Int4Matrix(codes, codes[:, :1] * np.int8(16), scale),
             ValueError,
-            "multiplier must be from -15 to 15, got 16",
+            "multiplier: got 16, expected from -15 to 15",
         ),
         (
             lambda: Int4Matrix(codes, codes[:, :1] * np.int8(0), scale),
             ValueError,
-            "multiplier must not hold 0",
+            "multiplier: got 0, expected from -15 to 15, but not 0",
         ),
         (
             lambda: unpack_int4(np.ones((2, 3), np.int8), scale, 3),
             TypeError,
-            "rows must be an array of uint8, got int8",
+            "rows: got int8, expected an array of uint8",
         ),
-        (lambda: unpack_int8([[1]], scale, 3), TypeError, "rows must be an array of uint8, got list"),
+        (lambda: unpack_int8([[1]], scale, 3), TypeError, "rows: got list, expected an array of uint8"),
         (
             lambda: unpack_int4(np.ones((2, 4), np.uint8), scale, 3),
             ValueError,
-            r"rows must have shape \[..., N, 3\], got \[2, 4\]",
+            r"rows: got shape \[2, 4\], expected \[..., N, 3\]",
         ),
         (
             lambda: unpack_int8(np.ones((2, 4), np.uint8), None, 3),
             ValueError,
-            r"rows must have shape \[..., N, 7\], got \[2, 4\]",
+            r"rows: got shape \[2, 4\], expected \[..., N, 7\]",
         ),
     ],
 )

@@ -294,7 +294,7 @@ def test_files_say_that_inputs_are_scaled(layer: Layer, tmp_path: Path) -> None:
     after.load_weights()
     assert_same_bits(after.forward(*batch), before.forward(*batch))
     plain = wrapper("AMXINT4", weight_path=tmp_path)
-    with pytest.raises(ValueError, match="scale_inputs is 'true', expected 'false'"):
+    with pytest.raises(ValueError, match="scale_inputs: got 'true', expected 'false'"):
         plain.load_weights()
 
 

@@ -98,7 +98,9 @@ def test_a_checkpoint_tells_its_groups(tmp_path: Path, mode: Any, is_named: bool
 
 def test_other_groups_than_the_checkpoints_are_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, draw_arguments(128, 256, 64))
-    message = "layer 5 are RAWINT4 in groups of 64, expected groups of 128: make the layer with group_size=64"
+    message = (
+        "layer 5: got RAWINT4 in groups of 64, expected groups of 128: make the layer with group_size=64"
+    )
     with pytest.raises(ValueError, match=message):
         KTMoEWrapper.from_pretrained(tmp_path, LAYER, group_size=128)
 

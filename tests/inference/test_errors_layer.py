@@ -243,9 +243,9 @@ CONSTRUCTION: dict[str, tuple[dict[str, Any], Error, str]] = {
         ValueError,
         r"group_size: got 32, expected None: method 'BF16' has no gro",
     ),
-    "num_experts": ({"num_experts": 0}, ValueError, r"num_experts must be at least 1, got 0"),
-    "num_experts, float": ({"num_experts": 2.0}, TypeError, r"num_experts must be an integer, got 2\.0"),
-    "hidden_size": ({"hidden_size": -1}, ValueError, r"hidden_size must be at least 1, got -1"),
+    "num_experts": ({"num_experts": 0}, ValueError, r"num_experts: got 0, expected at least 1"),
+    "num_experts, float": ({"num_experts": 2.0}, TypeError, r"num_experts: got 2\.0, expected an integer"),
+    "hidden_size": ({"hidden_size": -1}, ValueError, r"hidden_size: got -1, expected at least 1"),
     "hidden_size, huge": (
         {"hidden_size": 2**24 + 1},
         ValueError,
@@ -254,10 +254,10 @@ CONSTRUCTION: dict[str, tuple[dict[str, Any], Error, str]] = {
     "num_experts_per_tok": (
         {"num_experts_per_tok": 0},
         ValueError,
-        r"num_experts_per_tok must be at least 1",
+        r"num_experts_per_tok: got .*, expected at least 1",
     ),
-    "layer_idx": ({"layer_idx": -1}, ValueError, r"layer_idx must be at least 0, got -1"),
-    "activation": ({"activation": "tanh"}, ValueError, r"activation 'tanh' is unknown; known: silu"),
+    "layer_idx": ({"layer_idx": -1}, ValueError, r"layer_idx: got -1, expected at least 0"),
+    "activation": ({"activation": "tanh"}, ValueError, r"activation: got 'tanh', expected one of silu"),
     "chunked_prefill_size": (
         {"chunked_prefill_size": 0},
         ValueError,

@@ -135,7 +135,7 @@ def test_biases_of_separate_experts(tmp_path: Path) -> None:
     del tensors["model.layers.0.mlp.experts.1.up_proj.bias"]
     write_safetensors(tmp_path / "model.safetensors", tensors)
     missing = (
-        r"tensor 'model\.layers\.0\.mlp\.experts\.1\.up_proj\.bias' is missing, expected BF16 or .* \[10\]"
+        r"tensor 'model\.layers\.0\.mlp\.experts\.1\.up_proj\.bias': got none, expected BF16 or .* \[10\]"
     )
     with pytest.raises(ValueError, match=missing):
         load_experts(tmp_path, 0)

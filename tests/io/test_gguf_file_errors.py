@@ -27,17 +27,17 @@ HUGE = 2**60
 WRONG_FILES: list[tuple[bytes, str]] = [
     (b"", "0 bytes are too short for a GGUF file"),
     (b"GGUF" + bytes(19), "23 bytes are too short for a GGUF file"),
-    (raw(magic=b"GGML"), r"not a GGUF file: it begins with b'GGML', expected b'GGUF'"),
+    (raw(magic=b"GGML"), r"the magic number: got b'GGML', expected b'GGUF': not a GGUF file"),
     (raw(version=3 << 24), "a big-endian GGUF file; only little-endian ones are read"),
-    (raw(version=0), "a GGUF file of version 0, expected 2 or 3"),
-    (raw(version=1), "a GGUF file of version 1, expected 2 or 3"),
-    (raw(version=4), "a GGUF file of version 4, expected 2 or 3"),
+    (raw(version=0), "the version of GGUF: got 0, expected 2 or 3"),
+    (raw(version=1), "the version of GGUF: got 1, expected 2 or 3"),
+    (raw(version=4), "the version of GGUF: got 4, expected 2 or 3"),
     # More than there is
     (raw(counts=(HUGE, 0)), rf"0 keys and {HUGE} tensors needs {24 * HUGE} bytes, but the header has 8 left"),
     (raw(counts=(0, HUGE)), rf"{HUGE} keys and 0 tensors needs {13 * HUGE} bytes, but the header has 8 left"),
     (
         raw([raw_string(b"key", HUGE) + bytes(8)]),
-        f"key 0 of the metadata is said to have {HUGE} bytes, more tha",
+        f"key 0 of the metadata: got {HUGE} bytes, expected at most",
     ),
     (raw([raw_string(b"key", 999) + bytes(8)]), "key 0 of the metadata needs 999 bytes, but the header has"),
     (raw([raw_key(b"k", 8, raw_string(b"", 999))]), "metadata 'k' needs 1007 bytes, but the header has"),
@@ -60,53 +60,65 @@ WRONG_FILES: list[tuple[bytes, str]] = [
     ),
     (
         raw([], [raw_string(b"a", 2**16) + bytes(16)]),
-        "the name of tensor 0 is said to have 65536 bytes, more tha",
+        "the name of tensor 0: got 65536 bytes, expected at most 65535",
     ),
     # What there cannot be
     (raw([raw_key(b"\xff\xff", 4, U32)]), "key 0 of the metadata is not UTF-8: .* byte 0xff"),
     (raw([raw_key(b"k", 4, U32)] * 2), "key 'k' occurs twice"),
     (
         raw([raw_key(b"k", 13, U32)]),
-        "metadata 'k' has a value of type 13, which is neither a number nor a str",
+        "metadata 'k': got a value of type 13, expected numbers or strings",
     ),
     (
         raw([raw_key(b"k", 9, pack("<IQ", 9, 1))]),
-        "metadata 'k' has elements of type 9, which is neither a num",
+        "metadata 'k': got elements of type 9, expected numbers or strings",
     ),
-    (raw([raw_key(b"general.alignment", 0, b"\x20")]), "metadata 'general.alignment' must be a uint32"),
-    (raw([raw_key(b"general.alignment", 9, pack("<IQ", 4, 0))]), "'general.alignment' must be a uint32"),
-    (raw([raw_key(b"general.alignment", 4, pack("<I", 0))]), "alignment' is 0, expected a power of two"),
-    (raw([raw_key(b"general.alignment", 4, pack("<I", 24))]), "alignment' is 24, expected a power of two"),
+    (
+        raw([raw_key(b"general.alignment", 0, b"\x20")]),
+        "metadata 'general.alignment': got type 0, expected a uint32",
+    ),
+    (
+        raw([raw_key(b"general.alignment", 9, pack("<IQ", 4, 0))]),
+        "'general.alignment': got an array, expected a uint32",
+    ),
+    (raw([raw_key(b"general.alignment", 4, pack("<I", 0))]), "alignment': got 0, expected a power of two"),
+    (raw([raw_key(b"general.alignment", 4, pack("<I", 24))]), "alignment': got 24, expected a power of two"),
     (raw([], [raw_tensor(b"\xff", (2,))]), "the name of tensor 0 is not UTF-8"),
     (raw([], [F32, F32], data=64), "tensor 'a' occurs twice"),
-    (raw([], [raw_tensor(b"a", (1,) * 5)], data=64), "tensor 'a' has 5 dimensions, more than 4"),
+    (raw([], [raw_tensor(b"a", (1,) * 5)], data=64), "tensor 'a': got 5 dimensions, expected at most 4"),
     (
         raw([], [raw_tensor(b"a", (4, 0, 2))], data=64),
-        r"tensor 'a' has shape \[2, 0, 4\], expected no dimension",
+        r"tensor 'a': got shape \[2, 0, 4\], expected no dimension",
     ),
     (
         raw([], [raw_tensor(b"a", (48, 2), 2)], data=64),
-        "'a' is q4_0 with rows of 48, expected a multiple of 32",
+        "'a': got q4_0 with rows of 48, expected a multiple of 32",
     ),
-    (raw([], [raw_tensor(b"a", (), 12)], data=512), "'a' is q4_k with rows of 1, expected a multiple of 256"),
-    (raw([], [raw_tensor(b"a", (2,), 0, 8)], data=64), "tensor 'a' has offset 8, not a multiple of 32"),
+    (
+        raw([], [raw_tensor(b"a", (), 12)], data=512),
+        "'a': got q4_k with rows of 1, expected a multiple of 256",
+    ),
+    (raw([], [raw_tensor(b"a", (2,), 0, 8)], data=64), "tensor 'a': got offset 8, expected a multiple of 32"),
     # Outside of the file
     (
         raw([], [F32], data=7),
-        "tensor 'a' lies at bytes 64 to 72, but the file has 71: it is cut off, or its",
+        "tensor 'a': got bytes 64 to 72, expected them in the 71 of the file: it is cut off",
     ),
-    (raw([], [raw_tensor(b"a", (2,), 0, 64)], data=64), "'a' lies at bytes 128 to 136, but the file has 128"),
+    (
+        raw([], [raw_tensor(b"a", (2,), 0, 64)], data=64),
+        "'a': got bytes 128 to 136, expected them in the 128 of",
+    ),
     (
         raw([], [raw_tensor(b"a", (2,), 0, 2**63)], data=8),
-        f"at bytes {64 + 2**63} to {72 + 2**63}, but the fi",
+        f"got bytes {64 + 2**63} to {72 + 2**63}, expected them in the ",
     ),
     (
         raw([], [raw_tensor(b"a", (HUGE, HUGE, HUGE))], data=8),
-        f"bytes 96 to {96 + 4 * HUGE**3}, but the file",
+        f"got bytes 96 to {96 + 4 * HUGE**3}, expected them in the ",
     ),
     (
         raw([], [raw_tensor(b"a", (7,), 99, 32)], data=32),
-        "'a' lies at bytes 96 to 96, but the file has 96",
+        "'a': got bytes 96 to 96, expected them in the 96 of the file",
     ),
     (
         raw([], [raw_tensor(b"a", (9,)), raw_tensor(b"b", (1,), 0, 32)], data=64),
@@ -148,7 +160,7 @@ def test_tensors_that_are_not_there_or_not_known(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"{path}: no tensor 'b'"):
             ask("b")
     with pytest.raises(
-        ValueError, match=rf"{path}: tensor 'a' is of type 99; known: f32, f16, q4_0, .*q1_0$"
+        ValueError, match=rf"{path}: tensor 'a': got type 99, expected one of f32, f16, q4_0, .*q1_0$"
     ):
         checkpoint.tensor("a")
 
@@ -163,7 +175,7 @@ def test_paths(tmp_path: Path) -> None:
         GgufCheckpoint(tmp_path)
     for name in ("b.gguf", "a-00001-of-00002.gguf", "a-00002-of-00002.gguf"):
         (tmp_path / name).write_bytes(raw())
-    message = "expected the files of one GGUF model, got those of 2: a-00001-of-00002.gguf, b.gguf"
+    message = "got the files of 2 GGUF models, expected those of one: a-00001-of-00002.gguf, b.gguf"
     with pytest.raises(ValueError, match=rf"{tmp_path}: {message}"):
         GgufCheckpoint(tmp_path)
 
@@ -182,17 +194,17 @@ SPLIT: list[tuple[Mapping[str, bytes], type[Exception], str]] = [
     (
         {"1-of-00001": raw([split_key("count", 3)])},
         ValueError,
-        "metadata 'split.count' is 3, expected 1, by the file's name",
+        "metadata 'split.count': got 3, expected 1, by the file's name",
     ),
     (
         {"1-of-00002": raw(), "2-of-00002": raw([split_key("no", 0)])},
         ValueError,
-        r"m-00002-of-00002\.gguf: metadata 'split.no' is 0, expected 1, by the file's name",
+        r"m-00002-of-00002\.gguf: metadata 'split.no': got 0, expected 1, by the file's name",
     ),
     (
         {"1-of-00002": raw([split_key("tensors.count", 2)]), "2-of-00002": raw([], [F32], data=8)},
         ValueError,
-        r"m-00001-of-00002\.gguf: metadata 'split.tensors.count' is 2, but the 2 files have 1 tensors",
+        r"m-00001-of-00002\.gguf: metadata 'split.tensors.count': got 2, expected 1, the tensors of 2 files",
     ),
     (
         {"1-of-00002": raw([], [F32], data=8), "2-of-00002": raw([], [F32], data=8)},
@@ -214,7 +226,7 @@ def test_split_models(
 
 def test_a_file_of_several_under_another_name(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(raw([split_key("count", 3)]))
-    with pytest.raises(ValueError, match=r"model\.gguf: metadata 'split\.count' is 3, expected 1"):
+    with pytest.raises(ValueError, match=r"model\.gguf: metadata 'split\.count': got 3, expected 1"):
         GgufCheckpoint(tmp_path)
 
 

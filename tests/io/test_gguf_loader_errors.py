@@ -41,49 +41,49 @@ def drop(pattern: str) -> Change:
 UP, DOWN = f"{STEM}up_exps.weight", f"{STEM}down_exps.weight"
 
 WRONG_TENSORS: list[tuple[str, Change, str]] = [
-    ("stacked", drop("up_exps.weight"), r"up_exps\.weight' is missing, expected \[3, 32, 64\]"),
-    ("stacked", drop("down_exps.weight"), r"down_exps\.weight' is missing, expected \[3, 64, 32\]"),
-    ("stacked", drop("gate_exps.bias"), r"gate_exps\.bias' is missing, expected \[3, 32\]"),
-    ("fused", drop("down_exps.weight"), r"down_exps\.weight' is missing, expected \[3, 64, 32\]"),
-    ("fused", drop("down_exps.bias"), r"down_exps\.bias' is missing, expected \[3, 64\]"),
-    ("single", drop("up.1"), r"up\.1\.weight' is missing, expected \[32, 64\]"),
+    ("stacked", drop("up_exps.weight"), r"up_exps\.weight': got none, expected \[3, 32, 64\]"),
+    ("stacked", drop("down_exps.weight"), r"down_exps\.weight': got none, expected \[3, 64, 32\]"),
+    ("stacked", drop("gate_exps.bias"), r"gate_exps\.bias': got none, expected \[3, 32\]"),
+    ("fused", drop("down_exps.weight"), r"down_exps\.weight': got none, expected \[3, 64, 32\]"),
+    ("fused", drop("down_exps.bias"), r"down_exps\.bias': got none, expected \[3, 64\]"),
+    ("single", drop("up.1"), r"up\.1\.weight': got none, expected \[32, 64\]"),
     (
         "stacked",
         put(UP, "q8_0", E, H, 34),
-        r"up_exps\.weight' has shape \[3, 64, 32\], expected \[3, 32, 64\]",
+        r"up_exps\.weight': got shape \[3, 64, 32\], expected \[3, 32, 64\]",
     ),
-    ("stacked", put(UP, "q8_0", I, 68), r"up_exps\.weight' has shape \[32, 64\], expected \[3, 32, 64\]"),
+    ("stacked", put(UP, "q8_0", I, 68), r"up_exps\.weight': got shape \[32, 64\], expected \[3, 32, 64\]"),
     (
         "fused",
         put(DOWN, "q8_0", 2, H, 34),
-        r"down_exps\.weight' has shape \[2, 64, 32\], expected \[3, 64, 32",
+        r"down_exps\.weight': got shape \[2, 64, 32\], expected \[3, 64, 32",
     ),
     (
         "single",
         put(f"{STEM}up.1.weight", "q8_0", H, 34),
-        r"up\.1\.weight' has shape \[64, 32\], expected \[32,",
+        r"up\.1\.weight': got shape \[64, 32\], expected \[32,",
     ),
     (
         "stacked",
         put(f"{STEM}up_exps.bias", "f32", E, 8),
-        r"up_exps\.bias' has shape \[3, 2\], expected \[3, 32",
+        r"up_exps\.bias': got shape \[3, 2\], expected \[3, 32",
     ),
     (
         "stacked",
         put(UP, "q8_1", E, I, 80),
-        rf"up_exps\.weight' is q8_1, which is not among {', '.join(GGUF_FORMATS)}$",
+        rf"up_exps\.weight': got q8_1, expected one of {', '.join(GGUF_FORMATS)}$",
     ),
     (
         "stacked",
         put(f"{STEM}up_exps.bias", "q8_0", E, 34),
-        r"up_exps\.bias' is q8_0, .* among f32, f16, bf16$",
+        r"up_exps\.bias': got q8_0, expected one of f32, f16, bf16$",
     ),
     (
         "single",
         put(f"{STEM}up.2.weight", "f16", I, 2 * H),
-        r"up\.2\.weight' is f16, but 'blk\.5\.ffn_up\.0\.weight' is q8_0: expected one type for all experts",
+        r"up\.2\.weight': got f16, expected q8_0, as in 'blk\.5\.ffn_up\.0\.weight'",
     ),
-    ("single", put(f"{STEM}up.7.weight", "q8_0", I, 68), r"up\.7\.weight' is there, expected 3 experts"),
+    ("single", put(f"{STEM}up.7.weight", "q8_0", I, 68), r"up\.7\.weight': got one, expected 3 experts"),
     (
         "stacked",
         put(f"{STEM}up_exps.scale", "f32", 4 * E),
@@ -129,12 +129,12 @@ def test_global_scales_of_nvfp4(tmp_path: Path, role: str) -> None:
 @pytest.mark.parametrize(
     ("naming", "sizes", "message"),
     [
-        ("stacked", (E - 1, I, H), r"gate_exps\.weight' has shape \[3, 32, 64\], expected \[2, 32, 64\]"),
-        ("stacked", (E + 1, I, H), r"gate_exps\.weight' has shape \[3, 32, 64\], expected \[4, 32, 64\]"),
-        ("fused", (E, 2 * I, H), r"gate_up_exps\.weight' has shape \[3, 64, 64\], expected \[3, 128, 64\]"),
-        ("stacked", (E, I, 2 * H), r"gate_exps\.weight' has shape \[3, 32, 64\], expected \[3, 32, 128\]"),
-        ("single", (E - 1, I, H), r"gate\.2\.weight' is there, expected 2 experts"),
-        ("single", (E + 1, I, H), r"gate\.3\.weight' is missing, expected \[32, 64\]"),
+        ("stacked", (E - 1, I, H), r"gate_exps\.weight': got shape \[3, 32, 64\], expected \[2, 32, 64\]"),
+        ("stacked", (E + 1, I, H), r"gate_exps\.weight': got shape \[3, 32, 64\], expected \[4, 32, 64\]"),
+        ("fused", (E, 2 * I, H), r"gate_up_exps\.weight': got shape \[3, 64, 64\], expected \[3, 128, 64\]"),
+        ("stacked", (E, I, 2 * H), r"gate_exps\.weight': got shape \[3, 32, 64\], expected \[3, 32, 128\]"),
+        ("single", (E - 1, I, H), r"gate\.2\.weight': got one, expected 2 experts"),
+        ("single", (E + 1, I, H), r"gate\.3\.weight': got none, expected \[32, 64\]"),
     ],
 )
 def test_other_sizes_than_the_config(
@@ -165,21 +165,24 @@ def test_layers_without_experts(tmp_path: Path) -> None:
 
 
 WRONG_METADATA: list[tuple[dict[str, Any], str]] = [
-    ({"expert_count": None}, "metadata 'x.expert_count' is missing"),
-    ({"expert_used_count": None}, "metadata 'x.expert_used_count' is missing"),
-    ({"embedding_length": None}, "metadata 'x.embedding_length' is missing"),
+    ({"expert_count": None}, "metadata 'x.expert_count': got none, expected a whole number"),
+    ({"expert_used_count": None}, "metadata 'x.expert_used_count': got none, expected a whole number"),
+    ({"embedding_length": None}, "metadata 'x.embedding_length': got none, expected a whole number"),
     (
         {"feed_forward_length": None},
-        "metadata 'x.expert_feed_forward_length' or 'x.feed_forward_length' is missing",
+        "metadata 'x.expert_feed_forward_length' or 'x.feed_forward_length': got none, expected",
     ),
-    ({"expert_count": 0}, "'x.expert_count' is 0 for layer 1, expected a whole number of at least 1"),
-    ({"expert_count": "many"}, "'x.expert_count' is 'many' for layer 1, expected a whole number"),
-    ({"expert_count": True}, "'x.expert_count' is True for layer 1, expected a whole number"),
-    ({"embedding_length": 64.0}, "'x.embedding_length' is 64.0 for layer 1, expected a whole number"),
-    ({"feed_forward_length": [32, 0]}, "'x.feed_forward_length' is 0 for layer 1, expected a whole number"),
-    ({"feed_forward_length": [32]}, "'x.feed_forward_length' has values for 1 layers, but none for layer 1"),
-    ({"swiglu_clamp_exp": "high"}, "metadata 'x.swiglu_clamp_exp' is 'high', expected a number"),
-    ({"swiglu_clamp_exp": [7.0]}, "'x.swiglu_clamp_exp' has values for 1 layers, but none for layer 1"),
+    ({"expert_count": 0}, "'x.expert_count': got 0 for layer 1, expected a whole number of at least 1"),
+    ({"expert_count": "many"}, "'x.expert_count': got 'many' for layer 1, expected a whole number"),
+    ({"expert_count": True}, "'x.expert_count': got True for layer 1, expected a whole number"),
+    ({"embedding_length": 64.0}, "'x.embedding_length': got 64.0 for layer 1, expected a whole number"),
+    ({"feed_forward_length": [32, 0]}, "'x.feed_forward_length': got 0 for layer 1, expected a whole number"),
+    (
+        {"feed_forward_length": [32]},
+        "'x.feed_forward_length': got values for 1 layers, expected one for layer 1",
+    ),
+    ({"swiglu_clamp_exp": "high"}, "metadata 'x.swiglu_clamp_exp': got 'high', expected a number"),
+    ({"swiglu_clamp_exp": [7.0]}, "'x.swiglu_clamp_exp': got values for 1 layers, expected one for layer 1"),
 ]
 
 
@@ -196,10 +199,10 @@ def test_wrong_metadata(tmp_path: Path, changes: dict[str, Any], message: str) -
 def test_architectures(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     for keys, got in (
-        ([], "missing"),
+        ([], "none"),
         ([raw_key(b"general.architecture", 4, U32)], "1"),
     ):
         path.write_bytes(raw(keys))
-        message = rf"{path}: metadata 'general\.architecture' is {got}, expected a string"
+        message = rf"{path}: metadata 'general\.architecture': got {got}, expected a string"
         with pytest.raises(ValueError, match=message):
             gguf_config(path, 0)

@@ -200,7 +200,7 @@ def test_damage_is_named(tmp_path: Path, encoding: str | None) -> None:
     assert "expected" in message_of(tmp_path)
     assert str(file) in message_of(tmp_path)
     put_config(tmp_path, num_experts=E - 1)
-    assert f"is there, expected {E - 1} experts" in message_of(tmp_path)
+    assert f": got one, expected {E - 1} experts" in message_of(tmp_path)
     put_config(tmp_path, hidden_act="relu2")
     assert "have a gate, but activation relu2 is not gated" in message_of(tmp_path)
 
@@ -214,7 +214,7 @@ def test_a_missing_shard_and_a_missing_tensor(tmp_path: Path) -> None:
     del layer.tensors[gone]
     write_safetensors(tmp_path / "model.safetensors", layer.tensors)
     put_config(tmp_path)
-    assert f"tensor '{gone}' is missing, expected F32 or BF16" in message_of(tmp_path)
+    assert f"tensor '{gone}': got none, expected F32 or BF16" in message_of(tmp_path)
 
 
 def test_files_of_quantized_layers_without_a_manifest(target: Path) -> None:
@@ -228,11 +228,17 @@ Change = Callable[[dict[str, Any]], object]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda value: value.update(method="BF16"), "method is 'BF16', expected one that quantizes weights"),
+        (
+            lambda value: value.update(method="BF16"),
+            "method: got 'BF16', expected one that quantizes weights",
+        ),
         (lambda value: value.update(method="INT3"), "method: got 'INT3' for mode 'inference'"),
         (lambda value: value.update(group_size=48), "group_size: got 48, expected None, 32, 64 or 128"),
-        (lambda value: value.update(method="AMXINT8", group_size=None), "gate_proj.format is 'int4_group32'"),
-        (lambda value: value.update(source=3), "source is 3, expected a string"),
+        (
+            lambda value: value.update(method="AMXINT8", group_size=None),
+            "format: got 'int4_group32'",
+        ),
+        (lambda value: value.update(source=3), "source: got 3, expected a string"),
     ],
 )
 def test_manifests_of_something_else(target: Path, change: Change, message: str) -> None:

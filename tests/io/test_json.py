@@ -49,12 +49,12 @@ def test_what_is_none_is_refused(text: bytes) -> None:
         (b"", "x is not JSON: Expecting value"),
         (b"\xff", "x is not JSON: 'utf-8' codec"),
         (b"\xef\xbb\xbf{}", "x is not JSON: Unexpected UTF-8 BOM"),
-        (b"9" * 400, "x is not JSON: an integer of 400 digits, expected at most 308"),
-        (b"-" + b"9" * 400, "x is not JSON: an integer of 400 digits, expected at most 308"),
-        (b"9" * 10_000, "x is not JSON: an integer of 10000 digits"),
+        (b"9" * 400, "x is not JSON: got an integer of 400 digits, expected at most 308"),
+        (b"-" + b"9" * 400, "x is not JSON: got an integer of 400 digits, expected at most 308"),
+        (b"9" * 10_000, "x is not JSON: got an integer of 10000 digits"),
         (b"[" * 100_000 + b"]" * 100_000, "x is not JSON that can be read: it is nested too deeply"),
         (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
-        (b"[" + b"[],[]," * 2**21 + b"1]", "x has 4194305 objects and arrays, expected at most 4194304"),
+        (b"[" + b"[],[]," * 2**21 + b"1]", "x: got 4194305 objects and arrays, expected at most 4194304"),
         (b'{"a": 1, "b": {"c": 1, "c": 1}}', "x is not JSON: key 'c' occurs twice"),
         (rb'["\ud800"]', "x is not JSON: a string has half a surrogate pair"),
         (rb'{"\uDFFF": 1}', "x is not JSON: a string has half a surrogate pair"),
@@ -84,7 +84,7 @@ def test_infinities_where_they_are_none(text: bytes) -> None:
 
 
 def test_only_an_object_is_an_object() -> None:
-    with pytest.raises(ValueError, match="x must be a JSON object, got list"):
+    with pytest.raises(ValueError, match="x: got list, expected a JSON object"):
         parse_json_object(b"[]", "x")
 
 

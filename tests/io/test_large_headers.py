@@ -82,7 +82,7 @@ def test_safetensors_of_too_many_tensors(tmp_path: Path, monkeypatch: pytest.Mon
     text = b"{" + b",".join(entry % i for i in range(1001)) + b"}"
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(
-        ValueError, match=r"x\.safetensors: the header has 1001 tensors, expected at most 1000"
+        ValueError, match=r"x\.safetensors: the header: got 1001 tensors, expected at most 1000"
     ):
         SafetensorsFile(tmp_path / "x.safetensors")
 
@@ -91,7 +91,7 @@ def test_safetensors_of_a_name_without_end(tmp_path: Path) -> None:
     text = json.dumps({"a" * 2**16: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(
-        ValueError, match=r"tensor 'a{79} has a name of 65536 letters, more than 65535"
+        ValueError, match=r"tensor 'a{79}: got a name of 65536 letters, expected at most 65535"
     ) as error:
         SafetensorsFile(tmp_path / "x.safetensors")
     assert len(str(error.value)) < 1000
@@ -103,7 +103,7 @@ def test_safetensors_of_a_name_without_end(tmp_path: Path) -> None:
 def test_gguf_of_too_many_entries(tmp_path: Path, what: str, counts: tuple[int, int], most: int) -> None:
     (tmp_path / "x.gguf").write_bytes(raw(counts=counts, data=24 * max(counts)))
     with pytest.raises(
-        ValueError, match=rf"x\.gguf: the header has {max(counts)} {what}, expected at most {most}"
+        ValueError, match=rf"x\.gguf: the header: got {max(counts)} {what}, expected at most {most}"
     ):
         GgufCheckpoint(tmp_path / "x.gguf")
 
@@ -114,7 +114,7 @@ def test_a_layer_of_gguf_too_large_for_its_file(tmp_path: Path, size: str, value
     path = tmp_path / "x.gguf"
     write_gguf(path, 1, **{size: value})
     message = (
-        f"x.gguf: got .*{value}" if value < 2**31 else f"x.gguf: .* must be at most 2147483647, got {value}"
+        f"x.gguf: got .*{value}" if value < 2**31 else f"x.gguf: .*: got {value}, expected at most 2147483647"
     )
     with pytest.raises(ValueError, match=message):
         KTMoEWrapper.from_pretrained(path)
@@ -127,7 +127,7 @@ def test_more_experts_of_a_token_than_a_gguf_model_has(tmp_path: Path) -> None:
     write_gguf(path, 1, expert_used_count=3)
     for read in (KTMoEWrapper.from_pretrained, inspect_checkpoint):
         with pytest.raises(
-            ValueError, match=r"x\.gguf: num_experts_per_tok must be at most num_experts, 2, got 3"
+            ValueError, match=r"x\.gguf: num_experts_per_tok: got 3, expected at most num_experts, 2"
         ):
             read(path)
 

@@ -113,11 +113,11 @@ def test_what_others_record_stays(tmp_path: Path) -> None:
 
 def test_another_conversion_meanwhile(tmp_path: Path) -> None:
     mine = begin_manifest(tmp_path, manifest(), "1")
-    with pytest.raises(ValueError, match=r"ktmoe\.json: method is 'AMXINT4', expected 'AMXINT8': another"):
+    with pytest.raises(ValueError, match=r"ktmoe\.json: method: got 'AMXINT4', expected 'AMXINT8': another"):
         begin_manifest(tmp_path, Manifest("/source", "AMXINT8", None), "1")
     path = manifest_path(tmp_path)
     path.write_text(path.read_text().replace("/source", "/other"))
-    with pytest.raises(ValueError, match=r"ktmoe\.json: source is '/other', expected '/source': another"):
+    with pytest.raises(ValueError, match=r"ktmoe\.json: source: got '/other', expected '/source': another"):
         record_layer(tmp_path, mine, 0, record(), "1")
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"ktmoe\.json"):

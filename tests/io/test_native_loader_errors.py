@@ -52,158 +52,158 @@ def hold_all(name: str, shape: tuple[int, ...], value: float, dtype: Any = np.in
 
 
 NOT_SYMMETRIC = (
-    r"2\.down_proj\.qzeros' holds zeros of weights that are not symmetric, expected 7 in every nibble, or 8 "
+    r"2\.down_proj\.qzeros': got zeros of weights that are not symmetric, expected 7 in every nibble, or 8 "
     r"in every nibble \(checkpoint_format gptq_v2\)$"
 )
 DESC_ACT = (
-    r"1\.up_proj\.g_idx' holds another order than groups of 64 neighbors, expected arange\(K\) // 64: "
+    r"1\.up_proj\.g_idx': got another order than groups of 64 neighbors, expected arange\(K\) // 64: "
     r"weights quantized with desc_act are not supported$"
 )
 
 WRONG_TENSORS: list[tuple[str, Change, str]] = [
     # Missing
-    ("fp8", drop(rf"{UP}\.weight$"), r"1\.up_proj\.weight' is missing, expected F8_E4M3 \[96, 160\]"),
+    ("fp8", drop(rf"{UP}\.weight$"), r"1\.up_proj\.weight': got none, expected F8_E4M3 \[96, 160\]"),
     (
         "fp8",
         drop(rf"{UP}\.weight_scale_inv"),
-        r"1\.up_proj\.weight_scale_inv' is missing, expected F32 or BF16 or F8_E8M0 \[1, 2\]",
+        r"1\.up_proj\.weight_scale_inv': got none, expected F32 or BF16 or F8_E8M0 \[1, 2\]",
     ),
-    ("fp8", drop("scale"), r"0\.gate_proj\.weight_scale_inv' is missing, expected F32 or .* \[1, 2\]"),
+    ("fp8", drop("scale"), r"0\.gate_proj\.weight_scale_inv': got none, expected F32 or .* \[1, 2\]"),
     (
         "fp8_channel",
         drop(rf"{DOWN}\.weight_scale"),
-        r"2\.down_proj\.weight_scale' is missing, "
+        r"2\.down_proj\.weight_scale': got none, "
         r"expected F32 or BF16 \[160, 1\] or \[160\] or \[1\] or \[\]",
     ),
-    ("mxfp8", drop(rf"{UP}\.weight_scale"), r"scale_inv' is missing, expected U8 or F8_E8M0 \[96, 5\]"),
-    ("rawint4", drop(rf"{UP}\.weight_packed"), r"weight_packed' is missing, expected I32 \[96, 20\]"),
-    ("rawint4", drop("weight_scale"), r"0\.gate_proj\.weight_scale' is missing, expected BF16 \[96, 5\]"),
-    ("rawint4", drop(rf"{UP}\.weight_shape"), r"weight_shape' is missing, expected I64 or I32 \[2\]"),
-    ("gptq", drop(rf"{UP}\.qweight"), r"1\.up_proj\.qweight' is missing, expected I32 \[20, 96\]"),
+    ("mxfp8", drop(rf"{UP}\.weight_scale"), r"scale_inv': got none, expected U8 or F8_E8M0 \[96, 5\]"),
+    ("rawint4", drop(rf"{UP}\.weight_packed"), r"weight_packed': got none, expected I32 \[96, 20\]"),
+    ("rawint4", drop("weight_scale"), r"0\.gate_proj\.weight_scale': got none, expected BF16 \[96, 5\]"),
+    ("rawint4", drop(rf"{UP}\.weight_shape"), r"weight_shape': got none, expected I64 or I32 \[2\]"),
+    ("gptq", drop(rf"{UP}\.qweight"), r"1\.up_proj\.qweight': got none, expected I32 \[20, 96\]"),
     (
         "gptq",
         drop("scales"),
-        r"0\.gate_proj\.scales' is missing, "
+        r"0\.gate_proj\.scales': got none, "
         r"expected F16 or BF16 \[5, 96\] or \[3, 96\] or \[2, 96\] or \[1, 96\]$",
     ),
-    ("gptq", drop("qzeros"), r"qzeros' is missing, expected I32 \[5, 12\] or \[3, 12\] or \[2, 12\] or "),
-    ("gptq", drop(rf"{UP}\.g_idx"), r"1\.up_proj\.g_idx' is missing, expected I32 \[160\]"),
+    ("gptq", drop("qzeros"), r"qzeros': got none, expected I32 \[5, 12\] or \[3, 12\] or \[2, 12\] or "),
+    ("gptq", drop(rf"{UP}\.g_idx"), r"1\.up_proj\.g_idx': got none, expected I32 \[160\]"),
     (
         "mxfp4_packed",
         drop(rf"{UP}\.weight_scale"),
-        r"weight_scale' is missing, expected U8 or F8_E8M0 \[96, 5\]",
+        r"weight_scale': got none, expected U8 or F8_E8M0 \[96, 5\]",
     ),
     (
         "mxfp4_deepseek_v4",
         drop(rf"{UP}\.scale"),
-        r"1\.up_proj\.scale' is missing, expected U8 or F8_E8M0 \[96, 5\]",
+        r"1\.up_proj\.scale': got none, expected U8 or F8_E8M0 \[96, 5\]",
     ),
-    ("nvfp4_modelopt", drop("weight_scale$"), r"weight_scale' is missing, expected F8_E4M3 \[96, 10\]"),
+    ("nvfp4_modelopt", drop("weight_scale$"), r"weight_scale': got none, expected F8_E4M3 \[96, 10\]"),
     (
         "nvfp4_modelopt",
         drop(rf"{UP}\.weight_scale_2"),
-        r"weight_scale_2' is missing, expected F32 \[\] or \[1\]",
+        r"weight_scale_2': got none, expected F32 \[\] or \[1\]",
     ),
-    ("nvfp4_packed", drop("global"), r"weight_global_scale' is missing, expected F32 \[\] or \[1\]"),
+    ("nvfp4_packed", drop("global"), r"weight_global_scale': got none, expected F32 \[\] or \[1\]"),
     (
         "gpt_oss",
         drop("gate_up_proj_blocks"),
-        r"gate_up_proj_blocks' is missing, expected U8 \[3, 192, 5, 16\]",
+        r"gate_up_proj_blocks': got none, expected U8 \[3, 192, 5, 16\]",
     ),
     (
         "gpt_oss",
         drop("down_proj_scales"),
-        r"down_proj_scales' is missing, expected U8 or F8_E8M0 \[3, 160, 3\]",
+        r"down_proj_scales': got none, expected U8 or F8_E8M0 \[3, 160, 3\]",
     ),
-    ("gpt_oss", drop("gate_up_proj_bias"), r"gate_up_proj_bias' is missing, expected BF16 .* \[3, 192\]"),
-    ("step", drop("up_proj.weight_scale_inv"), r"moe\.up_proj\.weight_scale_inv' is missing, .* \[3, 1, 2\]"),
-    ("fp8", drop(r"gate_proj"), r"0\.gate_proj\.weight' is missing"),
-    ("fp8", drop(r"experts\.1\."), r"experts\.1\.gate_proj\.weight' is missing"),
+    ("gpt_oss", drop("gate_up_proj_bias"), r"gate_up_proj_bias': got none, expected BF16 .* \[3, 192\]"),
+    ("step", drop("up_proj.weight_scale_inv"), r"moe\.up_proj\.weight_scale_inv': got none, .* \[3, 1, 2\]"),
+    ("fp8", drop(r"gate_proj"), r"0\.gate_proj\.weight': got none"),
+    ("fp8", drop(r"experts\.1\."), r"experts\.1\.gate_proj\.weight': got none"),
     # Another shape
     (
         "fp8",
         put(f"{UP}.weight_scale_inv", (2, 2)),
-        r"is F32 \[2, 2\], expected F32 or BF16 or F8_E8M0 \[1, 2\]",
+        r"got F32 \[2, 2\], expected F32 or BF16 or F8_E8M0 \[1, 2\]",
     ),
     (
         "fp8",
         put(f"{UP}.weight", (160, 96), ml_dtypes.float8_e4m3fn),
-        r"up_proj\.weight' is F8_E4M3 \[160, 96\], expected F8_E4M3 \[96, 160\]",
+        r"up_proj\.weight': got F8_E4M3 \[160, 96\], expected F8_E4M3 \[96, 160\]",
     ),
     (
         "fp8_channel",
         put(f"{UP}.weight_scale", (160, 1)),
-        r"is F32 \[160, 1\], expected F32 or BF16 \[96, 1\]",
+        r"got F32 \[160, 1\], expected F32 or BF16 \[96, 1\]",
     ),
     (
         "rawint4",
         put(f"{UP}.weight_packed", (96, 40), np.int32),
-        r"is I32 \[96, 40\], expected I32 \[96, 20\]",
+        r"got I32 \[96, 40\], expected I32 \[96, 20\]",
     ),
-    ("rawint4", put(f"{UP}.weight_shape", (3,), np.int64), r"is I64 \[3\], expected I64 or I32 \[2\]"),
+    ("rawint4", put(f"{UP}.weight_shape", (3,), np.int64), r"got I64 \[3\], expected I64 or I32 \[2\]"),
     ("gpt_oss", put(f"{EXPERTS}.down_proj_blocks", (3, 160, 48), np.uint8), r"expected U8 \[3, 160, 3, 16\]"),
-    ("gpt_oss", put(f"{EXPERTS}.down_proj_blocks", (2, 160, 3, 16), np.uint8), r"is U8 \[2, 160, 3, 16\]"),
-    ("nvfp4_packed", put(f"{UP}.weight_global_scale", (2,)), r"is F32 \[2\], expected F32 \[\] or \[1\]"),
-    ("fp8", put(f"{UP}.bias", (96,)), r"0\.gate_proj\.bias' is missing, expected BF16 or F16 or F32 \[96\]"),
+    ("gpt_oss", put(f"{EXPERTS}.down_proj_blocks", (2, 160, 3, 16), np.uint8), r"got U8 \[2, 160, 3, 16\]"),
+    ("nvfp4_packed", put(f"{UP}.weight_global_scale", (2,)), r"got F32 \[2\], expected F32 \[\] or \[1\]"),
+    ("fp8", put(f"{UP}.bias", (96,)), r"0\.gate_proj\.bias': got none, expected BF16 or F16 or F32 \[96\]"),
     # GPTQ of another number of bits: 2, 3 and 8
-    ("gptq", put(f"{UP}.qweight", (10, 96), np.int32), r"is I32 \[10, 96\], expected I32 \[20, 96\]"),
-    ("gptq", put(f"{UP}.qweight", (15, 96), np.int32), r"is I32 \[15, 96\], expected I32 \[20, 96\]"),
-    ("gptq", put(f"{UP}.qweight", (40, 96), np.int32), r"is I32 \[40, 96\], expected I32 \[20, 96\]"),
+    ("gptq", put(f"{UP}.qweight", (10, 96), np.int32), r"got I32 \[10, 96\], expected I32 \[20, 96\]"),
+    ("gptq", put(f"{UP}.qweight", (15, 96), np.int32), r"got I32 \[15, 96\], expected I32 \[20, 96\]"),
+    ("gptq", put(f"{UP}.qweight", (40, 96), np.int32), r"got I32 \[40, 96\], expected I32 \[20, 96\]"),
     # Groups of another size than any that is taken
     (
         "gptq",
         put(f"{UP}.scales", (10, 96), np.float16),
-        r"up_proj\.scales' is F16 \[10, 96\], expected F16 or",
+        r"up_proj\.scales': got F16 \[10, 96\], expected F16 or",
     ),
     (
         "gptq",
         put(f"{UP}.qzeros", (3, 24), np.int32),
-        r"up_proj\.qzeros' is I32 \[3, 24\], expected I32 \[5, 12",
+        r"up_proj\.qzeros': got I32 \[3, 24\], expected I32 \[5, 12",
     ),
     # Another dtype
     (
         "gptq",
         put(f"{UP}.scales", (3, 96)),
-        r"up_proj\.scales' is F32 \[3, 96\], expected F16 or BF16 \[5, 96\]",
+        r"up_proj\.scales': got F32 \[3, 96\], expected F16 or BF16 \[5, 96\]",
     ),
-    ("gptq", put(f"{UP}.g_idx", (160,), np.int64), r"g_idx' is I64 \[160\], expected I32 \[160\]"),
-    ("fp8", put(f"{UP}.weight", (96, 160)), r"is F32 \[96, 160\], expected F8_E4M3 \[96, 160\]"),
-    ("fp8", put(f"{DOWN}.weight", (160, 96), ml_dtypes.bfloat16), r"is BF16 \[160, 96\], expected F8_E4M3"),
-    ("fp8", put(f"{UP}.weight_scale_inv", (1, 2), np.float16), r"is F16 \[1, 2\], expected F32 or BF16"),
-    ("mxfp8", put(f"{UP}.weight_scale_inv", (96, 5)), r"is F32 \[96, 5\], expected U8 or F8_E8M0 \[96, 5\]"),
-    ("rawint4", put(f"{UP}.weight_scale", (96, 5)), r"is F32 \[96, 5\], expected BF16 \[96, 5\]"),
-    ("nvfp4_modelopt", put(f"{UP}.weight_scale", (96, 10), np.uint8), r"is U8 \[96, 10\], expected F8_E4M3"),
+    ("gptq", put(f"{UP}.g_idx", (160,), np.int64), r"g_idx': got I64 \[160\], expected I32 \[160\]"),
+    ("fp8", put(f"{UP}.weight", (96, 160)), r"got F32 \[96, 160\], expected F8_E4M3 \[96, 160\]"),
+    ("fp8", put(f"{DOWN}.weight", (160, 96), ml_dtypes.bfloat16), r"got BF16 \[160, 96\], expected F8_E4M3"),
+    ("fp8", put(f"{UP}.weight_scale_inv", (1, 2), np.float16), r"got F16 \[1, 2\], expected F32 or BF16"),
+    ("mxfp8", put(f"{UP}.weight_scale_inv", (96, 5)), r"got F32 \[96, 5\], expected U8 or F8_E8M0 \[96, 5\]"),
+    ("rawint4", put(f"{UP}.weight_scale", (96, 5)), r"got F32 \[96, 5\], expected BF16 \[96, 5\]"),
+    ("nvfp4_modelopt", put(f"{UP}.weight_scale", (96, 10), np.uint8), r"got U8 \[96, 10\], expected F8_E4M3"),
     (
         "mxfp4_packed",
         put(f"{UP}.weight_packed", (96, 20), np.int32),
-        r"is I32 \[96, 20\], expected U8 \[96, 80\]",
+        r"got I32 \[96, 20\], expected U8 \[96, 80\]",
     ),
     # Other contents
     (
         "rawint4",
         hold(f"{UP}.weight_shape", 160, 96, dtype=np.int64),
-        r"holds \[160, 96\], expected \[96, 160\]",
+        r"got \[160, 96\], expected \[96, 160\]",
     ),
     (
         "nvfp4_packed",
         hold(f"{UP}.weight_global_scale", 0),
-        r"holds 0\.0 for expert 1, expected a finite number with a finite reciprocal",
+        r"got 0\.0 for expert 1, expected a finite number with a finite reciprocal",
     ),
     (
         "nvfp4_packed",
         hold(f"{UP}.weight_global_scale", 1e-45),
         "expected a finite number with a finite recip",
     ),
-    ("nvfp4_packed", hold(f"{UP}.weight_global_scale", np.inf), "holds inf for expert 1, expected a finite"),
+    ("nvfp4_packed", hold(f"{UP}.weight_global_scale", np.inf), "got inf for expert 1, expected a finite"),
     (
         "nvfp4_modelopt",
         hold(f"{UP}.weight_scale_2", np.nan),
-        "holds nan for expert 1, expected a finite number$",
+        "got nan for expert 1, expected a finite number$",
     ),
     (
         "gptq",
         hold_all(f"{UP}.qzeros", (2, 12), 0x77777777),
-        r"qzeros' has 2 groups, expected 3 as of the scales",
+        r"qzeros': got 2 groups, expected 3 as of the scales",
     ),
     ("gptq", hold_all(f"{DOWN}.qzeros", (2, 20), 0x66666666), NOT_SYMMETRIC),
     ("gptq", hold_all(f"{DOWN}.qzeros", (2, 20), 0x77777778), NOT_SYMMETRIC),
@@ -213,15 +213,19 @@ WRONG_TENSORS: list[tuple[str, Change, str]] = [
     (
         "gptq_bf16",
         hold_all(f"{UP}.scales", (5, 96), 2.0**20, ml_dtypes.bfloat16),
-        r"up_proj\.scales' holds 1\.04858e\+06, expected numbers that float16 has$",
+        r"up_proj\.scales': got 1\.04858e\+06, expected numbers that float16 has$",
     ),
     # More than there should be
     (
         "fp8",
         put(f"{EXPERTS}.3.up_proj.weight", (1,)),
-        r"experts\.3\.up_proj\.weight' is there, expected 3 exp",
+        r"experts\.3\.up_proj\.weight': got one, expected 3 exp",
     ),
-    ("fp8", put(f"{EXPERTS}.7.up_proj.weight_scale_inv", (1,)), r"7\.up_proj\.weight_scale_inv' is there"),
+    (
+        "fp8",
+        put(f"{EXPERTS}.7.up_proj.weight_scale_inv", (1,)),
+        r"weight_scale_inv': got one, expected 3",
+    ),
     (
         "rawint4",
         put(f"{UP}.weight_zero_point", (96, 5), np.int32),
@@ -249,15 +253,15 @@ def test_wrong_tensors(tmp_path: Path, encoding: str, change: Change, message: s
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((E - 1, I, H), r"tensor '.*experts\.2\.gate_proj\.weight_packed' is there, expected 2 experts"),
+        ((E - 1, I, H), r"tensor '.*experts\.2\.gate_proj\.weight_packed': got one, expected 2 experts"),
         (
             (E + 1, I, H),
-            r"tensor '.*experts\.3\.gate_proj\.weight_packed' is missing, expected U8 \[96, 80\]",
+            r"tensor '.*experts\.3\.gate_proj\.weight_packed': got none, expected U8 \[96, 80\]",
         ),
-        ((E, I + 32, H), r"gate_proj\.weight_packed' is U8 \[96, 80\], expected U8 \[128, 80\]"),
-        ((E, I, H + 32), r"gate_proj\.weight_packed' is U8 \[96, 80\], expected U8 \[96, 96\]"),
-        ((E, I + 1, H), "MXFP4, which needs moe_intermediate_size to be a multiple of 32, got 97"),
-        ((E, I, H + 1), "MXFP4, which needs hidden_size to be a multiple of 32, got 161"),
+        ((E, I + 32, H), r"gate_proj\.weight_packed': got U8 \[96, 80\], expected U8 \[128, 80\]"),
+        ((E, I, H + 32), r"gate_proj\.weight_packed': got U8 \[96, 80\], expected U8 \[96, 96\]"),
+        ((E, I + 1, H), "got moe_intermediate_size 97, expected a multiple of 32 for MXFP4"),
+        ((E, I, H + 1), "got hidden_size 161, expected a multiple of 32 for MXFP4"),
     ],
 )
 def test_other_sizes_than_the_config(tmp_path: Path, sizes: tuple[int, int, int], message: str) -> None:
@@ -268,7 +272,7 @@ def test_other_sizes_than_the_config(tmp_path: Path, sizes: tuple[int, int, int]
 
 def test_another_number_of_fused_experts(tmp_path: Path) -> None:
     put_layer(tmp_path, draw_layer("gpt_oss", E, I, H))
-    message = r"gate_up_proj_blocks' is U8 \[3, 192, 5, 16\], expected U8 \[4, 192, 5, 16\]"
+    message = r"gate_up_proj_blocks': got U8 \[3, 192, 5, 16\], expected U8 \[4, 192, 5, 16\]"
     with pytest.raises(ValueError, match=message):
         load_native(tmp_path, LAYER, config_of(E + 1, I, H))
 
@@ -291,7 +295,7 @@ def test_a_lost_gate_is_missed(tmp_path: Path) -> None:
     layer = draw_layer("fp8", E, I, H, "mixer")
     drop(r"experts\.0\.gate_proj")(layer.tensors)
     put_layer(tmp_path, layer)
-    with pytest.raises(ValueError, match=r"experts\.0\.gate_proj\.weight' is missing"):
+    with pytest.raises(ValueError, match=r"experts\.0\.gate_proj\.weight': got none"):
         load_native(tmp_path, LAYER, config_of(E, I, H, "mixer"))
 
 
@@ -301,14 +305,14 @@ def test_another_method(tmp_path: Path, encoding: str) -> None:
     put_layer(tmp_path, layer)
     methods = {method for method, _ in ENCODINGS.values()}
     for method in methods - {layer.method}:
-        message = f"the experts of layer {LAYER} are {layer.method}, expected {method}"
+        message = f"the experts of layer {LAYER}: got {layer.method}, expected {method}"
         with pytest.raises(ValueError, match=message) as raised:
             load_native(tmp_path, LAYER, config_of(E, I, H), method)
         assert str(tmp_path) in str(raised.value)
 
 
 def test_an_unknown_method(tmp_path: Path) -> None:
-    message = "method 'BF16' is not that of a native format; known: FP8, FP8_PERCHANNEL, MXFP8, RAWINT4"
+    message = "method: got 'BF16', expected one of the native formats: FP8, FP8_PERCHANNEL, MXFP8, RAWINT4"
     with pytest.raises(ValueError, match=message):
         load_native(tmp_path, LAYER, config_of(E, I, H), "BF16")
 
@@ -319,9 +323,9 @@ def test_the_method_says_what_is_missing(tmp_path: Path) -> None:
     drop("scale")(layer.tensors)
     put_layer(tmp_path, layer)
     expected = {
-        "FP8": r"weight_scale_inv' is missing, expected F32 or BF16 or F8_E8M0 \[1, 1\]",
-        "FP8_PERCHANNEL": r"weight_scale' is missing, expected F32 or BF16 \[128, 1\]",
-        "MXFP8": r"weight_scale_inv' is missing, expected U8 or F8_E8M0 \[128, 4\]",
+        "FP8": r"weight_scale_inv': got none, expected F32 or BF16 or F8_E8M0 \[1, 1\]",
+        "FP8_PERCHANNEL": r"weight_scale': got none, expected F32 or BF16 \[128, 1\]",
+        "MXFP8": r"weight_scale_inv': got none, expected U8 or F8_E8M0 \[128, 4\]",
     }
     for method, message in expected.items():
         with pytest.raises(ValueError, match=message):
@@ -331,7 +335,7 @@ def test_the_method_says_what_is_missing(tmp_path: Path) -> None:
 def test_layers_that_are_not_native(tmp_path: Path) -> None:
     for naming in ("qwen3_moe", "qwen3_5_moe", "gpt_oss"):
         write_checkpoint(tmp_path / naming, naming, [0], E, I, H)
-        message = r"tensor '.*layers\.0\.mlp\.experts\..*' is BF16, expected weights of FP8, .*, NVFP4"
+        message = r"tensor '.*layers\.0\.mlp\.experts\..*': got BF16, expected weights of FP8, .*, NVFP4"
         for method in (None, "FP8"):
             with pytest.raises(ValueError, match=message):
                 load_native(tmp_path / naming, 0, config_of(E, I, H), method)
@@ -436,6 +440,6 @@ def test_an_expert_of_another_format(tmp_path: Path) -> None:
     layer.tensors |= {name: array for name, array in other.tensors.items() if ".experts.0." in name}
     put_layer(tmp_path, layer)
     assert native_method(tmp_path, LAYER) == "MXFP8"
-    message = r"0\.gate_proj\.weight_scale_inv' is F32 \[1, 2\], expected U8 or F8_E8M0 \[96, 5\]"
+    message = r"0\.gate_proj\.weight_scale_inv': got F32 \[1, 2\], expected U8 or F8_E8M0 \[96, 5\]"
     with pytest.raises(ValueError, match=message):
         load_native(tmp_path, LAYER, config_of(E, I, H))

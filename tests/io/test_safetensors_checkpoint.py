@@ -104,17 +104,35 @@ def test_missing_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ([], "must be a JSON object, got list"),
-        ({}, "weight_map must be an object, got NoneType"),
-        ({"weight_map": {"a": 3}}, "the shard of tensor 'a' must be a string, got 3"),
-        ({"weight_map": {"a": "../x.safetensors"}}, r"shard '\.\./x\.safetensors' is not a file name inside"),
-        ({"weight_map": {"a": "/etc/passwd"}}, "shard '/etc/passwd' is not a file name inside"),
-        ({"weight_map": {"a": ""}}, "shard '' is not a file name inside"),
-        ({"weight_map": {"a": "."}}, r"shard '\.' is not a file name inside"),
-        ({"weight_map": {"a": "sub/../../x"}}, r"shard 'sub/\.\./\.\./x' is not a file name inside"),
-        ({"weight_map": {"a": "x\0.safetensors"}}, r"shard 'x\\x00\.safetensors' is not a file name inside"),
-        ({"weight_map": {"a": "\x1b[2J"}}, r"shard '\\x1b\[2J' is not a file name inside"),
-        ({"weight_map": {"a": "x" * 10**5}}, "shard 'x{299} is not a file name inside"),
+        ([], "got list, expected a JSON object"),
+        ({}, "weight_map: got NoneType, expected an object"),
+        ({"weight_map": {"a": 3}}, "the shard of tensor 'a': got 3, expected a string"),
+        (
+            {"weight_map": {"a": "../x.safetensors"}},
+            r"the shard of tensor 'a': got '\.\./x\.safetensors', expected a file name inside",
+        ),
+        (
+            {"weight_map": {"a": "/etc/passwd"}},
+            "the shard of tensor 'a': got '/etc/passwd', expected a file name inside",
+        ),
+        ({"weight_map": {"a": ""}}, "the shard of tensor 'a': got '', expected a file name inside"),
+        ({"weight_map": {"a": "."}}, r"the shard of tensor 'a': got '\.', expected a file name inside"),
+        (
+            {"weight_map": {"a": "sub/../../x"}},
+            r"the shard of tensor 'a': got 'sub/\.\./\.\./x', expected a file name inside",
+        ),
+        (
+            {"weight_map": {"a": "x\0.safetensors"}},
+            r"the shard of tensor 'a': got 'x\\x00\.safetensors', expected a file name inside",
+        ),
+        (
+            {"weight_map": {"a": "\x1b[2J"}},
+            r"the shard of tensor 'a': got '\\x1b\[2J', expected a file name inside",
+        ),
+        (
+            {"weight_map": {"a": "x" * 10**5}},
+            "the shard of tensor 'a': got 'x{299}, expected a file name inside",
+        ),
         ({"weight_map": {"a": "\ud800"}}, "is not JSON: a string has half a surrogate pair"),
         ({"weight_map": {"a": float("nan")}}, "is not JSON: NaN is not a JSON number"),
     ],
@@ -145,7 +163,7 @@ def test_config_json(tmp_path: Path) -> None:
     assert load_hf_config(tmp_path)["hidden_size"] == 5
     assert load_hf_config(tmp_path / "model.safetensors")["num_experts"] == 2
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"config\.json must be a JSON object, got list"):
+    with pytest.raises(ValueError, match=r"config\.json: got list, expected a JSON object"):
         load_hf_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):

@@ -259,7 +259,7 @@ def test_wrong_measurement(model: MoEDecoder, arguments: Any, message: str) -> N
         ({"num_key_value_heads": 3, "num_attention_heads": 4}, "num_key_value_heads: got 3, expected a divi"),
         ({"head_dim": 63}, "head_dim: got 63, expected an even number"),
         ({"model_type": ["qwen3_moe"]}, r"model_type: got \['qwen3_moe'\], expected one of qwen3_moe"),
-        ({"num_experts_per_tok": 1000}, "num_experts_per_tok must be at most num_experts"),
+        ({"num_experts_per_tok": 1000}, "num_experts_per_tok: got 1000, expected at most num_experts"),
     ],
 )
 def test_wrong_configurations(changes: dict[str, Any], message: str) -> None:
@@ -278,7 +278,9 @@ def test_settings_that_change_nothing() -> None:
 def test_missing_and_misshaped_tensors_are_named(checkpoint: Path) -> None:
     name = "model.layers.1.self_attn.q_proj.weight"
     rewrite(checkpoint, name, np.zeros((3, 256), np.float32))
-    with pytest.raises(ValueError, match=rf"model.safetensors: tensor '{name}' is F32 \[3, 256\], expected"):
+    with pytest.raises(
+        ValueError, match=rf"model.safetensors: tensor '{name}': got F32 \[3, 256\], expected"
+    ):
         MoEDecoder.from_pretrained(checkpoint)
     rewrite(checkpoint, name, None)
     with pytest.raises(ValueError, match=f"no tensor '{name}'"):
@@ -313,7 +315,7 @@ def test_what_ends_a_text(checkpoint: Path) -> None:
     assert load_stop_tokens(checkpoint) == {5, 6}
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": "end"}')
     with pytest.raises(
-        ValueError, match=r"generation_config.json: eos_token_id is 'end', expected an integer"
+        ValueError, match=r"generation_config.json: eos_token_id: got 'end', expected an integer"
     ):
         load_stop_tokens(checkpoint)
 

@@ -220,7 +220,7 @@ def test_examples() -> None:
 
 def test_models_for_inference_are_refused() -> None:
     model = MoEDecoder.from_pretrained()
-    with pytest.raises(ValueError, match="model: its experts have no adapters, expected one"):
+    with pytest.raises(ValueError, match="model: got one whose experts have no adapters, expected one"):
         loss_and_gradients(model, TEXTS)
 
 

@@ -89,7 +89,7 @@ def test_tokens_beyond_the_vocabulary(folder: Path) -> None:
     assert tokenizer.encode("a") == [0, 9]
     assert tokenizer.decode([0]) == "text"
     (folder / "config.json").write_text('{"vocab_size": 9}')
-    message = r"tokenizer\.json: the text has token 9, expected at most 8, by vocab_size in config\.json"
+    message = r"tokenizer\.json: the text: got token 9, expected at most 8, by vocab_size in config\.json"
     with pytest.raises(ValueError, match=message):
         load_tokenizer(folder).encode("a")
 
@@ -97,7 +97,7 @@ def test_tokens_beyond_the_vocabulary(folder: Path) -> None:
 @pytest.mark.parametrize("value", ["8", 0, -1, 8.0, True, [8]])
 def test_a_vocabulary_without_a_size(folder: Path, value: Any) -> None:
     (folder / "config.json").write_text(json.dumps({"vocab_size": value}))
-    with pytest.raises(ValueError, match=r"config\.json: vocab_size is .*, expected a positive integer"):
+    with pytest.raises(ValueError, match=r"config\.json: vocab_size: got .*, expected a positive integer"):
         load_tokenizer(folder)
 
 
@@ -107,7 +107,7 @@ def test_bytes_of_a_model_that_knows_more_or_fewer_tokens(tmp_path: Path) -> Non
     assert load_tokenizer(tmp_path).decode([65, 256, 299, 66]) == "A��B"
     (tmp_path / "config.json").write_text('{"vocab_size": 128}')
     assert load_tokenizer(tmp_path).encode("a") == [97]
-    with pytest.raises(ValueError, match=r"tokenizer\.json: the text has token 195, expected at most 127"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the text: got token 195, expected at most 127"):
         load_tokenizer(tmp_path).encode("é")
 
 

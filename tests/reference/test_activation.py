@@ -69,12 +69,12 @@ def test_activations_take_any_shape() -> None:
         (
             ("silu", ONE.astype(np.float16), ONE.astype(np.float16)),
             TypeError,
-            "gate must be float32 or float64, got float16",
+            "gate: got float16, expected float32 or float64",
         ),
-        (("silu", ONE, ONE.astype(np.float64)), TypeError, "up must be float32 like gate, got float64"),
-        (("silu", ONE, TWO), ValueError, r"up must have the shape \(1,\) of gate"),
-        (("silu", ONE, None), ValueError, "activation silu needs up, got up=None"),
-        (("relu2", ONE, ONE), ValueError, "activation relu2 has no up, got up=array"),
+        (("silu", ONE, ONE.astype(np.float64)), TypeError, "up: got float64, expected float32 like gate"),
+        (("silu", ONE, TWO), ValueError, r"up: got shape \(2,\), expected \(1,\) like gate"),
+        (("silu", ONE, None), ValueError, "up: got None, expected an array with activation silu"),
+        (("relu2", ONE, ONE), ValueError, r"up: got array\(.*, expected None with activation relu2"),
     ],
 )
 def test_activate_refuses(arguments: Any, error: type[Exception], message: str) -> None:

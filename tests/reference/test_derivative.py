@@ -150,13 +150,13 @@ ONE, TWO = np.ones(1, np.float32), np.ones(2, np.float32)
         (
             ("silu", ONE.astype("f2"), ONE.astype("f2")),
             TypeError,
-            "gate must be float32 or float64, got float16",
+            "gate: got float16, expected float32 or float64",
         ),
-        (("silu", ONE, ONE.astype(np.float64)), TypeError, "up must be float32 like gate, got float64"),
-        (("silu", ONE, TWO), ValueError, r"up must have the shape \(1,\) of gate, got \(2,\)"),
-        (("silu", ONE, None), ValueError, "activation silu needs up, got up=None"),
-        (("relu2", ONE, ONE), ValueError, "activation relu2 has no up, got up=array"),
-        (("sigmoid", ONE, ONE), ValueError, "activation 'sigmoid' is unknown"),
+        (("silu", ONE, ONE.astype(np.float64)), TypeError, "up: got float64, expected float32 like gate"),
+        (("silu", ONE, TWO), ValueError, r"up: got shape \(2,\), expected \(1,\) like gate"),
+        (("silu", ONE, None), ValueError, "up: got None, expected an array with activation silu"),
+        (("relu2", ONE, ONE), ValueError, r"up: got array\(.*, expected None with activation relu2"),
+        (("sigmoid", ONE, ONE), ValueError, "activation: got 'sigmoid', expected one of silu"),
     ],
 )
 def test_activate_gradients_refuses(arguments: Any, error: type[Exception], message: str) -> None:

@@ -111,19 +111,19 @@ def test_dropout_draws_the_mask_of_its_parts() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"seed": -1}, ValueError, f"seed must be 0 to {2**64 - 1}, got -1"),
-        ({"seed": 2**64}, ValueError, f"seed must be 0 to {2**64 - 1}, got {2**64}"),
-        ({"seed": 1.0}, TypeError, "seed must be an integer, got 1.0"),
-        ({"step": 2**32}, ValueError, f"step must be 0 to {2**32 - 1}, got {2**32}"),
-        ({"step": True}, TypeError, "step must be an integer, got True"),
-        ({"layer": 2**31}, ValueError, f"layer must be 0 to {2**31 - 1}, got {2**31}"),
-        ({"tokens": -1}, ValueError, f"tokens must be 0 to {2**32}, got -1"),
-        ({"features": "9"}, TypeError, "features must be an integer, got '9'"),
-        ({"which": "y"}, ValueError, "which must be 'x' or 'h', got 'y'"),
-        ({"rate": 1.0}, ValueError, "dropout rate must be at least 0 and below 1, got 1.0"),
-        ({"rate": -0.1}, ValueError, "dropout rate must be at least 0 and below 1, got -0.1"),
-        ({"rate": math.nan}, ValueError, "dropout rate must be at least 0 and below 1, got nan"),
-        ({"rate": "0.1"}, TypeError, "dropout rate must be a number, got '0.1'"),
+        ({"seed": -1}, ValueError, f"seed: got -1, expected 0 to {2**64 - 1}"),
+        ({"seed": 2**64}, ValueError, f"seed: got {2**64}, expected 0 to {2**64 - 1}"),
+        ({"seed": 1.0}, TypeError, "seed: got 1.0, expected an integer"),
+        ({"step": 2**32}, ValueError, f"step: got {2**32}, expected 0 to {2**32 - 1}"),
+        ({"step": True}, TypeError, "step: got True, expected an integer"),
+        ({"layer": 2**31}, ValueError, f"layer: got {2**31}, expected 0 to {2**31 - 1}"),
+        ({"tokens": -1}, ValueError, f"tokens: got -1, expected 0 to {2**32}"),
+        ({"features": "9"}, TypeError, "features: got '9', expected an integer"),
+        ({"which": "y"}, ValueError, "which: got 'y', expected 'x' or 'h'"),
+        ({"rate": 1.0}, ValueError, "rate: got 1.0, expected at least 0 and below 1"),
+        ({"rate": -0.1}, ValueError, "rate: got -0.1, expected at least 0 and below 1"),
+        ({"rate": math.nan}, ValueError, "rate: got nan, expected at least 0 and below 1"),
+        ({"rate": "0.1"}, TypeError, "rate: got '0.1', expected a number"),
     ],
 )
 def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -132,5 +132,5 @@ def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message
 
 
 def test_a_wrong_rate_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="dropout rate must be at least 0 and below 1, got 2"):
+    with pytest.raises(ValueError, match=r"rate: got 2\.0, expected at least 0 and below 1"):
         Dropout(2.0)

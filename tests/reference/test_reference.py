@@ -136,77 +136,89 @@ def test_a_nan_routing_weight_makes_its_row_nan_when_its_slot_is_computed() -> N
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"hidden_states": [[1.0]]}, TypeError, "hidden_states must be a NumPy array, got list"),
-        ({"hidden_states": np.zeros((5, 48))}, TypeError, "hidden_states must be bfloat16, got float64"),
+        ({"hidden_states": [[1.0]]}, TypeError, "hidden_states: got list, expected a NumPy array"),
+        ({"hidden_states": np.zeros((5, 48))}, TypeError, "hidden_states: got float64, expected bfloat16"),
         (
             {"hidden_states": np.zeros(48, bf16)},
             ValueError,
-            r"hidden_states must have shape \[T, H\], got \[48\]",
+            r"hidden_states: got shape \[48\], expected \[T, H\]",
         ),
         (
             {"hidden_states": np.zeros((5, 47), bf16)},
             ValueError,
-            r"gate_proj\[0\] must have shape \[I, H=47\]",
+            r"gate_proj\[0\]: got shape \[40, 48\], expected \[I, H=47\]",
         ),
-        ({"topk_ids": np.zeros((5, 2))}, TypeError, "topk_ids must have an integer dtype, got float64"),
-        ({"topk_ids": np.zeros((5, 2), bool)}, TypeError, "topk_ids must have an integer dtype, got bool"),
+        ({"topk_ids": np.zeros((5, 2))}, TypeError, "topk_ids: got float64, expected an integer dtype"),
+        ({"topk_ids": np.zeros((5, 2), bool)}, TypeError, "topk_ids: got bool, expected an integer dtype"),
         (
             {"topk_ids": np.zeros((4, 2), int)},
             ValueError,
-            r"topk_ids must have shape \[T=5, P\], got \[4, 2\]",
+            r"topk_ids: got shape \[4, 2\], expected \[T=5, P\]",
         ),
         (
             {"topk_weights": np.zeros((5, 3), np.float32)},
             ValueError,
-            r"topk_weights must have shape \[T=5, P=2\], got \[5, 3\]",
+            r"topk_weights: got shape \[5, 3\], expected \[T=5, P=2\]",
         ),
-        ({"topk_weights": np.zeros((5, 2))}, TypeError, "topk_weights must be float32, got float64"),
-        ({"gate_proj": np.zeros((40, 48), bf16)}, ValueError, r"gate_proj must have shape \[E, I, H\], got"),
-        ({"gate_proj": []}, ValueError, "gate_proj must hold some experts, got 0"),
-        ({"gate_proj": 3}, TypeError, "gate_proj must be an array or a sequence of arrays, got int"),
-        ({"up_proj": np.zeros((3, 40, 48), bf16)}, ValueError, "up_proj must hold 4 experts, got 3"),
-        ({"up_proj": np.zeros((4, 40, 48), "f4")}, TypeError, r"up_proj\[0\] must be bfloat16, got float32"),
-        ({"up_proj": None}, ValueError, "up_proj is None, but activation silu is gated"),
-        ({"activation": "relu2"}, ValueError, "up_proj must be None: activation relu2 has one projection"),
+        ({"topk_weights": np.zeros((5, 2))}, TypeError, "topk_weights: got float64, expected float32"),
+        (
+            {"gate_proj": np.zeros((40, 48), bf16)},
+            ValueError,
+            r"gate_proj: got shape \[40, 48\], expected \[E, I, H\]",
+        ),
+        ({"gate_proj": []}, ValueError, "gate_proj: got 0 experts, expected some"),
+        ({"gate_proj": 3}, TypeError, "gate_proj: got int, expected an array or a sequence of arrays"),
+        ({"up_proj": np.zeros((3, 40, 48), bf16)}, ValueError, "up_proj: got 3 experts, expected 4"),
+        (
+            {"up_proj": np.zeros((4, 40, 48), "f4")},
+            TypeError,
+            r"up_proj\[0\]: got float32, expected bfloat16",
+        ),
+        ({"up_proj": None}, ValueError, r"up_proj: got None, expected \[E, I, H\]: activation silu is gated"),
+        ({"activation": "relu2"}, ValueError, "up_proj: got ndarray, expected None: activation relu2"),
         (
             {"activation": "relu2", "up_proj": None, "up_bias": np.zeros((4, 40), "f4")},
             ValueError,
-            "up_bias must be None: activation relu2",
+            "up_bias: got ndarray, expected None: activation relu2",
         ),
         (
             {"down_proj": [np.zeros((48, 40), bf16)] * 3 + [np.zeros((48, 41), bf16)]},
             ValueError,
-            r"down_proj\[3\] must have shape \[H=48, I=40\], got \[48, 41\]",
+            r"down_proj\[3\]: got shape \[48, 41\], expected \[H=48, I=40\]",
         ),
         (
             {"gate_bias": np.zeros((4, 40))},
             TypeError,
-            "gate_bias must be float32 or float16 or bfloat16, got",
+            "gate_bias: got .*, expected float32 or float16 or bfloat16",
         ),
-        ({"down_bias": np.zeros((4, 40), "f4")}, ValueError, r"down_bias must have shape \[E=4, H=48\], got"),
-        ({"gpu_experts_mask": np.zeros(4, int)}, TypeError, "gpu_experts_mask must be bool, got int64"),
+        (
+            {"down_bias": np.zeros((4, 40), "f4")},
+            ValueError,
+            r"down_bias: got shape \[4, 40\], expected \[E=4, H=48\]",
+        ),
+        ({"gpu_experts_mask": np.zeros(4, int)}, TypeError, "gpu_experts_mask: got int64, expected bool"),
         (
             {"gpu_experts_mask": np.zeros(3, bool)},
             ValueError,
-            r"gpu_experts_mask must have shape \[E=4\], got",
+            r"gpu_experts_mask: got shape .*, expected \[E=4\]",
         ),
         (
             {"physical_to_logical_map": np.array([0, 1, 2, 4])},
             ValueError,
-            r"physical_to_logical_map\[3\] = 4: expected 0 to 3",
+            r"physical_to_logical_map: got expert 4 at 3, expected 0 to 3",
         ),
         (
             {"physical_to_logical_map": np.array([0, -1, 2, 3])},
             ValueError,
-            r"physical_to_logical_map\[1\] = -1: expected 0 to 3",
+            r"physical_to_logical_map: got expert -1 at 1, expected 0 to 3",
         ),
-        ({"physical_to_logical_map": np.zeros(4, "i4")}, TypeError, "map must be int64, got int32"),
-        ({"base": np.zeros((5, 47), "f4")}, ValueError, r"base must have shape \[T=5, H=48\], got \[5, 47\]"),
-        ({"base": np.zeros((5, 48), "i4")}, TypeError, "base must be float32 or .* got int32"),
+        ({"physical_to_logical_map": np.zeros(4, "i4")}, TypeError, "map: got int32, expected int64"),
+        ({"base": np.zeros((5, 47), "f4")}, ValueError, r"base: got shape \[5, 47\], expected \[T=5, H=48\]"),
+        ({"base": np.zeros((5, 48), "i4")}, TypeError, "base: got int32, expected float32 or "),
         (
             {"out_dtype": np.float16},
             ValueError,
-            "out_dtype must be bfloat16, float32 or float64, got float16",
+            "out_dtype: got float16, expected bfloat16, float32 or float64",
         ),
     ],
 )
@@ -222,12 +234,10 @@ def test_an_id_that_is_too_large_is_an_error(dtype: type) -> None:
     layer = draw_layer(0)
     layer["topk_ids"] = np.zeros((5, 2), dtype)
     layer["topk_ids"][3, 1] = 4
-    with pytest.raises(
-        IndexError, match=r"topk_ids\[3, 1\] = 4: expected an id below the number of experts, 4"
-    ):
+    with pytest.raises(IndexError, match=r"topk_ids: got expert 4 at \[3, 1\], expected ids below 4"):
         moe_forward(**layer)
     layer["topk_ids"][3, 1] = np.iinfo(dtype).max
-    with pytest.raises(IndexError, match=r"topk_ids\[3, 1\] = "):
+    with pytest.raises(IndexError, match=r"topk_ids: got expert \d+ at \[3, 1\], expected"):
         moe_forward(**layer)
 
 
@@ -237,10 +247,10 @@ def test_an_id_that_is_too_large_is_an_error(dtype: type) -> None:
         (
             moe_forward,
             {"accumulate_dtype": np.float16},
-            "accumulate_dtype must be float32 or float64, got float16",
+            "accumulate_dtype: got float16, expected float32 or float64",
         ),
-        (error_bound, {"max_chain": 0}, "max_chain must be at least 1, got 0"),
-        (error_bound, {"sigmas": 0.0}, "sigmas must be above 0, got 0.0"),
+        (error_bound, {"max_chain": 0}, "max_chain: got 0, expected at least 1"),
+        (error_bound, {"sigmas": 0.0}, "sigmas: got 0.0, expected above 0"),
     ],
 )
 def test_wrong_options(function: Callable[..., Any], options: dict[str, Any], message: str) -> None:

@@ -281,31 +281,31 @@ def test_no_group_is_worse_than_with_amax_over_127(seed: int, K: int, power: int
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"product": "int4"}, ValueError, "product must be bfloat16 or int8, got 'int4'"),
+        ({"product": "int4"}, ValueError, "product: got 'int4', expected bfloat16 or int8"),
         (
             {"up_proj": np.zeros((4, 40, 48), bf16)},
             TypeError,
-            "up_proj must be an Int8Matrix or Int4Matrix for product int8, got ndarray",
+            "up_proj: got ndarray, expected an Int8Matrix or Int4Matrix for product int8",
         ),
         (
             {"down_proj": quantize_int8(np.zeros((4, 48, 40), bf16), group_size=32)},
             TypeError,
-            "down_proj must be an Int8Matrix or Int4Matrix for product int8, got Int8GroupMatrix",
+            "down_proj: got Int8GroupMatrix, expected an Int8Matrix or Int4Matrix for product int8",
         ),
         (
             {"gate_proj": quantize_int8(np.zeros((40, 48), bf16))},
             ValueError,
-            r"gate_proj must have shape \[E, I, H\], got \[40, 48\]",
+            r"gate_proj: got shape \[40, 48\], expected \[E, I, H\]",
         ),
         (
             {"up_proj": quantize_int8(np.zeros((3, 40, 48), bf16))},
             ValueError,
-            "up_proj must hold 4 experts, got 3",
+            "up_proj: got 3 experts, expected 4",
         ),
         (
             {"down_proj": quantize_int4(np.zeros((4, 48, 41), bf16))},
             ValueError,
-            r"down_proj\[0\] must have shape \[H=48, I=40\], got \[48, 41\]",
+            r"down_proj\[0\]: got shape \[48, 41\], expected \[H=48, I=40\]",
         ),
     ],
 )

@@ -20,63 +20,67 @@ def lora_with(**change: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"hidden_states": np.zeros((5, 48))}, TypeError, "hidden_states must be bfloat16, got float64"),
+        ({"hidden_states": np.zeros((5, 48))}, TypeError, "hidden_states: got float64, expected bfloat16"),
         (
             {"hidden_states": np.zeros((5, 48), int), "exact": True},
             TypeError,
-            "hidden_states must be float32 or float16 or bfloat16 or float64, got int64",
+            "hidden_states: got int64, expected float32 or float16 or bfloat16 or float64",
         ),
-        ({"topk_ids": np.full((5, 2), 4)}, IndexError, r"topk_ids\[0, 0\] = 4: expected an id below"),
-        ({"lora": {}}, TypeError, "lora must be a LoraWeights, got dict"),
-        ({"dropout": 0.5}, TypeError, "dropout must be a Dropout, got float"),
-        ({"dropout": Dropout(0.5, seed=-1)}, ValueError, "seed must be 0 to"),
-        ({"cache_dtype": np.float16}, ValueError, "cache_dtype must be bfloat16 or float32, got float16"),
+        (
+            {"topk_ids": np.full((5, 2), 4)},
+            IndexError,
+            r"topk_ids: got expert 4 at \[0, 0\], expected ids below 4",
+        ),
+        ({"lora": {}}, TypeError, "lora: got dict, expected a LoraWeights"),
+        ({"dropout": 0.5}, TypeError, "dropout: got float, expected a Dropout"),
+        ({"dropout": Dropout(0.5, seed=-1)}, ValueError, "seed: got -1, expected 0 to"),
+        ({"cache_dtype": np.float16}, ValueError, "cache_dtype: got float16, expected bfloat16 or float32"),
         (
             {"accumulate_dtype": np.float16},
             ValueError,
-            "accumulate_dtype must be float32 or float64, got float16",
+            "accumulate_dtype: got float16, expected float32 or float64",
         ),
-        ({"out_dtype": np.int8}, ValueError, "out_dtype must be bfloat16, float32 or float64, got int8"),
+        ({"out_dtype": np.int8}, ValueError, "out_dtype: got int8, expected bfloat16, float32 or float64"),
         (
             lora_with(gate_lora_a=np.zeros((4, 3, 48))),
             TypeError,
-            "gate_lora_a must be bfloat16 or float32, got float64",
+            "gate_lora_a: got float64, expected bfloat16 or float32",
         ),
         (
             lora_with(gate_lora_a=np.zeros((3, 3, 48), bf16)),
             ValueError,
-            r"gate_lora_a must have shape \[E=4, R, H=48\], got \[3, 3, 48\]",
+            r"gate_lora_a: got shape \[3, 3, 48\], expected \[E=4, R, H=48\]",
         ),
         (
             lora_with(gate_lora_b=np.zeros((4, 40, 2), bf16)),
             ValueError,
-            r"gate_lora_b must have shape \[E=4, I=40, R=3\], got \[4, 40, 2\]",
+            r"gate_lora_b: got shape \[4, 40, 2\], expected \[E=4, I=40, R=3\]",
         ),
-        (lora_with(up_lora_a=None), TypeError, "up_lora_a must be a NumPy array, got NoneType"),
+        (lora_with(up_lora_a=None), TypeError, "up_lora_a: got NoneType, expected a NumPy array"),
         (
             lora_with(up_lora_b=np.zeros((4, 3, 40), bf16)),
             ValueError,
-            r"up_lora_b must have shape \[E=4, I=40, R=3\], got \[4, 3, 40\]",
+            r"up_lora_b: got shape \[4, 3, 40\], expected \[E=4, I=40, R=3\]",
         ),
         (
             lora_with(down_lora_a=np.zeros((4, 3, 48), "f4")),
             ValueError,
-            r"down_lora_a must have shape \[E=4, R=3, I=40\], got \[4, 3, 48\]",
+            r"down_lora_a: got shape \[4, 3, 48\], expected \[E=4, R=3, I=40\]",
         ),
         (
             lora_with(down_lora_b=np.zeros((4, 40, 3), "f4")),
             ValueError,
-            r"down_lora_b must have shape \[E=4, H=48, R=3\], got \[4, 40, 3\]",
+            r"down_lora_b: got shape \[4, 40, 3\], expected \[E=4, H=48, R=3\]",
         ),
         (
             {"activation": "relu2", "up_proj": None},
             ValueError,
-            "up_lora_a must be None: activation relu2 has one projection",
+            "up_lora_a: got one, expected None: activation relu2 has one projection",
         ),
         (
             {"activation": "relu2", "up_proj": None, **lora_with(up_lora_a=None)},
             ValueError,
-            "up_lora_b must be None: activation relu2 has one projection",
+            "up_lora_b: got one, expected None: activation relu2 has one projection",
         ),
     ],
 )
@@ -91,9 +95,9 @@ def test_wrong_arguments_of_the_forward_pass(
 @pytest.mark.parametrize(
     ("alpha", "error", "message"),
     [
-        (np.nan, ValueError, "lora_alpha must be finite, got nan"),
-        (np.inf, ValueError, "lora_alpha must be finite, got inf"),
-        ("8", TypeError, "lora_alpha must be a number, got '8'"),
+        (np.nan, ValueError, "lora_alpha: got nan, expected a finite number"),
+        (np.inf, ValueError, "lora_alpha: got inf, expected a finite number"),
+        ("8", TypeError, "lora_alpha: got '8', expected a number"),
     ],
 )
 def test_a_wrong_alpha_is_refused_at_once(alpha: Any, error: type[Exception], message: str) -> None:
@@ -104,18 +108,18 @@ def test_a_wrong_alpha_is_refused_at_once(alpha: Any, error: type[Exception], me
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"cache": None}, TypeError, "cache must be a ForwardCache, got NoneType"),
+        ({"cache": None}, TypeError, "cache: got NoneType, expected a ForwardCache"),
         (
             {"skip_lora": True, "full_weight_grad": True},
             ValueError,
-            "full_weight_grad needs gradients of weights, and skip_lora none",
+            "full_weight_grad: got True, expected False with skip_lora",
         ),
-        ({"grad_output": [[1.0]]}, TypeError, "grad_output must be a NumPy array, got list"),
-        ({"grad_output": np.zeros((5, 48), "f4")}, TypeError, "grad_output must be bfloat16, got float32"),
+        ({"grad_output": [[1.0]]}, TypeError, "grad_output: got list, expected a NumPy array"),
+        ({"grad_output": np.zeros((5, 48), "f4")}, TypeError, "grad_output: got float32, expected bfloat16"),
         (
             {"grad_output": np.zeros((5, 47), bf16)},
             ValueError,
-            r"grad_output must have shape \[T=5, H=48\], got \[5, 47\]",
+            r"grad_output: got shape \[5, 47\], expected \[T=5, H=48\]",
         ),
     ],
 )

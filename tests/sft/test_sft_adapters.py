@@ -100,31 +100,31 @@ def test_a_file_of_another_layer(tmp_path: Path, name: str, options: Any, value:
     student.wrapper(P).save_lora_weights(tmp_path / "x")
     moe = Student(student.layer, {}, options.get("lora_rank", R)).wrapper(P, **options)
     before = moe.lora_weights
-    with pytest.raises(ValueError, match=rf"x: {name} is '.*', expected '{value}'"):
+    with pytest.raises(ValueError, match=rf"x: {name}: got '.*', expected '{value}'"):
         moe.load_lora_weights(tmp_path / "x")
     for each, matrix in moe.lora_weights.items():
         assert_same_bits(matrix, before[each])
 
 
 FILES: dict[str, tuple[Callable[[dict[str, Any], dict[str, str]], Any], str]] = {
-    "another kind of file": (lambda t, m: m.pop("format"), r"x: format is None, expected 'ktmoe_np\.lora'"),
+    "another kind of file": (lambda t, m: m.pop("format"), r"x: format: got None, expected 'ktmoe_np\.lora'"),
     "a later version": (
         lambda t, m: m.update(format_version="2"),
-        r"x: format_version is '2', expected '1'",
+        r"x: format_version: got '2', expected '1'",
     ),
-    "sizes": (lambda t, m: m.update(num_experts="4"), r"x: num_experts is '4', expected '3'"),
+    "sizes": (lambda t, m: m.update(num_experts="4"), r"x: num_experts: got '4', expected '3'"),
     "a missing tensor": (lambda t, m: t.pop("up_lora_b"), r"x: no tensor 'up_lora_b'"),
     "another tensor": (
         lambda t, m: t.update(up_lora_c=t["up_lora_b"]),
-        r"x: tensor 'up_lora_c', expected only gate_lora_a, gate_lora_b",
+        r"x: tensor 'up_lora_c': got one, expected only gate_lora_a, gate_lora_b",
     ),
     "a shape": (
         lambda t, m: t.update(up_lora_b=t["up_lora_b"][:, 1:]),
-        rf"x: tensor 'up_lora_b' is F32 \[{E}, {I - 1}, {R}\], expected F32 or BF16 \[{E}, {I}, {R}\]",
+        rf"x: tensor 'up_lora_b': got F32 \[{E}, {I - 1}, {R}\], expected F32 or BF16 \[{E}, {I}, {R}\]",
     ),
     "a dtype": (
         lambda t, m: t.update(up_lora_b=t["up_lora_b"].astype(np.float64)),
-        rf"x: tensor 'up_lora_b' is F64 \[{E}, {I}, {R}\], expected F32 or BF16",
+        rf"x: tensor 'up_lora_b': got F64 \[{E}, {I}, {R}\], expected F32 or BF16",
     ),
 }
 
@@ -308,11 +308,11 @@ PEFT: dict[str, tuple[Callable[[dict[str, Any], dict[str, str]], Any], str]] = {
     "a missing tensor": (lambda t, m: t.pop(_NAME), rf"no tensor '{_NAME}'"),
     "a shape": (
         lambda t, m: t.update({_NAME: t[_NAME].T}),
-        rf"tensor '{_NAME}' is F32 \[{R}, {I}\], expected F32 or BF16 or F16 \[{I}, {R}\]",
+        rf"tensor '{_NAME}': got F32 \[{R}, {I}\], expected F32 or BF16 or F16 \[{I}, {R}\]",
     ),
     "a dtype": (
         lambda t, m: t.update({_NAME: t[_NAME].astype(np.int8)}),
-        rf"tensor '{_NAME}' is I8 \[{I}, {R}\], expected F32 or BF16 or F16",
+        rf"tensor '{_NAME}': got I8 \[{I}, {R}\], expected F32 or BF16 or F16",
     ),
     "two of a kind": (
         lambda t, m: t.update({_NAME.removeprefix("base_model.model."): t[_NAME]}),
@@ -334,15 +334,15 @@ def test_wrong_tensors_of_peft(exported: Any, case: str) -> None:
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "rank": ({"r": 8}, r"r is 8, expected 4"),
-    "scale": ({"lora_alpha": 6}, r"lora_alpha is 6, expected 5\.0"),
-    "kind": ({"peft_type": "LOHA"}, r"peft_type is 'LOHA', expected 'LORA'"),
-    "scaled by the root": ({"use_rslora": True}, r"use_rslora is True, expected False"),
-    "dora": ({"use_dora": True}, r"use_dora is True, expected False"),
-    "biases": ({"lora_bias": True}, r"lora_bias is True, expected False"),
-    "transposed": ({"fan_in_fan_out": True}, r"fan_in_fan_out is True, expected False"),
-    "ranks": ({"rank_pattern": {"up_proj": 2}}, r"rank_pattern is \{'up_proj': 2\}, expected \{\}"),
-    "scales": ({"alpha_pattern": {"up_proj": 2}}, r"alpha_pattern is \{'up_proj': 2\}, expected \{\}"),
+    "rank": ({"r": 8}, r"r: got 8, expected 4"),
+    "scale": ({"lora_alpha": 6}, r"lora_alpha: got 6, expected 5\.0"),
+    "kind": ({"peft_type": "LOHA"}, r"peft_type: got 'LOHA', expected 'LORA'"),
+    "scaled by the root": ({"use_rslora": True}, r"use_rslora: got True, expected False"),
+    "dora": ({"use_dora": True}, r"use_dora: got True, expected False"),
+    "biases": ({"lora_bias": True}, r"lora_bias: got True, expected False"),
+    "transposed": ({"fan_in_fan_out": True}, r"fan_in_fan_out: got True, expected False"),
+    "ranks": ({"rank_pattern": {"up_proj": 2}}, r"rank_pattern: got \{'up_proj': 2\}, expected \{\}"),
+    "scales": ({"alpha_pattern": {"up_proj": 2}}, r"alpha_pattern: got \{'up_proj': 2\}, expected \{\}"),
 }
 
 
@@ -367,7 +367,7 @@ def test_files_of_peft_that_are_not_there(exported: Any, tmp_path: Path) -> None
     with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors"):
         import_peft(path, [moe])
     (path / "adapter_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"adapter_config\.json must be a JSON object, got list"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json: got list, expected a JSON object"):
         import_peft(path, [moe])
     assert_has(moe, students[3])
 
@@ -380,10 +380,10 @@ def test_rank_and_scale_of_adapters(exported: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("r", 0, "r is 0, expected a positive integer"),
-        ("r", "4", "r is '4', expected a positive integer"),
-        ("lora_alpha", None, "lora_alpha is None, expected a number"),
-        ("lora_alpha", float("nan"), "lora_alpha is nan, expected a number"),
+        ("r", 0, "r: got 0, expected a positive integer"),
+        ("r", "4", "r: got '4', expected a positive integer"),
+        ("lora_alpha", None, "lora_alpha: got None, expected a number"),
+        ("lora_alpha", float("nan"), "lora_alpha: got nan, expected a number"),
     ],
 )
 def test_wrong_ranks_and_scales(exported: Any, name: str, value: Any, message: str) -> None:

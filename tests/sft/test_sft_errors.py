@@ -253,7 +253,7 @@ BACKWARD: dict[str, tuple[Callable[[AnyArray, SFTGradients], Any], Error, str]] 
     "gradients, None": (
         lambda q, g: (q, None),
         ValueError,
-        r"gradients: got None with accumulate=True, expected those to add to",
+        r"gradients: got None with accumulate=True, expected SFTGradients",
     ),
     "gradients, a dict": (lambda q, g: (q, {}), TypeError, r"gradients: got dict, expected SFTGradients"),
     "gradients, untrained": (

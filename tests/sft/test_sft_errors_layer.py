@@ -74,7 +74,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], Error, str]] = {
     "a name": (
         {"lora_rnk": 3},
         TypeError,
-        r"lora_rnk: unexpected keyword; mode 'sft' knows lora_rank, lora_",
+        r"lora_rnk: got an unknown keyword, expected one of lora_rank, lora_",
     ),
     "deferred": (
         {"max_deferred_experts_per_token": 1},
@@ -92,7 +92,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], Error, str]] = {
         r"method: got 'BF16' for mode 'sft', expected one of AMXBF16_SFT, BF16_SFT, AMXBF16_SFT_SkipLoRA, ",
     ),
     "group_size": ({"group_size": 32}, ValueError, r"group_size: got 32, expected None: method 'BF16_SFT'"),
-    "layer_idx": ({"layer_idx": 2**31}, ValueError, r"layer_idx must be at most 2147483647, got 2147483648"),
+    "layer_idx": (
+        {"layer_idx": 2**31},
+        ValueError,
+        r"layer_idx: got 2147483648, expected at most 2147483647",
+    ),
 }
 
 
@@ -123,7 +127,7 @@ def test_inference_has_no_options_of_training(option: dict[str, Any]) -> None:
     (name,) = option
     with pytest.raises(ValueError, match=rf"{name}: got .* in mode 'inference', expected it in mode 'sft'"):
         KTMoEWrapper(0, E, P, H, I, **option)
-    with pytest.raises(TypeError, match=r"lora_rnk: unexpected keyword"):
+    with pytest.raises(TypeError, match=r"lora_rnk: got an unknown keyword"):
         KTMoEWrapper(0, E, P, H, I, lora_rnk=3)
 
 

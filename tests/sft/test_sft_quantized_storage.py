@@ -171,7 +171,7 @@ def test_files_of_other_formats(student: Student, tmp_path: Path) -> None:
         ("MOE_INT8", 32, "int8_group32"),
     ):
         moe = wrapper(name, size, weight_path=tmp_path)
-        message = f"{file}: gate_proj.format is 'int4_group64', expected '{expected}'"
+        message = f"{file}: gate_proj.format: got 'int4_group64', expected '{expected}'"
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             moe.load_weights()
         assert not moe.loaded
@@ -225,7 +225,7 @@ def test_what_was_converted_says_what_it_is(
 def test_what_was_converted_is_refused(target: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds quantized weights, which method 'AMXBF16_SFT' does not read"):
         KTMoEWrapper.from_pretrained(target, 1, method="AMXBF16_SFT", mode="sft")
-    with pytest.raises(ValueError, match=r"gate_proj\.format is 'int4_group32', expected 'int4_group64'"):
+    with pytest.raises(ValueError, match=r"gate_proj\.format: got 'int4_group32', expected 'int4_group64'"):
         KTMoEWrapper.from_pretrained(target, 1, mode="sft", group_size=64)
     with pytest.raises(ValueError, match="method: got 'AMXINT4' for mode 'sft', expected one of AMXBF16_SFT"):
         KTMoEWrapper.from_pretrained(target, 1, method="AMXINT4", mode="sft")

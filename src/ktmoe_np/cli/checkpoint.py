@@ -75,7 +75,7 @@ def write_demo_checkpoint(directory: Path) -> int:
     """
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.iterdir()):
-        raise ValueError(f"{directory} is not empty, expected a new or an empty directory")
+        raise ValueError(f"{directory}: got files in it, expected a new or an empty directory")
     experts, hidden, inter = (CONFIG[key] for key in ("num_experts", "hidden_size", "moe_intermediate_size"))
     rng = np.random.default_rng(0)
     tensors: dict[str, Array] = {}

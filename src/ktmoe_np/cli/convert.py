@@ -169,13 +169,13 @@ def _chosen_layers(checkpoint: SafetensorsCheckpoint, wanted: Sequence[int] | No
 def _begin(target: Path, manifest: Manifest) -> Manifest:
     """Make the directory, or resume a conversion of the same kind in it."""
     if target.exists() and not target.is_dir():
-        raise ValueError(f"{target}: is a file, expected a directory")
+        raise ValueError(f"{target}: got a file, expected a directory")
     others = sorted(
         {*target.glob("*.safetensors")} - {layer_path(target, i) for i in quantized_layers(target)}
     )
     if others:
         raise ValueError(
-            f"{target}: holds {others[0].name}, expected a directory of its own for what is converted"
+            f"{target}: got {others[0].name} in it, expected a directory of its own for what is converted"
         )
     target.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target)

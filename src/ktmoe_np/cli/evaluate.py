@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     num_bytes = len(text.encode())
     tokens = np.array(load_tokenizer(path).encode(text))
     if len(tokens) < 2:
-        raise ValueError(f"{file}: has {len(tokens)} tokens, expected at least 2")
+        raise ValueError(f"{file}: got {len(tokens)} tokens, expected at least 2")
     rows = []
     with Progress(len(arguments.methods), "evaluating") as progress:
         for method in arguments.methods:

@@ -165,7 +165,8 @@ def _open_safetensors(path: Path, layer_idx: int | None, method: str | None) -> 
         return Layer(config, NativeSource(load_native(checkpoint, layer, config, found.name)))
     if native is not None:
         raise ValueError(
-            f"{path}: the experts of layer {layer} are {native}, expected bfloat16 with method {found.name!r}"
+            f"{path}: the experts of layer {layer}: got {native}, "
+            f"expected bfloat16 with method {found.name!r}"
         )
     fmt = found.formats.get(found.resolve_group_size(None))
     tensors = load_experts(checkpoint, layer, config)

@@ -116,7 +116,7 @@ def read_state(
     for name, value in found.items():
         if array_summary(value) != array_summary(expected[name]):
             raise ValueError(
-                f"{path}: {name} is {array_summary(value)}, expected {array_summary(expected[name])}"
+                f"{path}: {name}: got {array_summary(value)}, expected {array_summary(expected[name])}"
             )
     for name, parameter in parameters.items():
         parameter[:] = found[f"{_PARAMETER}{name}"]

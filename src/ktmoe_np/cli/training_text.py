@@ -59,10 +59,10 @@ def read_training_text(file: Path, tokenizer: Tokenizer, window: int, vocab_size
     parts = [TextPart.of(part or " ", tokenizer) for part in (text[:cut], text[cut : cut + _MAX_MEASURED])]
     for part, least, what in zip(parts, (window + 1, 2), ("first nine tenths", "last tenth"), strict=True):
         if len(part.tokens) < least:
-            raise ValueError(f"{file}: has {len(part.tokens)} tokens in its {what}, expected {least} or more")
+            raise ValueError(f"{file}: got {len(part.tokens)} tokens in its {what}, expected {least} or more")
         if part.tokens.max() >= vocab_size:
             raise ValueError(
-                f"{file}: has token {part.tokens.max()}, expected 0 to {vocab_size - 1}: the tokenizer is "
+                f"{file}: got token {part.tokens.max()}, expected 0 to {vocab_size - 1}: the tokenizer is "
                 "another model's"
             )
     learned, held_out = parts

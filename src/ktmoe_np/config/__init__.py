@@ -33,17 +33,17 @@ _MAX_SIZE = 2**31 - 1
 def _positive(name: str, value: object) -> int:
     """`value` as an int of at least 1."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name}: got {value!r}, expected an integer")
     number = operator.index(value)
     if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {shown_integer(number)}")
+        raise ValueError(f"{name}: got {shown_integer(number)}, expected at least 1")
     return _bounded(name, number)
 
 
 def _bounded(name: str, number: int) -> int:
     """`number`, unless it is above any size there is."""
     if number > _MAX_SIZE:
-        raise ValueError(f"{name} must be at most {_MAX_SIZE}, got {shown_integer(number)}")
+        raise ValueError(f"{name}: got {shown_integer(number)}, expected at most {_MAX_SIZE}")
     return number
 
 
@@ -96,15 +96,15 @@ class MoEConfig:
                 object.__setattr__(self, name, _positive(name, getattr(self, name)))
         if not isinstance(self.activation, ActivationSpec):
             raise TypeError(
-                f"activation must be an ActivationSpec, got {self.activation!r}; see parse_activation"
+                f"activation: got {self.activation!r}, expected an ActivationSpec; see parse_activation"
             )
         if not isinstance(self.scale_inputs, bool):
             raise TypeError(f"scale_inputs: got {self.scale_inputs!r}, expected a bool")
         if isinstance(self.layer_idx, bool) or not hasattr(self.layer_idx, "__index__"):
-            raise TypeError(f"layer_idx must be an integer, got {self.layer_idx!r}")
+            raise TypeError(f"layer_idx: got {self.layer_idx!r}, expected an integer")
         object.__setattr__(self, "layer_idx", _bounded("layer_idx", operator.index(self.layer_idx)))
         if self.layer_idx < 0:
-            raise ValueError(f"layer_idx must be at least 0, got {shown_integer(self.layer_idx)}")
+            raise ValueError(f"layer_idx: got {shown_integer(self.layer_idx)}, expected at least 0")
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], layer_idx: int) -> MoEConfig:
@@ -146,6 +146,6 @@ class MoEConfig:
         """
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
-                f"num_experts_per_tok must be at most num_experts, {self.num_experts}, "
-                f"got {self.num_experts_per_tok}"
+                f"num_experts_per_tok: got {self.num_experts_per_tok}, "
+                f"expected at most num_experts, {self.num_experts}"
             )

@@ -76,30 +76,31 @@ class ActivationSpec:
     def __post_init__(self) -> None:
         known = _registry()
         if self.kind not in known:
-            raise ValueError(f"activation kind {self.kind!r} is unknown; known: {', '.join(known)}")
+            raise ValueError(f"activation: got {self.kind!r}, expected one of {', '.join(known)}")
         if not isinstance(self.gated, bool):
-            raise TypeError(f"activation {self.kind}: gated must be a bool, got {self.gated!r}")
+            raise TypeError(f"activation: got {self.kind} with gated={self.gated!r}, expected a bool")
         info = known[self.kind]
         if self.gated and not info.gated:
-            raise ValueError(f"activation {self.kind} is not gated: expected gated=False")
+            raise ValueError(f"activation: got {self.kind} with a gate, expected gated=False")
         if not self.gated and not info.ungated:
             ungated = ", ".join(other.name for other in known.values() if other.ungated)
-            raise ValueError(f"activation {self.kind} is always gated; not gated are {ungated}")
+            raise ValueError(f"activation: got {self.kind} without a gate, expected one of {ungated}")
         used = info.parameters if self.gated else {}
         for name, neutral in _NEUTRAL.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"activation {self.kind}: {name} must be a number, got {value!r}")
+                raise TypeError(f"activation: got {self.kind} with {name}={value!r}, expected a number")
             try:
                 object.__setattr__(self, name, float(value))
             except OverflowError:
-                message = f"activation {self.name}: {name} must fit a float, got {shown_integer(int(value))}"
-                raise ValueError(message) from None
+                got = f"{self.name} with {name}={shown_integer(int(value))}"
+                raise ValueError(f"activation: got {got}, expected one that fits a float") from None
             if name not in used:
                 if value != neutral:
-                    raise ValueError(f"activation {self.name} has no {name}; got {name}={value!r}")
+                    raise ValueError(f"activation: got {self.name} with {name}={value!r}, expected none")
             elif not value > 0 or (math.isinf(value) and name != "limit"):
-                raise ValueError(f"activation {self.name}: {name} must be positive and finite, got {value!r}")
+                got = f"{self.name} with {name}={value!r}"
+                raise ValueError(f"activation: got {got}, expected positive and finite")
 
     @property
     def kind_id(self) -> int:
@@ -169,13 +170,13 @@ def parse_activation(activation: str | ActivationSpec | Mapping[str, Any]) -> Ac
         unknown = sorted(str(key) for key in options if key not in {*_NEUTRAL, "gated"})
         if unknown:
             known = ", ".join([*_NEUTRAL, *_OPTION_ALIASES, "gated"])
-            raise ValueError(f"activation option {unknown[0]!r} is unknown; known: {known}")
+            raise ValueError(f"activation: got option {unknown[0]!r}, expected one of {known}")
     if not isinstance(activation, str):
         expected = "a name, an ActivationSpec or a mapping with the name under 'kind'"
-        raise TypeError(f"activation must be {expected}, got {activation!r}")
+        raise TypeError(f"activation: got {activation!r}, expected {expected}")
     named = _named()
     if activation not in named:
-        raise ValueError(f"activation {activation!r} is unknown; known: {', '.join(named)}")
+        raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(named)}")
     spec = named[activation]
     if "gated" in options and options["gated"] != spec.gated:
         spec = _defaults(spec.kind, options["gated"])

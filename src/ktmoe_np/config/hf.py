@@ -82,12 +82,12 @@ def read_hf_layer(config: Mapping[str, Any], layer_idx: int) -> tuple[dict[str, 
         See `ktmoe_np.config.MoEConfig.from_hf_config`.
     """
     if not isinstance(config, Mapping):
-        raise TypeError(f"config must be a mapping (a parsed config.json), got {type(config).__name__}")
+        raise TypeError(f"config: got {type(config).__name__}, expected a mapping (a parsed config.json)")
     part = _find_moe_part(config)
     if part is None:
         names = ", ".join(_SAME_SIZE_NAMES["num_experts"])
         raise ValueError(
-            f"config (model_type {config.get('model_type')!r}) has no number of experts: expected one of "
+            f"config: got no number of experts (model_type {config.get('model_type')!r}), expected one of "
             f"{names}, at its top or under {', '.join(_NESTED)}"
         )
     sizes = {size: _agreed(part, size, names, layer_idx) for size, names in _SAME_SIZE_NAMES.items()}
@@ -131,7 +131,7 @@ def _present(part: Mapping[str, Any], size: str, names: tuple[str, ...], layer_i
     """Collect the layer's values that are there, in the order of `names`; at least one."""
     found = {name: _of_layer(part, name, layer_idx) for name in names if part.get(name) is not None}
     if not found:
-        raise ValueError(f"config has no {size}: expected one of {', '.join(names)}")
+        raise ValueError(f"config: got no {size}, expected one of {', '.join(names)}")
     return found
 
 
@@ -148,11 +148,11 @@ def _of_layer(part: Mapping[str, Any], name: str, layer_idx: int) -> Any:
     num_layers = part.get("num_hidden_layers")
     if isinstance(num_layers, int) and len(value) < num_layers:
         raise ValueError(
-            f"config: {name} has {len(value)} values, expected one for each of {num_layers} layers"
+            f"config: {name}: got {len(value)} values, expected one for each of {num_layers} layers"
         )
     if not 0 <= layer_idx < len(value):
         raise ValueError(
-            f"config: {name} has values for layers 0 to {len(value) - 1}, not for layer {layer_idx}"
+            f"config: {name}: got values for layers 0 to {len(value) - 1}, expected one for layer {layer_idx}"
         )
     return value[layer_idx]
 
@@ -163,7 +163,7 @@ def _agreed(part: Mapping[str, Any], size: str, names: tuple[str, ...], layer_id
     shown = {name: f"{value!r:.80}" for name, value in found.items()}
     if len(set(shown.values())) > 1:
         pairs = ", ".join(f"{name}={value}" for name, value in shown.items())
-        raise ValueError(f"config contradicts itself about {size}: {pairs}")
+        raise ValueError(f"config: {size}: got {pairs}, expected the same of all")
     return next(iter(found.values()))
 
 
@@ -172,7 +172,7 @@ def _read_activation(part: Mapping[str, Any], layer_idx: int) -> dict[str, Any]:
     given = next((part[name] for name in _ACTIVATION_NAMES if part.get(name) is not None), "silu")
     known = (*activation_kinds(), *_ACTIVATIONS)
     if not isinstance(given, str) or given not in known:
-        raise ValueError(f"config: activation {given!r} is not supported; known: {', '.join(known)}")
+        raise ValueError(f"config: activation: got {given!r}, expected one of {', '.join(known)}")
     kind = _ACTIVATIONS.get(given, given)
     if kind == "situ":
         names = {"beta1": "activation_situ_beta", "beta2": "activation_situ_linear_beta"}
@@ -192,5 +192,5 @@ def _read_activation(part: Mapping[str, Any], layer_idx: int) -> dict[str, Any]:
 def _required(part: Mapping[str, Any], name: str) -> Any:
     """Look up a saturation of situ; without it the model means another function."""
     if part.get(name) is None:
-        raise ValueError(f"config: activation 'situ' needs {name}, which is missing")
+        raise ValueError(f"config: {name}: got none, expected the number that activation 'situ' needs")
     return part[name]

@@ -164,7 +164,7 @@ class GptqFormat(NativeFormat):
         self._check_global_scale(projection, global_scale)
         if num_columns % BLOCK_SIZE:
             raise ValueError(
-                f"{projection}_proj: the layer's matrices have {num_columns} columns, expected a multiple of "
+                f"{projection}_proj: got {num_columns} columns, expected a multiple of "
                 f"{BLOCK_SIZE} with {self.name}"
             )
         words = (num_columns // 8, num_rows)
@@ -233,7 +233,7 @@ def _checked(
     if not as_bytes:
         return array
     if array.shape[-1] > 1 and array.strides[-1] != size:
-        raise TypeError(f"{name}: the last axis has gaps, expected it contiguous")
+        raise TypeError(f"{name}: got strides {list(array.strides)}, expected a contiguous last axis")
     return array.view(_UINT8)
 
 

@@ -80,7 +80,7 @@ def _first(what: str, values: NDArray[Any], wrong: NDArray[np.bool_], expected: 
     if not wrong.any():
         return None
     row, column = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
-    return f"row {row} holds {what} {values[row, column]}, expected {expected}"
+    return f"row {row}: got {what} {values[row, column]}, expected {expected}"
 
 
 _ORDER = {fmt.name: place for place, fmt in enumerate(ext.formats())}

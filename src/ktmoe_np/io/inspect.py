@@ -224,7 +224,7 @@ def _inspect_converted(path: Path) -> CheckpointReport:
     with naming_file(manifest_path(path)):
         method = find_method(manifest.method, "inference")
         if not method.formats:
-            raise ValueError(f"method is {manifest.method!r:.80}, expected one that quantizes weights")
+            raise ValueError(f"method: got {manifest.method!r:.80}, expected one that quantizes weights")
         group_size = method.resolve_group_size(manifest.group_size)
     config = load_hf_config(path)
     numbers = sorted({*manifest.layers, *quantized_layers(path)})

@@ -65,7 +65,7 @@ def parse_json(text: bytes, what: str, *, finite: bool = False) -> Any:
     """
     containers = text.count(b"{") + text.count(b"[")  # those in strings too, which are few
     if containers > _MAX_CONTAINERS:
-        raise ValueError(f"{what} has {containers} objects and arrays, expected at most {_MAX_CONTAINERS}")
+        raise ValueError(f"{what}: got {containers} objects and arrays, expected at most {_MAX_CONTAINERS}")
     try:
         value = json.loads(
             text.decode("utf-8"),
@@ -89,7 +89,7 @@ def parse_json_object(text: bytes, what: str, *, finite: bool = False) -> dict[s
     """Parse a JSON object as `parse_json` does; ValueError, too, when it is anything else."""
     value = parse_json(text, what, finite=finite)
     if not isinstance(value, dict):
-        raise ValueError(f"{what} must be a JSON object, got {type(value).__name__}")
+        raise ValueError(f"{what}: got {type(value).__name__}, expected a JSON object")
     return value
 
 
@@ -139,7 +139,7 @@ def _integer(digits: str) -> int:
     """An integer, unless it is longer than a float can hold: code that converts it need not expect that."""
     num_digits = len(digits.removeprefix("-"))
     if num_digits > _MAX_DIGITS:
-        raise ValueError(f"an integer of {num_digits} digits, expected at most {_MAX_DIGITS}")
+        raise ValueError(f"got an integer of {num_digits} digits, expected at most {_MAX_DIGITS}")
     return int(digits)
 
 

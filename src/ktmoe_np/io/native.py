@@ -125,7 +125,7 @@ def load_native(
     ('MXFP4', (64, 80))
     """
     if method is not None and method not in METHODS:
-        raise ValueError(f"method {method!r} is not that of a native format; known: {', '.join(METHODS)}")
+        raise ValueError(f"method: got {method!r}, expected one of the native formats: {', '.join(METHODS)}")
     checkpoint = SafetensorsCheckpoint.opened(checkpoint)
     layouts = find_native_layouts(checkpoint, layer_idx)
     if not layouts:
@@ -136,7 +136,7 @@ def load_native(
         like = [other for count, other in layouts if count == fewest and other.method == method]
         if not like:
             raise ValueError(
-                f"{checkpoint.path}: the experts of layer {layer_idx} are {layout.method}, expected {method}"
+                f"{checkpoint.path}: the experts of layer {layer_idx}: got {layout.method}, expected {method}"
             )
         layout = like[0]
     names = layout.check(config)
@@ -214,7 +214,7 @@ def _check_contents(layout: NativeLayout, role: str, config: MoEConfig, scales: 
             if problem is not None:
                 name = layout.name(role, spec, e)
                 file = layout.layer.checkpoint.file_of(name)
-                raise ValueError(f"{file}: tensor {name!r} {problem}")
+                raise ValueError(f"{file}: tensor {name!r}: {problem}")
 
 
 def _global_scale(layout: NativeLayout, role: str, config: MoEConfig) -> NDArray[np.float32] | None:
@@ -231,7 +231,7 @@ def _global_scale(layout: NativeLayout, role: str, config: MoEConfig) -> NDArray
         name = layout.name(role, spec, e)
         file = layout.layer.checkpoint.file_of(name)
         expected = "a finite number" + (" with a finite reciprocal" if layout.encoding.reciprocal else "")
-        raise ValueError(f"{file}: tensor {name!r} holds {factors[e]} for expert {e}, expected {expected}")
+        raise ValueError(f"{file}: tensor {name!r}: got {factors[e]} for expert {e}, expected {expected}")
     return scale
 
 

@@ -142,7 +142,7 @@ class NativeWeights(MoELayer):
         experts = load_native(self._checkpoint, self.layer_idx, self.config, self._format.method)
         if self.group_size not in (None, experts.group_size):
             raise ValueError(
-                f"{self._checkpoint.path}: the experts of layer {self.layer_idx} are {experts.method} in "
+                f"{self._checkpoint.path}: the experts of layer {self.layer_idx}: got {experts.method} in "
                 f"groups of {experts.group_size}, expected groups of {self.group_size}: make the layer with "
                 f"group_size={experts.group_size}"
             )

@@ -52,7 +52,7 @@ def given_projection(
         wrong = ~np.isfinite(values)
         if wrong.any():
             row = int(np.argmax(wrong))
-            raise ValueError(f"{name}: expert {e}, row {row} holds {values[row]}, expected finite scales")
+            raise ValueError(f"{name}: expert {e}, row {row}: got {values[row]}, expected finite scales")
     return Projection(matrices, channel_scale=scales)
 
 

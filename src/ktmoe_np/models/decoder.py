@@ -209,7 +209,7 @@ class MoEDecoder:
         found = [experts for experts in self.experts if isinstance(experts, BaseSFTMoEWrapper)]
         if len(found) < len(self._layers):
             raise ValueError(
-                "model: its experts have no adapters, expected one that is loaded with mode='sft'"
+                "model: got one whose experts have no adapters, expected one loaded with mode='sft'"
             )
         return found
 

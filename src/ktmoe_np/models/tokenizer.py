@@ -71,7 +71,7 @@ class _Bounded:
         most = max(tokens, default=0)
         if most >= self._vocab_size:
             raise ValueError(
-                f"{self._path}: the text has token {most}, expected at most {self._vocab_size - 1}, "
+                f"{self._path}: the text: got token {most}, expected at most {self._vocab_size - 1}, "
                 "by vocab_size in config.json"
             )
         return tokens
@@ -152,7 +152,9 @@ def load_stop_tokens(path: str | os.PathLike[str]) -> frozenset[int]:
             continue
         tokens = value if isinstance(value, list) else [value]
         if any(type(token) is not int for token in tokens):
-            raise ValueError(f"{file}: eos_token_id is {shown(value)}, expected an integer or a list of them")
+            raise ValueError(
+                f"{file}: eos_token_id: got {shown(value)}, expected an integer or a list of them"
+            )
         return frozenset(tokens)
     return frozenset()
 
@@ -161,7 +163,7 @@ def _vocab_size(config: Path) -> int | None:
     """How many tokens the model knows; None where there is no config.json or it does not say."""
     value = read_json_object(config).get("vocab_size") if config.exists() else None
     if value is not None and (type(value) is not int or value < 1):
-        raise ValueError(f"{config}: vocab_size is {shown(value)}, expected a positive integer")
+        raise ValueError(f"{config}: vocab_size: got {shown(value)}, expected a positive integer")
     return value
 
 

@@ -175,17 +175,16 @@ def _check_operands(
     spec = parse_activation(activation)
     gate = np.asarray(gate)
     if gate.dtype not in (np.float32, np.float64):
-        raise TypeError(f"gate must be float32 or float64, got {gate.dtype}")
+        raise TypeError(f"gate: got {gate.dtype}, expected float32 or float64")
     if spec.gated != (up is not None):
-        raise ValueError(
-            f"activation {spec.name} {'needs' if spec.gated else 'has no'} up, got up={up!r:.40}"
-        )
+        expected = "an array" if spec.gated else "None"
+        raise ValueError(f"up: got {up!r:.40}, expected {expected} with activation {spec.name}")
     if up is not None:
         up = np.asarray(up)
         if up.dtype != gate.dtype:
-            raise TypeError(f"up must be {gate.dtype} like gate, got {up.dtype}")
+            raise TypeError(f"up: got {up.dtype}, expected {gate.dtype} like gate")
         if up.shape != gate.shape:
-            raise ValueError(f"up must have the shape {gate.shape} of gate, got {up.shape}")
+            raise ValueError(f"up: got shape {up.shape}, expected {gate.shape} like gate")
     return spec, gate, up
 
 

@@ -108,9 +108,11 @@ def moe_backward(
     (array([[16.]], dtype=float32), array([[8., 8.]], dtype=float32))
     """
     if not isinstance(cache, ForwardCache):
-        raise TypeError(f"cache must be a ForwardCache, got {type(cache).__name__}")
+        raise TypeError(f"cache: got {type(cache).__name__}, expected a ForwardCache")
     if skip_lora and full_weight_grad:
-        raise ValueError("full_weight_grad needs gradients of weights, and skip_lora none; drop one")
+        raise ValueError(
+            "full_weight_grad: got True, expected False with skip_lora, which leaves out gradients of weights"
+        )
     precision, (tokens, hidden) = cache.precision, cache.inputs.x.shape
     dtypes = FLOATS if precision.exact else (np.dtype(ml_dtypes.bfloat16),)
     q = check_array("grad_output", grad_output, ("T", "H"), {"T": tokens, "H": hidden}, *dtypes)
@@ -199,7 +201,7 @@ class _WeightSums:
                 if experts is not None:
                     if experts[0].quantized:
                         raise ValueError(
-                            f"full_weight_grad needs bfloat16 weights, but {name}_proj is quantized"
+                            f"full_weight_grad: got True, expected False: {name}_proj is quantized"
                         )
                     shapes[f"{name}_proj"] = (len(experts), *experts[0].shape)
         self.by_name: dict[str, Array] = {

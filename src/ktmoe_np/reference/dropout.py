@@ -110,7 +110,7 @@ def dropout_mask(
     layer = _integer("layer", layer, 2**31 - 1)
     tokens, features = _integer("tokens", tokens, 2**32), _integer("features", features, 2**32)
     if which not in _INPUTS:
-        raise ValueError(f"which must be 'x' or 'h', got {which!r}")
+        raise ValueError(f"which: got {which!r}, expected 'x' or 'h'")
     _check_rate(rate)
     counter = np.empty((tokens, (features + 3) // 4, 4), np.uint32)
     counter[..., 0] = np.arange(counter.shape[1])
@@ -159,16 +159,16 @@ class Dropout:
 
 def _check_rate(rate: float) -> None:
     if not isinstance(rate, Real):
-        raise TypeError(f"dropout rate must be a number, got {rate!r}")
+        raise TypeError(f"rate: got {rate!r}, expected a number")
     if not 0.0 <= rate < 1.0:
-        raise ValueError(f"dropout rate must be at least 0 and below 1, got {rate!r}")
+        raise ValueError(f"rate: got {rate!r}, expected at least 0 and below 1")
 
 
 def _integer(name: str, value: int, largest: int) -> int:
     """`value` as an int from 0 to `largest`."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name}: got {value!r}, expected an integer")
     number = operator.index(value)
     if not 0 <= number <= largest:
-        raise ValueError(f"{name} must be 0 to {largest}, got {number}")
+        raise ValueError(f"{name}: got {number}, expected 0 to {largest}")
     return number

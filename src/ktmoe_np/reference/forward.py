@@ -35,7 +35,7 @@ class Precision:
 
     def __post_init__(self) -> None:
         if self.dtype not in (np.float32, np.float64):
-            raise ValueError(f"accumulate_dtype must be float32 or float64, got {self.dtype}")
+            raise ValueError(f"accumulate_dtype: got {self.dtype}, expected float32 or float64")
 
     def bf(self, x: Array) -> Array:
         """bf(x) in the dtype of the computation, or x itself when that is exact."""

@@ -95,23 +95,24 @@ def check_inputs(
     With `exact`, an array of numbers may have any float dtype.
     """
     if product not in PRODUCTS:
-        raise ValueError(f"product must be {' or '.join(PRODUCTS)}, got {product!r}")
+        raise ValueError(f"product: got {product!r}, expected {' or '.join(PRODUCTS)}")
     bf16, float32, biases = (FLOATS,) * 3 if exact else ((ml_dtypes.bfloat16,), (np.float32,), _BIAS_DTYPES)
     if not isinstance(scale_inputs, bool):
-        raise TypeError(f"scale_inputs must be a bool, got {scale_inputs!r}")
+        raise TypeError(f"scale_inputs: got {scale_inputs!r}, expected a bool")
     spec = parse_activation(activation)
     if spec.gated and up_proj is None:
-        raise ValueError(f"up_proj is None, but activation {spec.name} is gated: expected [E, I, H]")
+        raise ValueError(f"up_proj: got None, expected [E, I, H]: activation {spec.name} is gated")
     if not spec.gated and (up_proj is not None or up_bias is not None):
-        name = "up_proj" if up_proj is not None else "up_bias"
+        name, got = ("up_bias", up_bias) if up_proj is None else ("up_proj", up_proj)
         raise ValueError(
-            f"{name} must be None: activation {spec.name} has one projection, given as gate_proj"
+            f"{name}: got {type(got).__name__}, expected None: activation {spec.name} has one projection, "
+            "given as gate_proj"
         )
     x = check_array("hidden_states", hidden_states, ("T", "H"), {}, *bf16)
     sizes = {"T": x.shape[0], "H": x.shape[1]}
     ids = np.asarray(topk_ids)
     if not np.issubdtype(ids.dtype, np.integer):
-        raise TypeError(f"topk_ids must have an integer dtype, got {ids.dtype}")
+        raise TypeError(f"topk_ids: got {ids.dtype}, expected an integer dtype")
     ids = check_array("topk_ids", ids, ("T", "P"), sizes, ids.dtype)
     sizes["P"] = ids.shape[1]
     routing = check_array("topk_weights", topk_weights, ("T", "P"), sizes, *float32)
@@ -140,7 +141,7 @@ def check_out_dtype(out_dtype: DTypeLike) -> np.dtype[Any]:
     """`out_dtype` as a dtype that a result may have."""
     dtype = np.dtype(out_dtype)
     if dtype not in (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float64)):
-        raise ValueError(f"out_dtype must be bfloat16, float32 or float64, got {dtype}")
+        raise ValueError(f"out_dtype: got {dtype}, expected bfloat16, float32 or float64")
     return dtype
 
 
@@ -149,9 +150,11 @@ def check_array(
 ) -> AnyArray:
     """`value`, an array of one of `dtypes` and of the letters' `sizes`; a letter without a size is free."""
     if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array, got {type(value).__name__}")
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a NumPy array")
     if value.dtype not in [np.dtype(dtype) for dtype in dtypes]:
-        raise TypeError(f"{name} must be {' or '.join(np.dtype(d).name for d in dtypes)}, got {value.dtype}")
+        raise TypeError(
+            f"{name}: got {value.dtype}, expected {' or '.join(np.dtype(d).name for d in dtypes)}"
+        )
     _check_shape(name, value.shape, letters, sizes)
     return value
 
@@ -167,7 +170,7 @@ def _check_shape(
         wanted = ", ".join(
             letter if n is None else f"{letter}={n}" for letter, n in zip(letters, expected, strict=True)
         )
-        raise ValueError(f"{name} must have shape [{wanted}], got {list(shape)}")
+        raise ValueError(f"{name}: got shape {list(shape)}, expected [{wanted}]")
 
 
 def _experts(
@@ -175,16 +178,16 @@ def _experts(
 ) -> list[ExpertWeights]:
     """E matrices; fills in E and I of `sizes` when they are still unknown."""
     if not isinstance(value, (np.ndarray, Sequence, *QUANTIZED)):
-        raise TypeError(f"{name} must be an array or a sequence of arrays, got {type(value).__name__}")
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an array or a sequence of arrays")
     if product == "int8" and not isinstance(value, (Int8Matrix, Int4Matrix)):
         raise TypeError(
-            f"{name} must be an Int8Matrix or Int4Matrix for product int8, got {type(value).__name__}"
+            f"{name}: got {type(value).__name__}, expected an Int8Matrix or Int4Matrix for product int8"
         )
     if isinstance(value, (np.ndarray, *QUANTIZED)) and len(value.shape) != 3:
-        raise ValueError(f"{name} must have shape [E, {letters[0]}, {letters[1]}], got {list(value.shape)}")
+        raise ValueError(f"{name}: got shape {list(value.shape)}, expected [E, {letters[0]}, {letters[1]}]")
     num_experts = value.shape[0] if isinstance(value, QUANTIZED) else len(value)
     if num_experts != sizes.setdefault("E", num_experts) or not num_experts:
-        raise ValueError(f"{name} must hold {sizes['E'] or 'some'} experts, got {num_experts}")
+        raise ValueError(f"{name}: got {num_experts} experts, expected {sizes['E'] or 'some'}")
     dtypes = FLOATS if exact else (np.dtype(ml_dtypes.bfloat16),)
     experts = []
     for e in range(num_experts):
@@ -216,7 +219,9 @@ def _physical_order(mapping: object, num_experts: int) -> NDArray[np.int64]:
     wrong = np.flatnonzero((order < 0) | (order >= num_experts))
     if wrong.size:
         at = wrong[0]
-        raise ValueError(f"physical_to_logical_map[{at}] = {order[at]}: expected 0 to {num_experts - 1}")
+        raise ValueError(
+            f"physical_to_logical_map: got expert {order[at]} at {at}, expected 0 to {num_experts - 1}"
+        )
     return order
 
 
@@ -226,8 +231,8 @@ def _computed_ids(ids: AnyArray, mask: object, num_experts: int) -> NDArray[np.i
     if wrong.size:
         t, p = wrong[0]
         raise IndexError(
-            f"topk_ids[{t}, {p}] = {ids[t, p]}: expected an id below the number of experts, {num_experts} "
-            "(a negative id skips the slot)"
+            f"topk_ids: got expert {ids[t, p]} at [{t}, {p}], expected ids below {num_experts} "
+            "(negative ids are skipped)"
         )
     computed = np.where(ids < 0, -1, ids).astype(np.int64)
     if mask is not None:

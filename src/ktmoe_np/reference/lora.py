@@ -60,9 +60,9 @@ class LoraWeights:
 
     def __post_init__(self) -> None:
         if not isinstance(self.lora_alpha, Real):
-            raise TypeError(f"lora_alpha must be a number, got {self.lora_alpha!r}")
+            raise TypeError(f"lora_alpha: got {self.lora_alpha!r}, expected a number")
         if not math.isfinite(self.lora_alpha):
-            raise ValueError(f"lora_alpha must be finite, got {self.lora_alpha!r}")
+            raise ValueError(f"lora_alpha: got {self.lora_alpha!r}, expected a finite number")
 
     def scale(self, dropout_rate: float = 0.0) -> np.float32:
         """Compute s = lora_alpha / R / (1 - dropout_rate) in float64, rounded to float32 once; 0 for R = 0.
@@ -125,7 +125,9 @@ def make_adapters(
         adapters["up"] = adapter("up", "ERH", "EIR", kept_x)
     elif lora.up_lora_a is not None or lora.up_lora_b is not None:
         name = "up_lora_a" if lora.up_lora_a is not None else "up_lora_b"
-        raise ValueError(f"{name} must be None: activation {inputs.activation.name} has one projection")
+        raise ValueError(
+            f"{name}: got one, expected None: activation {inputs.activation.name} has one projection"
+        )
     return adapters
 
 

@@ -174,6 +174,6 @@ def unpack_int8(
 def _check_rows(rows: object, num_bytes: int) -> None:
     if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8:
         got = rows.dtype if isinstance(rows, np.ndarray) else type(rows).__name__
-        raise TypeError(f"rows must be an array of uint8, got {got}")
+        raise TypeError(f"rows: got {got}, expected an array of uint8")
     if rows.ndim < 2 or rows.shape[-1] != num_bytes:
-        raise ValueError(f"rows must have shape [..., N, {num_bytes}], got {list(rows.shape)}")
+        raise ValueError(f"rows: got shape {list(rows.shape)}, expected [..., N, {num_bytes}]")

@@ -95,7 +95,7 @@ def quantize_int8(
     array([[127, -50, 127]], dtype=int8)
     """
     if group_size is not None and group_size < 1:
-        raise ValueError(f"group_size must be at least 1, got {group_size}")
+        raise ValueError(f"group_size: got {group_size}, expected at least 1")
     rows = _finite_rows(name, weights)
     num_columns = weights.shape[-1]
     size = max(num_columns, 1) if group_size is None else group_size
@@ -229,12 +229,12 @@ def _int8(w: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]
 def _finite_rows(name: str, weights: NDArray[Any]) -> NDArray[Any]:
     """Check the weights and return them as rows [R, K]."""
     if not isinstance(weights, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array, got {type(weights).__name__}")
+        raise TypeError(f"{name}: got {type(weights).__name__}, expected a NumPy array")
     if weights.dtype not in _WEIGHT_DTYPES:
         names = " or ".join(dtype.name for dtype in _WEIGHT_DTYPES)
-        raise TypeError(f"{name} must be {names}, got {weights.dtype}")
+        raise TypeError(f"{name}: got {weights.dtype}, expected {names}")
     if weights.ndim < 2:
-        raise ValueError(f"{name} must have shape [..., N, K], got {list(weights.shape)}")
+        raise ValueError(f"{name}: got shape {list(weights.shape)}, expected [..., N, K]")
     rows = weights.reshape(int(np.prod(weights.shape[:-1])), weights.shape[-1])
     for part in _blocks(rows):
         values = rows[part].astype(np.float32)
@@ -244,7 +244,7 @@ def _finite_rows(name: str, weights: NDArray[Any]) -> NDArray[Any]:
             kind = "NaN" if np.isnan(values[row]).any() else "an infinity"
             at = np.unravel_index(part.start + row, weights.shape[:-1])
             place = "".join(f"expert {e}, " for e in at[:-1]) + f"row {at[-1]}"
-            raise ValueError(f"{name}: {place} holds {kind}; only finite weights can be quantized")
+            raise ValueError(f"{name}: {place}: got {kind}, expected finite weights")
     return rows
 
 

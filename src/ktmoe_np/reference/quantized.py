@@ -106,7 +106,7 @@ class Int8GroupMatrix:
 
     def __post_init__(self) -> None:
         if self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+            raise ValueError(f"group_size: got {self.group_size}, expected at least 1")
         _check("codes", self.codes, np.int8, None)
         groups = num_groups(self.shape[-1], self.group_size)
         _check("group_scale", self.group_scale, np.float32, (*self.shape[:-1], groups))
@@ -163,7 +163,7 @@ class Int4Matrix:
         _check_range("q", self.q, -8, 7)
         _check_range("multiplier", self.multiplier, -15, 15)
         if not self.multiplier.all():
-            raise ValueError("multiplier must not hold 0")
+            raise ValueError("multiplier: got 0, expected from -15 to 15, but not 0")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -300,7 +300,7 @@ def gradient_weights(matrix: QuantizedMatrix) -> NDArray[Any]:
 def check_int4_group_size(group_size: int) -> None:
     """Raise ValueError unless an `Int4Matrix` may have groups of that size."""
     if group_size not in INT4_GROUP_SIZES:
-        raise ValueError(f"group_size must be 32, 64 or 128, got {group_size}")
+        raise ValueError(f"group_size: got {group_size}, expected 32, 64 or 128")
 
 
 def spread(per_group: NDArray[Any], group_size: int, num_columns: int) -> NDArray[Any]:
@@ -310,16 +310,16 @@ def spread(per_group: NDArray[Any], group_size: int, num_columns: int) -> NDArra
 
 def _check(name: str, value: object, dtype: type, shape: tuple[int, ...] | None) -> None:
     if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array, got {type(value).__name__}")
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a NumPy array")
     if value.dtype != dtype:
-        raise TypeError(f"{name} must be {np.dtype(dtype)}, got {value.dtype}")
+        raise TypeError(f"{name}: got {value.dtype}, expected {np.dtype(dtype)}")
     if shape is None and value.ndim < 2:
-        raise ValueError(f"{name} must have shape [..., N, K], got {list(value.shape)}")
+        raise ValueError(f"{name}: got shape {list(value.shape)}, expected [..., N, K]")
     if shape is not None and value.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+        raise ValueError(f"{name}: got shape {list(value.shape)}, expected {list(shape)}")
 
 
 def _check_range(name: str, value: NDArray[np.int8], low: int, high: int) -> None:
     wrong = value[(value < low) | (value > high)]
     if wrong.size:
-        raise ValueError(f"{name} must be from {low} to {high}, got {wrong[0]}")
+        raise ValueError(f"{name}: got {wrong[0]}, expected from {low} to {high}")

@@ -56,9 +56,9 @@ class Rounding:
 
     def __post_init__(self) -> None:
         if self.max_chain is not None and self.max_chain < 1:
-            raise ValueError(f"max_chain must be at least 1, got {self.max_chain}")
+            raise ValueError(f"max_chain: got {self.max_chain}, expected at least 1")
         if self.sigmas is not None and not self.sigmas > 0:
-            raise ValueError(f"sigmas must be above 0, got {self.sigmas}")
+            raise ValueError(f"sigmas: got {self.sigmas}, expected above 0")
 
     def gamma(self, n: int) -> float:
         """Relative error of n roundings in a row."""

@@ -118,7 +118,7 @@ activation, gpu_experts_mask, physical_to_logical_map, product, scale_inputs, ou
     """
     for name, value, wanted in (("lora", lora, LoraWeights), ("dropout", dropout, Dropout)):
         if not isinstance(value, wanted | None):
-            raise TypeError(f"{name} must be a {wanted.__name__}, got {type(value).__name__}")
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a {wanted.__name__}")
     precision = Precision(np.dtype(np.float64 if exact else accumulate_dtype), exact)
     result_dtype = np.dtype(np.float64) if exact else check_out_dtype(out_dtype)
     kept_dtype = _kept_dtype(cache_dtype, precision)
@@ -187,5 +187,5 @@ def _kept_dtype(cache_dtype: DTypeLike, precision: Precision) -> np.dtype[Any]:
     """Return the dtype that g and u are kept in: float32 means unrounded, so that of the computation."""
     dtype = np.dtype(cache_dtype)
     if dtype not in (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)):
-        raise ValueError(f"cache_dtype must be bfloat16 or float32, got {dtype}")
+        raise ValueError(f"cache_dtype: got {dtype}, expected bfloat16 or float32")
     return precision.dtype if precision.exact or dtype == np.float32 else dtype

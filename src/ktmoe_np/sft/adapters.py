@@ -81,11 +81,11 @@ def load_lora_weights(path: str | os.PathLike[str], layer: AdaptedLayer) -> None
     for name, expected in _metadata(layer).items():
         got = file.metadata.get(name)
         if got != expected:
-            raise ValueError(f"{file.path}: {name} is {got!r}, expected {expected!r}")
+            raise ValueError(f"{file.path}: {name}: got {got!r}, expected {expected!r}")
     shapes = lora_shapes(layer.config, layer.options.lora_rank)
     for name in file.names():
         if name not in shapes:
-            raise ValueError(f"{file.path}: tensor {name!r}, expected only {', '.join(shapes)}")
+            raise ValueError(f"{file.path}: tensor {name!r}: got one, expected only {', '.join(shapes)}")
     layer.update_lora_weights(**{name: _tensor(file, name, shape, _DTYPES) for name, shape in shapes.items()})
 
 
@@ -254,9 +254,9 @@ def peft_scale(directory: str | os.PathLike[str]) -> tuple[int, float]:
     config = read_json_object(path)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
-        raise ValueError(f"{path}: r is {shown(rank)}, expected a positive integer")
+        raise ValueError(f"{path}: r: got {shown(rank)}, expected a positive integer")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ValueError(f"{path}: lora_alpha is {shown(alpha)}, expected a number")
+        raise ValueError(f"{path}: lora_alpha: got {shown(alpha)}, expected a number")
     return rank, float(alpha)
 
 
@@ -291,10 +291,10 @@ def _check_peft_config(path: Path, rank: int, alpha: float) -> None:
     plain |= {"rank_pattern": {}, "alpha_pattern": {}}
     for name, value in expected.items():
         if config.get(name) != value:
-            raise ValueError(f"{path}: {name} is {shown(config.get(name))}, expected {value!r}")
+            raise ValueError(f"{path}: {name}: got {shown(config.get(name))}, expected {value!r}")
     for name, value in plain.items():
         if config.get(name) not in (value, None):
-            raise ValueError(f"{path}: {name} is {shown(config[name])}, expected {value!r}")
+            raise ValueError(f"{path}: {name}: got {shown(config[name])}, expected {value!r}")
 
 
 def _peft_tensors(file: SafetensorsFile) -> Mapping[tuple[str, ...], str]:
@@ -351,7 +351,7 @@ def _tensor(file: SafetensorsFile, name: str, shape: tuple[int, ...], dtypes: tu
     info = file.info(name)
     if info.dtype not in dtypes or info.shape != shape:
         raise ValueError(
-            f"{file.path}: tensor {name!r} is {info.dtype} {list(info.shape)}, "
+            f"{file.path}: tensor {name!r}: got {info.dtype} {list(info.shape)}, "
             f"expected {' or '.join(dtypes)} {list(shape)}"
         )
     return file.tensor(name)

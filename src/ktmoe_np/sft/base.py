@@ -348,7 +348,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         """The arrays that gradients of matrices go to."""
         if gradients is None:
             if accumulate:
-                raise ValueError("gradients: got None with accumulate=True, expected those to add to")
+                raise ValueError("gradients: got None with accumulate=True, expected SFTGradients")
             return dict(self._results.matrices(claim))
         if not isinstance(gradients, SFTGradients):
             raise TypeError(f"gradients: got {type(gradients).__name__}, expected SFTGradients")

@@ -169,7 +169,9 @@ def check_known(given: Mapping[str, Any]) -> None:
     known = [field.name for field in fields(SFTOptions)]
     for name in given:
         if name not in known:
-            raise TypeError(f"{name}: unexpected keyword; mode 'sft' knows {', '.join(known)}")
+            raise TypeError(
+                f"{name}: got an unknown keyword, expected one of {', '.join(known)} in mode 'sft'"
+            )
 
 
 def check_no_options(mode: str, given: Mapping[str, Any]) -> None:

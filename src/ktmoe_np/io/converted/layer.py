@@ -206,16 +206,16 @@ def open_quantized(
     wanted = dict(_wanted(config, fmt, biased))
     for name, (dtype, shape) in wanted.items():
         if name not in file:
-            raise ValueError(f"{file.path}: tensor {name!r} is missing, expected {dtype} {list(shape)}")
+            raise ValueError(f"{file.path}: tensor {name!r}: got none, expected {dtype} {list(shape)}")
         info = file.info(name)
         if info.dtype != dtype or info.shape != shape:
             raise ValueError(
-                f"{file.path}: tensor {name!r} is {info.dtype} {list(info.shape)}, "
+                f"{file.path}: tensor {name!r}: got {info.dtype} {list(info.shape)}, "
                 f"expected {dtype} {list(shape)}"
             )
     for name in file.names():
         if name not in wanted:
-            raise ValueError(f"{file.path}: tensor {name!r} is there, expected only {', '.join(wanted)}")
+            raise ValueError(f"{file.path}: tensor {name!r}: got one, expected only {', '.join(wanted)}")
     return file, biased
 
 
@@ -262,13 +262,13 @@ def _check_metadata(file: SafetensorsFile, expected: Mapping[str, str]) -> None:
     for name, value in expected.items():
         got = file.metadata.get(name)
         if got is None:
-            raise ValueError(f"{file.path}: {name} is missing in the metadata, expected {value!r}")
+            raise ValueError(f"{file.path}: {name}: got none in the metadata, expected {value!r}")
         if got != value:
-            raise ValueError(f"{file.path}: {name} is {got!r:.80}, expected {value!r}")
+            raise ValueError(f"{file.path}: {name}: got {got!r:.80}, expected {value!r}")
     for name in file.metadata:
         if name not in expected:
             raise ValueError(
-                f"{file.path}: {name!r:.80} is in the metadata, expected only {', '.join(expected)}"
+                f"{file.path}: {name!r:.80}: got one in the metadata, expected only {', '.join(expected)}"
             )
 
 
@@ -293,7 +293,7 @@ def _channel_scale(file: SafetensorsFile, name: str, fmt: QuantizedFormat) -> An
     if wrong.any():
         e, row = np.argwhere(wrong)[0]
         raise ValueError(
-            f"{file.path}: tensor '{name}.row_scale': expert {e}, row {row} holds {scale[e, row]}, "
+            f"{file.path}: tensor '{name}.row_scale': expert {e}, row {row}: got {scale[e, row]}, "
             "expected finite scales"
         )
     return scale

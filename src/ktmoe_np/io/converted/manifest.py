@@ -136,7 +136,7 @@ def _read_same(directory: str | os.PathLike[str], wanted: Manifest) -> Manifest:
         got, expected = getattr(found, name), getattr(wanted, name)
         if got != expected:
             raise ValueError(
-                f"{manifest_path(directory)}: {name} is {got!r}, expected {expected!r}: another conversion "
+                f"{manifest_path(directory)}: {name}: got {got!r}, expected {expected!r}: another conversion "
                 "is there; choose another directory"
             )
     return found
@@ -178,14 +178,14 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     value = read_json_object(path, finite=True)
     for name, expected in (("format", _FORMAT), ("version", _VERSION)):
         if value.get(name) != expected:
-            raise ValueError(f"{path}: {name} is {shown(value.get(name))}, expected {expected!r}")
+            raise ValueError(f"{path}: {name}: got {shown(value.get(name))}, expected {expected!r}")
     layers = {
         _number(path, number): _record(path, f"layers.{number}", entry)
         for number, entry in _field(path, "layers", value, dict, "an object").items()
     }
     size = value.get("group_size")
     if not (size is None or type(size) is int):
-        raise ValueError(f"{path}: group_size is {shown(size)}, expected a number or null")
+        raise ValueError(f"{path}: group_size: got {shown(size)}, expected a number or null")
     source = _field(path, "source", value, str, "a string")
     return Manifest(source, _field(path, "method", value, str, "a string"), size, layers)
 
@@ -194,24 +194,24 @@ def _field(path: Path, name: str, value: Mapping[str, Any], kind: type, expected
     """A field of an object by the last part of its name."""
     found = value.get(name.rpartition(".")[2])
     if not isinstance(found, kind):
-        raise ValueError(f"{path}: {name} is {shown(found)}, expected {expected}")
+        raise ValueError(f"{path}: {name}: got {shown(found)}, expected {expected}")
     return found
 
 
 def _number(path: Path, text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and str(int(text)) == text):
-        raise ValueError(f"{path}: layers has {shown(text)}, expected numbers of layers")
+        raise ValueError(f"{path}: layers: got {shown(text)}, expected numbers of layers")
     return int(text)
 
 
 def _record(path: Path, name: str, entry: object) -> LayerRecord:
     if not isinstance(entry, dict):
-        raise ValueError(f"{path}: {name} is {shown(entry)}, expected an object")
+        raise ValueError(f"{path}: {name}: got {shown(entry)}, expected an object")
     digest = _field(path, f"{name}.sha256", entry, str, "a string")
     errors = _field(path, f"{name}.relative_error", entry, dict, "an object")
     experts = _field(path, f"{name}.experts_checked", entry, list, "an array")
     if not all(type(error) in (int, float) for error in errors.values()):
-        raise ValueError(f"{path}: {name}.relative_error is {shown(errors)}, expected numbers")
+        raise ValueError(f"{path}: {name}.relative_error: got {shown(errors)}, expected numbers")
     if not all(type(expert) is int for expert in experts):
-        raise ValueError(f"{path}: {name}.experts_checked is {shown(experts)}, expected numbers of experts")
+        raise ValueError(f"{path}: {name}.experts_checked: got {shown(experts)}, expected numbers of experts")
     return LayerRecord(digest, errors, tuple(experts))

@@ -111,8 +111,8 @@ class GgufCheckpoint:
         expected = self.metadata("split.tensors.count")
         if len(paths) > 1 and expected is not None and expected != len(self._file_of):
             raise ValueError(
-                f"{self._files[0].path}: metadata 'split.tensors.count' is {expected!r:.80}, but the "
-                f"{len(paths)} files have {len(self._file_of)} tensors"
+                f"{self._files[0].path}: metadata 'split.tensors.count': got {expected!r:.80}, expected "
+                f"{len(self._file_of)}, the tensors of {len(paths)} files"
             )
 
     def __repr__(self) -> str:
@@ -142,13 +142,13 @@ class GgufCheckpoint:
             count = file.value("split.count")
             if count not in (None, 0, len(self._files)):
                 raise ValueError(
-                    f"{file.path}: metadata 'split.count' is {count!r:.80}, expected {len(self._files)}, by "
-                    "the file's name"
+                    f"{file.path}: metadata 'split.count': got {count!r:.80}, expected "
+                    f"{len(self._files)}, by the file's name"
                 )
             split_number = file.value("split.no")
             if len(self._files) > 1 and split_number not in (None, number):
                 raise ValueError(
-                    f"{file.path}: metadata 'split.no' is {split_number!r:.80}, expected {number}, by the "
+                    f"{file.path}: metadata 'split.no': got {split_number!r:.80}, expected {number}, by the "
                     "file's name"
                 )
 
@@ -193,7 +193,7 @@ class GgufCheckpoint:
             return header.value(key)
         if not 0 <= layer_idx < length:
             raise ValueError(
-                f"{self.path}: metadata {key!r} has values for {length} layers, but none for layer "
+                f"{self.path}: metadata {key!r}: got values for {length} layers, expected one for layer "
                 f"{layer_idx}"
             )
         return header.element(key, layer_idx)
@@ -256,7 +256,9 @@ class GgufCheckpoint:
         info = self.info(name)
         if not info.num_bytes:
             known = ", ".join(kind.name for kind in GGUF_TYPES.values())
-            raise ValueError(f"{self.file_of(name)}: tensor {name!r} is of {info.type}; known: {known}")
+            raise ValueError(
+                f"{self.file_of(name)}: tensor {name!r}: got {info.type}, expected one of {known}"
+            )
         return self._file(name).rows(info)
 
 
@@ -288,7 +290,7 @@ def _model_files(path: Path) -> list[Path]:
         if len(models) > 1:
             found = ", ".join(file.name for file in models.values())
             raise ValueError(
-                f"{path}: expected the files of one GGUF model, got those of {len(models)}: {found}"
+                f"{path}: got the files of {len(models)} GGUF models, expected those of one: {found}"
             )
         (path,) = models.values()
     match = _SPLIT_NAME.fullmatch(path.name)

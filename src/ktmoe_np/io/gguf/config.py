@@ -71,9 +71,9 @@ def gguf_config(checkpoint: GgufCheckpoint | str | os.PathLike[str], layer_idx: 
     checkpoint = GgufCheckpoint.opened(checkpoint)
     architecture = checkpoint.metadata("general.architecture")
     if not isinstance(architecture, str):
-        got = "missing" if architecture is None else repr(architecture)
+        got = "none" if architecture is None else repr(architecture)
         raise ValueError(
-            f"{checkpoint.path}: metadata 'general.architecture' is {got:.80}, expected a string"
+            f"{checkpoint.path}: metadata 'general.architecture': got {got:.80}, expected a string"
         )
 
     def size(*names: str) -> int:
@@ -102,11 +102,14 @@ def _size(checkpoint: GgufCheckpoint, keys: list[str], layer_idx: int) -> int:
         if value is not None:
             if type(value) is not int or value < 1:
                 raise ValueError(
-                    f"{checkpoint.path}: metadata {key!r} is {value!r:.80} for layer {layer_idx}, expected a "
-                    "whole number of at least 1"
+                    f"{checkpoint.path}: metadata {key!r}: got {value!r:.80} for layer {layer_idx}, "
+                    "expected a whole number of at least 1"
                 )
             return value
-    raise ValueError(f"{checkpoint.path}: metadata {' or '.join(map(repr, keys))} is missing")
+    raise ValueError(
+        f"{checkpoint.path}: metadata {' or '.join(map(repr, keys))}: got none, "
+        "expected a whole number of at least 1"
+    )
 
 
 def _activation(checkpoint: GgufCheckpoint, architecture: str, layer_idx: int) -> ActivationSpec:
@@ -118,7 +121,7 @@ def _activation(checkpoint: GgufCheckpoint, architecture: str, layer_idx: int) -
     if limit is None:
         return parse_activation("silu")
     if type(limit) not in (int, float):
-        raise ValueError(f"{checkpoint.path}: metadata {key!r} is {limit!r:.80}, expected a number")
+        raise ValueError(f"{checkpoint.path}: metadata {key!r}: got {limit!r:.80}, expected a number")
     if not limit > _NO_LIMIT:
         return parse_activation("silu")
     # DeepSeek clamps the gate, the others its silu.

@@ -170,7 +170,7 @@ class _Layer:
         if more and not self.is_stacked:
             name = next(name for role in numbers if (name := self.name(role, max(more))) in checkpoint)
             raise ValueError(
-                f"{checkpoint.file_of(name)}: tensor {name!r} is there, expected {config.num_experts} experts"
+                f"{checkpoint.file_of(name)}: tensor {name!r}: got one, expected {config.num_experts} experts"
             )
 
     def _check_gated(self, gated: bool) -> None:
@@ -217,8 +217,8 @@ class _Layer:
             kinds.append(self._check(name, (*lead, *self.shape(role)), GGUF_FORMATS))
             if kinds[0] != kinds[e]:
                 raise ValueError(
-                    f"{self.checkpoint.file_of(name)}: tensor {name!r} is {kinds[e]}, but "
-                    f"{self.name(role, 0)!r} is {kinds[0]}: expected one type for all experts"
+                    f"{self.checkpoint.file_of(name)}: tensor {name!r}: got {kinds[e]}, expected "
+                    f"{kinds[0]}, as in {self.name(role, 0)!r}: one type for all experts"
                 )
             rows = self.checkpoint.tensor(name)
             matrices += list(rows.reshape(-1, self.shape(role)[0], rows.shape[-1]))
@@ -247,14 +247,14 @@ class _Layer:
     def _check(self, name: str, shape: tuple[int, ...], formats: Mapping[str, object]) -> str:
         """Raise ValueError when a tensor is not what it must be; otherwise tell its type."""
         if name not in self.checkpoint:
-            raise ValueError(f"{self.checkpoint.path}: tensor {name!r} is missing, expected {list(shape)}")
+            raise ValueError(f"{self.checkpoint.path}: tensor {name!r}: got none, expected {list(shape)}")
         info = self.checkpoint.info(name)
         where = f"{self.checkpoint.file_of(name)}: tensor {name!r}"
         # Leading dimensions of 1 are not always written.
         padded = (1,) * (len(shape) - len(info.shape)) + info.shape
         if padded != shape:
-            raise ValueError(f"{where} has shape {list(info.shape)}, expected {list(shape)}")
+            raise ValueError(f"{where}: got shape {list(info.shape)}, expected {list(shape)}")
         if info.type not in formats:
-            raise ValueError(f"{where} is {info.type}, which is not among {', '.join(formats)}")
+            raise ValueError(f"{where}: got {info.type}, expected one of {', '.join(formats)}")
         self.names.append(name)
         return info.type

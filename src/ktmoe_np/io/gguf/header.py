@@ -127,7 +127,7 @@ def parse_gguf_header(path: Path, data: memoryview) -> GgufHeader:
     )
     for got, most, what in ((num_keys, _MAX_KEYS, "keys"), (num_tensors, _MAX_TENSORS, "tensors")):
         if got > most:
-            raise ValueError(f"{path}: the header has {got} {what}, expected at most {most}")
+            raise ValueError(f"{path}: the header: got {got} {what}, expected at most {most}")
     values: dict[str, GgufValue] = {}
     for number in range(num_keys):
         key = cursor.string(f"key {number} of the metadata", _MAX_NAME_BYTES)
@@ -146,7 +146,7 @@ def parse_gguf_header(path: Path, data: memoryview) -> GgufHeader:
     for name, entry in entries.items():
         if entry.offset % alignment:
             raise ValueError(
-                f"{path}: tensor {name!r} has offset {entry.offset}, not a multiple of {alignment}"
+                f"{path}: tensor {name!r}: got offset {entry.offset}, expected a multiple of {alignment}"
             )
         tensors[name] = _place(path, name, entry, start, len(data))
     _check_disjoint(path, tensors)
@@ -160,12 +160,14 @@ def _parse_start(cursor: GgufCursor) -> tuple[int, int]:
         raise ValueError(f"{cursor.path}: {size} bytes are too short for a GGUF file")
     magic, version, num_tensors, num_keys = _START.unpack(cursor.take(_START.size, "the start"))
     if magic != _MAGIC:
-        raise ValueError(f"{cursor.path}: not a GGUF file: it begins with {magic!r}, expected {_MAGIC!r}")
+        raise ValueError(
+            f"{cursor.path}: the magic number: got {magic!r}, expected {_MAGIC!r}: not a GGUF file"
+        )
     if version and version % 2**16 == 0:
         raise ValueError(f"{cursor.path}: a big-endian GGUF file; only little-endian ones are read")
     if version not in _VERSIONS:
         expected = " or ".join(map(str, _VERSIONS))
-        raise ValueError(f"{cursor.path}: a GGUF file of version {version}, expected {expected}")
+        raise ValueError(f"{cursor.path}: the version of GGUF: got {version}, expected {expected}")
     return num_tensors, num_keys
 
 
@@ -174,11 +176,12 @@ def _alignment(cursor: GgufCursor, value: GgufValue | None) -> int:
     if value is None:
         return _DEFAULT_ALIGNMENT
     if value.type != UINT32 or value.length is not None:
-        raise ValueError(f"{cursor.path}: metadata 'general.alignment' must be a uint32")
+        got = f"type {value.type}" if value.length is None else "an array"
+        raise ValueError(f"{cursor.path}: metadata 'general.alignment': got {got}, expected a uint32")
     (alignment,) = U32.unpack_from(cursor.data, value.begin)
     if alignment == 0 or alignment & (alignment - 1):
         raise ValueError(
-            f"{cursor.path}: metadata 'general.alignment' is {alignment}, expected a power of two"
+            f"{cursor.path}: metadata 'general.alignment': got {alignment}, expected a power of two"
         )
     return int(alignment)
 
@@ -187,7 +190,7 @@ def _parse_entry(cursor: GgufCursor, what: str) -> _Entry:
     num_dimensions = cursor.integer(U32, what)
     if num_dimensions > _MAX_DIMENSIONS:
         raise ValueError(
-            f"{cursor.path}: {what} has {num_dimensions} dimensions, more than {_MAX_DIMENSIONS}"
+            f"{cursor.path}: {what}: got {num_dimensions} dimensions, expected at most {_MAX_DIMENSIONS}"
         )
     form = _ENTRIES[num_dimensions]
     *shape, kind, offset = form.unpack(cursor.take(form.size, what))
@@ -197,7 +200,9 @@ def _parse_entry(cursor: GgufCursor, what: str) -> _Entry:
 def _place(path: Path, name: str, entry: _Entry, start: int, size: int) -> GgufTensorInfo:
     """Make sure of a tensor's entry; data begin at `start` of a file of `size` bytes."""
     if not all(entry.shape):
-        raise ValueError(f"{path}: tensor {name!r} has shape {list(entry.shape)}, expected no dimension of 0")
+        raise ValueError(
+            f"{path}: tensor {name!r}: got shape {list(entry.shape)}, expected no dimension of 0"
+        )
     kind = GGUF_TYPES.get(entry.type)
     num_columns = entry.shape[-1] if entry.shape else 1
     if kind is None:
@@ -206,8 +211,8 @@ def _place(path: Path, name: str, entry: _Entry, start: int, size: int) -> GgufT
     else:
         if num_columns % kind.block:
             raise ValueError(
-                f"{path}: tensor {name!r} is {kind.name} with rows of {num_columns}, expected a multiple of "
-                f"{kind.block}"
+                f"{path}: tensor {name!r}: got {kind.name} with rows of {num_columns}, "
+                f"expected a multiple of {kind.block}"
             )
         row_bytes = kind.row_bytes(num_columns)
         num_bytes = math.prod(entry.shape[:-1]) * row_bytes
@@ -215,8 +220,8 @@ def _place(path: Path, name: str, entry: _Entry, start: int, size: int) -> GgufT
     end = begin + num_bytes
     if begin >= size or end > size:
         raise ValueError(
-            f"{path}: tensor {name!r} lies at bytes {begin} to {end}, but the file has {size}: it is cut "
-            "off, or its header lies"
+            f"{path}: tensor {name!r}: got bytes {begin} to {end}, expected them in the {size} of the file: "
+            "it is cut off, or its header lies"
         )
     type_name = f"type {entry.type}" if kind is None else kind.name
     return GgufTensorInfo(type_name, entry.shape, row_bytes, begin, num_bytes)

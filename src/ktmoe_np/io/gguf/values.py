@@ -72,7 +72,7 @@ class GgufCursor:
         """Read a string of at most so many bytes."""
         length = self.integer(U64, what)
         if length > most:
-            raise ValueError(f"{self.path}: {what} is said to have {length} bytes, more than {most}")
+            raise ValueError(f"{self.path}: {what}: got {length} bytes, expected at most {most}")
         try:
             return str(self.take(length, what), "utf-8")
         except UnicodeDecodeError as error:
@@ -101,9 +101,7 @@ def skip_value(cursor: GgufCursor, what: str) -> GgufValue:
         cursor.skip(_NUMBERS[kind].itemsize * (1 if length is None else length), what)
     else:
         got = "a value" if length is None else "elements"
-        raise ValueError(
-            f"{cursor.path}: {what} has {got} of type {kind}, which is neither a number nor a string"
-        )
+        raise ValueError(f"{cursor.path}: {what}: got {got} of type {kind}, expected numbers or strings")
     return value
 
 

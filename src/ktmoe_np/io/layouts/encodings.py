@@ -62,7 +62,7 @@ def _two(num_rows: int, num_columns: int) -> Shapes:
 def _other_size(array: AnyArray, sizes: Sizes) -> str | None:
     """The error of a tensor of N and K; None if there is none."""
     expected = [sizes.num_rows, sizes.num_columns]
-    return None if array.tolist() == expected else f"holds {array.tolist()}, expected {expected}"
+    return None if array.tolist() == expected else f"got {array.tolist()}, expected {expected}"
 
 
 def _groups(suffix: str, dtypes: tuple[str, ...], size: int) -> TensorSpec:

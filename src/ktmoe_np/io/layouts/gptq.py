@@ -34,20 +34,18 @@ def _order(num_rows: int, num_columns: int) -> Shapes:
 
 def _scale_problem(array: AnyArray, sizes: Sizes) -> str | None:
     unrepresentable = first_not_float16(array)
-    return (
-        None if unrepresentable is None else f"holds {unrepresentable:g}, expected numbers that float16 has"
-    )
+    return None if unrepresentable is None else f"got {unrepresentable:g}, expected numbers that float16 has"
 
 
 def _zeros_problem(array: AnyArray, sizes: Sizes) -> str | None:
     num_groups = sizes.scale[0]
     if len(array) != num_groups:
-        return f"has {len(array)} groups, expected {num_groups} as of the scales"
+        return f"got {len(array)} groups, expected {num_groups} as of the scales"
     words = array.view(np.uint32)
     if any((words == zero).all() for zero in _SYMMETRIC):
         return None
     return (
-        "holds zeros of weights that are not symmetric, expected 7 in every nibble, or 8 in every nibble "
+        "got zeros of weights that are not symmetric, expected 7 in every nibble, or 8 in every nibble "
         "(checkpoint_format gptq_v2)"
     )
 
@@ -57,7 +55,7 @@ def _order_problem(array: AnyArray, sizes: Sizes) -> str | None:
     if np.array_equal(array, np.arange(sizes.num_columns) // group_size):
         return None
     return (
-        f"holds another order than groups of {group_size} neighbors, expected arange(K) // {group_size}: "
+        f"got another order than groups of {group_size} neighbors, expected arange(K) // {group_size}: "
         "weights quantized with desc_act are not supported"
     )
 

@@ -60,14 +60,14 @@ class ExpertLayer:
             return config.num_experts, config.moe_intermediate_size, config.hidden_size
         template = pattern.tensors["down"]
         name = self.name(template, 0)
+        letters = "[I, H]" if pattern.transposed else "[H, I]"
+        expected = letters if pattern.per_expert else f"[E, {letters[1:]}"
         if name not in self.checkpoint:
-            raise ValueError(f"{self.checkpoint.path}: tensor {name!r} is missing")
+            raise ValueError(f"{self.checkpoint.path}: tensor {name!r}: got none, expected {expected}")
         shape = self.checkpoint.info(name).shape
         if len(shape) != (2 if pattern.per_expert else 3) or not all(shape):
-            letters = "[I, H]" if pattern.transposed else "[H, I]"
-            expected = letters if pattern.per_expert else f"[E, {letters[1:]}"
             file = self.checkpoint.file_of(name)
-            raise ValueError(f"{file}: tensor {name!r} has shape {list(shape)}, expected {expected}")
+            raise ValueError(f"{file}: tensor {name!r}: got shape {list(shape)}, expected {expected}")
         expert_ids = set().union(
             *(self.expert_ids.get(template, ()) for template in pattern.tensors.values())
         )
@@ -118,7 +118,7 @@ class ExpertLayer:
         if more < num_experts:
             return None
         name = self.name(template, more)
-        return f"{self.checkpoint.path}: tensor {name!r} is there, expected {num_experts} experts"
+        return f"{self.checkpoint.path}: tensor {name!r}: got one, expected {num_experts} experts"
 
     def info(self, name: str) -> TensorInfo | None:
         """Look a tensor up; None when it is not there."""

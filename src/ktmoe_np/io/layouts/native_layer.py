@@ -145,8 +145,8 @@ class NativeLayout:
         for size in ("hidden_size", "moe_intermediate_size"):
             if getattr(config, size) % self.encoding.group_size:
                 raise ValueError(
-                    f"{where} are {self.method}, which needs {size} to be a multiple of "
-                    f"{self.encoding.group_size}, got {getattr(config, size)}"
+                    f"{where}: got {size} {getattr(config, size)}, expected a multiple of "
+                    f"{self.encoding.group_size} for {self.method}"
                 )
 
 
@@ -217,6 +217,6 @@ def why_no_layout(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> str:
             name = layer.name(there[0], min(layer.expert_ids[there[0]]))
             expected = f"expected weights of {', '.join(METHODS)}"
             dtype = checkpoint.info(name).dtype
-            return f"{checkpoint.file_of(name)}: tensor {name!r} is {dtype}, {expected}"
+            return f"{checkpoint.file_of(name)}: tensor {name!r}: got {dtype}, {expected}"
     others = ", ".join(map(str, layers_with(checkpoint, codes))) or "none"
     return f"{checkpoint.path}: layer {layer_idx} has no known experts; layers with experts: {others}"

@@ -134,7 +134,9 @@ class SafetensorsFile:
         info = self.info(name)
         if info.dtype not in DTYPES:
             known = ", ".join(DTYPES)
-            raise ValueError(f"{self.path}: tensor {name!r} has dtype {info.dtype!r}; known: {known}")
+            raise ValueError(
+                f"{self.path}: tensor {name!r}: got dtype {info.dtype!r}, expected one of {known}"
+            )
         self._map.check()
         return np.ndarray(info.shape, DTYPES[info.dtype], self._map, self._start + info.begin)
 
@@ -278,9 +280,9 @@ class SafetensorsCheckpoint:
         if info is not None and info.dtype in dtypes and info.shape in shapes:
             return None
         file = self.path if info is None else self.file_of(name)
-        got = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
+        got = "none" if info is None else f"{info.dtype} {list(info.shape)}"
         expected = f"{' or '.join(dtypes)} {' or '.join(str(list(shape)) for shape in shapes)}"
-        return f"{file}: tensor {name!r} is {got}, expected {expected}"
+        return f"{file}: tensor {name!r}: got {got}, expected {expected}"
 
     def tensor(self, name: str) -> NDArray[Any]:
         """View a tensor; see `SafetensorsFile.tensor`. FileNotFoundError when its shard is missing."""
@@ -345,14 +347,17 @@ def _read_index(path: Path) -> dict[str, str]:
     """Read the shard of every tensor from an index; no file is opened."""
     weight_map = read_json_object(path, finite=True).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise ValueError(f"{path}: weight_map must be an object, got {type(weight_map).__name__}")
+        raise ValueError(f"{path}: weight_map: got {type(weight_map).__name__}, expected an object")
     shards: set[str] = set()
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise ValueError(f"{path}: the shard of tensor {name!r} must be a string, got {shown(file)}")
+            raise ValueError(f"{path}: the shard of tensor {name!r}: got {shown(file)}, expected a string")
         if file not in shards:
             if not _is_inside(file):
-                raise ValueError(f"{path}: shard {file!r:.300} is not a file name inside the checkpoint")
+                raise ValueError(
+                    f"{path}: the shard of tensor {name!r:.80}: got {file!r:.300}, "
+                    "expected a file name inside the checkpoint"
+                )
             shards.add(file)
     return weight_map
 

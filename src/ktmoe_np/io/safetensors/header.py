@@ -93,7 +93,7 @@ def parse_header(path: Path, text: bytes, num_bytes: int) -> tuple[dict[str, Ten
     header = parse_json_object(text, f"{path}: the header", finite=True)
     metadata = _check_metadata(path, header.pop("__metadata__", {}))
     if len(header) > _MAX_TENSORS:
-        raise ValueError(f"{path}: the header has {len(header)} tensors, expected at most {_MAX_TENSORS}")
+        raise ValueError(f"{path}: the header: got {len(header)} tensors, expected at most {_MAX_TENSORS}")
     tensors = {name: _check_entry(path, name, entry, num_bytes) for name, entry in header.items()}
     _check_disjoint(path, tensors)
     return tensors, metadata
@@ -101,7 +101,7 @@ def parse_header(path: Path, text: bytes, num_bytes: int) -> tuple[dict[str, Ten
 
 def _check_metadata(path: Path, metadata: object) -> Mapping[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{path}: __metadata__ must map strings to strings, got {shown(metadata)}")
+        raise ValueError(f"{path}: __metadata__: got {shown(metadata)}, expected strings by names")
     return metadata
 
 
@@ -112,32 +112,36 @@ def _check_entry(path: Path, name: str, entry: object, num_bytes: int) -> Tensor
             pass
         case _:
             raise ValueError(
-                f"{path}: tensor {name!r} must have dtype, shape and two data_offsets, got {shown(entry)}"
+                f"{path}: tensor {name!r}: got {shown(entry)}, expected dtype, shape and two data_offsets"
             )
     if len(name) > _MAX_NAME:
         raise ValueError(
-            f"{path}: tensor {name!r:.80} has a name of {len(name)} letters, more than {_MAX_NAME}"
+            f"{path}: tensor {name!r:.80}: got a name of {len(name)} letters, expected at most {_MAX_NAME}"
         )
     if len(shape) > _MAX_DIMENSIONS:
-        raise ValueError(f"{path}: tensor {name!r} has {len(shape)} dimensions, more than {_MAX_DIMENSIONS}")
+        raise ValueError(
+            f"{path}: tensor {name!r}: got {len(shape)} dimensions, expected at most {_MAX_DIMENSIONS}"
+        )
     if not (_INTEGERS.issuperset(map(type, shape)) and min(shape, default=0) >= 0):
-        raise ValueError(f"{path}: tensor {name!r} must have a shape of numbers >= 0, got {shown(shape)}")
+        raise ValueError(f"{path}: tensor {name!r}: got shape {shown(shape)}, expected numbers >= 0")
     if not (type(begin) is int and type(end) is int and 0 <= begin <= end):
-        raise ValueError(f"{path}: tensor {name!r} has data_offsets {shown([begin, end])}: not a range")
+        raise ValueError(f"{path}: tensor {name!r}: got data_offsets {shown([begin, end])}, expected a range")
     if end > num_bytes:
         raise ValueError(
-            f"{path}: tensor {name!r} lies at bytes {begin} to {end}, but only {num_bytes} follow the "
-            "header: the file is cut off, or its header lies"
+            f"{path}: tensor {name!r}: got bytes {begin} to {end}, expected them in the {num_bytes} that "
+            "follow the header: the file is cut off, or its header lies"
         )
     if dtype in _SIZES:
         itemsize = _SIZES[dtype]
         if math.prod(filter(None, shape)) * itemsize > _MAX_BYTES:
-            raise ValueError(f"{path}: tensor {name!r} has a shape no array can have: {shown(shape)}")
+            raise ValueError(
+                f"{path}: tensor {name!r}: got shape {shown(shape)}, expected one that an array can have"
+            )
         num_bytes = math.prod(shape) * itemsize
         if num_bytes != end - begin:
             raise ValueError(
-                f"{path}: tensor {name!r} is {dtype} of shape {shape}, {num_bytes} bytes, but its "
-                f"data_offsets span {end - begin}"
+                f"{path}: tensor {name!r}: got {dtype} of shape {shape}, {num_bytes} bytes, expected "
+                f"{end - begin}, what its data_offsets span"
             )
     return TensorInfo(dtype, tuple(shape), begin, end)
 
