@@ -71,7 +71,7 @@ Info limits(CPUInfer& engine, double seconds, const std::optional<std::string>& 
   if (isa) {
     const Isa wanted = isa_from_name(*isa);
     if (!supports(cpu_features(), wanted) || kernels::find_table(wanted) == nullptr)
-      throw_runtime("isa: '", isa_name(wanted), "' cannot run on this machine");
+      throw_runtime("isa: got '", isa_name(wanted), "', expected one that can run on this machine");
     table = kernels::find_table(wanted);
   }
   const bool is_integer = product == "int8";

@@ -38,8 +38,7 @@ struct QuantizeArrays {
     weights.expect({DType::kBf16, DType::kFloat32}, {"N", "K"});
     const int64_t n = weights.shape(0), k = weights.shape(1),
                   item = static_cast<int64_t>(weights.item_bytes());
-    if (k > 1 && n > 0 && weights.stride_bytes(1) != item)
-      throw nb::type_error("weights: the last axis has gaps, expected it contiguous");
+    if (n > 0) weights.expect_contiguous_rows();
     if (n > INT32_MAX || k > INT32_MAX)
       throw_invalid("weights: got [", n, ", ", k, "], expected at most ", INT32_MAX, " rows and columns");
     args.rows = weights.as<void>();

@@ -42,8 +42,7 @@ std::string_view isa_name(Isa isa) {
 Isa isa_from_name(std::string_view name) {
   for (Isa isa : kAllIsas)
     if (isa_name(isa) == name) return isa;
-  throw_invalid("isa: unknown instruction set '", name, "', expected one of ",
-                names({std::begin(kAllIsas), std::end(kAllIsas)}));
+  throw_invalid("isa: got '", name, "', expected one of ", names({std::begin(kAllIsas), std::end(kAllIsas)}));
 }
 
 bool supports(const CpuFeatures& f, Isa isa) {
@@ -65,7 +64,8 @@ Isa select_isa(const CpuFeatures& features, const std::vector<Isa>& compiled,
   if (override_name) {
     const Isa wanted = isa_from_name(*override_name);
     if (std::find(usable.begin(), usable.end(), wanted) != usable.end()) return wanted;
-    throw_runtime("isa: '", *override_name, "' cannot run on this machine, which has ", names(usable));
+    throw_runtime("isa: got '", *override_name,
+                  "', expected one that can run on this machine: ", names(usable));
   }
   Isa best = Isa::kScalar;
   for (Isa isa : usable)

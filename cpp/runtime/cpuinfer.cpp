@@ -62,7 +62,7 @@ CPUInfer::~CPUInfer() {
 
 Ticket CPUInfer::submit(std::unique_ptr<Task> task, bool wake) {
   fork_guard_.check();
-  if (!task) throw_invalid("task is null, expected a task");
+  if (!task) throw_invalid("task: got null, expected a task");
   const auto outcome = std::make_shared<TaskOutcome>();
   outcome->engine = number_;
   task->set_outcome(outcome);

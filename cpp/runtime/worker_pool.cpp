@@ -116,13 +116,13 @@ void WorkerPool::run_inline(std::span<const uint32_t> num_tasks, TaskFn fn) {
 
 void WorkerPool::check_span(std::span<const uint32_t> num_tasks) const {
   if (num_tasks.size() != subpools_.size()) {
-    throw_invalid("num_tasks has ", num_tasks.size(), " entries, expected one for each of the ",
+    throw_invalid("num_tasks: got ", num_tasks.size(), " entries, expected one for each of the ",
                   subpools_.size(), " sub-pools");
   }
   uint64_t total = 0;
   for (const uint32_t num : num_tasks) total += num;
   constexpr uint32_t kMaxTasks = std::numeric_limits<uint32_t>::max();
-  if (total > kMaxTasks) throw_invalid("num_tasks sums to ", total, ", expected at most ", kMaxTasks);
+  if (total > kMaxTasks) throw_invalid("num_tasks: got ", total, " in all, expected at most ", kMaxTasks);
 }
 
 // The first of `num_tasks` tasks that belongs to `subpool`.

@@ -24,7 +24,7 @@ std::string node_list(const Topology& topology) {
 
 void check_size(const char* field, const std::vector<int>& values, int subpool_count) {
   if (values.size() == static_cast<size_t>(subpool_count)) return;
-  throw_invalid(field, " has ", values.size(),
+  throw_invalid(field, ": got ", values.size(),
                 " entries, expected one for each sub-pool (subpool_count = ", subpool_count, ")");
 }
 
@@ -36,7 +36,7 @@ WorkerPoolConfig WorkerPoolConfig::defaults(const Topology& topology) {
 
 WorkerPoolConfig WorkerPoolConfig::with_threads(int num_threads, const Topology& topology) {
   if (num_threads < 1 || num_threads > kMaxThreads)
-    throw_invalid("num_threads is ", num_threads, ", expected 1 to ", kMaxThreads);
+    throw_invalid("num_threads: got ", num_threads, ", expected 1 to ", kMaxThreads);
   WorkerPoolConfig config;
   const size_t total = static_cast<size_t>(num_threads);
   size_t num_cpus = 0, num_given = 0;
@@ -53,18 +53,18 @@ WorkerPoolConfig WorkerPoolConfig::with_threads(int num_threads, const Topology&
 }
 
 void WorkerPoolConfig::validate(const Topology& topology) const {
-  if (subpool_count < 1) throw_invalid("subpool_count is ", subpool_count, ", expected at least 1");
+  if (subpool_count < 1) throw_invalid("subpool_count: got ", subpool_count, ", expected at least 1");
   check_size("subpool_numa_map", subpool_numa_map, subpool_count);
   check_size("subpool_thread_count", subpool_thread_count, subpool_count);
   int left = kMaxThreads;
   for (size_t i = 0; i < subpool_thread_count.size(); ++i) {
     if (subpool_thread_count[i] < 1 || subpool_thread_count[i] > left)
-      throw_invalid("subpool_thread_count[", i, "] is ", subpool_thread_count[i], ", expected 1 to ", left);
+      throw_invalid("subpool_thread_count[", i, "]: got ", subpool_thread_count[i], ", expected 1 to ", left);
     left -= subpool_thread_count[i];
   }
   for (size_t i = 0; i < subpool_numa_map.size(); ++i) {
     if (topology.node_cpus.contains(subpool_numa_map[i])) continue;
-    throw_invalid("subpool_numa_map[", i, "] is ", subpool_numa_map[i],
+    throw_invalid("subpool_numa_map[", i, "]: got ", subpool_numa_map[i],
                   ", expected a NUMA node with CPUs that this process may use: ", node_list(topology));
   }
 }

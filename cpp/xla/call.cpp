@@ -80,7 +80,8 @@ Error* answer(CallFrame* frame, const char* name, FunctionRef<void()> work) {
   if (answers_metadata(*frame)) return nullptr;
   const Api& api = *frame->api;
   try {
-    if (frame->stage != kExecuteStage) throw_runtime("got stage ", frame->stage, ", expected to execute");
+    if (frame->stage != kExecuteStage)
+      throw_runtime("stage: got ", frame->stage, ", expected ", kExecuteStage);
     work();
     return nullptr;
   } catch (const std::invalid_argument& e) {

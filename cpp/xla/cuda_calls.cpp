@@ -18,7 +18,7 @@ size_t bytes_of(const Buffer& buffer) {
     case DataType::kUint32:
     case DataType::kFloat32: bytes = 4; break;
     case DataType::kInt64: bytes = 8; break;
-    default: throw_invalid("got an array of another dtype than bfloat16, float32, int32, uint32, int64");
+    default: throw_invalid("arrays: got another dtype, expected bfloat16, float32, int32, uint32 or int64");
   }
   for (int64_t i = 0; i < buffer.rank; ++i) bytes *= static_cast<size_t>(buffer.dims[i]);
   return bytes;
@@ -29,7 +29,7 @@ class HostBuffers {
  public:
   explicit HostBuffers(const Buffers& of) {
     for (int64_t i = 0; i < of.size; ++i) {
-      if (of.types[i] != kIsBuffer) throw_invalid("got an argument that is no array");
+      if (of.types[i] != kIsBuffer) throw_invalid("arguments: got none, expected an array");
       const auto& buffer = *static_cast<const Buffer*>(of.values[i]);
       dims_.emplace_back(buffer.dims, buffer.dims + buffer.rank);
       on_device_.push_back(buffer.data), buffers_.push_back(buffer), bytes_.push_back(bytes_of(buffer));
@@ -86,7 +86,7 @@ CudaDriver::Stream stream_of(const CallFrame& frame) {
   StreamGetArgs args{sizeof(StreamGetArgs), nullptr, frame.context, nullptr};
   if (frame.api->get_stream(&args) != nullptr) throw_runtime("XLA gives no stream");
   if (CudaDriver::get().is_capturing(args.stream))
-    throw_runtime("got a stream that is being captured, expected a program that is run call by call");
+    throw_runtime("stream: got one that is being captured, expected a program that is run call by call");
   return args.stream;
 }
 

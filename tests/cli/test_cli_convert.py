@@ -352,7 +352,7 @@ def test_weights_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixtu
     for byte in (126, 127):  # the second row is NaN from here on
         corrupt_bf16(file, "model.layers.1.mlp.experts.3.up_proj.weight", 17, byte)
     assert run(tmp_path / "model", tmp_path / "int4") == 2
-    assert "layer 1: up_proj: expert 3, row 17 holds nan, expected finite weights" in only_error(capsys)
+    assert "layer 1: up_proj: expert 3, row 17: got nan, expected finite weights" in only_error(capsys)
     assert names_in(tmp_path / "int4") == ["config.json", "ktmoe.json", name_of(0)]
 
 

@@ -112,7 +112,7 @@ ENGINES: dict[str, tuple[dict[str, Any], str, str]] = {
     "a missing node": (
         {"numa_nodes": [999]},
         "ValueError",
-        "is 999, expected a NUMA node with CPUs that this process may use: {nodes}",
+        ": got 999, expected a NUMA node with CPUs that this process may use: {nodes}",
     ),
 }
 

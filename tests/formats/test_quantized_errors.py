@@ -267,12 +267,12 @@ ARRAYS: dict[str, tuple[Callable[[Layer], dict[str, Any]], type[BaseException], 
     "NaN": (
         changed("gate_proj", with_value((3, 17, 5), np.nan)),
         ValueError,
-        r"gate_proj: expert 3, row 17 holds nan, expected finite weights",
+        r"gate_proj: expert 3, row 17: got nan, expected finite weights",
     ),
     "infinity": (
         changed("down_proj", lambda w: list(with_value((1, 2, 3), np.inf)(w))),
         ValueError,
-        r"down_proj: expert 1, row 2 holds inf, expected finite weights",
+        r"down_proj: expert 1, row 2: got inf, expected finite weights",
     ),
     "dtype": (
         changed("gate_proj", lambda w: w.astype(np.float64)),

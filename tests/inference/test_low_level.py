@@ -328,23 +328,23 @@ def test_an_activation_that_is_unknown() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, [], []), "subpool_count is 0, expected at least 1"),
-        ((-1, [], []), "subpool_count is -1, expected at least 1"),
+        ((0, [], []), "subpool_count: got 0, expected at least 1"),
+        ((-1, [], []), "subpool_count: got -1, expected at least 1"),
         (
             (2, [0], [1, 1]),
-            r"subpool_numa_map has 1 entries, expected one for each sub-pool \(subpool_count = 2\)",
+            r"subpool_numa_map: got 1 entries, expected one for each sub-pool \(subpool_count = 2\)",
         ),
         (
             (1, [0], [1, 1]),
-            r"subpool_thread_count has 2 entries, expected one for each sub-pool \(subpool_count",
+            r"subpool_thread_count: got 2 entries, expected one for each sub-pool \(subpool_count",
         ),
-        ((1, [0], [0]), r"subpool_thread_count\[0\] is 0, expected 1 to 4096"),
-        ((2, [0, 0], [1, -3]), r"subpool_thread_count\[1\] is -3, expected 1 to 4095"),
+        ((1, [0], [0]), r"subpool_thread_count\[0\]: got 0, expected 1 to 4096"),
+        ((2, [0, 0], [1, -3]), r"subpool_thread_count\[1\]: got -3, expected 1 to 4095"),
         (
             (1, [999], [1]),
-            r"subpool_numa_map\[0\] is 999, expected a NUMA node with CPUs that this process may u",
+            r"subpool_numa_map\[0\]: got 999, expected a NUMA node with CPUs that this process may u",
         ),
-        ((1, [-1], [1]), r"subpool_numa_map\[0\] is -1, expected a NUMA node .* may use: {nodes}$"),
+        ((1, [-1], [1]), r"subpool_numa_map\[0\]: got -1, expected a NUMA node .* may use: {nodes}$"),
     ],
 )
 def test_threads_are_refused(arguments: Any, message: str) -> None:
@@ -355,7 +355,7 @@ def test_threads_are_refused(arguments: Any, message: str) -> None:
 
 @pytest.mark.parametrize("number", [0, -1, 4097])
 def test_no_threads_at_all(number: int) -> None:
-    with pytest.raises(ValueError, match=f"num_threads is {number}, expected 1 to 4096"):
+    with pytest.raises(ValueError, match=f"num_threads: got {number}, expected 1 to 4096"):
         ext.CPUInfer(number)
 
 

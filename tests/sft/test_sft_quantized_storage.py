@@ -270,7 +270,7 @@ def test_weights_that_are_refused_leave_those_that_are_there(student: Student, t
     expected, held = train(moe, *training), moe._experts
     gate, up, down = (matrix.copy() for matrix in student.layer.matrices)
     up[1, 5, 7] = np.nan
-    with pytest.raises(ValueError, match="up_proj: expert 1, row 5 holds nan, expected finite weights"):
+    with pytest.raises(ValueError, match="up_proj: expert 1, row 5: got nan, expected finite weights"):
         moe.load_weights_from_tensors(gate, up, down)
     assert moe._experts is held
     assert_same_steps(train(moe, *training), expected)

@@ -190,8 +190,11 @@ const Array& Array::expect_rows(int64_t num, size_t row_bytes) const {
 }
 
 const Array& Array::expect_contiguous_rows() const {
-  if (shape_.back() > 1 && strides_.back() != 1)
-    throw nb::type_error(str_cat(name_, ": the last axis has gaps, expected it contiguous").c_str());
+  if (shape_.back() > 1 && strides_.back() != 1) {
+    const auto in_bytes = [&](int64_t n) { return std::to_string(n * static_cast<int64_t>(item_bytes_)); };
+    const std::string got = bracketed(strides_, in_bytes);
+    throw nb::type_error(str_cat(name_, ": got strides ", got, ", expected a contiguous last axis").c_str());
+  }
   return *this;
 }
 

@@ -79,7 +79,7 @@ void quantize_rows(FormatId format, const QuantizeArgs& args, WorkerPool& pool) 
   });
   const uint32_t wrong = first_wrong.load();
   if (wrong == all.n) return;
-  throw_invalid("row ", wrong, " holds ", holds_nan(all, wrong) ? "nan" : "inf", ", expected finite weights");
+  throw_invalid("row ", wrong, ": got ", holds_nan(all, wrong) ? "nan" : "inf", ", expected finite weights");
 }
 
 }  // namespace ktmoe

@@ -52,7 +52,7 @@ TEST_CASE("quantize_rows: the first row that is not finite is named, and stays a
       Quantized result(FormatId::kInt4Group32, weights.args());
       const std::string message = message_of<std::invalid_argument>(
           [&] { quantize_rows(FormatId::kInt4Group32, result.args(), pool); });
-      CHECK(message == "row " + std::to_string(row) + " holds " + (row == 0 ? "inf" : "nan") +
+      CHECK(message == "row " + std::to_string(row) + ": got " + (row == 0 ? "inf" : "nan") +
                            ", expected finite weights");
       CHECK(result.row(row) == result.untouched_row());
     }

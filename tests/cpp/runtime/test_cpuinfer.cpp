@@ -62,7 +62,8 @@ TEST_CASE("engine: tasks use the pool") {
 TEST_CASE("engine: made from a number of threads") {
   CPUInfer engine(3);
   CHECK(engine.pool().num_threads() == 3);
-  CHECK(message_of<std::invalid_argument>([] { CPUInfer bad(0); }) == "num_threads is 0, expected 1 to 4096");
+  CHECK(message_of<std::invalid_argument>([] { CPUInfer bad(0); }) ==
+        "num_threads: got 0, expected 1 to 4096");
 }
 
 TEST_CASE("engine: sync(n) leaves n tasks pending") {

@@ -99,7 +99,7 @@ TEST_CASE("engine: tickets of other engines, and of none") {
     CHECK(contains(message_of<std::invalid_argument>([&] { next.wait_for(other, milliseconds(1)); }),
                    "got one of another engine"));
   }
-  CHECK(contains(message_of<std::invalid_argument>([&] { engine.submit(nullptr); }), "task is null"));
+  CHECK(contains(message_of<std::invalid_argument>([&] { engine.submit(nullptr); }), "task: got null"));
 }
 
 TEST_CASE("engine: shutdown finishes what is queued and refuses more") {

@@ -292,7 +292,7 @@ TEST_CASE("worker pool: num_tasks must fit the pool") {
   WorkerPool pool(subpools({1, 1}));
   const auto nothing = [](const Worker&, int, uint32_t) {};
   CHECK(message_of<std::invalid_argument>([&] { pool.run(Counts{1}, nothing); }) ==
-        "num_tasks has 1 entries, expected one for each of the 2 sub-pools");
+        "num_tasks: got 1 entries, expected one for each of the 2 sub-pools");
   CHECK(message_of<std::invalid_argument>([&] { pool.run(Counts{0x80000000u, 0x80000000u}, nothing); }) ==
-        "num_tasks sums to 4294967296, expected at most 4294967295");
+        "num_tasks: got 4294967296 in all, expected at most 4294967295");
 }

@@ -24,9 +24,9 @@ TEST_CASE("worker pool config: defaults") {
   topology.cpu_quota = 1;
   check(WorkerPoolConfig::defaults(topology), {0}, {1});
   CHECK(message_of<std::invalid_argument>([&] { WorkerPoolConfig::with_threads(0, topology); }) ==
-        "num_threads is 0, expected 1 to 4096");
+        "num_threads: got 0, expected 1 to 4096");
   CHECK(message_of<std::invalid_argument>([&] { WorkerPoolConfig::with_threads(4097, topology); }) ==
-        "num_threads is 4097, expected 1 to 4096");
+        "num_threads: got 4097, expected 1 to 4096");
 }
 
 TEST_CASE("worker pool config: sub-pools of one node get CPUs of their own while there are some") {
@@ -53,15 +53,15 @@ TEST_CASE("worker pool config: what cannot be is refused by name") {
   const auto refusal = [&](const WorkerPoolConfig& config) {
     return message_of<std::invalid_argument>([&] { WorkerPool pool(config, topology); });
   };
-  CHECK(refusal({}) == "subpool_count is 0, expected at least 1");
-  CHECK(refusal({-1, {}, {}}) == "subpool_count is -1, expected at least 1");
+  CHECK(refusal({}) == "subpool_count: got 0, expected at least 1");
+  CHECK(refusal({-1, {}, {}}) == "subpool_count: got -1, expected at least 1");
   CHECK(refusal({2, {0}, {1, 1}}) ==
-        "subpool_numa_map has 1 entries, expected one for each sub-pool (subpool_count = 2)");
+        "subpool_numa_map: got 1 entries, expected one for each sub-pool (subpool_count = 2)");
   CHECK(refusal({1, {0}, {1, 1}}) ==
-        "subpool_thread_count has 2 entries, expected one for each sub-pool (subpool_count = 1)");
-  CHECK(refusal({2, {0, 2}, {1, 0}}) == "subpool_thread_count[1] is 0, expected 1 to 4095");
-  CHECK(refusal({1, {0}, {-3}}) == "subpool_thread_count[0] is -3, expected 1 to 4096");
-  CHECK(refusal({2, {0, 2}, {4000, 100}}) == "subpool_thread_count[1] is 100, expected 1 to 96");
+        "subpool_thread_count: got 2 entries, expected one for each sub-pool (subpool_count = 1)");
+  CHECK(refusal({2, {0, 2}, {1, 0}}) == "subpool_thread_count[1]: got 0, expected 1 to 4095");
+  CHECK(refusal({1, {0}, {-3}}) == "subpool_thread_count[0]: got -3, expected 1 to 4096");
+  CHECK(refusal({2, {0, 2}, {4000, 100}}) == "subpool_thread_count[1]: got 100, expected 1 to 96");
   CHECK(refusal({2, {0, 1}, {1, 1}}) ==
-        "subpool_numa_map[1] is 1, expected a NUMA node with CPUs that this process may use: 0, 2");
+        "subpool_numa_map[1]: got 1, expected a NUMA node with CPUs that this process may use: 0, 2");
 }

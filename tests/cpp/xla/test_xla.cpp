@@ -90,7 +90,7 @@ TEST_CASE("xla: what is wrong with a call is its error") {
   CHECK(error_of(begin().arg(DataType::kBf16, {1, 4}, a.x).arg(DataType::kInt32, {2, 1}, a.ids)) ==
         "moe_forward: topk_ids: got int32 [2, 1], expected int32 [1, 1]");
   CHECK(a.forward(layer).call(xla::forward) == "moe_forward: out: got none, expected an array");
-  CHECK(a.forward(layer).call(xla::forward, 0) == "moe_forward: got stage 0, expected to execute");
+  CHECK(a.forward(layer).call(xla::forward, 0) == "moe_forward: stage: got 0, expected 3");
   CHECK(error_of(a.forward(layer), forward_sft) == "moe_sft: gate_lora_a: got none, expected an array");
   a.ids[0] = 1;
   CHECK(error_of(a.forward(layer)).starts_with("moe_forward: topk_ids: got expert 1 at [0, 0]"));
