@@ -83,7 +83,7 @@ class KtmoeExperts:
 
 
 class KtKernelExperts:
-    """kt-kernel's extension, driven as its wrapper does it, with two slots of pinned memory."""
+    """kt-kernel's extension, driven as its wrapper does it, with two sets of pinned buffers."""
 
     def __init__(self, shape: Shape, layers: list[Layer], threads: int, path: str | None) -> None:
         self._shape = shape
@@ -111,7 +111,7 @@ class KtKernelExperts:
         def pinned(width: int, dtype: Any) -> Any:
             return torch.zeros(tokens, width, dtype=dtype).pin_memory()
 
-        self._slots = [
+        self._staging = [
             {
                 "x": pinned(s.hidden, torch.bfloat16),
                 "now": pinned(s.per_token, torch.int64),
@@ -139,7 +139,7 @@ class KtKernelExperts:
 
     def begin(self, i: int, x: Any, ids: Any, weights: Any) -> None:
         """Let the current stream submit a pass of layer i."""
-        slot, other = self._slots[i % 2], self._slots[(i + 1) % 2]
+        own, other = self._staging[i % 2], self._staging[(i + 1) % 2]
         stream = torch.cuda.current_stream().cuda_stream
         is_last = i == len(self._moes) - 1
         deferred = 0 if is_last else self._deferred
@@ -148,16 +148,16 @@ class KtKernelExperts:
             smallest = weights.topk(deferred, largest=False).indices
             now = ids.scatter(1, smallest, -1)
             later = torch.full_like(ids, -1).scatter(1, smallest, ids.gather(1, smallest))
-            slot["later"].copy_(later, non_blocking=True)
-        slot["x"].copy_(x, non_blocking=True)
-        slot["now"].copy_(now, non_blocking=True)
-        slot["weights"].copy_(weights, non_blocking=True)
-        self._submit(stream, i, slot, slot["now"], slot["out"], bool(self._deferred) and i > 0)
+            own["later"].copy_(later, non_blocking=True)
+        own["x"].copy_(x, non_blocking=True)
+        own["now"].copy_(now, non_blocking=True)
+        own["weights"].copy_(weights, non_blocking=True)
+        self._submit(stream, i, own, own["now"], own["out"], bool(self._deferred) and i > 0)
         if deferred:
-            self._submit(stream, i, slot, slot["later"], other["out"], False)
+            self._submit(stream, i, own, own["later"], other["out"], False)
 
-    def _submit(self, stream: int, i: int, slot: dict[str, Any], ids: Any, out: Any, adds: bool) -> None:
-        pointers = [t.data_ptr() for t in (ids, slot["weights"], slot["x"], out)]
+    def _submit(self, stream: int, i: int, own: dict[str, Any], ids: Any, out: Any, adds: bool) -> None:
+        pointers = [t.data_ptr() for t in (ids, own["weights"], own["x"], out)]
         task = self._moes[i].forward_task(self._num.data_ptr(), self._shape.per_token, *pointers, adds)
         self._engine.submit_with_cuda_stream(stream, task)
 
@@ -166,13 +166,13 @@ class KtKernelExperts:
         is_last = i == len(self._moes) - 1
         pending = 1 if self._deferred and not is_last else 0
         self._engine.sync_with_cuda_stream(torch.cuda.current_stream().cuda_stream, pending)
-        return self._result.copy_(self._slots[i % 2]["out"], non_blocking=True)
+        return self._result.copy_(self._staging[i % 2]["out"], non_blocking=True)
 
     def round_trip(self) -> None:
         """Submit the least task there is and wait for it, in the current stream."""
-        stream, slot = torch.cuda.current_stream().cuda_stream, self._slots[0]
-        slot["now"].fill_(-1)
-        self._submit(stream, 0, slot, slot["now"], slot["out"], False)
+        stream, own = torch.cuda.current_stream().cuda_stream, self._staging[0]
+        own["now"].fill_(-1)
+        self._submit(stream, 0, own, own["now"], own["out"], False)
         self._engine.sync_with_cuda_stream(stream, 0)
 
 

@@ -16,7 +16,7 @@ from . import kt_kernel_ext as ext
 from .arrays.checks import Array, bfloat16
 from .arrays.summary import arrays_summary, object_summary
 
-__all__ = ["BufferSlot", "Claims", "KExpertsCPUBuffer", "KExpertsSFTBuffer", "MatrixSet", "SFTBufferSlot"]
+__all__ = ["BatchBuffers", "Claims", "KExpertsCPUBuffer", "KExpertsSFTBuffer", "MatrixSet", "SFTBatchBuffers"]
 
 
 #: Bytes of a page, and what arrays begin at a multiple of.
@@ -24,7 +24,7 @@ _PAGE, _LINE = 4096, 64
 
 
 @dataclass(eq=False, repr=False)
-class BufferSlot:
+class BatchBuffers:
     """The arrays of one forward pass of inference, T rows each."""
 
     input: Array  #: bfloat16 [T, H]
@@ -35,11 +35,11 @@ class BufferSlot:
     weights: NDArray[np.float32]  #: [T, P]
     output: Array  #: bfloat16 [T, H]
     deferred_output: NDArray[np.float32]  #: [T, H], what the next layer starts from
-    busy_until: ext.Ticket | None = None  #: of the last task that uses the slot
+    busy_until: ext.Ticket | None = None  #: of the last task that uses the buffers
     is_locked: bool = False  #: in memory, for a GPU
 
     @classmethod
-    def allocate(cls, batch_size: int, hidden_size: int, num_experts_per_tok: int) -> BufferSlot:
+    def allocate(cls, batch_size: int, hidden_size: int, num_experts_per_tok: int) -> BatchBuffers:
         """Fresh arrays; the system gives them memory when they are first written."""
         rows, routes = (batch_size, hidden_size), (batch_size, num_experts_per_tok)
         ids, floats = np.dtype(np.int64), np.dtype(np.float32)
@@ -64,9 +64,9 @@ class BufferSlot:
         pages = ", page-locked" if self.is_locked else ""
         return f"T={tokens} H={hidden} P={routes}, {state}{pages}"
 
-    def first(self, batch_size: int) -> BufferSlot:
+    def first(self, batch_size: int) -> BatchBuffers:
         """Its first rows."""
-        return BufferSlot(
+        return BatchBuffers(
             self.input[:batch_size],
             self.topk_ids[:batch_size],
             self.num_tokens,
@@ -137,7 +137,7 @@ class Claims:
 
 
 @dataclass(repr=False)
-class SFTBufferSlot:
+class SFTBatchBuffers:
     """The arrays of one training step, T rows each."""
 
     input: Array  #: bfloat16 [T, H]
@@ -158,7 +158,7 @@ class SFTBufferSlot:
         return f"T={tokens} H={hidden} P={routes}, {' and '.join(taken) or 'nothing'} in use"
 
     @classmethod
-    def allocate(cls, batch_size: int, hidden_size: int, num_experts_per_tok: int) -> SFTBufferSlot:
+    def allocate(cls, batch_size: int, hidden_size: int, num_experts_per_tok: int) -> SFTBatchBuffers:
         """Fresh arrays; the system gives them memory when they are first written."""
         rows, routes = (batch_size, hidden_size), (batch_size, num_experts_per_tok)
         return cls(
@@ -183,7 +183,7 @@ class MatrixSet:
         return object_summary(self, lambda: arrays_summary(self.arrays))
 
 
-Slot = TypeVar("Slot", BufferSlot, SFTBufferSlot)
+Buffers = TypeVar("Buffers", BatchBuffers, SFTBatchBuffers)
 
 #: T, H, P, and the stream; and without T.
 _Key = tuple[int, int, int, int | None]
@@ -194,11 +194,11 @@ _GROWTH = 256
 
 
 class _Cache:
-    """The slots that a class of buffers keeps."""
+    """The buffers that a class keeps."""
 
     def __init__(self) -> None:
         self.kept: dict[_Key, tuple[Any, ...]] = {}
-        self.last: dict[_Sizes, tuple[int, tuple[Any, ...]]] = {}  # T and the slots
+        self.last: dict[_Sizes, tuple[int, tuple[Any, ...]]] = {}  # T and the buffers
         self.matrices: weakref.WeakKeyDictionary[Any, MatrixSet] = weakref.WeakKeyDictionary()  # by layer
 
 
@@ -206,8 +206,8 @@ class _CacheOfThread(_Cache, threading.local):
     """One for each thread, which goes when the thread ends."""
 
 
-class _ExpertsBuffer(Generic[Slot]):
-    """Slots of all layers: layer L uses slot L % 2, so that two neighbors never share one.
+class _ExpertsBuffer(Generic[Buffers]):
+    """Buffers of all layers: layer L uses number L % 2, so that two neighbors never share any.
 
     Buffers are kept for the capture batch sizes and for the last other size; the rest are released. Every
     subclass has its own buffers and capture batch sizes, and so has every CUDA stream, which uses them in
@@ -216,15 +216,15 @@ class _ExpertsBuffer(Generic[Slot]):
     """
 
     buffer_depth: ClassVar[int] = 2
-    _slot: ClassVar[type[Any]]
+    _buffers: ClassVar[type[Any]]
     _lock: ClassVar[ext.CallLock]
     _capture_batch_sizes: ClassVar[list[int]]
     _cache_kind: ClassVar[type[_Cache]]
     _cache: ClassVar[_Cache]
 
-    def __init_subclass__(cls, slot: type[Any], cache: type[_Cache] = _Cache, **options: Any) -> None:
+    def __init_subclass__(cls, buffers: type[Any], cache: type[_Cache] = _Cache, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._slot = slot
+        cls._buffers = buffers
         cls._lock = ext.CallLock(cls.__name__)
         cls._capture_batch_sizes = []
         cls._cache_kind = cache
@@ -233,8 +233,8 @@ class _ExpertsBuffer(Generic[Slot]):
     @classmethod
     def get_buffer(
         cls, batch_size: int, hidden_size: int, num_experts_per_tok: int, stream: int | None = None
-    ) -> tuple[Slot, ...]:
-        """The slots for batches of that size.
+    ) -> tuple[Buffers, ...]:
+        """The buffers for batches of that size.
 
         Parameters
         ----------
@@ -249,7 +249,7 @@ class _ExpertsBuffer(Generic[Slot]):
 
         Returns
         -------
-        tuple of slots
+        tuple of buffers
             `buffer_depth` of them; the same ones at the next call with the same sizes, unless another size
             came between and this one is not a capture batch size. Those of a stream may have more rows.
         """
@@ -257,21 +257,21 @@ class _ExpertsBuffer(Generic[Slot]):
         key: _Key = (batch_size, *sizes)
         with cls._lock:
             cache = cls._cache
-            slots = cache.kept.get(key)
-            if slots is not None:
-                return slots
+            buffers = cache.kept.get(key)
+            if buffers is not None:
+                return buffers
             is_captured = batch_size in cls._capture_batch_sizes
             rows, last = cache.last.get(sizes, (-1, None))
             if rows == batch_size or (stream is not None and not is_captured and rows >= batch_size):
-                slots = last
-            if slots is None:
+                buffers = last
+            if buffers is None:
                 rows = batch_size if stream is None or is_captured else _grown(batch_size)
-                slots = tuple(cls._slot.allocate(rows, *sizes[:2]) for _ in range(cls.buffer_depth))
+                buffers = tuple(cls._buffers.allocate(rows, *sizes[:2]) for _ in range(cls.buffer_depth))
             if is_captured:
-                cache.kept[key] = slots
+                cache.kept[key] = buffers
             else:
-                cache.last[sizes] = (rows, slots)
-            return slots
+                cache.last[sizes] = (rows, buffers)
+            return buffers
 
     @classmethod
     def set_capture_batch_sizes(cls, capture_batch_sizes: Sequence[int]) -> None:
@@ -307,15 +307,15 @@ def _grown(batch_size: int) -> int:
     return _rounded(batch_size, _GROWTH)
 
 
-class KExpertsCPUBuffer(_ExpertsBuffer[BufferSlot], slot=BufferSlot):
-    """Slots of inference: layer L uses slot L % 2, so that two neighbors never share one.
+class KExpertsCPUBuffer(_ExpertsBuffer[BatchBuffers], buffers=BatchBuffers):
+    """Buffers of inference: layer L uses number L % 2, so that two neighbors never share any.
 
     Buffers are kept for the capture batch sizes and for the last other size; the rest are released.
 
     Examples
     --------
-    >>> slots = KExpertsCPUBuffer.get_buffer(batch_size=4, hidden_size=8, num_experts_per_tok=2)
-    >>> len(slots), slots[0].input.shape
+    >>> buffers = KExpertsCPUBuffer.get_buffer(batch_size=4, hidden_size=8, num_experts_per_tok=2)
+    >>> len(buffers), buffers[0].input.shape
     (2, (4, 8))
     >>> KExpertsCPUBuffer.set_capture_batch_sizes([1, 2])
     >>> KExpertsCPUBuffer.get_capture_batch_sizes()
@@ -325,11 +325,11 @@ class KExpertsCPUBuffer(_ExpertsBuffer[BufferSlot], slot=BufferSlot):
     """
 
 
-class KExpertsSFTBuffer(_ExpertsBuffer[SFTBufferSlot], slot=SFTBufferSlot, cache=_CacheOfThread):
-    """Slots of training: arrays that a training loop reads into, and has results written to.
+class KExpertsSFTBuffer(_ExpertsBuffer[SFTBatchBuffers], buffers=SFTBatchBuffers, cache=_CacheOfThread):
+    """Buffers of training: arrays that a training loop reads into, and has results written to.
 
-    Layer L uses slot L % 2. Buffers are kept for the capture batch sizes, which are not those of
-    `KExpertsCPUBuffer`, and for the last other size; the rest are released. Every thread has its own slots,
+    Layer L uses number L % 2. Buffers are kept for the capture batch sizes, which are not those of
+    `KExpertsCPUBuffer`, and for the last other size; the rest are released. Every thread has its own,
     so that no thread overwrites arrays that another one reads.
 
     Layers created with `reuse_buffers` write their results there; `ktmoe_np.sft.SFTOptions` documents how
@@ -337,8 +337,8 @@ class KExpertsSFTBuffer(_ExpertsBuffer[SFTBufferSlot], slot=SFTBufferSlot, cache
 
     Examples
     --------
-    >>> slots = KExpertsSFTBuffer.get_buffer(batch_size=4, hidden_size=8, num_experts_per_tok=2)
-    >>> len(slots), slots[1].grad_output.shape, slots[1].grad_weights.shape
+    >>> buffers = KExpertsSFTBuffer.get_buffer(batch_size=4, hidden_size=8, num_experts_per_tok=2)
+    >>> len(buffers), buffers[1].grad_output.shape, buffers[1].grad_weights.shape
     (2, (4, 8), (4, 2))
     >>> KExpertsSFTBuffer.clear_buffer_cache()
     """

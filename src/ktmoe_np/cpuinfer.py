@@ -118,7 +118,7 @@ class _MoEBase:
             _MoEBase._loaded = weakref.WeakSet()
             _MoEBase._chain = SharedChain()
             _MoEBase._streams = {}
-            KExpertsCPUBuffer.clear_buffer_cache()  # slots remember tickets of the engine
+            KExpertsCPUBuffer.clear_buffer_cache()  # buffers remember tickets of the engine
 
 
 def _check_same(

@@ -26,14 +26,14 @@ def _no_buffers() -> Iterator[None]:
 
 
 def addresses(batch_size: int) -> list[int]:
-    return [slot.input.ctypes.data for slot in get(batch_size, 8, 2)]
+    return [batch.input.ctypes.data for batch in get(batch_size, 8, 2)]
 
 
 def test_two_slots_with_memory_of_their_own() -> None:
-    slots = get(5, 8, 2)
-    assert len(slots) == KExpertsCPUBuffer.buffer_depth == 2
+    buffers = get(5, 8, 2)
+    assert len(buffers) == KExpertsCPUBuffer.buffer_depth == 2
     arrays: list[Any] = []
-    for slot in slots:
+    for batch in buffers:
         shapes = {
             "input": ((5, 8), bf16),
             "topk_ids": ((5, 2), np.dtype(np.int64)),
@@ -45,7 +45,7 @@ def test_two_slots_with_memory_of_their_own() -> None:
             "deferred_output": ((5, 8), np.dtype(np.float32)),
         }
         for name, (shape, dtype) in shapes.items():
-            array = getattr(slot, name)
+            array = getattr(batch, name)
             assert (array.shape, array.dtype) == (shape, dtype), name
             assert array.flags.c_contiguous
             assert array.flags.writeable
@@ -60,19 +60,19 @@ def test_the_same_slots_again() -> None:
 
 @pytest.mark.parametrize("other", [(6, 8, 2), (5, 9, 2), (5, 8, 3)])
 def test_other_sizes_have_other_slots(other: tuple[int, int, int]) -> None:
-    slots = get(5, 8, 2)
+    buffers = get(5, 8, 2)
     assert get(*other)[0].input.shape == other[:2]
-    assert get(*other) is not slots
+    assert get(*other) is not buffers
 
 
 def test_the_last_size_that_is_not_captured_is_kept_and_the_one_before_let_go() -> None:
-    slot = weakref.ref(get(5, 8, 2)[0].input)
+    batch = weakref.ref(get(5, 8, 2)[0].input)
     get(5, 8, 2)
     gc.collect()
-    assert slot() is not None
+    assert batch() is not None
     get(6, 8, 2)
     gc.collect()
-    assert slot() is None
+    assert batch() is None
 
 
 def test_captured_sizes_stay_where_they_are() -> None:
@@ -137,9 +137,9 @@ def test_an_empty_batch() -> None:
 
 
 def test_the_factory_clears_the_same_cache() -> None:
-    slots = get(5, 8, 2)
+    buffers = get(5, 8, 2)
     KTMoEWrapper.clear_buffer_cache()
-    assert get(5, 8, 2) is not slots
+    assert get(5, 8, 2) is not buffers
 
 
 def test_many_threads_get_the_same_slots() -> None:
@@ -155,46 +155,46 @@ def test_many_threads_get_the_same_slots() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(slots is seen[0] for slots in seen)
+    assert all(buffers is seen[0] for buffers in seen)
 
 
 def test_buffers_of_training() -> None:
     KExpertsSFTBuffer.clear_buffer_cache()
-    slots = KExpertsSFTBuffer.get_buffer(5, 8, 2)
-    assert KExpertsSFTBuffer.get_buffer(5, 8, 2) is slots
-    assert len(slots) == KExpertsSFTBuffer.buffer_depth == 2
+    buffers = KExpertsSFTBuffer.get_buffer(5, 8, 2)
+    assert KExpertsSFTBuffer.get_buffer(5, 8, 2) is buffers
+    assert len(buffers) == KExpertsSFTBuffer.buffer_depth == 2
     rows, routes = ("input", "output", "grad_output", "grad_input"), ("weights", "grad_weights")
     kinds = dict.fromkeys(rows, ((5, 8), bf16)) | dict.fromkeys(routes, ((5, 2), np.float32))
     kinds["ids"] = ((5, 2), np.int64)
-    arrays = [getattr(slot, name) for slot in slots for name in kinds]
+    arrays = [getattr(batch, name) for batch in buffers for name in kinds]
     assert [(array.shape, array.dtype) for array in arrays] == 2 * list(kinds.values())
     for i, array in enumerate(arrays):
         assert not any(np.shares_memory(array, other) for other in arrays[:i])
     KExpertsSFTBuffer.set_capture_batch_sizes([5])
     assert KTMoEWrapper.get_capture_batch_sizes() == []  # those of inference are others
     KTMoEWrapper.clear_buffer_cache()
-    assert KExpertsSFTBuffer.get_buffer(5, 8, 2) is slots
+    assert KExpertsSFTBuffer.get_buffer(5, 8, 2) is buffers
     KTMoEWrapper.clear_sft_buffer_cache()
-    assert KExpertsSFTBuffer.get_buffer(5, 8, 2) is not slots
+    assert KExpertsSFTBuffer.get_buffer(5, 8, 2) is not buffers
     KExpertsSFTBuffer.set_capture_batch_sizes([])
     KExpertsSFTBuffer.clear_buffer_cache()
 
 
 def test_buffers_of_training_are_of_a_thread() -> None:
     KExpertsSFTBuffer.clear_buffer_cache()
-    slots, others = KExpertsSFTBuffer.get_buffer(5, 8, 2), []
-    matrices = KExpertsSFTBuffer.get_matrices(slots[0].claims, {"a": (2, 3)})  # of any object
+    buffers, others = KExpertsSFTBuffer.get_buffer(5, 8, 2), []
+    matrices = KExpertsSFTBuffer.get_matrices(buffers[0].claims, {"a": (2, 3)})  # of any object
 
     def work() -> None:
         others.append(KExpertsSFTBuffer.get_buffer(5, 8, 2))
-        others.append(KExpertsSFTBuffer.get_matrices(slots[0].claims, {"a": (2, 3)}))
+        others.append(KExpertsSFTBuffer.get_matrices(buffers[0].claims, {"a": (2, 3)}))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert others[0] is not slots
+    assert others[0] is not buffers
     assert others[1] is not matrices
-    assert KExpertsSFTBuffer.get_buffer(5, 8, 2) is slots
-    assert KExpertsSFTBuffer.get_matrices(slots[0].claims, {"a": (2, 3)}) is matrices
+    assert KExpertsSFTBuffer.get_buffer(5, 8, 2) is buffers
+    assert KExpertsSFTBuffer.get_matrices(buffers[0].claims, {"a": (2, 3)}) is matrices
     assert (matrices.arrays["a"].shape, matrices.arrays["a"].dtype) == ((2, 3), np.float32)
     KExpertsSFTBuffer.clear_buffer_cache()

@@ -96,13 +96,13 @@ def test_engines() -> None:
 def test_buffers() -> None:
     slot = KExpertsCPUBuffer.get_buffer(3, 64, 2)[0]
     assert re.fullmatch(
-        r"<BufferSlot T=3 H=64 P=2, (used by no task|last used by Ticket\(\d+\))>", repr(slot)
+        r"<BatchBuffers T=3 H=64 P=2, (used by no task|last used by Ticket\(\d+\))>", repr(slot)
     )
     sft = loaded(mode="sft", method="BF16_SFT", reuse_buffers=True)
     slots = KExpertsSFTBuffer.get_buffer(3, 64, 2)
-    assert repr(slots[1]) == "<SFTBufferSlot T=3 H=64 P=2, nothing in use>"
+    assert repr(slots[1]) == "<SFTBatchBuffers T=3 H=64 P=2, nothing in use>"
     sft.submit_forward_sft(*BATCH)
-    assert repr(slots[1]) == "<SFTBufferSlot T=3 H=64 P=2, output in use>"
+    assert repr(slots[1]) == "<SFTBatchBuffers T=3 H=64 P=2, output in use>"
     sft.sync_forward_sft()
     matrices = KExpertsSFTBuffer.get_matrices(sft, {"gate_lora_a": (4, 16, 64)})
     assert repr(matrices) == "<MatrixSet gate_lora_a float32 [4, 16, 64]>"

@@ -95,7 +95,7 @@ def test_a_chain_of_layers() -> None:
 
 
 def test_a_layer_after_itself() -> None:
-    """Where the slot holds what a pass reads, the pass is given new arrays."""
+    """Where the buffers contain what a pass reads, the pass is given new arrays."""
     student = drawn_student()
     reusing, plain = pair(student)
     (x, ids, weights), grad = drawn(student, 5, 1)
@@ -175,8 +175,8 @@ def test_steps_have_the_same_memory(submitted: bool) -> None:
         seen.append(addresses(results))
     assert all(each == seen[0] for each in seen)
     assert len(set(seen[0].values())) == len(seen[0])
-    slot = KExpertsSFTBuffer.get_buffer(6, H, P)[0]
-    expected = {"y": slot.output, "grad_input": slot.grad_input, "grad_weights": slot.grad_weights}
+    buffers = KExpertsSFTBuffer.get_buffer(6, H, P)[0]
+    expected = {"y": buffers.output, "grad_input": buffers.grad_input, "grad_weights": buffers.grad_weights}
     for name, array in addresses(expected).items():
         assert seen[0][name] == array, name
 
@@ -191,7 +191,7 @@ def test_without_the_option_every_result_is_new() -> None:
 
 
 def test_layers_side_by_side() -> None:
-    """Layers 0 and 1 share nothing; layers 0 and 2 share a slot, but no gradients of matrices."""
+    """Layers 0 and 1 share nothing; layers 0 and 2 share buffers, but no gradients of matrices."""
     students = [drawn_student(seed=seed) for seed in range(3)]
     layers = [student.wrapper(P, layer_idx=i, reuse_buffers=True) for i, student in enumerate(students)]
     training = drawn(students[0], 6, 5)
@@ -240,10 +240,10 @@ def test_clearing_lets_go_of_what_nobody_holds() -> None:
     training = drawn(student, 6, 0)
     held = step(moe, training)
     kept = copied(held)
-    slot = weakref.ref(KExpertsSFTBuffer.get_buffer(6, H, P)[0])
+    buffers = weakref.ref(KExpertsSFTBuffer.get_buffer(6, H, P)[0])
     KTMoEWrapper.clear_sft_buffer_cache()
     gc.collect()
-    assert slot() is None
+    assert buffers() is None
     after = step(moe, drawn(student, 6, 1))
     assert_same(held, kept)
     for name, array in held.items():
@@ -280,35 +280,35 @@ def test_arrays_that_are_given_come_first() -> None:
     student = drawn_student()
     moe = student.wrapper(P, reuse_buffers=True)
     batch, grad = drawn(student, 6, 0)
-    slot = KExpertsSFTBuffer.get_buffer(6, H, P)[0]
-    slot.output[...], slot.grad_input[...] = 7, 7
+    buffers = KExpertsSFTBuffer.get_buffer(6, H, P)[0]
+    buffers.output[...], buffers.grad_input[...] = 7, 7
     out, grad_input = np.empty((6, H), bf16), np.empty((6, H), bf16)
     assert moe.forward_sft(*batch, out=out) is out
     given = moe.backward(grad, grad_input=grad_input)
     assert given.grad_input is grad_input
-    assert np.shares_memory(given.grad_weights, slot.grad_weights)
-    assert (slot.output == 7).all()
-    assert (slot.grad_input == 7).all()
+    assert np.shares_memory(given.grad_weights, buffers.grad_weights)
+    assert (buffers.output == 7).all()
+    assert (buffers.grad_input == 7).all()
 
 
 # ---- passes that wait ----
 
 
 def test_a_submitted_pass_keeps_its_arrays() -> None:
-    """Until its sync_*: from a pass of its own layer, and from one of another layer with the same slot."""
+    """Until its sync_*: from a pass of its own layer, and from one of another layer with the same buffers."""
     student, other = drawn_student(), drawn_student(seed=1)
     (first, plain), third = pair(student), other.wrapper(P, layer_idx=2, reuse_buffers=True)
     (one, grad), (two, grad_two) = drawn(student, 6, 0), drawn(student, 6, 1)
     expected = copied(step(plain, (one, grad)))
     expected_two = copied(step(other.wrapper(P), (two, grad_two)))
-    slot = KExpertsSFTBuffer.get_buffer(6, H, P)[0]
+    buffers = KExpertsSFTBuffer.get_buffer(6, H, P)[0]
 
     first.submit_forward_sft(*one)
     third.submit_forward_sft(*two)
     first.forward(*two)
     y, y_two = first.sync_forward_sft(), third.sync_forward_sft()
-    assert np.shares_memory(y, slot.output)
-    assert not np.shares_memory(y_two, slot.output)
+    assert np.shares_memory(y, buffers.output)
+    assert not np.shares_memory(y_two, buffers.output)
     assert_same_bits(y, expected["y"])
     assert_same_bits(y_two, expected_two["y"])
 
@@ -317,8 +317,8 @@ def test_a_submitted_pass_keeps_its_arrays() -> None:
     found, found_two = by_name(first.sync_backward()), by_name(third.sync_backward())
     assert_same({"y": y, **found}, expected)
     assert_same({"y": y_two, **found_two}, expected_two)
-    assert np.shares_memory(found["grad_input"], slot.grad_input)
-    assert np.shares_memory(first.forward(*one), slot.output)  # taken, so free again
+    assert np.shares_memory(found["grad_input"], buffers.grad_input)
+    assert np.shares_memory(first.forward(*one), buffers.output)  # taken, so free again
 
 
 def test_arrays_of_a_slot_that_are_given_are_held_too() -> None:
@@ -326,8 +326,8 @@ def test_arrays_of_a_slot_that_are_given_are_held_too() -> None:
     first, second = (student.wrapper(P, layer_idx=i, reuse_buffers=True) for i in (0, 2))
     training = drawn(student, 5, 0)
     batch, want = training[0], first.forward_sft(*training[0], save_for_backward=False).copy()
-    slot = KExpertsSFTBuffer.get_buffer(5, H, P)[0]
-    first.submit_forward_sft(*batch, save_for_backward=False, out=slot.output)
+    buffers = KExpertsSFTBuffer.get_buffer(5, H, P)[0]
+    first.submit_forward_sft(*batch, save_for_backward=False, out=buffers.output)
     second.forward_sft(batch[0] + batch[0], *batch[1:], save_for_backward=False)
     assert_same_bits(first.sync_forward_sft(), want)
 

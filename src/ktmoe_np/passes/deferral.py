@@ -17,7 +17,7 @@ import numpy as np
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, bfloat16
 from ..arrays.summary import object_summary
-from ..buffers import BufferSlot, KExpertsCPUBuffer
+from ..buffers import BatchBuffers, KExpertsCPUBuffer
 from ..config import MoEConfig
 from .pending import is_of_a_handler
 
@@ -117,13 +117,15 @@ class DeferralChain(OutputChain[HostOutput]):
     def __init__(self) -> None:
         super().__init__()
         self.lock = ext.CallLock("chain")
-        self._buffers: tuple[BufferSlot, ...] = ()
+        self._buffers: tuple[BatchBuffers, ...] = ()
 
-    def buffers(self, config: MoEConfig, batch_size: int) -> tuple[BufferSlot, ...]:
+    def buffers(self, config: MoEConfig, batch_size: int) -> tuple[BatchBuffers, ...]:
         """The buffers of its passes, which those of other chains may not overwrite."""
         sizes = batch_size, config.hidden_size, config.num_experts_per_tok
         if not self._buffers or (*self._buffers[0].input.shape, self._buffers[0].weights.shape[1]) != sizes:
-            self._buffers = tuple(BufferSlot.allocate(*sizes) for _ in range(KExpertsCPUBuffer.buffer_depth))
+            self._buffers = tuple(
+                BatchBuffers.allocate(*sizes) for _ in range(KExpertsCPUBuffer.buffer_depth)
+            )
         return self._buffers
 
     def put_back(self, received: HostOutput | None, left: HostOutput | None) -> None:
@@ -177,9 +179,9 @@ class SharedChain(DeferralChain):
         self._thread: weakref.ref[_Thread] | None = None  # that has left something
         self._thread_name = ""
 
-    def buffers(self, config: MoEConfig, batch_size: int) -> tuple[BufferSlot, ...]:
+    def buffers(self, config: MoEConfig, batch_size: int) -> tuple[BatchBuffers, ...]:
         """Those of all passes of that size."""
-        buffers: tuple[BufferSlot, ...] = KExpertsCPUBuffer.get_buffer(
+        buffers: tuple[BatchBuffers, ...] = KExpertsCPUBuffer.get_buffer(
             batch_size, config.hidden_size, config.num_experts_per_tok
         )
         return buffers

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array
-from ..buffers import BufferSlot
+from ..buffers import BatchBuffers
 from ..config import MoEConfig
 from .batch import Batch
 from .deferral import DeferralChain, HostOutput, LayerOutput
@@ -118,7 +118,7 @@ class LayerRunner:
     def deferred_pass(
         self,
         batch: Batch,
-        buffers: BufferSlot,
+        buffers: BatchBuffers,
         skip_experts: Array | None,
         received: LayerOutput | None,
         num_tokens: NDArray[Any] | None = None,
@@ -131,7 +131,7 @@ class LayerRunner:
         ----------
         batch : Batch
             Read when the tasks run.
-        buffers : BufferSlot
+        buffers : BatchBuffers
             Have the split of the routing and the deferred output.
         skip_experts : array of bool [E], optional
         received : LayerOutput, optional
@@ -162,7 +162,7 @@ class LayerRunner:
             **deferring,
         )
 
-    def _free_buffers(self, chain: DeferralChain, batch_size: int) -> BufferSlot:
+    def _free_buffers(self, chain: DeferralChain, batch_size: int) -> BatchBuffers:
         """The layer's buffers, when no task uses them any more."""
         in_turn = chain.buffers(self._config, batch_size)
         buffers = in_turn[self._config.layer_idx % len(in_turn)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .. import kt_kernel_ext as ext
-from ..buffers import BufferSlot, KExpertsCPUBuffer
+from ..buffers import BatchBuffers, KExpertsCPUBuffer
 from ..config import MoEConfig
 from .deferral import LayerOutput, OutputChain
 
@@ -18,7 +18,7 @@ __all__ = ["BufferUser", "Stream", "StreamOutput"]
 class BufferUser(Protocol):
     """Who has submitted a pass and not waited for it yet."""
 
-    def buffers_in_use(self) -> Iterable[BufferSlot]:
+    def buffers_in_use(self) -> Iterable[BatchBuffers]:
         """Those that must not be written to before."""
 
 
@@ -26,7 +26,7 @@ class BufferUser(Protocol):
 class StreamOutput(LayerOutput):
     """The deferred output of a layer in a stream."""
 
-    buffers: BufferSlot  #: where it is
+    buffers: BatchBuffers  #: where it is
     runner: Any  #: the layer's StreamRunner
     like: Any  #: an array such as the result of a drain shall be
 
@@ -49,7 +49,7 @@ class Stream:
         self.chain: OutputChain[StreamOutput] = OutputChain()
         self.pending: weakref.WeakSet[Any] = weakref.WeakSet()  # of BufferUser
 
-    def free_buffers(self, config: MoEConfig, num_tokens: int, received: LayerOutput | None) -> BufferSlot:
+    def free_buffers(self, config: MoEConfig, num_tokens: int, received: LayerOutput | None) -> BatchBuffers:
         """The layer's staging buffers, the other ones while a pass needs these, or new ones.
 
         What comes before in the stream is done by then. Buffers are needed when their result has not been
@@ -61,7 +61,7 @@ class Stream:
         RuntimeError
             There is no CUDA driver, or it refuses.
         """
-        both: tuple[BufferSlot, ...] = KExpertsCPUBuffer.get_buffer(
+        both: tuple[BatchBuffers, ...] = KExpertsCPUBuffer.get_buffer(
             num_tokens, config.hidden_size, config.num_experts_per_tok, self.key
         )
         taken = [buffers for user in self.pending for buffers in user.buffers_in_use()]
@@ -71,6 +71,6 @@ class Stream:
         free = (buffers for buffers in in_turn if not any(buffers is other for other in taken))
         buffers = next(free, None)
         if buffers is None:  # for this pass alone
-            buffers = BufferSlot.allocate(num_tokens, config.hidden_size, config.num_experts_per_tok)
+            buffers = BatchBuffers.allocate(num_tokens, config.hidden_size, config.num_experts_per_tok)
         buffers.lock_pages()
         return buffers

@@ -13,7 +13,7 @@ from ..arrays.checks import Array, bfloat16
 from ..arrays.device import DeviceArray, device_array, given_back, new_like
 from ..arrays.library import is_of
 from ..arrays.spec import ArraySpec
-from ..buffers import BufferSlot
+from ..buffers import BatchBuffers
 from ..config import MoEConfig
 from .batch import Batch
 from .deferral import LayerOutput
@@ -55,7 +55,7 @@ class _Pass(NamedTuple):
 
     prepared: _PreparedPass
     result: DeviceArray
-    buffers: BufferSlot
+    buffers: BatchBuffers
     received: StreamOutput | None
     arrays: list[DeviceArray]  #: what is copied down
 
@@ -81,7 +81,7 @@ class StreamRunner:
         self._hidden = ArraySpec((bfloat16,), ("T", config.hidden_size))
         self._lock = ext.CallLock("cuda_stream", of_engine=True)  # of `_pending`: streams are many
         self._pending: tuple[Stream, _Pass] | None = None
-        self._prepared: weakref.WeakKeyDictionary[BufferSlot, dict[Any, _PreparedPass]] = (
+        self._prepared: weakref.WeakKeyDictionary[BatchBuffers, dict[Any, _PreparedPass]] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -142,7 +142,7 @@ class StreamRunner:
             ext.cuda.raise_error()
             return given_back(ready.result, stream.handle)
 
-    def buffers_in_use(self) -> list[BufferSlot]:
+    def buffers_in_use(self) -> list[BatchBuffers]:
         """The buffers of a pass that was submitted, and of what it begins with."""
         if self._pending is None:
             return []
@@ -195,7 +195,7 @@ class StreamRunner:
 
     def _prepared_pass(
         self,
-        buffers: BufferSlot,
+        buffers: BatchBuffers,
         received: LayerOutput | None,
         skip_experts: Array | None,
         arrays: list[DeviceArray],
@@ -216,7 +216,7 @@ class StreamRunner:
 
     def _prepare_pass(
         self,
-        buffers: BufferSlot,
+        buffers: BatchBuffers,
         received: LayerOutput | None,
         skip_experts: Array | None,
         arrays: list[DeviceArray],

@@ -104,7 +104,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         Returns
         -------
         ndarray of bfloat16 [T, H], or `out`
-            New, or, with `reuse_buffers`, valid until the next pass that is written to the same slot.
+            New, or, with `reuse_buffers`, valid until the next pass that is written to the same buffers.
 
         Raises
         ------
@@ -235,7 +235,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         grad_input : array of bfloat16 [T, H], optional
         grad_weights : array of float32 [T, P], optional
             Where to write the gradients of the input and of the routing weights, which are never added to;
-            by default new arrays, or, with `reuse_buffers`, the slot's, also when `gradients` has some.
+            by default new arrays, or, with `reuse_buffers`, the buffers', also when `gradients` has some.
 
         Returns
         -------

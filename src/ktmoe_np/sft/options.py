@@ -56,11 +56,11 @@ class SFTOptions:
     -----
     The results of a step are new arrays by default, which later steps do not change. With `reuse_buffers`
 
-    - outputs, `grad_input` and `grad_weights` come from slot ``layer_idx % 2`` of `KExpertsSFTBuffer`. They
-      are valid until the next pass of the same kind, forward or backward, with the same T, H and P, by this
-      layer or another with that slot: layer 2 overwrites the results of layer 0, layer 1 does not.
+    - outputs, `grad_input` and `grad_weights` come from buffers ``layer_idx % 2`` of `KExpertsSFTBuffer`.
+      They are valid until the next pass of the same kind, forward or backward, with the same T, H and P, by
+      this layer or another with those buffers: layer 2 overwrites the results of layer 0, layer 1 does not.
     - gradients of matrices are arrays of the layer, valid until its next backward pass without `gradients`.
-    - every thread has its own slots and its own arrays of each layer.
+    - every thread has its own buffers and its own arrays of each layer.
     - inputs of a pass, and results that wait for their ``sync_*``, are not overwritten: such a pass gets new
       arrays. (If a tensor of another library shares memory with a result, it is refused instead.)
     - a batch of another T has other arrays, and does not overwrite earlier results.

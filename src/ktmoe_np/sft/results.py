@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays.checks import Array, bfloat16
-from ..buffers import Claim, KExpertsSFTBuffer, SFTBufferSlot
+from ..buffers import Claim, KExpertsSFTBuffer, SFTBatchBuffers
 
 if TYPE_CHECKING:
     from .lora import LoraLayer
@@ -40,9 +40,9 @@ class Results:
     def output(self, num_tokens: int, hidden_states: Any, claim: Claim | None) -> Array:
         """For a forward pass: bfloat16 [T, H]."""
         if self._reuse:
-            slot = self._slot(num_tokens)
-            if _disjoint(slot.output, hidden_states) and slot.claims.take("output", claim):
-                return slot.output.view()
+            buffers = self._buffers(num_tokens)
+            if _disjoint(buffers.output, hidden_states) and buffers.claims.take("output", claim):
+                return buffers.output.view()
         return np.empty((num_tokens, self._config.hidden_size), bfloat16)
 
     def row_gradients(
@@ -50,9 +50,9 @@ class Results:
     ) -> tuple[Array, NDArray[np.float32]]:
         """For a backward pass: the gradients of the input, bfloat16 [T, H], and of the weights, [T, P]."""
         if self._reuse:
-            slot = self._slot(num_tokens)
-            if _disjoint(slot.grad_input, grad_output) and slot.claims.take("gradients", claim):
-                return slot.grad_input.view(), slot.grad_weights.view()
+            buffers = self._buffers(num_tokens)
+            if _disjoint(buffers.grad_input, grad_output) and buffers.claims.take("gradients", claim):
+                return buffers.grad_input.view(), buffers.grad_weights.view()
         shape = num_tokens, self._config.num_experts_per_tok
         return np.empty((num_tokens, self._config.hidden_size), bfloat16), np.empty(shape, np.float32)
 
@@ -65,18 +65,18 @@ class Results:
         return {name: np.empty(shape, np.float32) for name, shape in self._shapes.items()}
 
     def claim_given(self, name: str, given: Iterable[Any], num_tokens: int, claim: Claim | None) -> None:
-        """Let a pass claim the slot's arrays too where the caller's arrays share their memory."""
+        """Let a pass claim the buffers' arrays too where the caller's arrays share their memory."""
         if not self._reuse or claim is None:
             return
-        slot = self._slot(num_tokens)
-        own = (slot.output,) if name == "output" else (slot.grad_input, slot.grad_weights)
+        buffers = self._buffers(num_tokens)
+        own = (buffers.output,) if name == "output" else (buffers.grad_input, buffers.grad_weights)
         if any(not _disjoint(mine, array) for mine in own for array in given):
-            slot.claims.take(name, claim)
+            buffers.claims.take(name, claim)
 
-    def _slot(self, num_tokens: int) -> SFTBufferSlot:
+    def _buffers(self, num_tokens: int) -> SFTBatchBuffers:
         config = self._config
-        slots = KExpertsSFTBuffer.get_buffer(num_tokens, config.hidden_size, config.num_experts_per_tok)
-        return slots[config.layer_idx % KExpertsSFTBuffer.buffer_depth]
+        both = KExpertsSFTBuffer.get_buffer(num_tokens, config.hidden_size, config.num_experts_per_tok)
+        return both[config.layer_idx % KExpertsSFTBuffer.buffer_depth]
 
 
 def _disjoint(array: Array, read: Any) -> bool:
