@@ -93,10 +93,10 @@ def test_specs_are_frozen_and_hashable() -> None:
             {"kind": "situ", "beta2": math.inf},
             "activation: got situ with beta2=inf, expected positive",
         ),
-        ({"kind": "gelu", "limit": 3.0}, "activation: got gelu with limit=3.0, expected"),
+        ({"kind": "gelu", "limit": 3.0}, "activation: got gelu with limit=3.0, expected no"),
         (
             {"kind": "silu_ungated", "limit": 3.0},
-            "activation: got silu_ungated with limit=3.0, expected",
+            "activation: got silu_ungated with limit=3.0, expected no",
         ),
         (
             {"kind": "gelu", "gated": False},
@@ -298,7 +298,10 @@ HF_BASE = {"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64, "moe_i
         ({"n_routed_experts": 9}, "config: num_experts: got num_experts=8, n_routed_experts=9, expected"),
         ({"num_experts": 0}, "num_experts: got 0, expected at least 1"),
         ({"hidden_act": "quick_gelu"}, "config: activation: got 'quick_gelu', expected one of silu"),
-        ({"hidden_act": "gelu", "swiglu_limit": 7.0}, "activation: got gelu with limit=7.0, expected none"),
+        (
+            {"hidden_act": "gelu", "swiglu_limit": 7.0},
+            "activation: got gelu with limit=7.0, expected no limit",
+        ),
         (
             {"hidden_act": "situ", "activation_situ_beta": 4.0},
             "config: activation_situ_linear_beta: got none",

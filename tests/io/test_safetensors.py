@@ -187,8 +187,8 @@ OTHER = {"dtype": "U8", "shape": [4], "data_offsets": [20, 24]}
         (entry(data_offsets=[0, 20]), r"tensor 'a': got F32 of shape \[2, 3\], 24 bytes, expected 20, what"),
         (entry(dtype="BF16"), r"tensor 'a': got BF16 of shape \[2, 3\], 12 bytes, expected 24, what"),
         ({**entry(), "b": OTHER}, "tensors 'a' and 'b' overlap"),
-        ({**entry(), "__metadata__": {"a": 1}}, "__metadata__: got .*, expected strings by names"),
-        ({**entry(), "__metadata__": [1]}, "__metadata__: got .*, expected strings by names"),
+        ({**entry(), "__metadata__": {"a": 1}}, "__metadata__: got .*, expected an object of strings"),
+        ({**entry(), "__metadata__": [1]}, "__metadata__: got .*, expected an object of strings"),
     ],
 )
 def test_lying_headers(tmp_path: Path, header: Any, message: str) -> None:

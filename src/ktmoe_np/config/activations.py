@@ -97,7 +97,7 @@ class ActivationSpec:
                 raise ValueError(f"activation: got {got}, expected one that fits a float") from None
             if name not in used:
                 if value != neutral:
-                    raise ValueError(f"activation: got {self.name} with {name}={value!r}, expected none")
+                    raise ValueError(f"activation: got {self.name} with {name}={value!r}, expected no {name}")
             elif not value > 0 or (math.isinf(value) and name != "limit"):
                 got = f"{self.name} with {name}={value!r}"
                 raise ValueError(f"activation: got {got}, expected positive and finite")

@@ -101,7 +101,7 @@ def parse_header(path: Path, text: bytes, num_bytes: int) -> tuple[dict[str, Ten
 
 def _check_metadata(path: Path, metadata: object) -> Mapping[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{path}: __metadata__: got {shown(metadata)}, expected strings by names")
+        raise ValueError(f"{path}: __metadata__: got {shown(metadata)}, expected an object of strings")
     return metadata
 
 
