@@ -25,6 +25,7 @@ from ._tree import CPP_SUFFIXES, ROOT, files_under, name_of
 MOST_FILES = {
     "iq4_?xs": 3,  # the format, its line, its reference
     "swiglu_?step": 5,  # its line, formula and derivative, its reference, its formula for experts on a GPU
+    "avx_?vnni": 3,  # its line, the CPU feature, its header
     "(?<!a)mx_?fp8": 5,  # the format, its line, the entry of its method, its reference, its tensors
 }
 
@@ -34,6 +35,11 @@ def test_an_addition_touches_few_files(sample: str) -> None:
     files = files_under("cpp", "src", suffixes=CPP_SUFFIXES | {".py"})
     found = [name_of(path) for path in files if re.search(sample, path.read_text(), re.IGNORECASE)]
     assert 0 < len(found) <= MOST_FILES[sample], "\n".join(found)
+
+
+def test_the_readme_names_every_instruction_set() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [isa for isa in ext.isa_info()["known"] if isa != "amx_emu" and f"`{isa}`" not in text] == []
 
 
 @pytest.mark.parametrize(

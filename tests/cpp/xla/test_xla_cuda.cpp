@@ -156,7 +156,7 @@ TEST_CASE("xla on cuda: what is wrong with a call") {
         "moe_forward: stream: got one that is being captured, expected a program that is run call by call");
   fake_cuda().capture(test::stream, false);
   CHECK(Frame().arg(static_cast<DataType>(1), {1}, a.x).call(on_cuda::forward) ==
-        "moe_forward: got an array of another dtype than bfloat16, float32, int32, uint32, int64");
+        "moe_forward: arrays: got another dtype, expected bfloat16, float32, int32, uint32 or int64");
   has_stream = false;
   CHECK(forward_of(a, layer).call(on_cuda::forward) == "moe_forward: XLA gives no stream");
   has_stream = true;
