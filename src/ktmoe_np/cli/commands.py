@@ -62,6 +62,8 @@ _EVAL = (
     "Prints bits per byte (lower is better) with the experts computed by several methods: what quantizing "
     "them costs."
 )
+#: What `eval` compares unless it is told.
+_EVALUATED = ["BF16", "AMXINT8", "AMXINT4", "MOE_INT4"]
 _FINETUNE = (
     "Adapters of all experts are trained on nine tenths of the text; the last tenth is held out. The "
     "output directory gets the adapters in PEFT's format, the losses as CSV and as a picture, and a state: "
@@ -169,9 +171,9 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
     command.add_argument(
         "--methods",
         type=method_names,
-        default=["BF16", "AMXINT8", "AMXINT4", "MOE_INT4"],
+        default=_EVALUATED,
         metavar="M,...",
-        help="default BF16,AMXINT8,AMXINT4,MOE_INT4",
+        help=f"default {','.join(_EVALUATED)}",
     )
     _add_adapter(command)
     _add_threads_and_json(command)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +10,15 @@ from numpy.typing import DTypeLike, NDArray
 
 from .activation import Array, round_bf16
 from .forward import rows_by_expert
-from .inputs import AnyArray, ForwardInputs, Weights, check_inputs, check_out_dtype, finite_rows
+from .inputs import (
+    AnyArray,
+    ForwardInputs,
+    LayerOptions,
+    Weights,
+    check_inputs,
+    check_out_dtype,
+    finite_rows,
+)
 from .rounding import EPS, TINY, Rounding, in_range
 
 __all__ = ["assert_within", "error_bound"]
@@ -28,7 +36,7 @@ def error_bound(
     max_chain: int | None = None,
     sigmas: float | None = None,
     activation_ulps: float = 8.0,
-    **options: Any,
+    **options: Unpack[LayerOptions],
 ) -> Array:
     """Largest difference of each element between any two evaluations that keep the specification.
 

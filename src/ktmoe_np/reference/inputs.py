@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import ml_dtypes
 import numpy as np
@@ -69,6 +69,20 @@ class ForwardInputs:
 def finite_rows(x: AnyArray) -> NDArray[np.bool_]:
     """Whether each row of x contains only finite numbers."""
     return np.asarray(np.isfinite(x.astype(np.float64)).all(axis=1))
+
+
+class LayerOptions(TypedDict, total=False):
+    """The keywords that `moe_forward` and `error_bound` share; see the former."""
+
+    gate_bias: AnyArray | None
+    up_bias: AnyArray | None
+    down_bias: AnyArray | None
+    activation: str | ActivationSpec | Mapping[str, Any]
+    gpu_experts_mask: AnyArray | None
+    physical_to_logical_map: AnyArray | None
+    base: AnyArray | None
+    product: str
+    scale_inputs: bool
 
 
 def check_inputs(
