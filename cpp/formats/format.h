@@ -24,18 +24,18 @@ inline constexpr size_t kNumFormats = static_cast<size_t>(FormatId::kCount);
 struct WeightView {
   const std::byte* data = nullptr;
   ptrdiff_t row_stride_bytes = 0;
-  uint32_t k = 0;                        // elements of a row
-  const float* channel_scale = nullptr;  // one value per row, if the format has it
-  const std::byte* scales = nullptr;     // rows of separate block scales, if the format has them
-  ptrdiff_t scales_stride_bytes = 0;
-  uint32_t scales_row = 0;  // number of row 0 within the matrix: a row of scales serves several rows
+  uint32_t k = 0;                           // elements of a row
+  const float* channel_scale = nullptr;     // one value per row, if the format has it
+  const std::byte* block_scales = nullptr;  // rows of separate block scales, if the format has them
+  ptrdiff_t block_scales_stride_bytes = 0;
+  uint32_t block_scales_row = 0;  // number of row 0 within the matrix: a row of scales serves several rows
   FormatId format = FormatId::kBf16;
 
   const std::byte* row(size_t n) const { return data + static_cast<ptrdiff_t>(n) * row_stride_bytes; }
   // The block scales of row n; one row of scales serves `rows` rows of the matrix.
-  const std::byte* scales_of(size_t n, uint32_t rows) const {
-    const uint32_t numbered = scales_row + static_cast<uint32_t>(n);  // modulo 2^32, see numbered_from
-    return scales + static_cast<ptrdiff_t>(numbered / rows) * scales_stride_bytes;
+  const std::byte* block_scales_of(size_t n, uint32_t rows) const {
+    const uint32_t numbered = block_scales_row + static_cast<uint32_t>(n);  // modulo 2^32, see numbered_from
+    return block_scales + static_cast<ptrdiff_t>(numbered / rows) * block_scales_stride_bytes;
   }
 
   // The rows from n on, row n numbered 0.
@@ -43,21 +43,21 @@ struct WeightView {
     WeightView rest = *this;
     rest.data = row(n);
     if (channel_scale) rest.channel_scale += n;
-    rest.scales_row += static_cast<uint32_t>(n);
+    rest.block_scales_row += static_cast<uint32_t>(n);
     return rest;
   }
   // In place of from(1).
   void next_row() {
     data += row_stride_bytes;
     if (channel_scale) ++channel_scale;
-    ++scales_row;
+    ++block_scales_row;
   }
   // The same rows, the first numbered n.
   WeightView numbered_from(size_t n) const {
     WeightView same = *this;
     same.data -= static_cast<ptrdiff_t>(n) * row_stride_bytes;
     if (channel_scale) same.channel_scale -= n;
-    same.scales_row -= static_cast<uint32_t>(n);  // modulo 2^32, as n is added again
+    same.block_scales_row -= static_cast<uint32_t>(n);  // modulo 2^32, as n is added again
     return same;
   }
 };

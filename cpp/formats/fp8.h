@@ -93,7 +93,7 @@ struct UnpackE4m3 {
     const std::byte *data, *scales;
     Row() = default;
     KT_INLINE Row(const WeightView& w, size_t n)
-        : data(w.row(n)), scales(w.scales_of(n, Scaled::kScaleRows)) {}
+        : data(w.row(n)), scales(w.block_scales_of(n, Scaled::kScaleRows)) {}
     KT_INLINE float scale(size_t k) const { return Scaled::scale(scales, k); }
   };
 };
@@ -105,7 +105,7 @@ struct Unpack<formats::Fp8> : UnpackE4m3<formats::Fp8> {
   static KT_INLINE void decode_tile(const WeightView& rows, size_t k, std::byte* to, ptrdiff_t line)
     requires Decoder::kDecodesTiles
   {
-    const float scale = formats::Fp8::scale(rows.scales_of(0, formats::Fp8::kScaleRows), k);
+    const float scale = formats::Fp8::scale(rows.block_scales_of(0, formats::Fp8::kScaleRows), k);
     Decoder::decode_tile(rows, k, scale, to, line);
   }
 };

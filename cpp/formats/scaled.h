@@ -16,7 +16,7 @@ struct ScaledNibbles {
 
   static constexpr size_t row_bytes(size_t k) { return nibble_bytes(k); }
   static void decode(const WeightView& w, size_t n, float* out) {
-    const std::byte* scales = w.scales_of(n, kScaleRows);
+    const std::byte* scales = w.block_scales_of(n, kScaleRows);
     for (size_t i = 0; i < w.k; ++i) {
       const auto number = static_cast<float>(F::code(nibble_at(w.row(n), i)));
       out[i] = to_float(to_bf16(number * F::scale(scales, i)));
@@ -32,7 +32,7 @@ struct ScaledE4m3 {
 
   static constexpr size_t row_bytes(size_t k) { return k; }
   static void decode(const WeightView& w, size_t n, float* out) {
-    const std::byte* scales = w.scales_of(n, kScaleRows);
+    const std::byte* scales = w.block_scales_of(n, kScaleRows);
     for (size_t i = 0; i < w.k; ++i) {
       const float number = kE4m3[static_cast<uint8_t>(w.row(n)[i])];
       out[i] = to_float(to_bf16(number * F::scale(scales, i)));

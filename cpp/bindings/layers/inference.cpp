@@ -127,8 +127,8 @@ void add_block_scales(const Projection& p, Arrays& owners, std::vector<WeightVie
               {(p.rows + serves - 1) / serves, width}, owners,
               [&](const Array& a, size_t axis, const std::byte* data) {
                 a.expect_contiguous_rows();
-                view->scales = data;
-                (view++)->scales_stride_bytes = static_cast<ptrdiff_t>(a.stride_bytes(axis));
+                view->block_scales = data;
+                (view++)->block_scales_stride_bytes = static_cast<ptrdiff_t>(a.stride_bytes(axis));
               });
 }
 

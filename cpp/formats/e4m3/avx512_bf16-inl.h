@@ -76,8 +76,8 @@ struct E4m3Avx512Bf16 : E4m3Avx512 {
   static KT_INLINE void decode_tile_of_groups(const WeightView& rows, size_t k, size_t group, std::byte* to,
                                               ptrdiff_t line) {
     const E4m3Table table(1.0f);
-    const std::byte *row = rows.data, *scale = rows.scales_of(0, 1) + k / group;
-    const ptrdiff_t stride = rows.row_stride_bytes, scales_stride = rows.scales_stride_bytes;
+    const std::byte *row = rows.data, *scale = rows.block_scales_of(0, 1) + k / group;
+    const ptrdiff_t stride = rows.row_stride_bytes, scales_stride = rows.block_scales_stride_bytes;
     for (uint32_t r = 0; r < kRows; r += 2) {
       prefetch(row, stride, line);
       const int power0 = static_cast<int>(scale[0]) - 127,

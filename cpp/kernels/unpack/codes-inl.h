@@ -89,7 +89,7 @@ struct NibbleRow {
   const std::byte *data, *scales;
   NibbleRow() = default;
   KT_INLINE NibbleRow(const WeightView& w, size_t n)
-      : data(w.row(n)), scales(w.scales_of(n, Format::kScaleRows)) {}
+      : data(w.row(n)), scales(w.block_scales_of(n, Format::kScaleRows)) {}
 
   KT_INLINE Vec::Segment segment(size_t k) const { return scaled(data + k / 2, k, Vec::kStep); }
   // Behind the end of the row are zeros: any other number times a large scale could become infinite, and

@@ -49,9 +49,9 @@ void copy_expert(const Block& block, size_t e, std::byte* to) {
     const Span rows = block.rows_of_scales();
     for (uint32_t i = rows.begin; i < rows.end; ++i)
       std::memcpy(scales + (i - rows.begin) * block.scale_bytes,
-                  source.scales_of(size_t{i} * block.scale_rows, block.scale_rows), block.scale_bytes);
-    copy.scales = scales, copy.scales_stride_bytes = static_cast<ptrdiff_t>(block.scale_bytes);
-    copy.scales_row = block.rows.begin % block.scale_rows;
+                  source.block_scales_of(size_t{i} * block.scale_rows, block.scale_rows), block.scale_bytes);
+    copy.block_scales = scales, copy.block_scales_stride_bytes = static_cast<ptrdiff_t>(block.scale_bytes);
+    copy.block_scales_row = block.rows.begin % block.scale_rows;
   }
   (*block.target)[e] = copy.numbered_from(block.rows.begin);
 }

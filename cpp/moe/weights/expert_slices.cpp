@@ -100,8 +100,8 @@ class Copies {
     const auto bytes = [&](size_t k) { return format_scale_bytes(matrix.format, k); };
     const size_t line = bytes(cut.columns.size());
     to += (cut.to_scale_row + first - cut.rows.begin / serves) * line;
-    const std::byte* from = matrix.scales_of(first * serves, static_cast<uint32_t>(serves));
-    copies_.push_back({from + bytes(cut.columns.begin), matrix.scales_stride_bytes, to, line,
+    const std::byte* from = matrix.block_scales_of(first * serves, static_cast<uint32_t>(serves));
+    copies_.push_back({from + bytes(cut.columns.begin), matrix.block_scales_stride_bytes, to, line,
                        bytes(cut.columns.end) - bytes(cut.columns.begin), behind - first});
   }
 

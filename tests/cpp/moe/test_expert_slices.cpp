@@ -37,8 +37,8 @@ struct Expert {
       w.channel_scale = reinterpret_cast<const float*>(draw(rows * sizeof(float)).data());
     if (const uint32_t serves = format_scale_rows(format)) {
       const size_t bytes = format_scale_bytes(format, columns);
-      w.scales = draw(div_up(rows, serves) * bytes).data();
-      w.scales_stride_bytes = static_cast<ptrdiff_t>(bytes);
+      w.block_scales = draw(div_up(rows, serves) * bytes).data();
+      w.block_scales_stride_bytes = static_cast<ptrdiff_t>(bytes);
     }
     return w;
   }

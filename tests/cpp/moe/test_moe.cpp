@@ -83,8 +83,8 @@ TEST_CASE("scales that several rows share go to every node that has one of the r
     const auto view = [](const std::vector<std::byte>& codes, const std::vector<float>& s, int64_t columns) {
       WeightView w{codes.data(), static_cast<ptrdiff_t>(columns), static_cast<uint32_t>(columns)};
       w.format = FormatId::kFp8;
-      w.scales = reinterpret_cast<const std::byte*>(s.data());
-      w.scales_stride_bytes = static_cast<ptrdiff_t>((columns + 127) / 128 * 4);
+      w.block_scales = reinterpret_cast<const std::byte*>(s.data());
+      w.block_scales_stride_bytes = static_cast<ptrdiff_t>((columns + 127) / 128 * 4);
       return w;
     };
     ExpertWeights weights;

@@ -54,8 +54,8 @@ class GoldenMatrices {
       view.format = format_;
       if (!channel_scale_.empty()) view.channel_scale = channel_scale_.data() + e * rows_;
       if (!scales_.empty()) {
-        view.scales = scales_.data() + e * scale_rows_ * scale_bytes_;
-        view.scales_stride_bytes = static_cast<ptrdiff_t>(scale_bytes_);
+        view.block_scales = scales_.data() + e * scale_rows_ * scale_bytes_;
+        view.block_scales_stride_bytes = static_cast<ptrdiff_t>(scale_bytes_);
       }
       all.push_back(view);
     }
