@@ -94,21 +94,21 @@ class Experts(nn.Module):
         super().__init__()
         self.c = c
         self.gate = nn.Linear(c.hidden_size, c.num_experts, bias=False)
-        inner = c.num_experts * c.moe_intermediate_size
-        self.gate_proj = nn.Linear(c.hidden_size, inner, bias=False)  # of all experts, one below the other
-        self.up_proj = nn.Linear(c.hidden_size, inner, bias=False)
-        self.down_proj = nn.Linear(inner, c.hidden_size, bias=False)  # of all experts, side by side
+        hidden = c.num_experts * c.moe_intermediate_size
+        self.gate_proj = nn.Linear(c.hidden_size, hidden, bias=False)  # of all experts, one below the other
+        self.up_proj = nn.Linear(c.hidden_size, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, c.hidden_size, bias=False)  # of all experts, side by side
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         c = self.c
         chances = F.linear(x.float(), self.gate.weight.float()).softmax(-1)
         best, ids = chances.topk(c.num_experts_per_tok, -1)
         weights = torch.zeros_like(chances).scatter(-1, ids, best / best.sum(-1, keepdim=True))
-        inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
-        inner = inner.unflatten(-1, (c.num_experts, -1)) * weights.to(inner.dtype).unsqueeze(-1)
+        hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        hidden = hidden.unflatten(-1, (c.num_experts, -1)) * weights.to(hidden.dtype).unsqueeze(-1)
         used = (weights > 0).float().mean((0, 1)) / c.num_experts_per_tok
         balance = c.num_experts * (used * chances.mean((0, 1))).sum()  # 1 when all are used alike
-        return self.down_proj(inner.flatten(-2)), balance
+        return self.down_proj(hidden.flatten(-2)), balance
 
 
 class Layer(nn.Module):

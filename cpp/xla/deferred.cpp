@@ -14,7 +14,7 @@
 #include "moe/deferred_pass.h"
 #include "runtime/per_process.h"
 #include "xla/batch.h"
-#include "xla/work.h"
+#include "xla/host_task.h"
 
 namespace ktmoe::xla {
 namespace {
@@ -171,12 +171,12 @@ void run_parts(CPUInfer& engine, const std::shared_ptr<ProgramPass>& pass) {
   const size_t num = pass->pass().num_chunks();
   attempt([&] {
     for (size_t i = 0; i < num; ++i) {
-      auto work = std::make_unique<Work>([pass, i] { pass->pass().compute_immediate(i); });
+      auto work = std::make_unique<HostTask>([pass, i] { pass->pass().compute_immediate(i); });
       tickets.push_back(engine.submit(std::move(work), /*wake=*/false));
     }
     const bool has_deferred = pass->pass().output() != nullptr && !pass->pass().is_joint();
     for (size_t i = 0; has_deferred && i < num; ++i)
-      engine.submit(std::make_unique<Work>([pass, i] {
+      engine.submit(std::make_unique<HostTask>([pass, i] {
         try {
           pass->pass().compute_deferred(i);
         } catch (...) {  // the output has it, for the next layer's call

@@ -6,7 +6,7 @@
 #include "xla/batch.h"
 #include "xla/cuda_calls.h"
 #include "xla/deferred.h"
-#include "xla/work.h"
+#include "xla/host_task.h"
 
 namespace ktmoe::xla {
 namespace {

@@ -309,7 +309,7 @@ def test_convert_errors(source: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "file").write_bytes(b"")
     for arguments, message in [
         ([tmp_path / "nowhere", tmp_path / "x"], "no such file or directory"),
-        ([bare, tmp_path / "x"], "no layer has experts in a naming known here"),
+        ([bare, tmp_path / "x"], "no layer has experts under known tensor names"),
         ([source, tmp_path / "x", "--layers=1-3"], "layer 3 has no experts; layers with experts: 0, 1, 2"),
         ([source, source], "model-00001-of-00002.safetensors in it, expected a directory of its own"),
         ([source, tmp_path / "file"], "got a file, expected a directory"),

@@ -116,7 +116,10 @@ def test_verify_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         ([str(tmp_path)], "no *.safetensors file"),
         ([str(bare)], "no layer has experts"),
         ([str(bare), "--layer=0"], "config.json: no such file or directory"),
-        ([str(model), "--layer=7"], "layer 7 has no experts in a naming known here; layers with experts: 1"),
+        (
+            [str(model), "--layer=7"],
+            "layer 7 has no experts under known tensor names; layers with experts: 1",
+        ),
         ([str(model), "--method=FP5"], "method: got 'FP5'"),
     ]:
         assert main(["verify", *arguments]) == 2

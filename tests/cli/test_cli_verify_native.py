@@ -221,7 +221,7 @@ def test_verify_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     write_checkpoint(paths["plain"], "qwen3_moe", [1], E=4, I=32, H=64)
     write_gguf(paths["gguf"])
     model = paths["gguf"] / "model.gguf"
-    other = "has no experts in a naming known here; layers with experts: 5"
+    other = "has no experts under known tensor names; layers with experts: 5"
     for path, arguments, message in [
         (paths["int4"], ["--method=MXFP4"], "the experts of layer 5: got RAWINT4, expected MXFP4"),
         (

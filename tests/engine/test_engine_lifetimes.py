@@ -257,7 +257,7 @@ def resident_bytes() -> int:
 def test_thousands_of_calls_leave_nothing(layer: Layer, batch: Batch) -> None:
     moe = layer.wrapper(P)
     small, wrong = batch.rows(slice(2)), bad(batch)
-    held = (*small, *wrong, *layer.matrices, moe)
+    kept = (*small, *wrong, *layer.matrices, moe)
 
     def calls(num: int) -> None:
         for _ in range(num):
@@ -274,10 +274,10 @@ def test_thousands_of_calls_leave_nothing(layer: Layer, batch: Batch) -> None:
 
     calls(300)
     gc.collect()
-    counts, resident = [sys.getrefcount(thing) for thing in held], resident_bytes()
+    counts, resident = [sys.getrefcount(thing) for thing in kept], resident_bytes()
     calls(200 if IS_SLOW else 1000)
     gc.collect()
-    assert [sys.getrefcount(thing) for thing in held] == counts
+    assert [sys.getrefcount(thing) for thing in kept] == counts
     assert resident_bytes() - resident < 2 << 20
 
     tracemalloc.start()

@@ -82,7 +82,7 @@ def output_of(script: str, timeout: float = 120.0) -> str:
 
 def test_an_interrupt_never_leaves_a_lock_taken() -> None:
     script = """
-lock, held, stop = ext.CallLock("x"), 0, threading.Event()
+lock, times, stop = ext.CallLock("x"), 0, threading.Event()
 
 def interrupt(*_):
     raise KeyboardInterrupt
@@ -102,14 +102,14 @@ while num < 300:
         signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 1e-3))
         while True:
             with lock:
-                held += 1
+                times += 1
     except KeyboardInterrupt:
         num += 1
     with lock:  # not held by this thread
         pass
 stop.set()
 thread.join(20)
-print(thread.is_alive(), held > 0)
+print(thread.is_alive(), times > 0)
 """
     assert output_of(script) == "False True\n"
 

@@ -195,7 +195,8 @@ def test_experts_in_an_unknown_form(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.experts.0.gate_proj.qweight"
     write_safetensors(tmp_path / "model.safetensors", {name: zeros(4, dtype=np.int32)})
     message = (
-        r"layer 0 has experts, but in no naming known here, e\.g\. '.*\.experts\.\{e\}\.gate_proj\.qweight'"
+        r"layer 0 has experts, but under no known tensor names, "
+        r"e\.g\. '.*\.experts\.\{e\}\.gate_proj\.qweight'"
     )
     with pytest.raises(ValueError, match=message):
         load_experts(tmp_path, 0)

@@ -177,7 +177,7 @@ def test_dense_models_and_strange_names(tmp_path: Path) -> None:
         ("mlp.down_proj.weight", "no layer has experts: a dense model (model_type 'llama')"),
         (
             "moe.experts.0.wide.weight",
-            "has experts, but in no naming known here, e.g. 'model.layers.0.moe.exp",
+            "has experts, but under no known tensor names, e.g. 'model.layers.0.moe.exp",
         ),
     ]:
         write_safetensors(tmp_path / "model.safetensors", {f"model.layers.0.{name}": np.zeros((2, 2))})

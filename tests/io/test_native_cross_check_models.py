@@ -171,10 +171,10 @@ def saved(case: Case, path: Path) -> Any:
     }
     experts = named(case, tensors_of(case, np.random.default_rng(0)))
     save_file(others | experts, file, {"format": "pt"})
-    described = json.loads((path / "config.json").read_text())
+    config = json.loads((path / "config.json").read_text())
     if case.quantization is not None:
-        described["quantization_config"] = {**case.quantization, "dequantize": True}
-    (path / "config.json").write_text(json.dumps(described))
+        config["quantization_config"] = {**case.quantization, "dequantize": True}
+    (path / "config.json").write_text(json.dumps(config))
     return made
 
 

@@ -76,5 +76,5 @@ def test_another_method_than_the_checkpoints_is_refused(tmp_path: Path) -> None:
     path, _ = checkpoint(tmp_path, "rawint4")
     with pytest.raises(ValueError, match="RAWINT4"):
         KTMoEWrapper.from_pretrained(path, LAYER, method="MXFP4")
-    with pytest.raises(ValueError, match="layer 5 has experts, but in no naming known here"):
+    with pytest.raises(ValueError, match="layer 5 has experts, but under no known tensor names"):
         KTMoEWrapper.from_pretrained(path, LAYER, method="BF16")

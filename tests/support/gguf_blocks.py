@@ -69,7 +69,7 @@ _SET_SCALES: Mapping[str, Callable[[AnyArray, AnyArray], None]] = {
 }
 
 
-def _described(fmt: GgufFormat) -> GgufBlock:
+def _block_of(fmt: GgufFormat) -> GgufBlock:
     """Find the float16 numbers of a type: with one that is infinite, a block of zeros is no more finite."""
     halves = []
     for at in range(fmt.block_bytes - 1):
@@ -90,5 +90,5 @@ def _decoded(blocks: AnyArray, fmt: GgufFormat) -> AnyArray:
 
 #: The types of blocks, by name.
 GGUF_BLOCKS: Mapping[str, GgufBlock] = {
-    name: _described(fmt) for name, fmt in GGUF_FORMATS.items() if fmt.block > 1
+    name: _block_of(fmt) for name, fmt in GGUF_FORMATS.items() if fmt.block > 1
 }

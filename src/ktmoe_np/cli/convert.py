@@ -158,7 +158,7 @@ def _chosen_layers(checkpoint: SafetensorsCheckpoint, wanted: Sequence[int] | No
     """The layers to convert, all of which have experts."""
     there = expert_layers(checkpoint)
     if not there:
-        raise ValueError(f"{checkpoint.path}: no layer has experts in a naming known here")
+        raise ValueError(f"{checkpoint.path}: no layer has experts under known tensor names")
     for layer in wanted or ():
         if layer not in there:
             known = ", ".join(map(str, there))

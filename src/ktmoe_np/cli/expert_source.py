@@ -177,11 +177,11 @@ def _choose(path: Path, layers: Sequence[int], layer_idx: int | None) -> int:
     """The requested layer, or the first; where no layer is known, the loader raises."""
     if layer_idx is None:
         if not layers:
-            raise ValueError(f"{path}: no layer has experts in a naming known here")
+            raise ValueError(f"{path}: no layer has experts under known tensor names")
         return layers[0]
     if layers and layer_idx not in layers:
         known = ", ".join(map(str, layers))
         raise ValueError(
-            f"{path}: layer {layer_idx} has no experts in a naming known here; layers with experts: {known}"
+            f"{path}: layer {layer_idx} has no experts under known tensor names; layers with experts: {known}"
         )
     return layer_idx

@@ -197,7 +197,7 @@ def _no_experts(checkpoint: SafetensorsCheckpoint, model_type: str | None) -> st
     unknown_names = filter(speaks_of_experts, checkpoint.names())
     name = next(unknown_names, None)
     if name is not None:
-        return f"{checkpoint.path}: has experts, but in no naming known here, e.g. {name!r}"
+        return f"{checkpoint.path}: has experts, but under no known tensor names, e.g. {name!r}"
     return f"{checkpoint.path}: no layer has experts: a dense model (model_type {model_type!r})"
 
 

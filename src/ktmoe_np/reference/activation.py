@@ -28,7 +28,7 @@ __all__ = [
     "up_slope",
 ]
 
-#: An array in the precision of the computation: float32, or float64 for the high-precision truth.
+#: An array in the precision of the computation: float32, or float64 for the exact result to compare with.
 Array = NDArray[np.floating[Any]]
 
 erfc = np.frompyfunc(math.erfc, 1, 1)

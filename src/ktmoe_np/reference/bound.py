@@ -108,8 +108,8 @@ def error_bound(
     >>> shapes = (3, 64), (2, 48, 64), (2, 48, 64), (2, 64, 48)
     >>> x, gate, up, down = (draw(shape, np.float32).astype(ml_dtypes.bfloat16) for shape in shapes)
     >>> layer = x, np.array([[0], [1], [0]]), draw((3, 1), np.float32), gate, up, down
-    >>> result, truth = moe_forward(*layer), moe_forward(*layer, accumulate_dtype=np.float64)
-    >>> assert_within(result, truth, error_bound(*layer))
+    >>> result, exact = moe_forward(*layer), moe_forward(*layer, accumulate_dtype=np.float64)
+    >>> assert_within(result, exact, error_bound(*layer))
     """
     rounding = Rounding(max_chain, sigmas, activation_ulps)
     dtype = check_out_dtype(out_dtype)

@@ -125,7 +125,7 @@ def moe_forward(
     scale_inputs : bool, optional
         The routing weights scale the inputs of the experts, as in Llama-4.
     accumulate_dtype : dtype, optional
-        float32, or float64 for a truth to check float32 evaluations against: the roundings to bfloat16
+        float32, or float64 for an exact result to compare with: the roundings to bfloat16
         and the int8 codes and scales of activations stay, everything else is in float64.
 
     Returns

@@ -85,7 +85,7 @@ activation, gpu_experts_mask, physical_to_logical_map, product, scale_inputs, ou
     cache_dtype : dtype, optional
         bfloat16 or float32: what g and u are kept in.
     accumulate_dtype : dtype, optional
-        float32, or float64 for a truth to check float32 evaluations against: the roundings to bfloat16 stay,
+        float32, or float64 for an exact result to compare with: the roundings to bfloat16 stay,
         everything else, a float32 cache included, is in float64.
     exact : bool, optional
         Compute the function that the above approximates: in float64 and without any rounding, whatever the

@@ -50,7 +50,7 @@ class BlockMatrix {
     w.format = format_;
     return w;
   }
-  // The same weights in bf16, by the scalar truth.
+  // The same weights in bf16, by the scalar decoder.
   Matrix decoded(uint32_t rows) const {
     std::vector<float> values(size_t{rows} * k_);
     for (uint32_t n = 0; n < rows; ++n)

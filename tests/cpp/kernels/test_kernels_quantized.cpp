@@ -41,7 +41,7 @@ class Quantized {
     w.format = format_;
     return w;
   }
-  // Row n by the scalar truth, before its scale.
+  // Row n by the scalar decoder, before its scale.
   std::vector<float> row(uint32_t n) const {
     std::vector<float> values(k_);
     with_format(format_, [&](auto f) { decltype(f)::decode(view(), n, values.data()); });

@@ -46,7 +46,7 @@ inline double gelu_tanh(double x) {
   return x * sigmoid(2 * std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x));
 }
 
-inline double truth(const Activation& a, double g, double u) {
+inline double exact_activation(const Activation& a, double g, double u) {
   const double limit = a.limit, g_below = std::min(g, limit), u_within = std::min(std::max(u, -limit), limit);
   if (!a.gated) u = 1;
   switch (a.kind) {

@@ -83,7 +83,7 @@ class Matrix {
     return {reinterpret_cast<const bf16*>(bytes_.data()), stride_ / sizeof(bf16), index};
   }
 
-  // Row r by the scalar truth.
+  // Row r by the scalar decoder.
   std::vector<float> row(uint32_t r) const {
     std::vector<float> values(columns_);
     formats::Bf16::decode({bytes_.data(), static_cast<ptrdiff_t>(stride_), static_cast<uint32_t>(columns_)},

@@ -145,12 +145,12 @@ class WorkAhead {
   }
 
  protected:
-  using Work = void (*)(WorkAhead& self, uint32_t times);
-  KT_INLINE WorkAhead(Work work, uint32_t times) : work_(work), left_(times) {}
+  using Part = void (*)(WorkAhead& self, uint32_t times);
+  KT_INLINE WorkAhead(Part work, uint32_t times) : work_(work), left_(times) {}
   ~WorkAhead() = default;
 
  private:
-  const Work work_;
+  const Part work_;
   uint32_t left_, each_ = 0;
 };
 struct NothingAhead : WorkAhead {

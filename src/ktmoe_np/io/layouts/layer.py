@@ -206,6 +206,6 @@ def find_layer(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> ExpertLayer
     ]
     if unknown_names:
         where = f"{checkpoint.path}: layer {layer_idx}"
-        raise ValueError(f"{where} has experts, but in no naming known here, e.g. {unknown_names[0]!r}")
+        raise ValueError(f"{where} has experts, but under no known tensor names, e.g. {unknown_names[0]!r}")
     others = ", ".join(map(str, expert_layers(checkpoint))) or "none"
     raise ValueError(f"{checkpoint.path}: layer {layer_idx} has no experts; layers with experts: {others}")

@@ -1,4 +1,4 @@
-// Work on the engine on behalf of XLA.
+// Tasks on the engine on behalf of XLA.
 #pragma once
 
 #include <functional>
@@ -12,7 +12,7 @@
 namespace ktmoe::xla {
 
 // It has no references to Python objects.
-class Work final : public FunctionTask {
+class HostTask final : public FunctionTask {
  public:
   using FunctionTask::FunctionTask;
   bool ends_anywhere() const override { return true; }
@@ -22,7 +22,7 @@ class Work final : public FunctionTask {
 // before. It waits until they are done, so they may refer to the caller's stack; only a caller within a task
 // could not wait, and XLA is none.
 inline void run(CPUInfer& engine, size_t num, FunctionRef<void(size_t)> work) {
-  const auto make = [&](size_t i) { return std::make_unique<Work>([work, i] { work(i); }); };
+  const auto make = [&](size_t i) { return std::make_unique<HostTask>([work, i] { work(i); }); };
   run_in_turn(engine, num, make, [&](const Ticket& ticket) { engine.wait(ticket); });
 }
 inline void run(CPUInfer& engine, FunctionRef<void()> work) {
