@@ -4,7 +4,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -14,9 +13,9 @@
 #include "bindings/module.h"
 #include "bindings/tasks/task.h"
 #include "bindings/streams/stream_session.h"
-#include "core/aligned_buffer.h"
 #include "core/error.h"
 #include "runtime/cpuinfer.h"
+#include "runtime/parallel_copy.h"
 #include "runtime/run_in_turn.h"
 
 namespace ktmoe::bindings {
@@ -70,19 +69,14 @@ void run_all(CPUInfer& engine, const std::vector<PythonTask*>& tasks) {
   run_in_turn(engine, tasks.size(), take, [&](const Ticket& ticket) { wait_for_task(engine, ticket); });
 }
 
-// Writing to fresh memory on one thread is slow: every page of it faults.
 void copy(CPUInfer& engine, nb::handle source, nb::handle to) {
-  static constexpr size_t kChunk = size_t{1} << 18;
   const auto from = std::make_shared<Array>(Array::read(source, "source"));
   const auto target = std::make_shared<Array>(Array::write(to, "to"));
   from->expect_contiguous(), target->expect_contiguous().expect_disjoint(*from);
   const size_t bytes = from->bytes();
   if (target->bytes() != bytes) throw_invalid("to: got ", target->bytes(), " bytes, expected ", bytes);
   PythonTask task([from, target, bytes, pool = engine.backend()] {
-    pool->run(static_cast<uint32_t>(div_up(bytes, kChunk)), [&](const Worker&, int, uint32_t i) {
-      const size_t begin = i * kChunk, size = std::min(kChunk, bytes - begin);
-      std::memcpy(target->as<std::byte>() + begin, from->as<const std::byte>() + begin, size);
-    });
+    parallel_copy(*pool, from->as<const std::byte>(), target->as<std::byte>(), bytes);
   });
   run(engine, task);
 }
