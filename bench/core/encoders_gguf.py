@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from .gguf_layer import layer_in_blocks
 from .layer import Layer, to_float32
 
 __all__ = ["GGUF_FORMATS", "GgufFormat"]
@@ -48,20 +49,11 @@ class GgufFormat:
         ValueError
             Rows are not whole blocks.
         """
-        arguments: dict[str, Any] = {}
-        for name in ("gate", "up", "down"):
-            weights = getattr(layer, name)
-            num_experts, num_rows, num_columns = weights.shape
-            if num_columns % self.block:
-                raise ValueError(
-                    f"{self.name}: got rows of {num_columns}, expected a multiple of {self.block}"
-                )
-            rows = np.empty((num_experts, num_rows, num_columns // self.block * self.block_bytes), np.uint8)
-            with ThreadPoolExecutor() as threads:
-                list(threads.map(self._encode_matrix, weights, rows))
-            arguments[f"{name}_proj"], arguments[f"{name}_format"] = rows, self.name
-            arguments[f"{name}_bias"] = getattr(layer, f"{name}_bias")
-        return arguments
+        return layer_in_blocks(layer, self.name, self.block, self.block_bytes, self._write)
+
+    def _write(self, projection: str, weights: Array, rows: Array) -> None:
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(self._encode_matrix, weights, rows))
 
     def _encode_matrix(self, weights: Array, rows: Array) -> None:
         fields = self.encode_blocks(to_float32(weights).reshape(-1, self.block))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .gguf_layer import PROJECTIONS, layer_in_blocks
 from .layer import Array, Layer
 
 __all__ = ["RandomGguf", "random_formats"]
@@ -21,8 +22,6 @@ _POOL = 2503
 
 #: Blocks that are drawn at a time, to keep some of them.
 _DRAWN = 1 << 13
-
-_PROJECTIONS = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -42,44 +41,35 @@ class RandomGguf:
         ValueError
             Rows are not whole blocks.
         """
-        arguments: dict[str, Any] = {}
-        for name in _PROJECTIONS:
-            num_experts, num_rows, num_columns = getattr(layer, name).shape
-            pool, _ = self._pool(num_columns)
-            rows = np.empty((num_experts, num_rows, num_columns // self.block * self.block_bytes), np.uint8)
-            self._fill(name, rows, pool)
-            arguments[f"{name}_proj"], arguments[f"{name}_format"] = rows, self.name
-            arguments[f"{name}_bias"] = getattr(layer, f"{name}_bias")
-        return arguments
+        return layer_in_blocks(layer, self.name, self.block, self.block_bytes, self._write)
+
+    def _write(self, projection: str, weights: Array, rows: Array) -> None:
+        self._fill(projection, rows, _draw_pool(self, weights.shape[2])[0])
 
     def replace_weights(self, layer: Layer) -> None:
         """Replace a layer's bf16 weights with those that `encode` makes blocks of.
 
         Nothing is replaced where rows are not whole blocks: backends then fail to load, with that reason.
         """
-        matrices = {name: getattr(layer, name) for name in _PROJECTIONS}
+        matrices = {name: getattr(layer, name) for name in PROJECTIONS}
         if all(weights.shape[2] % self.block == 0 for weights in matrices.values()):
             for name, weights in matrices.items():
-                self._fill(name, weights, self._pool(weights.shape[2])[1])
+                self._fill(name, weights, _draw_pool(self, weights.shape[2])[1])
 
     def _fill(self, name: str, matrices: Array, pool: Array) -> None:
         """Fill each expert's matrix with the pool: the same blocks, whether `pool` is encoded or decoded."""
-        rng = np.random.default_rng(_PROJECTIONS.index(name))
+        rng = np.random.default_rng(PROJECTIONS.index(name))
         for matrix in matrices:
             blocks = matrix.reshape(-1, pool.shape[1])
             at = (int(rng.integers(len(pool))) + np.arange(len(blocks))) % len(pool)
             blocks[:] = pool[at]
 
-    def _pool(self, num_columns: int) -> tuple[Array, Array]:
-        """Blocks uint8 [n, bytes] for rows of that length, and their weights, bf16 [n, block]."""
-        if num_columns % self.block:
-            raise ValueError(f"{self.name}: got rows of {num_columns}, expected a multiple of {self.block}")
-        return _draw_pool(self, num_columns)
-
 
 @cache
 def _draw_pool(fmt: RandomGguf, num_columns: int) -> tuple[Array, Array]:
-    """Keep the blocks whose root mean square is within a factor of 2 of one size.
+    """Draw blocks uint8 [n, bytes] for rows of that length, and their weights, bf16 [n, block].
+
+    Kept are those whose root mean square is within a factor of 2 of one size.
 
     That size is 1 / sqrt(columns), as that of other methods' weights, or, where a type hardly goes so far
     (NVFP4's own scales do not), the nearest that some of its random blocks have.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,41 +21,13 @@ from layers import (
     engine_of,
     low_level_moe,
 )
+from low_level_sizes import E, H, I, P, T
 
 from ktmoe_np import kt_kernel_ext as ext
 
 pytestmark = pytest.mark.engine
 
 AnyArray = Any
-
-E, I, H, P, T = 4, 24, 40, 2, 6  # noqa: E741
-
-
-@pytest.fixture(scope="module")
-def layer() -> Layer:
-    return draw_layer(np.random.default_rng(0), E, I, H)
-
-
-@pytest.fixture(scope="module")
-def batch(layer: Layer) -> Batch:
-    return draw_batch(np.random.default_rng(1), layer, T, P)
-
-
-@pytest.fixture(scope="module")
-def expected(layer: Layer, batch: Batch) -> AnyArray:
-    return layer.forward(batch)
-
-
-@pytest.fixture
-def engine() -> Iterator[Any]:
-    made = engine_of(2)
-    yield made
-    made.shutdown()
-
-
-@pytest.fixture
-def moe(engine: Any, layer: Layer) -> Any:
-    return low_level_moe(engine, layer, P)
 
 
 def fresh_out() -> AnyArray:

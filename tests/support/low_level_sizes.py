@@ -1,4 +1,4 @@
-"""Sizes of the layer and the batch that tests of the extension itself share."""
+"""Sizes of the layer and the batch that tests of the extension and its engine share."""
 
 __all__ = ["E", "H", "I", "P", "T"]
 

@@ -1,16 +1,6 @@
 // The bf16 NT products of an instruction set, and how fast it reads. Compiled once per instruction set.
 #include "kernels/targets/begin_target.h"
-#include "kernels/products/nt/nt_rows-inl.h"
-#if KT_HAS_TILES
-#include "kernels/layouts/panels-inl.h"
-#include "kernels/products/nt/nt_tiles-inl.h"
-#include "kernels/products/nt/nt_decoded_tile-inl.h"
-#include "kernels/products/nt/nt_blocks-inl.h"
-#endif
-#include "kernels/limits/limits-inl.h"
-#if KT_HAS_TILES
-#include "kernels/limits/limits_tiles-inl.h"
-#endif
+#include "kernels/products/nt/nt-inl.h"
 
 #if KT_HAS_TILES
 // Blocks that are decoded in registers have loops of their own where rows are few.
