@@ -34,6 +34,23 @@ def test_a_project_that_includes_this_one(tmp_path: Path) -> None:
     assert _EMULATOR not in cache_entry(tmp_path / "build", "KTMOE_ISAS").split(";")
 
 
+def test_an_instruction_set_brings_the_one_that_it_is_based_on(tmp_path: Path) -> None:
+    if shutil.which("cmake") is None or shutil.which("c++") is None:
+        pytest.skip("no cmake or no compiler")
+    command = [
+        "cmake",
+        "-S",
+        str(ROOT),
+        "-B",
+        str(tmp_path),
+        "-DKTMOE_ISAS=avx_vnni",
+        "-DKTMOE_BUILD_TESTS=OFF",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(cache_entry(tmp_path, "KTMOE_ISAS").split(";")) == {"avx2", "avx_vnni"}
+
+
 def _symbols(library: Path) -> str:
     command = ["nm", "--defined-only", str(library)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -7,6 +7,7 @@
 
 #include "core/aligned_buffer.h"
 #include "core/error.h"
+#include "formats/registry.h"
 #include "kernels/table.h"
 
 namespace ktmoe {
@@ -22,7 +23,8 @@ uint32_t (*kernel_of(FormatId format))(const QuantizeArgs&) {
     case FormatId::kInt4Group32:
     case FormatId::kInt4Group64:
     case FormatId::kInt4Group128: return table.quantize_int4;
-    default: throw_unknown_format(format);
+    default:
+      throw_invalid("format: got ", format_name(format), ", expected one that weights are quantized to");
   }
 }
 

@@ -39,8 +39,8 @@ inline constexpr auto kQuantizedFormats = [] {
 }();
 
 // Quantizes all rows to one of them; the group size of `args` is set from the format. The bits do not depend
-// on the number of threads. Throws std::invalid_argument for the first row that contains NaN or an infinity;
-// nothing of it is written, other rows may be.
+// on the number of threads. Throws std::invalid_argument for another format, and for the first row that
+// contains NaN or an infinity; nothing of it is written, other rows may be.
 void quantize_rows(FormatId format, const kernels::QuantizeArgs& args, WorkerPool& pool);
 
 }  // namespace ktmoe

@@ -59,6 +59,13 @@ TEST_CASE("quantize_rows: the first row that is not finite is named, and stays a
   }
 }
 
+TEST_CASE("quantize_rows: a format that weights are not quantized to") {
+  WorkerPool pool(subpools({1}));
+  const std::string message = message_of<std::invalid_argument>(
+      [&] { quantize_rows(FormatId::kQ4_0, kernels::QuantizeArgs{}, pool); });
+  CHECK(message == "format: got q4_0, expected one that weights are quantized to");
+}
+
 TEST_CASE("quantize_rows: no rows and no columns are no work") {
   WorkerPool pool(subpools({2}));
   Weights weights(draw_rows(2, 4), FloatType::kBf16, Layout::kTight);
