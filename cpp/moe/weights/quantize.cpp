@@ -15,19 +15,6 @@ namespace {
 
 using kernels::QuantizeArgs;
 
-uint32_t (*kernel_of(FormatId format))(const QuantizeArgs&) {
-  const kernels::KernelTable& table = kernels::active_table();
-  switch (format) {
-    case FormatId::kInt8: return table.quantize_int8;
-    case FormatId::kInt8Group32: return table.quantize_int8_group;
-    case FormatId::kInt4Group32:
-    case FormatId::kInt4Group64:
-    case FormatId::kInt4Group128: return table.quantize_int4;
-    default:
-      throw_invalid("format: got ", format_name(format), ", expected one that weights are quantized to");
-  }
-}
-
 ptrdiff_t item_bytes(const QuantizeArgs& a) {
   return a.type == kernels::FloatType::kBf16 ? sizeof(bf16) : sizeof(float);
 }
@@ -62,12 +49,24 @@ bool holds_nan(const QuantizeArgs& a, uint32_t n) {
 
 }  // namespace
 
+uint32_t (*quantizer(const kernels::KernelTable& table, FormatId format))(const QuantizeArgs&) {
+  switch (format) {
+    case FormatId::kInt8: return table.quantize_int8;
+    case FormatId::kInt8Group32: return table.quantize_int8_group;
+    case FormatId::kInt4Group32:
+    case FormatId::kInt4Group64:
+    case FormatId::kInt4Group128: return table.quantize_int4;
+    default:
+      throw_invalid("format: got ", format_name(format), ", expected one that weights are quantized to");
+  }
+}
+
 void quantize_rows(FormatId format, const QuantizeArgs& args, WorkerPool& pool) {
   // Tens of microseconds of work, so that scheduling costs nothing in comparison.
   constexpr uint32_t kWeightsPerTask = 1u << 16;
   QuantizeArgs all = args;
   all.group = static_cast<uint32_t>(format_group(format).value_or(all.group));
-  const auto kernel = kernel_of(format);
+  const auto kernel = quantizer(kernels::active_table(), format);
   const uint32_t rows = std::max(1u, kWeightsPerTask / std::max(1u, all.k));
   std::atomic<uint32_t> first_wrong{all.n};
   pool.run(static_cast<uint32_t>(div_up(all.n, rows)), [&](const Worker&, int, uint32_t task) {

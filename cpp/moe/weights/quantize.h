@@ -38,6 +38,9 @@ inline constexpr auto kQuantizedFormats = [] {
   return found;
 }();
 
+// The kernel that quantizes to one of them. Throws std::invalid_argument for another format.
+uint32_t (*quantizer(const kernels::KernelTable& table, FormatId format))(const kernels::QuantizeArgs&);
+
 // Quantizes all rows to one of them; the group size of `args` is set from the format. The bits do not depend
 // on the number of threads. Throws std::invalid_argument for another format, and for the first row that
 // contains NaN or an infinity; nothing of it is written, other rows may be.

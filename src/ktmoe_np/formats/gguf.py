@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
 
 from .. import kt_kernel_ext as ext
 
-__all__ = ["GGUF_FORMATS", "GGUF_NUMBERS", "GgufFormat"]
+__all__ = ["GGUF_FORMATS", "GGUF_NUMBERS", "PLAIN_DTYPES", "GgufFormat"]
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,10 @@ GGUF_NUMBERS: Mapping[int, GgufFormat] = {
 
 #: The formats by name.
 GGUF_FORMATS: Mapping[str, GgufFormat] = {fmt.name: fmt for fmt in GGUF_NUMBERS.values()}
+
+#: The types whose weights are numbers as NumPy has them, little-endian as in files.
+PLAIN_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "f32": np.dtype("<f4"),
+    "f16": np.dtype("<f2"),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}

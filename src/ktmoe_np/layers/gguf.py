@@ -9,7 +9,7 @@ import numpy as np
 
 from ..arrays.checks import Array, bfloat16, each_expert
 from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike
-from ..formats.gguf import GGUF_FORMATS
+from ..formats.gguf import GGUF_FORMATS, PLAIN_DTYPES
 from ..formats.weights import ExpertWeights, Projection
 from ..io.converted.layer import projection_sizes
 from ..io.gguf.experts import GgufCheckpoint, load_gguf
@@ -18,7 +18,7 @@ from .base import MoELayer
 __all__ = ["GgufWeights"]
 
 #: Dtypes that imply the tensor type.
-_PLAIN = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", bfloat16: "bf16"}
+_PLAIN = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
 
 
 class GgufWeights(MoELayer):

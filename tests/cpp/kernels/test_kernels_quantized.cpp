@@ -10,14 +10,12 @@
 #include "kernel_helpers.h"
 #include "nn_helpers.h"
 #include "kernels/contract_training.h"
+#include "moe/weights/quantize.h"
 
 using namespace ktmoe;
 using namespace ktmoe::test;
 
 namespace {
-
-constexpr FormatId kFormats[] = {FormatId::kInt8, FormatId::kInt8Group32, FormatId::kInt4Group32,
-                                 FormatId::kInt4Group64, FormatId::kInt4Group128};
 
 // Rows of any valid codes of a format. Scales of rows are powers of two times three, those of groups
 // powers of two: products with codes are then exact in bf16.
@@ -129,7 +127,7 @@ std::string text(const KernelTable& table, FormatId format, const Shape& s) {
 TEST_CASE("quantized: products of bf16 are exact where they can be, in every format") {
   for (const KernelTable* table : usable_tables()) {
     Random random(40);
-    for (FormatId format : kFormats) {
+    for (FormatId format : kQuantizedFormats) {
       for (const Shape& s : shapes(random)) {
         INFO(text(*table, format, s));
         // Small whole numbers, few enough that sums with codes stay below 2^24.
@@ -157,7 +155,7 @@ TEST_CASE("quantized: products of bf16 are exact where they can be, in every for
 TEST_CASE("quantized: integer products are what they are defined to be, on every instruction set") {
   for (const KernelTable* table : usable_tables()) {
     Random random(41);
-    for (FormatId format : kFormats) {
+    for (FormatId format : kQuantizedFormats) {
       if (table->nt_int8[static_cast<size_t>(format)] == nullptr) {
         CHECK(format == FormatId::kInt8Group32);
         continue;
@@ -211,7 +209,7 @@ TEST_CASE("quantized: a row of zeros gives zeros, one that is not finite NaN, an
 TEST_CASE("quantized: products over rows take bf(code * scale), in every format") {
   for (const KernelTable* table : usable_tables()) {
     Random random(43);
-    for (FormatId format : kFormats) {
+    for (FormatId format : kQuantizedFormats) {
       for (uint32_t m : {1u, 5u, 13u, 40u}) {
         const uint32_t n = 1 + random.below(150), k = 300, k0 = random.below(4) * kernels::kOutputBlock,
                        k1 = k0 + 1 + random.below(k - k0);

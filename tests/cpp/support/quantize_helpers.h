@@ -17,8 +17,7 @@ using kernels::QuantizeArgs;
 inline bool is_int4(FormatId format) { return format != FormatId::kInt8 && format != FormatId::kInt8Group32; }
 
 inline uint32_t group_size(FormatId format) {
-  if (format == FormatId::kInt4Group128) return 128;
-  return format == FormatId::kInt4Group64 ? 64 : 32;
+  return static_cast<uint32_t>(format_group(format).value_or(QuantizeArgs{}.group));
 }
 
 using Rows = std::vector<std::vector<float>>;
@@ -75,11 +74,7 @@ class Quantized {
   const QuantizeArgs& args() const { return args_; }
 
   // By the kernel of a table; the first row that is not finite.
-  uint32_t run(const KernelTable& table) {
-    if (format_ == FormatId::kInt8) return table.quantize_int8(args_);
-    if (format_ == FormatId::kInt8Group32) return table.quantize_int8_group(args_);
-    return table.quantize_int4(args_);
-  }
+  uint32_t run(const KernelTable& table) { return quantizer(table, format_)(args_); }
 
   // The bytes of row n, its scale behind them.
   std::string row(uint32_t n) const {

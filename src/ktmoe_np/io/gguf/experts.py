@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from ...config import MoEConfig
-from ...formats.gguf import GGUF_FORMATS
+from ...formats.gguf import GGUF_FORMATS, PLAIN_DTYPES
 from ...formats.weights import ExpertWeights, Projection
 from .checkpoint import GgufCheckpoint, GgufTensorInfo, is_gguf
 from .config import gguf_config
@@ -25,12 +23,6 @@ __all__ = [
     "is_gguf",
     "load_gguf",
 ]
-
-_BIAS_DTYPES: Mapping[str, np.dtype[Any]] = {
-    "f32": np.dtype("<f4"),
-    "f16": np.dtype("<f2"),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-}
 
 #: Names of experts' weights, those of one expert among them (files of before April 2024).
 _NUMBER = "(0|[1-9][0-9]{0,8})"
@@ -241,8 +233,8 @@ class _Layer:
         """Read a role's biases [E, N]."""
         name = self.bias_name(role)
         shape = (self.config.num_experts, self.shape(role)[0])
-        kind = self._check(name, shape, _BIAS_DTYPES)
-        return self.checkpoint.tensor(name).view(_BIAS_DTYPES[kind]).reshape(shape).astype(np.float32)
+        kind = self._check(name, shape, PLAIN_DTYPES)
+        return self.checkpoint.tensor(name).view(PLAIN_DTYPES[kind]).reshape(shape).astype(np.float32)
 
     def _check(self, name: str, shape: tuple[int, ...], formats: Mapping[str, object]) -> str:
         """Raise ValueError when a tensor is not what it must be; otherwise tell its type."""
