@@ -246,7 +246,11 @@ TEST_CASE("nt: adding to a block gives a row the same bits alone and in a batch"
   for (const KernelTable* table : usable_tables()) {
     Random random(16);
     // The last is enough rows for tiles to take the outputs block of K by block of K.
-    for (const auto& [m, k] : {std::pair{40u, 50u}, {40u, 704u}, {40u, 2100u}, {150u, 2100u}}) {
+    struct Shape {
+      uint32_t m, k;
+    };
+    for (const Shape shape : {Shape{40, 50}, {40, 704}, {40, 2100}, {150, 2100}}) {
+      const uint32_t m = shape.m, k = shape.k;
       INFO(isa_name(table->isa).data(), ", K ", k, ", rows ", m);
       const uint32_t n = 48;
       const Matrix x(m, k, Layout::kTight, [&] { return random.wide(); });
