@@ -53,9 +53,9 @@ constexpr uint64_t spread_twos(uint64_t x) {
 //               F::scales(block, Scales& scales)
 //               F::number(block, i)             of value i, or in its place
 //               F::group(block, g, int8_t* to)  of values [32 g, 32 g + 32)
-//   optional    F::group_numbers, kScaleAt, kOffsetAt      scales in registers, see ScaledGroups (gguf_k.h)
+//   optional    F::group_numbers, kScaleAt, kOffsetAt      scales in registers, see scaled_groups.h
 //   fast path   Unpack<F>::numbers(block, g)               of a group in registers, or in their place
-//   (in target  Unpack<F>::nibbles(block, g), kTable       nibbles of a group, and their values
+//   (in target  Unpack<F>::nibbles<To>(block, g), kTable   nibbles of a group, and their values
 //   regions)    Unpack<F>::scale(block), offset(block)     where a block has one of each
 template <class F, size_t kValues, size_t kBytes, size_t kGroupValues>
 struct Blocks : NoBlockScales {

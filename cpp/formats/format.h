@@ -68,6 +68,11 @@ constexpr int nibble_at(const std::byte* row, size_t i) {
   return static_cast<int>(row[i / 2]) >> (i % 2 * 4) & 15;
 }
 
+// The integers that the values of a format are made of lie in [least, most].
+struct IntegerRange {
+  int least, most;
+};
+
 // Values of nibbles: numbers from -8 or from 0 on.
 alignas(16) inline constexpr int8_t kFromMinusEight[16] = {-8, -7, -6, -5, -4, -3, -2, -1,
                                                            0,  1,  2,  3,  4,  5,  6,  7};
@@ -83,6 +88,8 @@ alignas(16) inline constexpr int8_t kFromZero[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 
 //   bool kHasChannelScale       a weight is its decoded value times a float32 of its row; decoded values are
 //                           then exact in bf16
 //   bool kIsInteger         decoded values are whole numbers from -127 to 127: integer products take them
+//   IntegerRange kIntegers  optional: values are integers in this range times scales, and products with
+//                           activations quantized in blocks take them (kernels/contract_int8.h)
 // and, for the target regions (kernels/targets), a specialization Unpack<F> that yields the k-th segment of a
 // row in registers, in the element order of the policy it is given.
 //
@@ -95,6 +102,18 @@ struct NoBlockScales {
   static constexpr uint32_t kScaleRows = 0;
   static constexpr size_t scale_bytes(size_t) { return 0; }
 };
+
+// Products with activations quantized in blocks take it.
+template <class F>
+concept IntegerFormat = requires {
+  { F::kIntegers } -> std::convertible_to<IntegerRange>;
+};
+// Activations that share a scale in those products.
+template <IntegerFormat F>
+constexpr uint32_t activation_block() {
+  if constexpr (requires { F::kBlock; }) return F::kBlock == 256 ? 256 : 128;
+  return 128;
+}
 
 template <class F>
 concept WeightFormat = requires(const WeightView& w, size_t k, float* out) {

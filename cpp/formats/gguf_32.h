@@ -10,11 +10,13 @@ namespace ktmoe::formats {
 template <class F, size_t kBytes>
 struct OneScale : Blocks<F, 32, kBytes, 32> {
   static constexpr bool kHasOffset = false;
+  static constexpr size_t kScaleAt = 0;
   static void scales(const std::byte* block, BlockScales<1>& scales) { scales.scale[0] = half_at(block); }
 };
 template <class F, size_t kBytes>
 struct ScaleAndOffset : Blocks<F, 32, kBytes, 32> {
   static constexpr bool kHasOffset = true;
+  static constexpr size_t kScaleAt = 0, kOffsetAt = 2;
   static void scales(const std::byte* block, BlockScales<1>& scales) {
     scales.scale[0] = half_at(block), scales.offset[0] = half_at(block + 2);
   }
@@ -29,6 +31,7 @@ struct Q4_0 : OneScale<Q4_0, 18> {
   static constexpr FormatId kId = FormatId::kQ4_0;
   static constexpr std::string_view kName = "q4_0";
   static constexpr int kGgufType = 2;
+  static constexpr IntegerRange kIntegers{-8, 7};
   static int number(const std::byte* block, size_t i) { return kFromMinusEight[nibble_of_16(block + 2, i)]; }
 };
 static_assert(WeightFormat<Q4_0>);
@@ -38,6 +41,7 @@ struct Q4_1 : ScaleAndOffset<Q4_1, 20> {
   static constexpr FormatId kId = FormatId::kQ4_1;
   static constexpr std::string_view kName = "q4_1";
   static constexpr int kGgufType = 3;
+  static constexpr IntegerRange kIntegers{0, 15};
   static int number(const std::byte* block, size_t i) { return nibble_of_16(block + 4, i); }
 };
 static_assert(WeightFormat<Q4_1>);
@@ -52,6 +56,7 @@ struct Q5_0 : OneScale<Q5_0, 22> {
   static constexpr FormatId kId = FormatId::kQ5_0;
   static constexpr std::string_view kName = "q5_0";
   static constexpr int kGgufType = 6;
+  static constexpr IntegerRange kIntegers{-16, 15};
   static int number(const std::byte* block, size_t i) { return five_bits(block + 2, block + 6, i) - 16; }
 };
 static_assert(WeightFormat<Q5_0>);
@@ -61,6 +66,7 @@ struct Q5_1 : ScaleAndOffset<Q5_1, 24> {
   static constexpr FormatId kId = FormatId::kQ5_1;
   static constexpr std::string_view kName = "q5_1";
   static constexpr int kGgufType = 7;
+  static constexpr IntegerRange kIntegers{0, 31};
   static int number(const std::byte* block, size_t i) { return five_bits(block + 4, block + 8, i); }
 };
 static_assert(WeightFormat<Q5_1>);
@@ -70,6 +76,7 @@ struct Q8_0 : OneScale<Q8_0, 34> {
   static constexpr FormatId kId = FormatId::kQ8_0;
   static constexpr std::string_view kName = "q8_0";
   static constexpr int kGgufType = 8;
+  static constexpr IntegerRange kIntegers{-128, 127};
   static int number(const std::byte* block, size_t i) { return static_cast<int8_t>(block[2 + i]); }
 };
 static_assert(WeightFormat<Q8_0>);
@@ -79,6 +86,7 @@ struct Iq4Nl : OneScale<Iq4Nl, 18> {
   static constexpr FormatId kId = FormatId::kIq4Nl;
   static constexpr std::string_view kName = "iq4_nl";
   static constexpr int kGgufType = 20;
+  static constexpr IntegerRange kIntegers{-127, 113};
   static int number(const std::byte* block, size_t i) { return kNonLinear[nibble_of_16(block + 2, i)]; }
 };
 static_assert(WeightFormat<Iq4Nl>);
@@ -100,12 +108,18 @@ struct ScaleAndOffsetInBlock : ScaleInBlock {
 template <>
 struct Unpack<formats::Q4_0> : ScaleInBlock {
   static constexpr const auto& kTable = kFromMinusEight;
-  static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t) { return packed_in_16(block + 2); }
+  template <class To = PackedNibbles>
+  static KT_INLINE auto nibbles(const std::byte* block, size_t) {
+    return To::in_16(block + 2);
+  }
 };
 template <>
 struct Unpack<formats::Q4_1> : ScaleAndOffsetInBlock {
   static constexpr const auto& kTable = kFromZero;
-  static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t) { return packed_in_16(block + 4); }
+  template <class To = PackedNibbles>
+  static KT_INLINE auto nibbles(const std::byte* block, size_t) {
+    return To::in_16(block + 4);
+  }
 };
 template <>
 struct Unpack<formats::Q5_0> : ScaleInBlock {
@@ -126,7 +140,10 @@ struct Unpack<formats::Q8_0> : ScaleInBlock {
 template <>
 struct Unpack<formats::Iq4Nl> : ScaleInBlock {
   static constexpr const auto& kTable = formats::kNonLinear;
-  static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t) { return packed_in_16(block + 2); }
+  template <class To = PackedNibbles>
+  static KT_INLINE auto nibbles(const std::byte* block, size_t) {
+    return To::in_16(block + 2);
+  }
 };
 
 #endif  // KT_TARGET_REGION

@@ -17,12 +17,15 @@ struct GgufMxFp4 : Blocks<GgufMxFp4, 32, 17, 32> {
   static constexpr FormatId kId = FormatId::kGgufMxFp4;
   static constexpr std::string_view kName = "mxfp4";
   static constexpr int kGgufType = 39;
+  static constexpr IntegerRange kIntegers{-12, 12};
   static constexpr bool kHasOffset = false;
 
-  static float half_scale(const std::byte* block) {
-    const auto exponent = static_cast<uint32_t>(block[0]);
+  // By the byte of a scale.
+  static constexpr auto kScaleValues = table_of_bytes([](uint8_t byte) {
+    const uint32_t exponent = byte;
     return std::bit_cast<float>(exponent < 2 ? uint32_t{0x200000} << exponent : (exponent - 1) << 23);
-  }
+  });
+  static float half_scale(const std::byte* block) { return kScaleValues[static_cast<uint8_t>(block[0])]; }
   static void scales(const std::byte* block, BlockScales<1>& scales) { scales.scale[0] = half_scale(block); }
   static int number(const std::byte* block, size_t i) { return kE2m1Doubled[nibble_of_16(block + 1, i)]; }
 };
@@ -34,14 +37,15 @@ struct GgufNvFp4 : Blocks<GgufNvFp4, 64, 36, 16> {
   static constexpr FormatId kId = FormatId::kGgufNvFp4;
   static constexpr std::string_view kName = "nvfp4";
   static constexpr int kGgufType = 40;
+  static constexpr IntegerRange kIntegers{-12, 12};
   static constexpr bool kHasOffset = false;
 
+  // By the byte of a scale. All ones with an eighth bit are a number here, where E4M3 has none.
+  static constexpr auto kScaleValues = table_of_bytes([](uint8_t bits) {
+    return bits == 127 ? 0.0f : bits == 255 ? 240.0f : halved(kE4m3[bits & 127]);
+  });
   static void scales(const std::byte* block, BlockScales<4>& scales) {
-    for (size_t g = 0; g < 4; ++g) {
-      const auto bits = static_cast<uint8_t>(block[g]);
-      // All ones with an eighth bit: a number here, where E4M3 has none.
-      scales.scale[g] = bits == 127 ? 0.0f : bits == 255 ? 240.0f : halved(kE4m3[bits & 127]);
-    }
+    for (size_t g = 0; g < 4; ++g) scales.scale[g] = kScaleValues[static_cast<uint8_t>(block[g])];
   }
   static int number(const std::byte* block, size_t i) {
     return kE2m1Doubled[byte_at(block, 4 + i / 16 * 8 + i % 8) >> (i % 16 / 8 * 4) & 15];
@@ -61,7 +65,10 @@ struct Unpack<formats::GgufMxFp4> {
   static KT_INLINE Vec::Float scale(const std::byte* block) {
     return Vec::set(formats::GgufMxFp4::half_scale(block));
   }
-  static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t) { return packed_in_16(block + 1); }
+  template <class To = PackedNibbles>
+  static KT_INLINE auto nibbles(const std::byte* block, size_t) {
+    return To::in_16(block + 1);
+  }
 };
 
 #endif  // KT_TARGET_REGION

@@ -5,7 +5,7 @@
 
 #include <bit>
 
-#include "formats/blocks.h"
+#include "formats/gguf_k.h"
 #include "formats/gguf_points.h"
 
 namespace ktmoe::formats {
@@ -39,27 +39,25 @@ constexpr uint64_t eight_signs(uint32_t seven) {
 }
 inline void store_eight(uint64_t numbers, int8_t* to) { std::memcpy(to, &numbers, sizeof numbers); }
 
-// What the scales of groups count: odd numbers, by their halves.
-constexpr float odd(uint32_t n) { return static_cast<float>(2 * n + 1); }
-inline float odd_nibble(const std::byte* nibbles, size_t g) {
-  return odd(static_cast<uint32_t>(nibble_at(nibbles, g)));
-}
+// The numbers of groups are odd: twice those of four bits, and one.
+constexpr uint64_t odd_bytes(uint64_t numbers) { return 2 * numbers + 0x0101010101010101; }
 
-template <class F, size_t kBytes, size_t kGroupValues>
-struct LatticeBlocks : Blocks<F, 256, kBytes, kGroupValues> {
-  static constexpr bool kHasOffset = false;
-  static constexpr size_t kGroups = 256 / kGroupValues;
+template <class F, size_t kBytes, size_t kGroupValues, int kFractions, size_t kScale = 0>
+struct LatticeBlocks : ScaledGroups<F, kBytes, kGroupValues, kScale> {
+  static constexpr float kScaleFactor = 1.0f / kFractions;
 };
 
 // [scale][32 values: four codes of a byte; four times seven signs, scale of four bits: 4 bytes] * 8
-struct Iq2Xxs : LatticeBlocks<Iq2Xxs, 66, 32> {
+struct Iq2Xxs : LatticeBlocks<Iq2Xxs, 66, 32, 8> {
   static constexpr FormatId kId = FormatId::kIq2Xxs;
   static constexpr std::string_view kName = "iq2_xxs";
   static constexpr int kGgufType = 16;
+  static constexpr IntegerRange kIntegers{-43, 43};
 
-  static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
-    const float eighth = half_at(block) * 0.125f;
-    for (size_t g = 0; g < kGroups; ++g) scales.scale[g] = eighth * odd(four_at(block + 6 + 8 * g) >> 28);
+  [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
+    uint64_t nibbles = 0;
+    for (size_t g = 0; g < 8; ++g) nibbles |= uint64_t{four_at(block + 6 + 8 * g) >> 28} << 8 * g;
+    numbers.scale[0] = odd_bytes(nibbles);
   }
   static void group(const std::byte* block, size_t g, int8_t* to) {
     const std::byte* codes = block + 2 + 8 * g;
@@ -73,14 +71,14 @@ struct Iq2Xxs : LatticeBlocks<Iq2Xxs, 66, 32> {
 static_assert(WeightFormat<Iq2Xxs>);
 
 // [scale][code of nine bits, seven signs: 2 bytes] * 32 [scales of four bits: 8]
-struct Iq2Xs : LatticeBlocks<Iq2Xs, 74, 16> {
+struct Iq2Xs : LatticeBlocks<Iq2Xs, 74, 16, 8> {
   static constexpr FormatId kId = FormatId::kIq2Xs;
   static constexpr std::string_view kName = "iq2_xs";
   static constexpr int kGgufType = 17;
+  static constexpr IntegerRange kIntegers{-43, 43};
 
-  static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
-    const float eighth = half_at(block) * 0.125f;
-    for (size_t g = 0; g < kGroups; ++g) scales.scale[g] = eighth * odd_nibble(block + 66, g);
+  [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
+    for (size_t i = 0; i < 2; ++i) numbers.scale[i] = odd_bytes(spread_nibbles(four_at(block + 66 + 4 * i)));
   }
   static void group(const std::byte* block, size_t g, int8_t* to) {
     for (size_t i = 0; i < 4; ++i) {
@@ -92,14 +90,14 @@ struct Iq2Xs : LatticeBlocks<Iq2Xs, 74, 16> {
 static_assert(WeightFormat<Iq2Xs>);
 
 // [scale][codes: 32][signs: 32][two upper bits of codes: 8][scales of four bits: 8]
-struct Iq2S : LatticeBlocks<Iq2S, 82, 16> {
+struct Iq2S : LatticeBlocks<Iq2S, 82, 16, 8> {
   static constexpr FormatId kId = FormatId::kIq2S;
   static constexpr std::string_view kName = "iq2_s";
   static constexpr int kGgufType = 22;
+  static constexpr IntegerRange kIntegers{-43, 43};
 
-  static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
-    const float eighth = half_at(block) * 0.125f;
-    for (size_t g = 0; g < kGroups; ++g) scales.scale[g] = eighth * odd_nibble(block + 74, g);
+  [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
+    for (size_t i = 0; i < 2; ++i) numbers.scale[i] = odd_bytes(spread_nibbles(four_at(block + 74 + 4 * i)));
   }
   static void group(const std::byte* block, size_t g, int8_t* to) {
     const uint32_t upper = static_cast<uint32_t>(byte_at(block, 66 + g));
@@ -113,14 +111,16 @@ struct Iq2S : LatticeBlocks<Iq2S, 82, 16> {
 static_assert(WeightFormat<Iq2S>);
 
 // [scale][codes: 64][32 values: four times seven signs, scale of four bits: 4 bytes] * 8
-struct Iq3Xxs : LatticeBlocks<Iq3Xxs, 98, 32> {
+struct Iq3Xxs : LatticeBlocks<Iq3Xxs, 98, 32, 4> {
   static constexpr FormatId kId = FormatId::kIq3Xxs;
   static constexpr std::string_view kName = "iq3_xxs";
   static constexpr int kGgufType = 18;
+  static constexpr IntegerRange kIntegers{-62, 62};
 
-  static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
-    const float quarter = half_at(block) * 0.25f;
-    for (size_t g = 0; g < kGroups; ++g) scales.scale[g] = quarter * odd(four_at(block + 66 + 4 * g) >> 28);
+  [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
+    uint64_t nibbles = 0;
+    for (size_t g = 0; g < 8; ++g) nibbles |= uint64_t{four_at(block + 66 + 4 * g) >> 28} << 8 * g;
+    numbers.scale[0] = odd_bytes(nibbles);
   }
   static void group(const std::byte* block, size_t g, int8_t* to) {
     const uint32_t signs = four_at(block + 66 + 4 * g);
@@ -135,13 +135,14 @@ struct Iq3Xxs : LatticeBlocks<Iq3Xxs, 98, 32> {
 static_assert(WeightFormat<Iq3Xxs>);
 
 // [scale][codes: 64][ninth bits of codes: 8][signs: 32][scales of four bits: 4]
-struct Iq3S : LatticeBlocks<Iq3S, 110, 32> {
+struct Iq3S : LatticeBlocks<Iq3S, 110, 32, 1> {
   static constexpr FormatId kId = FormatId::kIq3S;
   static constexpr std::string_view kName = "iq3_s";
   static constexpr int kGgufType = 21;
+  static constexpr IntegerRange kIntegers{-15, 15};
 
-  static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
-    for (size_t g = 0; g < kGroups; ++g) scales.scale[g] = half_at(block) * odd_nibble(block + 106, g);
+  [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
+    numbers.scale[0] = odd_bytes(spread_nibbles(four_at(block + 106)));
   }
   static void group(const std::byte* block, size_t g, int8_t* to) {
     const uint32_t ninth = static_cast<uint32_t>(byte_at(block, 66 + g));
@@ -165,15 +166,16 @@ constexpr uint64_t shifted_eighths(uint16_t point, bool down) {
 }
 
 // [scale][codes: 32][32 values: three upper bits of four codes, scale of three bits, which way: 2 bytes] * 8
-struct Iq1S : LatticeBlocks<Iq1S, 50, 32> {
+struct Iq1S : LatticeBlocks<Iq1S, 50, 32, 8> {
   static constexpr FormatId kId = FormatId::kIq1S;
   static constexpr std::string_view kName = "iq1_s";
   static constexpr int kGgufType = 19;
+  static constexpr IntegerRange kIntegers{-9, 9};
 
-  static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
-    const float eighth = half_at(block) * 0.125f;
-    for (size_t g = 0; g < kGroups; ++g)
-      scales.scale[g] = eighth * odd(half_bits_at(block + 34 + 2 * g) >> 12 & 7);
+  [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
+    uint64_t threes = 0;
+    for (size_t g = 0; g < 8; ++g) threes |= uint64_t{half_bits_at(block + 34 + 2 * g) >> 12 & 7u} << 8 * g;
+    numbers.scale[0] = odd_bytes(threes);
   }
   static void group(const std::byte* block, size_t g, int8_t* to) {
     const uint32_t upper = half_bits_at(block + 34 + 2 * g);
@@ -185,19 +187,27 @@ struct Iq1S : LatticeBlocks<Iq1S, 50, 32> {
 };
 static_assert(WeightFormat<Iq1S>);
 
+// Four numbers of three bits, each in a byte of its own.
+constexpr uint64_t threes_of(uint32_t bits) { return spread_threes(bits & 0xfff); }
+
 // [codes: 32][three upper bits and which way of two codes: 16][four scales of three bits, four bits of the
 // block's scale above them: 2 bytes] * 4
-struct Iq1M : LatticeBlocks<Iq1M, 56, 16> {
+struct Iq1M : LatticeBlocks<Iq1M, 56, 16, 8> {
   static constexpr FormatId kId = FormatId::kIq1M;
   static constexpr std::string_view kName = "iq1_m";
   static constexpr int kGgufType = 29;
+  static constexpr IntegerRange kIntegers{-9, 9};
 
-  static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
-    uint32_t half = 0;
-    for (size_t i = 0; i < 4; ++i) half |= (half_bits_at(block + 48 + 2 * i) >> 12) << 4 * i;
-    const float eighth = half_to_float(static_cast<uint16_t>(half)) * 0.125f;
-    for (size_t g = 0; g < kGroups; ++g)
-      scales.scale[g] = eighth * odd(half_bits_at(block + 48 + g / 4 * 2) >> (g % 4 * 3) & 7);
+  static uint16_t scale_bits(const std::byte* block) {
+    uint32_t bits = 0;
+    for (size_t i = 0; i < 4; ++i) bits |= (half_bits_at(block + 48 + 2 * i) >> 12) << 4 * i;
+    return static_cast<uint16_t>(bits);
+  }
+  static float scale_at(const std::byte* block) { return kScaleFactor * half_to_float(scale_bits(block)); }
+  [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
+    for (size_t i = 0; i < 2; ++i)
+      numbers.scale[i] = odd_bytes(threes_of(half_bits_at(block + 48 + 4 * i)) |
+                                   threes_of(half_bits_at(block + 50 + 4 * i)) << 32);
   }
   static void group(const std::byte* block, size_t g, int8_t* to) {
     for (size_t i = 0; i < 4; ++i) {

@@ -1,39 +1,11 @@
-// GGUF's formats whose blocks are 256 values, with scales of groups that are themselves whole numbers by one
-// scale in float16: Q2_K to Q6_K and IQ4_XS.
+// GGUF's formats Q2_K to Q6_K and IQ4_XS.
 #ifndef KTMOE_FORMATS_GGUF_K_H_
 #define KTMOE_FORMATS_GGUF_K_H_
 
-#include "formats/blocks.h"
 #include "formats/gguf_32.h"
+#include "formats/scaled_groups.h"
 
 namespace ktmoe::formats {
-
-// Whole numbers by which a block's scale, and what its offsets are made of, count for its groups: int8, eight
-// in a word, that of the first group lowest.
-struct GroupNumbers {
-  uint64_t scale[2] = {}, offset[2] = {};
-};
-constexpr float number_of_group(const uint64_t* words, size_t g) {
-  return static_cast<float>(static_cast<int8_t>(words[g / 8] >> 8 * (g % 8)));
-}
-
-// F::group_numbers(block, GroupNumbers& numbers), inlined, so that a target compiles it for itself, gives
-// them; the block has its scale in float16 at kScaleAt and, for offsets, another at kOffsetAt:
-//   scale = scale of the block * number        offset = -other * number
-template <class F, size_t kBytes, size_t kGroupValues, size_t kScale, size_t kOffset = 0>
-struct ScaledGroups : Blocks<F, 256, kBytes, kGroupValues> {
-  static constexpr bool kHasOffset = kOffset != 0;
-  static constexpr size_t kScaleAt = kScale, kOffsetAt = kOffset, kGroups = 256 / kGroupValues;
-
-  static void scales(const std::byte* block, BlockScales<kGroups>& scales) {
-    GroupNumbers numbers;
-    F::group_numbers(block, numbers);
-    for (size_t g = 0; g < kGroups; ++g) {
-      scales.scale[g] = half_at(block + kScaleAt) * number_of_group(numbers.scale, g);
-      if (kHasOffset) scales.offset[g] = -half_at(block + kOffsetAt) * number_of_group(numbers.offset, g);
-    }
-  }
-};
 
 constexpr uint64_t joined(uint32_t first, uint32_t second) { return first | uint64_t{second} << 32; }
 inline constexpr uint64_t kLowFour = 0x0f0f0f0f0f0f0f0f, kLowTwo = 0x0303030303030303,
@@ -51,6 +23,7 @@ struct Q2K : ScaledGroups<Q2K, 84, 16, 80, 82> {
   static constexpr FormatId kId = FormatId::kQ2K;
   static constexpr std::string_view kName = "q2_k";
   static constexpr int kGgufType = 10;
+  static constexpr IntegerRange kIntegers{0, 3};
 
   [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
     for (size_t i = 0; i < 2; ++i) {
@@ -68,6 +41,7 @@ struct Q3K : ScaledGroups<Q3K, 110, 16, 108> {
   static constexpr FormatId kId = FormatId::kQ3K;
   static constexpr std::string_view kName = "q3_k";
   static constexpr int kGgufType = 11;
+  static constexpr IntegerRange kIntegers{-4, 3};
 
   [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
     // Four bits of each in eight bytes, two in four.
@@ -103,6 +77,7 @@ struct Q4K : EightScales<Q4K, 144> {
   static constexpr FormatId kId = FormatId::kQ4K;
   static constexpr std::string_view kName = "q4_k";
   static constexpr int kGgufType = 12;
+  static constexpr IntegerRange kIntegers{0, 15};
   static int number(const std::byte* block, size_t i) { return nibble_of_groups(block + 16, i); }
 };
 static_assert(WeightFormat<Q4K>);
@@ -112,6 +87,7 @@ struct Q5K : EightScales<Q5K, 176> {
   static constexpr FormatId kId = FormatId::kQ5K;
   static constexpr std::string_view kName = "q5_k";
   static constexpr int kGgufType = 13;
+  static constexpr IntegerRange kIntegers{0, 31};
   static int number(const std::byte* block, size_t i) {
     return nibble_of_groups(block + 48, i) | (byte_at(block + 16, i % 32) >> (i / 32) & 1) << 4;
   }
@@ -124,6 +100,7 @@ struct Q6K : ScaledGroups<Q6K, 210, 16, 208> {
   static constexpr FormatId kId = FormatId::kQ6K;
   static constexpr std::string_view kName = "q6_k";
   static constexpr int kGgufType = 14;
+  static constexpr IntegerRange kIntegers{-32, 31};
 
   [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
     for (size_t i = 0; i < 2; ++i) numbers.scale[i] = eight_at(block + 192 + 8 * i);
@@ -146,6 +123,7 @@ struct Iq4Xs : ScaledGroups<Iq4Xs, 136, 32, 0> {
   static constexpr FormatId kId = FormatId::kIq4Xs;
   static constexpr std::string_view kName = "iq4_xs";
   static constexpr int kGgufType = 23;
+  static constexpr IntegerRange kIntegers{-127, 113};
 
   [[gnu::always_inline]] static void group_numbers(const std::byte* block, GroupNumbers& numbers) {
     numbers.scale[0] = minus_32(spread_nibbles(four_at(block + 4)) | spread_twos(four_at(block) >> 16) << 4);
@@ -178,8 +156,9 @@ struct Unpack<formats::Q3K> {
 template <>
 struct Unpack<formats::Q4K> {
   static constexpr const auto& kTable = kFromZero;
-  static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t g) {
-    return packed_in_32(block + 16 + g / 2 * 32, g % 2 == 1);
+  template <class To = PackedNibbles>
+  static KT_INLINE auto nibbles(const std::byte* block, size_t g) {
+    return To::in_32(block + 16 + g / 2 * 32, g % 2 == 1);
   }
 };
 template <>
@@ -200,8 +179,9 @@ struct Unpack<formats::Q6K> {
 template <>
 struct Unpack<formats::Iq4Xs> {
   static constexpr const auto& kTable = formats::kNonLinear;
-  static KT_INLINE Nibbles32 nibbles(const std::byte* block, size_t g) {
-    return packed_in_16(block + 8 + 16 * g);
+  template <class To = PackedNibbles>
+  static KT_INLINE auto nibbles(const std::byte* block, size_t g) {
+    return To::in_16(block + 8 + 16 * g);
   }
 };
 

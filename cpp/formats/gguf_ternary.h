@@ -23,6 +23,7 @@ struct Tq1_0 : OneScalePerBlock<Tq1_0, 256, 54, 52> {
   static constexpr FormatId kId = FormatId::kTq1_0;
   static constexpr std::string_view kName = "tq1_0";
   static constexpr int kGgufType = 34;
+  static constexpr IntegerRange kIntegers{-1, 1};
 
   static int number(const std::byte* block, size_t i) {
     constexpr uint32_t kPowers[5] = {1, 3, 9, 27, 81};
@@ -40,6 +41,7 @@ struct Tq2_0 : OneScalePerBlock<Tq2_0, 256, 66, 64> {
   static constexpr FormatId kId = FormatId::kTq2_0;
   static constexpr std::string_view kName = "tq2_0";
   static constexpr int kGgufType = 35;
+  static constexpr IntegerRange kIntegers{-1, 2};
   static int number(const std::byte* block, size_t i) { return two_bits(block, i) - 1; }
 };
 static_assert(WeightFormat<Tq2_0>);
@@ -49,6 +51,7 @@ struct Q1_0 : OneScalePerBlock<Q1_0, 128, 18, 0> {
   static constexpr FormatId kId = FormatId::kQ1_0;
   static constexpr std::string_view kName = "q1_0";
   static constexpr int kGgufType = 41;
+  static constexpr IntegerRange kIntegers{-1, 1};
   static int number(const std::byte* block, size_t i) {
     return 2 * (byte_at(block, 2 + i / 8) >> (i % 8) & 1) - 1;
   }

@@ -22,6 +22,7 @@ struct Int4 : NoBlockScales {
                                             : kSize == 64 ? "int4_group64"
                                                           : "int4_group128";
   static constexpr bool kHasChannelScale = true, kIsInteger = true;
+  static constexpr IntegerRange kIntegers{-120, 120};
 
   static constexpr size_t code_bytes(size_t k) { return nibble_bytes(k); }
   static constexpr size_t row_bytes(size_t k) { return code_bytes(k) + div_up(k, kGroup); }

@@ -16,6 +16,7 @@ struct Int8 : NoBlockScales {
   static constexpr FormatId kId = FormatId::kInt8;
   static constexpr std::string_view kName = "int8";
   static constexpr bool kHasChannelScale = true, kIsInteger = true;
+  static constexpr IntegerRange kIntegers{-128, 127};
 
   static constexpr size_t row_bytes(size_t k) { return k; }
 
@@ -30,6 +31,7 @@ struct Int8Group32 : NoBlockScales {
   static constexpr std::string_view kName = "int8_group32";
   static constexpr bool kHasChannelScale = false, kIsInteger = false;
   static constexpr size_t kGroup = 32;
+  static constexpr IntegerRange kIntegers{-128, 127};
 
   static constexpr size_t code_bytes(size_t k) { return k; }
   static constexpr size_t row_bytes(size_t k) { return code_bytes(k) + div_up(k, kGroup) * sizeof(float); }

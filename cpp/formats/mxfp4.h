@@ -12,13 +12,15 @@ struct MxFp4 : ScaledNibbles<MxFp4> {
   static constexpr std::string_view kName = "mxfp4";
   static constexpr bool kHasChannelScale = false;
   static constexpr size_t kGroup = 32;
+  static constexpr IntegerRange kIntegers{-12, 12};
 
   static constexpr size_t scale_bytes(size_t k) { return div_up(k, kGroup); }
 
   // Numbers are doubled, scales halved.
   static constexpr int8_t code(int nibble) { return e2m1_doubled(static_cast<uint8_t>(nibble)); }
+  static constexpr auto kScaleValues = table_of_bytes([](uint8_t b) { return halved(e8m0_to_float(b)); });
   static constexpr float scale(const std::byte* scales, size_t k) {
-    return halved(e8m0_to_float(static_cast<uint8_t>(scales[k / kGroup])));
+    return kScaleValues[static_cast<uint8_t>(scales[k / kGroup])];
   }
 };
 static_assert(WeightFormat<MxFp4>);

@@ -14,13 +14,15 @@ struct NvFp4 : ScaledNibbles<NvFp4> {
   static constexpr std::string_view kName = "nvfp4";
   static constexpr bool kHasChannelScale = true;
   static constexpr size_t kGroup = 16;
+  static constexpr IntegerRange kIntegers{-12, 12};
 
   static constexpr size_t scale_bytes(size_t k) { return div_up(k, kGroup); }
 
   // Numbers are doubled, scales halved.
   static constexpr int8_t code(int nibble) { return e2m1_doubled(static_cast<uint8_t>(nibble)); }
+  static constexpr auto kScaleValues = table_of_bytes([](uint8_t b) { return halved(kE4m3[b]); });
   static constexpr float scale(const std::byte* scales, size_t k) {
-    return halved(kE4m3[static_cast<uint8_t>(scales[k / kGroup])]);
+    return kScaleValues[static_cast<uint8_t>(scales[k / kGroup])];
   }
 };
 static_assert(WeightFormat<NvFp4>);

@@ -14,6 +14,7 @@ template <size_t kSize>
 struct RawInt4 : ScaledNibbles<RawInt4<kSize>> {
   static constexpr bool kHasChannelScale = false;
   static constexpr size_t kGroup = kSize;
+  static constexpr IntegerRange kIntegers{-8, 7};
 
   static constexpr size_t scale_bytes(size_t k) { return div_up(k, kGroup) * sizeof(bf16); }
 

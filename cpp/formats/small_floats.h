@@ -22,12 +22,15 @@ constexpr float e4m3_to_float(uint8_t bits) {
   return bits & 128 ? -size : size;
 }
 
-inline constexpr auto kE4m3 = [] {
+// The values of all bytes.
+template <class Value>
+constexpr std::array<float, 256> table_of_bytes(Value&& value) {
   std::array<float, 256> values{};
-  for (int bits = 0; bits < 256; ++bits)
-    values[static_cast<size_t>(bits)] = e4m3_to_float(static_cast<uint8_t>(bits));
+  for (size_t bits = 0; bits < 256; ++bits) values[bits] = value(static_cast<uint8_t>(bits));
   return values;
-}();
+}
+
+inline constexpr auto kE4m3 = table_of_bytes(e4m3_to_float);
 
 // Twice a number of E2M1, which is a whole one.
 constexpr int8_t e2m1_doubled(uint8_t nibble) {

@@ -19,6 +19,7 @@
 #include "isa/isa_id.h"
 #include "kernels/activations.h"
 #include "kernels/contract_elementwise.h"
+#include "kernels/contract_int8.h"
 
 namespace ktmoe::kernels {
 
@@ -206,6 +207,12 @@ struct KernelTable {
   size_t (*int8_operand_bytes)(uint32_t m, uint32_t k);
   Operand (*pack_int8)(const Int8Rows& rows, const int32_t* index, uint32_t m, uint32_t k, std::byte* data);
   std::array<void (*)(const NtArgs&), kNumFormats> nt_int8;
+
+  // Products with activations in int8 by blocks of 128 or 256, see contract_int8.h: rows to that layout, and
+  // the product by format, null for one that is not an IntegerFormat. x.data is such rows, C as of `nt`;
+  // products do not accumulate.
+  void (*quantize_blocks)(const RowsView& rows, uint32_t m, uint32_t k, uint32_t block, std::byte* to);
+  std::array<void (*)(const NtArgs&), kNumFormats> nt_int8_blocks;
 
   void (*activate)(const ActivateArgs&);
   void (*store_rows)(const StoreRowsArgs&);

@@ -15,6 +15,11 @@ KT_INLINE Bytes32 nibbles_of_16(const std::byte* p) {
   return _mm256_and_si256(_mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)),
                           _mm256_set1_epi8(15));
 }
+// The nibbles of 16 bytes in pairs, the low one of a byte first.
+KT_INLINE Bytes32 pairs_of_16(const std::byte* p) {
+  const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_and_si256(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)), _mm256_set1_epi8(15));
+}
 // The 32 bits of 4 bytes, one per byte.
 KT_INLINE Bytes32 spread_bits(const std::byte* p) {
   int bits;

@@ -18,6 +18,10 @@ KT_INLINE Bytes32 load_32(const std::byte* p) { KT_MAP_32(p[i]); }
 KT_INLINE Bytes32 nibbles_of_16(const std::byte* p) {
   KT_MAP_32(static_cast<int>(p[i % 16]) >> (i / 16 * 4) & 15);
 }
+// The nibbles of 16 bytes in pairs, the low one of a byte first.
+KT_INLINE Bytes32 pairs_of_16(const std::byte* p) {
+  KT_MAP_32(static_cast<int>(p[i / 2]) >> (i % 2 * 4) & 15);
+}
 // The bits of each byte from `shift` on that are in the mask.
 KT_INLINE Bytes32 bits_of(const Bytes32& x, size_t shift, int mask) { KT_MAP_32(x.lane[i] >> shift & mask); }
 // The 32 bits of 4 bytes, one per byte.

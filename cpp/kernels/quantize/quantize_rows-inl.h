@@ -58,6 +58,28 @@ inline QuantizedRow quantize_row(const bf16* x, uint32_t k, uint32_t padded, std
   return {scale, sum_of_codes(codes, padded)};
 }
 
+// Sums of `count` codes.
+inline int16_t sum_of(const std::byte* codes, int count) {
+  int sum = 0;
+  for (int i = 0; i < count; ++i) sum += static_cast<int8_t>(codes[i]);
+  return static_cast<int16_t>(sum);
+}
+
+inline void quantize_blocks(const RowsView& rows, uint32_t m, uint32_t k, uint32_t block, std::byte* to) {
+  const BlockRowLayout layout(k, block);
+  for (uint32_t i = 0; i < m; ++i, to += layout.stride()) {
+    const bf16* x = rows.data + (rows.index ? rows.index[i] : i) * rows.stride;
+    auto* scales = reinterpret_cast<float*>(to + layout.scales());
+    for (uint32_t at = 0; at < k; at += block)
+      *scales++ = quantize_row(x + at, k - at < block ? k - at : block, block, to + at).scale;
+    auto* sums16 = reinterpret_cast<int16_t*>(to + layout.sums16());
+    auto* sums32 = reinterpret_cast<int16_t*>(to + layout.sums32());
+    for (uint32_t at = 0; at < layout.padded; at += 16) sums16[at / 16] = sum_of(to + at, 16);
+    for (uint32_t g = 0; g < layout.padded / 32; ++g)
+      sums32[g] = static_cast<int16_t>(sums16[2 * g] + sums16[2 * g + 1]);
+  }
+}
+
 inline void quantize_rows(const RowsView& rows, uint32_t m, uint32_t k, const Int8Rows& to) {
   const auto padded = static_cast<uint32_t>(to.stride);
   for (uint32_t i = 0; i < m; ++i) {

@@ -15,7 +15,10 @@ using Vec = VecAvx512;
 #include "kernels/policy/bytes_256.h"
 #include "kernels/policy/bytes_avx512.h"
 #include "kernels/policy/nibbles_portable.h"
+#include "kernels/policy/dot_avx512.h"
+#include "kernels/policy/ints_256.h"
 #include "kernels/layouts/transpose_avx512-inl.h"
+#include "kernels/policy/panel_512.h"
 #include "kernels/layouts/interleave_avx512-inl.h"
 #include "formats/e4m3/avx512-inl.h"
 using E4m3 = E4m3Avx512;

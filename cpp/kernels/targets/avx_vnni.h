@@ -21,7 +21,10 @@ struct Vec : VecAvx2 {
 #include "kernels/policy/bytes_256.h"
 #include "kernels/policy/bytes_avx2.h"
 #include "kernels/policy/nibbles_portable.h"
+#include "kernels/policy/dot_avx_vnni.h"
+#include "kernels/policy/ints_256.h"
 #include "kernels/layouts/transpose_portable-inl.h"
+#include "kernels/policy/panel_256.h"
 #include "kernels/layouts/interleave_avx2-inl.h"
 #include "formats/e4m3/avx2-inl.h"
 

@@ -25,6 +25,7 @@ namespace ktmoe::kernels::KT_TARGET_NAME {
 // What each source adds to the table. Declared here, as a declaration in the region would have its features.
 void add_nt(KernelTable& table);
 void add_nt_int8(KernelTable& table);
+void add_nt_int8_blocks(KernelTable& table);
 void add_nn_tn(KernelTable& table);
 void add_elementwise(KernelTable& table);
 void add_quantize(KernelTable& table);

@@ -8,6 +8,7 @@ KT_END_TARGET
 
 void add_quantize(KernelTable& table) {
   table.quantize_rows = quantize_rows;
+  table.quantize_blocks = quantize_blocks;
   table.quantize_int8 = quantize_int8;
   table.quantize_int8_group = quantize_int8_group;
   table.quantize_int4 = quantize_int4;

@@ -32,6 +32,7 @@ const KernelTable& table() {
 #endif
     table.isa = KT_TARGET_ISA;
     add_nt_int8(table);
+    add_nt_int8_blocks(table);
     return table;
   }();
   return table;

@@ -57,7 +57,10 @@ KT_INLINE void open_block(const std::byte* block, typename Format::Scales& scale
   if constexpr (requires(formats::GroupNumbers& numbers) { Format::group_numbers(block, numbers); }) {
     formats::GroupNumbers numbers;
     Format::group_numbers(block, numbers);
-    scale_numbers(Vec::half(block + Format::kScaleAt), numbers.scale, Format::kGroups, scales.scale);
+    const uint16_t bits = Format::scale_bits(block);
+    const Vec::Float scale = Vec::half(reinterpret_cast<const std::byte*>(&bits));
+    scale_numbers(Vec::mul(scale, Vec::set(Format::kScaleFactor)), numbers.scale, Format::kGroups,
+                  scales.scale);
     if constexpr (Format::kHasOffset) {
       const Vec::Float minus = Vec::sub(Vec::set(0.0f), Vec::half(block + Format::kOffsetAt));
       scale_numbers(minus, numbers.offset, Format::kGroups, scales.offset);

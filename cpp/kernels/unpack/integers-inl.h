@@ -1,0 +1,188 @@
+// Integers of a format, for products with activations in int8: what their loops take of it. Included inside a
+// target's namespace, after blocks-inl.h and formats. `Integers<F>` has
+//
+//   kBlock, kGroup            activations that share a scale; weights that do, at most a block
+//   kBias, kNarrow            a code is an integer plus kBias, not negative; codes are at most 129
+//   codes(rows, r, k)         the 32 codes of a row from k on, a multiple of 32
+//   scales(rows, group)       float32 scales of eight rows; also offsets(rows, group) if kHasOffset
+//   kHasFactors               a block's groups have integer factors, Format::group_numbers(), which belong to
+//                             the integers; offsets are then those of a block
+
+// Eight rows of a matrix. `scales` are separate, or stand behind the codes of a row.
+struct EightRows {
+  const std::byte* data;
+  ptrdiff_t stride;
+  const std::byte* scales;
+  ptrdiff_t scales_stride;
+  const float* channel_scale;
+  bool is_one;  // row, eight times
+
+  KT_INLINE const std::byte* row(int r) const { return data + r * stride; }
+  KT_INLINE Floats8 channel_scales() const { return is_one ? set_8(*channel_scale) : load_8(channel_scale); }
+
+  template <class Format>
+  static EightRows of(const WeightView& w, size_t n) {
+    const float* channel_scale = w.channel_scale ? w.channel_scale + n : nullptr;
+    EightRows rows{w.row(n), w.row_stride_bytes, nullptr, 0, channel_scale, false};
+    if constexpr (Format::kScaleRows == 1) {
+      rows.scales = w.block_scales_of(n, 1), rows.scales_stride = w.block_scales_stride_bytes;
+    } else if constexpr (requires { Format::code_bytes(0); }) {
+      rows.scales = rows.data + Format::code_bytes(w.k), rows.scales_stride = w.row_stride_bytes;
+    }
+    return rows;
+  }
+  // Row n eight times.
+  template <class Format>
+  static EightRows repeated(const WeightView& w, size_t n) {
+    EightRows rows = of<Format>(w, n);
+    rows.stride = rows.scales_stride = 0, rows.is_one = true;
+    return rows;
+  }
+};
+
+KT_INLINE Floats8 eight_floats(const std::byte* p, ptrdiff_t stride) {
+  float x[8];
+  for (ptrdiff_t r = 0; r < 8; ++r) std::memcpy(x + r, p + r * stride, sizeof *x);
+  return load_8(x);
+}
+// Eight bytes as numbers of a table.
+KT_INLINE Floats8 eight_looked_up(const std::byte* p, ptrdiff_t stride, const float* table) {
+  float x[8];
+  for (ptrdiff_t r = 0; r < 8; ++r) x[r] = table[static_cast<uint8_t>(p[r * stride])];
+  return load_8(x);
+}
+
+// ---- codes ----
+
+// The numbers of a table, each with `bias` added, as unsigned bytes.
+template <const auto& kTable, int kBias>
+struct BiasedTable {
+  alignas(16) int8_t of[16] = {};
+  bool is_identity = true;
+  constexpr BiasedTable() {
+    for (int i = 0; i < 16; ++i) {
+      of[i] = static_cast<int8_t>(static_cast<uint8_t>(kTable[i] + kBias));
+      if (kTable[i] + kBias != i) is_identity = false;
+    }
+  }
+};
+template <const auto& kTable, int kBias>
+inline constexpr BiasedTable<kTable, kBias> kBiasedTable;
+
+template <IntegerFormat Format>
+struct IntegerCodes {
+  static constexpr uint32_t kBlock = activation_block<Format>();
+  static constexpr int kLeast = Format::kIntegers.least;
+  static constexpr int kBias =
+      kLeast >= 0 ? 0 : static_cast<int>(std::bit_ceil(static_cast<unsigned>(-kLeast)));
+  static constexpr bool kNarrow = Format::kIntegers.most + kBias <= 129;
+  static_assert(Format::kIntegers.most + kBias <= 255);
+
+  template <const auto& kTable>
+  static KT_INLINE Bytes32 looked_up(const Bytes32& nibbles) {
+    if constexpr (kBiasedTable<kTable, kBias>.is_identity) return nibbles;
+    return look_up_32(nibbles, kBiasedTable<kTable, kBias>.of);
+  }
+  static KT_INLINE Bytes32 biased(const Bytes32& integers) {
+    if constexpr (kBias == 0) return integers;
+    return minus(integers, -kBias);
+  }
+};
+
+template <IntegerFormat Format>
+struct Integers;
+
+// Blocks of GGUF.
+template <IntegerFormat Format>
+  requires BlockFormat<Format>
+struct Integers<Format> : IntegerCodes<Format> {
+  using Base = IntegerCodes<Format>;
+  static constexpr bool kHasFactors = Format::kBlock == 256 && Format::kGroup < 256;
+  static constexpr bool kHasOffset = Format::kHasOffset;
+  static constexpr size_t kGroup = kHasFactors ? 256 : Format::kGroup;
+
+  static KT_INLINE const std::byte* block(const std::byte* row, size_t k) {
+    return row + k / Format::kBlock * Format::kBlockBytes;
+  }
+  static KT_INLINE Bytes32 codes(const EightRows& rows, int r, size_t k) {
+    const std::byte* at = block(rows.row(r), k);
+    const size_t g = k % Format::kBlock / 32;
+    if constexpr (requires { Unpack<Format>::kTable; }) {
+      return Base::template looked_up<Unpack<Format>::kTable>(
+          Unpack<Format>::template nibbles<PlainNibbles>(at, g));
+    } else {
+      return Base::biased(group_numbers<Format>(at, g));
+    }
+  }
+  static KT_INLINE Floats8 scales(const EightRows& rows, size_t group) {
+    const std::byte* at = block(rows.data, group * kGroup);
+    if constexpr (requires { Format::scale_at(at); }) {
+      float x[8];
+      for (ptrdiff_t r = 0; r < 8; ++r) x[r] = Format::scale_at(at + r * rows.stride);
+      return load_8(x);
+    } else if constexpr (requires { Format::kScaleValues; }) {
+      return eight_looked_up(at + group % (Format::kBlock / kGroup), rows.stride,
+                             Format::kScaleValues.data());
+    } else {
+      const Floats8 halves = eight_halves(at + Format::kScaleAt, rows.stride);
+      if constexpr (requires { Format::kScaleFactor; }) return mul_8(halves, set_8(Format::kScaleFactor));
+      return halves;
+    }
+  }
+  static KT_INLINE Floats8 offsets(const EightRows& rows, size_t group) {
+    return eight_halves(block(rows.data, group * kGroup) + Format::kOffsetAt, rows.stride);
+  }
+};
+
+// Nibbles in pairs, with separate scales.
+template <IntegerFormat Format>
+  requires(Format::kScaleRows == 1)
+struct Integers<Format> : IntegerCodes<Format> {
+  using Base = IntegerCodes<Format>;
+  static constexpr bool kHasFactors = false, kHasOffset = false;
+  static constexpr size_t kGroup = Format::kGroup;
+
+  static KT_INLINE Bytes32 codes(const EightRows& rows, int r, size_t k) {
+    return Base::template looked_up<kNibbleCodes<Format>.of>(pairs_of_16(rows.row(r) + k / 2));
+  }
+  static KT_INLINE Floats8 scales(const EightRows& rows, size_t group) {
+    if constexpr (requires { Format::kScaleValues; })
+      return eight_looked_up(rows.scales + group, rows.scales_stride, Format::kScaleValues.data());
+    return eight_bf16(rows.scales + group * sizeof(bf16), rows.scales_stride);
+  }
+};
+
+// Codes in bytes, with scales behind them.
+template <>
+struct Integers<formats::Int8Group32> : IntegerCodes<formats::Int8Group32> {
+  static constexpr bool kHasFactors = false, kHasOffset = false;
+  static constexpr size_t kGroup = 32;
+  static KT_INLINE Bytes32 codes(const EightRows& rows, int r, size_t k) {
+    return biased(load_32(rows.row(r) + k));
+  }
+  static KT_INLINE Floats8 scales(const EightRows& rows, size_t group) {
+    return eight_floats(rows.scales + group * sizeof(float), rows.scales_stride);
+  }
+};
+
+// One scale per row: a group is a block of activations.
+template <class Format>
+struct IntegersOfChannels : IntegerCodes<Format> {
+  static constexpr bool kHasFactors = false, kHasOffset = false;
+  static constexpr size_t kGroup = 128;
+  static KT_INLINE Floats8 scales(const EightRows& rows, size_t) { return rows.channel_scales(); }
+};
+template <>
+struct Integers<formats::Int8> : IntegersOfChannels<formats::Int8> {
+  static KT_INLINE Bytes32 codes(const EightRows& rows, int r, size_t k) {
+    return biased(load_32(rows.row(r) + k));
+  }
+};
+template <size_t kSize>
+struct Integers<formats::Int4<kSize>> : IntegersOfChannels<formats::Int4<kSize>> {
+  static KT_INLINE Bytes32 codes(const EightRows& rows, int r, size_t k) {
+    const std::byte multiplier = rows.scales[r * rows.scales_stride + static_cast<ptrdiff_t>(k / kSize)];
+    const int8_t* products = kInt4Products.codes[static_cast<uint8_t>(multiplier)];
+    return Integers::biased(look_up_32(pairs_of_16(rows.row(r) + k / 2), products));
+  }
+};
