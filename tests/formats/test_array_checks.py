@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import doctest
+import re
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+import ktmoe_np.arrays.spec
+from ktmoe_np.arrays.checks import expert_arrays
 from ktmoe_np.arrays.library import find_library, is_of, library_of
 from ktmoe_np.arrays.spec import ArraySpec
 from ktmoe_np.arrays.summary import array_summary, arrays_summary
 
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+UINT8, INT32 = np.dtype(np.uint8), np.dtype(np.int32)
 
 
 def arrays_of(library: str) -> Any:
@@ -80,6 +85,105 @@ def test_dtypes_may_have_a_name_of_their_own() -> None:
     assert str(spec) == "integers [T, P]"
     with pytest.raises(TypeError, match=r"^ids: got float32 \[1, 2\], expected integers \[T, P\]$"):
         spec.check("ids", np.zeros((1, 2), np.float32))
+
+
+def test_named_sizes_may_be_one_of_a_few() -> None:
+    spec = ArraySpec((FLOAT32,), ("T", "G", 4), sizes={"G": (3, 1)})
+    assert str(spec) == "float32 [T, G, 4] with G = 3 or 1"
+    for num_groups in range(5):
+        assert spec.fits(np.zeros((7, num_groups, 4), np.float32)) == (num_groups in (3, 1))
+    message = "x: got float32 [7, 2, 4], expected float32 [T, G, 4] with G = 3 or 1"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        spec.check("x", np.zeros((7, 2, 4), np.float32))
+
+
+# ---- bytes ----
+
+CODES = ArraySpec((UINT8, INT32), (2, 8), as_bytes=True)
+
+
+def test_bytes_are_those_of_the_array_in_any_of_the_dtypes() -> None:
+    numbers = np.arange(4, dtype=np.int32).reshape(2, 2)
+    for array in (numbers, numbers.view(np.uint8)):
+        found = CODES.checked("codes", array)
+        assert (found.dtype, found.shape) == (UINT8, (2, 8))
+        assert np.shares_memory(found, array)
+        assert found.tobytes() == numbers.tobytes()
+    rows_apart = np.zeros((4, 4), np.int32)[::2, :2]
+    assert np.shares_memory(CODES.checked("codes", rows_apart), rows_apart)
+
+
+def test_sizes_are_those_in_the_first_dtype() -> None:
+    assert str(CODES) == "uint8 [2, 8]"
+    spec = ArraySpec((INT32, UINT8), ("N", 2), as_bytes=True)
+    assert str(spec) == "int32 [N, 2]"
+    assert spec.fits(np.zeros((5, 8), np.uint8))
+    assert not spec.fits(np.zeros((5, 2), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("array", "kind", "got"),
+    [
+        (np.zeros((2, 8), np.int8), TypeError, "int8 [2, 8]"),
+        (np.zeros((2, 8), np.int32), ValueError, "int32 [2, 8]"),
+        (np.zeros((8, 2), np.int32), ValueError, "int32 [8, 2]"),
+        (np.zeros((2, 7), np.uint8), ValueError, "uint8 [2, 7]"),
+        (np.zeros(8, np.uint8), ValueError, "uint8 [8]"),
+        (np.zeros((), np.uint8), ValueError, "uint8 []"),
+    ],
+    ids=str,
+)
+def test_bytes_of_other_arrays(array: Any, kind: type[Exception], got: str) -> None:
+    with pytest.raises(kind, match=f"^codes: got {re.escape(got)}, expected uint8 \\[2, 8\\]$"):
+        CODES.checked("codes", array)
+
+
+def test_bytes_of_an_axis_with_gaps() -> None:
+    apart = np.zeros((2, 4), np.int32)[:, ::2]
+    with pytest.raises(TypeError, match=r"^codes: got strides \[16, 8\], expected a contiguous last axis$"):
+        CODES.checked("codes", apart)
+    one_column = np.zeros((2, 4), np.int32)[:, ::4]
+    assert ArraySpec((INT32,), (2, 1), as_bytes=True).checked("codes", one_column).shape == (2, 4)
+    ArraySpec((UINT8, INT32), (2, 2)).checked("numbers", apart)  # not looked at as bytes
+
+
+# ---- one array for all experts, or one for each ----
+
+
+def test_arrays_of_experts() -> None:
+    of_all = np.zeros((3, 2, 2), np.int32)
+    spec = ArraySpec((UINT8, INT32), (3, 2, 8), as_bytes=True)
+    found = expert_arrays("codes", of_all, spec)
+    assert isinstance(found, np.ndarray)
+    assert (found.dtype, found.shape) == (UINT8, (3, 2, 8))
+    assert [one.shape for one in expert_arrays("codes", list(of_all), spec)] == [(2, 8)] * 3
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "message"),
+    [
+        (np.zeros((2, 8), np.float32), ValueError, "x: got float32 [2, 8], expected float32 [3, 8]"),
+        ([np.zeros(8, np.float32)] * 2, ValueError, "x: got 2 arrays, expected 3"),
+        (
+            [np.zeros(8, np.float32)] * 2 + [np.zeros(7, np.float32)],
+            ValueError,
+            "x: got float32 [7], expected float32 [8]",
+        ),
+        ([np.zeros(8)] * 3, TypeError, "x: got float64 [8], expected float32 [8]"),
+        (None, TypeError, "x: got NoneType, expected an array"),
+    ],
+    ids=["rows", "number", "one shape", "dtype", "no array"],
+)
+def test_other_arrays_of_experts(source: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=f"^{re.escape(message)}$"):
+        expert_arrays("x", source, ArraySpec((FLOAT32,), (3, 8)))
+
+
+def test_doctests() -> None:
+    assert doctest.testmod(ktmoe_np.arrays.spec).failed == 0
+
+
+# ---- which library ----
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

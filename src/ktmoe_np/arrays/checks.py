@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = [
     "bfloat16",
     "count_tokens",
     "each_expert",
+    "expert_arrays",
     "expert_ids",
     "integer",
     "routing_weights",
@@ -119,6 +121,25 @@ def each_expert(
     if len(source) != num_experts:
         raise ValueError(f"{name}: got {len(source)} arrays, expected {num_experts}")
     return [check(as_numpy(item, name), ()) for item in source]
+
+
+def expert_arrays(name: str, source: Any, spec: ArraySpec) -> Array | list[Array]:
+    """One array for all experts, or a sequence of one for each, as `ArraySpec.checked` returns them.
+
+    The first axis of the spec is that of the experts, which each array of a sequence does not have.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not arrays, another number of them, and what `ArraySpec.checked` raises.
+    """
+    num_experts, *shape = spec.shape
+    assert isinstance(num_experts, int)
+
+    def check(array: Array, lead: tuple[int, ...]) -> Array:
+        return replace(spec, shape=(*lead, *shape)).checked(name, array)
+
+    return each_expert(name, source, num_experts, check)
 
 
 def integer(name: str, value: Any) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .library import dtype_name
+from .types import Array
 
 __all__ = ["ArraySpec"]
 
@@ -24,6 +26,11 @@ class ArraySpec:
         A size that is a string may be any: ``("T", 64)``. ``"..."`` in front stands for any leading axes.
     dtypes_name : str, optional
         What messages call the dtypes, in place of their names.
+    as_bytes : bool
+        Whether the dtypes are different views of the same bytes. The shape, of one axis or more, is that in
+        the first dtype, which alone is named in messages; in another dtype the last axis has as many bytes.
+    sizes : mapping of str to a collection of int, optional
+        What a size that is a string must be one of: ``{"G": (2, 1)}``. It may be any where there is no entry.
 
     Examples
     --------
@@ -33,15 +40,23 @@ class ArraySpec:
     >>> spec.check("topk_weights", np.zeros((3, 4), np.float32))
     Traceback (most recent call last):
     ValueError: topk_weights: got float32 [3, 4], expected float32 [T, 8]
+    >>> codes = ArraySpec((np.dtype(np.uint8), np.dtype(np.int32)), (2, 8), as_bytes=True)
+    >>> codes.checked("gate_proj", np.zeros((2, 2), np.int32)).shape
+    (2, 8)
     """
 
     dtypes: tuple[np.dtype[Any], ...]
     shape: tuple[int | str, ...]
     dtypes_name: str = ""
+    as_bytes: bool = False
+    sizes: Mapping[str, Collection[int]] | None = None
 
     def __str__(self) -> str:
-        names = self.dtypes_name or " or ".join(dtype.name for dtype in self.dtypes)
-        return f"{names} [{', '.join(map(str, self.shape))}]".lstrip()
+        named = self.dtypes[:1] if self.as_bytes else self.dtypes
+        names = self.dtypes_name or " or ".join(dtype.name for dtype in named)
+        choices = [f"{name} = {' or '.join(map(str, sizes))}" for name, sizes in (self.sizes or {}).items()]
+        where = f" with {', '.join(choices)}" if choices else ""
+        return f"{names} [{', '.join(map(str, self.shape))}]{where}".lstrip()
 
     def has_dtype(self, array: Any) -> bool:
         """Whether the array has one of the dtypes."""
@@ -55,14 +70,22 @@ class ArraySpec:
     def has_shape(self, array: Any) -> bool:
         """Whether the array has the shape."""
         found, expected = tuple(array.shape), self.shape
+        if self.as_bytes:
+            found = _in_bytes(found, array.dtype.itemsize)
+            expected = _in_bytes(expected, self.dtypes[0].itemsize)
         if found == expected:
             return True
         if expected[:1] == ("...",):
             expected = expected[1:]
             found = found[max(0, len(found) - len(expected)) :]
         return len(found) == len(expected) and all(
-            isinstance(size, str) or size == there for there, size in zip(found, expected, strict=True)
+            self._is_size(there, size) for there, size in zip(found, expected, strict=True)
         )
+
+    def _is_size(self, found: int | str, expected: int | str) -> bool:
+        if not isinstance(expected, str):
+            return found == expected
+        return self.sizes is None or expected not in self.sizes or found in self.sizes[expected]
 
     def fits(self, array: Any) -> bool:
         """Whether the array has one of the dtypes and the shape."""
@@ -91,3 +114,27 @@ class ArraySpec:
         got = f"{dtype_name(array)} {list(array.shape)}" if self.dtypes else f"shape {list(array.shape)}"
         kind = ValueError if self.has_dtype(array) else TypeError
         raise kind(f"{name}: got {got}{of}, expected {self}{where}")
+
+    def checked(self, name: str, array: Array) -> Array:
+        """A NumPy array that is as it must be; with `as_bytes` its bytes, uint8, which are not copied.
+
+        Raises
+        ------
+        TypeError
+            Another dtype, or bytes of an array whose last axis is not contiguous.
+        ValueError
+            Another shape.
+        """
+        self.check(name, array)
+        if not self.as_bytes:
+            return array
+        if array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
+            raise TypeError(f"{name}: got strides {list(array.strides)}, expected a contiguous last axis")
+        return array.view(np.uint8)
+
+
+def _in_bytes(shape: tuple[int | str, ...], itemsize: int) -> tuple[int | str, ...]:
+    """A shape whose last axis, where it is a number, is counted in bytes."""
+    if not shape or isinstance(shape[-1], str):
+        return shape
+    return (*shape[:-1], shape[-1] * itemsize)

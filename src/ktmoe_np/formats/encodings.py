@@ -10,15 +10,15 @@ import ml_dtypes  # noqa: F401  # NumPy knows its dtypes by name
 import numpy as np
 
 from .. import kt_kernel_ext as ext
-from ..arrays.checks import Array, as_numpy, each_expert
-from ..arrays.summary import array_summary
+from ..arrays.checks import Array, as_numpy, each_expert, expert_arrays
+from ..arrays.spec import ArraySpec
 from .gptq import BLOCK_SIZE, first_not_float16, group_sizes, q4_0_rows
 from .methods import format_names
 from .weights import Projection
 
 __all__ = ["NATIVE_FORMATS", "NativeFormat"]
 
-_UINT8 = np.dtype(np.uint8)
+_FLOAT32 = (np.dtype(np.float32),)
 
 
 @dataclass(frozen=True)
@@ -92,31 +92,25 @@ class NativeFormat:
         """
         num_experts, num_rows, num_columns = shape
         self._check_global_scale(projection, global_scale)
-        code_rows = _experts(
-            f"{projection}_proj",
-            codes,
-            self.code_dtypes,
-            num_experts,
-            (num_rows, self.row_bytes(num_columns)),
-        )
-        name, wanted = f"{projection}_scale", self.scale_shape(num_rows, num_columns)
+        rows = num_experts, num_rows, self.row_bytes(num_columns) // self.code_dtypes[0].itemsize
+        code_spec = ArraySpec(self.code_dtypes, rows, as_bytes=True)
+        code_rows = list(expert_arrays(f"{projection}_proj", codes, code_spec))
+        name, wanted = f"{projection}_scale", (num_experts, *self.scale_shape(num_rows, num_columns))
         if self.group_size is None:
-            flat = _experts(name, _as_columns(scale), self.scale_dtypes, num_experts, wanted, as_bytes=False)
+            flat = expert_arrays(name, _as_columns(scale), ArraySpec(self.scale_dtypes, wanted))
             return Projection(
                 code_rows, channel_scale=[np.ascontiguousarray(one.reshape(-1)) for one in flat]
             )
-        size = wanted[1] * self.scale_dtypes[0].itemsize
-        scales = _experts(name, scale, self.scale_dtypes, num_experts, (wanted[0], size))
+        scales = list(expert_arrays(name, scale, ArraySpec(self.scale_dtypes, wanted, as_bytes=True)))
         if not self.has_global_scale:
             return Projection(code_rows, scales)
         name = f"{projection}_global_scale"
-        values = as_numpy(global_scale, name)
-        if values.dtype != np.float32:
-            raise TypeError(f"{name}: got {values.dtype}, expected float32 [{num_experts}]")
-        if values.shape != (num_experts,):
-            raise ValueError(f"{name}: got float32 {list(values.shape)}, expected float32 [{num_experts}]")
-        rows = [np.full(num_rows, value, np.float32) for value in values]  # the engine takes one for each
-        return Projection(code_rows, scales, rows)
+        values, spec = as_numpy(global_scale, name), ArraySpec(_FLOAT32, (num_experts,))
+        if not spec.has_dtype(values):
+            raise TypeError(f"{name}: got {values.dtype}, expected {spec}")
+        spec.check(name, values)
+        of_rows = [np.full(num_rows, value, np.float32) for value in values]  # the engine takes one for each
+        return Projection(code_rows, scales, of_rows)
 
     def _check_global_scale(self, projection: str, global_scale: Any) -> None:
         """Raise ValueError when there is one that the format does not have."""
@@ -167,31 +161,22 @@ class GptqFormat(NativeFormat):
                 f"{projection}_proj: got {num_columns} columns, expected a multiple of "
                 f"{BLOCK_SIZE} with {self.name}"
             )
-        words = (num_columns // 8, num_rows)
-        packed = _experts(f"{projection}_proj", codes, self.code_dtypes, num_experts, words, as_bytes=False)
-        name = f"{projection}_scale"
-        scales = each_expert(
-            name, scale, num_experts, lambda array, lead: self._checked_scale(name, array, lead, shape)
-        )
-        return Projection(list(q4_0_rows(packed, scales)))
+        words = ArraySpec(self.code_dtypes, (num_experts, num_columns // 8, num_rows))
+        packed = expert_arrays(f"{projection}_proj", codes, words)
+        name, groups = f"{projection}_scale", {"G": group_sizes(num_columns)}
+        float16 = self.scale_dtypes[0].name  # bfloat16 is taken too, where float16 has its numbers
 
-    def _checked_scale(
-        self, name: str, array: Array, lead: tuple[int, ...], shape: tuple[int, int, int]
-    ) -> Array:
-        """The scales of one expert or of all, when they are what they should be."""
-        counts = group_sizes(shape[2])
-        right = {(*lead, count, shape[1]) for count in counts}
-        if array.dtype not in self.scale_dtypes or array.shape not in right:
-            groups = " or ".join(map(str, counts))
-            expected = f"float16 {[*lead, 'G', shape[1]]}".replace("'", "") + f" with G = {groups}"
-            kind = ValueError if array.dtype in self.scale_dtypes else TypeError
-            raise kind(f"{name}: got {array_summary(array)}, expected {expected}")
-        unrepresentable = first_not_float16(array)
-        if unrepresentable is not None:
-            raise ValueError(
-                f"{name}: got {unrepresentable:g} in {array.dtype}, expected numbers that float16 has"
-            )
-        return array
+        def checked(array: Array, lead: tuple[int, ...]) -> Array:
+            ArraySpec(self.scale_dtypes, (*lead, "G", num_rows), float16, sizes=groups).check(name, array)
+            unrepresentable = first_not_float16(array)
+            if unrepresentable is not None:
+                raise ValueError(
+                    f"{name}: got {unrepresentable:g} in {array.dtype}, expected numbers that float16 has"
+                )
+            return array
+
+        scales = each_expert(name, scale, num_experts, checked)
+        return Projection(list(q4_0_rows(packed, scales)))
 
 
 def _as_columns(scale: Any) -> Any:
@@ -199,48 +184,6 @@ def _as_columns(scale: Any) -> Any:
     if isinstance(scale, list | tuple):
         return [one[:, None] if getattr(one, "ndim", None) == 1 else one for one in scale]
     return scale[:, :, None] if getattr(scale, "ndim", None) == 2 else scale
-
-
-def _experts(
-    name: str,
-    source: Any,
-    dtypes: tuple[np.dtype[Any], ...],
-    num_experts: int,
-    shape: tuple[int, int],
-    *,
-    as_bytes: bool = True,
-) -> list[Array]:
-    """E arrays of a shape, in bytes or as they are, from one array or a sequence of them."""
-    return list(
-        each_expert(
-            name,
-            source,
-            num_experts,
-            lambda array, lead: _checked(name, array, dtypes, (*lead, *shape), as_bytes),
-        )
-    )
-
-
-def _checked(
-    name: str, array: Array, dtypes: tuple[np.dtype[Any], ...], shape: tuple[int, ...], as_bytes: bool
-) -> Array:
-    """The array, or its bytes, when its dtype is one of those and its shape is that, in bytes or not."""
-    size = array.dtype.itemsize if as_bytes else 1
-    has_shape = array.ndim == len(shape) and (*array.shape[:-1], array.shape[-1] * size) == shape
-    if array.dtype not in dtypes or not has_shape:
-        kind = ValueError if array.dtype in dtypes else TypeError
-        raise kind(f"{name}: got {array_summary(array)}, expected {_expected(dtypes, shape, as_bytes)}")
-    if not as_bytes:
-        return array
-    if array.shape[-1] > 1 and array.strides[-1] != size:
-        raise TypeError(f"{name}: got strides {list(array.strides)}, expected a contiguous last axis")
-    return array.view(_UINT8)
-
-
-def _expected(dtypes: tuple[np.dtype[Any], ...], shape: tuple[int, ...], as_bytes: bool) -> str:
-    dtype = dtypes[0]
-    last = shape[-1] // dtype.itemsize if as_bytes else shape[-1]
-    return f"{dtype} {[*shape[:-1], last]}"
 
 
 def _encodings(method: ext.MethodInfo) -> Iterator[NativeFormat]:

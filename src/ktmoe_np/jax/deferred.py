@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
 from ..arrays.spec import ArraySpec
+from ..arrays.summary import array_summary
 from ..arrays.types import bfloat16
 from ..inference.base import BaseMoEWrapper
 from .operands import Array, called, checked
 from .primitives import drain_deferred_p, forward_deferred_p
 
 __all__ = ["moe_drain_deferred", "moe_forward_deferred"]
+
+_CARRY = ArraySpec((np.dtype(np.uint32),), ())
 
 
 def moe_forward_deferred(
@@ -113,6 +117,6 @@ def _carry(carry: Array | None) -> Array:
     if carry is None:
         return jnp.zeros((), jnp.uint32)
     carry = jnp.asarray(carry)
-    if carry.dtype != jnp.uint32 or carry.ndim:
-        raise TypeError(f"carry: got {carry.dtype} {list(carry.shape)}, expected what a call has returned")
+    if not _CARRY.fits(carry):  # the message names its source: callers do not make carries
+        raise TypeError(f"carry: got {array_summary(carry)}, expected what a call has returned")
     return carry

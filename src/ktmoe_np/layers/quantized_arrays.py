@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.checks import Array, as_numpy, bfloat16, each_expert, expert_ids
+from ..arrays.checks import Array, as_numpy, bfloat16, expert_arrays, expert_ids
 from ..arrays.spec import ArraySpec
 from ..formats.quantized import QuantizedFormat
 from ..formats.weights import Projection
@@ -41,13 +41,14 @@ def given_projection(
     `shape` is E, N and K. Codes are not looked at.
     """
     num_experts, num_rows, num_columns = shape
-    matrices = _matrices(name, codes, np.dtype(np.uint8), (num_experts, num_rows, fmt.row_bytes(num_columns)))
+    shape = num_experts, num_rows, fmt.row_bytes(num_columns)
+    matrices = expert_arrays(name, codes, ArraySpec((np.dtype(np.uint8),), shape))
     name = _scale_of(name)
     if not fmt.has_channel_scale:
         if scale is not None:
             raise ValueError(f"{name}: got one, expected None: rows of {fmt.name} contain their scales")
         return Projection(matrices)
-    scales = _matrices(name, scale, np.dtype(np.float32), (num_experts, num_rows))
+    scales = expert_arrays(name, scale, ArraySpec((np.dtype(np.float32),), (num_experts, num_rows)))
     for e, values in enumerate(scales):
         wrong = ~np.isfinite(values)
         if wrong.any():
@@ -113,13 +114,3 @@ def _dtype(source: Any) -> str:
     """The name of the dtype of an array of any framework, or of the first of several."""
     first = source[0] if isinstance(source, list | tuple) and source else source
     return str(getattr(first, "dtype", type(first).__name__)).removeprefix("torch.")
-
-
-def _matrices(name: str, source: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array | list[Array]:
-    """The caller's arrays as NumPy arrays."""
-
-    def checked(array: Array, lead: tuple[int, ...]) -> Array:
-        ArraySpec((dtype,), (*lead, *shape[1:])).check(name, array)
-        return array
-
-    return each_expert(name, source, shape[0], checked)
