@@ -266,7 +266,7 @@ print(code)
 
 
 def test_a_chain_of_a_parent_process() -> None:
-    """What was left there is of the parent's engine; the child must not begin with it."""
+    """The deferred output there is of the parent's engine; the child must not begin with it."""
     script = """
 first, second = (layer.wrapper(P, layer_idx=i, max_deferred_experts_per_token=1) for i in range(2))
 chain = DeferralChain()

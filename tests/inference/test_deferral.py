@@ -84,7 +84,7 @@ def wrappers(layers: Sequence[Layer], num_deferred: Sequence[int], **options: An
 
 
 def run_pass(moes: Sequence[Any], batches: Sequence[Batch], how: str = "forward") -> list[AnyArray]:
-    """The float32 outputs of the layers one after the other, and what the last one left."""
+    """The float32 outputs of the layers one after the other; the last one's deferred output remains."""
     results = []
     for moe, batch in zip(moes, batches, strict=True):
         out = np.full(batch.x.shape, np.nan, np.float32)
@@ -112,7 +112,7 @@ def test_a_pass_is_what_the_reference_composes(
     KTMoEWrapper.drain_deferred()
     layers, batches = drawn(seed, len(deferred), num_tokens, scale_inputs=scale_inputs)
     outputs = run_pass(wrappers(layers, deferred, chunked_prefill_size=chunk), batches, how)
-    left = KTMoEWrapper.drain_deferred()
+    remaining = KTMoEWrapper.drain_deferred()
 
     base, base_error = np.zeros((num_tokens, H)), np.zeros((num_tokens, H))
     for layer, batch, num, output in zip(layers, batches, deferred, outputs, strict=True):
@@ -126,11 +126,11 @@ def test_a_pass_is_what_the_reference_composes(
         base = moe_forward(*later, *layer.matrices, **exact)
         base_error = error_bound(*later, *layer.matrices, **bounded)
     if deferred[-1] == 0:
-        assert left is None
+        assert remaining is None
     else:
-        assert left is not None
-        assert left.dtype == bf16
-        assert_close(left, layers[-1], parts(batches[-1], deferred[-1])[1])
+        assert remaining is not None
+        assert remaining.dtype == bf16
+        assert_close(remaining, layers[-1], parts(batches[-1], deferred[-1])[1])
     assert KTMoEWrapper.drain_deferred() is None
 
 
@@ -149,14 +149,14 @@ def test_the_bits_of_a_pass(how: str, scale_inputs: bool) -> None:
         else:
             moe.submit_forward(*batch, out=out)
             assert moe.sync_forward() is out
-    left = KTMoEWrapper.drain_deferred()
+    remaining = KTMoEWrapper.drain_deferred()
 
     base = None
     for layer, batch, num, out in zip(layers, batches, (2, 1, 3), outs, strict=True):
         assert_same_bits(out, alone(layer, parts(batch, num)[0], out.dtype, base))
         base = carried(layer, batch, num)
     assert base is not None
-    assert_same_bits(left, base.astype(bf16))
+    assert_same_bits(remaining, base.astype(bf16))
 
 
 def test_ties_go_to_the_lower_slot() -> None:
@@ -206,11 +206,11 @@ def test_layers_with_gaps_between_them(numbers: tuple[int, ...]) -> None:
         for layer, number in zip(layers, numbers, strict=True)
     ]
     outputs = run_pass(moes, batches)
-    left = KTMoEWrapper.drain_deferred()
+    remaining = KTMoEWrapper.drain_deferred()
     expected = run_pass(wrappers(layers, [2] * len(numbers)), batches)
     for output, want in zip(outputs, expected, strict=True):
         assert_same_bits(output, want)
-    assert_same_bits(left, KTMoEWrapper.drain_deferred())
+    assert_same_bits(remaining, KTMoEWrapper.drain_deferred())
 
 
 def test_passes_of_many_sizes_in_turn() -> None:
@@ -306,9 +306,9 @@ def test_another_engine() -> None:
                 results.append((moe.forward(*batch), KTMoEWrapper.drain_deferred()))
             del moe
             _MoEBase.reset_cpu_infer()
-        for output, left in results:
+        for output, remaining in results:
             assert_same_bits(output, results[0][0])
-            assert_same_bits(left, results[0][1])
+            assert_same_bits(remaining, results[0][1])
     """
     done = run_python(script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -317,7 +317,7 @@ def test_another_engine() -> None:
 # ---- what is refused ----
 
 
-def left_over(num_tokens: int = T) -> tuple[list[Any], list[Batch], AnyArray]:
+def undrained(num_tokens: int = T) -> tuple[list[Any], list[Batch], AnyArray]:
     """Two layers of which the first has deferred something, and what that is."""
     layers, batches = drawn(13, 2, num_tokens)
     moes = wrappers(layers, [2, 2])
@@ -327,36 +327,36 @@ def left_over(num_tokens: int = T) -> tuple[list[Any], list[Batch], AnyArray]:
 
 @pytest.mark.parametrize("how", ["forward", "submit_forward"])
 def test_a_pass_that_was_not_drained(how: str) -> None:
-    moes, batches, left = left_over()
+    moes, batches, remaining = undrained()
     message = r"layer 0: the deferred experts of layer 0 are left over from the pass before; call drain_def"
     with pytest.raises(RuntimeError, match=message):
         getattr(moes[0], how)(*batches[0])
-    assert_same_bits(KTMoEWrapper.drain_deferred(), left)
+    assert_same_bits(KTMoEWrapper.drain_deferred(), remaining)
     moes[0].forward(*batches[0])
-    assert_same_bits(KTMoEWrapper.drain_deferred(), left)
+    assert_same_bits(KTMoEWrapper.drain_deferred(), remaining)
 
 
 @pytest.mark.parametrize("how", ["forward", "submit_forward"])
 @pytest.mark.parametrize("num_tokens", [0, T - 1, T + 1])
 def test_another_number_of_tokens(how: str, num_tokens: int) -> None:
-    moes, batches, _ = left_over()
+    moes, batches, _ = undrained()
     other = draw_batch(np.random.default_rng(0), drawn(13, 2)[0][1], num_tokens, P)
     message = rf"hidden_states: got \[{num_tokens}, {H}\], expected \[{T}, {H}\] like the deferred output of"
     with pytest.raises(ValueError, match=message):
         getattr(moes[1], how)(*other)
-    moes[1].forward(*batches[1])  # what is left over still waits for it
+    moes[1].forward(*batches[1])  # the deferred output still waits for it
     assert KTMoEWrapper.drain_deferred() is not None
 
 
 def test_incremental_onto_a_deferred_output() -> None:
-    moes, batches, left = left_over()
+    moes, batches, remaining = undrained()
     out = np.full((T, H), 3.0, np.float32)
     with pytest.raises(
         ValueError, match="incremental: got True, but the output begins with the deferred experts"
     ):
         moes[1].forward(*batches[1], out=out, incremental=True)
     assert (out == 3.0).all()
-    assert_same_bits(KTMoEWrapper.drain_deferred(), left)
+    assert_same_bits(KTMoEWrapper.drain_deferred(), remaining)
 
 
 def test_incremental_in_the_first_layer() -> None:
@@ -368,8 +368,8 @@ def test_incremental_in_the_first_layer() -> None:
 
 
 @pytest.mark.parametrize("how", ["forward", "submit_forward"])
-def test_wrong_arguments_leave_what_is_left_over(how: str) -> None:
-    moes, batches, left = left_over()
+def test_wrong_arguments_leave_what_remains(how: str) -> None:
+    moes, batches, remaining = undrained()
     x, ids, weights = batches[1]
     too_large = ids.copy()
     too_large[3, 1] = E
@@ -388,18 +388,18 @@ def test_wrong_arguments_leave_what_is_left_over(how: str) -> None:
         with pytest.raises(error, match=message):
             getattr(moes[1], how)(*arguments, out=out)
     assert (out == 3.0).all()
-    assert_same_bits(KTMoEWrapper.drain_deferred(), left)
+    assert_same_bits(KTMoEWrapper.drain_deferred(), remaining)
 
 
 def test_a_wrong_id_in_a_layer_that_defers_nothing() -> None:
     """The sum that it should have begun with is not lost."""
-    _, batches, left = left_over()
+    _, batches, remaining = undrained()
     last = drawn(13, 2)[0][1].wrapper(P, layer_idx=1)
     ids = batches[1].ids.copy()
     ids[0, 0] = E
     with pytest.raises(IndexError, match=f"topk_ids: got expert {E}"):
         last.forward(batches[1].x, ids, batches[1].weights)
-    assert_same_bits(KTMoEWrapper.drain_deferred(), left)
+    assert_same_bits(KTMoEWrapper.drain_deferred(), remaining)
 
 
 def test_sync_before_submit_and_submit_twice() -> None:

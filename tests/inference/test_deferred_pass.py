@@ -32,8 +32,10 @@ class Arrays:
     ) -> None:
         x, ids, weights = batch
         self.immediate, self.deferred = np.full((2, *ids.shape), 7)
-        self.out, self.left = np.full(x.shape, 7, bf16), np.full(x.shape, 7, np.float32)
-        deferring = {"deferred_ids": self.deferred, "deferred_output": self.left} if num_deferred else {}
+        self.out, self.deferred_output = np.full(x.shape, 7, bf16), np.full(x.shape, 7, np.float32)
+        deferring = (
+            {"deferred_ids": self.deferred, "deferred_output": self.deferred_output} if num_deferred else {}
+        )
         arguments = {"chunk_size": len(x) + 1, "num_deferred": num_deferred, "num_tokens": num_tokens}
         arguments |= deferring | options
         self.step = ext.moe.DeferredPass(moe, x, ids, weights, self.out, self.immediate, **arguments)
@@ -94,16 +96,18 @@ def test_the_bits_are_those_of_two_passes(engine: Any, data: st.DataObject) -> N
     )
     first.run(engine)
     made.run(engine)
-    want, want_left = np.empty_like(made.out), np.empty_like(made.left)
+    want, want_deferred = np.empty_like(made.out), np.empty_like(made.deferred_output)
     engine.run(
-        moe.forward_task(batch.x, made.immediate, batch.weights, want, base=first.left, skip_experts=skip)
+        moe.forward_task(
+            batch.x, made.immediate, batch.weights, want, base=first.deferred_output, skip_experts=skip
+        )
     )
-    engine.run(moe.forward_task(batch.x, made.deferred, batch.weights, want_left, skip_experts=skip))
+    engine.run(moe.forward_task(batch.x, made.deferred, batch.weights, want_deferred, skip_experts=skip))
     assert_same_bits(made.out, want)
-    assert_same_bits(made.left, want_left)
+    assert_same_bits(made.deferred_output, want_deferred)
     rounded = np.empty_like(made.out)
     engine.run(made.step.output.rounding_task(rounded))
-    assert_same_bits(rounded, want_left.astype(bf16))
+    assert_same_bits(rounded, want_deferred.astype(bf16))
 
 
 @pytest.fixture(params=[3, 300], ids=["joint", "separate"])
@@ -121,11 +125,11 @@ def test_the_deferred_tasks_do_nothing_of_a_joint_pass(engine: Any, case: Any) -
     made = Arrays(moe, batch, 1)
     engine.run(made.step.immediate_tasks())
     assert made.step.is_joint == (num_experts == 3)
-    computed = made.left.copy()
-    made.left[...] = 7
+    computed = made.deferred_output.copy()
+    made.deferred_output[...] = 7
     engine.run(made.step.deferred_tasks())
     assert (computed != 7).any() == made.step.is_joint
-    assert (made.left == 7).all() == made.step.is_joint
+    assert (made.deferred_output == 7).all() == made.step.is_joint
 
 
 def test_copies_are_what_the_deferred_part_reads(engine: Any, case: Any) -> None:
@@ -138,12 +142,12 @@ def test_copies_are_what_the_deferred_part_reads(engine: Any, case: Any) -> None
     engine.run(made.step.immediate_tasks())
     x[...], ids[...], weights[...] = 1, 0, 1
     engine.run(made.step.deferred_tasks())
-    assert_same_bits(made.left, want.left)
+    assert_same_bits(made.deferred_output, want.deferred_output)
     # An array that is its own copy is read in place.
     x, ids, weights = batch
     made = Arrays(moe, batch, 1, copied_hidden_states=x, copied_weights=weights)
     made.run(engine)
-    assert_same_bits(made.left, want.left)
+    assert_same_bits(made.deferred_output, want.deferred_output)
 
 
 # ---- passes that fail ----
@@ -167,7 +171,7 @@ def test_a_wrong_id_in_either_part(engine: Any, case: Any, slot: int, dtype: Any
         engine.run(split)
     engine.run(chunks + made.step.deferred_tasks())
     assert (made.out == 7).all()
-    assert np.isnan(made.left).all()
+    assert np.isnan(made.deferred_output).all()
     with pytest.raises(IndexError, match=message):
         made.step.output.raise_error()
     split, chunk = following.step.immediate_tasks()
@@ -178,7 +182,7 @@ def test_a_wrong_id_in_either_part(engine: Any, case: Any, slot: int, dtype: Any
     made.run(engine)
     following.run(engine)
     made.step.output.raise_error()
-    assert np.isfinite(made.left).all()
+    assert np.isfinite(made.deferred_output).all()
     assert np.isfinite(following.out.astype(np.float32)).all()
 
 
@@ -188,7 +192,7 @@ def test_a_number_of_tokens_outside_the_batch(engine: Any, case: Any, number: in
     made = Arrays(moe, batch, 1, np.array([number]))
     with pytest.raises(IndexError, match=f"num_tokens: got {number}, expected 0 to 4"):
         engine.run(made.step.immediate_tasks())
-    assert np.isnan(made.left).all()
+    assert np.isnan(made.deferred_output).all()
 
 
 def test_parts_before_the_split(engine: Any, case: Any) -> None:
@@ -264,6 +268,6 @@ def test_what_is_wrong(engine: Any, case: Any) -> None:
             ext.moe.DeferredPass(moe, *arguments, **(good | options))
     assert made.step.output.layer_idx == 0
     assert made.step.output.num_tokens == 4
-    assert made.step.output.sums is made.left
+    assert made.step.output.sums is made.deferred_output
     with pytest.raises(ValueError, match=r"out: got bfloat16 \[3, 24\], expected bfloat16 \[4, 24\]"):
         made.step.output.rounding_task(out[:3])

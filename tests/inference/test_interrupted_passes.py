@@ -40,7 +40,7 @@ def expected(moes: list[Any], batch: Any) -> Any:
 
 
 class Ending(DeferralChain):
-    """A chain on which a pass is ended just when it has left what it leaves."""
+    """A chain on which a pass is ended just when it has handed over its deferred output."""
 
     ends = False
 
@@ -83,7 +83,7 @@ def test_a_pass_fails_when_what_it_begins_with_has_failed() -> None:
     moe = moes[0]
     wrong = batch.ids.copy()
     wrong[0, 0] = E
-    engine, left = moe.cpu_infer, np.full((T, H), 12345, np.float32)
+    engine, deferred_output = moe.cpu_infer, np.full((T, H), 12345, np.float32)
     deferring = ext.moe.DeferredPass(
         moe._layer,
         batch.x,
@@ -94,7 +94,7 @@ def test_a_pass_fails_when_what_it_begins_with_has_failed() -> None:
         chunk_size=T,
         num_deferred=2,
         deferred_ids=np.empty((T, P), np.int64),
-        deferred_output=left,
+        deferred_output=deferred_output,
     )
     tickets = [engine.submit(task) for task in deferring.immediate_tasks() + deferring.deferred_tasks()]
     with pytest.raises(IndexError, match=f"topk_ids: got expert {E} at"):
@@ -130,9 +130,9 @@ def test_a_drain_that_a_handler_ends_can_be_repeated() -> None:
     moes, batch = two_layers()
     chain = DeferralChain()
     moes[0].forward(*batch, chain=chain)
-    left: Any = chain._output
-    engine: Any = Interrupted(left.engine)
-    chain.leave_output(HostOutput(left.output, left.ticket, engine))
+    remaining: Any = chain._output
+    engine: Any = Interrupted(remaining.engine)
+    chain.leave_output(HostOutput(remaining.output, remaining.ticket, engine))
     with pytest.raises(OSError, match="raised by a handler"):
         chain.drain()
     assert chain.is_waiting

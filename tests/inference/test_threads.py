@@ -225,7 +225,7 @@ def test_chains_do_not_meet() -> None:
     assert KTMoEWrapper.drain_deferred() is None
 
 
-def test_a_thread_takes_nothing_that_another_has_left() -> None:
+def test_a_thread_takes_nothing_that_another_has_deferred() -> None:
     moes, batches = three_layers(7)
     plain = draw_layer(np.random.default_rng(8), E, I, H).wrapper(P, layer_idx=2)
     expected = run_pass(moes, batches)
@@ -245,7 +245,7 @@ def test_a_thread_takes_nothing_that_another_has_left() -> None:
         assert_same_bits(output, want)
 
 
-def test_what_a_thread_has_left_that_has_ended() -> None:
+def test_the_deferred_output_of_a_thread_that_has_ended() -> None:
     moes, batches = three_layers(9)
     moes[0].forward(*batches[0])
     expected = KTMoEWrapper.drain_deferred()

@@ -38,8 +38,8 @@ def drawn(
 
 def on_host(moes: list[Any], batches: list[Any]) -> list[Any]:
     outs = [moe.forward(*batch) for moe, batch in zip(moes, batches, strict=True)]
-    left = KTMoEWrapper.drain_deferred()
-    return [*outs, np.zeros_like(outs[0]) if left is None else left]
+    remaining = KTMoEWrapper.drain_deferred()
+    return [*outs, np.zeros_like(outs[0]) if remaining is None else remaining]
 
 
 def in_program(moes: list[Any], batches: Any) -> list[Any]:
@@ -79,12 +79,12 @@ def test_a_scan_over_layers_carries_it() -> None:
         (out, carry), outs = jax.lax.scan(step, (x, jnp.zeros((), jnp.uint32)), jnp.arange(4))
         return outs, moe_drain_deferred(carry, out)
 
-    outs, left = run(x)
+    outs, remaining = run(x)
     before = batches[0].x
     for moe, found in zip(moes, outs, strict=True):
         before = moe.forward(before, *batches[0][1:])
         assert_same_bits(numpy(found), before)
-    assert_same_bits(numpy(left), KTMoEWrapper.drain_deferred())
+    assert_same_bits(numpy(remaining), KTMoEWrapper.drain_deferred())
 
 
 def test_a_mask_and_equal_calls() -> None:

@@ -19,8 +19,8 @@ moes = [
 
 def on_host():
     outs = [moe.forward(*batch) for moe, batch in zip(moes, batches, strict=True)]
-    left = KTMoEWrapper.drain_deferred()
-    return outs + ([] if left is None else [left])
+    remaining = KTMoEWrapper.drain_deferred()
+    return outs + ([] if remaining is None else [remaining])
 
 on_device = [[DeviceArray(array) for array in batch] for batch in batches]
 outs = [DeviceArray(np.zeros((6, 40), bf16)) for _ in range(len(moes) + 1)]

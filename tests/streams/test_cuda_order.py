@@ -37,7 +37,7 @@ def test_a_drain_does_not_overwrite_a_pass_that_is_pending(cuda_driver: str) -> 
         """
         from ktmoe_np import KTMoEWrapper
         moe = layer.wrapper(2, max_deferred_experts_per_token=1)
-        expected, left = moe.forward(*batch), KTMoEWrapper.drain_deferred()
+        expected, remaining = moe.forward(*batch), KTMoEWrapper.drain_deferred()
         rest = DeviceArray(np.zeros((6, 40), bf16))
         moe.submit_forward(x, ids, w, stream, out=out)
         print(raised(KTMoEWrapper.drain_deferred, stream, out=rest))
@@ -45,7 +45,7 @@ def test_a_drain_does_not_overwrite_a_pass_that_is_pending(cuda_driver: str) -> 
         assert KTMoEWrapper.drain_deferred(stream, out=rest) is rest
         stream.synchronize()
         assert_same_bits(out.value, expected)
-        assert_same_bits(rest.value, left)
+        assert_same_bits(rest.value, remaining)
         """,
     )
     assert said == "RuntimeError: a pass of layer 0 is pending in the stream, call sync_forward first\n"

@@ -299,14 +299,14 @@ def test_what_the_extension_refuses(cuda_driver: str) -> None:
     ]
 
 
-def test_a_driver_that_refuses_leaves_what_is_left_over(cuda_driver: str) -> None:
+def test_a_driver_that_refuses_leaves_what_remains(cuda_driver: str) -> None:
     said = run(
         cuda_driver,
         """
         from ktmoe_np import KTMoEWrapper
         moes = [layer.wrapper(2, layer_idx=i, max_deferred_experts_per_token=1) for i in (0, 1)]
         expected = [moe.forward(*batch) for moe in moes]
-        left = KTMoEWrapper.drain_deferred()
+        remaining = KTMoEWrapper.drain_deferred()
         handle = stream.cuda_stream
         moes[0].forward(x, ids, w, handle, out=out)
         stream.synchronize()
@@ -320,7 +320,7 @@ def test_a_driver_that_refuses_leaves_what_is_left_over(cuda_driver: str) -> Non
         assert_same_bits(out.value, expected[1])
         KTMoEWrapper.drain_deferred(handle, out=out)
         stream.synchronize()
-        assert_same_bits(out.value, left)
+        assert_same_bits(out.value, remaining)
         """,
     )
     for line in said.splitlines():

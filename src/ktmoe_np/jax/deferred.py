@@ -1,4 +1,4 @@
-"""Deferred experts in programs: what a layer has left is an operand of the next layer's call."""
+"""Deferred experts in programs: what a layer has deferred is an operand of the next call."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def moe_forward_deferred(
     ...     out, carry = moe_forward_deferred(moe, x, ids, weights)
     ...     return out, moe_drain_deferred(carry, x)
     >>> x = jnp.ones((1, 4), jnp.bfloat16)
-    >>> out, left = two_layers(x, jnp.array([[0, 1]]), jnp.array([[0.75, 0.25]]))
-    >>> float(out[0, 0]), float(left[0, 0])
+    >>> out, remaining = two_layers(x, jnp.array([[0, 1]]), jnp.array([[0.75, 0.25]]))
+    >>> float(out[0, 0]), float(remaining[0, 0])
     (24.0, 8.0)
     """
     number, config = called(moe, index, BaseMoEWrapper, "moe")
     operands = checked(config, hidden_states, topk_ids, topk_weights)
-    out, left = forward_deferred_p.bind(number, *operands, _carry(carry))
-    return out, left
+    out, next_carry = forward_deferred_p.bind(number, *operands, _carry(carry))
+    return out, next_carry
 
 
 def moe_drain_deferred(carry: Array, hidden_states: Array) -> Array:
@@ -91,7 +91,7 @@ def moe_drain_deferred(carry: Array, hidden_states: Array) -> Array:
     Returns
     -------
     array of bfloat16 [..., H]
-        Zeros when nothing is left.
+        Zeros when nothing was deferred.
 
     Raises
     ------
@@ -102,15 +102,15 @@ def moe_drain_deferred(carry: Array, hidden_states: Array) -> Array:
 
     Examples
     --------
-    Nothing is left where there was nothing:
+    Nothing was deferred:
 
     >>> moe_drain_deferred(jnp.zeros((), jnp.uint32), jnp.ones((1, 2), jnp.bfloat16)).tolist()
     [[0.0, 0.0]]
     """
     x = jnp.asarray(hidden_states)
     ArraySpec((bfloat16,), ("...", "H")).check("hidden_states", x)
-    (left,) = drain_deferred_p.bind(_carry(carry), shape=x.shape)
-    return left
+    (remaining,) = drain_deferred_p.bind(_carry(carry), shape=x.shape)
+    return remaining
 
 
 def _carry(carry: Array | None) -> Array:

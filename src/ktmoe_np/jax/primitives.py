@@ -74,7 +74,7 @@ def _out_and_number(_: Any, x: Any, *__: Any) -> list[jax.core.ShapedArray]:
     return [_like(x), jax.core.ShapedArray((), np.dtype(np.uint32))]
 
 
-def _left(_: Any, *, shape: tuple[int, ...]) -> list[jax.core.ShapedArray]:
+def _remaining(_: Any, *, shape: tuple[int, ...]) -> list[jax.core.ShapedArray]:
     return [jax.core.ShapedArray(shape, jnp.dtype(jnp.bfloat16))]
 
 
@@ -133,4 +133,4 @@ forward_saved_p = _primitive("forward_saved", _out_and_number, _batch_forward)
 backward_p = _primitive("backward", _gradients, _batch_backward)
 # Two calls are two also when their operands are the same: each carry is used once.
 forward_deferred_p = _primitive("forward_deferred", _out_and_number, None, has_side_effect=True)
-drain_deferred_p = _primitive("drain_deferred", _left, None, has_side_effect=True)
+drain_deferred_p = _primitive("drain_deferred", _remaining, None, has_side_effect=True)

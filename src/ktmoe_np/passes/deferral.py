@@ -55,12 +55,12 @@ class OutputChain(Generic[OutputT]):
         return object_summary(self, self._summary)
 
     def _summary(self) -> str:
-        left = self._output
-        return "empty" if left is None else f"with deferred experts of layer {left.output.layer_idx}"
+        waiting = self._output
+        return "empty" if waiting is None else f"with deferred experts of layer {waiting.output.layer_idx}"
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a layer has left something."""
+        """Whether a deferred output waits for the next layer, or to be drained."""
         return self._output is not None
 
     def receive_output(self, layer_idx: int) -> OutputT | None:
@@ -69,7 +69,7 @@ class OutputChain(Generic[OutputT]):
         Raises
         ------
         RuntimeError
-            The layer does not come after the one that left it: a new pass has begun before the last was
+            The layer does not come after the one that deferred it: a new pass has begun before the last was
             drained.
         """
         received = self._output
@@ -128,26 +128,26 @@ class DeferralChain(OutputChain[HostOutput]):
             )
         return self._buffers
 
-    def put_back(self, received: HostOutput | None, left: HostOutput | None) -> None:
-        """Undo what a pass did that has received one output and left another, if it was the last."""
+    def put_back(self, received: HostOutput | None, carried: HostOutput | None) -> None:
+        """Undo a pass that received one output and carried another to the next layer, if it was the last."""
         with self.lock:
-            if self._output is left:
+            if self._output is carried:
                 self.leave_output(received)
 
     def drain(self) -> Array | None:
         """The remaining deferred output, computed and rounded; None when there is none."""
         with self.lock:
-            left = self._to_drain()
-            if left is None:
+            remaining = self._to_drain()
+            if remaining is None:
                 return None
             try:
-                left.engine.wait(left.ticket)
-                left.output.raise_error()
+                remaining.engine.wait(remaining.ticket)
+                remaining.output.raise_error()
             except Exception as error:
                 if not is_of_a_handler(error):
                     self.leave_output(None)
                 raise
-            sums = np.asarray(left.output.sums)
+            sums = np.asarray(remaining.output.sums)
             rounded: Array = sums.astype(bfloat16)  # before others may write to the buffer
             self.leave_output(None)
             return rounded
@@ -172,11 +172,11 @@ def _this_thread() -> _Thread:
 
 
 class SharedChain(DeferralChain):
-    """The chain of all passes that were given none: what a thread has left there is for that thread alone."""
+    """The chain of all passes that were given none. Only the thread that deferred an output receives it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._thread: weakref.ref[_Thread] | None = None  # that has left something
+        self._thread: weakref.ref[_Thread] | None = None  # whose pass deferred the output
         self._thread_name = ""
 
     def buffers(self, config: MoEConfig, batch_size: int) -> tuple[BatchBuffers, ...]:
@@ -192,7 +192,7 @@ class SharedChain(DeferralChain):
         Raises
         ------
         RuntimeError
-            Also for what another thread has left.
+            Also for the deferred output of another thread.
         """
         if self._is_of_another_thread():
             raise RuntimeError(f"layer {layer_idx}: {self._whose()}")

@@ -106,14 +106,14 @@ class LayerRunner:
             begun.needs(received.ticket)
         for task in immediate:
             buffers.busy_until = begun.queue(task)
-        left = None
+        carried = None
         for task in deferred:
             buffers.busy_until = self._engine.submit(task)
         if deferring.output is not None:
             assert buffers.busy_until is not None
-            left = HostOutput(deferring.output, buffers.busy_until, self._engine)
-        begun.when_taken_back(lambda: chain.put_back(received, left))
-        chain.leave_output(left)
+            carried = HostOutput(deferring.output, buffers.busy_until, self._engine)
+        begun.when_taken_back(lambda: chain.put_back(received, carried))
+        chain.leave_output(carried)
 
     def deferred_pass(
         self,

@@ -149,18 +149,18 @@ class StreamRunner:
         _, ready = self._pending
         return [ready.buffers] if ready.received is None else [ready.buffers, ready.received.buffers]
 
-    def drain(self, left: StreamOutput, stream: Stream, out: Any) -> Any:
+    def drain(self, remaining: StreamOutput, stream: Stream, out: Any) -> Any:
         """Copy what this layer has deferred to the device: the array that will have it, rounded."""
-        if any(buffers is left.buffers for buffers in self.buffers_in_use()):
+        if any(buffers is remaining.buffers for buffers in self.buffers_in_use()):
             raise RuntimeError(
                 f"a pass of layer {self._config.layer_idx} is pending in the stream, call sync_forward first"
             )
-        num_tokens = left.output.num_tokens
-        rounded = left.buffers.output[:num_tokens]
-        result = self._result(left.like, num_tokens, out, stream.handle)
-        tasks = [(left.output.rounding_task(rounded), rounded)]
+        num_tokens = remaining.output.num_tokens
+        rounded = remaining.buffers.output[:num_tokens]
+        result = self._result(remaining.like, num_tokens, out, stream.handle)
+        tasks = [(remaining.output.rounding_task(rounded), rounded)]
         stream_pass = ext.cuda.StreamPass(self._engine, [], tasks, rounded, 0)
-        stream_pass.run(stream.handle, [], result.address, (result, left))
+        stream_pass.run(stream.handle, [], result.address, (result, remaining))
         return given_back(result, stream.handle)
 
     # ---- what is ready to be put into a stream ----
@@ -188,10 +188,10 @@ class StreamRunner:
 
     def _leave(self, ready: _Pass, stream: Stream) -> None:
         """Leave the pass's deferred output to the stream's chain."""
-        left = None
+        carried = None
         if ready.prepared.output is not None:
-            left = StreamOutput(ready.prepared.output, ready.buffers, self, ready.arrays[0].owner)
-        stream.chain.leave_output(left)
+            carried = StreamOutput(ready.prepared.output, ready.buffers, self, ready.arrays[0].owner)
+        stream.chain.leave_output(carried)
 
     def _prepared_pass(
         self,
@@ -247,13 +247,13 @@ def drain(stream: Stream, out: Any) -> Any:
     """The deferred output of the last layer in a stream, or None; see `BaseMoEWrapper.drain_deferred`."""
     with stream.order:
         ext.cuda.raise_error()
-        left = stream.chain.take_output()
-        if left is None:
+        remaining = stream.chain.take_output()
+        if remaining is None:
             return None
         try:
-            return left.runner.drain(left, stream, out)
-        except Exception:  # it is still left
-            stream.chain.leave_output(left)
+            return remaining.runner.drain(remaining, stream, out)
+        except Exception:  # it is still to be drained
+            stream.chain.leave_output(remaining)
             raise
 
 
