@@ -42,7 +42,8 @@ std::vector<GoldenCase> all_cases() {
   for (size_t i = 0; i < kNumFormats; ++i) {
     const auto format = static_cast<FormatId>(i);
     const auto block = static_cast<int64_t>(format_block(format));
-    const bool is_named_twice = format == FormatId::kGgufMxFp4 || format == FormatId::kGgufNvFp4;
+    const auto is_namesake = [&](const GoldenCase& other) { return other.name == format_name(format); };
+    const bool is_named_twice = std::ranges::any_of(cases, is_namesake);
     GoldenCase c{str_cat(is_named_twice ? "gguf_" : "", format_name(format)), {format, false}, format};
     if (block > 1) c.hidden = block == 32 ? 96 : 256, c.intermediate = block == 32 ? 64 : 512;
     cases.push_back(c);

@@ -3,9 +3,12 @@
 
 #include <cmath>
 #include <cstring>
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "format_encodings.h"
 #include "formats/registry.h"
 #include "kernel_helpers.h"
 #include "moe/layer/tp_moe.h"
@@ -33,16 +36,21 @@ class GoldenMatrices {
   GoldenMatrices(FormatId format, size_t experts, size_t rows, size_t k, Random& random)
       : format_(format), rows_(rows), k_(k), row_bytes_(format_row_bytes(format, k)) {
     codes_.resize(experts * rows * row_bytes_);
+    if (format_is_blocks(format)) {
+      in_block_ = scales_in_block(format);
+    } else {
+      code_ = code_encoding(format), row_scale_ = row_scale_encoding(format);
+    }
     for (size_t n = 0; n < experts * rows; ++n) draw_row(codes_.data() + n * row_bytes_, random);
     if (format_has_channel_scale(format)) {
-      const float size = format == FormatId::kNvFp4 ? 0x1p-6f : 0x1p-10f;
+      const float size = format_scale_rows(format) ? 0x1p-6f : 0x1p-10f;  // of scaled codes: of bare ones
       for (size_t n = 0; n < experts * rows; ++n)
         channel_scale_.push_back(size * (1.5f + 0.5f * random.unit()));
     }
     if (const uint32_t serves = format_scale_rows(format)) {
       scale_rows_ = div_up(rows, serves), scale_bytes_ = format_scale_bytes(format, k);
       scales_.resize(experts * scale_rows_ * scale_bytes_);
-      draw_scales(random);
+      draw_scales(scales_, block_scale_encoding(format), 0x1p-4f, random);
     }
   }
 
@@ -63,90 +71,82 @@ class GoldenMatrices {
   }
 
  private:
+  template <class T>
+  static void put(std::byte* at, const T& value) {
+    std::memcpy(at, &value, sizeof value);
+  }
+
   void draw_row(std::byte* row, Random& random) {
-    const auto put = [&](size_t at, const auto& value) { std::memcpy(row + at, &value, sizeof value); };
-    const size_t codes = format_code_bytes(format_, k_);
     for (size_t i = 0; i < row_bytes_; ++i) row[i] = static_cast<std::byte>(random.below(256));
-    switch (format_) {
-      case FormatId::kBf16:
-        for (size_t i = 0; i < k_; ++i) put(2 * i, to_bf16(random.unit() * 0.125f));
-        return;
-      case FormatId::kInt8:
-      case FormatId::kInt8Group32:
-        for (size_t i = 0; i < k_; ++i)
-          put(i, static_cast<int8_t>(static_cast<int>(random.below(255)) - 127));
-        for (size_t at = codes; at < row_bytes_; at += sizeof(float))
-          put(at, 0x1p-10f * (1.5f + 0.5f * random.unit()));
-        return;
-      case FormatId::kInt4Group32:
-      case FormatId::kInt4Group64:
-      case FormatId::kInt4Group128:
-        for (size_t at = codes; at < row_bytes_; ++at) {
-          const int multiplier = 1 + static_cast<int>(random.below(15));
-          put(at, static_cast<int8_t>(random.below(2) ? multiplier : -multiplier));
-        }
-        return;
-      case FormatId::kFp8:
-      case FormatId::kFp8Row:
-      case FormatId::kMxFp8:
-        for (size_t i = 0; i < k_; ++i) row[i] &= std::byte{0xbf};  // below 2, and no NaN
-        return;
-      default: draw_halves(row, random);
+    if (format_is_blocks(format_)) {
+      const size_t block_bytes = format_row_bytes(format_, format_block(format_));
+      for (size_t at = 0; at < row_bytes_; at += block_bytes)
+        for (const ScaleInBlock& scale : in_block_)
+          draw_scale_in_block(row + at + scale.at, scale.encoding, random);
+    } else {
+      draw_codes(row, random);
+      const size_t codes = format_code_bytes(format_, k_);
+      draw_scales({row + codes, row + row_bytes_}, row_scale_, 0x1p-10f, random);
     }
   }
 
-  // Scales of a row of blocks, between 2^-14 and 2^-6.
-  void draw_halves(std::byte* row, Random& random) {
-    if (!format_is_blocks(format_)) return;
-    const size_t block = format_block(format_), block_bytes = format_row_bytes(format_, block);
-    for (size_t at = 0; at < row_bytes_; at += block_bytes) {
-      const auto put_half = [&](size_t byte) {
-        row[at + byte + 1] = static_cast<std::byte>((random.bits() & 0x9f) | 0x04);
-      };
-      switch (format_) {
-        case FormatId::kF32: row[at + 3] = static_cast<std::byte>((random.bits() & 0x81) | 0x3c); break;
-        case FormatId::kQ4_1:
-        case FormatId::kQ5_1:
-        case FormatId::kQ4K:
-        case FormatId::kQ5K: put_half(0), put_half(2); break;
-        case FormatId::kQ2K: put_half(80), put_half(82); break;
-        case FormatId::kQ3K: put_half(108); break;
-        case FormatId::kQ6K: put_half(208); break;
-        case FormatId::kIq1M:
-          row[at + 55] = static_cast<std::byte>((random.bits() & 0x90) | 0x10),
-                   row[at + 53] &= std::byte{0x0f};
+  // Draws codes of whole bytes again, so that they are finite and small; smaller codes are, whatever their
+  // bits.
+  void draw_codes(std::byte* row, Random& random) {
+    for (size_t i = 0; i < k_ && code_; ++i) {
+      switch (*code_) {
+        case Encoding::kBf16: put(row + 2 * i, to_bf16(random.unit() * 0.125f)); break;
+        case Encoding::kInt8:
+          put(row + i, static_cast<int8_t>(static_cast<int>(random.below(255)) - 127));
           break;
-        case FormatId::kTq1_0: put_half(52); break;
-        case FormatId::kTq2_0: put_half(64); break;
-        case FormatId::kGgufMxFp4: row[at] = static_cast<std::byte>(115 + random.below(8)); break;
-        case FormatId::kGgufNvFp4:
-          for (size_t i = 0; i < 4; ++i) row[at + i] = static_cast<std::byte>(8 + random.below(24));
-          break;
-        default: put_half(0);
+        case Encoding::kE4m3: row[i] &= std::byte{0xbf}; break;  // below 2, and no NaN
+        default: FAIL("codes of this encoding are not drawn");
       }
     }
   }
 
-  void draw_scales(Random& random) {
-    const auto fill = [&](auto next) {
-      for (size_t at = 0; at + sizeof(next()) <= scales_.size(); at += sizeof(next())) {
-        const auto value = next();
-        std::memcpy(scales_.data() + at, &value, sizeof value);
-      }
+  // Sizes between 2^-14 and 2^-3.
+  static void draw_scale_in_block(std::byte* at, Encoding encoding, Random& random) {
+    const auto masked = [&](uint32_t mask, uint32_t set) {
+      return static_cast<std::byte>((random.bits() & mask) | set);
     };
-    switch (format_) {
-      case FormatId::kFp8: return fill([&] { return 0x1p-4f * (1.5f + 0.5f * random.unit()); });
-      case FormatId::kRawInt4Group32:
-      case FormatId::kRawInt4Group64:
-      case FormatId::kRawInt4Group128:
-        return fill([&] { return to_bf16(0x1p-7f * (1.5f + 0.5f * random.unit())); });
-      case FormatId::kNvFp4: return fill([&] { return static_cast<uint8_t>(0x30 + random.below(24)); });
-      default: return fill([&] { return static_cast<uint8_t>(121 + random.below(5)); });
+    switch (encoding) {
+      case Encoding::kFloat16: at[1] = masked(0x9f, 0x04); break;
+      case Encoding::kSpreadFloat16: at[7] = masked(0x90, 0x10), at[5] &= std::byte{0x0f}; break;
+      case Encoding::kFloat32: at[3] = masked(0x81, 0x3c); break;
+      case Encoding::kE8m0: *at = static_cast<std::byte>(115 + random.below(8)); break;
+      case Encoding::kE4m3: *at = static_cast<std::byte>(8 + random.below(24)); break;
+      default: FAIL("scales of this encoding in a block are not drawn");
+    }
+  }
+
+  // Scales one after the other, floats from `size` to twice that.
+  static void draw_scales(std::span<std::byte> scales, std::optional<Encoding> encoding, float size,
+                          Random& random) {
+    const auto fill = [&](auto next) {
+      for (size_t at = 0; at + sizeof(next()) <= scales.size(); at += sizeof(next()))
+        put(scales.data() + at, next());
+    };
+    if (!encoding) return;
+    switch (*encoding) {
+      case Encoding::kFloat32: return fill([&] { return size * (1.5f + 0.5f * random.unit()); });
+      // Codes with such scales are integers up to 8.
+      case Encoding::kBf16: return fill([&] { return to_bf16(size / 8 * (1.5f + 0.5f * random.unit())); });
+      case Encoding::kE8m0: return fill([&] { return static_cast<uint8_t>(121 + random.below(5)); });
+      case Encoding::kE4m3: return fill([&] { return static_cast<uint8_t>(0x30 + random.below(24)); });
+      case Encoding::kInt8:
+        return fill([&] {
+          const int multiplier = 1 + static_cast<int>(random.below(15));
+          return static_cast<int8_t>(random.below(2) ? multiplier : -multiplier);
+        });
+      default: FAIL("scales of this encoding are not drawn");
     }
   }
 
   FormatId format_;
   size_t rows_, k_, row_bytes_, scale_rows_ = 0, scale_bytes_ = 0;
+  std::optional<Encoding> code_, row_scale_;
+  std::vector<ScaleInBlock> in_block_;
   std::vector<std::byte> codes_, scales_;
   std::vector<float> channel_scale_;
 };
