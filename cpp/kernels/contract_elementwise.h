@@ -30,6 +30,8 @@ struct ElementwiseKernels {
   void (*scale_finite)(const bf16* x, float w, size_t size, bf16* to);
   // to = bf(w x)
   void (*round_scaled)(const float* x, float w, size_t size, bf16* to);
+  // to = x
+  void (*widen)(const bf16* x, size_t size, float* to);
   // to = bf(x)
   void (*round)(const float* x, size_t size, bf16* to);
   // to += x

@@ -23,6 +23,10 @@ inline void round_scaled_row(const float* x, float w, size_t size, bf16* to) {
   for (size_t i = 0; i < size; ++i) to[i] = to_bf16_unbranched(w * x[i]);
 }
 
+inline void widen_row(const bf16* x, size_t size, float* to) {
+  for (size_t i = 0; i < size; ++i) to[i] = to_float(x[i]);
+}
+
 inline void round_row(const float* x, size_t size, bf16* to) {
   for (size_t i = 0; i < size; ++i) to[i] = to_bf16_unbranched(x[i]);
 }
@@ -97,6 +101,7 @@ constexpr ElementwiseKernels kElementwise = {
     .scale = scale_row,
     .scale_finite = scale_finite_row,
     .round_scaled = round_scaled_row,
+    .widen = widen_row,
     .round = round_row,
     .add = add_row,
     .dot = dot_row,

@@ -1,6 +1,7 @@
 #include "moe/weights/expert_weights.h"
 
 #include "core/error.h"
+#include "kernels/table.h"
 
 namespace ktmoe {
 namespace {
@@ -37,9 +38,8 @@ std::vector<float> read_biases(const void* values, kernels::FloatType type, size
     const auto* floats = static_cast<const float*>(values);
     return {floats, floats + count};
   }
-  const auto* rounded = static_cast<const bf16*>(values);
   std::vector<float> floats(count);
-  for (size_t i = 0; i < count; ++i) floats[i] = to_float(rounded[i]);
+  kernels::active_table().elementwise.widen(static_cast<const bf16*>(values), count, floats.data());
   return floats;
 }
 

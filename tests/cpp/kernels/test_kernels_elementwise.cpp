@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -88,6 +89,24 @@ TEST_CASE("rounding keeps denormal numbers, infinities and NaN") {
     std::vector<bf16> to(x.size());
     kernels.round(x.data(), x.size(), to.data());
     for (size_t i = 0; i < x.size(); ++i) CHECK(to[i].bits == to_bf16(x[i]).bits);
+  });
+}
+
+TEST_CASE("a widened row has the same numbers, every bit of them") {
+  std::vector<bf16> x(0x10000);
+  for (size_t i = 0; i < x.size(); ++i) x[i].bits = static_cast<uint16_t>(i);
+  for_kernels([&](const ElementwiseKernels& kernels) {
+    std::vector<float> to(x.size());
+    kernels.widen(x.data(), x.size(), to.data());
+    size_t wrong = 0;
+    for (size_t i = 0; i < x.size(); ++i) wrong += std::bit_cast<uint32_t>(to[i]) != i << 16;
+    CHECK(wrong == 0);
+    for (size_t size : kSizes) {
+      std::vector<float> part(size + 1, -1.0f);
+      kernels.widen(x.data() + 0x3f80, size, part.data());
+      for (size_t i = 0; i < size; ++i) CHECK(part[i] == to[0x3f80 + i]);
+      CHECK(part[size] == -1.0f);
+    }
   });
 }
 
