@@ -83,7 +83,7 @@ def _complete(options: argparse.Namespace) -> None:
     if options.isa is None:
         options.isa = [info["active"]]
     elif options.isa == ["all"]:
-        options.isa = [isa for isa in reversed(info["supported"]) if isa != "amx_emu"]
+        options.isa = [isa for isa in reversed(info["supported"]) if isa not in info["on_request"]]
     for isa in options.isa:
         if isa not in info["supported"]:
             raise ValueError(f"--isa: got {isa!r}, expected some of {', '.join(info['supported'])}")

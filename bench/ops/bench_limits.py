@@ -24,8 +24,9 @@ def _parse() -> argparse.Namespace:
     from ktmoe_np import isa_info
     from ktmoe_np import kt_kernel_ext as ext
 
-    supported = isa_info()["supported"]
-    usual = [isa for isa in supported if isa != "amx_emu"]  # an emulator's rate says nothing
+    info = isa_info()
+    supported = info["supported"]
+    usual = [isa for isa in supported if isa not in info["on_request"]]  # an emulator's rate says nothing
     p = argparse.ArgumentParser(prog="python -m bench.ops.bench_limits", description=__doc__)
     p.add_argument("--seconds", type=float, default=2.0, help="for each of read, dot and step")
     p.add_argument("--isa", default=",".join(usual), help=f"some of {', '.join(supported)}")

@@ -20,8 +20,12 @@ namespace {
 using Info = nb::typed<nb::dict, nb::str, nb::any>;
 
 Info isa_info() {
-  nb::list known, compiled, supported;
-  for (Isa isa : kAllIsas) known.append(std::string(isa_name(isa)));
+  nb::list known, on_request, compiled, supported;
+  for (Isa isa : kAllIsas) {
+    const std::string name(isa_name(isa));
+    known.append(name);
+    if (is_on_request(isa)) on_request.append(name);
+  }
   for (Isa isa : kernels::compiled_isas()) {
     const std::string name(isa_name(isa));
     compiled.append(name);
@@ -30,6 +34,7 @@ Info isa_info() {
   nb::dict info;
   info["active"] = std::string(isa_name(kernels::active_table().isa));
   info["known"] = known;
+  info["on_request"] = on_request;
   info["compiled"] = compiled;
   info["supported"] = supported;
   return info;
@@ -96,8 +101,9 @@ Info limits(CPUInfer& engine, double seconds, const std::optional<std::string>& 
 void bind_machine(nb::module_& m) {
   m.def("isa_info", &isa_info,
         "Instruction sets, by name. Keys: 'active' (str), the one in use; 'known' (list of str), all, in "
-        "rising order of preference; 'compiled' (list of str), those of this build; 'supported' (list of "
-        "str), those of the build that this machine can run.");
+        "rising order of preference; 'on_request' (list of str), those of them that are used only when "
+        "KTMOE_ISA names them, since they are slow emulators for tests; 'compiled' (list of str), those of "
+        "this build; 'supported' (list of str), those of the build that this machine can run.");
   m.def("select_isa", &select, nb::arg("supported"), nb::arg("compiled"),
         nb::arg("override_name").none() = nb::none(),
         "The instruction set that a machine whose processor has the supported ones would use.");

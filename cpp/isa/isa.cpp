@@ -16,17 +16,6 @@ std::string names(const std::vector<Isa>& isas) {
 
 enum class Choice { automatic, on_request };
 
-// Whether it is chosen without an override.
-bool is_automatic(Isa isa) {
-  switch (isa) {
-#define KT_ISA(enumerator, name, platform, choice) \
-  case Isa::enumerator: return Choice::choice == Choice::automatic;
-#include "isa/isas.inc"
-#undef KT_ISA
-  }
-  return false;
-}
-
 }  // namespace
 
 std::string_view isa_name(Isa isa) {
@@ -55,6 +44,16 @@ bool supports(const CpuFeatures& f, Isa isa) {
   return false;
 }
 
+bool is_on_request(Isa isa) {
+  switch (isa) {
+#define KT_ISA(enumerator, name, platform, choice) \
+  case Isa::enumerator: return Choice::choice == Choice::on_request;
+#include "isa/isas.inc"
+#undef KT_ISA
+  }
+  return false;
+}
+
 Isa select_isa(const CpuFeatures& features, const std::vector<Isa>& compiled,
                std::optional<std::string_view> override_name) {
   std::vector<Isa> usable;
@@ -69,7 +68,7 @@ Isa select_isa(const CpuFeatures& features, const std::vector<Isa>& compiled,
   }
   Isa best = Isa::kScalar;
   for (Isa isa : usable)
-    if (is_automatic(isa)) best = std::max(best, isa);
+    if (!is_on_request(isa)) best = std::max(best, isa);
   return best;
 }
 

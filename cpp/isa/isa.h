@@ -23,6 +23,9 @@ Isa isa_from_name(std::string_view name);
 
 bool supports(const CpuFeatures& features, Isa isa);
 
+// Whether only an override chooses it: the emulator, for tests.
+bool is_on_request(Isa isa);
+
 // The instruction set to use: the override when given, else the most capable one that is both compiled in
 // and supported. A pure function, so that tests can select for any machine.
 // Throws std::invalid_argument for an unknown name, std::runtime_error for one this machine cannot run.

@@ -3,7 +3,8 @@
 
 namespace ktmoe {
 
-// In rising order of preference. amx_emu runs anywhere, slowly, and is used only when asked for.
+// In rising order of preference. Those on request run slowly and are used only when asked for
+// (is_on_request).
 enum class Isa {
 #define KT_ISA(enumerator, name, platform, choice) enumerator,
 #include "isa/isas.inc"

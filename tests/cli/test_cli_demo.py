@@ -23,6 +23,8 @@ from ktmoe_np.config import MoEConfig
 from ktmoe_np.io import SafetensorsFile, load_experts
 from ktmoe_np.reference import moe_forward
 
+EMULATED = ext.isa_info()["on_request"][0]
+
 
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
@@ -36,11 +38,11 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
 def test_demo_checks_every_instruction_set(demo_run: tuple[dict[str, Any], Path]) -> None:
     report, _ = demo_run
     rows = report["rows"]
-    supported = ext.isa_info()["supported"]
+    info = ext.isa_info()
     assert report["within_bound"]
     assert report["failures"] == {}
     assert [row["isa"] for row in rows] == [
-        isa for isa in supported for _ in range(1 if isa == "amx_emu" else 3)
+        isa for isa in info["supported"] for _ in range(1 if isa in info["on_request"] else 3)
     ]
     assert {row["tokens"] for row in rows if row["isa"] == "scalar"} == {1, 16, 256}
     for row in rows:
@@ -51,7 +53,8 @@ def test_demo_checks_every_instruction_set(demo_run: tuple[dict[str, Any], Path]
 
 def test_demo_times_are_consistent(demo_run: tuple[dict[str, Any], Path]) -> None:
     report, _ = demo_run
-    timed = [row for row in report["rows"] if row["isa"] != "amx_emu"]
+    emulated = ext.isa_info()["on_request"]
+    timed = [row for row in report["rows"] if row["isa"] not in emulated]
     flop_per_token = (
         2 * 3 * CONFIG["hidden_size"] * CONFIG["moe_intermediate_size"] * CONFIG["num_experts_per_tok"]
     )
@@ -64,7 +67,7 @@ def test_demo_times_are_consistent(demo_run: tuple[dict[str, Any], Path]) -> Non
         arithmetic = row["tflop_per_s"] / report["limits"]["tflop_per_s"][row["isa"]]
         assert row["of_limit"] == pytest.approx(max(memory, arithmetic))
         assert row["limited_by"] == ("memory" if memory > arithmetic else "arithmetic")
-    assert {row["ms"] for row in report["rows"] if row["isa"] == "amx_emu"} <= {None}
+    assert {row["ms"] for row in report["rows"] if row["isa"] in emulated} <= {None}
 
 
 def test_demo_leaves_checkpoint_and_picture_where_asked(demo_run: tuple[dict[str, Any], Path]) -> None:
@@ -91,7 +94,7 @@ def fake_child(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Exception
     The machine and the build have the same instruction sets everywhere, the emulator among them.
     """
     answers: dict[str, Exception | float] = {}
-    isas = ["scalar", "avx2", "amx_emu"]
+    isas = ["scalar", "avx2", EMULATED]
 
     def measured(isa: str, path: Path, layers: Any, tokens: Any, seconds: float, experts: int, _: Any) -> Any:
         answer = answers.get(isa, 1.0)
@@ -112,7 +115,8 @@ def fake_child(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Exception
 
     for key, size in (("hidden_size", 64), ("moe_intermediate_size", 32)):
         monkeypatch.setitem(CONFIG, key, size)
-    monkeypatch.setattr(ext, "isa_info", lambda: {"active": "avx2", "compiled": isas, "supported": isas})
+    info = ext.isa_info() | {"active": "avx2", "compiled": isas, "supported": isas}
+    monkeypatch.setattr(ext, "isa_info", lambda: info)
     monkeypatch.setattr(demo, "measure_in_child", measured)
     monkeypatch.setattr(demo, "busy_note", lambda: None)
     return answers.update
@@ -131,7 +135,7 @@ def test_demo_text(
     assert any(
         re.match(r"scalar +1 +(0|\d\.\de-\d\d) .* yes .* 24\.0 .* 80% memory$", line) for line in lines
     )
-    assert any(re.match(r"amx_emu +2 .* only checked$", line) for line in lines)
+    assert any(re.match(rf"{EMULATED} +2 .* only checked$", line) for line in lines)
     said = " ".join(text.split())
     assert "Every result is within its bound;" in said
     assert "1 token at 80% of what memory allows" in said
@@ -151,11 +155,11 @@ def test_demo_says_what_is_wrong(fake_child: Callable[..., None], capsys: pytest
 def test_demo_goes_on_when_a_child_dies(
     fake_child: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake_child({"amx_emu": RuntimeError("ended by SIGILL")})
+    fake_child({EMULATED: RuntimeError("ended by SIGILL")})
     assert main(["demo"]) == 1
-    assert "FAILED on amx_emu: ended by SIGILL" in capsys.readouterr().out
+    assert f"FAILED on {EMULATED}: ended by SIGILL" in capsys.readouterr().out
     assert main(["demo", "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["failures"] == {"amx_emu": "ended by SIGILL"}
+    assert json.loads(capsys.readouterr().out)["failures"] == {EMULATED: "ended by SIGILL"}
 
 
 def test_demo_with_nothing_measured(

@@ -1,4 +1,4 @@
-"""What builds leave out unless they are asked: the emulator of AMX and, inside another project, the tests."""
+"""What builds leave out unless they are asked: emulators and, inside another project, the tests."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from ktmoe_np import isa_info
+
 from ._build import built_cores, cache_entry
 from ._tree import ROOT
 
-_EMULATOR = "amx_emu"
+_EMULATORS = set(isa_info()["on_request"])
 _WHEEL_TAG = re.compile(r"cp3\d+-(?:cp3\d+|abi3)-\w+")
 # What the package consists of, beside its license and the like.
 _PACKAGED = {".py", ".csv", ".pyi", ".so", ".typed", ".md", ".json", ".safetensors", ".txt"}
@@ -31,7 +33,8 @@ def test_a_project_that_includes_this_one(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert cache_entry(tmp_path / "build", "KTMOE_BUILD_TESTS") == "OFF"
-    assert _EMULATOR not in cache_entry(tmp_path / "build", "KTMOE_ISAS").split(";")
+    built_for = cache_entry(tmp_path / "build", "KTMOE_ISAS").split(";")
+    assert not _EMULATORS & set(built_for)
 
 
 def test_an_instruction_set_brings_the_one_that_it_is_based_on(tmp_path: Path) -> None:
@@ -56,16 +59,17 @@ def _symbols(library: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_only_builds_that_ask_for_it_have_the_emulator() -> None:
+def test_only_builds_that_ask_for_it_have_an_emulator() -> None:
     if shutil.which("nm") is None:
         pytest.skip("no nm")
     libraries = built_cores()
     if not libraries:
         pytest.skip("nothing is built")
     for library in libraries:
-        has_emulator = f"{len(_EMULATOR)}{_EMULATOR}" in _symbols(library)
-        assert has_emulator == (_EMULATOR in cache_entry(library.parent, "KTMOE_ISAS").split(";")), library
-        assert not (has_emulator and _WHEEL_TAG.fullmatch(library.parent.name)), f"{library}: of a wheel"
+        symbols, asked = _symbols(library), cache_entry(library.parent, "KTMOE_ISAS").split(";")
+        emulators = {isa for isa in _EMULATORS if f"{len(isa)}{isa}" in symbols}
+        assert emulators == _EMULATORS & set(asked), library
+        assert not (emulators and _WHEEL_TAG.fullmatch(library.parent.name)), f"{library}: of a wheel"
 
 
 def test_wheels_hold_the_package_alone() -> None:

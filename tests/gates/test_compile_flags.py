@@ -18,11 +18,13 @@ from typing import Any
 
 import pytest
 
+from ktmoe_np import isa_info
+
 from ._build import compile_commands
 from ._tree import ROOT
 
 # Kernels that are compiled fast instead: for tests alone, and for machines older than AVX2.
-_ANY_OPTIMIZATION = re.compile(r"targets/(amx_emu|scalar)\.h\b")
+_ANY_OPTIMIZATION = re.compile(rf"targets/({'|'.join(['scalar', *isa_info()['on_request']])})\.h\b")
 # Layers and bindings leave arithmetic on rows to the kernels. These sources compute single numbers: rates,
 # the scale of the adapters, that scale times a routing weight.
 _SINGLE_NUMBERS = {"cpp/moe/limits.cpp", "cpp/sft/config.cpp", "cpp/sft/backward_output.cpp"}

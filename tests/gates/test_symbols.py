@@ -57,7 +57,7 @@ _LATER_SSE = re.compile(
 _BASELINE = (_TILE, _EVEX, _VEX, _LATER_SSE)
 _NOT_IN = {
     "scalar": _BASELINE,
-    "amx_emu": _BASELINE,
+    **dict.fromkeys(isa_info()["on_request"], _BASELINE),
     "avx2": (_TILE, _EVEX, _VNNI),
     "avx_vnni": (_TILE, _EVEX),
     "avx512": (_TILE, _BF16_OR_VBMI),

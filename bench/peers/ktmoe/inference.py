@@ -25,10 +25,13 @@ LIBRARIES: tuple[str, ...] = ("ktmoe_np._api",)
 
 def backend_specs(base: Spec, options: Any) -> list[Spec]:
     """One per requested instruction set, which also measures the machine with it."""
+    from ktmoe_np import isa_info
+
+    emulated = isa_info()["on_request"]  # their limits say nothing
     of_bf16 = METHODS[base.method].of_bf16
     spec = base.but(peer="ktmoe", copies=of_bf16 if of_bf16 < 1.0 else 0.0)
     return [
-        spec.but(family=f"ktmoe {isa}", isa=isa, gives_limits=base.gives_limits and isa != "amx_emu")
+        spec.but(family=f"ktmoe {isa}", isa=isa, gives_limits=base.gives_limits and isa not in emulated)
         for isa in options.isa
     ]
 

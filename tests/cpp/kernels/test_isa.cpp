@@ -59,6 +59,10 @@ TEST_CASE("isa: names and values stand for each other") {
   CHECK(isa_name(Isa::kAvx512Bf16) == "avx512_bf16");
 }
 
+TEST_CASE("isa: the emulator alone is used on request only") {
+  for (Isa isa : kAllIsas) CHECK(is_on_request(isa) == (isa == Isa::kAmxEmu));
+}
+
 TEST_CASE("isa: machines get the best that they have") {
   CHECK(selected({}, kAll) == "scalar");
   CHECK(selected(kHaswell, kAll) == "avx2");
@@ -76,7 +80,7 @@ TEST_CASE("isa: the choice is the highest that is both compiled and supported, i
     for (const auto& compiled : builds()) {
       Isa best = Isa::kScalar;
       for (Isa isa : compiled)
-        if (isa != Isa::kAmxEmu && supports(features, isa) && isa > best) best = isa;
+        if (!is_on_request(isa) && supports(features, isa) && isa > best) best = isa;
       CHECK(select_isa(features, compiled, {}) == best);
     }
   }

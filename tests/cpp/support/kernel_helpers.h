@@ -21,13 +21,13 @@ using kernels::KernelTable;
 using kernels::Operand;
 using kernels::RowsView;
 
-// Every table that is compiled in and that this machine can run; the emulator of the tile unit not where
-// KTMOE_TEST_WITHOUT_EMULATOR is set: on an emulated machine it takes most of the time.
+// Every table that is compiled in and that this machine can run; those on request, which are emulators, not
+// where KTMOE_TEST_WITHOUT_EMULATOR is set: on an emulated machine they take most of the time.
 inline std::vector<const KernelTable*> usable_tables() {
   static const bool without_emulator = std::getenv("KTMOE_TEST_WITHOUT_EMULATOR") != nullptr;
   std::vector<const KernelTable*> tables;
   for (Isa isa : kernels::compiled_isas()) {
-    if (isa == Isa::kAmxEmu && without_emulator) continue;
+    if (is_on_request(isa) && without_emulator) continue;
     if (supports(cpu_features(), isa)) tables.push_back(kernels::find_table(isa));
   }
   return tables;
