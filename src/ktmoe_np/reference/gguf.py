@@ -1,14 +1,13 @@
 """The GGUF tensor types, decoded: blocks of 32 to 256 values with their scales among them.
 
 A row is whole blocks; a value is scale * number + offset in float32, rounded to bfloat16. The layouts are
-those of ggml, where the types come from. One function per type decodes blocks [n, bytes]: numbers
-[n, groups, values of a group], scales [n, groups, 1] and, where there are some, offsets like them.
+those of ggml, where the types come from. One function per type takes blocks [n, bytes] apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -24,12 +23,35 @@ from .gguf_points import (
     TERNARY_POINTS,
 )
 
-__all__ = ["TYPES", "decode_gguf"]
+__all__ = ["BLOCK_TYPES", "TYPES", "Blocks", "decode_gguf", "take_apart"]
 
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
-Blocks = tuple[Ints, Floats] | tuple[Ints, Floats, Floats]
+
+
+class Blocks(NamedTuple):
+    """Blocks taken apart: w = scale * multiplier * number - minimum * minimum_multiplier.
+
+    The products are exact in float32. Multipliers are 1 and minima 0 where there are none.
+    """
+
+    numbers: Ints  #: [n, groups, values of a group]
+    scale: Floats  #: [n, groups, 1]; of types with multipliers [n, 1, 1]
+    multiplier: Ints | None = None  #: [n, groups, 1]
+    minimum: Floats | None = None  #: like the scale
+    minimum_multiplier: Ints | None = None  #: like the multiplier
+
+    def values(self) -> Floats:
+        """The weights, [n, groups, values of a group]."""
+        scale = self.scale if self.multiplier is None else self.scale * self.multiplier.astype(np.float32)
+        weights: Floats = scale * self.numbers.astype(np.float32)
+        if self.minimum is None:
+            return weights
+        if self.minimum_multiplier is None:
+            return weights - self.minimum
+        return weights - self.minimum * self.minimum_multiplier.astype(np.float32)
+
 
 #: Values of the nibbles of the non-linear types.
 _NON_LINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int32)
@@ -62,19 +84,22 @@ def decode_gguf(data: Bytes, type_name: str) -> NDArray[Any]:
     """
     if type_name in _PLAIN:
         return _rounded(_PLAIN[type_name](np.ascontiguousarray(data)))
+    blocks = take_apart(data, type_name)
+    with np.errstate(invalid="ignore", over="ignore"):
+        values = blocks.values()
+    return _rounded(values.reshape(*data.shape[:-1], -1))
+
+
+def take_apart(data: Bytes, type_name: str) -> Blocks:
+    """Take the blocks of rows [..., bytes of a row] apart, in their order."""
     if type_name not in _BLOCKS:
         raise ValueError(f"type_name: got {type_name!r}, expected one of {', '.join(TYPES)}")
-    block_bytes, take_apart = _BLOCKS[type_name]
+    block_bytes, of_blocks = _BLOCKS[type_name]
     if data.shape[-1] % block_bytes:
         raise ValueError(
             f"data: got rows of {data.shape[-1]} bytes, expected a multiple of {block_bytes} of {type_name}"
         )
-    parts = take_apart(np.ascontiguousarray(data).reshape(-1, block_bytes))
-    with np.errstate(invalid="ignore", over="ignore"):
-        values = parts[1] * parts[0].astype(np.float32)  # exact
-        if len(parts) == 3:
-            values = values + parts[2]
-    return _rounded(values.reshape(*data.shape[:-1], -1))
+    return of_blocks(np.ascontiguousarray(data).reshape(-1, block_bytes))
 
 
 def _rounded(values: Floats) -> NDArray[Any]:
@@ -84,6 +109,11 @@ def _rounded(values: Floats) -> NDArray[Any]:
 def _half(data: Bytes) -> Floats:
     """Float16 in two bytes [n, 2] as [n, 1, 1]."""
     return np.ascontiguousarray(data).view("<f2").astype(np.float32)[:, :, None]
+
+
+def _column(per_group: NDArray[Any]) -> Ints:
+    """Integers of groups [n, groups] as [n, groups, 1]."""
+    return per_group.astype(np.int32)[:, :, None]
 
 
 def _nibbles(data: Bytes) -> Ints:
@@ -102,27 +132,27 @@ def _fives(high_bits: Bytes, nibbles: Bytes) -> Ints:
 
 
 def _q4_0(b: Bytes) -> Blocks:
-    return _nibbles(b[:, None, 2:]) - 8, _half(b[:, :2])
+    return Blocks(_nibbles(b[:, None, 2:]) - 8, _half(b[:, :2]))
 
 
 def _q4_1(b: Bytes) -> Blocks:
-    return _nibbles(b[:, None, 4:]), _half(b[:, :2]), _half(b[:, 2:4])
+    return Blocks(_nibbles(b[:, None, 4:]), _half(b[:, :2]), minimum=-_half(b[:, 2:4]))
 
 
 def _q5_0(b: Bytes) -> Blocks:
-    return _fives(b[:, 2:6], b[:, 6:])[:, None] - 16, _half(b[:, :2])
+    return Blocks(_fives(b[:, 2:6], b[:, 6:])[:, None] - 16, _half(b[:, :2]))
 
 
 def _q5_1(b: Bytes) -> Blocks:
-    return _fives(b[:, 4:8], b[:, 8:])[:, None], _half(b[:, :2]), _half(b[:, 2:4])
+    return Blocks(_fives(b[:, 4:8], b[:, 8:])[:, None], _half(b[:, :2]), minimum=-_half(b[:, 2:4]))
 
 
 def _q8_0(b: Bytes) -> Blocks:
-    return b[:, None, 2:].view(np.int8).astype(np.int32), _half(b[:, :2])
+    return Blocks(b[:, None, 2:].view(np.int8).astype(np.int32), _half(b[:, :2]))
 
 
 def _iq4_nl(b: Bytes) -> Blocks:
-    return _NON_LINEAR[_nibbles(b[:, None, 2:])], _half(b[:, :2])
+    return Blocks(_NON_LINEAR[_nibbles(b[:, None, 2:])], _half(b[:, :2]))
 
 
 def _twos(data: Bytes) -> Ints:
@@ -131,10 +161,9 @@ def _twos(data: Bytes) -> Ints:
 
 
 def _q2_k(b: Bytes) -> Blocks:
-    scales = b[:, :16, None]
-    offset = -(_half(b[:, 82:]) * (scales >> 4).astype(np.float32))
+    both = b[:, :16, None].astype(np.int32)
     numbers = _twos(b[:, 16:80]).reshape(-1, 16, 16)
-    return numbers, _half(b[:, 80:82]) * (scales & 15).astype(np.float32), offset
+    return Blocks(numbers, _half(b[:, 80:82]), both & 15, _half(b[:, 82:]), both >> 4)
 
 
 def _q3_k(b: Bytes) -> Blocks:
@@ -142,39 +171,37 @@ def _q3_k(b: Bytes) -> Blocks:
     numbers = (_twos(b[:, 32:96]) | third << 2) - 4
     low = _nibbles(b[:, 96:104])
     high = _bits(b[:, 104:108], 2).swapaxes(1, 2).reshape(-1, 16)
-    scales = ((low | high << 4) - 32).astype(np.float32)[:, :, None]
-    return numbers.reshape(-1, 16, 16), _half(b[:, 108:]) * scales
+    return Blocks(numbers.reshape(-1, 16, 16), _half(b[:, 108:]), _column((low | high << 4) - 32))
 
 
-def _eight_scales(b: Bytes) -> tuple[Floats, Floats]:
-    """Scales and offsets of Q4_K and Q5_K, six bits each: four whole ones, four with separate upper bits."""
+def _with_eight_scales(numbers: Ints, b: Bytes) -> Blocks:
+    """Q4_K and Q5_K: multipliers of six bits, four of them whole, four with separate upper bits."""
     first, second, rest = b[:, 4:8], b[:, 8:12], b[:, 12:16]
     scales = np.concatenate([first & 63, rest & 15 | first >> 6 << 4], axis=1)
     minima = np.concatenate([second & 63, rest >> 4 | second >> 6 << 4], axis=1)
-    scale = _half(b[:, :2]) * scales.astype(np.float32)[:, :, None]
-    return scale, -(_half(b[:, 2:4]) * minima.astype(np.float32)[:, :, None])
+    return Blocks(numbers, _half(b[:, :2]), _column(scales), _half(b[:, 2:4]), _column(minima))
 
 
 def _q4_k(b: Bytes) -> Blocks:
-    return _nibbles(b[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32), *_eight_scales(b)
+    return _with_eight_scales(_nibbles(b[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32), b)
 
 
 def _q5_k(b: Bytes) -> Blocks:
     nibbles = _nibbles(b[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    return nibbles | _bits(b[:, 16:48], 1).swapaxes(1, 2) << 4, *_eight_scales(b)
+    return _with_eight_scales(nibbles | _bits(b[:, 16:48], 1).swapaxes(1, 2) << 4, b)
 
 
 def _q6_k(b: Bytes) -> Blocks:
     nibbles = _nibbles(b[:, :128].reshape(-1, 2, 64)).reshape(-1, 256)
     numbers = (nibbles | _twos(b[:, 128:192]) << 4) - 32
-    scales = b[:, 192:208].view(np.int8).astype(np.float32)[:, :, None]
-    return numbers.reshape(-1, 16, 16), _half(b[:, 208:]) * scales
+    scales = b[:, 192:208].view(np.int8)
+    return Blocks(numbers.reshape(-1, 16, 16), _half(b[:, 208:]), _column(scales))
 
 
 def _iq4_xs(b: Bytes) -> Blocks:
     low, high = _bits(b[:, 4:8], 4).reshape(-1, 8), _bits(b[:, 2:4], 2).reshape(-1, 8)
-    scales = ((low | high << 4) - 32).astype(np.float32)[:, :, None]
-    return _NON_LINEAR[_nibbles(b[:, 8:].reshape(-1, 8, 16))], _half(b[:, :2]) * scales
+    numbers = _NON_LINEAR[_nibbles(b[:, 8:].reshape(-1, 8, 16))]
+    return Blocks(numbers, _half(b[:, :2]), _column((low | high << 4) - 32))
 
 
 def _words(data: Bytes, dtype: str) -> Ints:
@@ -182,9 +209,9 @@ def _words(data: Bytes, dtype: str) -> Ints:
     return np.ascontiguousarray(data).view(dtype).astype(np.int64)
 
 
-def _odd(scales: Ints) -> Floats:
-    """Scales 2 s + 1 of groups, [n, groups, 1]."""
-    return (2 * scales + 1).astype(np.float32)[:, :, None]
+def _odd(scales: Ints) -> Ints:
+    """Multipliers 2 s + 1 of groups, [n, groups, 1]."""
+    return _column(2 * scales + 1)
 
 
 def _signed(sizes: Ints, signs: Ints) -> Ints:
@@ -209,33 +236,34 @@ def _iq2_xxs(b: Bytes) -> Blocks:
     codes = b[:, 2:].reshape(-1, 8, 8)[:, :, :4]
     signs = _eight_signs(words[:, :, 1:] >> np.array([0, 7, 14, 21]) & 127)
     numbers = _signed(_SIZES[POINTS_256[codes]], signs).reshape(-1, 8, 32)
-    return numbers, _half(b[:, :2]) * np.float32(0.125) * _odd(words[:, :, 1] >> 28)
+    return Blocks(numbers, _half(b[:, :2]) * np.float32(0.125), _odd(words[:, :, 1] >> 28))
 
 
 def _iq2_xs(b: Bytes) -> Blocks:
     words = _words(b[:, 2:66], "<u2")
     numbers = _signed(_SIZES[POINTS_512[words & 511]], _eight_signs(words >> 9)).reshape(-1, 16, 16)
-    return numbers, _half(b[:, :2]) * np.float32(0.125) * _odd(_bits(b[:, 66:], 4).reshape(-1, 16))
+    return Blocks(numbers, _half(b[:, :2]) * np.float32(0.125), _odd(_bits(b[:, 66:], 4).reshape(-1, 16)))
 
 
 def _iq2_s(b: Bytes) -> Blocks:
     codes = b[:, 2:34].astype(np.int32) | _bits(b[:, 66:74], 2).reshape(-1, 32) << 8
     numbers = _signed(_SIZES[POINTS_1024[codes]], b[:, 34:66].astype(np.int32)).reshape(-1, 16, 16)
-    return numbers, _half(b[:, :2]) * np.float32(0.125) * _odd(_bits(b[:, 74:], 4).reshape(-1, 16))
+    return Blocks(numbers, _half(b[:, :2]) * np.float32(0.125), _odd(_bits(b[:, 74:], 4).reshape(-1, 16)))
 
 
 def _iq3_xxs(b: Bytes) -> Blocks:
     words = _words(b[:, 66:], "<u4")
     signs = _eight_signs(words[:, :, None] >> np.array([0, 7, 14, 21]) & 127)
     sizes = _QUAD_SIZES[QUAD_POINTS_256[b[:, 2:66]]].reshape(-1, 8, 4, 8)
-    return _signed(sizes, signs).reshape(-1, 8, 32), _half(b[:, :2]) * np.float32(0.25) * _odd(words >> 28)
+    numbers = _signed(sizes, signs).reshape(-1, 8, 32)
+    return Blocks(numbers, _half(b[:, :2]) * np.float32(0.25), _odd(words >> 28))
 
 
 def _iq3_s(b: Bytes) -> Blocks:
     codes = b[:, 2:66].astype(np.int32) | _bits(b[:, 66:74], 1).reshape(-1, 64) << 8
     sizes = (2 * QUAD_POINTS_512[codes] + 1).reshape(-1, 32, 8)
     numbers = _signed(sizes, b[:, 74:106].astype(np.int32)).reshape(-1, 8, 32)
-    return numbers, _half(b[:, :2]) * _odd(_bits(b[:, 106:], 4).reshape(-1, 8))
+    return Blocks(numbers, _half(b[:, :2]), _odd(_bits(b[:, 106:], 4).reshape(-1, 8)))
 
 
 def _shifted_eighths(codes: Ints, down: Ints) -> Ints:
@@ -248,7 +276,7 @@ def _iq1_s(b: Bytes) -> Blocks:
     upper = (words[:, :, None] >> np.array([0, 3, 6, 9]) & 7).reshape(-1, 32)
     down = np.repeat(words >> 15, 4, axis=1)
     numbers = _shifted_eighths(b[:, 2:34].astype(np.int32) | upper << 8, down).reshape(-1, 8, 32)
-    return numbers, _half(b[:, :2]) * np.float32(0.125) * _odd(words >> 12 & 7)
+    return Blocks(numbers, _half(b[:, :2]) * np.float32(0.125), _odd(words >> 12 & 7))
 
 
 def _iq1_m(b: Bytes) -> Blocks:
@@ -257,8 +285,8 @@ def _iq1_m(b: Bytes) -> Blocks:
     scales = (words[:, :, None] >> np.array([0, 3, 6, 9]) & 7).reshape(-1, 16)
     upper = _bits(b[:, 32:48], 4).reshape(-1, 32)
     numbers = _shifted_eighths(b[:, :32].astype(np.int32) | (upper & 7) << 8, upper >> 3)
-    scale = _half(half.view(np.uint8).reshape(-1, 2)) * np.float32(0.125) * _odd(scales)
-    return numbers.reshape(-1, 16, 16), scale
+    scale = _half(half.view(np.uint8).reshape(-1, 2)) * np.float32(0.125)
+    return Blocks(numbers.reshape(-1, 16, 16), scale, _odd(scales))
 
 
 def _tq1_0(b: Bytes) -> Blocks:
@@ -268,15 +296,15 @@ def _tq1_0(b: Bytes) -> Blocks:
         return (rest * 3 >> 8).reshape(len(data), -1) - 1
 
     numbers = np.concatenate([digits(b[:, :32], 5), digits(b[:, 32:48], 5), digits(b[:, 48:52], 4)], axis=1)
-    return numbers[:, None], _half(b[:, 52:])
+    return Blocks(numbers[:, None], _half(b[:, 52:]))
 
 
 def _tq2_0(b: Bytes) -> Blocks:
-    return _twos(b[:, :64])[:, None] - 1, _half(b[:, 64:])
+    return Blocks(_twos(b[:, :64])[:, None] - 1, _half(b[:, 64:]))
 
 
 def _q1_0(b: Bytes) -> Blocks:
-    return 2 * _bits(b[:, 2:], 1).reshape(-1, 1, 128) - 1, _half(b[:, :2])
+    return Blocks(2 * _bits(b[:, 2:], 1).reshape(-1, 1, 128) - 1, _half(b[:, :2]))
 
 
 #: Twice the numbers of E2M1.
@@ -285,14 +313,14 @@ _E2M1_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -1
 
 def _mxfp4(b: Bytes) -> Blocks:
     scale = np.ldexp(np.float32(1), b[:, :1].astype(np.int32) - 128)
-    return _E2M1_DOUBLED[_nibbles(b[:, None, 1:])], scale[:, :, None]
+    return Blocks(_E2M1_DOUBLED[_nibbles(b[:, None, 1:])], scale[:, :, None])
 
 
 def _nvfp4(b: Bytes) -> Blocks:
     exponent, mantissa = b[:, :4].astype(np.int32) >> 3 & 15, b[:, :4].astype(np.int32) & 7
     scale = np.ldexp(np.where(exponent == 0, mantissa, 8 + mantissa), np.maximum(exponent, 1) - 11)
     scale = np.where(b[:, :4] == 127, 0, scale).astype(np.float32)
-    return _E2M1_DOUBLED[_nibbles(b[:, 4:].reshape(-1, 4, 8))], scale[:, :, None]
+    return Blocks(_E2M1_DOUBLED[_nibbles(b[:, 4:].reshape(-1, 4, 8))], scale[:, :, None])
 
 
 _PLAIN: dict[str, Callable[[Bytes], Floats]] = {
@@ -328,5 +356,8 @@ _BLOCKS: dict[str, tuple[int, Callable[[Bytes], Blocks]]] = {
     "q1_0": (18, _q1_0),
 }
 
-#: The types that are decoded, in small letters.
-TYPES = (*_PLAIN, *_BLOCKS)
+#: The types of blocks, in small letters.
+BLOCK_TYPES = tuple(_BLOCKS)
+
+#: The types that are decoded.
+TYPES = (*_PLAIN, *BLOCK_TYPES)
