@@ -4,7 +4,8 @@ Read `forward` (the layer), then `activation` (the functions in it). `bound` say
 evaluations may differ, so that a comparison needs no guessed tolerance; `inputs` checks the arguments.
 Training: `training` (the layer with adapters), `lora` (the adapters), `dropout` (their masks), then
 `backward`. Quantized weights: `quantized` (what they are), `quantize` (how they come about),
-`weights` (what is multiplied with them), `packing` (their bytes). Encodings of checkpoints: `native`.
+`weights` (what is multiplied with them), `packing` (their bytes). Encodings of checkpoints: `native`, `gguf`.
+int8 activations for all of these: `integer_product`, `integer_matrix`, `integer_encodings`.
 
 T tokens, E experts, P experts per token, H hidden size, I intermediate size, R LoRA rank; bf(x) rounds to
 bfloat16.
@@ -17,6 +18,16 @@ from .bound import assert_within, error_bound
 from .dropout import Dropout, dropout_mask, philox4x32
 from .forward import moe_forward
 from .gguf import decode_gguf
+from .integer_encodings import (
+    integers_of_gguf,
+    integers_of_gptq_int4,
+    integers_of_mxfp4,
+    integers_of_nvfp4,
+    integers_of_quantized,
+    integers_of_rawint4,
+)
+from .integer_matrix import IntegerMatrix
+from .integer_product import integer_product
 from .lora import LoraWeights
 from .native import *  # noqa: F403
 from .packing import pack_int4, pack_int8, unpack_int4, unpack_int8
@@ -40,6 +51,7 @@ __all__ = [
     "Int4Matrix",
     "Int8GroupMatrix",
     "Int8Matrix",
+    "IntegerMatrix",
     "LoraWeights",
     "QuantizedMatrix",
     "ScaledMatrix",
@@ -51,6 +63,13 @@ __all__ = [
     "dropout_mask",
     "error_bound",
     "gradient_weights",
+    "integer_product",
+    "integers_of_gguf",
+    "integers_of_gptq_int4",
+    "integers_of_mxfp4",
+    "integers_of_nvfp4",
+    "integers_of_quantized",
+    "integers_of_rawint4",
     "moe_backward",
     "moe_forward",
     "moe_forward_sft",

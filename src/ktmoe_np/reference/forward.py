@@ -59,6 +59,7 @@ def moe_forward(
     out_dtype: DTypeLike = ml_dtypes.bfloat16,
     base: AnyArray | None = None,
     product: str = "bfloat16",
+    activation_dtype: str | None = None,
     scale_inputs: bool = False,
     accumulate_dtype: DTypeLike = np.float32,
 ) -> AnyArray:
@@ -81,7 +82,11 @@ def moe_forward(
 
     with the codes of the matrix (int8 of an `Int8Matrix`, m * q of an `Int4Matrix`), xq and x_scale from
     `quantize_activations` of X and of h, and exact integer sums. An `Int8GroupMatrix` has no channel scale:
-    its weights are bf(code * group_scale).
+    its weights are bf(code * group_scale). Those of an `IntegerMatrix` are bf(values), with a channel scale
+    when there is one.
+
+    With ``activation_dtype="int8"`` products with an `IntegerMatrix` or an Int8, Int8Group or Int4 matrix are
+    those of `integer_product` instead: activations X and h become int8 in blocks.
 
     With `scale_inputs` the routing weights act on what enters the experts, not on what leaves them::
 
@@ -101,11 +106,11 @@ def moe_forward(
         Experts of each token; an id may occur twice in a row and then counts twice.
     topk_weights : ndarray of float32, [T, P]
         Routing weights.
-    gate_proj : ndarray of bfloat16 [E, I, H], or E arrays [I, H], or a quantized matrix [E, I, H]
+    gate_proj : ndarray of bfloat16 [E, I, H], E arrays [I, H], or a quantized or integer matrix
         Wg; of an activation that is not gated, the one projection.
     up_proj : like `gate_proj`, or None
         Wu; None exactly when the activation is not gated.
-    down_proj : ndarray of bfloat16 [E, H, I], or E arrays [H, I], or a quantized matrix [E, H, I]
+    down_proj : ndarray of bfloat16 [E, H, I], E arrays [H, I], or a quantized or integer matrix
         Wd.
     gate_bias, up_bias : ndarray of float32, float16 or bfloat16, [E, I], optional
     down_bias : ndarray of float32, float16 or bfloat16, [E, H], optional
@@ -122,6 +127,9 @@ def moe_forward(
     product : {"bfloat16", "int8"}, optional
         What quantized weights are multiplied with: activations as they are, or their int8 codes, for which
         all weights must be of `Int8Matrix` or `Int4Matrix`.
+    activation_dtype : {None, "bfloat16", "int8"}, optional
+        What activations are in products with integers times scales: with "int8", in blocks, each with a scale
+        of its own. None is what `product` says. Plain arrays and a `ScaledMatrix` are multiplied as ever.
     scale_inputs : bool, optional
         The routing weights scale the inputs of the experts, as in Llama-4.
     accumulate_dtype : dtype, optional
@@ -135,7 +143,8 @@ def moe_forward(
     Raises
     ------
     ValueError
-        A shape, an activation, a map entry, or a dtype of the result that does not fit.
+        A shape, an activation, a map entry, or a dtype of the result that does not fit; int8 activations that
+        no projection can use.
     TypeError
         An argument that is not an array or has another dtype.
     IndexError
@@ -168,6 +177,7 @@ def moe_forward(
         physical_to_logical_map=physical_to_logical_map,
         base=base,
         product=product,
+        activation_dtype=activation_dtype,
         scale_inputs=scale_inputs,
     )
     # Infinities that finite weights sum up to are values, not mistakes: nothing here warns.

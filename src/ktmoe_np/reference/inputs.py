@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import ml_dtypes
 import numpy as np
@@ -12,14 +12,18 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..config import ActivationSpec, parse_activation
 from .activation import round_bf16
+from .integer_matrix import IntegerMatrix
 from .quantized import QUANTIZED, Int4Matrix, Int8Matrix, QuantizedMatrix
-from .weights import PRODUCTS, ExpertWeights
+from .weights import ACTIVATION_DTYPES, PRODUCTS, ExpertWeights
 
 __all__ = ["FLOATS", "ForwardInputs", "check_array", "check_inputs", "check_out_dtype", "finite_rows"]
 
 AnyArray = NDArray[Any]
 #: `[E, N, K]`, or E arrays `[N, K]`.
-Weights = AnyArray | Sequence[AnyArray] | QuantizedMatrix
+Weights = AnyArray | Sequence[AnyArray] | QuantizedMatrix | IntegerMatrix
+
+#: The matrices among `Weights`.
+_MATRICES = (*QUANTIZED, IntegerMatrix)
 
 _BIAS_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 #: What an exact computation takes for every array of numbers, and any for its base.
@@ -82,6 +86,7 @@ class LayerOptions(TypedDict, total=False):
     physical_to_logical_map: AnyArray | None
     base: AnyArray | None
     product: str
+    activation_dtype: str | None
     scale_inputs: bool
 
 
@@ -101,6 +106,7 @@ def check_inputs(
     physical_to_logical_map: AnyArray | None = None,
     base: AnyArray | None = None,
     product: str = "bfloat16",
+    activation_dtype: str | None = None,
     scale_inputs: bool = False,
     exact: bool = False,
 ) -> ForwardInputs:
@@ -108,8 +114,7 @@ def check_inputs(
 
     With `exact`, an array of numbers may have any float dtype.
     """
-    if product not in PRODUCTS:
-        raise ValueError(f"product: got {product!r}, expected {' or '.join(PRODUCTS)}")
+    use = _Use.of(product, activation_dtype, exact)
     bf16, float32, biases = (FLOATS,) * 3 if exact else ((ml_dtypes.bfloat16,), (np.float32,), _BIAS_DTYPES)
     if not isinstance(scale_inputs, bool):
         raise TypeError(f"scale_inputs: got {scale_inputs!r}, expected a bool")
@@ -130,9 +135,10 @@ def check_inputs(
     ids = check_array("topk_ids", ids, ("T", "P"), sizes, ids.dtype)
     sizes["P"] = ids.shape[1]
     routing = check_array("topk_weights", topk_weights, ("T", "P"), sizes, *float32)
-    gate = _experts("gate_proj", gate_proj, ("I", "H"), sizes, product, exact)
-    up = None if up_proj is None else _experts("up_proj", up_proj, ("I", "H"), sizes, product, exact)
-    down = _experts("down_proj", down_proj, ("H", "I"), sizes, product, exact)
+    gate = _experts("gate_proj", gate_proj, ("I", "H"), sizes, use)
+    up = None if up_proj is None else _experts("up_proj", up_proj, ("I", "H"), sizes, use)
+    down = _experts("down_proj", down_proj, ("H", "I"), sizes, use)
+    use.check_found([gate, up or [], down])
     order = _physical_order(physical_to_logical_map, sizes["E"])
     return ForwardInputs(
         x=x,
@@ -187,27 +193,57 @@ def _check_shape(
         raise ValueError(f"{name}: got shape {list(shape)}, expected [{wanted}]")
 
 
+class _Use(NamedTuple):
+    """What the weights of a layer are multiplied with."""
+
+    product: str
+    int8_activations: bool  #: in blocks, where weights are integers
+    exact: bool
+
+    @classmethod
+    def of(cls, product: str, activation_dtype: str | None, exact: bool) -> _Use:
+        """Check the arguments of these names."""
+        if product not in PRODUCTS:
+            raise ValueError(f"product: got {product!r}, expected {' or '.join(PRODUCTS)}")
+        if activation_dtype is not None and activation_dtype not in ACTIVATION_DTYPES:
+            raise ValueError(
+                f"activation_dtype: got {activation_dtype!r}, expected None, {' or '.join(ACTIVATION_DTYPES)}"
+            )
+        if product == "int8" and activation_dtype == "bfloat16":
+            raise ValueError("activation_dtype: got 'bfloat16', expected None or 'int8' for product int8")
+        return cls(product, activation_dtype == "int8" and product != "int8", exact)
+
+    def check_found(self, projections: list[list[ExpertWeights]]) -> None:
+        """Raise ValueError when no projection is multiplied with the int8 activations that are asked for."""
+        weights = [one for projection in projections for one in projection]
+        if self.int8_activations and not self.exact and all(one.integers is None for one in weights):
+            raise ValueError(
+                "activation_dtype: got 'int8', expected None or 'bfloat16': no projection has integer weights"
+            )
+
+
 def _experts(
-    name: str, value: Weights, letters: tuple[str, str], sizes: dict[str, int], product: str, exact: bool
+    name: str, value: Weights, letters: tuple[str, str], sizes: dict[str, int], use: _Use
 ) -> list[ExpertWeights]:
     """E matrices; fills in E and I of `sizes` when they are still unknown."""
-    if not isinstance(value, (np.ndarray, Sequence, *QUANTIZED)):
+    if not isinstance(value, (np.ndarray, Sequence, *_MATRICES)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an array or a sequence of arrays")
-    if product == "int8" and not isinstance(value, (Int8Matrix, Int4Matrix)):
+    if use.product == "int8" and not isinstance(value, (Int8Matrix, Int4Matrix)):
         raise TypeError(
             f"{name}: got {type(value).__name__}, expected an Int8Matrix or Int4Matrix for product int8"
         )
-    if isinstance(value, (np.ndarray, *QUANTIZED)) and len(value.shape) != 3:
+    if isinstance(value, (np.ndarray, *_MATRICES)) and len(value.shape) != 3:
         raise ValueError(f"{name}: got shape {list(value.shape)}, expected [E, {letters[0]}, {letters[1]}]")
-    num_experts = value.shape[0] if isinstance(value, QUANTIZED) else len(value)
+    num_experts = value.shape[0] if isinstance(value, _MATRICES) else len(value)
     if num_experts != sizes.setdefault("E", num_experts) or not num_experts:
         raise ValueError(f"{name}: got {num_experts} experts, expected {sizes['E'] or 'some'}")
-    dtypes = FLOATS if exact else (np.dtype(ml_dtypes.bfloat16),)
+    dtypes = FLOATS if use.exact else (np.dtype(ml_dtypes.bfloat16),)
     experts = []
     for e in range(num_experts):
-        if isinstance(value, QUANTIZED):
+        if isinstance(value, _MATRICES):
             _check_shape(f"{name}[{e}]", value.shape[1:], letters, sizes)
-            experts.append(ExpertWeights.of(value[e], product, exact=exact))
+            how = {"exact": use.exact, "int8_activations": use.int8_activations}
+            experts.append(ExpertWeights.of(value[e], use.product, **how))
         else:
             experts.append(ExpertWeights(check_array(f"{name}[{e}]", value[e], letters, sizes, *dtypes)))
         sizes.setdefault("I", experts[-1].shape[0])

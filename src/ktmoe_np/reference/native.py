@@ -52,7 +52,7 @@ def decode_fp8(codes: Bytes, scale: NDArray[np.float32]) -> NDArray[Any]:
     """
     num_rows = codes.shape[-2]
     rows = np.repeat(scale, 128, axis=-2)[..., :num_rows, :]
-    return _scaled(_e4m3(codes), rows, 128)
+    return _scaled(e4m3(codes), rows, 128)
 
 
 def decode_fp8_perchannel(codes: Bytes, scale: NDArray[np.float32]) -> ScaledMatrix:
@@ -67,7 +67,7 @@ def decode_fp8_perchannel(codes: Bytes, scale: NDArray[np.float32]) -> ScaledMat
     -------
     ScaledMatrix, [..., N, K]
     """
-    values = _e4m3(codes)
+    values = e4m3(codes)
     return ScaledMatrix(values.astype(ml_dtypes.bfloat16), scale.reshape(values.shape[:-1]))
 
 
@@ -83,7 +83,7 @@ def decode_mxfp8(codes: Bytes, scale: Bytes) -> NDArray[Any]:
     -------
     ndarray of bfloat16, [..., N, K]
     """
-    return _scaled(_e4m3(codes), _e8m0(scale), 32)
+    return _scaled(e4m3(codes), e8m0(scale), 32)
 
 
 def decode_rawint4(
@@ -110,7 +110,7 @@ def decode_rawint4(
     >>> decode_rawint4(np.uint8([[0xF0]]), np.full((1, 1), 2, ml_dtypes.bfloat16), 2).astype(np.float32)
     array([[-16.,  14.]], dtype=float32)
     """
-    numbers = _nibbles(codes, num_columns).astype(np.float32) - 8
+    numbers = nibbles(codes, num_columns).astype(np.float32) - 8
     return _scaled(numbers, scale.astype(np.float32), group_size)
 
 
@@ -135,13 +135,7 @@ def decode_gptq_int4(qweight: NDArray[np.int32], scales: NDArray[Any]) -> NDArra
     >>> decode_gptq_int4(np.int32([[-1], [0], [0], [0]]), np.float16([[0.5]]))[:, 6:10].astype(np.float32)
     array([[ 3.5,  3.5, -4. , -4. ]], dtype=float32)
     """
-    num_columns, num_groups = 8 * qweight.shape[-2], scales.shape[-2]
-    group_size = next(2**bit for bit in range(5, 31) if num_columns <= 2**bit * num_groups)
-    shifts = 4 * np.arange(8, dtype=np.int32)[:, None]
-    nibbles = (qweight[..., None, :] >> shifts) & 15
-    numbers = nibbles.reshape(*qweight.shape[:-2], num_columns, -1).astype(np.float32) - 8
-    per_row = scales.astype(np.float32).swapaxes(-1, -2)
-    return _scaled(numbers.swapaxes(-1, -2), per_row, group_size)
+    return _scaled(*gptq_numbers(qweight, scales))
 
 
 def decode_mxfp4(codes: Bytes, scale: Bytes, num_columns: int) -> NDArray[Any]:
@@ -164,7 +158,7 @@ def decode_mxfp4(codes: Bytes, scale: Bytes, num_columns: int) -> NDArray[Any]:
     >>> decode_mxfp4(np.uint8([[0xF1]]), np.uint8([[128]]), 2).astype(np.float32)
     array([[  1., -12.]], dtype=float32)
     """
-    return _scaled(_e2m1(codes, num_columns), _e8m0(scale), 32)
+    return _scaled(e2m1(codes, num_columns), e8m0(scale), 32)
 
 
 def decode_nvfp4(
@@ -186,27 +180,43 @@ def decode_nvfp4(
     -------
     ScaledMatrix, [..., N, K]
     """
-    values = _scaled(_e2m1(codes, num_columns), _e4m3(scale), 16)
+    values = _scaled(e2m1(codes, num_columns), e4m3(scale), 16)
     per_row = np.repeat(np.asarray(global_scale, np.float32)[..., None], values.shape[-2], axis=-1)
     return ScaledMatrix(values, per_row)
 
 
-def _e4m3(codes: NDArray[Any]) -> NDArray[np.float32]:
+def gptq_numbers(
+    qweight: NDArray[np.int32], scales: NDArray[Any]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
+    """Unpack GPTQ's int4: numbers [..., N, K], scales [..., N, G], and the columns of a group."""
+    num_columns, num_groups = 8 * qweight.shape[-2], scales.shape[-2]
+    group_size = next(2**bit for bit in range(5, 31) if num_columns <= 2**bit * num_groups)
+    shifts = 4 * np.arange(8, dtype=np.int32)[:, None]
+    fours = (qweight[..., None, :] >> shifts) & 15
+    numbers = fours.reshape(*qweight.shape[:-2], num_columns, -1).astype(np.float32) - 8
+    return numbers.swapaxes(-1, -2), scales.astype(np.float32).swapaxes(-1, -2), group_size
+
+
+def e4m3(codes: NDArray[Any]) -> NDArray[np.float32]:
+    """Numbers of bytes of E4M3."""
     values: NDArray[np.float32] = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     return values
 
 
-def _e8m0(scale: NDArray[Any]) -> NDArray[np.float32]:
+def e8m0(scale: NDArray[Any]) -> NDArray[np.float32]:
+    """Powers of two of bytes of E8M0."""
     values: NDArray[np.float32] = scale.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
     return values
 
 
-def _nibbles(codes: NDArray[Any], num_columns: int) -> Bytes:
+def nibbles(codes: NDArray[Any], num_columns: int) -> Bytes:
+    """Unpack bytes, of any dtype, to nibbles [..., K]."""
     return unpack_nibbles(np.ascontiguousarray(codes).view(np.uint8), num_columns)
 
 
-def _e2m1(codes: NDArray[Any], num_columns: int) -> NDArray[np.float32]:
-    codes = _nibbles(codes, num_columns)
+def e2m1(codes: NDArray[Any], num_columns: int) -> NDArray[np.float32]:
+    """Numbers of nibbles of E2M1, [..., K]."""
+    codes = nibbles(codes, num_columns)
     values: NDArray[np.float32] = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
     return values
 

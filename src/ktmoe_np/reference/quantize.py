@@ -188,20 +188,29 @@ def quantize_int4(weights: NDArray[Any], *, group_size: int = 32, name: str = "w
     )
 
 
-def quantize_activations(x: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Round each row of activations to multiples of its scale amax / 127, as `quantize_int8` does.
+def quantize_activations(
+    x: NDArray[Any], block: int | None = None
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round rows of activations, or blocks of them, to multiples of a scale amax / 127, as `quantize_int8`.
 
     Parameters
     ----------
     x : ndarray of a float dtype, [M, K]
         Numbers that bfloat16 represents.
+    block : int, optional
+        A scale for every so many columns, of which the last may be fewer; without it, one for a row.
 
     Returns
     -------
     codes : ndarray of int8, [M, K]
-        0 in a row of zeros, and in a row with a NaN or an infinity.
-    scale : ndarray of float32, [M]
-        0 for a row of zeros; NaN for one with a NaN or an infinity, which makes its results NaN.
+        0 in a row or block of zeros, and in one with a NaN or an infinity.
+    scale : ndarray of float32, [M] or [M, ceil(K / block)]
+        0 for zeros; NaN for a row or block with a NaN or an infinity, which makes its results NaN.
+
+    Raises
+    ------
+    ValueError
+        A block below 1.
 
     Examples
     --------
@@ -210,11 +219,18 @@ def quantize_activations(x: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.
     >>> codes, scale
     (array([[  64, -127],
            [   0,    0]], dtype=int8), array([0.01574803,        nan], dtype=float32))
+    >>> quantize_activations(np.float32([[1, -2, 127]]), block=2)
+    (array([[  64, -127,  127]], dtype=int8), array([[0.01574803, 1.        ]], dtype=float32))
     """
+    if block is not None and block < 1:
+        raise ValueError(f"block: got {block}, expected at least 1")
     values = x.astype(np.float32)
-    finite = np.asarray(np.isfinite(values).all(axis=1))
-    codes, scale = _int8(np.where(finite[:, None], values, np.float32(0))[:, None])
-    return codes[:, 0], np.where(finite, scale[:, 0], np.float32(np.nan))
+    grouped = values[:, None] if block is None else _grouped(values, block)
+    finite = np.asarray(np.isfinite(grouped).all(axis=2))
+    codes, scale = _int8(np.where(finite[..., None], grouped, np.float32(0)))
+    scale = np.where(finite, scale, np.float32(np.nan))
+    codes = codes.reshape(len(x), -1)[:, : x.shape[1]] if x.size else np.zeros(x.shape, np.int8)
+    return codes, scale[:, 0] if block is None else scale
 
 
 def _int8(w: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -258,4 +274,4 @@ def _grouped(rows: NDArray[Any], group_size: int) -> NDArray[np.float32]:
     """Rows [R, K] as float32 groups [R, G, g], the last one filled up with zeros."""
     missing = -rows.shape[1] % group_size
     padded = np.pad(rows.astype(np.float32), ((0, 0), (0, missing)))
-    return padded.reshape(len(rows), -1, group_size)
+    return padded.reshape(len(rows), padded.shape[1] // group_size, group_size)

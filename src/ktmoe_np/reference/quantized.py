@@ -21,6 +21,7 @@ __all__ = [
     "Int8Matrix",
     "QuantizedMatrix",
     "ScaledMatrix",
+    "check_member",
     "dequantize",
     "gradient_weights",
     "num_groups",
@@ -63,8 +64,8 @@ class Int8Matrix:
     channel_scale: NDArray[np.float32]
 
     def __post_init__(self) -> None:
-        _check("codes", self.codes, np.int8, None)
-        _check("channel_scale", self.channel_scale, np.float32, self.shape[:-1])
+        check_member("codes", self.codes, np.int8, None)
+        check_member("channel_scale", self.channel_scale, np.float32, self.shape[:-1])
         _check_range("codes", self.codes, -127, 127)
 
     @property
@@ -107,9 +108,9 @@ class Int8GroupMatrix:
     def __post_init__(self) -> None:
         if self.group_size < 1:
             raise ValueError(f"group_size: got {self.group_size}, expected at least 1")
-        _check("codes", self.codes, np.int8, None)
+        check_member("codes", self.codes, np.int8, None)
         groups = num_groups(self.shape[-1], self.group_size)
-        _check("group_scale", self.group_scale, np.float32, (*self.shape[:-1], groups))
+        check_member("group_scale", self.group_scale, np.float32, (*self.shape[:-1], groups))
         _check_range("codes", self.codes, -127, 127)
 
     @property
@@ -156,10 +157,10 @@ class Int4Matrix:
 
     def __post_init__(self) -> None:
         check_int4_group_size(self.group_size)
-        _check("q", self.q, np.int8, None)
+        check_member("q", self.q, np.int8, None)
         groups = num_groups(self.shape[-1], self.group_size)
-        _check("multiplier", self.multiplier, np.int8, (*self.shape[:-1], groups))
-        _check("channel_scale", self.channel_scale, np.float32, self.shape[:-1])
+        check_member("multiplier", self.multiplier, np.int8, (*self.shape[:-1], groups))
+        check_member("channel_scale", self.channel_scale, np.float32, self.shape[:-1])
         _check_range("q", self.q, -8, 7)
         _check_range("multiplier", self.multiplier, -15, 15)
         if not self.multiplier.all():
@@ -207,8 +208,8 @@ class ScaledMatrix:
     channel_scale: NDArray[np.float32]
 
     def __post_init__(self) -> None:
-        _check("codes", self.codes, ml_dtypes.bfloat16, None)
-        _check("channel_scale", self.channel_scale, np.float32, self.shape[:-1])
+        check_member("codes", self.codes, ml_dtypes.bfloat16, None)
+        check_member("channel_scale", self.channel_scale, np.float32, self.shape[:-1])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -308,7 +309,8 @@ def spread(per_group: NDArray[Any], group_size: int, num_columns: int) -> NDArra
     return np.repeat(per_group, group_size, axis=-1)[..., :num_columns]
 
 
-def _check(name: str, value: object, dtype: type, shape: tuple[int, ...] | None) -> None:
+def check_member(name: str, value: object, dtype: type, shape: tuple[int, ...] | None) -> None:
+    """Raise TypeError or ValueError unless an array has the dtype and shape; None is [..., N, K]."""
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a NumPy array")
     if value.dtype != dtype:

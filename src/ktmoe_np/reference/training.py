@@ -51,6 +51,7 @@ def moe_forward_sft(
     gpu_experts_mask: AnyArray | None = None,
     physical_to_logical_map: AnyArray | None = None,
     product: str = "bfloat16",
+    activation_dtype: str | None = None,
     scale_inputs: bool = False,
     out_dtype: DTypeLike = ml_dtypes.bfloat16,
     accumulate_dtype: DTypeLike = np.float32,
@@ -75,9 +76,9 @@ def moe_forward_sft(
     Parameters
     ----------
     hidden_states, topk_ids, topk_weights, gate_proj, up_proj, down_proj, gate_bias, up_bias, down_bias, \
-activation, gpu_experts_mask, physical_to_logical_map, product, scale_inputs, out_dtype
-        As in `moe_forward`. `product` is how the base weights are multiplied with; adapters take x and h as
-        they are.
+activation, gpu_experts_mask, physical_to_logical_map, product, activation_dtype, scale_inputs, out_dtype
+        As in `moe_forward`. `product` and `activation_dtype` are how the base weights are multiplied with;
+        adapters take x and h as they are, and gradients go through the weights in bfloat16.
     lora : LoraWeights, optional
         Without it, and with R = 0 or B = 0, the result is that of `moe_forward`, bit for bit.
     dropout : Dropout, optional
@@ -136,6 +137,7 @@ activation, gpu_experts_mask, physical_to_logical_map, product, scale_inputs, ou
         gpu_experts_mask=gpu_experts_mask,
         physical_to_logical_map=physical_to_logical_map,
         product=product,
+        activation_dtype=activation_dtype,
         scale_inputs=scale_inputs,
         exact=exact,
     )
