@@ -5,7 +5,7 @@ evaluations may differ, so that a comparison needs no guessed tolerance; `inputs
 Training: `training` (the layer with adapters), `lora` (the adapters), `dropout` (their masks), then
 `backward`. Quantized weights: `quantized` (what they are), `quantize` (how they come about),
 `weights` (what is multiplied with them), `packing` (their bytes). Encodings of checkpoints: `native`, `gguf`.
-int8 activations for all of these: `integer_product`, `integer_matrix`, `integer_encodings`.
+int8 activations for all of these: `int8_activations`, `integer_matrix`, `integer_encodings`.
 
 T tokens, E experts, P experts per token, H hidden size, I intermediate size, R LoRA rank; bf(x) rounds to
 bfloat16.
@@ -18,6 +18,7 @@ from .bound import assert_within, error_bound
 from .dropout import Dropout, dropout_mask, philox4x32
 from .forward import moe_forward
 from .gguf import decode_gguf
+from .int8_activations import integer_product
 from .integer_encodings import (
     integers_of_gguf,
     integers_of_gptq_int4,
@@ -27,7 +28,6 @@ from .integer_encodings import (
     integers_of_rawint4,
 )
 from .integer_matrix import IntegerMatrix
-from .integer_product import integer_product
 from .lora import LoraWeights
 from .native import *  # noqa: F403
 from .packing import pack_int4, pack_int8, unpack_int4, unpack_int8

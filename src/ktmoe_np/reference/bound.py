@@ -64,6 +64,8 @@ def error_bound(
 
         y         radius  c * (2 ds |sum q code| + (s + ds) sum dq |code|) + gamma_4 * (|y| + |bias|)
 
+    Likewise int8 activations in blocks, with a term ds and dq for each block and n from the number of groups.
+
     Rounding is monotone, so the lines of h and of the bound lose nothing: an element of h whose interval
     contains no rounding boundary has radius 0, one whose interval contains one may be a bf16 ulp off. All
     sums assume the worst case over signs, so the bound grows with K where the typical difference grows with

@@ -99,7 +99,8 @@ def take_apart(data: Bytes, type_name: str) -> Blocks:
         raise ValueError(
             f"data: got rows of {data.shape[-1]} bytes, expected a multiple of {block_bytes} of {type_name}"
         )
-    return of_blocks(np.ascontiguousarray(data).reshape(-1, block_bytes))
+    with np.errstate(invalid="ignore"):  # scales may be any NaN
+        return of_blocks(np.ascontiguousarray(data).reshape(-1, block_bytes))
 
 
 def _rounded(values: Floats) -> NDArray[Any]:

@@ -100,17 +100,42 @@ class IntegerMatrix:
 
     def values(self, dtype: DTypeLike = np.float32) -> NDArray[Any]:
         """Compute the weights before the channel scale, [..., N, K], in float32 or float64."""
-        num_columns = self.shape[-1]
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            weights, minima = self._terms(dtype)
+            return weights if minima is None else weights - minima
+
+    def magnitudes(self) -> NDArray[np.float64]:
+        """Compute what both terms of `values` add up to when no sign differs, [..., N, K]."""
+        weights, minima = self._terms(np.float64)
+        total: NDArray[np.float64] = np.abs(weights)
+        return total if minima is None else total + np.abs(minima)
+
+    def integer_magnitudes(self) -> NDArray[np.float64]:
+        """The same of the integers, without scales."""
+        integers: NDArray[np.float64] = np.abs(self.integers.astype(np.float64))
+        if self.minimum is None:
+            return integers
+        both: NDArray[np.float64] = integers + np.abs(self.minimum_integers.astype(np.float64))
+        return both
+
+    def largest_scales(self) -> NDArray[np.float64]:
+        """The largest magnitude among scales and minima, [..., N]."""
+        largest = [
+            np.abs(scale.astype(np.float64)).max(axis=-1, initial=0.0)
+            for scale in (self.scale, self.minimum)
+            if scale is not None
+        ]
+        return np.asarray(np.max(largest, axis=0))
+
+    def _terms(self, dtype: DTypeLike) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """Compute scale * multiplier * code, and minimum * minimum_multiplier."""
 
         def scaled(scale: NDArray[np.float32], integers: NDArray[np.int8] | None) -> NDArray[Any]:
-            per_column: NDArray[Any] = spread(scale, self.group_size, num_columns).astype(dtype)
+            per_column: NDArray[Any] = spread(scale, self.group_size, self.shape[-1]).astype(dtype)
             return per_column if integers is None else per_column * self._of_columns(integers).astype(dtype)
 
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            weights: NDArray[Any] = scaled(self.scale, self.multiplier) * self.codes.astype(dtype)
-            if self.minimum is not None:
-                weights = weights - scaled(self.minimum, self.minimum_multiplier)
-        return weights
+        weights = scaled(self.scale, self.multiplier) * self.codes.astype(dtype)
+        return weights, None if self.minimum is None else scaled(self.minimum, self.minimum_multiplier)
 
     def product_weights(self) -> NDArray[Any]:
         """Return what bfloat16 activations are multiplied with: bf(values), [..., N, K]."""

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from ..config import ActivationSpec
 from .activation import FUNCTIONS, Array, gate_factor, up_factor
 from .inputs import AnyArray
+from .int8_activations import pieces
+from .integer_matrix import IntegerMatrix
 from .quantize import quantize_activations
 from .weights import ExpertWeights
 
@@ -70,11 +72,10 @@ class Rounding:
         self, x: Array, dx: Array | None, weights: ExpertWeights, bias: AnyArray | None
     ) -> tuple[Array, Array]:
         """Center and radius of x . W^T + bias for x with radius dx: [M, K] and [N, K] to [M, N]."""
-        sums = self._integer_sums if weights.integer else self._float_sums
-        center, magnitude, radius, reach, num_roundings = sums(x, dx, weights.values.astype(np.float64))
+        center, magnitude, radius, reach, num_roundings = self._sums(x, dx, weights)
         num_roundings += 1
-        if weights.channel_scale is not None:
-            scale = weights.channel_scale.astype(np.float64)
+        if weights.sum_scale is not None:
+            scale = weights.sum_scale.astype(np.float64)
             # A scale below the normal numbers may be taken for zero.
             flushed = TINY * (magnitude + radius + 1.0)
             size = np.abs(scale)
@@ -88,6 +89,12 @@ class Rounding:
         radius = radius + self.gamma(num_roundings) * (magnitude + radius)
         finite = in_range(np.maximum(reach, magnitude + radius), weights.shape[1] + 3)
         return center, np.where(finite, radius, np.inf)
+
+    def _sums(self, x: Array, dx: Array | None, weights: ExpertWeights) -> _Sums:
+        if weights.integers is not None:
+            return self._block_sums(x, dx, weights.integers)
+        sums = self._integer_sums if weights.integer else self._float_sums
+        return sums(x, dx, weights.values.astype(np.float64))
 
     def _float_sums(self, x: Array, dx: Array | None, w: Array) -> _Sums:
         abs_x, abs_w = np.abs(x), np.abs(w)
@@ -112,6 +119,25 @@ class Rounding:
         largest = (np.abs(codes) + d_codes) @ np.abs(w).T
         reach = np.maximum(largest, 1.0) * np.maximum(scale + d_scale, 1.0)
         return _Sums(sums * scale, np.abs(sums) * scale, radius + flushed, reach, 2)
+
+    def _block_sums(self, x: Array, dx: Array | None, matrix: IntegerMatrix) -> _Sums:
+        """Sums of blocks of int8 codes of x, exact in each group, but dx may change codes and scales."""
+        w, abs_w, abs_integers = matrix.values(np.float64), matrix.magnitudes(), matrix.integer_magnitudes()
+        decoded, d_x, radius = np.zeros_like(x), np.zeros_like(x), np.zeros((len(x), len(w)))
+        largest, size = np.zeros((len(x), 1)), matrix.activation_block
+        for start in range(0, x.shape[1], size):
+            part = slice(start, start + size)
+            codes, d_codes, scale, d_scale = _code_intervals(x[:, part], None if dx is None else dx[:, part])
+            decoded[:, part], d_x[:, part] = codes * scale, d_codes * (scale + d_scale)
+            # When the scale grows, codes shrink with it. Twice, as that part of d_x is no independent error.
+            radius += 2.0 * d_scale * np.abs(codes @ w[:, part].T)
+            largest = np.maximum(largest, scale + d_scale)
+        radius = radius + self._carried(d_x, abs_w)
+        abs_x, steps = np.abs(decoded) + d_x, 2 * sum(1 for _ in pieces(matrix))
+        # Scales of blocks, of groups, and products of both are taken for zero where they are denormal.
+        flushed = abs_x @ abs_integers.T + 128.0 * (abs_w + abs_integers).sum(axis=1) + steps
+        reach = np.maximum(abs_x @ abs_w.T, largest * matrix.largest_scales())
+        return _Sums(decoded @ w.T, np.abs(decoded) @ abs_w.T, radius + TINY * flushed, reach, steps + 2)
 
     def _carried(self, dx: Array, abs_w: Array) -> Array:
         """Error of x . W^T from errors dx of x."""

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .activation import Array, round_bf16
+from .int8_activations import integer_product
 from .integer_encodings import integers_of_quantized
 from .integer_matrix import IntegerMatrix
-from .integer_product import integer_product
 from .quantize import quantize_activations
 from .quantized import Int8GroupMatrix, QuantizedMatrix, ScaledMatrix, dequantize, product_weights
 
@@ -61,6 +61,11 @@ class ExpertWeights:
     def shape(self) -> tuple[int, ...]:
         """[N, K]."""
         return self.values.shape
+
+    @property
+    def sum_scale(self) -> NDArray[np.float32] | None:
+        """The channel scale [N] that acts on the sums of the forward product."""
+        return self.channel_scale if self.integers is None else self.integers.channel_scale
 
     def product(self, x: Array) -> Array:
         """Compute x . W^T in the dtype of x, [M, K] to [M, N]; the channel scale acts on the sums."""

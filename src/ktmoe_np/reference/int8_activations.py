@@ -7,6 +7,7 @@ each the groups of weights one after the other, with one rounding for each addit
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -80,12 +81,9 @@ def integer_product(x: Array, matrix: IntegerMatrix) -> Array:
 def pieces(matrix: IntegerMatrix) -> Iterator[tuple[int, int, slice]]:
     """Yield block, group and columns of the pieces that blocks and groups cut a row into."""
     num_columns = matrix.shape[-1]
-    cuts = {
-        *range(0, num_columns, matrix.activation_block),
-        *range(0, num_columns, matrix.group_size),
-    }
-    starts = sorted(cuts)
-    for start, end in zip(starts, [*starts[1:], num_columns], strict=True):
+    sizes = matrix.activation_block, matrix.group_size
+    cuts = sorted({start for size in sizes for start in range(0, num_columns, size)} | {num_columns})
+    for start, end in pairwise(cuts):
         yield start // matrix.activation_block, start // matrix.group_size, slice(start, end)
 
 
