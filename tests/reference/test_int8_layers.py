@@ -8,14 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradient_bound import gradient_balls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from integer_cases import ENCODINGS, draw_encoded, product_loop
+from layers import assert_close, draw_batch
+from native_layers import draw_native_layer
 from quantized_cases import PROJECTIONS, quantized
 from reference_cases import FORMULAS, AnyArray, Layer, bf16, bits, draw_layer, entering, round_by_bits
 from training_cases import draw_training, present
 
 from ktmoe_np.reference import (
+    Dropout,
     IntegerMatrix,
     ScaledMatrix,
     activate,
@@ -31,6 +35,7 @@ from ktmoe_np.reference import (
     quantize_int8,
     round_bf16,
 )
+from ktmoe_np.reference.integer_encodings import INTEGERS
 from ktmoe_np.reference.weights import ExpertWeights
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -156,6 +161,37 @@ def test_gradients_go_through_the_weights_in_bfloat16(name: str) -> None:
 
 
 @some
+@pytest.mark.parametrize("activation", ["silu", "swigluoai", "relu2"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("rounded", [True, False])
+def test_training_stays_within_its_bound(name: str, activation: str, dtype: str, rounded: bool) -> None:
+    # Whole blocks of 256 twice in h, where codes may change.
+    layer, grad_output = draw_training(
+        4, T=5, E=2, H=256, inter=512, activation=FORMULAS[activation][0], biases=True
+    )
+    layer = {**encoded(layer, 4, (name,) * 3), "activation_dtype": dtype, "dropout": Dropout(0.3, seed=3)}
+    balls = gradient_balls(layer, grad_output, rounded=rounded)
+    computations: list[Layer] = [{}, {"accumulate_dtype": np.float64}]
+    for numbers in [*computations, *([] if rounded else [{"exact": True}])]:
+        out, cache = moe_forward_sft(**layer, **numbers)
+        for key, value in {**present(moe_backward(cache, grad_output)), "out": out}.items():
+            assert_within(value, balls[key].center, balls[key].radius)
+
+
+@some
+def test_the_bound_of_training_finds_other_activations(name: str) -> None:
+    layer, grad_output = draw_training(4, T=5, E=2, H=256, inter=512)
+    layer = encoded(layer, 4, (name,) * 3)
+    balls = gradient_balls(layer, grad_output, rounded=True)
+    other_blocks = {n: replace(layer[n], activation_block=64) for n in PROJECTIONS}
+    for change in ({"activation_dtype": None}, other_blocks):
+        _, cache = moe_forward_sft(**{**layer, **change})
+        ball = balls["down_lora_a"]
+        with pytest.raises(AssertionError, match="elements are outside the bound"):
+            assert_within(moe_backward(cache, grad_output).down_lora_a, ball.center, ball.radius)
+
+
+@some
 def test_an_exact_computation_has_no_int8(name: str) -> None:
     layer = draw_encoded_layer(2, (name,) * 3)
     exact, _ = moe_forward_sft(**layer, exact=True)
@@ -226,6 +262,21 @@ def test_other_projections_stay_in_bfloat16() -> None:
         rows = {**layer, "topk_ids": np.zeros((5, 1), np.int64), "topk_weights": np.ones((5, 1), np.float32)}
         y = integer_product(round_bf16(activate("silu", h["gate"], h["up"])), layer["down_proj"][0])
         assert np.array_equal(moe_forward(**rows, out_dtype=np.float32), y)
+
+
+@pytest.mark.parametrize("method", [*sorted(INTEGERS), "LLAMAFILE"])
+def test_layers_of_checkpoints(method: str) -> None:
+    rng = np.random.default_rng(1)
+    layer = draw_native_layer(rng, method, 3, 96, 512, with_biases=True)
+    integers = layer.with_integers(method)
+    batch = draw_batch(rng, layer, 4, 2)
+    decoded = moe_forward(*batch, *layer.matrices, **layer.biases)
+    assert np.array_equal(bits(decoded), bits(moe_forward(*batch, *integers.matrices, **layer.biases)))
+    in_int8 = moe_forward(
+        *batch, *integers.matrices, **layer.biases, activation_dtype="int8", out_dtype=np.float32
+    )
+    assert_close(in_int8, integers, batch, activation_dtype="int8")
+    assert not np.array_equal(in_int8, decoded)
 
 
 # ---- within the bound ----

@@ -9,7 +9,7 @@ the bound is to the function itself, as float64 computes it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -20,13 +20,17 @@ from ktmoe_np.config import ActivationSpec, parse_activation
 from ktmoe_np.reference import (
     Dropout,
     Int8GroupMatrix,
+    IntegerMatrix,
     LoraWeights,
+    ScaledMatrix,
     dequantize,
     gradient_weights,
+    integers_of_quantized,
     product_weights,
     round_bf16,
 )
 from ktmoe_np.reference.activation import gate_factor, gate_slope, up_factor, up_slope
+from ktmoe_np.reference.int8_activations import pieces
 from ktmoe_np.reference.rounding import EPS, TINY, in_range
 
 #: Allowed error of an engine's exp, tanh or erf, in float32 units of the operand.
@@ -94,6 +98,14 @@ class Ball:
             center = _codes(center, scale) * scale.astype(np.float64)
         return Ball(center, np.maximum(high - center, center - low) + TINY).unless_above(self.reach)
 
+    def int8_blocks(self, size: int, rounded: bool) -> Ball:
+        """Blocks of so many columns as int8 codes times their scales."""
+        starts = range(0, self.center.shape[1], size)
+        blocks = [_take(self, np.s_[:, start : start + size]).int8(rounded) for start in starts]
+        if not blocks:
+            return self
+        return Ball(*(np.hstack([getattr(b, part) for b in blocks]) for part in ("center", "radius")))
+
     def mapped(self, function: Any, curvature: float, ulps: float | AnyArray) -> Ball:
         """A function with a second derivative of at most `curvature` between its jumps and corners."""
         center = function(self.center)
@@ -136,27 +148,54 @@ class Weights:
     backward: Ball  # [E, N, K]
     integer: bool
     rounded: bool
+    integers: IntegerMatrix | None = None  # of int8 activations in blocks
 
     @staticmethod
-    def of(matrix: Any, product: str, rounded: bool) -> Weights:
+    def of(matrix: Any, product: str, rounded: bool, activation_dtype: str | None = None) -> Weights:
         if isinstance(matrix, np.ndarray):
             return Weights(ball(matrix), None, ball(matrix), False, rounded)
-        backward = (
-            ball(gradient_weights(matrix)) if rounded else ball(dequantize(matrix, np.float64)).bf(False)
-        )
+        in_blocks = activation_dtype == "int8" and product != "int8" and not isinstance(matrix, ScaledMatrix)
+        if isinstance(matrix, IntegerMatrix) or in_blocks:
+            return Weights._of_integers(matrix, in_blocks, rounded)
+        backward = _backward(matrix, rounded)
         if isinstance(matrix, Int8GroupMatrix):
             return Weights(backward, None, backward, False, rounded)
         values, channel_scale = ball(product_weights(matrix)), ball(matrix.channel_scale)
         return Weights(values, channel_scale, backward, product == "int8", rounded)
 
+    @staticmethod
+    def _of_integers(matrix: Any, in_blocks: bool, rounded: bool) -> Weights:
+        integers = matrix if isinstance(matrix, IntegerMatrix) else integers_of_quantized(matrix)
+        values = ball(integers.values(np.float64))
+        decoded = ball(integers.product_weights()) if rounded else values.bf(False)
+        plain, scale = matrix, None
+        if integers.channel_scale is not None:
+            plain = ScaledMatrix(integers.product_weights(), integers.channel_scale)
+            scale = ball(integers.channel_scale)
+        backward = decoded if plain is integers else _backward(plain, rounded)
+        if in_blocks:
+            return Weights(values, scale, backward, False, rounded, integers)
+        return Weights(decoded, scale, backward, False, rounded)
+
     def at(self, e: int) -> Weights:
         channel_scale = None if self.channel_scale is None else _take(self.channel_scale, e)
-        return Weights(
-            _take(self.values, e), channel_scale, _take(self.backward, e), self.integer, self.rounded
+        return replace(
+            self,
+            values=_take(self.values, e),
+            channel_scale=channel_scale,
+            backward=_take(self.backward, e),
+            integers=None if self.integers is None else self.integers[e],
         )
 
     def product(self, operand: Ball) -> Ball:
-        total = (operand.int8(self.rounded) if self.integer else operand) @ self.values.T
+        if self.integers is not None:
+            operand = operand.int8_blocks(self.integers.activation_block, self.rounded)
+            # Sums of groups are exact; minima are terms of their own.
+            reach = operand.reach @ self.integers.magnitudes().T
+            num_roundings = 2 * sum(1 for _ in pieces(self.integers)) + 2
+            total = _product(operand, self.values.T, np.matmul).computed(reach, num_roundings)
+        else:
+            total = (operand.int8(self.rounded) if self.integer else operand) @ self.values.T
         if self.channel_scale is None:
             return total
         scaled, channel_scale = total * self.channel_scale, np.maximum(self.channel_scale.reach, 1.0)
@@ -165,6 +204,11 @@ class Weights:
         # Scales may act in any order on the sums of codes.
         scale = np.maximum(operand.reach.max(axis=1, keepdims=True, initial=0.0) / 127.0, 1.0)
         return scaled.unless_above(127.0 * self.values.reach.sum(axis=-1) * channel_scale * scale)
+
+
+def _backward(matrix: Any, rounded: bool) -> Ball:
+    """What gradients go through, of a quantized matrix."""
+    return ball(gradient_weights(matrix)) if rounded else ball(dequantize(matrix, np.float64)).bf(False)
 
 
 def curvatures(spec: ActivationSpec) -> tuple[float, float]:
@@ -196,7 +240,7 @@ def gradient_balls(
     """
     lora: LoraWeights = layer["lora"]
     names = ("gate", "up", "down") if layer["up_proj"] is not None else ("gate", "down")
-    how = layer.get("product", "bfloat16"), rounded
+    how = layer.get("product", "bfloat16"), rounded, layer.get("activation_dtype")
     weight = {name: Weights.of(layer[f"{name}_proj"], *how) for name in names}
     a, b = ({n: ball(round_bf16(getattr(lora, f"{n}_lora_{m}"))) for n in names} for m in "ab")
     x, q, ids = ball(layer["hidden_states"]), ball(grad_output), layer["topk_ids"]

@@ -23,7 +23,9 @@ from ktmoe_np.reference import (
     decode_mxfp8,
     decode_nvfp4,
     decode_rawint4,
+    integers_of_gguf,
 )
+from ktmoe_np.reference.integer_encodings import INTEGERS
 
 __all__ = [
     "IN_PLACE",
@@ -52,6 +54,29 @@ class NativeLayer(Layer):
         moe.load_weights_from_tensors(
             physical_to_logical_map=physical_to_logical_map, **self.arguments, **self.biases
         )
+
+    def with_integers(self, method: str) -> Layer:
+        """The layer of the reference whose products take int8 activations.
+
+        Projections that stay in bfloat16, those in plain floats, keep their decoded matrices.
+        """
+        matrices = {
+            f"{name}_proj": self._integers(method, name)
+            for name in ("gate", "up", "down")
+            if self.arguments.get(f"{name}_proj") is not None
+        }
+        return Layer(**{"up_proj": None, **matrices}, **self.biases, activation=self.activation)
+
+    def _integers(self, method: str, name: str) -> Any:
+        codes = self.arguments[f"{name}_proj"]
+        if method == "LLAMAFILE":
+            type_name = self.arguments[f"{name}_format"].lower()
+            has_blocks = type_name in GGUF_BLOCKS
+            return integers_of_gguf(codes, type_name) if has_blocks else getattr(self, f"{name}_proj")
+        scale, factors = (self.arguments.get(f"{name}_{role}") for role in ("scale", "global_scale"))
+        if method != "GPTQ_INT4":
+            codes = codes.view(np.uint8)
+        return INTEGERS[method](codes, scale, factors, 32)
 
 
 def _e4m3(rng: np.random.Generator, *shape: int) -> AnyArray:
