@@ -63,21 +63,35 @@ def test_fma_rounds_once(a: np.float32, b: np.float32, c: np.float32) -> None:
     assert got[0] == exact_fma(a, b, c)
 
 
-def test_fma_beyond_ties_that_float64_does_not_see() -> None:
-    # a b is half an ulp of c, and then a little more or less than float64 has beside c.
+@pytest.mark.parametrize("power", [0, 20, -60])
+@pytest.mark.parametrize(
+    ("factor", "other", "half"),
+    [
+        (1 + 2.0**-23, 1 - 2.0**-23, 0),  # 1 - 2^-46: less than half an ulp of c by less than float64 has
+        (3705353, 9273, 35),  # 2^35 + 1: more than half an ulp
+    ],
+)
+def test_fma_beside_ties_that_float64_rounds_to(factor: float, other: float, half: int, power: int) -> None:
+    signs, ends = np.meshgrid([1, -1], [0, 1, 2, 3])
+    c = (np.stack([signs, -signs]) * (2.0**24 + 2 * ends) * 2.0 ** (half + power)).astype(np.float32)
+    a = np.broadcast_to(np.float32(factor) * signs, c.shape).astype(np.float32)
+    b = np.full(c.shape, other * 2.0**power, np.float32)
+    want = np.array([exact_fma(*abc) for abc in zip(a.flat, b.flat, c.flat, strict=True)]).reshape(c.shape)
+    assert np.array_equal(fma(a, b, c), want)
+    in_float64 = (a.astype(np.float64) * b + c).astype(np.float32)
+    for sign in (1, -1):
+        assert (in_float64 != want)[c * sign > 0].any()
+
+
+def test_fma_around_ties() -> None:
+    # a b is half an ulp of c but for some of the last bits of float64 beside c, and some behind them.
     rng = np.random.default_rng(0)
-    c = (rng.integers(2**23, 2**24, 2000) * rng.choice([-1, 1], 2000)).astype(np.float32)
-    ulps = rng.choice([1, -1, 3], 2000) * 2.0**-23
-    a = ((1 + ulps) * rng.choice([-1, 1], 2000)).astype(np.float32)
-    b = np.full(2000, 0.5, np.float32)
-    addends = [np.float32(2.0**power) * c for power in (0, 40, -100)]
-    for scale, addend in zip((0, 40, -100), addends, strict=True):
-        got = fma(a, b * np.float32(2.0**scale), addend)
-        want = [exact_fma(*abc) for abc in zip(a, b * np.float32(2.0**scale), addend, strict=True)]
-        assert np.array_equal(got, want)
-    tiny = np.float32(2.0**-60)
-    got = fma(np.full(2000, tiny), np.where(ulps > 0, tiny, -tiny), c)
-    assert np.array_equal(got, c)
+    a = rng.uniform(1, 2, 5000).astype(np.float32)
+    b, c = np.float32(1) / a, (2.0**24 + 2 * rng.integers(0, 9, 5000)).astype(np.float32)
+    want = np.array([exact_fma(*abc) for abc in zip(a, b, c, strict=True)])
+    assert np.array_equal(fma(a, b, c), want)
+    assert np.array_equal(fma(a, -b, -c), -want)
+    assert len(np.unique(want - c)) == 2
 
 
 def test_fma_of_what_is_not_finite() -> None:
