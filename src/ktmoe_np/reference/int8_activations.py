@@ -63,7 +63,7 @@ def integer_product(x: Array, matrix: IntegerMatrix) -> Array:
     if len(matrix.shape) != 2 or x.ndim != 2 or x.shape[1] != matrix.shape[1]:
         raise ValueError(f"x: got shape {list(x.shape)}, expected [M, K] for a matrix {list(matrix.shape)}")
     codes, scale = quantize_activations(x, matrix.activation_block)
-    operand = codes.astype(np.float64)  # sums of integers are below 2^53, exact in float64
+    operand = codes.astype(np.float64)
     integers = matrix.integers.astype(np.float64)
     minimum_integers = None if matrix.minimum is None else matrix.minimum_integers.astype(np.float64)
     acc = np.zeros((len(x), len(integers)), x.dtype)
@@ -71,11 +71,17 @@ def integer_product(x: Array, matrix: IntegerMatrix) -> Array:
         for block, group, columns in pieces(matrix):
             s, part = scale[:, block, None].astype(x.dtype), operand[:, columns]
             factor = matrix.scale[:, group].astype(x.dtype) * s
-            acc = fma(factor, (part @ integers[:, columns].T).astype(x.dtype), acc)
+            acc = fma(factor, _sums(part, integers[:, columns]).astype(x.dtype), acc)
             if matrix.minimum is not None and minimum_integers is not None:
                 factor = matrix.minimum[:, group].astype(x.dtype) * s
-                acc = fma(-factor, (part @ minimum_integers[:, columns].T).astype(x.dtype), acc)
+                acc = fma(-factor, _sums(part, minimum_integers[:, columns]).astype(x.dtype), acc)
         return acc if matrix.channel_scale is None else acc * matrix.channel_scale.astype(x.dtype)
+
+
+def _sums(codes: Array, integers: Array) -> Array:
+    """Sums of products of integers, [M, k] and [N, k] to [M, N]: below 2^53, so exact in float64; no -0."""
+    sums: Array = codes @ integers.T + 0.0
+    return sums
 
 
 def pieces(matrix: IntegerMatrix) -> Iterator[tuple[int, int, slice]]:
