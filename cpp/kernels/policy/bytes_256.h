@@ -9,6 +9,7 @@ using Bytes32 = __m256i;
 KT_INLINE Bytes32 load_32(const std::byte* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
+KT_INLINE void store_32(std::byte* p, Bytes32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 // The nibbles of 16 bytes: the low ones, then the high ones.
 KT_INLINE Bytes32 nibbles_of_16(const std::byte* p) {
   const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

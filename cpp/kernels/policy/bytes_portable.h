@@ -14,6 +14,7 @@ struct Bytes32 {
   return r
 
 KT_INLINE Bytes32 load_32(const std::byte* p) { KT_MAP_32(p[i]); }
+KT_INLINE void store_32(std::byte* p, const Bytes32& x) { std::memcpy(p, x.lane, sizeof x.lane); }
 // The nibbles of 16 bytes: the low ones, then the high ones.
 KT_INLINE Bytes32 nibbles_of_16(const std::byte* p) {
   KT_MAP_32(static_cast<int>(p[i % 16]) >> (i / 16 * 4) & 15);

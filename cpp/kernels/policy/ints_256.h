@@ -3,6 +3,7 @@
 //
 // A code is unsigned and `narrow` up to 129: then pairs of its products with int8 fit into int16.
 
+inline constexpr bool kHasFewRows = true;
 using Ints8 = __m256i;
 using Words16 = __m256i;
 using Floats8 = __m256;

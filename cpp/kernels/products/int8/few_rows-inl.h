@@ -119,7 +119,8 @@ struct RestOfRows {
   alignas(kCacheLine) std::byte scales[8][kBlock] = {};
   EightRows rows;
 
-  RestOfRows(const EightRows& all, size_t k0, size_t k) : rows(all) {
+  void copy(const EightRows& all, size_t k0, size_t k) {
+    rows = all;
     const auto code_bytes = [](size_t n) {
       if constexpr (requires { Format::code_bytes(n); }) return Format::code_bytes(n);
       return Format::row_bytes(n);
@@ -138,20 +139,41 @@ struct RestOfRows {
   }
 };
 
-// Where the results of eight outputs from n on go, for row m of the activations.
-KT_INLINE void store_outputs(const NtArgs& args, uint32_t m, uint32_t n, uint32_t count, Floats8 sums) {
+// Eight rows, and which outputs they are.
+struct EightOutputs {
+  EightRows rows;
+  uint32_t n, first, count;  // outputs [n, n + count) are those of row `first` and behind
+};
+
+// From n on. Where fewer are left, the last eight again, or if there are none, the row n eight times.
+template <class Format>
+KT_INLINE EightOutputs next_eight(const NtArgs& args, uint32_t n) {
+  const uint32_t left = args.n1 - n;
+  if (left >= 8) return {EightRows::of<Format>(args.w, n), n, 0, 8};
+  if (args.n1 - args.n0 >= 8) return {EightRows::of<Format>(args.w, args.n1 - 8), n, 8 - left, left};
+  return {EightRows::repeated<Format>(args.w, n), n, 0, 1};
+}
+
+KT_INLINE BlockRow block_row(const NtArgs& args, uint32_t m, const BlockRowLayout& layout) {
+  const size_t row = args.x.index ? static_cast<size_t>(args.x.index[m]) : m;
+  return BlockRow(args.x.data + row * args.x.stride_bytes, layout);
+}
+
+// Outputs [n, n + count) of row m of the activations, in `sums` from `first` on.
+KT_INLINE void store_outputs(const NtArgs& args, uint32_t m, uint32_t n, uint32_t first, uint32_t count,
+                             Floats8 sums) {
   float out[8];
   store_8(out, sums);
 #if KT_HAS_TILES
   const uint32_t panel = m / kPanelColumns, width = panel_width(args.x, panel);
   float* c = args.c + size_t{panel} * kPanelColumns * tile_n_padded(args.n1 - args.n0);
   c += (n - args.n0) * width + m % kPanelColumns;
-  for (uint32_t i = 0; i < count; ++i) c[i * width] = out[i];
+  for (uint32_t i = 0; i < count; ++i) c[i * width] = out[first + i];
 #else
   const size_t ld = args.c_stride ? args.c_stride : c_stride(args.n1 - args.n0);
   float* c = args.c + m * ld + (n - args.n0);
   if (count == 8) return store_8(c, sums);
-  for (uint32_t i = 0; i < count; ++i) c[i] = out[i];
+  for (uint32_t i = 0; i < count; ++i) c[i] = out[first + i];
 #endif
 }
 
@@ -188,35 +210,27 @@ KT_INLINE void dot_eight(const EightRows& rows, const BlockRow* x, size_t k, Flo
   }
   if constexpr (!BlockFormat<Format>) {
     if (at < k) {
-      const RestOfRows<Format> rest(rows, at, k);
+      RestOfRows<Format> rest;
+      rest.copy(rows, at, k);
       add_groups<Format>(rest.rows, 0, x, at, div_up(k - at, Of::kGroup), acc);
     }
   }
 }
 
+// Rows [m, m + kTokens) of the activations, or those that are left.
 template <class Format, int kTokens>
 void int8_few_rows(const NtArgs& args, uint32_t m) {
   const BlockRowLayout layout(args.x.k, Integers<Format>::kBlock);
-  const auto row_of = [&](uint32_t t) {
-    const size_t row = args.x.index ? static_cast<size_t>(args.x.index[m + t]) : m + t;
-    return BlockRow(args.x.data + row * args.x.stride_bytes, layout);
-  };
-  // The last is taken again where there are fewer.
   const uint32_t left = args.x.rows - m, count = left < kTokens ? left : kTokens;
-  BlockRow x[kTokens] = {row_of(0)};
-  for (uint32_t t = 1; t < kTokens; ++t) x[t] = row_of(t < count ? t : count - 1);
-  Floats8 acc[kTokens];
-  uint32_t n = args.n0;
-  for (; n + 8 <= args.n1; n += 8) {
-    const auto rows = EightRows::of<Format>(args.w, n);
-    dot_eight<Format, kTokens>(rows, x, args.x.k, acc);
+  BlockRow x[kTokens];
+  for (uint32_t t = 0; t < kTokens; ++t) x[t] = block_row(args, m + (t < count ? t : count - 1), layout);
+  for (uint32_t n = args.n0; n < args.n1;) {
+    const EightOutputs outputs = next_eight<Format>(args, n);
+    Floats8 acc[kTokens];
+    dot_eight<Format, kTokens>(outputs.rows, x, args.x.k, acc);
     for (uint32_t t = 0; t < count; ++t)
-      store_outputs(args, m + t, n, 8, with_channel_scale<Format>(rows, acc[t]));
-  }
-  KT_NO_UNROLL for (; n < args.n1; ++n) {
-    const auto rows = EightRows::repeated<Format>(args.w, n);
-    dot_eight<Format, kTokens>(rows, x, args.x.k, acc);
-    for (uint32_t t = 0; t < count; ++t)
-      store_outputs(args, m + t, n, 1, with_channel_scale<Format>(rows, acc[t]));
+      store_outputs(args, m + t, n, outputs.first, outputs.count,
+                    with_channel_scale<Format>(outputs.rows, acc[t]));
+    n += outputs.count;
   }
 }

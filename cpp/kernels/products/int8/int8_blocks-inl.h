@@ -1,17 +1,18 @@
 // Products of encoded weights with activations in int8, of any number of rows. Included inside a target's
-// namespace.
+// namespace, after panels-inl.h of a target with tiles.
 #include "kernels/unpack/integers-inl.h"
 #include "kernels/products/int8/few_rows-inl.h"
+#include "kernels/products/int8/panels-inl.h"
+
+// Decoded in registers, where vectors are registers.
+template <class Format>
+inline constexpr bool kIsDecodedInPlace = kHasFewRows && (!BlockFormat<Format> || HasUnpack<Format>);
 
 template <class Format>
 void nt_int8_blocks(const NtArgs& args) {
-  for (uint32_t m = 0; m < args.x.rows;) {
-    if (args.x.rows - m == 1) {
-      int8_few_rows<Format, 1>(args, m);
-      m += 1;
-    } else {
-      int8_few_rows<Format, kFewRows>(args, m);
-      m += kFewRows;
-    }
+  if constexpr (kIsDecodedInPlace<Format>) {
+    if (args.x.rows == 1) return int8_few_rows<Format, 1>(args, 0);
+    if (args.x.rows <= kFewRows) return int8_few_rows<Format, kFewRows>(args, 0);
   }
+  int8_panels<Format>(args);
 }
