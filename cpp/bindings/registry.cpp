@@ -122,7 +122,9 @@ scale_rows : int
 has_channel_scale : bool
     Whether every row has its own float32 scale, separate from the codes.
 is_integer : bool
-    Whether integer products take the codes.)")
+    Whether integer products take the codes.
+activation_block : int
+    int8 activations that share a scale in products with this format; 0 where these do not exist.)")
       .def_prop_ro("name", [](const FormatInfo& f) { return std::string(format_name(f.id)); })
       .def_prop_ro("gguf_type", [](const FormatInfo& f) { return format_gguf_type(f.id); })
       .def_prop_ro("block", [](const FormatInfo& f) { return format_block(f.id); })
@@ -130,6 +132,7 @@ is_integer : bool
       .def_prop_ro("scale_rows", [](const FormatInfo& f) { return format_scale_rows(f.id); })
       .def_prop_ro("has_channel_scale", [](const FormatInfo& f) { return format_has_channel_scale(f.id); })
       .def_prop_ro("is_integer", [](const FormatInfo& f) { return format_is_integer(f.id); })
+      .def_prop_ro("activation_block", [](const FormatInfo& f) { return format_activation_block(f.id); })
       .def(
           "row_bytes", [](const FormatInfo& f, int64_t k) { return f.count(k, format_row_bytes); },
           nb::arg("k"), "Count the bytes of a row of k values, including the scales in it.")

@@ -1,11 +1,13 @@
 // The XLA handlers in Python, for JAX to register, and the layers that they may call.
 #include "xla/handlers.h"
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
 
 #include <utility>
 
-#include "bindings/convert/arrays.h"
+#include "bindings/convert/forward_arrays.h"
 #include "bindings/module.h"
 #include "core/error.h"
 #include "xla/layers.h"
@@ -23,13 +25,15 @@ nb::typed<nb::dict, nb::str, nb::capsule> handlers_of(xla::Handler* xla::Platfor
 }
 
 int32_t add_layer(std::shared_ptr<CPUInfer> engine, std::shared_ptr<MoE_Interface> layer,
-                  nb::handle skip_experts, int64_t num_deferred, int64_t chunk_size) {
+                  nb::handle skip_experts, int64_t num_deferred, int64_t chunk_size,
+                  const std::optional<std::string>& activation_dtype) {
   const int64_t slots = layer->config().num_experts_per_tok;
   if (num_deferred < 0 || num_deferred > slots)
     throw_invalid("num_deferred: got ", num_deferred, ", expected 0 to ", slots);
   if (chunk_size < 0 || chunk_size > UINT32_MAX)
     throw_invalid("chunk_size: got ", chunk_size, ", expected 0 to ", UINT32_MAX);
   auto called = std::make_shared<xla::CalledLayer>();
+  called->activation_dtype = activation_dtype_of(*layer, activation_dtype);
   called->chunk_size = static_cast<uint32_t>(chunk_size);
   called->num_deferred = static_cast<uint32_t>(num_deferred);
   called->engine = std::move(engine);
@@ -52,6 +56,7 @@ void bind_xla(nb::module_& m) {
   m.def("cuda_handlers", [] { return handlers_of(&xla::PlatformHandlers::on_cuda); }, "The same for GPUs.");
   m.def("add_layer", &add_layer, nb::arg("engine"), nb::arg("layer"), nb::arg("skip_experts").none(),
         nb::arg("num_deferred") = 0, nb::arg("chunk_size") = 0,
+        nb::arg("activation_dtype").none() = nb::none(),
         R"(Let programs call a layer.
 
 Parameters
@@ -64,6 +69,8 @@ num_deferred : int
     Experts of each token that calls defer which do so.
 chunk_size : int
     Tokens that a forward pass for inference computes at a time, at most; 0: all.
+activation_dtype : {"bfloat16", "int8"}, optional
+    What products take activations in; None for the config's.
 
 Returns
 -------

@@ -60,6 +60,13 @@ inline size_t format_code_bytes(FormatId id, size_t k) {
 inline bool format_is_blocks(FormatId id) {
   return with_format(id, [](auto f) { return requires { decltype(f)::kBlock; }; });
 }
+// Activations that share a scale in products with int8 activations; 0 for formats that have none.
+inline uint32_t format_activation_block(FormatId id) {
+  return with_format(id, [](auto f) -> uint32_t {
+    if constexpr (IntegerFormat<decltype(f)>) return activation_block<decltype(f)>();
+    return 0;
+  });
+}
 inline std::string_view format_name(FormatId id) {
   return with_format(id, [](auto f) { return decltype(f)::kName; });
 }

@@ -5,6 +5,7 @@
 
 #include "core/aligned_buffer.h"
 #include "kernels/contract.h"
+#include "moe/layer/config.h"
 #include "moe/plan/routing_plan.h"
 #include "sft/config.h"
 #include "sft/lora.h"
@@ -23,6 +24,7 @@ struct ForwardCache {
   uint64_t id = 0;         // increasing, unique within the layer
   uint32_t caller_id = 0;  // chosen by the caller; 0: none
   uint32_t step = 0;       // of the dropout masks
+  ActivationDtype activation_dtype = ActivationDtype::kDefault;
   RoutingPlan plan;
   std::shared_ptr<const LoraWeights> lora;
   bf16* hidden = nullptr;         // x [T, H]; a token that is not finite is all NaN

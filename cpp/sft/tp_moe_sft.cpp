@@ -142,6 +142,7 @@ void TP_MOE_SFT::fill_input(const ForwardArgs& args, bool save, ForwardCache& ca
   input.place(cache.memory.data(), cache);
   if (own_rows) cache.rows = own_rows->place(cache.memory.data());
   cache.num_tokens = args.num_tokens;
+  cache.activation_dtype = args.activation_dtype;
   cache.step = caches_->step();
   cache.lora = lora_;
 
@@ -181,15 +182,16 @@ void TP_MOE_SFT::run_forward(const ForwardArgs& args, ForwardCache& cache, bool 
   const std::vector<size_t> y = take_y(plan, sweeps);
   const size_t threads = static_cast<size_t>(config_.pool->num_threads());
   const size_t scaled = plan.take(scaled_bytes());
-  Int8Scratch int8;
-  if (kernel_.is_integer) int8.take(*this, plan);
+  choose_products(cache.activation_dtype);
+  QuantizedScratch quantized;
+  quantized.take(*this, plan);
   const ForwardWorkersPlan workers(pass, most_rows(call_.nt_block_k(pass.hidden())),
                                    most_rows(call_.nt_block_k(pass.inter())), threads, plan);
   const ScratchPool::Lease lease = config_.pool->scratch().lease(plan.bytes());
   place_y(y, lease.data());
   place_scaled(lease.data() + scaled);
   workers.place(lease.data(), pass);
-  if (kernel_.is_integer) int8.place(*this, lease.data());
+  quantized.place(*this, lease.data());
   call_.h_rows = cache.rows.kept.h;
   const Training training(*this, pass);
 

@@ -19,6 +19,7 @@ Batch::Batch(Call& call) {
   args_.topk_weights =
       rows_of(call.next_arg("topk_weights"), "topk_weights", DataType::kFloat32, c.num_experts_per_tok, x.num)
           .as<float>();
+  args_.activation_dtype = called_->activation_dtype;
   if (!called_->skip_experts.empty()) args_.skip_experts = called_->skip_experts.data();
 }
 

@@ -19,7 +19,8 @@ struct CalledLayer {
   std::shared_ptr<MoE_SFT_Interface> training;  // the same, or null
   std::vector<uint8_t> skip_experts;            // [E], or empty
   uint32_t num_deferred = 0;                    // experts of a token, of calls that defer
-  uint32_t chunk_size = 0;                      // tokens that are computed at a time, at most; 0: all
+  ActivationDtype activation_dtype = ActivationDtype::kDefault;
+  uint32_t chunk_size = 0;  // tokens that are computed at a time, at most; 0: all
 };
 
 class Layers {

@@ -4,6 +4,19 @@
 
 namespace ktmoe::bindings {
 
+ActivationDtype activation_dtype_of(const std::optional<std::string>& name) {
+  if (!name) return ActivationDtype::kDefault;
+  if (*name == "bfloat16") return ActivationDtype::kBf16;
+  if (*name == "int8") return ActivationDtype::kInt8;
+  throw_invalid("activation_dtype: got '", *name, "', expected None, 'bfloat16' or 'int8'");
+}
+
+ActivationDtype activation_dtype_of(const MoE_Interface& layer, const std::optional<std::string>& name) {
+  const ActivationDtype dtype = activation_dtype_of(name);
+  layer.check_activation_dtype(dtype);
+  return dtype;
+}
+
 ForwardArrays::ForwardArrays(const GeneralMOEConfig& c, nb::handle hidden_states, nb::handle topk_ids,
                              nb::handle topk_weights, nb::handle out, nb::handle skip_experts)
     : arrays_(std::make_shared<Arrays>()) {

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <memory>
+#include <optional>
+#include <string>
 
 #include "bindings/convert/arrays.h"
 #include "moe/layer/interface.h"
@@ -12,12 +14,18 @@ inline kernels::FloatType float_type(const Array& a) {
   return a.dtype() == DType::kBf16 ? kernels::FloatType::kBf16 : kernels::FloatType::kFloat32;
 }
 
+// Of a call; nothing for the layer's. Throws ValueError for another name, or one that the layer refuses.
+ActivationDtype activation_dtype_of(const MoE_Interface& layer, const std::optional<std::string>& name);
+// Of a config.
+ActivationDtype activation_dtype_of(const std::optional<std::string>& name);
+
 class ForwardArrays {
  public:
   // Throws TypeError and ValueError for invalid arguments.
   ForwardArrays(const GeneralMOEConfig& config, nb::handle hidden_states, nb::handle topk_ids,
                 nb::handle topk_weights, nb::handle out, nb::handle skip_experts);
 
+  void set_activation_dtype(ActivationDtype dtype) { args_.activation_dtype = dtype; }
   void add_to_out();
   void add_to(nb::handle base);
 

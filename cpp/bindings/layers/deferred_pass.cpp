@@ -2,6 +2,7 @@
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
 
 #include <memory>
 #include <optional>
@@ -85,7 +86,8 @@ class PythonPass {
   PythonPass(std::shared_ptr<MoE_Interface> layer, nb::object hidden_states, nb::object topk_ids,
              nb::object topk_weights, nb::object out, nb::object immediate_ids, int64_t chunk_size,
              const Deferring& deferring, const PythonOutput* received, bool incremental,
-             nb::object skip_experts, nb::object num_tokens)
+             nb::object skip_experts, nb::object num_tokens,
+             const std::optional<std::string>& activation_dtype)
       : shared_(std::make_shared<SharedPass>()) {
     const GeneralMOEConfig& c = layer->config();
     if (chunk_size < 1 || chunk_size > UINT32_MAX)
@@ -103,6 +105,7 @@ class PythonPass {
     Array::write(immediate_ids, "immediate_ids").expect({DType::kInt64}, {tokens, slots}).expect_contiguous();
     // Chunks are computed from the immediate ids, not from those that are given.
     ForwardArrays forward(c, hidden_states, immediate_ids, topk_weights, out, skip_experts);
+    forward.set_activation_dtype(activation_dtype_of(*layer, activation_dtype));
     if (incremental) forward.add_to_out();
     for (const Array& array : shared_->arrays) forward.expect_out_disjoint_from(array);
     for (size_t i = 0; i < forward.arrays()->size(); ++i)
@@ -216,6 +219,8 @@ incremental : bool
 skip_experts : array of bool [E], optional
 num_tokens : array of int64 or int32 [1], optional
     Tokens from that number on are computed without experts.
+activation_dtype : {"bfloat16", "int8"}, optional
+    What products take activations in; None for the config's.
 
 Raises
 ------
@@ -246,11 +251,12 @@ void bind_deferred_pass(nb::module_& m) {
                        int64_t chunk_size, int64_t num_deferred, nb::object deferred_ids,
                        nb::object deferred_output, nb::object copied_hidden_states, nb::object copied_weights,
                        const PythonOutput* received, bool incremental, nb::object skip_experts,
-                       nb::object num_tokens) {
+                       nb::object num_tokens, const std::optional<std::string>& activation_dtype) {
     const Deferring deferring{num_deferred, deferred_ids, deferred_output, copied_hidden_states,
                               copied_weights};
-    new (self) PythonPass(std::move(layer), hidden_states, topk_ids, topk_weights, out, immediate_ids,
-                          chunk_size, deferring, received, incremental, skip_experts, num_tokens);
+    new (self)
+        PythonPass(std::move(layer), hidden_states, topk_ids, topk_weights, out, immediate_ids, chunk_size,
+                   deferring, received, incremental, skip_experts, num_tokens, activation_dtype);
   };
   nb::class_<PythonPass>(m, "DeferredPass", kPassDoc, nb::type_slots(PythonPass::slots))
       .def("__init__", make, nb::arg("layer"), nb::arg("hidden_states"), nb::arg("topk_ids"),
@@ -259,7 +265,8 @@ void bind_deferred_pass(nb::module_& m) {
            nb::arg("deferred_output").none() = nb::none(),
            nb::arg("copied_hidden_states").none() = nb::none(), nb::arg("copied_weights").none() = nb::none(),
            nb::arg("received").none() = nb::none(), nb::arg("incremental") = false,
-           nb::arg("skip_experts").none() = nb::none(), nb::arg("num_tokens").none() = nb::none())
+           nb::arg("skip_experts").none() = nb::none(), nb::arg("num_tokens").none() = nb::none(),
+           nb::arg("activation_dtype").none() = nb::none())
       .def("check_ids", &PythonPass::check_ids, "Raise IndexError for a wrong id as it is now.")
       .def("immediate_tasks", &PythonPass::immediate_tasks,
            R"(Make the tasks that write `out`: one that splits the batch, and one for each chunk.

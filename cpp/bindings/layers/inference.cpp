@@ -210,8 +210,10 @@ PythonTask load_weights_task(Layer layer, nb::object gate, nb::object up, nb::ob
 }
 
 PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_ids, nb::object topk_weights,
-                        nb::object out, bool incremental, nb::object base, nb::object skip_experts) {
+                        nb::object out, bool incremental, nb::object base, nb::object skip_experts,
+                        const std::optional<std::string>& activation_dtype) {
   ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, out, skip_experts);
+  forward.set_activation_dtype(activation_dtype_of(*layer, activation_dtype));
   if (incremental) forward.add_to_out();
   if (!base.is_none()) {
     if (incremental) throw_invalid("base: got one with incremental=True, expected one of the two");
@@ -225,10 +227,12 @@ PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_i
 // references.
 nb::typed<nb::list, PythonTask> forward_tasks(Layer layer, nb::object hidden_states, nb::object topk_ids,
                                               nb::object topk_weights, nb::object out, int64_t chunk_size,
-                                              bool incremental, nb::object skip_experts) {
+                                              bool incremental, nb::object skip_experts,
+                                              const std::optional<std::string>& activation_dtype) {
   if (chunk_size < 1 || chunk_size > UINT32_MAX)
     throw_invalid("chunk_size: got ", chunk_size, ", expected 1 to ", UINT32_MAX);
   ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, out, skip_experts);
+  forward.set_activation_dtype(activation_dtype_of(*layer, activation_dtype));
   if (incremental) forward.add_to_out();
   const auto pass = std::make_shared<ChunkedPass>(layer, forward.args(), forward.args().topk_ids,
                                                   static_cast<uint32_t>(chunk_size));
@@ -261,6 +265,15 @@ kernels::Activation make_activation(const std::string& name, bool gated, std::op
   return a;
 }
 
+std::optional<std::string> name_of(ActivationDtype dtype) {
+  switch (dtype) {
+    case ActivationDtype::kDefault: break;
+    case ActivationDtype::kBf16: return "bfloat16";
+    case ActivationDtype::kInt8: return "int8";
+  }
+  return std::nullopt;
+}
+
 void bind_config(nb::module_& m) {
   nb::class_<GeneralMOEConfig>(m, "MOEConfig", R"(The shape of an expert layer.
 
@@ -278,7 +291,9 @@ Attributes
 group_size : int
     For weights that are quantized by groups; 0 for the default of the class.
 scale_inputs : bool
-    The routing weights scale the inputs of the experts, rounded to bfloat16, not their outputs.)")
+    The routing weights scale the inputs of the experts, rounded to bfloat16, not their outputs.
+activation_dtype : {"bfloat16", "int8"} or None
+    What products with encoded weights take activations in; None for the method's own.)")
       .def(
           "__init__",
           [](GeneralMOEConfig* self, int64_t experts, int64_t per_token, int64_t hidden, int64_t intermediate,
@@ -295,6 +310,12 @@ scale_inputs : bool
       .def_rw("layer_idx", &GeneralMOEConfig::layer_idx)
       .def_rw("group_size", &GeneralMOEConfig::group_size)
       .def_rw("scale_inputs", &GeneralMOEConfig::scale_inputs)
+      .def_prop_rw(
+          "activation_dtype", [](const GeneralMOEConfig& self) { return name_of(self.activation_dtype); },
+          [](GeneralMOEConfig& self, const std::optional<std::string>& name) {
+            self.activation_dtype = activation_dtype_of(name);
+          },
+          nb::arg().none())
       .def_rw("pool", &GeneralMOEConfig::pool, nb::arg().none())
       .def(
           "set_activation",
@@ -337,6 +358,12 @@ format : str, optional
 void bind_load(nb::class_<MoE_Interface>& layer) {
   const auto none = nb::none();
   layer.def_prop_ro("loaded", &MoE_Interface::loaded)
+      .def(
+          "check_activation_dtype",
+          [](const MoE_Interface& self, const std::optional<std::string>& name) {
+            activation_dtype_of(self, name);
+          },
+          nb::arg("activation_dtype").none(), "Raise ValueError for one that the products cannot have.")
       .def("load_weights_task", &load_weights_task, nb::arg("gate_proj").none(), nb::arg("up_proj").none(),
            nb::arg("down_proj").none(), nb::arg("physical_to_logical_map").none() = none, nb::kw_only(),
            nb::arg("gate_bias").none() = none, nb::arg("up_bias").none() = none,
@@ -365,6 +392,7 @@ void bind_forward(nb::class_<MoE_Interface>& layer) {
       .def("forward_task", &forward_task, nb::arg("hidden_states").none(), nb::arg("topk_ids").none(),
            nb::arg("topk_weights").none(), nb::arg("out").none(), nb::arg("incremental") = false,
            nb::kw_only(), nb::arg("base").none() = nb::none(), nb::arg("skip_experts").none() = nb::none(),
+           nb::arg("activation_dtype").none() = nb::none(),
            R"(Make the task of one forward pass.
 
 Parameters
@@ -383,6 +411,8 @@ base : array, optional
     bfloat16 or float32 [T, H], added to the result.
 skip_experts : array, optional
     bool [E]: experts that are left out.
+activation_dtype : {"bfloat16", "int8"}, optional
+    What products take activations in; None for the config's.
 
 Returns
 -------
@@ -390,13 +420,14 @@ Task)")
       .def("forward_tasks", &forward_tasks, nb::arg("hidden_states").none(), nb::arg("topk_ids").none(),
            nb::arg("topk_weights").none(), nb::arg("out").none(), nb::arg("chunk_size"),
            nb::arg("incremental") = false, nb::kw_only(), nb::arg("skip_experts").none() = nb::none(),
+           nb::arg("activation_dtype").none() = nb::none(),
            R"(Make the tasks of one forward pass in chunks, to be run one after the other.
 
 Scratch memory is that of one chunk. A wrong id in any chunk is an error of the first task, and of all others.
 
 Parameters
 ----------
-hidden_states, topk_ids, topk_weights, out, incremental, skip_experts
+hidden_states, topk_ids, topk_weights, out, incremental, skip_experts, activation_dtype
     See `forward_task`.
 chunk_size : int
     Tokens of a chunk, at most.

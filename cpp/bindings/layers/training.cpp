@@ -1,5 +1,7 @@
 // The expert layers for training in Python: one class per method.
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
 
 #include <algorithm>
 #include <utility>
@@ -47,8 +49,9 @@ PythonTask update_lora_weights_task(TrainedLayer layer, nb::handle gate_a, nb::h
 
 TrainingTask forward_sft_task(TrainedLayer layer, nb::object hidden_states, nb::object topk_ids,
                               nb::object topk_weights, nb::object out, bool save_for_backward,
-                              nb::object skip_experts) {
+                              nb::object skip_experts, const std::optional<std::string>& activation_dtype) {
   ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, out, skip_experts);
+  forward.set_activation_dtype(activation_dtype_of(*layer, activation_dtype));
   const auto arrays = forward.arrays();
   const std::shared_ptr<TrainingCall> call = layer->new_call();
   return TrainingTask(
@@ -152,12 +155,12 @@ Returns
 Task)")
       .def("forward_sft_task", &forward_sft_task, nb::arg("hidden_states").none(), nb::arg("topk_ids").none(),
            nb::arg("topk_weights").none(), nb::arg("out").none(), nb::arg("save_for_backward") = true,
-           nb::kw_only(), nb::arg("skip_experts").none() = none,
+           nb::kw_only(), nb::arg("skip_experts").none() = none, nb::arg("activation_dtype").none() = none,
            R"(Make the task of one forward pass with adapters.
 
 Parameters
 ----------
-hidden_states, topk_ids, topk_weights, out, skip_experts
+hidden_states, topk_ids, topk_weights, out, skip_experts, activation_dtype
     As in forward_task.
 save_for_backward : bool
     Keep what backward_task needs; dropout acts only then.

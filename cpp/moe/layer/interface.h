@@ -21,6 +21,7 @@ struct ForwardArgs {
   kernels::FloatType base_type = kernels::FloatType::kFloat32;
   void* out = nullptr;  // [T, H]
   kernels::FloatType out_type = kernels::FloatType::kBf16;
+  ActivationDtype activation_dtype = ActivationDtype::kDefault;
   // Slots that are summed separately, of a batch with split slots; or null.
   const int64_t* deferred_ids = nullptr;  // [T, P], negative where topk_ids has an id
   float* deferred_out = nullptr;          // [T, H]
@@ -48,6 +49,9 @@ class MoE_Interface {
 
   // Throws std::runtime_error when nothing is loaded. Does not wait for a running call.
   virtual ProjectionFormats formats() const = 0;
+
+  // Throws std::invalid_argument for an activation dtype that the layer's products cannot have.
+  virtual void check_activation_dtype(ActivationDtype dtype) const = 0;
 
   // Writes an expert to the slices' arrays. Throws std::runtime_error when the layer has no weights, or
   // weights of other formats than the slices.

@@ -52,7 +52,6 @@ void AMX_MOE_BASE<Derived>::gate_up(LayerCall& call, WorkerScratch& scratch, uin
   const BlockTask& task = gate_up_tasks_[task_index];
   const auto& expert = call.plan.active[task.active];
   const size_t e = expert.expert, width = static_cast<size_t>(config_.intermediate_size);
-  const kernels::Operand& x = packed_hidden(call, scratch, task);
 
   kernels::ActivateArgs act;
   act.activation = config_.activation;
@@ -60,11 +59,13 @@ void AMX_MOE_BASE<Derived>::gate_up(LayerCall& call, WorkerScratch& scratch, uin
   act.kept = derived().kept_rows(call, task, task.n0);
   act.h = intermediate(call, task, act.kept);
 
-  product(call, scratch, x, matrices_->gate[e], task, scratch.c_gate);
+  product(call, scratch, hidden_operand(call, scratch, task, call.blocks.gate), call.blocks.gate,
+          matrices_->gate[e], task, scratch.c_gate);
   act.c_gate = scratch.c_gate;
   act.gate_bias = detail::bias_of(biases_->gate, e * width + task.n0);
   if (config_.activation.gated) {
-    product(call, scratch, x, matrices_->up[e], task, scratch.c_up);
+    product(call, scratch, hidden_operand(call, scratch, task, call.blocks.up), call.blocks.up,
+            matrices_->up[e], task, scratch.c_up);
     act.c_up = scratch.c_up;
     act.up_bias = detail::bias_of(biases_->up, e * width + task.n0);
   }
@@ -84,9 +85,10 @@ void AMX_MOE_BASE<Derived>::down(LayerCall& call, WorkerScratch& scratch, uint32
   store.y_stride = sweep_.columns.size();
   store.y = sweep_.y + first_row(call, task) * store.y_stride + (task.n0 - sweep_.columns.begin);
   if (call.kernels->c_is_rows && store.bias == nullptr && !derived().adds_to_down())
-    return product(call, scratch, h, matrices_->down[e], task, static_cast<float*>(store.y), store.y_stride);
+    return product(call, scratch, h, call.blocks.down, matrices_->down[e], task, static_cast<float*>(store.y),
+                   store.y_stride);
 
-  product(call, scratch, h, matrices_->down[e], task, scratch.c_gate);
+  product(call, scratch, h, call.blocks.down, matrices_->down[e], task, scratch.c_gate);
   store.c = scratch.c_gate;
   derived().before_store(call, scratch, task, store);
   call.kernels->store_rows(store);
@@ -119,17 +121,27 @@ template <class Derived>
 kernels::KeptRows AMX_MOE_BASE<Derived>::kept_rows(const LayerCall& call, const BlockTask& task,
                                                    uint32_t column) const {
   kernels::KeptRows rows;
-  if (!kernel_.is_integer) return rows;
+  if (!call.keeps_h_rows(kernel_)) return rows;
   rows.stride = call.h_stride();
   rows.h = call.h_rows + first_row(call, task) * rows.stride + column;
   return rows;
 }
 
 template <class Derived>
-const kernels::Operand& AMX_MOE_BASE<Derived>::packed_hidden(const LayerCall& call, WorkerScratch& scratch,
-                                                             const BlockTask& task) {
+kernels::Operand AMX_MOE_BASE<Derived>::blocks_operand(const BlockTask& task, std::byte* rows, size_t first,
+                                                       const int32_t* index, uint32_t k, uint32_t block) {
+  const size_t stride = kernels::BlockRowLayout(k, block).stride();
+  return {rows + first * stride, stride, index, task.m1 - task.m0, k};
+}
+
+template <class Derived>
+kernels::Operand AMX_MOE_BASE<Derived>::hidden_operand(const LayerCall& call, WorkerScratch& scratch,
+                                                       const BlockTask& task, uint32_t block) {
   const kernels::RowsView rows = call.inputs_from(first_row(call, task));
   const auto hidden = static_cast<uint32_t>(config_.hidden_size);
+  if (block != 0)
+    return blocks_operand(task, call.x_in(block), rows.index ? 0 : first_row(call, task), rows.index, hidden,
+                          block);
   if (!kernel_.is_integer)
     return scratch.packed.pack_once(*call.kernels, rows, task, hidden, scratch.operand);
   const kernels::Int8Rows x8 = rows.index ? call.x8 : call.x8.from(first_row(call, task));
@@ -149,6 +161,8 @@ template <class Derived>
 kernels::Operand AMX_MOE_BASE<Derived>::down_operand(const LayerCall& call, WorkerScratch& scratch,
                                                      const BlockTask& task) {
   const auto width = static_cast<uint32_t>(config_.intermediate_size);
+  if (call.blocks.down != 0)
+    return blocks_operand(task, call.h_blocks, first_row(call, task), nullptr, width, call.blocks.down);
   if (kernel_.is_integer)
     return scratch.packed.pack_once(*call.kernels, call.h8.from(first_row(call, task)), nullptr, task, width,
                                     scratch.operand);
@@ -160,12 +174,13 @@ kernels::Operand AMX_MOE_BASE<Derived>::down_operand(const LayerCall& call, Work
 
 template <class Derived>
 void AMX_MOE_BASE<Derived>::product(const LayerCall& call, const WorkerScratch& scratch,
-                                    const kernels::Operand& x, const WeightView& w, const BlockTask& task,
-                                    float* c, size_t c_stride) {
+                                    const kernels::Operand& x, uint32_t block, const WeightView& w,
+                                    const BlockTask& task, float* c, size_t c_stride) {
   kernels::NtArgs nt;
   nt.x = x, nt.w = w;
   nt.n0 = task.n0, nt.n1 = task.n1;
   nt.c = c, nt.c_stride = c_stride, nt.scratch = scratch.nt;
+  if (block != 0) return call.kernels->nt_int8_blocks[static_cast<size_t>(w.format)](nt);
   kernel_.multiply(*call.kernels, nt);
 }
 

@@ -72,13 +72,18 @@ class AMX_MOE_BASE {
     return size_t{call.plan.active[task.active].begin} + task.m0;
   }
 
-  const kernels::Operand& packed_hidden(const LayerCall& call, WorkerScratch& scratch, const BlockTask& task);
+  // Rows in int8 blocks as an operand, `first` the first of the task's.
+  static kernels::Operand blocks_operand(const BlockTask& task, std::byte* rows, size_t first,
+                                         const int32_t* index, uint32_t k, uint32_t block);
+  // The inputs as an operand, in int8 blocks or, if block is 0, as the kernel of the layer has them.
+  kernels::Operand hidden_operand(const LayerCall& call, WorkerScratch& scratch, const BlockTask& task,
+                                  uint32_t block);
   // Where the activation writes its operand: nowhere when it keeps rows.
   kernels::Operand intermediate(const LayerCall& call, const BlockTask& task,
                                 const kernels::KeptRows& kept) const;
   // The intermediate as an operand of the down projection.
   kernels::Operand down_operand(const LayerCall& call, WorkerScratch& scratch, const BlockTask& task);
-  void product(const LayerCall& call, const WorkerScratch& scratch, const kernels::Operand& x,
+  void product(const LayerCall& call, const WorkerScratch& scratch, const kernels::Operand& x, uint32_t block,
                const WeightView& w, const BlockTask& task, float* c, size_t c_stride = 0);
 
   const ExpertMatrices* matrices_ = nullptr;

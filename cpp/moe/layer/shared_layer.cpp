@@ -20,6 +20,7 @@ ProjectionFormats formats_of(const ExpertMatrices& m) {
 SharedLayer::SharedLayer(GeneralMOEConfig config, GemmKernel kernel)
     : config_(std::move(config)), kernel_(kernel) {
   config_.validate();
+  check_products(config_.activation_dtype);
   const auto parts = static_cast<uint32_t>(config_.pool->num_subpools());
   for (uint32_t i = 0; i < parts; ++i) {
     const auto share = [&](uint32_t total) { return share_of(total, kernels::kOutputBlock, i, parts); };
@@ -37,6 +38,7 @@ void SharedLayer::check_weights(const ExpertWeights& w) const {
   expect("gate_proj", w.matrices.gate.size(), experts);
   expect("up_proj", w.matrices.up.size(), config_.activation.gated ? experts : 0);
   expect("down_proj", w.matrices.down.size(), experts);
+  activation_blocks(kernel_, formats_of(w.matrices), config_.activation_dtype);
   if (!w.biases.gate.empty()) expect("gate_bias", w.biases.gate.size(), experts * intermediate_size());
   if (!w.biases.up.empty()) expect("up_bias", w.biases.up.size(), experts * intermediate_size());
   if (!w.biases.down.empty()) expect("down_bias", w.biases.down.size(), experts * hidden_size());
@@ -68,6 +70,14 @@ ProjectionFormats SharedLayer::loaded_formats() const {
   return formats_;
 }
 
+void SharedLayer::check_products(ActivationDtype dtype) const {
+  if (loaded_) {
+    activation_blocks(kernel_, formats_, dtype);
+  } else if (const auto format = kernel_.format) {
+    activation_blocks(kernel_, {*format, *format, *format}, dtype);
+  }
+}
+
 ExpertRows SharedLayer::rows_of(uint32_t expert) const {
   ExpertRows rows;
   const auto add = [&](const ExpertMatrices& m, const OutputShare& share) {
@@ -88,7 +98,13 @@ void SharedLayer::begin_forward(const ForwardArgs& args) {
   call_.config = &config_;
   call_.args = &args;
   call_.weights = config_.scale_inputs ? nullptr : args.topk_weights;
+  choose_products(args.activation_dtype);
   call_.plan_batch();
+}
+
+void SharedLayer::choose_products(ActivationDtype dtype) {
+  if (dtype == ActivationDtype::kDefault) dtype = config_.activation_dtype;
+  call_.blocks = activation_blocks(kernel_, formats_, dtype);
 }
 
 void SharedLayer::run_scale_inputs(const float* weights) {
@@ -111,27 +127,45 @@ void SharedLayer::place_scaled(std::byte* at) {
 }
 
 void SharedLayer::quantize_inputs() {
-  if (kernel_.is_integer && call_.plan.num_rows() != 0)
-    quantize(call_.inputs(), call_.num_inputs(), hidden_size(), call_.x8);
+  if (call_.plan.num_rows() == 0) return;
+  const kernels::RowsView x = call_.inputs();
+  const uint32_t num_rows = call_.num_inputs(), k = hidden_size();
+  if (kernel_.is_integer) quantize_rows(x, num_rows, k, call_.x8);
+  for (uint32_t block : {128u, 256u})
+    if (call_.blocks.takes(block)) quantize_blocks(x, num_rows, k, block, call_.x_in(block));
 }
 
 void SharedLayer::quantize_intermediate() {
-  if (kernel_.is_integer)
-    quantize({call_.h_rows, call_.h_stride(), nullptr}, call_.plan.num_rows(), intermediate_size(), call_.h8);
+  const kernels::RowsView h{call_.h_rows, call_.h_stride(), nullptr};
+  const uint32_t num_rows = call_.plan.num_rows(), k = intermediate_size(), block = call_.blocks.down;
+  if (kernel_.is_integer) quantize_rows(h, num_rows, k, call_.h8);
+  if (block != 0) quantize_blocks(h, num_rows, k, block, call_.h_blocks);
 }
 
-void SharedLayer::quantize(const kernels::RowsView& rows, uint32_t num_rows, uint32_t k,
-                           const kernels::Int8Rows& to) {
+void SharedLayer::quantize_rows(const kernels::RowsView& rows, uint32_t num_rows, uint32_t k,
+                                const kernels::Int8Rows& to) {
   invalidate_packed();
+  run_rows(num_rows, k, [&](uint32_t first, uint32_t count) {
+    call_.kernels->quantize_rows({rows.data + first * rows.stride, rows.stride, nullptr}, count, k,
+                                 to.from(first));
+  });
+}
+
+void SharedLayer::quantize_blocks(const kernels::RowsView& rows, uint32_t num_rows, uint32_t k,
+                                  uint32_t block, std::byte* to) {
+  const size_t stride = kernels::BlockRowLayout(k, block).stride();
+  run_rows(num_rows, k, [&](uint32_t first, uint32_t count) {
+    call_.kernels->quantize_blocks({rows.data + first * rows.stride, rows.stride, nullptr}, count, k, block,
+                                   to + first * stride);
+  });
+}
+
+void SharedLayer::run_rows(uint32_t num_rows, uint32_t k, FunctionRef<void(uint32_t, uint32_t)> function) {
   constexpr size_t kInline = 32 << 10;  // elements: waking the others would take longer
   constexpr uint32_t kRows = 16;
-  const auto block = [&](uint32_t first, uint32_t count) {
-    const kernels::RowsView some{rows.data + first * rows.stride, rows.stride, nullptr};
-    call_.kernels->quantize_rows(some, count, k, to.from(first));
-  };
-  if (size_t{num_rows} * k <= kInline) return block(0, num_rows);
+  if (size_t{num_rows} * k <= kInline) return function(0, num_rows);
   config_.pool->run(static_cast<uint32_t>(div_up(num_rows, kRows)), [&](const Worker&, int, uint32_t task) {
-    block(task * kRows, std::min(kRows, num_rows - task * kRows));
+    function(task * kRows, std::min(kRows, num_rows - task * kRows));
   });
 }
 
@@ -191,24 +225,38 @@ void SharedLayer::run_tasks(uint32_t num_tasks, FunctionRef<void(uint32_t, uint3
 
 // ---- borrowed scratch ----
 
-void SharedLayer::Int8Scratch::take(const SharedLayer& layer, ScratchPlan& plan) {
-  x = plan.take(kernels::Int8Rows::bytes(layer.call_.num_inputs(), layer.hidden_size()));
-  h = plan.take(kernels::Int8Rows::bytes(layer.call_.plan.num_rows(), layer.intermediate_size()));
+void SharedLayer::QuantizedScratch::take(const SharedLayer& layer, ScratchPlan& plan) {
+  const LayerCall& call = layer.call_;
+  const uint32_t hidden = layer.hidden_size(), width = layer.intermediate_size();
+  const size_t num_inputs = call.num_inputs(), num_rows = call.plan.num_rows();
+  if (layer.kernel_.is_integer) {
+    x_ = plan.take(kernels::Int8Rows::bytes(num_inputs, hidden));
+    h_ = plan.take(kernels::Int8Rows::bytes(num_rows, width));
+  }
+  for (uint32_t block : {128u, 256u})
+    if (call.blocks.takes(block))
+      x_blocks_[block == 256] = plan.take(num_inputs * kernels::BlockRowLayout(hidden, block).stride());
+  if (call.blocks.down != 0)
+    h_blocks_ = plan.take(num_rows * kernels::BlockRowLayout(width, call.blocks.down).stride());
 }
 
-void SharedLayer::Int8Scratch::place(SharedLayer& layer, std::byte* base) const {
+void SharedLayer::QuantizedScratch::place(SharedLayer& layer, std::byte* base) const {
   LayerCall& call = layer.call_;
-  call.x8 = kernels::Int8Rows::in(base + x, call.num_inputs(), layer.hidden_size());
-  call.h8 = kernels::Int8Rows::in(base + h, call.plan.num_rows(), layer.intermediate_size());
+  if (layer.kernel_.is_integer) {
+    call.x8 = kernels::Int8Rows::in(base + x_, call.num_inputs(), layer.hidden_size());
+    call.h8 = kernels::Int8Rows::in(base + h_, call.plan.num_rows(), layer.intermediate_size());
+  }
+  for (size_t i = 0; i < 2; ++i) call.x_blocks[i] = base + x_blocks_[i];
+  call.h_blocks = base + h_blocks_;
 }
 
 SharedLayer::InferenceScratch::InferenceScratch(const SharedLayer& layer, uint32_t sweeps) {
   const auto& k = *layer.call_.kernels;
   const uint32_t width = layer.intermediate_size(), hidden = layer.hidden_size();
   scaled_ = plan.take(layer.scaled_bytes());
-  if (layer.kernel_.is_integer) {
+  quantized_.take(layer, plan);
+  if (layer.call_.keeps_h_rows(layer.kernel_)) {
     h_rows_ = plan.take(layer.call_.plan.num_rows() * layer.call_.h_stride() * sizeof(bf16));
-    int8_.take(layer, plan);
   } else {
     for (const auto& expert : layer.call_.plan.active)
       h_.push_back(plan.take(k.operand_bytes(expert.rows, width)));
@@ -231,10 +279,8 @@ void SharedLayer::InferenceScratch::place(SharedLayer& layer, std::byte* base) c
   layer.place_scaled(base + scaled_);
   call.h.clear();
   for (size_t at : h_) call.h.push_back(base + at);
-  if (layer.kernel_.is_integer) {
-    call.h_rows = reinterpret_cast<bf16*>(base + h_rows_);
-    int8_.place(layer, base);
-  }
+  quantized_.place(layer, base);
+  call.h_rows = reinterpret_cast<bf16*>(base + h_rows_);
   call.workers.resize(static_cast<size_t>(layer.config_.pool->num_threads()));
   for (size_t i = 0; i < call.workers.size(); ++i) {
     std::byte* own = base + workers_ + i * per_worker_;

@@ -38,6 +38,8 @@ class SharedLayer {
   }
   // Throws std::runtime_error when no weights are loaded.
   ProjectionFormats loaded_formats() const;
+  // As activation_blocks() throws, for the loaded weights, or before that those of the method.
+  void check_products(ActivationDtype dtype) const;
   // All rows of an expert, wherever they are.
   ExpertRows rows_of(uint32_t expert) const;
 
@@ -46,12 +48,15 @@ class SharedLayer {
   // Makes the plan. Throws as MoE_Interface::forward() does.
   void begin_forward(const ForwardArgs& args);
 
+  // Which projections take int8 blocks. Throws as activation_blocks() does.
+  void choose_products(ActivationDtype dtype);
+
   // Makes the inputs of a layer that scales them by the routing weights [T, P].
   void run_scale_inputs(const float* weights);
   size_t scaled_bytes() const;
   void place_scaled(std::byte* at);
 
-  // Before integer products: the inputs, and the intermediate, to int8.
+  // Before products of int8 activations: the inputs, and the intermediate, to int8.
   void quantize_inputs();
   void quantize_intermediate();
   void invalidate_packed();
@@ -75,11 +80,13 @@ class SharedLayer {
   uint32_t hidden_size() const { return static_cast<uint32_t>(config_.hidden_size); }
   uint32_t intermediate_size() const { return static_cast<uint32_t>(config_.intermediate_size); }
 
-  // The rows that integer products take, in borrowed scratch.
-  struct Int8Scratch {
-    size_t x = 0, h = 0;
+  // The quantized activations that products take, in borrowed scratch.
+  struct QuantizedScratch {
     void take(const SharedLayer& layer, ScratchPlan& plan);
     void place(SharedLayer& layer, std::byte* base) const;
+
+   private:
+    size_t x_ = 0, h_ = 0, x_blocks_[2] = {}, h_blocks_ = 0;
   };
 
   // What a forward pass of inference borrows.
@@ -92,7 +99,7 @@ class SharedLayer {
    private:
     std::vector<size_t> h_;
     size_t h_rows_ = 0, scaled_ = 0;
-    Int8Scratch int8_;
+    QuantizedScratch quantized_;
     size_t workers_ = 0, per_worker_ = 0, operand_ = 0, c_ = 0;
   };
 
@@ -108,7 +115,12 @@ class SharedLayer {
 
  private:
   bool spans_nodes() const;
-  void quantize(const kernels::RowsView& rows, uint32_t num_rows, uint32_t k, const kernels::Int8Rows& to);
+  void quantize_rows(const kernels::RowsView& rows, uint32_t num_rows, uint32_t k,
+                     const kernels::Int8Rows& to);
+  void quantize_blocks(const kernels::RowsView& rows, uint32_t num_rows, uint32_t k, uint32_t block,
+                       std::byte* to);
+  // function(first, count) for rows of k elements, by all threads where that is worth it.
+  void run_rows(uint32_t num_rows, uint32_t k, FunctionRef<void(uint32_t, uint32_t)> function);
 
   std::atomic<ProjectionFormats> formats_;  // of the loaded weights
 };

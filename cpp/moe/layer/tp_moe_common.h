@@ -21,6 +21,7 @@ class TP_MOE_Common : public Interface, protected SharedLayer {
   const GemmKernel& kernel() const override { return kernel_; }
   bool loaded() const override { return loaded_; }
   ProjectionFormats formats() const override { return loaded_formats(); }
+  void check_activation_dtype(ActivationDtype dtype) const override { check_products(dtype); }
 
   void load_weights(ExpertWeights& weights) override;
   void forward(const ForwardArgs& args) override;

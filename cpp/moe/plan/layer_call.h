@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "moe/layer/activation_dtype.h"
 #include "moe/layer/interface.h"
 #include "moe/plan/block_tasks.h"
 #include "moe/plan/routing_plan.h"
@@ -76,7 +77,18 @@ struct LayerCall {
   // For integer products instead, because a row can be quantized only when it is complete:
   bf16* h_rows = nullptr;    // the intermediate by rows of the plan, with row stride h_stride()
   kernels::Int8Rows x8, h8;  // the inputs, the intermediate by rows of the plan
+  // For products of int8 blocks: which projections have them, the inputs in blocks of 128 and of 256, and the
+  // intermediate in those of the down projection.
+  ActivationBlocks blocks;
+  std::byte *x_blocks[2] = {}, *h_blocks = nullptr;
   std::vector<WorkerScratch> workers;
+
+  // Where the inputs in such blocks are.
+  std::byte*& x_in(uint32_t block) { return x_blocks[block == 256]; }
+  std::byte* x_in(uint32_t block) const { return x_blocks[block == 256]; }
+
+  // Whether the intermediate is rows of bf16 before it is quantized, as a block or row must be complete.
+  bool keeps_h_rows(const GemmKernel& kernel) const { return kernel.is_integer || blocks.down != 0; }
 
   // Makes the plan. Throws std::out_of_range as RoutingPlan does.
   void plan_batch();
