@@ -35,6 +35,7 @@ template <>
 struct Unpack<formats::MxFp4> {
   using Format = formats::MxFp4;
   static constexpr bool kUsedAsStored = false;
+  static KT_INLINE Floats8 scale_of_byte(const Ints8& bytes) { return half_of_e8m0(bytes); }
   struct Row : NibbleRow<Row, Format> {
     Row() = default;
     KT_INLINE Row(const WeightView& w, size_t n) : NibbleRow<Row, Format>(w, n) {}

@@ -37,6 +37,7 @@ template <>
 struct Unpack<formats::NvFp4> {
   using Format = formats::NvFp4;
   static constexpr bool kUsedAsStored = false;
+  static KT_INLINE Floats8 scale_of_byte(const Ints8& bytes) { return half_of_e4m3(bytes); }
   struct Row : NibbleRow<Row, Format> {
     float channel_scale;
     Row() = default;

@@ -25,10 +25,13 @@ KT_INLINE Words16 dot_pairs(Bytes32 codes, Bytes32 x) {
 }
 
 // The integers of 8 or 16 groups as words; zeros behind eight.
+KT_INLINE __m128i sixteen_bytes(const uint64_t* words) {
+  return _mm_set_epi64x(static_cast<int64_t>(words[1]), static_cast<int64_t>(words[0]));
+}
 template <size_t kGroups>
 KT_INLINE Words16 group_words(const uint64_t* words) {
   if constexpr (kGroups == 16) {
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words)));
+    return _mm256_cvtepi8_epi16(sixteen_bytes(words));
   } else {
     return _mm256_zextsi128_si256(_mm_cvtepi8_epi16(_mm_cvtsi64_si128(static_cast<int64_t>(words[0]))));
   }
@@ -44,8 +47,7 @@ template <size_t kGroups>
 KT_INLINE Words16 words_to_spread(const uint64_t* words) {
   if constexpr (kGroups == 16) {
     const __m128i even_odd = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(words));
-    return _mm256_cvtepi8_epi16(_mm_shuffle_epi8(bytes, even_odd));
+    return _mm256_cvtepi8_epi16(_mm_shuffle_epi8(sixteen_bytes(words), even_odd));
   } else {
     return _mm256_broadcastsi128_si256(_mm_cvtepi8_epi16(_mm_cvtsi64_si128(static_cast<int64_t>(words[0]))));
   }
@@ -91,6 +93,47 @@ KT_INLINE __m128i eight_words(const std::byte* p, ptrdiff_t stride) {
 KT_INLINE Floats8 eight_halves(const std::byte* p, ptrdiff_t stride) {
   return _mm256_cvtph_ps(eight_words(p, stride));
 }
+
 KT_INLINE Floats8 eight_bf16(const std::byte* p, ptrdiff_t stride) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight_words(p, stride)), 16));
+}
+
+// Four bytes of each of eight rows: the scales of a block, from which `kSize` bytes at a time are taken.
+KT_INLINE Ints8 eight_dwords(const std::byte* p, ptrdiff_t stride) {
+  int32_t d[8];
+  KT_UNROLL for (ptrdiff_t r = 0; r < 8; ++r) std::memcpy(d + r, p + r * stride, sizeof *d);
+  return _mm256_setr_epi32(d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]);
+}
+// Byte i of each as a number of a format whose scales are bytes.
+KT_INLINE Ints8 byte_of_dwords(Ints8 x, size_t i) {
+  return _mm256_and_si256(_mm256_srl_epi32(x, _mm_cvtsi32_si128(static_cast<int>(8 * i))),
+                          _mm256_set1_epi32(255));
+}
+// bf16 number i of each.
+KT_INLINE Floats8 bf16_of_dwords(Ints8 x, size_t i) {
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  return _mm256_castsi256_ps(i == 0 ? _mm256_slli_epi32(x, 16) : _mm256_and_si256(x, high));
+}
+// Half of the powers of two that bytes are in E8M0; 255 is NaN.
+KT_INLINE Floats8 half_of_e8m0(Ints8 bytes) {
+  const __m256i one = _mm256_set1_epi32(1);
+  const __m256i least = _mm256_sllv_epi32(_mm256_set1_epi32(0x200000), _mm256_min_epi32(bytes, one));
+  const __m256i bits = _mm256_max_epi32(_mm256_slli_epi32(_mm256_sub_epi32(bytes, one), 23), least);
+  const __m256i nan = _mm256_cmpeq_epi32(bytes, _mm256_set1_epi32(255));
+  return _mm256_castsi256_ps(_mm256_or_si256(bits, nan));
+}
+// Half of the numbers that bytes are in E4M3.
+KT_INLINE Floats8 half_of_e4m3(Ints8 bytes) {
+  const __m256i size = _mm256_and_si256(bytes, _mm256_set1_epi32(127));
+  const __m256i nan = _mm256_cmpeq_epi32(size, _mm256_set1_epi32(127));
+  const __m256i sign = _mm256_slli_epi32(_mm256_sub_epi32(bytes, size), 24);
+  // Integers of four bits by powers of two: what begins as a denormal number would take long.
+  const __m256i exponent = _mm256_srli_epi32(size, 3);
+  const __m256i fraction = _mm256_and_si256(size, _mm256_set1_epi32(7));
+  const __m256i is_normal = _mm256_min_epi32(exponent, _mm256_set1_epi32(1));
+  const __m256i whole = _mm256_or_si256(fraction, _mm256_slli_epi32(is_normal, 3));
+  const __m256i shift = _mm256_sub_epi32(exponent, is_normal);
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(shift, _mm256_set1_epi32(127 - 10)), 23);
+  const __m256 number = _mm256_mul_ps(_mm256_cvtepi32_ps(whole), _mm256_castsi256_ps(power));
+  return _mm256_or_ps(number, _mm256_castsi256_ps(_mm256_or_si256(sign, nan)));
 }

@@ -98,6 +98,21 @@ KT_INLINE Floats8 eight_bf16(const std::byte* p, ptrdiff_t stride) {
   }
   return floats;
 }
+KT_INLINE Ints8 eight_dwords(const std::byte* p, ptrdiff_t stride) {
+  Ints8 x;
+  for (ptrdiff_t r = 0; r < 8; ++r) std::memcpy(x.lane + r, p + r * stride, sizeof x.lane[r]);
+  return x;
+}
+KT_INLINE Ints8 byte_of_dwords(const Ints8& x, size_t byte) { KT_MAP(Ints8, 8, x.lane[i] >> 8 * byte & 255); }
+KT_INLINE Floats8 bf16_of_dwords(const Ints8& x, size_t word) {
+  KT_MAP(Floats8, 8, to_float(bf16{static_cast<uint16_t>(x.lane[i] >> 16 * word)}));
+}
+KT_INLINE Floats8 half_of_e8m0(const Ints8& bytes) {
+  KT_MAP(Floats8, 8, halved(e8m0_to_float(static_cast<uint8_t>(bytes.lane[i]))));
+}
+KT_INLINE Floats8 half_of_e4m3(const Ints8& bytes) {
+  KT_MAP(Floats8, 8, halved(kE4m3[static_cast<size_t>(bytes.lane[i])]));
+}
 
 // Panels of eight weight rows.
 struct PanelVec {

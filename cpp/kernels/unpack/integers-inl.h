@@ -4,7 +4,9 @@
 //   kBlock, kGroup            activations that share a scale; weights that do, at most a block
 //   kBias, kNarrow            a code is an integer plus kBias, not negative; codes are at most 129
 //   codes(rows, r, k)         the 32 codes of a row from k on, a multiple of 32
-//   scales(rows, group)       float32 scales of eight rows; also offsets(rows, group) if kHasOffset
+//   open(rows, group)         the float32 scales of eight rows, of the groups of a block of activations that
+//                             begins with `group`: `scale(g)` of group + g; offsets(rows, group) if
+//                             kHasOffset
 //   kHasFactors               a block's groups have integer factors, Format::group_numbers(), which belong to
 //                             the integers; offsets are then those of a block
 
@@ -89,6 +91,14 @@ struct IntegerCodes {
   }
 };
 
+// The scales of groups, read one by one.
+template <class Of>
+struct ScalesByGroup {
+  const EightRows& rows;
+  size_t group;
+  KT_INLINE Floats8 scale(size_t g) const { return Of::scales(rows, group + g); }
+};
+
 template <IntegerFormat Format>
 struct Integers;
 
@@ -113,6 +123,9 @@ struct Integers<Format> : IntegerCodes<Format> {
     } else {
       return Base::biased(group_numbers<Format>(at, g));
     }
+  }
+  static KT_INLINE auto open(const EightRows& rows, size_t group) {
+    return ScalesByGroup<Integers>{rows, group};
   }
   static KT_INLINE Floats8 scales(const EightRows& rows, size_t group) {
     const std::byte* at = block(rows.data, group * kGroup);
@@ -145,10 +158,33 @@ struct Integers<Format> : IntegerCodes<Format> {
   static KT_INLINE Bytes32 codes(const EightRows& rows, int r, size_t k) {
     return Base::template looked_up<kNibbleCodes<Format>.of>(pairs_of_16(rows.row(r) + k / 2));
   }
+  // The scales of a block of activations, read in dwords where they are as long.
+  static constexpr size_t kScaleSize = Format::scale_bytes(1),
+                          kScaleBytes = Base::kBlock / kGroup * kScaleSize;
+  struct ScalesOfBlock {
+    Ints8 dwords[div_up(kScaleBytes, size_t{4})];
+    KT_INLINE Floats8 scale(size_t g) const {
+      constexpr size_t kIn = 4 / kScaleSize;
+      if constexpr (kScaleSize == sizeof(bf16)) {
+        return bf16_of_dwords(dwords[g / kIn], g % kIn);
+      } else {
+        return Unpack<Format>::scale_of_byte(byte_of_dwords(dwords[g / kIn], g % kIn));
+      }
+    }
+  };
+  static KT_INLINE auto open(const EightRows& rows, size_t group) {
+    if constexpr (kScaleBytes < 4) {
+      return ScalesByGroup<Integers>{rows, group};
+    } else {
+      ScalesOfBlock scales;
+      KT_UNROLL for (size_t i = 0; i < kScaleBytes / 4; ++i) scales.dwords[i] =
+          eight_dwords(rows.scales + group * kScaleSize + 4 * i, rows.scales_stride);
+      return scales;
+    }
+  }
   static KT_INLINE Floats8 scales(const EightRows& rows, size_t group) {
-    if constexpr (requires { Format::kScaleValues; })
-      return eight_looked_up(rows.scales + group, rows.scales_stride, Format::kScaleValues.data());
-    return eight_bf16(rows.scales + group * sizeof(bf16), rows.scales_stride);
+    static_assert(kScaleSize == sizeof(bf16));
+    return eight_bf16(rows.scales + group * kScaleSize, rows.scales_stride);
   }
 };
 
@@ -160,6 +196,9 @@ struct Integers<formats::Int8Group32> : IntegerCodes<formats::Int8Group32> {
   static KT_INLINE Bytes32 codes(const EightRows& rows, int r, size_t k) {
     return biased(load_32(rows.row(r) + k));
   }
+  static KT_INLINE auto open(const EightRows& rows, size_t group) {
+    return ScalesByGroup<Integers>{rows, group};
+  }
   static KT_INLINE Floats8 scales(const EightRows& rows, size_t group) {
     return eight_floats(rows.scales + group * sizeof(float), rows.scales_stride);
   }
@@ -170,6 +209,9 @@ template <class Format>
 struct IntegersOfChannels : IntegerCodes<Format> {
   static constexpr bool kHasFactors = false, kHasOffset = false;
   static constexpr size_t kGroup = 128;
+  static KT_INLINE auto open(const EightRows& rows, size_t group) {
+    return ScalesByGroup<IntegersOfChannels>{rows, group};
+  }
   static KT_INLINE Floats8 scales(const EightRows& rows, size_t) { return rows.channel_scales(); }
 };
 template <>

@@ -27,9 +27,10 @@ KT_INLINE void add_groups(const EightRows& rows, size_t at, const BlockRow* x, s
   using Of = Integers<Format>;
   constexpr size_t kGroup = Of::kGroup, kStep = 32;
   const size_t block = k / Of::kBlock;
+  const auto scales = Of::open(rows, at / kGroup);
   const auto add = [&](size_t g, int t, Ints8 sums, int32_t sum_of_x) {
     if constexpr (kQuadBias<Of> != 0) sums = minus_ints(sums, set_ints(kQuadBias<Of> * sum_of_x));
-    const Floats8 scale = mul_8(Of::scales(rows, at / kGroup + g), set_8(x[t].scales[block]));
+    const Floats8 scale = mul_8(scales.scale(g), set_8(x[t].scales[block]));
     acc[t] = fma_8(scale, floats_of(sums), acc[t]);
     if constexpr (Of::kHasOffset) {
       const Floats8 offset = mul_8(Of::offsets(rows, at / kGroup + g), set_8(x[t].scales[block]));
@@ -100,7 +101,7 @@ KT_INLINE void add_factored_block(const EightRows& rows, const BlockRow* x, size
         offsets[t][r] = dot_words(zero_ints(), group_words<kGroups>(numbers.offset), sums_of_x(t));
     }
   }
-  const Floats8 scale = Of::scales(rows, k / 256);
+  const Floats8 scale = Of::open(rows, k / 256).scale(0);
   KT_UNROLL for (int t = 0; t < kTokens; ++t) {
     const Floats8 of_x = set_8(x[t].scales[k / 256]);
     acc[t] = fma_8(mul_8(scale, of_x), floats_of(sums_of_eight(sums[t])), acc[t]);

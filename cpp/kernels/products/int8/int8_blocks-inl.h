@@ -12,6 +12,7 @@ template <class Format>
 void nt_int8_blocks(const NtArgs& args) {
   if constexpr (kIsDecodedInPlace<Format>) {
     if (args.x.rows == 1) return int8_few_rows<Format, 1>(args, 0);
+    if (args.x.rows == 2) return int8_few_rows<Format, 2>(args, 0);
     if (args.x.rows <= kFewRows) return int8_few_rows<Format, kFewRows>(args, 0);
   }
   int8_panels<Format>(args);

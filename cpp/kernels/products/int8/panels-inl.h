@@ -55,9 +55,10 @@ void decode_panel(const EightRows* rows, size_t at, size_t columns, Panel& panel
   for (size_t k = 0; k < Of::kBlock; k += PanelVec::kTransposedBytes)
     PanelVec::transpose(codes[0] + k, kMostBlock, panel.codes[k / 4][0]);
 
-  for (size_t g = 0; g < div_up(columns, Of::kGroup); ++g) {
-    for (size_t e = 0; e < kEights; ++e) {
-      store_8(panel.scale[g] + 8 * e, Of::scales(rows[e], at / Of::kGroup + g));
+  for (size_t e = 0; e < kEights; ++e) {
+    const auto scales = Of::open(rows[e], at / Of::kGroup);
+    for (size_t g = 0; g < div_up(columns, Of::kGroup); ++g) {
+      store_8(panel.scale[g] + 8 * e, scales.scale(g));
       if constexpr (Of::kHasOffset)
         store_8(panel.offset[g] + 8 * e, Of::offsets(rows[e], at / Of::kGroup + g));
     }
