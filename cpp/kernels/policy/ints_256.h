@@ -3,7 +3,6 @@
 //
 // A code is unsigned and `narrow` up to 129: then pairs of its products with int8 fit into int16.
 
-inline constexpr bool kHasFewRows = true;
 using Ints8 = __m256i;
 using Words16 = __m256i;
 using Floats8 = __m256;
@@ -57,6 +56,36 @@ KT_INLINE Words16 spread_group(Words16 words, size_t g) {
   return _mm256_shuffle_epi8(words, _mm256_set1_epi16(static_cast<int16_t>(0x100 + 0x202 * g)));
 }
 
+// Group g's factor of eight, in every lane.
+KT_INLINE Ints8 spread_int(uint64_t bytes, size_t g) {
+  return _mm256_set1_epi32(static_cast<int8_t>(bytes >> 8 * g));
+}
+KT_INLINE Ints8 add_products(Ints8 acc, Ints8 a, Ints8 b) {
+  return _mm256_add_epi32(acc, _mm256_mullo_epi32(a, b));
+}
+
+// 16 bytes from each of two places.
+KT_INLINE Bytes32 two_halves(const std::byte* low, const std::byte* high) {
+  const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(first),
+                                 _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
+}
+KT_INLINE Bytes32 low_nibbles(Bytes32 x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+KT_INLINE Bytes32 high_nibbles(Bytes32 x) {
+  return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15));
+}
+// The first halves of two vectors, then the second ones.
+KT_INLINE void by_halves(Bytes32 a, Bytes32 b, Bytes32 (&x)[2]) {
+  x[0] = _mm256_permute2x128_si256(a, b, 0x20), x[1] = _mm256_permute2x128_si256(a, b, 0x31);
+}
+// The even bytes of two vectors, then the odd ones.
+KT_INLINE void by_parity(Bytes32 a, Bytes32 b, Bytes32 (&x)[2]) {
+  const __m256i order =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+  by_halves(_mm256_permute4x64_epi64(_mm256_shuffle_epi8(a, order), 0xd8),
+            _mm256_permute4x64_epi64(_mm256_shuffle_epi8(b, order), 0xd8), x);
+}
+
 // The sums of each of eight vectors.
 KT_INLINE void sums_of_halves(const Ints8 (&x)[8], Ints8& low, Ints8& high) {
   __m256i fours[2];
@@ -68,6 +97,26 @@ KT_INLINE void sums_of_halves(const Ints8 (&x)[8], Ints8& low, Ints8& high) {
   }
   low = _mm256_permute2x128_si256(fours[0], fours[1], 0x20);
   high = _mm256_permute2x128_si256(fours[0], fours[1], 0x31);
+}
+KT_INLINE __m256i even_lanes(__m256i a, __m256i b) {
+  return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88));
+}
+KT_INLINE __m256i odd_lanes(__m256i a, __m256i b) {
+  return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0xdd));
+}
+// The sums of pairs of lanes of each.
+KT_INLINE void sums_of_quarters(const Ints8 (&x)[8], Ints8 (&sums)[4]) {
+  __m256i first[2], second[2];  // of each half: of rows 0 to 3, and 4 to 7
+  KT_UNROLL for (int i = 0; i < 2; ++i) {
+    const __m256i* v = x + 4 * i;
+    const __m256i a = _mm256_add_epi32(even_lanes(v[0], v[1]), odd_lanes(v[0], v[1]));
+    const __m256i b = _mm256_add_epi32(even_lanes(v[2], v[3]), odd_lanes(v[2], v[3]));
+    first[i] = even_lanes(a, b), second[i] = odd_lanes(a, b);
+  }
+  sums[0] = _mm256_permute2x128_si256(first[0], first[1], 0x20);
+  sums[1] = _mm256_permute2x128_si256(second[0], second[1], 0x20);
+  sums[2] = _mm256_permute2x128_si256(first[0], first[1], 0x31);
+  sums[3] = _mm256_permute2x128_si256(second[0], second[1], 0x31);
 }
 KT_INLINE Ints8 sums_of_eight(const Ints8 (&x)[8]) {
   Ints8 low, high;

@@ -1,9 +1,6 @@
 // Sums of products of codes, eight int32 to a vector, in plain arrays. Included inside a target's namespace,
 // after bytes_portable.h. See ints_256.h.
 
-// Compilers would take minutes for the loops of few rows, and panels do as well.
-inline constexpr bool kHasFewRows = false;
-
 struct Ints8 {
   int32_t lane[8];
 };

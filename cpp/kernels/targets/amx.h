@@ -9,6 +9,7 @@
   "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni," \
   "avx512bf16,avx512vbmi,avx512vbmi2,amx-tile,amx-bf16,amx-int8"
 #define KT_HAS_TILES 1
+#define KT_HAS_256_BITS 1
 
 #else
 

@@ -8,6 +8,7 @@
 #define KT_TARGET_NAME amx_emu
 #define KT_TARGET_ISA Isa::kAmxEmu
 #define KT_HAS_TILES 1
+#define KT_HAS_256_BITS 0
 
 #else
 

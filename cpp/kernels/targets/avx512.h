@@ -6,6 +6,7 @@
 #define KT_TARGET_ISA Isa::kAvx512
 #define KT_TARGET_FEATURES "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"
 #define KT_HAS_TILES 0
+#define KT_HAS_256_BITS 1
 
 #else
 

@@ -8,6 +8,7 @@
   "avx2,fma,f16c,"         \
   "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx512vbmi,avx512vbmi2"
 #define KT_HAS_TILES 0
+#define KT_HAS_256_BITS 1
 
 #else
 

@@ -8,6 +8,7 @@
 #define KT_TARGET_FEATURES "avx2,fma,f16c,avxvnni"
 #define KT_TARGET_BASE avx2
 #define KT_HAS_TILES 0
+#define KT_HAS_256_BITS 1
 
 #else
 

@@ -5,6 +5,7 @@
 #define KT_TARGET_NAME scalar
 #define KT_TARGET_ISA Isa::kScalar
 #define KT_HAS_TILES 0
+#define KT_HAS_256_BITS 0
 
 #else
 

@@ -7,6 +7,9 @@
 //   open(rows, group)         the float32 scales of eight rows, of the groups of a block of activations that
 //                             begins with `group`: `scale(g)` of group + g; offsets(rows, group) if
 //                             kHasOffset
+//   kHasTwo                   32 codes from each of two places are cheaper together:
+//   two(rows, r, k, second, codes)  those from k and `second` on; a half of each vector is of one place
+//   order_two(a, b, x)        the activations of the places in that order
 //   kHasFactors               a block's groups have integer factors, Format::group_numbers(), which belong to
 //                             the integers; offsets are then those of a block
 
@@ -91,6 +94,16 @@ struct IntegerCodes {
   }
 };
 
+// Where packed nibbles of 32 values are: 16 bytes, the low ones first.
+struct NibblesAt {
+  static KT_INLINE const std::byte* in_16(const std::byte* p) { return p; }
+  static KT_INLINE void in_32(const std::byte*, bool) {}
+};
+template <class Format>
+concept HasNibblesIn16 = requires(const std::byte* block) {
+  { Unpack<Format>::template nibbles<NibblesAt>(block, 0) } -> std::same_as<const std::byte*>;
+} && Format::kBlock == 32;
+
 // The scales of groups, read one by one.
 template <class Of>
 struct ScalesByGroup {
@@ -142,6 +155,18 @@ struct Integers<Format> : IntegerCodes<Format> {
       return halves;
     }
   }
+  static constexpr bool kHasTwo = HasNibblesIn16<Format>;
+#if KT_HAS_256_BITS
+  static KT_INLINE void two(const EightRows& rows, int r, size_t k, size_t second, Bytes32 (&codes)[2]) {
+    const auto at = [&](size_t value) {
+      return Unpack<Format>::template nibbles<NibblesAt>(block(rows.row(r), value), 0);
+    };
+    const Bytes32 both = two_halves(at(k), at(second));
+    codes[0] = Base::template looked_up<Unpack<Format>::kTable>(low_nibbles(both));
+    codes[1] = Base::template looked_up<Unpack<Format>::kTable>(high_nibbles(both));
+  }
+  static KT_INLINE void order_two(Bytes32 a, Bytes32 b, Bytes32 (&x)[2]) { by_halves(a, b, x); }
+#endif
   static KT_INLINE Floats8 offsets(const EightRows& rows, size_t group) {
     return eight_halves(block(rows.data, group * kGroup) + Format::kOffsetAt, rows.stride);
   }
@@ -158,6 +183,15 @@ struct Integers<Format> : IntegerCodes<Format> {
   static KT_INLINE Bytes32 codes(const EightRows& rows, int r, size_t k) {
     return Base::template looked_up<kNibbleCodes<Format>.of>(pairs_of_16(rows.row(r) + k / 2));
   }
+  static constexpr bool kHasTwo = true;
+#if KT_HAS_256_BITS
+  static KT_INLINE void two(const EightRows& rows, int r, size_t k, size_t, Bytes32 (&codes)[2]) {
+    const Bytes32 both = load_32(rows.row(r) + k / 2);
+    codes[0] = Base::template looked_up<kNibbleCodes<Format>.of>(low_nibbles(both));
+    codes[1] = Base::template looked_up<kNibbleCodes<Format>.of>(high_nibbles(both));
+  }
+  static KT_INLINE void order_two(Bytes32 a, Bytes32 b, Bytes32 (&x)[2]) { by_parity(a, b, x); }
+#endif
   // The scales of a block of activations, read in dwords where they are as long.
   static constexpr size_t kScaleSize = Format::scale_bytes(1),
                           kScaleBytes = Base::kBlock / kGroup * kScaleSize;
@@ -191,7 +225,7 @@ struct Integers<Format> : IntegerCodes<Format> {
 // Codes in bytes, with scales behind them.
 template <>
 struct Integers<formats::Int8Group32> : IntegerCodes<formats::Int8Group32> {
-  static constexpr bool kHasFactors = false, kHasOffset = false;
+  static constexpr bool kHasFactors = false, kHasOffset = false, kHasTwo = false;
   static constexpr size_t kGroup = 32;
   static KT_INLINE Bytes32 codes(const EightRows& rows, int r, size_t k) {
     return biased(load_32(rows.row(r) + k));
@@ -207,7 +241,7 @@ struct Integers<formats::Int8Group32> : IntegerCodes<formats::Int8Group32> {
 // One scale per row: a group is a block of activations.
 template <class Format>
 struct IntegersOfChannels : IntegerCodes<Format> {
-  static constexpr bool kHasFactors = false, kHasOffset = false;
+  static constexpr bool kHasFactors = false, kHasOffset = false, kHasTwo = false;
   static constexpr size_t kGroup = 128;
   static KT_INLINE auto open(const EightRows& rows, size_t group) {
     return ScalesByGroup<IntegersOfChannels>{rows, group};

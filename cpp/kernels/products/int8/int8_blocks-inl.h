@@ -1,19 +1,26 @@
 // Products of encoded weights with activations in int8, of any number of rows. Included inside a target's
 // namespace, after panels-inl.h of a target with tiles.
 #include "kernels/unpack/integers-inl.h"
+#include "kernels/products/int8/rows-inl.h"
+#if KT_HAS_256_BITS
 #include "kernels/products/int8/few_rows-inl.h"
+#endif
 #include "kernels/products/int8/panels-inl.h"
 
-// Decoded in registers, where vectors are registers.
+#if KT_HAS_256_BITS
+// Decoded in registers.
 template <class Format>
-inline constexpr bool kIsDecodedInPlace = kHasFewRows && (!BlockFormat<Format> || HasUnpack<Format>);
+inline constexpr bool kIsDecodedInPlace = !BlockFormat<Format> || HasUnpack<Format>;
+#endif
 
 template <class Format>
 void nt_int8_blocks(const NtArgs& args) {
+#if KT_HAS_256_BITS
   if constexpr (kIsDecodedInPlace<Format>) {
     if (args.x.rows == 1) return int8_few_rows<Format, 1>(args, 0);
     if (args.x.rows == 2) return int8_few_rows<Format, 2>(args, 0);
     if (args.x.rows <= kFewRows) return int8_few_rows<Format, kFewRows>(args, 0);
   }
+#endif
   int8_panels<Format>(args);
 }
