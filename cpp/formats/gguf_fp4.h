@@ -65,6 +65,7 @@ struct Unpack<formats::GgufMxFp4> {
   static KT_INLINE Vec::Float scale(const std::byte* block) {
     return Vec::set(formats::GgufMxFp4::half_scale(block));
   }
+  static KT_INLINE Floats8 scale_of_byte(const Ints8& bytes) { return half_of_exponents(bytes); }
   template <class To = PackedNibbles>
   static KT_INLINE auto nibbles(const std::byte* block, size_t) {
     return To::in_16(block + 1);

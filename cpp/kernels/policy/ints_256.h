@@ -35,6 +35,7 @@ KT_INLINE Words16 group_words(const uint64_t* words) {
     return _mm256_zextsi128_si256(_mm_cvtepi8_epi16(_mm_cvtsi64_si128(static_cast<int64_t>(words[0]))));
   }
 }
+KT_INLINE void store_words(std::byte* p, Words16 x) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), x); }
 template <size_t kGroups>
 KT_INLINE Words16 load_sums(const int16_t* sums) {
   if constexpr (kGroups == 16) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums));
@@ -165,11 +166,23 @@ KT_INLINE Floats8 bf16_of_dwords(Ints8 x, size_t i) {
 }
 // Half of the powers of two that bytes are in E8M0; 255 is NaN.
 KT_INLINE Floats8 half_of_e8m0(Ints8 bytes) {
-  const __m256i one = _mm256_set1_epi32(1);
-  const __m256i least = _mm256_sllv_epi32(_mm256_set1_epi32(0x200000), _mm256_min_epi32(bytes, one));
-  const __m256i bits = _mm256_max_epi32(_mm256_slli_epi32(_mm256_sub_epi32(bytes, one), 23), least);
-  const __m256i nan = _mm256_cmpeq_epi32(bytes, _mm256_set1_epi32(255));
-  return _mm256_castsi256_ps(_mm256_or_si256(bits, nan));
+  const __m256i bits = _mm256_max_epi32(_mm256_slli_epi32(bytes, 23), _mm256_set1_epi32(0x400000));
+  // p - p / 2: infinity, which 255 became, less itself is NaN.
+  const __m256 power = _mm256_castsi256_ps(bits);
+  return _mm256_fnmadd_ps(power, _mm256_set1_ps(0.5f), power);
+}
+// The same, but 255 is one of them.
+KT_INLINE Floats8 half_of_exponents(Ints8 bytes) {
+  const __m256i bits = _mm256_slli_epi32(bytes, 23);
+  const __m256i normal = _mm256_sub_epi32(bits, _mm256_set1_epi32(0x800000));
+  const __m256i least = _mm256_add_epi32(_mm256_srli_epi32(bits, 2), _mm256_set1_epi32(0x200000));
+  return _mm256_castsi256_ps(_mm256_max_epi32(normal, least));
+}
+KT_INLINE Ints8 eight_bytes(const std::byte* p, ptrdiff_t stride) {
+  char b[8];
+  KT_UNROLL for (ptrdiff_t r = 0; r < 8; ++r) std::memcpy(b + r, p + r * stride, 1);
+  return _mm256_cvtepu8_epi32(
+      _mm_setr_epi8(b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7], 0, 0, 0, 0, 0, 0, 0, 0));
 }
 // Half of the numbers that bytes are in E4M3.
 KT_INLINE Floats8 half_of_e4m3(Ints8 bytes) {

@@ -52,6 +52,7 @@ template <size_t kGroups>
 KT_INLINE Words16 group_words(const uint64_t* words) {
   KT_MAP(Words16, 16, i < kGroups ? group_word(words, i) : int16_t{0});
 }
+KT_INLINE void store_words(std::byte* p, const Words16& x) { std::memcpy(p, x.lane, sizeof x.lane); }
 template <size_t kGroups>
 KT_INLINE Words16 load_sums(const int16_t* sums) {
   KT_MAP(Words16, 16, i < kGroups ? sums[i] : int16_t{0});
@@ -107,6 +108,12 @@ KT_INLINE Floats8 bf16_of_dwords(const Ints8& x, size_t word) {
 KT_INLINE Floats8 half_of_e8m0(const Ints8& bytes) {
   KT_MAP(Floats8, 8, halved(e8m0_to_float(static_cast<uint8_t>(bytes.lane[i]))));
 }
+KT_INLINE Floats8 half_of_exponents(const Ints8& bytes) {
+  KT_MAP(Floats8, 8, formats::GgufMxFp4::kScaleValues[static_cast<size_t>(bytes.lane[i])]);
+}
+KT_INLINE Ints8 eight_bytes(const std::byte* p, ptrdiff_t stride) {
+  KT_MAP(Ints8, 8, static_cast<int32_t>(p[static_cast<ptrdiff_t>(i) * stride]));
+}
 KT_INLINE Floats8 half_of_e4m3(const Ints8& bytes) {
   KT_MAP(Floats8, 8, halved(kE4m3[static_cast<size_t>(bytes.lane[i])]));
 }
@@ -142,6 +149,10 @@ struct PanelVec {
     return ktmoe::kernels::KT_TARGET_NAME::dot_words(acc, std::bit_cast<Words16>(a),
                                                      std::bit_cast<Words16>(b));
   }
+  static KT_INLINE Ints low_words(const Ints& x) {
+    KT_MAP(Ints, 8, static_cast<int16_t>(x.lane[i] & 0xffff));
+  }
+  static KT_INLINE Ints high_words(const Ints& x) { KT_MAP(Ints, 8, x.lane[i] >> 16); }
   static KT_INLINE Ints add_product(const Ints& acc, const Ints& a, const Ints& b) {
     KT_MAP(Ints, 8, acc.lane[i] + a.lane[i] * b.lane[i]);
   }

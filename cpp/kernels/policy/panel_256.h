@@ -26,6 +26,9 @@ struct PanelVec {
   static KT_INLINE Ints dot_words(Ints acc, Ints a, Ints b) {
     return ktmoe::kernels::KT_TARGET_NAME::dot_words(acc, a, b);
   }
+  // The lower and the upper word of each lane.
+  static KT_INLINE Ints low_words(Ints x) { return _mm256_srai_epi32(_mm256_slli_epi32(x, 16), 16); }
+  static KT_INLINE Ints high_words(Ints x) { return _mm256_srai_epi32(x, 16); }
   static KT_INLINE Ints add_product(Ints acc, Ints a, Ints b) {
     return _mm256_add_epi32(acc, _mm256_mullo_epi32(a, b));
   }

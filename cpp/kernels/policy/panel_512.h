@@ -25,6 +25,9 @@ struct PanelVec {
     return _mm512_dpbusd_epi32(acc, codes, x);
   }
   static KT_INLINE Ints dot_words(Ints acc, Ints a, Ints b) { return _mm512_dpwssd_epi32(acc, a, b); }
+  // The lower and the upper word of each lane.
+  static KT_INLINE Ints low_words(Ints x) { return _mm512_srai_epi32(_mm512_slli_epi32(x, 16), 16); }
+  static KT_INLINE Ints high_words(Ints x) { return _mm512_srai_epi32(x, 16); }
   static KT_INLINE Ints add_product(Ints acc, Ints a, Ints b) {
     return _mm512_add_epi32(acc, _mm512_mullo_epi32(a, b));
   }

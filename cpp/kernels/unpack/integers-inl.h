@@ -146,6 +146,8 @@ struct Integers<Format> : IntegerCodes<Format> {
       float x[8];
       for (ptrdiff_t r = 0; r < 8; ++r) x[r] = Format::scale_at(at + r * rows.stride);
       return load_8(x);
+    } else if constexpr (requires(Ints8 bytes) { Unpack<Format>::scale_of_byte(bytes); }) {
+      return Unpack<Format>::scale_of_byte(eight_bytes(at, rows.stride));
     } else if constexpr (requires { Format::kScaleValues; }) {
       return eight_looked_up(at + group % (Format::kBlock / kGroup), rows.stride,
                              Format::kScaleValues.data());

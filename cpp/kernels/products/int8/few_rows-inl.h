@@ -10,7 +10,9 @@
 // Included inside a target's namespace, after integers-inl.h.
 
 // Up to this many rows of activations share the decoding.
-inline constexpr int kFewRows = 4;
+inline constexpr uint32_t kFewRows = 4;
+// Up to this many, decoding for every kFewRows of them costs less than panels.
+inline constexpr uint32_t kInPlaceUpTo = 12;
 
 // Groups [0, groups) of the block of activations that starts with value k of `x` and with value `at` of the
 // weights.

@@ -19,7 +19,10 @@ void nt_int8_blocks(const NtArgs& args) {
   if constexpr (kIsDecodedInPlace<Format>) {
     if (args.x.rows == 1) return int8_few_rows<Format, 1>(args, 0);
     if (args.x.rows == 2) return int8_few_rows<Format, 2>(args, 0);
-    if (args.x.rows <= kFewRows) return int8_few_rows<Format, kFewRows>(args, 0);
+    if (args.x.rows <= kInPlaceUpTo) {
+      for (uint32_t m = 0; m < args.x.rows; m += kFewRows) int8_few_rows<Format, kFewRows>(args, m);
+      return;
+    }
   }
 #endif
   int8_panels<Format>(args);

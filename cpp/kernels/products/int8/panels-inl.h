@@ -15,9 +15,9 @@ struct Panel {
   alignas(kCacheLine) std::byte codes[kMostBlock / 4][kLanes][4];
   // Of each group: its scale, and the offset of formats that have one.
   alignas(kCacheLine) float scale[8][kLanes], offset[8][kLanes];
-  // Integer factors of groups, and in pairs of groups; those of offsets in pairs.
-  alignas(kCacheLine) int32_t factor[16][kLanes];
+  // Integer factors of pairs of groups, then those of offsets.
   alignas(kCacheLine) int16_t factor_pairs[8][kLanes][2], offset_pairs[8][kLanes][2];
+  std::byte* pairs() { return reinterpret_cast<std::byte*>(factor_pairs); }
 };
 
 // What the product of a panel depends on.
@@ -64,16 +64,17 @@ void decode_panel(const EightRows* rows, size_t at, size_t columns, Panel& panel
     }
   }
   if constexpr (Of::kHasFactors) {
+    constexpr size_t kBytes = sizeof(int16_t) * 2 * 16;  // of the pairs of a row
+    alignas(kCacheLine) std::byte words[kLanes][kBytes] = {};
     for (size_t lane = 0; lane < kLanes; ++lane) {
       formats::GroupNumbers numbers;
       Format::group_numbers(Of::block(rows[lane / 8].row(static_cast<int>(lane % 8)), at), numbers);
-      for (size_t g = 0; g < Format::kGroups; ++g) {
-        const auto factor = static_cast<int8_t>(numbers.scale[g / 8] >> 8 * (g % 8));
-        panel.factor[g][lane] = panel.factor_pairs[g / 2][lane][g % 2] = factor;
-        if constexpr (Of::kHasOffset)
-          panel.offset_pairs[g / 2][lane][g % 2] = static_cast<int8_t>(numbers.offset[g / 8] >> 8 * (g % 8));
-      }
+      store_words(words[lane], group_words<Format::kGroups>(numbers.scale));
+      if constexpr (Of::kHasOffset)
+        store_words(words[lane] + kBytes / 2, group_words<Format::kGroups>(numbers.offset));
     }
+    for (size_t b = 0; b < kBytes; b += PanelVec::kTransposedBytes)
+      PanelVec::transpose(words[0] + b, kBytes, panel.pairs() + b * kLanes);
   }
 }
 
@@ -88,23 +89,31 @@ struct PanelStep {
 };
 inline constexpr size_t kSumsStride = kLanes * PanelVec::kPanels;
 
+// Quads [begin, begin + kQuads) of the codes, of one group.
+template <PanelKind kKind, int kTokens, size_t kQuads>
+KT_INLINE void dot_quads_of_group(const PanelStep& step, size_t begin,
+                                  PanelVec::Ints (&acc)[kTokens][PanelVec::kPanels]) {
+  constexpr int kPanels = PanelVec::kPanels;
+  KT_UNROLL for (int t = 0; t < kTokens; ++t) KT_UNROLL for (int p = 0; p < kPanels; ++p) acc[t][p] =
+      PanelVec::zero();
+  for (size_t q = begin; q < begin + kQuads; ++q) {
+    PanelVec::Ints codes[kPanels];
+    KT_UNROLL for (int p = 0; p < kPanels; ++p) codes[p] = PanelVec::load(step.panels[p].codes[q]);
+    KT_UNROLL for (int t = 0; t < kTokens; ++t) {
+      const PanelVec::Ints x = PanelVec::broadcast(step.x[t].codes + step.k + 4 * q);
+      KT_UNROLL for (int p = 0; p < kPanels; ++p) acc[t][p] =
+          PanelVec::dot_codes<kKind.is_narrow>(acc[t][p], codes[p], x);
+    }
+  }
+}
+
 template <PanelKind kKind, int kTokens>
 KT_INLINE void dot_panel_groups(const PanelStep& step, PanelVec::Floats (&sums)[kTokens][PanelVec::kPanels]) {
   constexpr int kPanels = PanelVec::kPanels;
   constexpr size_t kQuads = kKind.group / 4;
   for (size_t g = 0; g < step.groups; ++g) {
     PanelVec::Ints acc[kTokens][kPanels];
-    KT_UNROLL for (int t = 0; t < kTokens; ++t) KT_UNROLL for (int p = 0; p < kPanels; ++p) acc[t][p] =
-        PanelVec::zero();
-    for (size_t q = g * kQuads; q < (g + 1) * kQuads; ++q) {
-      PanelVec::Ints codes[kPanels];
-      KT_UNROLL for (int p = 0; p < kPanels; ++p) codes[p] = PanelVec::load(step.panels[p].codes[q]);
-      KT_UNROLL for (int t = 0; t < kTokens; ++t) {
-        const PanelVec::Ints x = PanelVec::broadcast(step.x[t].codes + step.k + 4 * q);
-        KT_UNROLL for (int p = 0; p < kPanels; ++p) acc[t][p] =
-            PanelVec::dot_codes<kKind.is_narrow>(acc[t][p], codes[p], x);
-      }
-    }
+    dot_quads_of_group<kKind, kTokens, kQuads>(step, g * kQuads, acc);
     KT_UNROLL for (int t = 0; t < kTokens; ++t) {
       int32_t sum_of_x = 0;
       const int16_t* of_x = step.x[t].sums16 + step.k / 16 + g * (kKind.group / 16);
@@ -129,25 +138,19 @@ KT_INLINE void dot_panel_factors(const PanelStep& step,
                                  PanelVec::Floats (&sums)[kTokens][PanelVec::kPanels]) {
   constexpr int kPanels = PanelVec::kPanels;
   constexpr size_t kGroups = kKind.factor_groups, kQuads = kMostBlock / kGroups / 4;
-  PanelVec::Ints total[kTokens][kPanels];
+  PanelVec::Ints total[kTokens][kPanels], acc[kTokens][kPanels];
   KT_UNROLL for (int t = 0; t < kTokens; ++t) KT_UNROLL for (int p = 0; p < kPanels; ++p) total[t][p] =
       PanelVec::zero();
-  for (size_t g = 0; g < kGroups; ++g) {
-    PanelVec::Ints acc[kTokens][kPanels];
-    KT_UNROLL for (int t = 0; t < kTokens; ++t) KT_UNROLL for (int p = 0; p < kPanels; ++p) acc[t][p] =
-        PanelVec::zero();
-    KT_UNROLL for (size_t i = 0; i < kQuads; ++i) {
-      const size_t q = g * kQuads + i;
-      PanelVec::Ints codes[kPanels];
-      KT_UNROLL for (int p = 0; p < kPanels; ++p) codes[p] = PanelVec::load(step.panels[p].codes[q]);
-      KT_UNROLL for (int t = 0; t < kTokens; ++t) {
-        const PanelVec::Ints x = PanelVec::broadcast(step.x[t].codes + step.k + 4 * q);
-        KT_UNROLL for (int p = 0; p < kPanels; ++p) acc[t][p] =
-            PanelVec::dot_codes<kKind.is_narrow>(acc[t][p], codes[p], x);
-      }
-    }
+  for (size_t g = 0; g < kGroups; g += 2) {
+    dot_quads_of_group<kKind, kTokens, kQuads>(step, g * kQuads, acc);
     KT_UNROLL for (int p = 0; p < kPanels; ++p) {
-      const PanelVec::Ints factor = PanelVec::load(step.panels[p].factor[g]);
+      const auto factor = PanelVec::low_words(PanelVec::load(step.panels[p].factor_pairs[g / 2]));
+      KT_UNROLL for (int t = 0; t < kTokens; ++t) total[t][p] =
+          PanelVec::add_product(total[t][p], acc[t][p], factor);
+    }
+    dot_quads_of_group<kKind, kTokens, kQuads>(step, (g + 1) * kQuads, acc);
+    KT_UNROLL for (int p = 0; p < kPanels; ++p) {
+      const auto factor = PanelVec::high_words(PanelVec::load(step.panels[p].factor_pairs[g / 2]));
       KT_UNROLL for (int t = 0; t < kTokens; ++t) total[t][p] =
           PanelVec::add_product(total[t][p], acc[t][p], factor);
     }
