@@ -8,7 +8,7 @@ from typing import Any, Literal, Unpack, overload
 
 from .arrays.types import Array, ArrayLike, MaskLike, PathLike, StreamLike
 from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
-from .config import MoEConfig, parse_activation
+from .config import ActivationDtype, MoEConfig, parse_activation
 from .formats.methods import Method, find_method, training_name
 from .inference.base import BaseMoEWrapper
 from .io import SafetensorsCheckpoint
@@ -92,6 +92,13 @@ class KTMoEWrapper:
         Routing weights scale the inputs of the experts, as in Llama-4: the expert of slot p of token t takes
         bf(topk_weights[t, p] * hidden_states[t]), and its output has weight 1. Adapters take the same rows.
         Which slots are deferred still depends on the weights.
+    activation_dtype : {"bfloat16", "int8"} or dtype, optional
+        What products take activations in: a row, bf16, is quantized in blocks that each have a scale, or it
+        is not. ``int8`` is for weights that are integers with scales: ``LLAMAFILE`` with quantized tensor
+        types, ``RAWINT4``, ``GPTQ_INT4``, ``MXFP4``, ``NVFP4``, ``MOE_INT8`` and ``MOE_INT4``; projections in
+        F32, F16 or BF16 beside them stay in bf16. None is the method's own: ``int8`` for ``AMXINT8`` and
+        ``AMXINT4``, which have no other and one scale per row, ``bfloat16`` for all others. Every call may
+        override it. `ktmoe_np.reference.moe_forward` defines the products.
     lora_rank, lora_alpha, lora_dropout, max_cache_depth, full_weight_grad, recompute, seed, cache_dtype
         Of mode ``sft``, by keyword: see `ktmoe_np.sft.SFTOptions`.
     reuse_buffers : bool
@@ -101,7 +108,8 @@ class KTMoEWrapper:
     Raises
     ------
     ValueError
-        An unknown method, mode or activation, invalid sizes, or options of the other mode.
+        An unknown method, mode or activation, invalid sizes, options of the other mode, or an
+        `activation_dtype` that the weights do not have.
     TypeError
         An unknown keyword, or a value of the wrong type.
     RuntimeError
@@ -139,6 +147,7 @@ class KTMoEWrapper:
         activation: ActivationLike = ...,
         group_size: int | None = ...,
         scale_inputs: bool = ...,
+        activation_dtype: ActivationDtype | None = ...,
     ) -> BaseMoEWrapper: ...
 
     @overload
@@ -162,6 +171,7 @@ class KTMoEWrapper:
         activation: ActivationLike = ...,
         group_size: int | None = ...,
         scale_inputs: bool = ...,
+        activation_dtype: ActivationDtype | None = ...,
         **sft: Unpack[SFTKeywords],
     ) -> BaseSFTMoEWrapper: ...
 
@@ -184,6 +194,7 @@ class KTMoEWrapper:
         activation: ActivationLike = "silu",
         group_size: int | None = None,
         scale_inputs: bool = False,
+        activation_dtype: ActivationDtype | None = None,
         **sft: Unpack[SFTKeywords],
     ) -> Any:
         """Make the wrapper; see the class."""
@@ -209,6 +220,7 @@ class KTMoEWrapper:
             weight_path=weight_path,
             numa_nodes=numa_nodes,
             group_size=group_size,
+            activation_dtype=activation_dtype,
             **_of_mode(found, chunked_prefill_size, max_deferred_experts_per_token, sft),
         )
 

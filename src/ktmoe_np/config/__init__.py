@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .activation_dtype import ActivationDtype, activation_dtype_name
 from .activations import (
     ActivationSpec,
     activation_kinds,
@@ -18,8 +19,10 @@ from .activations import (
 from .hf import read_hf_layer
 
 __all__ = [
+    "ActivationDtype",
     "ActivationSpec",
     "MoEConfig",
+    "activation_dtype_name",
     "activation_kinds",
     "activation_names",
     "parse_activation",

@@ -9,7 +9,7 @@ from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, at_least
 from ..arrays.device import stream_handle
 from ..arrays.types import ArrayLike, IntegersLike, StreamLike
-from ..config import MoEConfig
+from ..config import ActivationDtype, MoEConfig
 from ..formats.methods import Method
 from ..layers.options import LayerOptions
 from ..passes.batch import Batch
@@ -73,6 +73,7 @@ class BaseMoEWrapper(ExpertExport):
         incremental: bool = False,
         num_tokens: ArrayLike | None = None,
         chain: DeferralChain | None = None,
+        activation_dtype: ActivationDtype | None = None,
     ) -> Array: ...
 
     @overload
@@ -87,6 +88,7 @@ class BaseMoEWrapper(ExpertExport):
         incremental: bool = False,
         num_tokens: ArrayLike | None = None,
         chain: DeferralChain | None = None,
+        activation_dtype: ActivationDtype | None = None,
     ) -> OutT: ...
 
     @overload
@@ -101,6 +103,7 @@ class BaseMoEWrapper(ExpertExport):
         incremental: bool = False,
         num_tokens: ArrayLike | None = None,
         chain: DeferralChain | None = None,
+        activation_dtype: ActivationDtype | None = None,
     ) -> Any: ...
 
     def forward(
@@ -114,6 +117,7 @@ class BaseMoEWrapper(ExpertExport):
         incremental: bool = False,
         num_tokens: ArrayLike | None = None,
         chain: DeferralChain | None = None,
+        activation_dtype: ActivationDtype | None = None,
     ) -> Any:
         """The experts of the layer on a batch of tokens.
 
@@ -146,6 +150,8 @@ class BaseMoEWrapper(ExpertExport):
         chain : DeferralChain, optional
             Without a stream, the chain that passes deferred experts from layer to layer; by default one that
             all calls share, one thread at a time.
+        activation_dtype : {"bfloat16", "int8"} or dtype, optional
+            What products take activations in, for this call; None for the layer's own. See `KTMoEWrapper`.
 
         Returns
         -------
@@ -154,7 +160,8 @@ class BaseMoEWrapper(ExpertExport):
         Raises
         ------
         TypeError, ValueError
-            An argument of another kind, dtype, order or shape: named, with what was expected.
+            An argument of another kind, dtype, order or shape, or an `activation_dtype` that the layer does
+            not have: named, with what was expected.
         IndexError
             An expert id of E or above.
         RuntimeError
@@ -185,16 +192,20 @@ class BaseMoEWrapper(ExpertExport):
         """
         if cuda_stream is not None:
             _check_no_chain(chain)
-            there = self._stream_batch((hidden_states, topk_ids, topk_weights), out, num_tokens, incremental)
+            arrays = hidden_states, topk_ids, topk_weights
+            there = self._stream_batch(arrays, out, num_tokens, incremental, activation_dtype)
             result: Array = self._stream_runner.run(there, self._stream(cuda_stream))
             return result
         _check_no_num_tokens(num_tokens)
         used = self._chain if chain is None else _checked(chain)
         if self._runner.defers(used):
             return self._pending.run(
-                self._starter((hidden_states, topk_ids, topk_weights), out, incremental, used)
+                self._starter(
+                    (hidden_states, topk_ids, topk_weights), out, incremental, activation_dtype, used
+                )
             )
-        batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental)
+        dtype = self._dtype_of_call(activation_dtype)
+        batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental, dtype)
         self._files.check()
         self._runner.run(batch, self.gpu_experts_mask)
         return batch.out
@@ -210,6 +221,7 @@ class BaseMoEWrapper(ExpertExport):
         incremental: bool = False,
         num_tokens: ArrayLike | None = None,
         chain: DeferralChain | None = None,
+        activation_dtype: ActivationDtype | None = None,
     ) -> None:
         """Begin what `forward` does and return at once; `sync_forward` gives the result.
 
@@ -245,20 +257,27 @@ class BaseMoEWrapper(ExpertExport):
         """
         if cuda_stream is not None:
             _check_no_chain(chain)
-            there = self._stream_batch((hidden_states, topk_ids, topk_weights), out, num_tokens, incremental)
+            arrays = hidden_states, topk_ids, topk_weights
+            there = self._stream_batch(arrays, out, num_tokens, incremental, activation_dtype)
             self._stream_runner.submit(there, self._stream(cuda_stream))
             return
         _check_no_num_tokens(num_tokens)
         used = self._chain if chain is None else _checked(chain)
-        self._pending.submit(self._starter((hidden_states, topk_ids, topk_weights), out, incremental, used))
+        arrays = hidden_states, topk_ids, topk_weights
+        self._pending.submit(self._starter(arrays, out, incremental, activation_dtype, used))
 
     def _starter(
-        self, arrays: _Arrays, out: ArrayLike | None, incremental: bool, chain: DeferralChain
+        self,
+        arrays: _Arrays,
+        out: ArrayLike | None,
+        incremental: bool,
+        activation_dtype: ActivationDtype | None,
+        chain: DeferralChain,
     ) -> Callable[[BegunPass[Array]], Array]:
         """Make the function that queues a pass."""
 
         def start(begun: BegunPass[Array]) -> Array:
-            batch = Batch(self.config, *arrays, out, incremental)
+            batch = Batch(self.config, *arrays, out, incremental, self._dtype_of_call(activation_dtype))
             self._files.check()
             if self._runner.defers(chain):
                 self._runner.submit_deferring(batch, self.gpu_experts_mask, begun, chain)
@@ -269,14 +288,20 @@ class BaseMoEWrapper(ExpertExport):
         return start
 
     def _stream_batch(
-        self, arrays: _Arrays, out: ArrayLike | None, num_tokens: ArrayLike | None, incremental: bool
+        self,
+        arrays: _Arrays,
+        out: ArrayLike | None,
+        num_tokens: ArrayLike | None,
+        incremental: bool,
+        activation_dtype: ActivationDtype | None,
     ) -> StreamBatch:
         if not self.loaded:
             raise RuntimeError(f"layer {self.layer_idx} has no weights yet, load them first")
         if incremental:
             raise ValueError("incremental: got True with a cuda_stream, expected False")
+        dtype = self._dtype_of_call(activation_dtype)
         self._files.check()
-        return StreamBatch(*arrays, out, num_tokens, self.gpu_experts_mask)
+        return StreamBatch(*arrays, out, num_tokens, self.gpu_experts_mask, dtype)
 
     @classmethod
     def _stream(cls, cuda_stream: StreamLike) -> Stream:

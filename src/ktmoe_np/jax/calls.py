@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from ..config import ActivationDtype
 from ..inference.base import BaseMoEWrapper
 from ..sft.base import BaseSFTMoEWrapper
 from ..sft.gradients import lora_shapes
@@ -25,6 +26,7 @@ def moe_forward(
     topk_weights: Array,
     *,
     index: Array | None = None,
+    activation_dtype: ActivationDtype | None = None,
 ) -> Array:
     """The experts of a layer on a batch of tokens, bit-identical to `BaseMoEWrapper.forward`.
 
@@ -40,6 +42,8 @@ def moe_forward(
     topk_weights : array of float32 [..., P]
     index : integer, optional
         Which layer of a sequence; may be traced.
+    activation_dtype : {"bfloat16", "int8"} or dtype, optional
+        What products take activations in, for this call; None for the layer's own. Fixed in the program.
 
     Returns
     -------
@@ -48,8 +52,8 @@ def moe_forward(
     Raises
     ------
     TypeError, ValueError
-        While tracing: an argument of another kind, dtype or shape. Also when it is differentiated: use
-        `moe_sft` for that.
+        While tracing: an argument of another kind, dtype or shape, or an `activation_dtype` that the layer
+        does not have. Also when it is differentiated: use `moe_sft` for that.
     RuntimeError
         While tracing: nothing is loaded. From the running program, as JAX's error: the layer is gone, or an
         id of E or above. On a GPU the results are NaN then, and the error is that of a later call, or of
@@ -72,7 +76,7 @@ def moe_forward(
     >>> y.shape, float(y[0, 0])
     ((3, 4), 32.0)
     """
-    number, config = called(moe, index, BaseMoEWrapper, "moe")
+    number, config = called(moe, index, activation_dtype, BaseMoEWrapper, "moe")
     return _forward(number, *checked(config, hidden_states, topk_ids, topk_weights))
 
 
@@ -84,6 +88,7 @@ def moe_sft(
     topk_weights: Array,
     *,
     index: Array | None = None,
+    activation_dtype: ActivationDtype | None = None,
 ) -> Array:
     """The experts of a layer with adapters, to be differentiated by these, the input and the routing weights.
 
@@ -98,7 +103,7 @@ def moe_sft(
     lora : mapping of str to array of float32 or bfloat16
         The adapters, under the names and in the shapes of `BaseSFTMoEWrapper.lora_weights`;
         `lora_parameters` gives first ones. Computed with as bfloat16.
-    hidden_states, topk_ids, topk_weights, index
+    hidden_states, topk_ids, topk_weights, index, activation_dtype
         See `moe_forward`.
 
     Returns
@@ -125,7 +130,7 @@ def moe_sft(
     >>> sorted(gradients)
     ['down_lora_a', 'down_lora_b', 'gate_lora_a', 'gate_lora_b']
     """
-    number, config = called(sft, index, BaseSFTMoEWrapper, "sft")
+    number, config = called(sft, index, activation_dtype, BaseSFTMoEWrapper, "sft")
     first = sft if isinstance(sft, BaseSFTMoEWrapper) else sft[0]
     options = first.options
     if options.lora_dropout:

@@ -10,6 +10,7 @@ import numpy as np
 from ..arrays.spec import ArraySpec
 from ..arrays.summary import array_summary
 from ..arrays.types import bfloat16
+from ..config import ActivationDtype
 from ..inference.base import BaseMoEWrapper
 from .operands import Array, called, checked
 from .primitives import drain_deferred_p, forward_deferred_p
@@ -27,6 +28,7 @@ def moe_forward_deferred(
     carry: Array | None = None,
     *,
     index: Array | None = None,
+    activation_dtype: ActivationDtype | None = None,
 ) -> tuple[Array, Array]:
     """The immediate experts of a layer, and the deferred experts of the previous layer.
 
@@ -36,7 +38,7 @@ def moe_forward_deferred(
 
     Parameters
     ----------
-    moe, hidden_states, topk_ids, topk_weights, index
+    moe, hidden_states, topk_ids, topk_weights, index, activation_dtype
         As in `moe_forward`, without `jax.vmap`.
     carry : array of uint32 [], optional
         What the call of the layer before has returned, to be used once; None or zero for the first layer.
@@ -72,7 +74,7 @@ def moe_forward_deferred(
     >>> float(out[0, 0]), float(remaining[0, 0])
     (24.0, 8.0)
     """
-    number, config = called(moe, index, BaseMoEWrapper, "moe")
+    number, config = called(moe, index, activation_dtype, BaseMoEWrapper, "moe")
     operands = checked(config, hidden_states, topk_ids, topk_weights)
     out, next_carry = forward_deferred_p.bind(number, *operands, _carry(carry))
     return out, next_carry

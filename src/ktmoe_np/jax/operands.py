@@ -12,7 +12,7 @@ import numpy as np
 from .. import kt_kernel_ext as ext
 from ..arrays.spec import ArraySpec
 from ..arrays.types import bfloat16
-from ..config import MoEConfig
+from ..config import ActivationDtype, MoEConfig
 from ..inference.base import BaseMoEWrapper
 from ..layers.base import MoELayer
 from ..sft.base import BaseSFTMoEWrapper
@@ -22,30 +22,35 @@ __all__ = ["Array", "adapter", "called", "checked"]
 #: A JAX array, or a tracer.
 Array = Any
 
-#: wrapper -> mask, as bytes -> the number under which programs call the layer with it.
-_numbers: weakref.WeakKeyDictionary[MoELayer, dict[bytes | None, int]] = weakref.WeakKeyDictionary()
+#: What a call of a layer has fixed: its mask, as bytes, and what products take activations in.
+_Fixed = tuple[bytes | None, str | None]
+
+#: wrapper -> what is fixed -> the number under which programs call the layer so.
+_numbers: weakref.WeakKeyDictionary[MoELayer, dict[_Fixed, int]] = weakref.WeakKeyDictionary()
 _lock = ext.CallLock("layers")
 
 _FLOAT32 = (np.dtype(np.float32),)
 _INTEGERS = tuple(np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
-def _number_of(layer: MoELayer) -> int:
-    """The number under which programs call a layer with its current mask."""
-    mask = layer.gpu_experts_mask
-    key = None if mask is None else mask.tobytes()
+def _number_of(layer: MoELayer, activation_dtype: ActivationDtype | None) -> int:
+    """The number under which programs call a layer with its current mask and these activations."""
+    mask, dtype = layer.gpu_experts_mask, layer._dtype_of_call(activation_dtype)
+    key = None if mask is None else mask.tobytes(), dtype
     with _lock:
         known = _numbers.setdefault(layer, {})
         if key not in known:
-            sizes: tuple[int, ...] = ()
+            sizes = (0, 0)
             if isinstance(layer, BaseMoEWrapper):
                 sizes = layer.max_deferred_experts_per_token, layer._runner.chunk_size
-            known[key] = int(ext.xla.add_layer(layer.cpu_infer, layer._layer, mask, *sizes))
+            known[key] = int(ext.xla.add_layer(layer.cpu_infer, layer._layer, mask, *sizes, dtype))
             weakref.finalize(layer, ext.xla.remove_layer, known[key])
         return known[key]
 
 
-def called(layers: Any, index: Any, kind: type[Any], name: str) -> tuple[Array, MoEConfig]:
+def called(
+    layers: Any, index: Any, activation_dtype: ActivationDtype | None, kind: type[Any], name: str
+) -> tuple[Array, MoEConfig]:
     """The number of the layer that is to be called, and the sizes."""
     several = not isinstance(layers, MoELayer)
     each = list(layers) if several else [layers]
@@ -61,7 +66,7 @@ def called(layers: Any, index: Any, kind: type[Any], name: str) -> tuple[Array, 
         raise ValueError(f"{name}: got {len(sizes)} kinds of layers, expected one or more of the same sizes")
     if several == (index is None):
         raise ValueError(f"index: got {index!r}, expected {'an integer' if several else 'None'}")
-    numbers = np.array([_number_of(layer) for layer in each], np.int32)
+    numbers = np.array([_number_of(layer, activation_dtype) for layer in each], np.int32)
     number = jnp.asarray(numbers)[index] if several else jnp.asarray(numbers[0])
     if number.ndim:
         raise ValueError(f"index: got shape {list(number.shape)}, expected a single integer")

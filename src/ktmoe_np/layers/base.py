@@ -13,7 +13,7 @@ from .. import kt_kernel_ext as ext
 from ..arrays.checks import expert_ids
 from ..arrays.summary import object_summary
 from ..arrays.types import ExpertArrays, IntegersLike, MaskLike, PathLike, StreamLike
-from ..config import MoEConfig
+from ..config import ActivationDtype, MoEConfig, activation_dtype_name
 from ..cpuinfer import _MoEBase
 from ..formats.methods import Method
 from ..formats.weights import ExpertWeights, Projection
@@ -38,6 +38,7 @@ class MoELayer(_MoEBase):
     config : MoEConfig
         Sizes and activation.
     gpu_experts_mask, cpuinfer_threads, threadpool_count, weight_path, numa_nodes, group_size
+    activation_dtype
         See `KTMoEWrapper`.
     """
 
@@ -52,8 +53,11 @@ class MoELayer(_MoEBase):
         weight_path: PathLike | None = None,
         numa_nodes: Sequence[int] | None = None,
         group_size: int | None = None,
+        activation_dtype: ActivationDtype | None = None,
     ) -> None:
         self.config = config
+        self._activation_dtype = activation_dtype_name(activation_dtype) or method.product
+        self._has_other_dtype = self._activation_dtype != method.product
         self.group_size = method.resolve_group_size(group_size)
         self._set_method(method)
         self.weight_path = weight_path
@@ -74,8 +78,9 @@ class MoELayer(_MoEBase):
         c = self.config
         sizes = f"E={c.num_experts} P={c.num_experts_per_tok} H={c.hidden_size} I={c.moe_intermediate_size}"
         group = "" if self.group_size is None else f" in groups of {self.group_size}"
+        dtype = f" with {self.activation_dtype} activations" if self._has_other_dtype else ""
         state = "loaded" if self.loaded else "not loaded"
-        return f"layer {c.layer_idx}: {self.method}{group}, {sizes} {c.activation.name}, {state}"
+        return f"layer {c.layer_idx}: {self.method}{group}{dtype}, {sizes} {c.activation.name}, {state}"
 
     @property
     def layer_idx(self) -> int:
@@ -86,6 +91,11 @@ class MoELayer(_MoEBase):
     def loaded(self) -> bool:
         """Whether the layer has weights."""
         return bool(self._layer.loaded)
+
+    @property
+    def activation_dtype(self) -> str:
+        """What products take activations in where a call does not say: ``bfloat16`` or ``int8``."""
+        return self._activation_dtype
 
     def _layer_config(self) -> ext.moe.MOEConfig:
         """The extension's config of the layer."""
@@ -104,9 +114,23 @@ class MoELayer(_MoEBase):
         )
         layer.set_activation(spec.kind, spec.gated, spec.limit, spec.alpha, spec.beta1, spec.beta2)
         layer.scale_inputs = config.scale_inputs
+        layer.activation_dtype = self._activation_dtype
         if self.group_size is not None:
             layer.group_size = self.group_size
         return layer
+
+    def _dtype_of_call(self, activation_dtype: ActivationDtype | None) -> str | None:
+        """The name of what a call takes activations in, None for the layer's own.
+
+        Raises
+        ------
+        TypeError, ValueError
+            No dtype for activations, or one that the layer's products cannot have.
+        """
+        name = activation_dtype_name(activation_dtype)
+        if name is not None:
+            self._layer.check_activation_dtype(name)
+        return name
 
     @property
     def expert_bytes(self) -> int:

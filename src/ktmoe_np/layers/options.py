@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypedDict
 
 from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike, MaskLike, PathLike
-from ..config import ActivationSpec
+from ..config import ActivationDtype, ActivationSpec
 
 __all__ = ["ActivationLike", "LayerOptions", "LayerOverrides", "WeightOptions"]
 
@@ -23,6 +23,7 @@ class LayerOptions(TypedDict, total=False):
     weight_path: PathLike | None
     numa_nodes: Sequence[int] | None
     group_size: int | None
+    activation_dtype: ActivationDtype | None
 
 
 class LayerOverrides(LayerOptions, total=False):

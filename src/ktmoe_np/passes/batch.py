@@ -31,6 +31,7 @@ class Batch:
         topk_weights: Any,
         out: Any,
         incremental: bool,
+        activation_dtype: str | None = None,
     ) -> None:
         self.num_tokens = count_tokens(hidden_states)
         self.hidden_states = hidden_states
@@ -41,3 +42,4 @@ class Batch:
             raise ValueError("out: got None with incremental=True, expected the array to add to")
         self.out: Array = np.empty((self.num_tokens, config.hidden_size), bfloat16) if out is None else out
         self.incremental = incremental
+        self.activation_dtype = activation_dtype

@@ -74,6 +74,7 @@ class LayerRunner:
             self.chunk_size,
             batch.incremental,
             skip_experts=skip_experts,
+            activation_dtype=batch.activation_dtype,
         )
 
     def submit_deferring(
@@ -159,6 +160,7 @@ class LayerRunner:
             incremental=batch.incremental,
             skip_experts=skip_experts,
             num_tokens=num_tokens,
+            activation_dtype=batch.activation_dtype,
             **deferring,
         )
 

@@ -40,6 +40,7 @@ class StreamBatch:
     out: Any  #: where to write, None for a new array
     num_tokens: Any  #: how many tokens count, None for all
     skip_experts: Array | None  #: bool [E], on the host
+    activation_dtype: str | None  #: None for the layer's
 
 
 class _PreparedPass(NamedTuple):
@@ -183,7 +184,7 @@ class StreamRunner:
         result = self._result(batch.hidden_states, x.shape[0], batch.out, handle)
         received = stream.chain.receive_output(c.layer_idx)
         buffers = stream.free_buffers(c, x.shape[0], received)
-        prepared = self._prepared_pass(buffers, received, batch.skip_experts, arrays)
+        prepared = self._prepared_pass(buffers, received, batch, arrays)
         return _Pass(prepared, result, buffers, received, arrays)
 
     def _leave(self, ready: _Pass, stream: Stream) -> None:
@@ -197,7 +198,7 @@ class StreamRunner:
         self,
         buffers: BatchBuffers,
         received: LayerOutput | None,
-        skip_experts: Array | None,
+        there: StreamBatch,
         arrays: list[DeviceArray],
     ) -> _PreparedPass:
         """The prepared pass, created at first use.
@@ -206,29 +207,36 @@ class StreamRunner:
         """
         num_tokens = arrays[0].shape[0]
         begins_with = None if received is None else id(received.output)
-        key = num_tokens, tuple(array.dtype for array in arrays), begins_with, id(skip_experts)
+        options = id(there.skip_experts), there.activation_dtype
+        key = num_tokens, tuple(array.dtype for array in arrays), begins_with, *options
         prepared = self._prepared.setdefault(buffers, {})
         if key not in prepared:
             while len(prepared) >= _MAX_PREPARED:
                 del prepared[next(iter(prepared))]
-            prepared[key] = self._prepare_pass(buffers.first(num_tokens), received, skip_experts, arrays)
+            prepared[key] = self._prepare_pass(buffers.first(num_tokens), received, there, arrays)
         return prepared[key]
 
     def _prepare_pass(
         self,
         buffers: BatchBuffers,
         received: LayerOutput | None,
-        skip_experts: Array | None,
+        there: StreamBatch,
         arrays: list[DeviceArray],
     ) -> _PreparedPass:
         dtypes = [array.dtype for array in arrays]
         batch = Batch(
-            self._config, buffers.input, buffers.topk_ids, buffers.weights, buffers.output, incremental=False
+            self._config,
+            buffers.input,
+            buffers.topk_ids,
+            buffers.weights,
+            buffers.output,
+            incremental=False,
+            activation_dtype=there.activation_dtype,
         )
         batch.ids = _viewed(buffers.topk_ids, dtypes[1])
         number = _viewed(buffers.num_tokens, dtypes[3]) if len(dtypes) > 3 else None
         inputs = [buffers.input, batch.ids, buffers.weights] + ([] if number is None else [number])
-        deferring = self._runner.deferred_pass(batch, buffers, skip_experts, received, number)
+        deferring = self._runner.deferred_pass(batch, buffers, there.skip_experts, received, number)
         now, later = deferring.immediate_tasks(), deferring.deferred_tasks()
         tasks = [(task, buffers.output) for task in now] + [(task, buffers.deferred_output) for task in later]
         stream_pass = ext.cuda.StreamPass(self._engine, inputs, tasks, buffers.output, len(later))

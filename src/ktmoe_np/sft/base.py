@@ -8,7 +8,7 @@ from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, at_least, count_tokens
 from ..arrays.types import ArrayLike, IntegersLike, StreamLike
 from ..buffers import Claim
-from ..config import MoEConfig
+from ..config import ActivationDtype, MoEConfig
 from ..formats.methods import Method
 from ..layers.options import LayerOptions
 from ..passes.batch import Batch
@@ -72,10 +72,18 @@ class BaseSFTMoEWrapper(LoraLayer):
         cuda_stream: StreamLike | None = None,
         *,
         out: ArrayLike | None = None,
+        activation_dtype: ActivationDtype | None = None,
     ) -> Array:
         """The layer with its adapters, without dropout: `forward_sft` with nothing saved."""
         self._check_stream(cuda_stream)
-        return self.forward_sft(hidden_states, topk_ids, topk_weights, save_for_backward=False, out=out)
+        return self.forward_sft(
+            hidden_states,
+            topk_ids,
+            topk_weights,
+            save_for_backward=False,
+            out=out,
+            activation_dtype=activation_dtype,
+        )
 
     def forward_sft(
         self,
@@ -85,6 +93,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         save_for_backward: bool = True,
         *,
         out: ArrayLike | None = None,
+        activation_dtype: ActivationDtype | None = None,
     ) -> Array:
         """The experts of the layer, with their adapters, on a batch of tokens.
 
@@ -100,6 +109,9 @@ class BaseSFTMoEWrapper(LoraLayer):
             Keep what the backward pass needs, and drop elements of the adapters' inputs (`lora_dropout`).
         out : array of bfloat16 or float32 [T, H], optional
             Where to write; must not overlap the inputs.
+        activation_dtype : {"bfloat16", "int8"} or dtype, optional
+            What products with the base weights take activations in, for this pass; None for the layer's own.
+            A recomputed forward pass takes the same. See `KTMoEWrapper`.
 
         Returns
         -------
@@ -109,7 +121,8 @@ class BaseSFTMoEWrapper(LoraLayer):
         Raises
         ------
         TypeError, ValueError
-            An argument of another kind, dtype, order or shape: named, with what was expected.
+            An argument of another kind, dtype, order or shape, or an `activation_dtype` that the layer does
+            not have: named, with what was expected.
         IndexError
             An expert id of E or above.
         RuntimeError
@@ -136,7 +149,8 @@ class BaseSFTMoEWrapper(LoraLayer):
         >>> gradients.grad_weights.tolist(), sorted(gradients.matrices)
         ([[288.0]], ['down_lora_a', 'down_lora_b', 'gate_lora_a', 'gate_lora_b'])
         """
-        result, task = self._forward_task(hidden_states, topk_ids, topk_weights, save_for_backward, out)
+        batch = hidden_states, topk_ids, topk_weights
+        result, task = self._forward_task(*batch, save_for_backward, out, activation_dtype)
         try:
             self.cpu_infer.run(task)
             return result
@@ -152,6 +166,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         save_for_backward: bool = True,
         *,
         out: ArrayLike | None = None,
+        activation_dtype: ActivationDtype | None = None,
     ) -> None:
         """Begin what `forward_sft` does and return at once; `sync_forward_sft` gives the result.
 
@@ -165,7 +180,7 @@ class BaseSFTMoEWrapper(LoraLayer):
 
         def start(begun: BegunPass[tuple[Array, Claim]]) -> tuple[Array, Claim]:
             claim, batch = Claim(), (hidden_states, topk_ids, topk_weights)
-            result, task = self._forward_task(*batch, save_for_backward, out, claim)
+            result, task = self._forward_task(*batch, save_for_backward, out, activation_dtype, claim)
             begun.queue(task)
             return result, claim
 
@@ -190,8 +205,10 @@ class BaseSFTMoEWrapper(LoraLayer):
         topk_weights: ArrayLike,
         save_for_backward: bool,
         out: ArrayLike | None,
+        activation_dtype: ActivationDtype | None,
         claim: Claim | None = None,
     ) -> tuple[Array, ext.moe.TrainingTask]:
+        dtype = self._dtype_of_call(activation_dtype)
         if out is None:
             out = self._results.output(count_tokens(hidden_states), hidden_states, claim)
         else:
@@ -205,6 +222,7 @@ class BaseSFTMoEWrapper(LoraLayer):
             batch.out,
             bool(save_for_backward),
             skip_experts=self.gpu_experts_mask,
+            activation_dtype=dtype,
         )
         if save_for_backward and "gate_lora_a" in self._shapes:
             self._init_missing()  # all-zero adapters would stay zero
