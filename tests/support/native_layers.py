@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
@@ -55,19 +55,20 @@ class NativeLayer(Layer):
             physical_to_logical_map=physical_to_logical_map, **self.arguments, **self.biases
         )
 
-    def with_integers(self, method: str) -> Layer:
+    def with_integers(self, method: str, group_size: int = 32) -> Layer:
         """The layer of the reference whose products take int8 activations.
 
         Projections that stay in bfloat16, those in plain floats, keep their decoded matrices.
         """
         matrices = {
-            f"{name}_proj": self._integers(method, name)
+            f"{name}_proj": self._integers(method, name, group_size)
             for name in ("gate", "up", "down")
             if self.arguments.get(f"{name}_proj") is not None
         }
-        return Layer(**{"up_proj": None, **matrices}, **self.biases, activation=self.activation)
+        model = {"activation": self.activation, "scale_inputs": self.scale_inputs}
+        return Layer(**{"up_proj": None, **matrices}, **self.biases, **model)
 
-    def _integers(self, method: str, name: str) -> Any:
+    def _integers(self, method: str, name: str, group_size: int) -> Any:
         codes = self.arguments[f"{name}_proj"]
         if method == "LLAMAFILE":
             type_name = self.arguments[f"{name}_format"].lower()
@@ -76,7 +77,9 @@ class NativeLayer(Layer):
         scale, factors = (self.arguments.get(f"{name}_{role}") for role in ("scale", "global_scale"))
         if method != "GPTQ_INT4":
             codes = codes.view(np.uint8)
-        return INTEGERS[method](codes, scale, factors, 32)
+        found = INTEGERS[method](codes, scale, factors, group_size)
+        num_columns = self.hidden_size if name != "down" else self.inter_size
+        return replace(found, codes=found.codes[..., :num_columns])  # without the unused nibble of odd rows
 
 
 def _e4m3(rng: np.random.Generator, *shape: int) -> AnyArray:

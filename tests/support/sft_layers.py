@@ -55,6 +55,7 @@ __all__ = [
     "draw_student",
     "draw_training",
     "joined",
+    "low_level_inference",
     "low_level_sft",
     "per_matrix",
     "train",
@@ -280,19 +281,33 @@ def assert_same_steps(actual: Step, expected: Step, what: str = "") -> None:
 
 def low_level_sft(engine: Any, student: Student, num_slots: int, **options: Any) -> Any:
     """The extension's layer, loaded and with the adapters, on an engine of one's own choice."""
-    layer, spec = student.layer, parse_activation(student.layer.activation)
-    sizes = (layer.num_experts, num_slots, layer.hidden_size, layer.inter_size)
-    config = ext.moe.MOESFTConfig(*sizes, pool=engine.backend_)
-    config.set_activation(spec.kind, spec.gated, spec.limit, spec.alpha, spec.beta1, spec.beta2)
-    own = {"lora_rank": student.rank, "lora_alpha": student.lora_alpha, "group_size": student.method[1] or 0}
-    own["scale_inputs"] = layer.scale_inputs
-    for name, value in {**own, **options}.items():
-        setattr(config, name, value)
+    own = {"lora_rank": student.rank, "lora_alpha": student.lora_alpha}
+    config = _config_of(ext.moe.MOESFTConfig, engine, student, num_slots, own | options)
     moe = getattr(ext.moe, find_method(student.method[0], "sft").layer)(config)
-    engine.run(moe.load_weights_task(**_encoded(engine, student), **layer.biases))
+    engine.run(moe.load_weights_task(**_encoded(engine, student), **student.layer.biases))
     if student.lora:
         engine.run(moe.update_lora_weights_task(**student.lora))
     return moe
+
+
+def low_level_inference(engine: Any, student: Student, num_slots: int, **options: Any) -> Any:
+    """The extension's layer for inference, loaded, without the adapters, on an engine of one's own choice."""
+    config = _config_of(ext.moe.MOEConfig, engine, student, num_slots, options)
+    name = student.method[0].removesuffix("_SFT")
+    moe = getattr(ext.moe, find_method(name, "inference").layer)(config)
+    engine.run(moe.load_weights_task(**_encoded(engine, student), **student.layer.biases))
+    return moe
+
+
+def _config_of(kind: Any, engine: Any, student: Student, num_slots: int, options: dict[str, Any]) -> Any:
+    layer, spec = student.layer, parse_activation(student.layer.activation)
+    sizes = (layer.num_experts, num_slots, layer.hidden_size, layer.inter_size)
+    config = kind(*sizes, pool=engine.backend_)
+    config.set_activation(spec.kind, spec.gated, spec.limit, spec.alpha, spec.beta1, spec.beta2)
+    own = {"group_size": student.method[1] or 0, "scale_inputs": layer.scale_inputs}
+    for name, value in {**own, **options}.items():
+        setattr(config, name, value)
+    return config
 
 
 def _encoded(engine: Any, student: Student) -> dict[str, Any]:
@@ -301,7 +316,8 @@ def _encoded(engine: Any, student: Student) -> dict[str, Any]:
     fmt = find_method(method, "sft").formats.get(group_size)
     encoded: dict[str, Any] = {}
     if isinstance(student.layer, NativeLayer):
-        weights = find_method(method, "sft").weights
+        found = find_method(method, "sft")
+        weights = found.encodings.get(group_size, found.weights)
         if weights == "gguf":
             return _in_blocks(student.layer)
         return _in_encoding(NATIVE_FORMATS[weights], student.layer)
