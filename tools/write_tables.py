@@ -20,15 +20,17 @@ from ktmoe_np.formats.methods import METHODS, Method
 
 __all__ = ["PAGE", "page"]
 
+_TYPE_HEAD = ("type", "number", "weights per block", "bytes per block", "int8 activations per scale")
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "registry.md"
 
 
 def page() -> str:
     """Render the page."""
     tables = {
-        "Methods": _table(("method", "weights", "products", "group sizes", "training"), _methods()),
+        "Methods": _table(("method", "weights", "activations", "group sizes", "training"), _methods()),
         "Arrays of encoded weights": _table(("encoding", "codes", "block or channel scales"), _encodings()),
-        "Tensor types of GGUF": _table(("type", "number", "weights per block", "bytes per block"), _types()),
+        "Tensor types of GGUF": _table(_TYPE_HEAD, _types()),
         "Activations": _table(("name", "gated", "parameters"), _activations()),
     }
     notes = {
@@ -36,7 +38,8 @@ def page() -> str:
             "Weights: `native` are used in the encoding of the checkpoint (`GPTQ_INT4` is converted once at "
             "load), `quantized` are made from float weights at load or read from converted files, `gguf` are "
             "blocks of a GGUF file, each projection with a tensor type of its own. Group sizes are listed "
-            "where there is a choice; that of `GPTQ_INT4` is the checkpoint's."
+            "where there is a choice; that of `GPTQ_INT4` is the checkpoint's. Activations: the first dtype "
+            "is the default, `activation_dtype` chooses another, for `LLAMAFILE` where tensor types have one."
         ),
         "Arrays of encoded weights": (
             "[N, K] is [I, H] of gate and up, [H, I] of down; 8-bit dtypes separated by `or` hold the same "
@@ -62,7 +65,18 @@ def _methods() -> Iterator[tuple[str, ...]]:
         if info.mode != "inference":
             continue
         (method,) = (found for found in METHODS if found.name == info.names[0] and found.mode == info.mode)
-        yield f"`{method.name}`", info.weights, info.product, _group_sizes(method), _trained(method)
+        yield (
+            f"`{method.name}`",
+            info.weights,
+            _activation_dtypes(info),
+            _group_sizes(method),
+            _trained(method),
+        )
+
+
+def _activation_dtypes(info: ext.MethodInfo) -> str:
+    has_choice = info.weights == "gguf" or any(fmt.activation_block for fmt in info.formats)
+    return "bfloat16, int8" if info.product == "bfloat16" and has_choice else info.product
 
 
 def _group_sizes(method: Method) -> str:
@@ -119,8 +133,9 @@ def _shape_of_scales(fmt: NativeFormat) -> str:
 
 
 def _types() -> Iterator[tuple[object, ...]]:
+    shared = {info.gguf_type: info.activation_block for info in ext.formats()}
     for number, fmt in sorted(GGUF_NUMBERS.items()):
-        yield f"`{fmt.name.upper()}`", number, fmt.block, fmt.block_bytes
+        yield f"`{fmt.name.upper()}`", number, fmt.block, fmt.block_bytes, shared[number] or ""
 
 
 def _activations() -> Iterator[tuple[str, ...]]:
