@@ -20,7 +20,9 @@ class AMXMoEWrapper(QuantizedWeights, BaseMoEWrapper):
 class GeneralMoEWrapper(QuantizedWeights, BaseMoEWrapper):
     """Experts computed in bf16 from quantized weights: methods ``MOE_INT8`` and ``MOE_INT4``.
 
-    With ``activation_dtype="int8"`` activations become int8 codes, block by block. The files are those of ``AMXINT8`` and ``AMXINT4``; ``MOE_INT8`` also has a finer one, with a scale for
+    With ``activation_dtype="int8"`` activations become int8 codes, in blocks with a scale each.
+
+    The files are those of ``AMXINT8`` and ``AMXINT4``; ``MOE_INT8`` also has a finer one, with a scale for
     every 32 columns.
     """
 
