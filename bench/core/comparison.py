@@ -16,7 +16,7 @@ from .methods import METHODS
 from .operations import OPERATIONS, Phase
 from .process import LOAD_TIMEOUT, BackendError, BackendProcess
 from .records import Results
-from .reference import relative_error
+from .reference import reference_answer, relative_error
 from .shapes import Shape, available_memory, fit
 from .spec import Spec
 
@@ -76,7 +76,7 @@ def run_comparison(shape: Shape, specs: Sequence[Spec], plan: Plan, results: Res
             before = _run_tokens(running, layer, tokens, plan, before, results)
     finally:
         for process in processes:
-            process.stop()
+            process.close()
         layer.close()
 
 
@@ -121,9 +121,15 @@ class _Answers:
         operation = OPERATIONS[processes[0].spec.operation]
         sample = operation.sample(layer, case)
         expected = operation.reference(layer, case, sample)
+        in_int8: dict[str, Array] = {}
+        if any(_in_int8(process.spec) for process in processes):
+            block = METHODS[processes[0].spec.method].activation_block
+            in_int8 = reference_answer(layer, case, sample, block)
         self.rows = len(sample.rows)
         self.errors: dict[str, dict[str, float]] = {}  #: by label and name
+        self.int8_errors: dict[str, dict[str, float]] = {}  #: from what int8 activations give; likewise
         self._answers: dict[str, dict[str, Array]] = {}
+        self._dtypes = {process.spec.label: process.spec.activation_dtype for process in processes}
         for process in processes:
             process.facts.pop("failed", None)
             try:
@@ -135,10 +141,14 @@ class _Answers:
             self._answers[process.spec.label] = answer
             errors = {name: relative_error(answer[name], true) for name, true in expected.items()}
             self.errors[process.spec.label] = errors
+            if _in_int8(process.spec):
+                errors = {name: relative_error(answer[name], true) for name, true in in_int8.items()}
+                self.int8_errors[process.spec.label] = errors
 
     def right(self, process: BackendProcess) -> bool:
-        """Whether all of an answer is within the method's tolerance."""
-        errors = self.errors.get(process.spec.label)
+        """Whether all of an answer is within the method's tolerance, from what its activations give."""
+        label = process.spec.label
+        errors = self.int8_errors.get(label, self.errors.get(label))
         return errors is not None and max(errors.values()) <= METHODS[process.spec.method].tolerance
 
     def fields(self, process: BackendProcess) -> dict[str, Any]:
@@ -150,11 +160,22 @@ class _Answers:
             fields["rel_err"] = errors["y"]
             if len(errors) > 1:
                 fields["rel_errs"] = errors
+            if label in self.int8_errors:
+                fields["rel_err_int8"] = float(f"{self.int8_errors[label]['y']:.3g}")
             if process.spec.peer == "ktmoe":
-                first = next(iter(self._answers.values()))
-                answer = self._answers[label]
+                answer, first = self._answers[label], self._first_like(process.spec)
                 fields["bits_of_first"] = all(np.array_equal(answer[name], first[name]) for name in first)
         return fields
+
+    def _first_like(self, spec: Spec) -> dict[str, Array]:
+        """Find the first answer with the same activations."""
+        dtype = spec.activation_dtype
+        return next(answer for label, answer in self._answers.items() if self._dtypes[label] == dtype)
+
+
+def _in_int8(spec: Spec) -> bool:
+    """Whether a backend was asked for int8 activations that are not the method's own."""
+    return spec.activation_dtype == "int8" and METHODS[spec.method].activation_block > 0
 
 
 def _run_tokens(
@@ -248,6 +269,8 @@ def _rates(
 
 
 def _limits_for(spec: Spec, measured: dict[str, Limits]) -> Limits:
-    """Limits of the backend's own instruction set; for a peer, those of the first backend."""
+    """Limits of the backend itself or of its instruction set; for a peer, those of the first backend."""
+    if spec.label in measured:
+        return measured[spec.label]
     same = [limits for limits in measured.values() if spec.isa and limits.isa == spec.isa]
     return (same or list(measured.values()))[0]

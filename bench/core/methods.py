@@ -46,6 +46,7 @@ class Method:
     bytes_per_weight: float  #: block scales included
     operation: str = "forward"  #: what it is for
     product: str = "bfloat16"  #: whose limit counts: "bfloat16" or "int8"
+    activation_block: int = 0  #: columns that share a scale of activations asked for in int8; 0: not possible
     encode: Callable[[Layer], dict[str, Any]] = _as_they_are  #: to the arguments of load_weights_from_tensors
     replace_weights: Callable[[Layer], None] = _keep  #: called once, before anybody loads the layer
     wrapper: str = ""  #: the library's name for it, where that is another
@@ -64,7 +65,17 @@ class Method:
 def _gguf(fmt: GgufFormat | RandomGguf) -> Method:
     """All three projections in one tensor type."""
     size = fmt.block_bytes / fmt.block
-    return Method(f"LLAMAFILE-{fmt.name}", fmt.tolerance, size, encode=fmt.encode, wrapper="LLAMAFILE")
+    block = next(
+        f.activation_block for f in ext.formats() if f.gguf_type is not None and f.name == fmt.name.lower()
+    )
+    return Method(
+        f"LLAMAFILE-{fmt.name}",
+        fmt.tolerance,
+        size,
+        activation_block=block,
+        encode=fmt.encode,
+        wrapper="LLAMAFILE",
+    )
 
 
 def _random_gguf(fmt: RandomGguf) -> Method:
@@ -79,7 +90,8 @@ def _method(name: str, tolerance: float, **options: Any) -> Method:
     size = encoded.row_bytes(k) / k
     if encoded.scale_rows:
         size += encoded.scale_bytes(k) / k / encoded.scale_rows
-    return Method(name, tolerance, size, product=info.product, **options)
+    block = encoded.activation_block if info.product == "bfloat16" else 0
+    return Method(name, tolerance, size, product=info.product, activation_block=block, **options)
 
 
 _FORWARD = (

@@ -18,7 +18,10 @@ from .report import plot, table
 from .shapes import SHAPES
 from .spec import Spec
 
-__all__ = ["backend_specs", "parse", "parser", "run"]
+__all__ = ["ACTIVATION_DTYPES", "activation_dtypes", "backend_specs", "parse", "parser", "run"]
+
+#: What ktmoe can be told to multiply weights with.
+ACTIVATION_DTYPES = ("bfloat16", "int8")
 
 
 def parser(name: str, description: str | None, operation: str, tokens: list[int]) -> argparse.ArgumentParser:
@@ -26,7 +29,7 @@ def parser(name: str, description: str | None, operation: str, tokens: list[int]
     methods = [method.name for method in METHODS.values() if method.operation == operation]
     peers = list(PEERS[operation])[1:]
     p = argparse.ArgumentParser(prog=f"python -m bench.ops.{name}", description=description)
-    p.set_defaults(operation=operation)
+    p.set_defaults(operation=operation, activation_dtype=[""])  # the method's own
     p.add_argument("--shape", type=_names, default=["qwen3"], help=f"some of {', '.join(SHAPES)}")
     p.add_argument("--tokens", type=_numbers, default=tokens)
     p.add_argument("--most-experts", type=int, help="cut the shapes to that many experts")
@@ -59,6 +62,16 @@ def _numbers(text: str) -> list[int]:
 
 def _names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
+
+
+def activation_dtypes(text: str) -> list[str]:
+    """Argument type: names of dtypes with commas between them, or both."""
+    names = list(ACTIVATION_DTYPES) if text == "both" else text.split(",")
+    for name in names:
+        if name not in ACTIVATION_DTYPES:
+            known = ", ".join(ACTIVATION_DTYPES)
+            raise argparse.ArgumentTypeError(f"got {name!r}, expected some of {known}, or both")
+    return list(dict.fromkeys(names))
 
 
 def parse(p: argparse.ArgumentParser) -> argparse.Namespace:

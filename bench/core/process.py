@@ -74,6 +74,11 @@ class BackendProcess:
         self._process.wait()
         self._connection.close()
 
+    def close(self) -> None:
+        """End the process and forget what it said."""
+        self.stop()
+        self._log.close()
+
     def _signal(self, number: int) -> None:
         if self._process.poll() is None:
             os.kill(self._process.pid, number)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .cases import Case
-from .layer import Array, Layer, to_float32
+from .layer import Array, Layer, bfloat16, to_float32
 
 __all__ = [
     "Sample",
@@ -18,6 +18,7 @@ __all__ = [
     "reference_answer",
     "relative_error",
     "sample_rows",
+    "to_int8_and_back",
 ]
 
 #: What the reference may cost: weights to widen, and operations.
@@ -48,15 +49,33 @@ def activate(name: str, gate: Array, up: Array) -> Array:
     raise ValueError(f"activation {name!r}: the reference of the benches does not have it")
 
 
-def expert_output(layer: Layer, e: int, x: Array, weights: tuple[Array, Array, Array]) -> Array:
-    """One expert on rows `x`, with its matrices in float32."""
+def expert_output(
+    layer: Layer, e: int, x: Array, weights: tuple[Array, Array, Array], activation_block: int = 0
+) -> Array:
+    """One expert on rows `x`, with its matrices in float32.
+
+    With an `activation_block`, what enters a product is rounded to int8 in blocks of that many columns.
+    """
+    x = to_int8_and_back(x, activation_block)
     gate, up = x @ weights[0].T, x @ weights[1].T
-    if layer.gate_bias is not None and layer.up_bias is not None and layer.down_bias is not None:
-        hidden = activate(layer.shape.activation, gate + layer.gate_bias[e], up + layer.up_bias[e])
-        y: Array = hidden @ weights[2].T + layer.down_bias[e]
-    else:
-        y = activate(layer.shape.activation, gate, up) @ weights[2].T
-    return y
+    if layer.gate_bias is not None and layer.up_bias is not None:
+        gate, up = gate + layer.gate_bias[e], up + layer.up_bias[e]
+    hidden = to_int8_and_back(activate(layer.shape.activation, gate, up), activation_block)
+    y: Array = hidden @ weights[2].T
+    return y if layer.down_bias is None else y + layer.down_bias[e]
+
+
+def to_int8_and_back(x: Array, block: int) -> Array:
+    """Round each block of a row, in bf16, to integers up to 127 times its scale; 0 rounds nothing."""
+    if block == 0:
+        return x
+    x = to_float32(x.astype(bfloat16))
+    rounded = np.empty_like(x)
+    for begin in range(0, x.shape[1], block):
+        part = x[:, begin : begin + block]
+        scale = np.abs(part).max(axis=1, keepdims=True) / np.float32(127)
+        rounded[:, begin : begin + block] = np.rint(part / np.where(scale == 0, 1, scale)) * scale
+    return rounded
 
 
 def sample_rows(layer: Layer, case: Case) -> Sample:
@@ -76,15 +95,16 @@ def choose_rows(layer: Layer, case: Case, flop: float) -> Array:
         most = max(1, most * 3 // 4)
 
 
-def reference_answer(layer: Layer, case: Case, sample: Sample) -> dict[str, Array]:
-    """Compute the layer's output y for the sampled rows, float32 [len(rows), H]."""
+def reference_answer(layer: Layer, case: Case, sample: Sample, activation_block: int = 0) -> dict[str, Array]:
+    """Compute the layer's output y for the sampled rows, float32 [len(rows), H]; see `expert_output`."""
     rows = sample.rows
     x, ids, routing = to_float32(case.x[rows]), case.ids[rows], case.weights[rows]
     out = np.zeros_like(x)
     for e in np.unique(ids):
         t, p = np.nonzero(ids == e)
         matrices = (to_float32(layer.gate[e]), to_float32(layer.up[e]), to_float32(layer.down[e]))
-        out[t] += expert_output(layer, int(e), x[t], matrices) * routing[t, p, None]
+        y = expert_output(layer, int(e), x[t], matrices, activation_block)
+        out[t] += y * routing[t, p, None]
     return {"y": out}
 
 

@@ -90,13 +90,18 @@ def _steps(group: Sequence[Record]) -> str:
 
 
 def _bits(group: Sequence[Record]) -> str:
-    """Of several backends of the library: whether they answer with the same bits."""
+    """Of the library's backends with the same activations: whether their answers have the same bits."""
     ours = [r for r in group if "bits_of_first" in r]
-    names = dict.fromkeys(r["contender"] for r in ours)
-    if len(names) < 2:
-        return ""
-    other = dict.fromkeys(r["contender"] for r in ours if not r["bits_of_first"])
-    return f"same bits as {next(iter(names))}: {'all but ' + ', '.join(other) if other else 'all'}"
+    lines = []
+    for dtype in dict.fromkeys(r.get("activation_dtype") for r in ours):
+        same = [r for r in ours if r.get("activation_dtype") == dtype]
+        names = dict.fromkeys(r["contender"] for r in same)
+        if len(names) > 1:
+            other = dict.fromkeys(r["contender"] for r in same if not r["bits_of_first"])
+            lines.append(
+                f"same bits as {next(iter(names))}: {'all but ' + ', '.join(other) if other else 'all'}"
+            )
+    return "\n".join(lines)
 
 
 def _title(group: Sequence[Record]) -> str:

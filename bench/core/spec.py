@@ -22,6 +22,7 @@ class Spec:
     max_tokens: int
     operation: str = "forward"
     isa: str = ""  #: requested instruction set, where there is a choice
+    activation_dtype: str = ""  #: what weights are multiplied with, where that was requested
     options: dict[str, Any] = field(default_factory=dict)  #: the peer's own
     copies: float = 0.0  #: bytes for each byte of the bf16 weights that the backend takes for itself
     python: str = ""  #: another interpreter than the parent's

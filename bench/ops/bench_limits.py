@@ -54,7 +54,7 @@ def _measure(isa: str, product: str, threads: int, seconds: float, layer: Layer)
         facts = process.ask("load", spec, layer.fd)
         one = process.ask("limits", seconds)
     finally:
-        process.stop()
+        process.close()
     return {
         "isa": one["isa"],
         "product": product,

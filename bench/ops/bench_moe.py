@@ -8,7 +8,7 @@ import sys
 from importlib.util import find_spec
 
 from ..core.comparison import Plan, note, run_comparison
-from ..core.options import backend_specs, parse, parser, run
+from ..core.options import activation_dtypes, backend_specs, parse, parser, run
 from ..core.records import Results
 from ..core.shapes import SHAPES, Shape, cut
 from ..core.spec import Spec
@@ -19,7 +19,12 @@ __all__ = ["main"]
 
 
 def _parse() -> argparse.Namespace:
-    p = parser("bench_moe", __doc__, "forward", [1, 4, 16, 64, 256, 1024, 4096])
+    p = parser("bench_moe", __doc__, "forward", [1, 2, 4, 8, 16, 64, 256, 1024, 4096])
+    p.add_argument(
+        "--activation-dtype",
+        type=activation_dtypes,
+        help="ktmoe's rows: some of bfloat16 and int8, or both; default: the method's own",
+    )
     p.add_argument("--thread-scan", action="store_true", help="ktmoe alone, with each number of threads")
     p.add_argument("--tiny", action="store_true", help="the cost of a call: the tiny layer, one token")
     p.add_argument(
@@ -28,7 +33,10 @@ def _parse() -> argparse.Namespace:
     p.add_argument(
         "--checkpoint-dir", help="where --load writes its checkpoint; default: a temporary directory"
     )
-    return parse(p)
+    options = parse(p)
+    if options.load and options.activation_dtype != [""]:
+        p.error("--load: got it with --activation-dtype, expected one of the two")
+    return options
 
 
 def _base(shape: Shape, options: argparse.Namespace) -> Spec:

@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
     """The options, which a child process has too."""
     p = argparse.ArgumentParser(prog="python -m bench.ops.bench_stream", description=__doc__)
     p.add_argument("--layers", type=int, default=8)
-    p.add_argument("--tokens", default="1,16,256", help="batch sizes, each token of a sequence of its own")
+    p.add_argument(
+        "--tokens", default="1,2,4,8,16,256", help="batch sizes, each token of a sequence of its own"
+    )
     p.add_argument("--context", type=int, default=1024, help="keys and values of each sequence")
     p.add_argument("--deferred", default="0,2,3", help="experts of a token that are deferred")
     p.add_argument("--shape", default="qwen3", choices=sorted(SHAPES))

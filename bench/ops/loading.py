@@ -95,7 +95,7 @@ def _load_in_process(spec: Spec, layer: Layer, sample: Sample, expected: Array) 
     except BackendError as error:
         return {"status": "failed", "reason": str(error)}
     finally:
-        process.stop()
+        process.close()
 
 
 def _load_once(process: BackendProcess, layer: Layer, sample: Sample, expected: Array) -> dict[str, Any]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from argparse import ArgumentTypeError
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np import kt_kernel_ext as ext
 from ktmoe_np.formats.gguf import GGUF_FORMATS
-from ktmoe_np.reference import decode_gguf
+from ktmoe_np.reference import decode_gguf, quantize_activations
 
 from ._tree import ROOT
 
@@ -76,3 +82,87 @@ def test_rows_that_random_blocks_do_not_fill() -> None:
             method.encode(layer)
     finally:
         layer.close()
+
+
+def test_activation_dtypes_of_the_command_line() -> None:
+    from bench.core.options import activation_dtypes
+
+    assert activation_dtypes("both") == activation_dtypes("bfloat16,int8") == ["bfloat16", "int8"]
+    assert activation_dtypes("int8,int8") == ["int8"]
+    with pytest.raises(ArgumentTypeError, match=r"^got 'fp8', expected some of bfloat16, int8, or both$"):
+        activation_dtypes("int8,fp8")
+
+
+def test_blocks_of_int8_activations_are_those_of_the_library() -> None:
+    from bench.core.methods import METHODS
+
+    blocks = {name: method.activation_block for name, method in METHODS.items()}
+    expected = {"BF16": 0, "FP8": 0, "AMXINT8": 0, "MOE_INT8": 128, "RAWINT4": 128, "MXFP4": 128}
+    expected |= {"LLAMAFILE-F16": 0, "LLAMAFILE-Q8_0": 128, "LLAMAFILE-Q4_K": 256, "LLAMAFILE-NVFP4": 128}
+    assert {name: blocks[name] for name in expected} == expected
+
+
+def test_the_reference_of_int8_activations_rounds_as_the_library_does() -> None:
+    from bench.core.reference import to_int8_and_back
+
+    x = np.random.default_rng(0).standard_normal((3, 300), np.float32).astype("bfloat16").astype(np.float32)
+    x[1, 128:256] = 0
+    codes, scale = quantize_activations(x, 128)
+    expected = codes.astype(np.float32) * np.repeat(scale, 128, axis=1)[:, :300]
+    assert np.array_equal(to_int8_and_back(x, 128), expected)
+    assert to_int8_and_back(x, 0) is x
+
+
+def run_bench_moe(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    from bench.core import shapes
+    from bench.ops import bench_moe
+
+    monkeypatch.setitem(shapes.SHAPES, "small", shapes.Shape("small", 512, 256, 4, 2))
+    options = ["--shape=small", "--seconds=0.01", "--limit-seconds=0.01", "--threads=1"]
+    monkeypatch.setattr(sys, "argv", ["bench_moe", *options, *arguments])
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # that of this process stays
+    return bench_moe.main()
+
+
+def test_activations_in_bf16_and_int8_are_timed_in_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "records.jsonl"
+    wanted = ["--method=LLAMAFILE-IQ2_XS", "--activation-dtype=both", "--tokens=2", "--peers=numpy"]
+    assert run_bench_moe(monkeypatch, *wanted, f"--out={out}") == 0
+    records: list[dict[str, Any]] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["status"] for record in records] == ["ok"] * len(records)
+    bf16, int8 = (
+        next(record for record in records if record.get("activation_dtype") == dtype)
+        for dtype in ("bfloat16", "int8")
+    )
+    assert bf16["contender"].replace("bfloat16", "int8") == int8["contender"]
+    assert "rel_err_int8" not in bf16
+    assert bf16["rel_err"] < int8["rel_err_int8"] < int8["rel_err"]
+    assert bf16["bits_of_first"]
+    assert int8["bits_of_first"]
+    assert "int8 x1" in capsys.readouterr().out
+
+
+def test_loading_is_timed_with_the_methods_own_activations(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_bench_moe(monkeypatch, "--load", "--activation-dtype=int8")
+    assert "--load: got it with --activation-dtype, expected one of the two" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["bench_moe", "bench_stream"])
+def test_batches_of_speculative_decoding_are_timed_by_default(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "bench_moe":
+        from bench.ops import bench_moe
+
+        monkeypatch.setattr(sys, "argv", ["bench_moe"])
+        tokens = bench_moe._parse().tokens
+    else:
+        from bench.ops import bench_stream
+
+        tokens = [int(part) for part in bench_stream.parser().parse_args([]).tokens.split(",")]
+    assert {2, 4, 8} <= set(tokens)

@@ -24,15 +24,21 @@ LIBRARIES: tuple[str, ...] = ("ktmoe_np._api",)
 
 
 def backend_specs(base: Spec, options: Any) -> list[Spec]:
-    """One per requested instruction set, which also measures the machine with it."""
+    """One per requested instruction set, which also measures the machine with it, and activation dtype."""
     from ktmoe_np import isa_info
 
     emulated = isa_info()["on_request"]  # their limits say nothing
     of_bf16 = METHODS[base.method].of_bf16
     spec = base.but(peer="ktmoe", copies=of_bf16 if of_bf16 < 1.0 else 0.0)
     return [
-        spec.but(family=f"ktmoe {isa}", isa=isa, gives_limits=base.gives_limits and isa not in emulated)
+        spec.but(
+            family=f"ktmoe {isa} {dtype}".rstrip(),
+            isa=isa,
+            activation_dtype=dtype,
+            gives_limits=base.gives_limits and isa not in emulated,
+        )
         for isa in options.isa
+        for dtype in options.activation_dtype
     ]
 
 
@@ -50,6 +56,7 @@ def make_layer(spec: Spec, layer: Layer, **options: Any) -> Any:
         cpuinfer_threads=spec.threads,
         activation=shape.activation,
         method=method.library_name,
+        activation_dtype=spec.activation_dtype or None,
         **options,
     )
     moe.load_weights_from_tensors(**method.encode(layer))
@@ -142,7 +149,11 @@ class Backend:
         """See `bench.peers.Backend`."""
         import ktmoe_np
 
-        about = {"version": ktmoe_np.__version__, "isa": ktmoe_np.isa_info()["active"]}
+        about = {
+            "version": ktmoe_np.__version__,
+            "isa": ktmoe_np.isa_info()["active"],
+            "activation_dtype": self._moe.activation_dtype,
+        }
         if self.run == self._jax:
             device = self._device()
             about["device"] = f"{device.platform}: {device.device_kind}"
@@ -152,5 +163,4 @@ class Backend:
         """Measure what the machine can do with this backend's instruction set and threads."""
         from ktmoe_np import kt_kernel_ext as ext
 
-        product = METHODS[self._spec.method].product
-        return dict(ext.measure_limits(self._moe.cpu_infer, seconds, product=product))
+        return dict(ext.measure_limits(self._moe.cpu_infer, seconds, product=self._moe.activation_dtype))
