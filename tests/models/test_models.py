@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from decoders import assert_same_but_for_roundings, logits_of
 from layers import IS_SLOW
 
 from ktmoe_np.io import load_hf_config
@@ -65,28 +66,6 @@ def rewrite(path: Path, name: str, value: np.ndarray[Any, Any] | None) -> None:
         tensors[name] = value
     (path / "model.safetensors").unlink()
     write_safetensors(path / "model.safetensors", tensors)
-
-
-def logits_of(model: MoEDecoder, text: bytes) -> np.ndarray[Any, Any]:
-    return model.forward([list(text)], [model.new_cache()])[0]
-
-
-def assert_same_but_for_roundings(
-    model: MoEDecoder, text: bytes, actual: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]
-) -> None:
-    """The logits of a text, computed in two ways that add in another order, are as near as roundings allow.
-
-    How far that is, is measured: by how far all logits move when the last bits of the embedding change.
-    """
-    plain, rng, moved = logits_of(model, text), np.random.default_rng(0), []
-    with pytest.MonkeyPatch.context() as patch:
-        embedding = model._embedding
-        for _ in range(4):
-            noise = rng.choice(np.float32([1 - 2.0**-23, 1 + 2.0**-23]), embedding.shape)
-            patch.setattr(model, "_embedding", embedding * noise)
-            moved.append(np.abs(logits_of(model, text) - plain).max())
-    assert min(moved) > 0
-    assert np.abs(actual - expected).max() <= 2 * max(moved)
 
 
 @pytest.mark.parametrize("name", ["config", "decoder", "generation", "tokenizer"])

@@ -27,6 +27,19 @@ class GgufWeights(MoELayer):
     _formats: dict[str, str] | None = None  # of the projections, when loaded
 
     @property
+    def formats(self) -> dict[str, str]:
+        """The tensor type of each projection, in small letters.
+
+        Raises
+        ------
+        RuntimeError
+            Nothing is loaded: GGUF tensors carry their own type.
+        """
+        if self._formats is None:
+            raise RuntimeError("formats: nothing is loaded, and GGUF tensors carry their own type")
+        return dict(self._formats)
+
+    @property
     def expert_bytes(self) -> int:
         """Bytes of the weights of one expert.
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..arrays.summary import object_summary
 from ..arrays.types import ArrayLike, PathLike
+from ..config import ActivationDtype
 from ..experts import InferenceOverrides, KTMoEWrapper, Overrides, SFTOverrides
 from ..formats.methods import training_name
 from ..inference.base import BaseMoEWrapper
@@ -25,6 +26,7 @@ from ..sft.adapters import import_peft, peft_scale
 from ..sft.base import BaseSFTMoEWrapper
 from ..sft.gradients import SFTGradients
 from ._arithmetic import Floats, rms_norm, rms_norm_backward
+from .activation_dtypes import SequenceDtypes
 from .attention import Place
 from .cache import KVCache
 from .config import DecoderConfig
@@ -94,6 +96,7 @@ class MoEDecoder:
         *,
         adapter: None = None,
         mode: Literal["inference"] = "inference",
+        prefill_activation_dtype: ActivationDtype | None = None,
         **overrides: Unpack[InferenceOverrides],
     ) -> MoEDecoder: ...
 
@@ -106,6 +109,7 @@ class MoEDecoder:
         *,
         adapter: PathLike | None = None,
         mode: Literal["sft"],
+        prefill_activation_dtype: ActivationDtype | None = None,
         **overrides: Unpack[SFTOverrides],
     ) -> MoEDecoder: ...
 
@@ -118,6 +122,7 @@ class MoEDecoder:
         *,
         adapter: PathLike,
         mode: Literal["inference", "sft"] = "inference",
+        prefill_activation_dtype: ActivationDtype | None = None,
         **overrides: Unpack[SFTOverrides],
     ) -> MoEDecoder: ...
 
@@ -129,6 +134,7 @@ class MoEDecoder:
         *,
         adapter: PathLike | None = None,
         mode: Literal["inference", "sft"] = "inference",
+        prefill_activation_dtype: ActivationDtype | None = None,
         **overrides: Unpack[Overrides],
     ) -> MoEDecoder:
         """Load a Hugging Face checkpoint.
@@ -145,8 +151,15 @@ class MoEDecoder:
             computed with by a model that is loaded for training.
         mode : str
             ``inference`` or ``sft``, whose experts have adapters.
+        prefill_activation_dtype : {"bfloat16", "int8"} or dtype, optional
+            What experts take the first tokens of a sequence in, those that come with an empty cache, if that
+            is not the `activation_dtype` of its steps. A sequence then depends on where its prompt ends:
+            steps are not what one pass over all of it gives.
         **overrides
-            Any other parameter of `KTMoEWrapper`, e.g. ``cpuinfer_threads`` or ``lora_rank``.
+            Any other parameter of `KTMoEWrapper`, e.g. ``cpuinfer_threads`` or ``lora_rank``. Its
+            `activation_dtype` is that of whole sequences; the default is ``int8`` for layers in quantized
+            GGUF types, as llama.cpp computes them, and what the method takes for all others. With a
+            `weight_path` experts come from there, e.g. ``method="LLAMAFILE", weight_path="model.gguf"``.
 
         Returns
         -------
@@ -158,7 +171,7 @@ class MoEDecoder:
             No checkpoint there, or no adapter.
         ValueError
             A configuration that is not supported, a tensor that is missing or of another shape (names file
-            and tensor), or adapters of another model.
+            and tensor), adapters of another model, or a dtype of activations that a layer does not have.
         """
         path = EMBEDDED_MODEL if path is None else path
         config = DecoderConfig.from_pretrained(path)
@@ -174,7 +187,8 @@ class MoEDecoder:
         layers = []
         for i in range(config.num_layers):
             experts = _load_experts(path, i, method, mode, overrides)
-            layers.append(read_layer(checkpoint, config, i, experts))
+            dtypes = SequenceDtypes.of(experts, overrides.get("activation_dtype"), prefill_activation_dtype)
+            layers.append(read_layer(checkpoint, config, i, experts, dtypes))
         norm = read_tensor(checkpoint, "model.norm.weight", config.hidden_size)
         head = embedding
         if not config.tie_word_embeddings:
@@ -190,6 +204,7 @@ class MoEDecoder:
     def _summary(self) -> str:
         c = self.config
         experts = f"{c.num_experts} experts, {c.num_experts_per_tok} per token, {self.experts[0].method}"
+        experts += f" with {' or '.join(dict.fromkeys(self.activation_dtypes))} activations"
         waiting = f", {len(self._waiting)} forward passes saved" if self._waiting else ""
         return f"{c.num_layers} layers of {experts}; H={c.hidden_size}, {c.vocab_size} tokens{waiting}"
 
@@ -197,6 +212,11 @@ class MoEDecoder:
     def experts(self) -> list[BaseMoEWrapper | BaseSFTMoEWrapper]:
         """The experts of each layer."""
         return [layer.experts for layer in self._layers]
+
+    @property
+    def activation_dtypes(self) -> list[str]:
+        """What the experts of each layer take the activations of steps in: ``bfloat16`` or ``int8``."""
+        return [layer.dtypes.steps for layer in self._layers]
 
     def trained_experts(self) -> list[BaseSFTMoEWrapper]:
         """The experts of each layer, with adapters.

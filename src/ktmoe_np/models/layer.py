@@ -10,10 +10,12 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 
+from ..config import ActivationDtype
 from ..inference.base import BaseMoEWrapper
 from ..sft.base import BaseSFTMoEWrapper
 from ..sft.gradients import SFTGradients
 from ._arithmetic import Floats, rms_norm, rms_norm_backward
+from .activation_dtypes import SequenceDtypes
 from .attention import Attention, AttentionPass, Place
 from .cache import KVCache
 from .router import Route, Router
@@ -42,6 +44,7 @@ class DecoderLayer:
     expert_norm: Floats
     router: Router
     experts: BaseMoEWrapper | BaseSFTMoEWrapper
+    dtypes: SequenceDtypes
     seconds_in_experts: float = 0.0
 
     def forward(
@@ -62,13 +65,27 @@ class DecoderLayer:
             del kept  # its chances are large
         normed_middles = [rms_norm(x, self.expert_norm, self.eps) for x in middles]
         routes = [self.router.forward(x) for x in normed_middles]
-        parts = self._experts(normed_middles, routes, saved=tape is not None)
+        begins = [cache.length == 0 for cache in caches]
+        parts = self._experts(normed_middles, routes, begins, saved=tape is not None)
         if tape is not None:
             tape.append(LayerPass(list(hidden), passes, middles, routes))
         return [x + part for x, part in zip(middles, parts, strict=True)]
 
-    def _experts(self, hidden: list[Floats], routes: list[Route], saved: bool) -> list[Floats]:
-        """The outputs of the experts for the rows of all sequences, in one call."""
+    def _experts(
+        self, hidden: list[Floats], routes: list[Route], begins: list[bool], saved: bool
+    ) -> list[Floats]:
+        """The outputs of the experts for the rows of all sequences, in one call for each activation dtype."""
+        dtypes = [self.dtypes.prefill if begin else self.dtypes.steps for begin in begins]
+        outputs: dict[int, Floats] = {}
+        for dtype in dict.fromkeys(dtypes):
+            which = [i for i, other in enumerate(dtypes) if other == dtype]
+            parts = self._call([hidden[i] for i in which], [routes[i] for i in which], dtype, saved)
+            outputs |= dict(zip(which, parts, strict=True))
+        return [outputs[i] for i in range(len(hidden))]
+
+    def _call(
+        self, hidden: list[Floats], routes: list[Route], dtype: ActivationDtype, saved: bool
+    ) -> list[Floats]:
         rows = _together(hidden).astype(ml_dtypes.bfloat16)
         ids = _together([route.ids for route in routes])
         weights = _together([route.weights for route in routes])
@@ -76,9 +93,9 @@ class DecoderLayer:
         started = time.perf_counter()
         if saved:
             assert isinstance(self.experts, BaseSFTMoEWrapper)
-            self.experts.forward_sft(rows, ids, weights, out=out)
+            self.experts.forward_sft(rows, ids, weights, out=out, activation_dtype=dtype)
         else:
-            self.experts.forward(rows, ids, weights, out=out)
+            self.experts.forward(rows, ids, weights, out=out, activation_dtype=dtype)
         self.seconds_in_experts += time.perf_counter() - started
         return _split(out, hidden)
 

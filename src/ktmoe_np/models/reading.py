@@ -8,6 +8,7 @@ from ..inference.base import BaseMoEWrapper
 from ..io.safetensors.checkpoint import SafetensorsCheckpoint
 from ..sft.base import BaseSFTMoEWrapper
 from ._arithmetic import Floats
+from .activation_dtypes import SequenceDtypes
 from .attention import Attention
 from .config import DecoderConfig
 from .layer import DecoderLayer
@@ -32,7 +33,11 @@ def read_tensor(checkpoint: SafetensorsCheckpoint, name: str, *shape: int) -> Fl
 
 
 def read_layer(
-    checkpoint: SafetensorsCheckpoint, c: DecoderConfig, i: int, experts: BaseMoEWrapper | BaseSFTMoEWrapper
+    checkpoint: SafetensorsCheckpoint,
+    c: DecoderConfig,
+    i: int,
+    experts: BaseMoEWrapper | BaseSFTMoEWrapper,
+    dtypes: SequenceDtypes,
 ) -> DecoderLayer:
     """Read all of layer i but its experts."""
 
@@ -64,4 +69,5 @@ def read_layer(
         expert_norm=read("post_attention_layernorm.weight", c.hidden_size),
         router=router,
         experts=experts,
+        dtypes=dtypes,
     )

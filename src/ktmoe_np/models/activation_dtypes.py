@@ -1,0 +1,55 @@
+"""What the experts of a decoder take activations in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from ..config import ActivationDtype
+from ..formats.activation_blocks import default_in_models
+from ..formats.methods import find_method
+from ..inference.base import BaseMoEWrapper
+from ..layers.gguf import GgufWeights
+from ..sft.base import BaseSFTMoEWrapper
+
+__all__ = ["SequenceDtypes"]
+
+_Name: TypeAlias = Literal["bfloat16", "int8"]
+
+
+@dataclass(frozen=True)
+class SequenceDtypes:
+    """What the experts of a layer take the activations of a sequence in: ``bfloat16`` or ``int8``."""
+
+    prefill: _Name  #: with the first tokens, those that come with an empty cache
+    steps: _Name  #: with all later ones
+
+    @classmethod
+    def of(
+        cls,
+        experts: BaseMoEWrapper | BaseSFTMoEWrapper,
+        activation_dtype: ActivationDtype | None,
+        prefill_activation_dtype: ActivationDtype | None,
+    ) -> SequenceDtypes:
+        """Complete the dtypes that were asked for, of experts that were made with `activation_dtype`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A prefill dtype that is none, or that the products of the experts cannot have.
+        """
+        steps = experts.activation_dtype
+        if activation_dtype is None:
+            formats = experts.formats if isinstance(experts, GgufWeights) else {}
+            mode = "sft" if isinstance(experts, BaseSFTMoEWrapper) else "inference"
+            steps = default_in_models(find_method(experts.method, mode), formats)
+        try:
+            prefill = experts._dtype_of_call(prefill_activation_dtype)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"prefill_{error}") from None
+        return cls(_name(prefill or steps), _name(steps))
+
+
+def _name(name: str) -> _Name:
+    """A name, for the type checker."""
+    return "int8" if name == "int8" else "bfloat16"
