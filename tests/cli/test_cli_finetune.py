@@ -386,3 +386,21 @@ def test_letters_that_the_terminal_does_not_know(text: Path, tmp_path: Path) -> 
         PYTHONIOENCODING="ascii",
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_activations_in_int8_are_part_of_the_settings(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, options = tmp_path / "adapter", ("--steps=1", "--every=1", "--method=MOE_INT4", "--json")
+    assert finetune(text, out, *options, "--activation-dtype=int8") == 0
+    value = json.loads(capsys.readouterr().out)
+    assert (value["method"], value["activation_dtype"]) == ("MOE_INT4_SFT", "int8")
+    assert finetune(text, tmp_path / "bf16", *options) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert other["activation_dtype"] == "bfloat16"
+    assert 0 < abs(value["losses"][0] - other["losses"][0]) < 0.05
+    assert finetune(text, out, *options, "--activation-dtype=int8") == 0
+    capsys.readouterr()
+    assert finetune(text, out, *options) == 2
+    assert "was begun with activation_dtype 'int8', not None" in capsys.readouterr().err
+    assert finetune(text, tmp_path / "bf16", *options, "--activation-dtype=bfloat16") == 0

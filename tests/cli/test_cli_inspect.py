@@ -54,6 +54,9 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "formats": {"gate_proj": "bf16", "up_proj": "bf16", "down_proj": "bf16"},
         "method": "BF16",
         "group_size": None,
+        "int8_projections": [],
+        "activation_dtype": "bfloat16",
+        "model_activation_dtype": "bfloat16",
         "num_bytes": LAYER_BYTES,
         "token_bytes": LAYER_BYTES // 3,
     }
@@ -98,6 +101,7 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
         "Activation        silu",
         "Format            bf16",
         "Method            BF16",
+        "Activation dtype  bfloat16",
         "Bytes             73.7 kB per layer; 221 kB in all",
         "Read per token    24.6 kB per layer; 73.7 kB in all",
         "Memory            all experts fit in the 2 GB that this machine has",
@@ -155,6 +159,7 @@ def test_text_of_converted_layers_and_unknown_memory(
     assert "unknown model, files of ktmoe convert\n" in text
     assert "\nLayers            0-2 with experts\n" in text
     assert "\nFormat            int4_group32\nMethod            AMXINT4, groups of 32\n" in text
+    assert "\nActivation dtype  int8\n" in text
     assert text.endswith("\nMemory            unknown\n")
     assert report_of(target, capsys, "--no-measure")["fits_in_memory"] is None
 
@@ -165,6 +170,18 @@ def test_text_of_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     text = text_of(tmp_path, capsys)
     assert "qwen3moe, GGUF\n" in text
     assert "\nFormat            q4_0 of gate and up, bf16 of down\nMethod            LLAMAFILE\n" in text
+    dtypes = "bfloat16 (default of a layer) or int8 in gate and up (default of generate and eval)"
+    assert f"Activation dtype {dtypes}" in " ".join(text.split())
+    (layer, _) = report_of(tmp_path, capsys, "--no-measure")["layers"]
+    assert layer["int8_projections"] == ["gate_proj", "up_proj"]
+    assert (layer["activation_dtype"], layer["model_activation_dtype"]) == ("bfloat16", "int8")
+
+
+@pytest.mark.parametrize("encoding", ["rawint4", "mxfp8", "gptq"])
+def test_text_of_activation_dtypes(encoding: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_native(tmp_path, encoding)
+    said = "bfloat16" if encoding == "mxfp8" else "bfloat16 (default) or int8"
+    assert f"\nActivation dtype  {said}\n" in text_of(tmp_path, capsys)
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ def test_generate_streams_a_text_and_says_how_fast() -> None:
     text, facts = done.stdout.rsplit("\n\n", 1)
     assert text == f"{PROMPT} no more a m"
     assert facts.startswith("12 tokens, ")
-    assert "per second with BF16" in facts
+    assert "per second with BF16 and bfloat16 activations" in facts
     assert "in the experts" in facts
 
 
@@ -80,9 +80,58 @@ def test_eval_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--bytes=600", "--methods=BF16,MOE_INT4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"600 bytes of {EMBEDDED_TEXT}"
-    assert lines[1].split() == ["method", "bits", "per", "byte", "vs", "first"]
-    assert [line.split()[0] for line in lines[2:]] == ["BF16", "MOE_INT4"]
-    assert lines[2].split()[2] == "+0.0000"
+    assert lines[1].split() == ["method", "activations", "bits", "per", "byte", "vs", "first"]
+    assert [line.split()[:2] for line in lines[2:]] == [["BF16", "bfloat16"], ["MOE_INT4", "bfloat16"]]
+    assert lines[2].split()[3] == "+0.0000"
+
+
+def test_eval_measures_the_activation_dtypes_that_methods_have(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("eval", "--bytes=600", "--methods=BF16,AMXINT8,MOE_INT4")
+    rows = as_json(capsys, *options, "--activation-dtype=all")["methods"]
+    assert [(row["method"], row["activation_dtype"]) for row in rows] == [
+        ("BF16", "bfloat16"),
+        ("AMXINT8", "int8"),
+        ("MOE_INT4", "bfloat16"),
+        ("MOE_INT4", "int8"),
+    ]
+    bits = [row["bits_per_byte"] for row in rows]
+    assert len(set(bits)) == 4
+    assert max(bits) - min(bits) < 0.1
+    alone = as_json(capsys, "eval", "--bytes=600", "--methods=MOE_INT4", "--activation-dtype=int8")
+    assert [row["bits_per_byte"] for row in alone["methods"]] == bits[3:]
+    auto = as_json(capsys, "eval", "--bytes=600", "--methods=MOE_INT4", "--activation-dtype=auto")
+    assert [row["bits_per_byte"] for row in auto["methods"]] == bits[2:3]
+
+
+def test_experts_of_a_gguf_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf")
+    from decoders import write_gguf_experts
+
+    file = tmp_path / "experts.gguf"
+    write_gguf_experts(file, "q8_0")
+    value = as_json(capsys, "eval", "--bytes=600", f"--experts={file}", "--activation-dtype=auto,bfloat16")
+    rows = [(row["method"], row["activation_dtype"]) for row in value["methods"]]
+    assert rows == [("LLAMAFILE", "int8"), ("LLAMAFILE", "bfloat16")]
+    told = {
+        dtype: as_json(capsys, "generate", f"--experts={file}", "--tokens=8", f"--activation-dtype={dtype}")
+        for dtype in ("auto", "bfloat16", "int8")
+    }
+    assert {dtype: value["activation_dtype"] for dtype, value in told.items()} == {
+        "auto": "int8",
+        "bfloat16": "bfloat16",
+        "int8": "int8",
+    }
+    assert all(value["method"] == "LLAMAFILE" for value in told.values())
+
+
+def test_experts_that_were_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(EMBEDDED_MODEL), str(tmp_path / "int4"), "--method=MOE_INT4"]) == 0
+    capsys.readouterr()
+    options = ("eval", "--bytes=600", "--activation-dtype=int8")
+    (converted,) = as_json(capsys, *options, f"--experts={tmp_path / 'int4'}")["methods"]
+    (quantized,) = as_json(capsys, *options, "--methods=MOE_INT4")["methods"]
+    assert (converted["method"], converted["activation_dtype"]) == ("MOE_INT4", "int8")
+    assert converted["bits_per_byte"] == quantized["bits_per_byte"]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +142,11 @@ def test_eval_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "--method=NONE"], "NONE"),
         (["generate", "--temperature=-1"], "got '-1', expected a number from 0 to 100"),
         (["generate", "--temperature=hot"], "got 'hot', expected a number from 0 to 100"),
+        (["generate", "--activation-dtype=int8"], "got int8, expected bfloat16: bf16 weights are not"),
+        (["generate", "--activation-dtype=fp8"], "got 'fp8', expected auto, bfloat16 or int8"),
+        (["eval", "--activation-dtype=int8,fp8"], "got 'fp8', expected auto, bfloat16 or int8"),
+        (["eval", "--methods=BF16", "--activation-dtype=int8"], "got int8, expected bfloat16: bf16 weights"),
+        (["generate", "--experts=/nowhere"], "/nowhere"),
         (["generate", "--tokens=0"], "got '0', expected an integer of 1 or more"),
         (["eval", "--methods=BF16,"], "got 'BF16,', expected names with commas between them"),
         (["eval", "--text=/nowhere.txt"], "/nowhere.txt"),

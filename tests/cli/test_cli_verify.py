@@ -50,7 +50,7 @@ def test_verify_text(tmp_path: Path) -> None:
     assert done.stdout.startswith(f"Layer 1 of {tmp_path}\n16 experts, 4 per token, hidden size 1024,")
     assert re.search(r"^scalar +2 .* yes ", done.stdout, re.MULTILINE)
     said = " ".join(done.stdout.split())
-    assert "Method BF16, 1 thread; results of" in said
+    assert "Method BF16 with bfloat16 activations, 1 thread; results of" in said
     assert "Every result is within its bound; scalar runs 2 tokens at" in said
 
 
@@ -126,3 +126,14 @@ def test_verify_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         line = only_error(capsys)
         assert line.startswith("ktmoe verify: ")
         assert message in line
+
+
+@pytest.mark.parametrize("name", ["AMXINT8", "AMXINT4", "MOE_INT8", "MOE_INT4"])
+def test_verify_quantized_layers_in_int8(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path, "qwen3_moe", [0], E=4, I=32, H=160)
+    arguments = ["verify", str(tmp_path), "--json", "--tokens=1,40", "--activation-dtype=int8", *QUICK]
+    assert main([*arguments, f"--method={name}"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["within_bound"], report["method"], report["activation_dtype"]) == (True, name, "int8")

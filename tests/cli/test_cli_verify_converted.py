@@ -118,3 +118,12 @@ def test_verify_errors(target: Path, capsys: pytest.CaptureFixture[str]) -> None
         path.write_text(json.dumps({**whole, **change}))
         assert main(["verify", str(target)]) == 2
         assert message in only_error(capsys)
+
+
+def test_verify_computes_nothing_with_converted_files(
+    target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(target), "--activation-dtype=int8"]) == 2
+    line = only_error(capsys)
+    assert f"--activation-dtype: got int8, expected auto: {target} was written by 'ktmoe convert'" in line
+    assert main(["verify", str(target), "--activation-dtype=auto"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ktmoe_np.cli.expert_source import open_layer
 from ktmoe_np.formats.encodings import NATIVE_FORMATS
 from ktmoe_np.inference import BaseMoEWrapper
 from ktmoe_np.reference import decode_gguf
+from ktmoe_np.reference.integer_encodings import INTEGERS
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("leave_no_engine")]
 
@@ -75,12 +77,12 @@ def verified(capsys: pytest.CaptureFixture[str], path: Path, *arguments: str, st
     return json.loads(capsys.readouterr().out)
 
 
-def assert_right(report: dict[str, Any], method: str, weight_bytes: int) -> None:
+def assert_right(report: dict[str, Any], method: str, weight_bytes: int, largest_bound: float = 0.2) -> None:
     assert report["within_bound"]
     assert (report["method"], report["layer"], report["weight_bytes"]) == (method, LAYER, weight_bytes)
     assert report["checked_experts"] == report["num_experts"] == E
     for row, num_experts in zip(report["rows"], (P, E), strict=True):
-        assert 0 <= row["error"] <= row["bound"] < 0.2  # a bound that says something
+        assert 0 <= row["error"] <= row["bound"] < largest_bound  # a bound that says something
         assert row["gb_per_s"] * row["ms"] == pytest.approx(weight_bytes / E * num_experts / 1e6)
         assert row["of_limit"] > 0
 
@@ -135,12 +137,52 @@ def test_verify_gguf_models_of_other_layouts(tmp_path: Path, capsys: pytest.Capt
         assert_right(verified(capsys, tmp_path / naming), "LLAMAFILE", weight_bytes)
 
 
+@pytest.mark.parametrize("encoding", [name for name, (method, *_) in ENCODINGS.items() if method in INTEGERS])
+def test_verify_native_checkpoints_in_int8(
+    encoding: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_native(tmp_path, encoding)
+    fmt = NATIVE_FORMATS[ENCODINGS[encoding][0].lower()]
+    report = verified(capsys, tmp_path, "--activation-dtype=int8")
+    assert_right(report, ENCODINGS[encoding][0], E * (2 * fmt.matrix_bytes(I, H) + fmt.matrix_bytes(H, I)))
+    assert report["activation_dtype"] == "int8"
+
+
+@pytest.mark.parametrize(("gate_up", "down"), GGUF_TYPES)
+def test_verify_gguf_models_in_int8(
+    gate_up: str, down: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = write_model(tmp_path, gate_up, down)
+    report = verified(capsys, tmp_path, "--activation-dtype=int8")
+    weight_bytes = sum(array.nbytes for array in layer.matrices.values())
+    assert_right(report, "LLAMAFILE", weight_bytes, 0.3)  # codes of the intermediate may differ by one
+    assert report["activation_dtype"] == "int8"
+
+
+@pytest.mark.parametrize("write", [partial(write_native, encoding="rawint4"), write_gguf])
+def test_verify_tells_int8_activations_from_bf16(
+    write: Callable[[Path], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write(tmp_path)
+    right = BaseMoEWrapper.forward
+    monkeypatch.setattr(
+        BaseMoEWrapper,
+        "forward",
+        lambda self, x, ids, w: right(self, x, ids, w, activation_dtype="bfloat16"),
+    )
+    assert not verified(capsys, tmp_path, "--activation-dtype=int8", status=1)["within_bound"]
+    assert verified(capsys, tmp_path, "--activation-dtype=bfloat16")["within_bound"]
+
+
 def test_verify_text_of_a_native_checkpoint(tmp_path: Path) -> None:
     write_native(tmp_path, "rawint4")
     done = run_ktmoe("verify", tmp_path, "--tokens=2", "--threads=1", *QUICK)
     assert (done.returncode, done.stderr) == (0, "")
     said = " ".join(done.stdout.split())
-    assert "Method RAWINT4, 1 thread; results of 3 experts compared" in said
+    assert "Method RAWINT4 with bfloat16 activations, 1 thread; results of 3 experts compared" in said
     assert "Every result is within its bound" in said
 
 
@@ -238,6 +280,13 @@ def test_verify_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (model, ["--method=FP5"], "method: got 'FP5'"),
         (model, ["--layer=0"], f"layer 0 {other}"),
         (tmp_path / "nowhere.gguf", [], "no such file or directory"),
+        (paths["fp8"], ["--activation-dtype=int8"], "activation_dtype: got int8, expected bfloat16: fp8"),
+        (
+            paths["plain"],
+            ["--activation-dtype=bfloat16", "--method=AMXINT8"],
+            "expected int8: the method multiplies int8 activations; MOE_INT8 and MOE_INT4 take the same",
+        ),
+        (paths["plain"], ["--activation-dtype=int4"], "got 'int4', expected auto, bfloat16 or int8"),
     ]:
         assert main(["verify", str(path), *arguments]) == 2
         line = only_error(capsys)

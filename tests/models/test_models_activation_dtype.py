@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoints import write_checkpoint
 from decoders import assert_same_but_for_roundings, logits_of, write_gguf_experts
 
 from ktmoe_np.models import MoEDecoder, bits_per_token, loss_and_gradients
@@ -26,7 +27,7 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(gguf_file: Path, **options: Any) -> MoEDecoder:
-    return MoEDecoder.from_pretrained(method="LLAMAFILE", weight_path=gguf_file, **options)
+    return MoEDecoder.from_pretrained(experts_path=gguf_file, **options)
 
 
 def steps_of(model: MoEDecoder, text: bytes, num_prompt: int = 1) -> Any:
@@ -145,3 +146,42 @@ def test_what_is_no_dtype() -> None:
         TypeError, match=r"^prefill_activation_dtype: got 3\.5, expected None, 'bfloat16' or 'int8'$"
     ):
         MoEDecoder.from_pretrained(prefill_activation_dtype=3.5)  # type: ignore[call-overload]
+
+
+def test_a_loaded_model_changes_its_dtype(gguf_file: Path) -> None:
+    model = load(gguf_file)
+    model.set_activation_dtype("bfloat16")
+    assert model.activation_dtypes == ["bfloat16"] * 4
+    bf16 = logits_of(load(gguf_file, activation_dtype="bfloat16"), TEXT)
+    assert logits_of(model, TEXT).tobytes() == bf16.tobytes()
+    model.set_activation_dtype()
+    assert model.activation_dtypes == ["int8"] * 4
+    plain = MoEDecoder.from_pretrained()
+    with pytest.raises(ValueError, match=r"^activation_dtype: got int8, expected bfloat16: bf16 weights"):
+        plain.set_activation_dtype("int8")
+    assert plain.activation_dtypes == ["bfloat16"] * 4
+
+
+def test_layers_say_what_they_can_take(gguf_file: Path) -> None:
+    both = ("bfloat16", "int8")
+    for options, dtypes in (
+        ({"experts_path": gguf_file}, both),
+        ({"method": "MOE_INT4"}, both),
+        ({"method": "AMXINT8"}, ("int8",)),
+        ({"method": "BF16"}, ("bfloat16",)),
+    ):  # type: dict[str, Any], tuple[str, ...]
+        model = MoEDecoder.from_pretrained(**options)
+        assert [experts.activation_dtypes for experts in model.experts] == [dtypes] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "got", "expected"),
+    [("hidden_size", 32, 256), ("num_experts", 8, 16), ("num_experts_per_tok", 2, 4)],
+)
+def test_experts_of_another_model(name: str, got: int, expected: int, tmp_path: Path) -> None:
+    sizes = {"num_experts": 16, "num_experts_per_tok": 4, "hidden_size": 256, name: got}
+    shape = {"E": sizes["num_experts"], "I": 64, "H": sizes["hidden_size"]}
+    per_token = sizes["num_experts_per_tok"]
+    write_checkpoint(tmp_path, "qwen3_moe", [0], **shape, num_experts_per_tok=per_token)
+    with pytest.raises(ValueError, match=rf"{name} of layer 0: got {got}, expected {expected}$"):
+        MoEDecoder.from_pretrained(experts_path=tmp_path)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import Literal, TypeAlias, cast
+
+from ..config.activation_dtype import ACTIVATION_DTYPES
 
 __all__ = [
     "Count",
+    "Dtype",
+    "activation_dtype",
+    "activation_dtypes",
     "counts",
     "counts_from_0",
     "duration",
@@ -16,6 +22,11 @@ __all__ = [
     "temperature",
     "utf8",
 ]
+
+#: What a command computes activations in; None is the default of the layer or the model.
+Dtype: TypeAlias = Literal["bfloat16", "int8"] | None
+
+_AUTO = "auto"
 
 #: More than any model has, so that a mistyped range is said to be one.
 _MAX_LAYERS = 100_000
@@ -73,6 +84,19 @@ def method_names(text: str) -> list[str]:
     if not all(found):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected names with commas between them")
     return found
+
+
+def activation_dtype(text: str) -> Dtype:
+    """Argument type: auto, bfloat16 or int8."""
+    if text not in (_AUTO, *ACTIVATION_DTYPES):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {_AUTO}, {' or '.join(ACTIVATION_DTYPES)}")
+    return None if text == _AUTO else cast(Dtype, text)
+
+
+def activation_dtypes(text: str) -> list[Dtype]:
+    """Argument type: such names with commas between them, or all, which is bfloat16 and int8."""
+    names = ACTIVATION_DTYPES if text == "all" else text.split(",")
+    return list(dict.fromkeys(map(activation_dtype, names)))
 
 
 def utf8(text: str) -> str:

@@ -11,6 +11,8 @@ from ..models import EMBEDDED_MODEL, EMBEDDED_TEXT
 from . import convert, demo, evaluate, finetune, finetune_demo, generate, info, inspect, measure, verify
 from .arguments import (
     Count,
+    activation_dtype,
+    activation_dtypes,
     counts,
     counts_from_0,
     duration,
@@ -62,8 +64,10 @@ _EVAL = (
     "Prints bits per byte (lower is better) with the experts computed by several methods: what quantizing "
     "them costs."
 )
-#: What `eval` compares unless it is told.
-_EVALUATED = ["BF16", "AMXINT8", "AMXINT4", "MOE_INT4"]
+#: Defaults of activation dtypes.
+_OF_LAYERS = "int8 with AMXINT8 and AMXINT4, else bfloat16"
+_OF_MODELS = "int8 with AMXINT8, AMXINT4 and quantized GGUF types, else bfloat16"
+
 _FINETUNE = (
     "Adapters of all experts are trained on nine tenths of the text; the last tenth is held out. The "
     "output directory gets the adapters in PEFT's format, the losses as CSV and as a picture, and a state: "
@@ -148,6 +152,8 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
     _add_model(command)
     command.add_argument("--prompt", type=utf8, default="In the beginning", help="default: %(default)s")
     _add_method(command)
+    _add_experts(command)
+    _add_activation_dtype(command, _OF_MODELS)
     command.add_argument("--tokens", type=Count(1), default=200, metavar="N", help="at most (default 200)")
     command.add_argument(
         "--temperature",
@@ -171,9 +177,18 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
     command.add_argument(
         "--methods",
         type=method_names,
-        default=_EVALUATED,
         metavar="M,...",
-        help=f"default {','.join(_EVALUATED)}",
+        help=f"default {','.join(evaluate.METHODS)}; with --experts that of the file",
+    )
+    _add_experts(command)
+    command.add_argument(
+        "--activation-dtype",
+        type=activation_dtypes,
+        default=[None],
+        metavar="D,...",
+        help="dtypes of activations in the experts' products: some of auto, bfloat16 and int8, or all, which "
+        "is the latter two; of several, each method is measured with those that it has. "
+        f"auto (default): {_OF_MODELS}",
     )
     _add_adapter(command)
     _add_threads_and_json(command)
@@ -187,6 +202,7 @@ def _add_finetune(add: Callable[..., _Parser]) -> None:
     _add_text(command)
     command.add_argument("--out", default="ktmoe-adapter", metavar="DIR", help="default %(default)s")
     _add_method(command)
+    _add_activation_dtype(command, _OF_MODELS)
     command.add_argument("--steps", type=Count(1), default=200, metavar="N", help="in all (default 200)")
     command.add_argument(
         "--rank", type=Count(1), default=16, metavar="R", help="of the adapters (default 16)"
@@ -231,6 +247,23 @@ def _add_text(command: argparse.ArgumentParser) -> None:
 
 def _add_method(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", help="how to compute the experts; default what they are encoded in")
+
+
+def _add_experts(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--experts",
+        metavar="PATH",
+        help="take the experts from here: a GGUF model, or a directory that 'ktmoe convert' has written",
+    )
+
+
+def _add_activation_dtype(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument(
+        "--activation-dtype",
+        type=activation_dtype,
+        metavar="{auto,bfloat16,int8}",
+        help=f"dtype of activations in the experts' products. auto (default): {default}",
+    )
 
 
 def _add_adapter(command: argparse.ArgumentParser) -> None:
@@ -288,6 +321,7 @@ def _add_checkpoint_commands(add: Callable[..., _Parser]) -> None:
         help="layer (default: the first with experts; in converted directories, all)",
     )
     command.add_argument("--method", help="how to compute; default what the checkpoint is encoded in")
+    _add_activation_dtype(command, _OF_LAYERS)
     command.add_argument(
         "--tokens", type=counts, default=[1, 16, 256], metavar="T,...", help="batch sizes (default 1,16,256)"
     )

@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 
 from ..models import MoEDecoder, bits_per_token, load_tokenizer
+from .arguments import Dtype
 from .progress import Progress
 from .terminal import say, say_json
 
-__all__ = ["run"]
+__all__ = ["METHODS", "run"]
+
+#: What is compared unless it is told.
+METHODS = ("BF16", "AMXINT8", "AMXINT4", "MOE_INT4")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -24,20 +28,40 @@ def run(arguments: argparse.Namespace) -> int:
     tokens = np.array(load_tokenizer(path).encode(text))
     if len(tokens) < 2:
         raise ValueError(f"{file}: got {len(tokens)} tokens, expected at least 2")
+    methods = arguments.methods or ([None] if arguments.experts else METHODS)
     rows = []
-    with Progress(len(arguments.methods), "evaluating") as progress:
-        for method in arguments.methods:
-            progress.step(method)
-            model = MoEDecoder.from_pretrained(
-                path, method, adapter=arguments.adapter, cpuinfer_threads=arguments.threads
-            )
-            rows.append(_measure(model, method, tokens, num_bytes))
+    with Progress(len(methods), "evaluating") as progress:
+        for method in methods:
+            progress.step(method or arguments.experts)
+            model = _load(arguments, method)
+            for dtype in _chosen(model, arguments.activation_dtype):
+                model.set_activation_dtype(dtype)
+                rows.append(_measure(model, tokens, num_bytes))
     value = {"model": str(path), "text": str(file), "bytes": num_bytes, "methods": rows}
     if arguments.json:
         say_json(value)
     else:
         say(_table(value))
     return 0
+
+
+def _load(arguments: argparse.Namespace, method: str | None) -> MoEDecoder:
+    return MoEDecoder.from_pretrained(
+        arguments.path,
+        method,
+        adapter=arguments.adapter,
+        experts_path=arguments.experts,
+        cpuinfer_threads=arguments.threads,
+    )
+
+
+def _chosen(model: MoEDecoder, dtypes: list[Dtype]) -> list[Dtype]:
+    """Of several dtypes those that a model has; a single one is refused by the model itself."""
+    if len(dtypes) == 1:
+        return dtypes
+    return [
+        d for d in dtypes if d is None or all(d in experts.activation_dtypes for experts in model.experts)
+    ]
 
 
 def _beginning(file: Path, num_bytes: int) -> str:
@@ -52,11 +76,12 @@ def _beginning(file: Path, num_bytes: int) -> str:
         return data[: error.start].decode()
 
 
-def _measure(model: MoEDecoder, method: str, tokens: Any, num_bytes: int) -> dict[str, Any]:
+def _measure(model: MoEDecoder, tokens: Any, num_bytes: int) -> dict[str, Any]:
     started = time.perf_counter()
     bits = bits_per_token(model, tokens)
     return {
-        "method": method,
+        "method": model.experts[0].method,
+        "activation_dtype": model.activation_dtypes[0],
         "bits_per_byte": bits * len(tokens) / num_bytes,
         "seconds": time.perf_counter() - started,
     }
@@ -66,9 +91,9 @@ def _table(value: dict[str, Any]) -> str:
     first = value["methods"][0]["bits_per_byte"]
     lines = [
         f"{value['bytes']} bytes of {value['text']}",
-        f"{'method':<16}{'bits per byte':>14}{'vs first':>10}",
+        f"{'method':<16}{'activations':<12}{'bits per byte':>14}{'vs first':>10}",
     ]
     for row in value["methods"]:
-        excess = row["bits_per_byte"] - first
-        lines.append(f"{row['method']:<16}{row['bits_per_byte']:>14.4f}{excess:>+10.4f}")
+        excess, dtype = row["bits_per_byte"] - first, row["activation_dtype"]
+        lines.append(f"{row['method']:<16}{dtype:<12}{row['bits_per_byte']:>14.4f}{excess:>+10.4f}")
     return "\n".join(lines)

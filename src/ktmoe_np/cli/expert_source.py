@@ -22,8 +22,11 @@ from ..io.layer_config import layer_config
 from ..io.layouts.layer import layers_with
 from ..io.mapped import MappedFiles
 from ..io.native import load_native, native_method
-from ..reference import decode_gguf
+from ..reference import decode_gguf, integers_of_gguf
+from ..reference.gguf import BLOCK_TYPES
+from ..reference.integer_encodings import INTEGERS
 from ..reference.native import DECODERS
+from .arguments import Dtype
 from .quantized_reference import quantize_matrices
 
 __all__ = ["ExpertSource", "GgufSource", "Layer", "NativeSource", "TensorSource", "open_layer"]
@@ -50,15 +53,19 @@ class TensorSource:
         What the weights are quantized to before they are used.
     product : str
         Of `moe_forward`.
+    activation_dtype : str, optional
+        Likewise.
     """
 
     tensors: ExpertWeights
     fmt: QuantizedFormat | None = None
     product: str = "bfloat16"
+    activation_dtype: Dtype = None
 
     def arguments(self, experts: Sequence[int]) -> dict[str, Any]:
         """See `ExpertSource`."""
-        made = {"product": self.product, "up_proj": None, **_biases(self.tensors.biases, experts)}
+        made: dict[str, Any] = {"up_proj": None, **_biases(self.tensors.biases, experts)}
+        made |= {"product": self.product, "activation_dtype": self.activation_dtype}
         for name, projection in self.tensors.projections.items():
             made[name] = self._encoded([projection.codes[e] for e in experts])
         return made
@@ -73,20 +80,24 @@ class NativeSource:
     """Codes and scales of a Hugging Face checkpoint."""
 
     experts: ExpertWeights
+    activation_dtype: Dtype = None
 
     def arguments(self, experts: Sequence[int]) -> dict[str, Any]:
         """See `ExpertSource`."""
         assert self.experts.method is not None
         assert self.experts.group_size is not None
-        decode, group = DECODERS[self.experts.method], self.experts.group_size
+        in_int8 = self.activation_dtype == "int8"
+        decode = (INTEGERS if in_int8 else DECODERS)[self.experts.method]
         made: dict[str, Any] = {"up_proj": None, **_biases(self.experts.biases, experts)}
+        made["activation_dtype"] = self.activation_dtype
         for name, projection in self.experts.projections.items():
             assert projection.scales is not None
             MappedFiles([projection.codes, projection.scales]).check()
             codes = np.stack([projection.codes[e] for e in experts])
             scale = np.stack([projection.scales[e] for e in experts])
             factors = projection.global_scale
-            made[name] = decode(codes, scale, None if factors is None else factors[experts], group)
+            factors = None if factors is None else factors[experts]
+            made[name] = decode(codes, scale, factors, self.experts.group_size)
         return made
 
 
@@ -95,14 +106,17 @@ class GgufSource:
     """Blocks of a GGUF model; each projection has its own type."""
 
     experts: ExpertWeights
+    activation_dtype: Dtype = None
 
     def arguments(self, experts: Sequence[int]) -> dict[str, Any]:
         """See `ExpertSource`."""
         made: dict[str, Any] = {"up_proj": None, **_biases(self.experts.biases, experts)}
         for name, projection in self.experts.projections.items():
             MappedFiles([projection.codes]).check()
-            made[name] = decode_gguf(np.stack([projection.codes[e] for e in experts]), str(projection.format))
-        return made
+            blocks, fmt = np.stack([projection.codes[e] for e in experts]), str(projection.format)
+            in_int8 = self.activation_dtype == "int8" and fmt in BLOCK_TYPES
+            made[name] = integers_of_gguf(blocks, fmt) if in_int8 else decode_gguf(blocks, fmt)
+        return made | {"activation_dtype": self.activation_dtype}
 
 
 def _biases(biases: Mapping[str, Array], experts: Sequence[int]) -> dict[str, Array]:
@@ -119,7 +133,9 @@ class Layer(NamedTuple):
     experts: ExpertSource
 
 
-def open_layer(path: Path, layer_idx: int | None, method: str | None) -> Layer:
+def open_layer(
+    path: Path, layer_idx: int | None, method: str | None, activation_dtype: Dtype = None
+) -> Layer:
     """Find a layer, and what its experts are to `method`, as `KTMoEWrapper.from_pretrained` does.
 
     Parameters
@@ -130,6 +146,8 @@ def open_layer(path: Path, layer_idx: int | None, method: str | None) -> Layer:
         None takes the first layer with experts.
     method : str, optional
         Of mode ``inference``; None takes what the layer is encoded in.
+    activation_dtype : str, optional
+        One that the layer has; None takes the method's own.
 
     Raises
     ------
@@ -140,19 +158,19 @@ def open_layer(path: Path, layer_idx: int | None, method: str | None) -> Layer:
         than the configuration says.
     """
     opened = _open_gguf if is_gguf(path) else _open_safetensors
-    return opened(path, layer_idx, method)
+    return opened(path, layer_idx, method, activation_dtype)
 
 
-def _open_gguf(path: Path, layer_idx: int | None, method: str | None) -> Layer:
+def _open_gguf(path: Path, layer_idx: int | None, method: str | None, dtype: Dtype) -> Layer:
     if find_method(method or "LLAMAFILE", "inference").weights != "gguf":
         raise ValueError(f"method: got {method!r}, expected 'LLAMAFILE': {path} is GGUF")
     checkpoint = GgufCheckpoint.shared(path)
     layer = _choose(path, gguf_layers(checkpoint), layer_idx)
     config = gguf_config(checkpoint, layer)
-    return Layer(config, GgufSource(load_gguf(checkpoint, layer, config)))
+    return Layer(config, GgufSource(load_gguf(checkpoint, layer, config), dtype))
 
 
-def _open_safetensors(path: Path, layer_idx: int | None, method: str | None) -> Layer:
+def _open_safetensors(path: Path, layer_idx: int | None, method: str | None, dtype: Dtype) -> Layer:
     find_method(method, "inference")  # an unknown one is told before the files are looked at
     checkpoint = SafetensorsCheckpoint.shared(path)
     layer = _choose(path, layers_with(checkpoint, known_templates()), layer_idx)
@@ -162,7 +180,7 @@ def _open_safetensors(path: Path, layer_idx: int | None, method: str | None) -> 
     if found.weights == "gguf":
         raise ValueError(f"method: got {method!r}, which reads GGUF: {path} is none")
     if found.weights in NATIVE_FORMATS:
-        return Layer(config, NativeSource(load_native(checkpoint, layer, config, found.name)))
+        return Layer(config, NativeSource(load_native(checkpoint, layer, config, found.name), dtype))
     if native is not None:
         raise ValueError(
             f"{path}: the experts of layer {layer}: got {native}, "
@@ -170,7 +188,8 @@ def _open_safetensors(path: Path, layer_idx: int | None, method: str | None) -> 
         )
     fmt = found.formats.get(found.resolve_group_size(None))
     tensors = load_experts(checkpoint, layer, config)
-    return Layer(config, TensorSource(tensors, None if fmt is None else FORMATS[fmt], found.product))
+    quantized = None if fmt is None else FORMATS[fmt]
+    return Layer(config, TensorSource(tensors, quantized, found.product, dtype))
 
 
 def _choose(path: Path, layers: Sequence[int], layer_idx: int | None) -> int:

@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         lora_alpha=2.0 * arguments.rank if arguments.alpha is None else arguments.alpha,
         seed=arguments.seed,
         cpuinfer_threads=arguments.threads,
+        activation_dtype=arguments.activation_dtype,
     )
     text = read_training_text(Path(arguments.text), tokenizer, arguments.window, model.config.vocab_size)
     training = TrainingRun(arguments, model, tokenizer, text)
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"from {state_path(Path(arguments.out))}"
         )
         raise KeyboardInterrupt
-    value = _report(arguments, training, model.experts[0].method)
+    value = _report(arguments, training, model)
     if arguments.json:
         say_json(value)
     else:
@@ -49,14 +50,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _report(arguments: argparse.Namespace, training: TrainingRun, method: str) -> dict[str, Any]:
+def _report(arguments: argparse.Namespace, training: TrainingRun, model: MoEDecoder) -> dict[str, Any]:
     course = training.course
     return {
         "model": str(arguments.path),
         "text": str(arguments.text),
         "out": str(arguments.out),
         "drawn": training.drawn,
-        "method": method,
+        "method": model.experts[0].method,
+        "activation_dtype": model.activation_dtypes[0],
         "rank": arguments.rank,
         "num_parameters": sum(value.size for value in training.parameters.values()),
         "steps": course.num_steps,

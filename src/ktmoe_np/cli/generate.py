@@ -23,7 +23,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--prompt: got an empty text, expected at least one token")
     stop = load_stop_tokens(arguments.path)
     model = MoEDecoder.from_pretrained(
-        arguments.path, arguments.method, adapter=arguments.adapter, cpuinfer_threads=arguments.threads
+        arguments.path,
+        arguments.method,
+        adapter=arguments.adapter,
+        experts_path=arguments.experts,
+        cpuinfer_threads=arguments.threads,
+        activation_dtype=arguments.activation_dtype,
     )
     tokens: list[int] = []
     started = time.perf_counter()
@@ -47,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         "prompt": arguments.prompt,
         "text": tokenizer.decode(tokens),
         "method": model.experts[0].method,
+        "activation_dtype": model.activation_dtypes[0],
         "tokens": len(tokens),
         "seconds": seconds,
         "tokens_per_s": len(tokens) / seconds,
@@ -56,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         say_json(value)
     else:
         say(
-            f"\n\n{value['tokens']} tokens, {value['tokens_per_s']:.1f} per second with {value['method']}; "
+            f"\n\n{value['tokens']} tokens, {value['tokens_per_s']:.1f} per second with {value['method']} "
+            f"and {value['activation_dtype']} activations; "
             f"{value['experts_of_time']:.0%} of the time in the experts"
         )
     return 0

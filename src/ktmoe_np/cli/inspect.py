@@ -77,6 +77,9 @@ def _layer_as_json(layer: LayerReport) -> dict[str, Any]:
         "formats": dict(layer.formats),
         "method": layer.method,
         "group_size": layer.group_size,
+        "int8_projections": list(layer.int8_projections),
+        "activation_dtype": layer.activation_dtype,
+        "model_activation_dtype": layer.model_activation_dtype,
         "num_bytes": layer.num_bytes,
         "token_bytes": layer.token_bytes,
     }
@@ -112,6 +115,7 @@ def _facts(report: CheckpointReport, value: dict[str, Any]) -> list[tuple[str, s
         ("Activation", lambda layer: layer.config.activation.name),
         ("Format", _format),
         ("Method", _method),
+        ("Activation dtype", _activation_dtype),
         ("Bytes", lambda layer: f"{_amount(layer.num_bytes)} per layer"),
         ("Read per token", lambda layer: f"{_amount(layer.token_bytes)} per layer"),
     ]
@@ -169,6 +173,19 @@ def _format(layer: LayerReport) -> str:
 
 def _method(layer: LayerReport) -> str:
     return layer.method if layer.group_size is None else f"{layer.method}, groups of {layer.group_size}"
+
+
+def _activation_dtype(layer: LayerReport) -> str:
+    """Say what products can take activations in, and what they do by default."""
+    projections = layer.int8_projections
+    if layer.activation_dtype == "int8" or not projections:
+        return layer.activation_dtype
+    said = "int8"
+    if len(projections) < len(layer.formats):
+        said += f" in {' and '.join(name.removesuffix('_proj') for name in projections)}"
+    if layer.model_activation_dtype == "int8":
+        return f"bfloat16 (default of a layer) or {said} (default of generate and eval)"
+    return f"bfloat16 (default) or {said}"
 
 
 def _memory(report: CheckpointReport, value: dict[str, Any]) -> str:

@@ -99,7 +99,7 @@ def measure(
 
 def _limits(layer: BaseMoEWrapper) -> dict[str, float]:
     """Rates that the machine allows at this moment."""
-    limits = ext.measure_limits(layer.cpu_infer, _LIMIT_SECONDS)
+    limits = ext.measure_limits(layer.cpu_infer, _LIMIT_SECONDS, product=layer.activation_dtype)
     return {name: rate for name, rate in limits.items() if name.endswith("_per_s")}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..arrays.checks import Array
-from ..formats.methods import find_method, main_name
+from ..formats.methods import Method, find_method, main_name
 from ..io.safetensors.writer import remove_leftovers
 from ..models import MoEDecoder, Tokenizer, bits_per_token, generate, load_stop_tokens, loss_and_gradients
 from ..sft.adapters import export_peft
@@ -35,6 +35,12 @@ __all__ = ["TrainingRun"]
 
 #: The sample: numbers of prompt tokens and of new tokens, and the temperature.
 _PROMPT_TOKENS, _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE = 48, 160, 0.5
+
+
+def _other_dtypes(model: MoEDecoder, method: Method) -> str | None:
+    """What experts take activations in, None for the method's own: states of before there was a choice."""
+    dtypes = dict.fromkeys(model.activation_dtypes)
+    return None if list(dtypes) == [method.product] else ", ".join(dtypes)
 
 
 class TrainingRun:
@@ -98,6 +104,7 @@ class TrainingRun:
             "optimizer": arguments.optimizer,
             "seed": arguments.seed,
             "prompt": given,
+            "activation_dtype": _other_dtypes(model, method),
         }
         self.course = Course()
         self.drawn = False

@@ -28,15 +28,16 @@ def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
     if not is_gguf(path) and manifest_path(path).exists():
         return verify_quantized.run(arguments)
-    busy = busy_note()
-    config, experts = open_layer(path, arguments.layer, arguments.method)
+    busy, dtype = busy_note(), arguments.activation_dtype
+    config, experts = open_layer(path, arguments.layer, arguments.method, dtype)
+    if dtype is not None:
+        _load(arguments, config.layer_idx)  # it refuses what the layer does not have, before the reference
     with Progress(3 + len(arguments.tokens)) as progress:
         progress.step("asking the reference")
         sample = draw_sample(config, experts_in_time(config, experts, arguments.check_seconds))
         expected = Expected(sample, config, experts)
         del experts  # where a layout had to be copied, one copy is enough
-        options = {"method": arguments.method, "cpuinfer_threads": arguments.threads}
-        moe = KTMoEWrapper.from_pretrained(path, config.layer_idx, **options)
+        moe = _load(arguments, config.layer_idx)
         run = measure([moe], sample, arguments.tokens, arguments.seconds, progress.step)
     about = _describe(moe, path) | {"threads": run.threads, "checked_experts": expected.num_experts}
     limits = machine_limits([run])
@@ -47,6 +48,16 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         say(_text(about, rows, limits, busy))
     return 0 if right else 1
+
+
+def _load(arguments: argparse.Namespace, layer_idx: int) -> BaseMoEWrapper:
+    return KTMoEWrapper.from_pretrained(
+        arguments.path,
+        layer_idx,
+        arguments.method,
+        cpuinfer_threads=arguments.threads,
+        activation_dtype=arguments.activation_dtype,
+    )
 
 
 def _describe(moe: BaseMoEWrapper, path: Path) -> dict[str, Any]:
@@ -61,6 +72,7 @@ def _describe(moe: BaseMoEWrapper, path: Path) -> dict[str, Any]:
         "activation": config.activation.name,
         "weight_bytes": moe.expert_bytes * config.num_experts,  # as they are computed with, scales included
         "method": moe.method,
+        "activation_dtype": moe.activation_dtype,
     }
 
 
@@ -68,7 +80,8 @@ def _text(about: dict[str, Any], rows: Sequence[Row], limits: dict[str, Any], bu
     sizes = (
         f"{about['num_experts']} experts, {about['num_experts_per_tok']} per token, hidden size "
         f"{about['hidden_size']}, intermediate size {about['moe_intermediate_size']}, {about['activation']}; "
-        f"{about['weight_bytes'] / 1e6:.3g} MB. Method {about['method']}, "
+        f"{about['weight_bytes'] / 1e6:.3g} MB. Method {about['method']} with {about['activation_dtype']} "
+        "activations, "
         f"{counted(about['threads'], 'thread')}; results of {about['checked_experts']} experts compared with "
         "the NumPy reference."
     )

@@ -37,6 +37,11 @@ _SAME = 1e-6
 def run(arguments: argparse.Namespace) -> int:
     """Check the layers; 0 when every file is whole and as exact as recorded, else 1."""
     path = Path(arguments.path)
+    if arguments.activation_dtype is not None:
+        raise ValueError(
+            f"--activation-dtype: got {arguments.activation_dtype}, expected auto: {path} was written by "
+            "'ktmoe convert', whose files are compared, not computed with"
+        )
     manifest = read_manifest(path)
     method = find_quantizing(manifest.method)
     fmt = FORMATS[method.formats[method.resolve_group_size(manifest.group_size)]]

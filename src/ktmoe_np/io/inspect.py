@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..config import MoEConfig
 from ..config.hf import read_hf_model
+from ..formats.activation_blocks import default_in_models, integer_projections
 from ..formats.methods import Method, find_method
 from ..formats.quantized import FORMATS
 from .converted.layer import find_quantized, open_quantized, projection_sizes, quantized_layers
@@ -56,6 +57,21 @@ class LayerReport:
     def token_bytes(self) -> int:
         """Bytes of the experts that one token is sent to."""
         return self.num_bytes * self.config.num_experts_per_tok // self.config.num_experts
+
+    @property
+    def int8_projections(self) -> tuple[str, ...]:
+        """The projections whose products can take activations in int8."""
+        return tuple(integer_projections(self.formats))
+
+    @property
+    def activation_dtype(self) -> str:
+        """What a layer takes activations in by default."""
+        return find_method(self.method, "inference").product
+
+    @property
+    def model_activation_dtype(self) -> str:
+        """What `ktmoe_np.models` takes activations in by default."""
+        return default_in_models(find_method(self.method, "inference"), self.formats)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ..arrays.checks import expert_ids
 from ..arrays.summary import object_summary
 from ..arrays.types import ExpertArrays, IntegersLike, MaskLike, PathLike, StreamLike
 from ..config import ActivationDtype, MoEConfig, activation_dtype_name
+from ..config.activation_dtype import ACTIVATION_DTYPES
 from ..cpuinfer import _MoEBase
 from ..formats.methods import Method
 from ..formats.weights import ExpertWeights, Projection
@@ -96,6 +97,18 @@ class MoELayer(_MoEBase):
     def activation_dtype(self) -> str:
         """What products take activations in where a call does not say: ``bfloat16`` or ``int8``."""
         return self._activation_dtype
+
+    @property
+    def activation_dtypes(self) -> tuple[str, ...]:
+        """What products can take activations in, of a layer that is loaded."""
+        return tuple(filter(self._has_dtype, ACTIVATION_DTYPES))
+
+    def _has_dtype(self, name: str) -> bool:
+        try:
+            self._layer.check_activation_dtype(name)
+        except ValueError:
+            return False
+        return True
 
     def _layer_config(self) -> ext.moe.MOEConfig:
         """The extension's config of the layer."""

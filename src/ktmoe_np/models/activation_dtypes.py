@@ -31,15 +31,15 @@ class SequenceDtypes:
         activation_dtype: ActivationDtype | None,
         prefill_activation_dtype: ActivationDtype | None,
     ) -> SequenceDtypes:
-        """Complete the dtypes that were asked for, of experts that were made with `activation_dtype`.
+        """Complete and check the dtypes that were asked for.
 
         Raises
         ------
         TypeError, ValueError
-            A prefill dtype that is none, or that the products of the experts cannot have.
+            No dtype of activations, or one that the products of the experts cannot have.
         """
-        steps = experts.activation_dtype
-        if activation_dtype is None:
+        steps = experts._dtype_of_call(activation_dtype)
+        if steps is None:
             formats = experts.formats if isinstance(experts, GgufWeights) else {}
             mode = "sft" if isinstance(experts, BaseSFTMoEWrapper) else "inference"
             steps = default_in_models(find_method(experts.method, mode), formats)

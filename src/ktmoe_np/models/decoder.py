@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Unpack, overload
+from typing import Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..arrays.summary import object_summary
 from ..arrays.types import ArrayLike, PathLike
 from ..config import ActivationDtype
-from ..experts import InferenceOverrides, KTMoEWrapper, Overrides, SFTOverrides
+from ..experts import InferenceOverrides, Overrides, SFTOverrides
 from ..formats.methods import training_name
 from ..inference.base import BaseMoEWrapper
 from ..io.safetensors.checkpoint import SafetensorsCheckpoint
@@ -31,6 +31,7 @@ from .attention import Place
 from .cache import KVCache
 from .config import DecoderConfig
 from .embedded import EMBEDDED_MODEL
+from .experts import load_experts
 from .layer import DecoderLayer, LayerPass
 from .reading import read_layer, read_tensor
 
@@ -96,6 +97,7 @@ class MoEDecoder:
         *,
         adapter: None = None,
         mode: Literal["inference"] = "inference",
+        experts_path: PathLike | None = None,
         prefill_activation_dtype: ActivationDtype | None = None,
         **overrides: Unpack[InferenceOverrides],
     ) -> MoEDecoder: ...
@@ -109,6 +111,7 @@ class MoEDecoder:
         *,
         adapter: PathLike | None = None,
         mode: Literal["sft"],
+        experts_path: PathLike | None = None,
         prefill_activation_dtype: ActivationDtype | None = None,
         **overrides: Unpack[SFTOverrides],
     ) -> MoEDecoder: ...
@@ -122,6 +125,7 @@ class MoEDecoder:
         *,
         adapter: PathLike,
         mode: Literal["inference", "sft"] = "inference",
+        experts_path: PathLike | None = None,
         prefill_activation_dtype: ActivationDtype | None = None,
         **overrides: Unpack[SFTOverrides],
     ) -> MoEDecoder: ...
@@ -134,6 +138,7 @@ class MoEDecoder:
         *,
         adapter: PathLike | None = None,
         mode: Literal["inference", "sft"] = "inference",
+        experts_path: PathLike | None = None,
         prefill_activation_dtype: ActivationDtype | None = None,
         **overrides: Unpack[Overrides],
     ) -> MoEDecoder:
@@ -151,6 +156,9 @@ class MoEDecoder:
             computed with by a model that is loaded for training.
         mode : str
             ``inference`` or ``sft``, whose experts have adapters.
+        experts_path : str or path-like, optional
+            Where the experts come from instead: a GGUF model, a directory that ``ktmoe convert`` has written,
+            or another Hugging Face checkpoint.
         prefill_activation_dtype : {"bfloat16", "int8"} or dtype, optional
             What experts take the first tokens of a sequence in, those that come with an empty cache, if that
             is not the `activation_dtype` of its steps. A sequence then depends on where its prompt ends:
@@ -158,8 +166,7 @@ class MoEDecoder:
         **overrides
             Any other parameter of `KTMoEWrapper`, e.g. ``cpuinfer_threads`` or ``lora_rank``. Its
             `activation_dtype` is that of whole sequences; the default is ``int8`` for layers in quantized
-            GGUF types, as llama.cpp computes them, and what the method takes for all others. With a
-            `weight_path` experts come from there, e.g. ``method="LLAMAFILE", weight_path="model.gguf"``.
+            GGUF types, as llama.cpp computes them, and what the method takes for all others.
 
         Returns
         -------
@@ -171,7 +178,8 @@ class MoEDecoder:
             No checkpoint there, or no adapter.
         ValueError
             A configuration that is not supported, a tensor that is missing or of another shape (names file
-            and tensor), adapters of another model, or a dtype of activations that a layer does not have.
+            and tensor), adapters or experts of another model, or a dtype of activations that a layer does
+            not have.
         """
         path = EMBEDDED_MODEL if path is None else path
         config = DecoderConfig.from_pretrained(path)
@@ -186,7 +194,7 @@ class MoEDecoder:
         )
         layers = []
         for i in range(config.num_layers):
-            experts = _load_experts(path, i, method, mode, overrides)
+            experts = load_experts(experts_path or path, config, i, method, mode, overrides)
             dtypes = SequenceDtypes.of(experts, overrides.get("activation_dtype"), prefill_activation_dtype)
             layers.append(read_layer(checkpoint, config, i, experts, dtypes))
         norm = read_tensor(checkpoint, "model.norm.weight", config.hidden_size)
@@ -217,6 +225,32 @@ class MoEDecoder:
     def activation_dtypes(self) -> list[str]:
         """What the experts of each layer take the activations of steps in: ``bfloat16`` or ``int8``."""
         return [layer.dtypes.steps for layer in self._layers]
+
+    def set_activation_dtype(
+        self,
+        activation_dtype: ActivationDtype | None = None,
+        prefill_activation_dtype: ActivationDtype | None = None,
+    ) -> None:
+        """Choose what experts take activations in from now on; see `from_pretrained`.
+
+        Sequences that have begun are then of two parts, as with a `prefill_activation_dtype`.
+
+        Parameters
+        ----------
+        activation_dtype : {"bfloat16", "int8"} or dtype, optional
+            None is the default of each layer.
+        prefill_activation_dtype : {"bfloat16", "int8"} or dtype, optional
+
+        Raises
+        ------
+        TypeError, ValueError
+            No dtype of activations, or one that a layer does not have; nothing changes.
+        """
+        found = [
+            SequenceDtypes.of(experts, activation_dtype, prefill_activation_dtype) for experts in self.experts
+        ]
+        for layer, dtypes in zip(self._layers, found, strict=True):
+            layer.dtypes = dtypes
 
     def trained_experts(self) -> list[BaseSFTMoEWrapper]:
         """The experts of each layer, with adapters.
@@ -391,16 +425,6 @@ class MoEDecoder:
 
     def _normed(self, x: Floats) -> Floats:
         return rms_norm(x, self._norm, self.config.rms_norm_eps)
-
-
-def _load_experts(
-    path: PathLike, layer_idx: int, method: str | None, mode: str, overrides: Overrides
-) -> BaseMoEWrapper | BaseSFTMoEWrapper:
-    """The experts of a layer. An option of the other mode is an error that names it."""
-    options: dict[str, Any] = {"mode": mode, **overrides}
-    experts: BaseMoEWrapper | BaseSFTMoEWrapper
-    experts = KTMoEWrapper.from_pretrained(path, layer_idx, method, **options)
-    return experts
 
 
 def _checked(
