@@ -166,3 +166,31 @@ def test_batches_of_speculative_decoding_are_timed_by_default(
 
         tokens = [int(part) for part in bench_stream.parser().parse_args([]).tokens.split(",")]
     assert {2, 4, 8} <= set(tokens)
+
+
+def test_bits_per_byte_by_weights_and_activations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench.ops import bench_loss
+
+    out = tmp_path / "records.jsonl"
+    weights = "--weights=BF16,AMXINT8,MXFP4,LLAMAFILE-Q4_K"
+    monkeypatch.setattr(sys, "argv", ["bench_loss", "--bytes=400", weights, f"--out={out}"])
+    assert bench_loss.main() == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(record["weights"], record["activation_dtype"]) for record in records] == [
+        ("BF16", "bfloat16"),
+        ("AMXINT8", "int8"),
+        *(("MXFP4", dtype) for dtype in ("bfloat16", "int8")),
+        *(("LLAMAFILE-Q4_K", dtype) for dtype in ("bfloat16", "int8")),
+    ]
+    bits = [record["bits_per_byte"] for record in records]
+    assert len(set(bits)) == len(bits)
+    assert max(bits) - min(bits) < 0.1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| weights | bfloat16 | int8 |"
+    assert lines[-1] == f"| Q4_K | {bits[-2]:.4f} | {bits[-1]:.4f} |"
+    monkeypatch.setattr(sys, "argv", ["bench_loss", "--weights=BF17"])
+    with pytest.raises(SystemExit):
+        bench_loss.main()
+    assert "--weights: got 'BF17', expected a method of bench_moe" in capsys.readouterr().err
