@@ -95,7 +95,7 @@ limits() {
 
 # The tile unit slows down under sustained load: where it is the limit, the limit is measured for seconds.
 qwen3() {
-  bench --seconds 0.6 --limit-seconds 0.6 --peers "$PEERS" --tokens 1,4,16,64,256,1024
+  bench --seconds 0.6 --limit-seconds 0.6 --peers "$PEERS" --tokens 1,2,4,8,16,64,256,1024
   bench --seconds 0.6 --limit-seconds 3 --peers "$PEERS" --tokens 4096
 }
 
