@@ -60,6 +60,8 @@ class Experts:
 class Model:
     """Its loss is the size of its adapters, and what the windows of text add."""
 
+    activation_dtypes = ("bfloat16",)
+
     def __init__(self) -> None:
         self.experts = [Experts()]
 
