@@ -113,14 +113,24 @@ def _title(group: Sequence[Record]) -> str:
     sizes += f", R {first['rank']}" if "rank" in first else ""
     title = f"{_heading(first)} ({sizes}), {first['method']}"
     limits = [r["limits"] for r in group if "limits" in r]
-    seen = {one["isa"]: one for one in reversed(limits)}
     said = [
-        f"{isa} x{one['threads']} {one['read_gb_s']:.1f} GB/s {one['tflop_s']:.3g} TFLOP/s"
-        for isa, one in seen.items()
+        f"{name} x{one['threads']} {one['read_gb_s']:.1f} GB/s {one['tflop_s']:.3g} TFLOP/s"
+        for name, one in _limits_by_name(group).items()
     ]
     drift = f", drift up to {max(one['drift'] for one in limits):.0%}" if limits else ""
     machine = f"{first['cpus']} CPUs, {first['machine']}"
     return f"{title} on {machine}\nlimits: {'; '.join(said) or 'not measured'}{drift}"
+
+
+def _limits_by_name(group: Sequence[Record]) -> dict[str, Record]:
+    """The first limits of each instruction set, and of each activation dtype where there are several."""
+    dtypes = {r["activation_dtype"] for r in group if "activation_dtype" in r}
+    named: dict[str, Record] = {}
+    for record in group:
+        if "limits" in record and (len(dtypes) < 2 or "activation_dtype" in record):
+            dtype = f" {record['activation_dtype']}" if len(dtypes) > 1 else ""
+            named.setdefault(record["limits"]["isa"] + dtype, record["limits"])
+    return named
 
 
 def _heading(record: Record) -> str:

@@ -141,7 +141,30 @@ def test_activations_in_bf16_and_int8_are_timed_in_one_run(
     assert bf16["rel_err"] < int8["rel_err_int8"] < int8["rel_err"]
     assert bf16["bits_of_first"]
     assert int8["bits_of_first"]
-    assert "int8 x1" in capsys.readouterr().out
+    (limits,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("limits: "))
+    isa = ext.isa_info()["active"]
+    assert limits.startswith(f"limits: {isa} bfloat16 x1 ")
+    assert f"; {isa} int8 x1 " in limits
+
+
+def test_tables_of_several_activation_dtypes_keep_them_apart() -> None:
+    from bench.core.report import table
+
+    same = {"date": "", "kind": "moe", "shape": "small", "operation": "forward", "method": "MOE_INT4"}
+    same |= {"tokens": 1, "sizes": [64, 32, 4, 2], "experts_of_model": 4, "cpus": 1, "machine": "one"}
+    same |= {"status": "ok", "ms": 1.0, "best_of_family": False}
+    one = {"isa": "avx2", "threads": 1, "read_gb_s": 1.0, "tflop_s": 1.0, "drift": 0.0}
+    records = [{**same, "family": "peer", "contender": "peer", "limits": one}]
+    for isa, dtype in (("avx2", "bfloat16"), ("avx2", "int8"), ("scalar", "bfloat16"), ("scalar", "int8")):
+        name, equal = f"ktmoe {isa} {dtype}", (isa, dtype) != ("scalar", "bfloat16")
+        said = {"activation_dtype": dtype, "bits_of_first": equal, "limits": {**one, "isa": isa}}
+        records.append({**same, "family": name, "contender": name, **said})
+    lines = table(records).splitlines()
+    assert lines[1].count("GB/s") == 4
+    assert lines[-2:] == [
+        "same bits as ktmoe avx2 bfloat16: all but ktmoe scalar bfloat16",
+        "same bits as ktmoe avx2 int8: all",
+    ]
 
 
 def test_loading_is_timed_with_the_methods_own_activations(
