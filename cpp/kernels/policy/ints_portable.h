@@ -105,17 +105,8 @@ KT_INLINE Ints8 byte_of_dwords(const Ints8& x, size_t byte) { KT_MAP(Ints8, 8, x
 KT_INLINE Floats8 bf16_of_dwords(const Ints8& x, size_t word) {
   KT_MAP(Floats8, 8, to_float(bf16{static_cast<uint16_t>(x.lane[i] >> 16 * word)}));
 }
-KT_INLINE Floats8 half_of_e8m0(const Ints8& bytes) {
-  KT_MAP(Floats8, 8, halved(e8m0_to_float(static_cast<uint8_t>(bytes.lane[i]))));
-}
-KT_INLINE Floats8 half_of_exponents(const Ints8& bytes) {
-  KT_MAP(Floats8, 8, formats::GgufMxFp4::kScaleValues[static_cast<size_t>(bytes.lane[i])]);
-}
 KT_INLINE Ints8 eight_bytes(const std::byte* p, ptrdiff_t stride) {
   KT_MAP(Ints8, 8, static_cast<int32_t>(p[static_cast<ptrdiff_t>(i) * stride]));
-}
-KT_INLINE Floats8 half_of_e4m3(const Ints8& bytes) {
-  KT_MAP(Floats8, 8, halved(kE4m3[static_cast<size_t>(bytes.lane[i])]));
 }
 
 // Panels of eight weight rows.

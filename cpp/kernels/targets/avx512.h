@@ -18,6 +18,7 @@ using Vec = VecAvx512;
 #include "kernels/policy/nibbles_portable.h"
 #include "kernels/policy/dot_avx512.h"
 #include "kernels/policy/ints_256.h"
+#include "formats/scale_bytes/avx2-inl.h"
 #include "kernels/layouts/transpose_avx512-inl.h"
 #include "kernels/policy/panel_512.h"
 #include "kernels/layouts/interleave_avx512-inl.h"

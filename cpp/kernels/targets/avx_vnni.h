@@ -24,6 +24,7 @@ struct Vec : VecAvx2 {
 #include "kernels/policy/nibbles_portable.h"
 #include "kernels/policy/dot_avx_vnni.h"
 #include "kernels/policy/ints_256.h"
+#include "formats/scale_bytes/avx2-inl.h"
 #include "kernels/layouts/transpose_portable-inl.h"
 #include "kernels/policy/panel_256.h"
 #include "kernels/layouts/interleave_avx2-inl.h"

@@ -13,6 +13,7 @@
 #include "kernels/policy/bytes_portable.h"
 #include "kernels/policy/nibbles_portable.h"
 #include "kernels/policy/ints_portable.h"
+#include "formats/scale_bytes/portable-inl.h"
 #include "kernels/layouts/transpose_portable-inl.h"
 #include "kernels/layouts/interleave_portable-inl.h"
 #include "formats/e4m3/scalar-inl.h"
