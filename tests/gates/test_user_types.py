@@ -86,6 +86,10 @@ _PROGRAMS = {
         "GPUExperts(moe.config, mask, x, None, x, gate_bais=x)",
         'error: Unexpected keyword argument "gate_bais"',
     ),
+    "misspelled_dtype_of_activations": (
+        'sft.forward_sft(x, ids, x, activation_dtype="int4")',
+        'error: Argument "activation_dtype" to "forward_sft" of "BaseSFTMoEWrapper" has incompatible type',
+    ),
     "class_for_inference": (
         "reveal_type(KTMoEWrapper(0, 8, 2, 128, 64, mask, numa_nodes=[0, 0]))",
         'note: Revealed type is "ktmoe_np.inference.base.BaseMoEWrapper"',
@@ -121,6 +125,12 @@ _PROGRAMS = {
         "sft.forward_sft(x, ids, x, out=x)\n"
         "gradients = sft.backward(x)\n"
         "sft.update_lora_weights(gate_lora_a=gradients.gate_lora_a)",
+        None,
+    ),
+    "dtypes_of_activations": (
+        'KTMoEWrapper.from_pretrained("model", activation_dtype="int8")\n'
+        "sft.forward(x, ids, x, activation_dtype=np.dtype(np.int8))\n"
+        "moe.forward(x, ids, x, activation_dtype=np.int8)",
         None,
     ),
     "decoder_with_an_adapter": ('MoEDecoder.from_pretrained(adapter="adapter", lora_rank=3)', None),
