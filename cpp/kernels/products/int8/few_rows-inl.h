@@ -11,8 +11,10 @@
 
 // Up to this many rows of activations share the decoding.
 inline constexpr uint32_t kFewRows = 4;
-// Up to this many, decoding for every kFewRows of them costs less than panels.
-inline constexpr uint32_t kInPlaceUpTo = 12;
+// Up to this many, decoding for every kFewRows of them costs less than panels; sums of small groups cost
+// more.
+template <class Format>
+inline constexpr uint32_t kInPlaceUpTo = Integers<Format>::kGroup >= 128 ? 2 * kFewRows : kFewRows;
 
 // Groups [0, groups) of the block of activations that starts with value k of `x` and with value `at` of the
 // weights.

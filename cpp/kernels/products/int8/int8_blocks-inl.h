@@ -19,7 +19,7 @@ void nt_int8_blocks(const NtArgs& args) {
   if constexpr (kIsDecodedInPlace<Format>) {
     if (args.x.rows == 1) return int8_few_rows<Format, 1>(args, 0);
     if (args.x.rows == 2) return int8_few_rows<Format, 2>(args, 0);
-    if (args.x.rows <= kInPlaceUpTo) {
+    if (args.x.rows <= kInPlaceUpTo<Format>) {
       for (uint32_t m = 0; m < args.x.rows; m += kFewRows) int8_few_rows<Format, kFewRows>(args, m);
       return;
     }

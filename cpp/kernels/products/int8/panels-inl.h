@@ -38,7 +38,7 @@ inline constexpr PanelKind kPanelKind = [] {
 template <class Format>
 void decode_panel(const EightRows* rows, size_t at, size_t columns, Panel& panel) {
   using Of = Integers<Format>;
-  alignas(kCacheLine) std::byte codes[kLanes][kMostBlock] = {};
+  alignas(kCacheLine) std::byte codes[kLanes][kMostBlock];
   constexpr size_t kEights = kLanes / 8;
   for (size_t e = 0; e < kEights; ++e) {
     for (int r = 0; r < 8; ++r) {
@@ -47,6 +47,7 @@ void decode_panel(const EightRows* rows, size_t at, size_t columns, Panel& panel
         KT_UNROLL for (size_t k = 0; k < Of::kBlock; k += 32)
             store_32(row + k, Of::codes(rows[e], r, at + k));
       } else {
+        std::memset(row, 0, Of::kBlock);
         KT_NO_UNROLL for (size_t k = 0; k < columns; k += 32)
             store_32(row + k, Of::codes(rows[e], r, at + k));
       }
@@ -65,7 +66,7 @@ void decode_panel(const EightRows* rows, size_t at, size_t columns, Panel& panel
   }
   if constexpr (Of::kHasFactors) {
     constexpr size_t kBytes = sizeof(int16_t) * 2 * 16;  // of the pairs of a row
-    alignas(kCacheLine) std::byte words[kLanes][kBytes] = {};
+    alignas(kCacheLine) std::byte words[kLanes][kBytes];
     for (size_t lane = 0; lane < kLanes; ++lane) {
       formats::GroupNumbers numbers;
       Format::group_numbers(Of::block(rows[lane / 8].row(static_cast<int>(lane % 8)), at), numbers);
@@ -73,7 +74,7 @@ void decode_panel(const EightRows* rows, size_t at, size_t columns, Panel& panel
       if constexpr (Of::kHasOffset)
         store_words(words[lane] + kBytes / 2, group_words<Format::kGroups>(numbers.offset));
     }
-    for (size_t b = 0; b < kBytes; b += PanelVec::kTransposedBytes)
+    for (size_t b = 0; b < (Of::kHasOffset ? kBytes : kBytes / 2); b += PanelVec::kTransposedBytes)
       PanelVec::transpose(words[0] + b, kBytes, panel.pairs() + b * kLanes);
   }
 }
@@ -204,6 +205,17 @@ void decode_rest_of_panel(const EightRows* rows, size_t at, size_t k, Panel& pan
   decode_panel<Format>(of_rest, 0, k - at, panel);
 }
 
+// Prefetches a block of eight rows.
+template <class Format>
+KT_INLINE void prefetch_block(const EightRows& rows, size_t at) {
+  constexpr size_t kLines = div_up(Format::row_bytes(4096) * Integers<Format>::kBlock / 4096, kCacheLine) + 1;
+  for (int r = 0; r < 8; ++r) {
+    const std::byte* ahead = rows.row(r) + Format::row_bytes(at);
+    KT_UNROLL for (size_t line = 0; line < kLines; ++line)
+        __builtin_prefetch(ahead + line * kCacheLine, 0, 2);
+  }
+}
+
 // Those outputs of all rows of activations; `sums` has room for kSumsStride of each.
 template <class Format>
 void dot_panel_rows(const NtArgs& args, const EightOutputs (&outputs)[kSumsStride / 8], float* sums) {
@@ -224,6 +236,14 @@ void dot_panel_rows(const NtArgs& args, const EightOutputs (&outputs)[kSumsStrid
       } else if constexpr (!BlockFormat<Format>) {
         decode_rest_of_panel<Format>(of_panel, at, k, panels[p]);
       }
+    }
+    // While the rows of activations pass, the next block of weights comes, in the end that of the rows
+    // behind.
+    const size_t next = at + Of::kBlock;
+    for (const EightRows& rows_of : eights) {
+      EightRows ahead = rows_of;
+      if (next >= k) ahead.data += static_cast<ptrdiff_t>(kSumsStride) * ahead.stride;
+      prefetch_block<Format>(ahead, next < k ? next : 0);
     }
     PanelStep step{panels, nullptr, at, at / Of::kBlock, div_up(columns, Of::kGroup), kQuadBias<Of>, sums};
     for (uint32_t m = 0; m < rows;) {
