@@ -59,20 +59,31 @@ KT_INLINE Floats8 eight_looked_up(const std::byte* p, ptrdiff_t stride, const fl
 
 // ---- codes ----
 
-// The numbers of a table, each with `bias` added, as unsigned bytes.
-template <const auto& kTable, int kBias>
+// What the nibbles of a format stand for.
+template <class Format>
+constexpr int integer_of_nibble(int nibble) {
+  if constexpr (BlockFormat<Format>) {
+    return Unpack<Format>::kTable[nibble];
+  } else {
+    return Format::code(nibble);
+  }
+}
+
+// The same with `bias` added, as unsigned bytes.
+template <class Format, int kBias>
 struct BiasedTable {
   alignas(16) int8_t of[16] = {};
   bool is_identity = true;
   constexpr BiasedTable() {
     for (int i = 0; i < 16; ++i) {
-      of[i] = static_cast<int8_t>(static_cast<uint8_t>(kTable[i] + kBias));
-      if (kTable[i] + kBias != i) is_identity = false;
+      const int code = integer_of_nibble<Format>(i) + kBias;
+      of[i] = static_cast<int8_t>(static_cast<uint8_t>(code));
+      if (code != i) is_identity = false;
     }
   }
 };
-template <const auto& kTable, int kBias>
-inline constexpr BiasedTable<kTable, kBias> kBiasedTable;
+template <class Format, int kBias>
+inline constexpr BiasedTable<Format, kBias> kBiasedTable;
 
 template <IntegerFormat Format>
 struct IntegerCodes {
@@ -83,10 +94,9 @@ struct IntegerCodes {
   static constexpr bool kNarrow = Format::kIntegers.most + kBias <= 129;
   static_assert(Format::kIntegers.most + kBias <= 255);
 
-  template <const auto& kTable>
   static KT_INLINE Bytes32 looked_up(const Bytes32& nibbles) {
-    if constexpr (kBiasedTable<kTable, kBias>.is_identity) return nibbles;
-    return look_up_32(nibbles, kBiasedTable<kTable, kBias>.of);
+    if constexpr (kBiasedTable<Format, kBias>.is_identity) return nibbles;
+    return look_up_32(nibbles, kBiasedTable<Format, kBias>.of);
   }
   static KT_INLINE Bytes32 biased(const Bytes32& integers) {
     if constexpr (kBias == 0) return integers;
@@ -131,8 +141,7 @@ struct Integers<Format> : IntegerCodes<Format> {
     const std::byte* at = block(rows.row(r), k);
     const size_t g = k % Format::kBlock / 32;
     if constexpr (requires { Unpack<Format>::kTable; }) {
-      return Base::template looked_up<Unpack<Format>::kTable>(
-          Unpack<Format>::template nibbles<PlainNibbles>(at, g));
+      return Base::looked_up(Unpack<Format>::template nibbles<PlainNibbles>(at, g));
     } else {
       return Base::biased(group_numbers<Format>(at, g));
     }
@@ -164,8 +173,8 @@ struct Integers<Format> : IntegerCodes<Format> {
       return Unpack<Format>::template nibbles<NibblesAt>(block(rows.row(r), value), 0);
     };
     const Bytes32 both = two_halves(at(k), at(second));
-    codes[0] = Base::template looked_up<Unpack<Format>::kTable>(low_nibbles(both));
-    codes[1] = Base::template looked_up<Unpack<Format>::kTable>(high_nibbles(both));
+    codes[0] = Base::looked_up(low_nibbles(both));
+    codes[1] = Base::looked_up(high_nibbles(both));
   }
   static KT_INLINE void order_two(Bytes32 a, Bytes32 b, Bytes32 (&x)[2]) { by_halves(a, b, x); }
 #endif
@@ -183,14 +192,14 @@ struct Integers<Format> : IntegerCodes<Format> {
   static constexpr size_t kGroup = Format::kGroup;
 
   static KT_INLINE Bytes32 codes(const EightRows& rows, int r, size_t k) {
-    return Base::template looked_up<kNibbleCodes<Format>.of>(pairs_of_16(rows.row(r) + k / 2));
+    return Base::looked_up(pairs_of_16(rows.row(r) + k / 2));
   }
   static constexpr bool kHasTwo = true;
 #if KT_HAS_256_BITS
   static KT_INLINE void two(const EightRows& rows, int r, size_t k, size_t, Bytes32 (&codes)[2]) {
     const Bytes32 both = load_32(rows.row(r) + k / 2);
-    codes[0] = Base::template looked_up<kNibbleCodes<Format>.of>(low_nibbles(both));
-    codes[1] = Base::template looked_up<kNibbleCodes<Format>.of>(high_nibbles(both));
+    codes[0] = Base::looked_up(low_nibbles(both));
+    codes[1] = Base::looked_up(high_nibbles(both));
   }
   static KT_INLINE void order_two(Bytes32 a, Bytes32 b, Bytes32 (&x)[2]) { by_parity(a, b, x); }
 #endif
