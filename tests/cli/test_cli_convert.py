@@ -246,7 +246,7 @@ def test_interrupts_leave_whole_layers_only(
             time.sleep(0.001)
         child.send_signal(how)
         errors = child.communicate()[1]
-    assert child.returncode == status
+    assert child.returncode == status, errors
     assert errors == ("ktmoe: interrupted\n" if how == signal.SIGINT else "")
     assert not (target / name_of(2)).exists()
     if how == signal.SIGINT:

@@ -48,6 +48,18 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         write_safetensors(tmp_path / "nowhere" / "x", {})
 
 
+def test_an_interrupt_right_after_the_file_was_created(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: int) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ktmoe_np.io.replace, "_lock", interrupted)
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "x"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_permissions_are_those_of_a_new_file(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:

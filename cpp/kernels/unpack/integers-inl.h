@@ -7,6 +7,7 @@
 //   open(rows, group)         the float32 scales of eight rows, of the groups of a block of activations that
 //                             begins with `group`: `scale(g)` of group + g; offsets(rows, group) if
 //                             kHasOffset
+//   kScalesSums               the channel scale multiplies the sums, else it is among the scales of groups
 //   kHasTwo                   32 codes from each of two places are cheaper together:
 //   two(rows, r, k, second, codes)  those from k and `second` on; a half of each vector is of one place
 //   order_two(a, b, x)        the activations of the places in that order
@@ -131,7 +132,7 @@ template <IntegerFormat Format>
 struct Integers<Format> : IntegerCodes<Format> {
   using Base = IntegerCodes<Format>;
   static constexpr bool kHasFactors = Format::kBlock == 256 && Format::kGroup < 256;
-  static constexpr bool kHasOffset = Format::kHasOffset;
+  static constexpr bool kHasOffset = Format::kHasOffset, kScalesSums = false;
   static constexpr size_t kGroup = kHasFactors ? 256 : Format::kGroup;
 
   static KT_INLINE const std::byte* block(const std::byte* row, size_t k) {
@@ -188,7 +189,7 @@ template <IntegerFormat Format>
   requires(Format::kScaleRows == 1)
 struct Integers<Format> : IntegerCodes<Format> {
   using Base = IntegerCodes<Format>;
-  static constexpr bool kHasFactors = false, kHasOffset = false;
+  static constexpr bool kHasFactors = false, kHasOffset = false, kScalesSums = Format::kHasChannelScale;
   static constexpr size_t kGroup = Format::kGroup;
 
   static KT_INLINE Bytes32 codes(const EightRows& rows, int r, size_t k) {
@@ -236,7 +237,7 @@ struct Integers<Format> : IntegerCodes<Format> {
 // Codes in bytes, with scales behind them.
 template <>
 struct Integers<formats::Int8Group32> : IntegerCodes<formats::Int8Group32> {
-  static constexpr bool kHasFactors = false, kHasOffset = false, kHasTwo = false;
+  static constexpr bool kHasFactors = false, kHasOffset = false, kScalesSums = false, kHasTwo = false;
   static constexpr size_t kGroup = 32;
   static KT_INLINE Bytes32 codes(const EightRows& rows, int r, size_t k) {
     return biased(load_32(rows.row(r) + k));
@@ -252,7 +253,7 @@ struct Integers<formats::Int8Group32> : IntegerCodes<formats::Int8Group32> {
 // One scale per row: a group is a block of activations.
 template <class Format>
 struct IntegersOfChannels : IntegerCodes<Format> {
-  static constexpr bool kHasFactors = false, kHasOffset = false, kHasTwo = false;
+  static constexpr bool kHasFactors = false, kHasOffset = false, kScalesSums = false, kHasTwo = false;
   static constexpr size_t kGroup = 128;
   static KT_INLINE auto open(const EightRows& rows, size_t group) {
     return ScalesByGroup<IntegersOfChannels>{rows, group};

@@ -56,18 +56,25 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         _check_regular_file(target, directory)
         while True:
             part = f"{_PREFIX}{secrets.token_hex(16)}{_SUFFIX}"
-            with _new_file(part, directory) as file:
-                if not _lock(file.fileno()):
-                    continue
+            is_taken = False
+            try:  # around its creation too: an interrupt may come as soon as it is there
                 try:
+                    created = _new_file(part, directory)
+                except FileExistsError:
+                    is_taken = True
+                    raise
+                with created as file:
+                    if not _lock(file.fileno()):
+                        continue
                     yield file
                     file.flush()
                     os.fsync(file.fileno())
                     os.replace(part, target.name, src_dir_fd=directory, dst_dir_fd=directory)
-                except BaseException:
+            except BaseException:
+                if not is_taken:
                     with contextlib.suppress(OSError):
                         os.unlink(part, dir_fd=directory)
-                    raise
+                raise
             break
         with contextlib.suppress(OSError):  # some file systems cannot; the file is whole either way
             os.fsync(directory)

@@ -76,9 +76,6 @@ KT_INLINE void store_outputs(const NtArgs& args, uint32_t m, uint32_t n, uint32_
 
 template <class Format>
 KT_INLINE Floats8 with_channel_scale(const EightRows& rows, Floats8 sums) {
-  // Other formats with one have it among the scales of their groups.
-  if constexpr (std::is_same_v<Format, formats::NvFp4>) {
-    return mul_8(rows.channel_scales(), sums);
-  }
+  if constexpr (Integers<Format>::kScalesSums) return mul_8(rows.channel_scales(), sums);
   return sums;
 }
