@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ktmoe_np import kt_kernel_ext as ext
-
 from .encoders import (
     encode_fp8,
     encode_fp8_perchannel,
@@ -25,6 +23,19 @@ from .layer import Layer
 from .random_gguf import RandomGguf, random_formats
 
 __all__ = ["METHODS", "Method"]
+
+
+def _registry() -> tuple[list[Any], list[Any]]:
+    """List the methods and formats of the library; none where an interpreter has a peer alone."""
+    try:
+        from ktmoe_np import kt_kernel_ext as ext
+
+        return ext.methods(), ext.formats()
+    except (ImportError, AttributeError):  # without its extension, the library's folder may be a package
+        return [], []
+
+
+_METHODS, _FORMATS = _registry()
 
 
 def _as_they_are(layer: Layer) -> dict[str, Any]:
@@ -65,9 +76,8 @@ class Method:
 def _gguf(fmt: GgufFormat | RandomGguf) -> Method:
     """All three projections in one tensor type."""
     size = fmt.block_bytes / fmt.block
-    block = next(
-        f.activation_block for f in ext.formats() if f.gguf_type is not None and f.name == fmt.name.lower()
-    )
+    named = (f for f in _FORMATS if f.gguf_type is not None and f.name == fmt.name.lower())
+    block = next((f.activation_block for f in named), 0)
     return Method(
         f"LLAMAFILE-{fmt.name}",
         fmt.tolerance,
@@ -85,7 +95,9 @@ def _random_gguf(fmt: RandomGguf) -> Method:
 
 def _method(name: str, tolerance: float, **options: Any) -> Method:
     """Size and product as the library says, in the method's default format."""
-    (info,) = (info for info in ext.methods() if info.names[0] == name)
+    info = next((info for info in _METHODS if info.names[0] == name), None)
+    if info is None:
+        return Method(name, tolerance, 2.0, **options)
     encoded, k = info.formats[0], 1 << 14
     size = encoded.row_bytes(k) / k
     if encoded.scale_rows:

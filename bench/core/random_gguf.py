@@ -107,7 +107,7 @@ def random_formats(encoded: set[str]) -> list[RandomGguf]:
     """
     try:
         from ktmoe_np.formats.gguf import GGUF_FORMATS
-    except ImportError:
+    except (ImportError, AttributeError):
         return []
     formats = [RandomGguf(fmt.name.upper(), fmt.block, fmt.block_bytes) for fmt in GGUF_FORMATS.values()]
     return [fmt for fmt in formats if fmt.name not in encoded]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -33,6 +34,17 @@ def test_every_method_is_benched() -> None:
     for method in METHODS.values():
         products = {info.product for info in ext.methods() if method.library_name in info.names}
         assert products == {method.product} or method.operation == "sft"
+
+
+def test_an_interpreter_without_the_library_knows_the_methods_of_peers() -> None:
+    script = (
+        "import sys; sys.modules['ktmoe_np'] = None\nfrom bench.core.methods import METHODS; print(*METHODS)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.stderr == ""
+    assert {"BF16", "AMXINT4", "LLAMAFILE-Q4_K"} <= set(result.stdout.split())
 
 
 def test_encoded_blocks_have_their_sizes() -> None:
