@@ -18,7 +18,7 @@ class Futex {
  public:
   uint32_t load() const { return word_.load(); }
   void store(uint32_t value) { word_.store(value); }
-  void bump() { word_.fetch_add(1); }
+  void bump(uint32_t by = 1) { word_.fetch_add(by); }
 
   bool has_sleepers() const { return num_sleepers_.load() > 0; }
 

@@ -39,7 +39,7 @@ Thread* InNumaPool::thread(int position) {
 
 void InNumaPool::stop() {
   stopping_.store(true);
-  epoch_.store(epoch_.load() + 2);
+  epoch_.bump(2);
   epoch_.wake_all();
   for (Thread& thread : threads_) thread.join();
   threads_.clear();
@@ -67,7 +67,7 @@ void InNumaPool::open() {
   for (const InNumaPool* pool : neighbors_) wanted += pool->num_dealt_;
   if (crew_.caller_is_first && wanted > 0) --wanted;  // one is the caller's
   wanted_.store(static_cast<int>(std::min(wanted, crew_.cpus.size())), std::memory_order_relaxed);
-  epoch_.store(epoch_.load() + 1);
+  epoch_.bump();
   wake_some();
 }
 
@@ -86,7 +86,7 @@ bool InNumaPool::is_drained() const {
                      [](const WorkerShare& share) { return share.range.size() == 0; });
 }
 
-void InNumaPool::close() { epoch_.store(epoch_.load() + 1); }
+void InNumaPool::close() { epoch_.bump(); }
 
 void InNumaPool::wait_until_left(Backoff& backoff) const {
   for (int i = 0; i < num_workers(); ++i) {
@@ -105,7 +105,7 @@ void InNumaPool::worker_main(int position) {
     seen = epoch_.load();
     if (stopping_.load()) return;  // looked at after the epoch: who has seen that of the end sees this too
     if (!is_open(seen)) continue;
-    share.inside.store(true);
+    share.inside.exchange(true);  // no store, see in_numa_pool.h
     if (epoch_.load() == seen) {
       if (has_slept) wake_some();
       work(*job_, position);

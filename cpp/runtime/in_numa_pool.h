@@ -23,7 +23,8 @@ namespace ktmoe {
 // that are still asleep are stolen like any other. When the caller sees that nothing is left to take it
 // closes the job by making epoch_ even and waits for the workers that are inside. Entering and closing cross
 // safely: a worker first says that it is inside, then looks whether the job is still open; the caller first
-// closes, then looks who is inside; with sequential consistency at least one of the two sees the other. A
+// closes, then looks who is inside; with sequential consistency at least one of the two sees the other. Both
+// exchange or add rather than store: qemu-user lets a load overtake an earlier store, whatever their order. A
 // worker that arrives too late leaves without having touched anything. A worker leaves only when its own
 // range is empty, so when all have left, all tasks have run. No counter on the way is written by all workers.
 class InNumaPool {
