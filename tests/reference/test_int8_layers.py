@@ -15,7 +15,15 @@ from integer_cases import ENCODINGS, draw_encoded, product_loop
 from layers import assert_close, draw_batch
 from native_layers import draw_native_layer
 from quantized_cases import PROJECTIONS, quantized
-from reference_cases import FORMULAS, AnyArray, Layer, bf16, bits, draw_layer, entering, round_by_bits
+from reference_cases import (
+    FORMULAS,
+    AnyArray,
+    Layer,
+    bf16,
+    bits,
+    draw_layer,
+    experts_loop,
+)
 from training_cases import draw_training, present
 
 from ktmoe_np.reference import (
@@ -77,15 +85,7 @@ def int8_loop(layer: Layer, formula: Callable[[float, float], float]) -> AnyArra
         sums = product_loop(np.float32([x]), layer[f"{name}_proj"][e])[0]
         return [float(y if bias is None else y + np.float32(bias[e, n])) for n, y in enumerate(sums)]
 
-    out = np.zeros(layer["hidden_states"].shape)
-    for (t, p), e in np.ndenumerate(layer["topk_ids"]):
-        if e >= 0:
-            x, w = entering(layer, t, p)
-            gate = project(x, "gate", e)
-            up = project(x, "up", e) if layer["up_proj"] is not None else [0.0] * len(gate)
-            h = [round_by_bits(formula(g, u)) for g, u in zip(gate, up, strict=True)]
-            out[t] += w * np.array(project(h, "down", e))
-    return out
+    return experts_loop(layer, formula, project)
 
 
 @given(

@@ -18,6 +18,7 @@ from sft_layers import (
     Student,
     assert_same_on_any_threads,
     assert_same_steps,
+    assert_tokens_alone_are_as_in_batch,
     by_name,
     draw_training,
     train,
@@ -186,13 +187,7 @@ def test_submitted_is_as_called(method: Any) -> None:
 def test_a_token_alone_is_as_in_the_batch(method: Any) -> None:
     _, student, batch, grad_output = drawn(4, method, num_tokens=40)
     moe = student.wrapper(2, activation_dtype="int8")
-    whole = train(moe, batch, grad_output)
-    order = np.random.default_rng(0).permutation(40)
-    for rows in (slice(0, 1), slice(7, 8), slice(39, 40), slice(5, 14), slice(5, 23), order):
-        part = train(moe, batch.rows(rows), grad_output[rows].copy())
-        assert_same_bits(part.out, whole.out[rows])
-        for name in ("grad_input", "grad_weights"):
-            assert_same_bits(part.gradients[name], whole.gradients[name][rows], name)
+    assert_tokens_alone_are_as_in_batch(moe, batch, grad_output, np.random.default_rng(0))
 
 
 @every_method

@@ -22,6 +22,7 @@ from sft_layers import (
     assert_same_on_any_threads,
     assert_same_steps,
     assert_step_close,
+    assert_tokens_alone_are_as_in_batch,
     draw_case,
     draw_student,
     draw_training,
@@ -225,14 +226,7 @@ def test_a_token_alone_is_as_in_the_batch(
     method: Method, seed: int, size: Any, num_slots: int, rank: int, activation: Any
 ) -> None:
     rng, student, batch, grad_output = drawn(seed, method, size, 40, num_slots, rank, activation)
-    moe = student.wrapper(num_slots)
-    whole = train(moe, batch, grad_output)
-    order = rng.permutation(40)
-    for rows in (slice(0, 1), slice(7, 8), slice(39, 40), slice(5, 14), slice(5, 23), order):
-        part = train(moe, batch.rows(rows), grad_output[rows].copy())
-        assert_same_bits(part.out, whole.out[rows])
-        for name in ("grad_input", "grad_weights"):
-            assert_same_bits(part.gradients[name], whole.gradients[name][rows], name)
+    assert_tokens_alone_are_as_in_batch(student.wrapper(num_slots), batch, grad_output, rng)
 
 
 @every_method

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from reference_cases import AnyArray, Layer, draw_layer, entering, round_by_bits
+from reference_cases import AnyArray, Layer, draw_layer, experts_loop, round_by_bits
 
 from ktmoe_np.reference import Int4Matrix, Int8GroupMatrix, Int8Matrix, quantize_int4, quantize_int8
 
@@ -74,12 +74,4 @@ def quantized_loop(layer: Layer, formula: Callable[[float, float], float]) -> An
             result.append(total + (0.0 if bias is None else float(bias[e, n])))
         return result
 
-    out = np.zeros(layer["hidden_states"].shape)
-    for (t, p), e in np.ndenumerate(layer["topk_ids"]):
-        if e >= 0:
-            x, w = entering(layer, t, p)
-            gate = project(x, "gate", e)
-            up = project(x, "up", e) if layer["up_proj"] is not None else [0.0] * len(gate)
-            h = [round_by_bits(formula(g, u)) for g, u in zip(gate, up, strict=True)]
-            out[t] += w * np.array(project(h, "down", e))
-    return out
+    return experts_loop(layer, formula, project)

@@ -99,6 +99,23 @@ def entering(layer: Layer, t: int, p: int) -> tuple[list[float], float]:
     return ([round_by_bits(w * v) for v in x], 1.0) if layer.get("scale_inputs") else (x, w)
 
 
+def experts_loop(
+    layer: Layer,
+    formula: Callable[[float, float], float],
+    project: Callable[[list[float], str, int], list[float]],
+) -> AnyArray:
+    """The sum of the experts, a token at a time; `project` multiplies a row by a projection of an expert."""
+    out = np.zeros(layer["hidden_states"].shape)
+    for (t, p), e in np.ndenumerate(layer["topk_ids"]):
+        if e >= 0:
+            x, w = entering(layer, t, p)
+            gate = project(x, "gate", e)
+            up = project(x, "up", e) if layer["up_proj"] is not None else [0.0] * len(gate)
+            h = [round_by_bits(formula(g, u)) for g, u in zip(gate, up, strict=True)]
+            out[t] += w * np.array(project(h, "down", e))
+    return out
+
+
 def loop(layer: Layer, formula: Callable[[float, float], float]) -> AnyArray:
     """The specification one number at a time, in Python's own floats, before the last rounding."""
     x, ids = layer["hidden_states"], layer["topk_ids"]

@@ -1,4 +1,4 @@
-// Dot products of codes and int8 by AVX-VNNI. Included inside a target's namespace, before ints_256.h.
+// Dot products of codes and int8 by AVX-VNNI. Included inside a target's namespace, after ints_256.h.
 
 // acc + words a * b, pairs of them added.
 KT_INLINE __m256i dot_words(__m256i acc, __m256i a, __m256i b) { return _mm256_dpwssd_avx_epi32(acc, a, b); }

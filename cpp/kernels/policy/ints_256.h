@@ -1,5 +1,5 @@
 // Sums of products of codes, eight int32 to a vector, on 256 bits. Included inside a target's namespace,
-// after bytes_256.h and the header that defines dot_quads.
+// after bytes_256.h; a header that defines dot_quads follows.
 //
 // A code is unsigned and `narrow` up to 129: then pairs of its products with int8 fit into int16.
 

@@ -37,6 +37,12 @@ struct EightRows {
     }
     return rows;
   }
+  // Those `n` rows behind.
+  KT_INLINE EightRows behind(ptrdiff_t n) const {
+    EightRows rows = *this;
+    rows.data += n * stride;
+    return rows;
+  }
   // Row n eight times.
   template <class Format>
   static EightRows repeated(const WeightView& w, size_t n) {

@@ -19,8 +19,8 @@ struct ActivationBlocks {
   bool takes(uint32_t block) const { return gate == block || up == block; }
 };
 
-// Those of a layer's formats. Throws std::invalid_argument where int8 is asked for and no projection can use
-// it, or bf16 of a layer whose products are int8 by rows.
+// The blocks of a layer with these weight formats. Throws std::invalid_argument for int8 when no projection
+// supports it, and for bf16 when the method's activations are int8 with a scale per row.
 ActivationBlocks activation_blocks(const GemmKernel& kernel, const ProjectionFormats& formats,
                                    ActivationDtype dtype);
 

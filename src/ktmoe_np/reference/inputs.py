@@ -214,7 +214,7 @@ class _Use(NamedTuple):
         return cls(product, activation_dtype == "int8" and product != "int8", exact)
 
     def check_found(self, projections: list[list[ExpertWeights]]) -> None:
-        """Raise ValueError when no projection is multiplied with the int8 activations that are asked for."""
+        """Raise ValueError if no projection supports int8 activations."""
         weights = [one for projection in projections for one in projection]
         if self.int8_activations and not self.exact and all(one.integers is None for one in weights):
             raise ValueError(

@@ -187,16 +187,11 @@ template <class Format, int kTokens>
 KT_INLINE void dot_eight(const EightRows& rows, const BlockRow* x, size_t k, Floats8 (&acc)[kTokens]) {
   using Of = Integers<Format>;
   constexpr size_t kBlock = Of::kBlock;
-  constexpr size_t kLines = div_up(Format::row_bytes(4096) * kBlock / 4096, kCacheLine);
   KT_UNROLL for (int t = 0; t < kTokens; ++t) acc[t] = set_8(0.0f);
   size_t at = 0;
   const size_t whole = BlockFormat<Format> ? k : k / kBlock * kBlock;
   for (; at < whole; at += kBlock) {
-    KT_UNROLL for (int r = 0; r < 8; ++r) {
-      const std::byte* ahead = rows.row(r + 8) + Format::row_bytes(at);
-      KT_UNROLL for (size_t line = 0; line < kLines; ++line)
-          __builtin_prefetch(ahead + line * kCacheLine, 0, 2);
-    }
+    prefetch_block<Format>(rows.behind(8), at);
     if constexpr (Of::kHasFactors) {
       add_factored_block<Format>(rows, x, at, acc);
     } else {

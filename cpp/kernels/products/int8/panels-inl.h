@@ -205,17 +205,6 @@ void decode_rest_of_panel(const EightRows* rows, size_t at, size_t k, Panel& pan
   decode_panel<Format>(of_rest, 0, k - at, panel);
 }
 
-// Prefetches a block of eight rows.
-template <class Format>
-KT_INLINE void prefetch_block(const EightRows& rows, size_t at) {
-  constexpr size_t kLines = div_up(Format::row_bytes(4096) * Integers<Format>::kBlock / 4096, kCacheLine) + 1;
-  for (int r = 0; r < 8; ++r) {
-    const std::byte* ahead = rows.row(r) + Format::row_bytes(at);
-    KT_UNROLL for (size_t line = 0; line < kLines; ++line)
-        __builtin_prefetch(ahead + line * kCacheLine, 0, 2);
-  }
-}
-
 // Those outputs of all rows of activations; `sums` has room for kSumsStride of each.
 template <class Format>
 void dot_panel_rows(const NtArgs& args, const EightOutputs (&outputs)[kSumsStride / 8], float* sums) {
@@ -240,11 +229,8 @@ void dot_panel_rows(const NtArgs& args, const EightOutputs (&outputs)[kSumsStrid
     // While the rows of activations pass, the next block of weights comes, in the end that of the rows
     // behind.
     const size_t next = at + Of::kBlock;
-    for (const EightRows& rows_of : eights) {
-      EightRows ahead = rows_of;
-      if (next >= k) ahead.data += static_cast<ptrdiff_t>(kSumsStride) * ahead.stride;
-      prefetch_block<Format>(ahead, next < k ? next : 0);
-    }
+    for (const EightRows& rows_of : eights)
+      prefetch_block<Format>(next < k ? rows_of : rows_of.behind(kSumsStride), next < k ? next : 0);
     PanelStep step{panels, nullptr, at, at / Of::kBlock, div_up(columns, Of::kGroup), kQuadBias<Of>, sums};
     for (uint32_t m = 0; m < rows;) {
       constexpr uint32_t kTokens = PanelVec::kTokens;
