@@ -53,6 +53,7 @@ struct Operand {
   uint32_t rows = 0;
   uint32_t k = 0;
   const QuantizedRow* quantized = nullptr;  // of int8 operands, by the index
+  const std::byte* panels = nullptr;        // of int8 blocks: their codes in panels, where pack_blocks made such
 
   inline const QuantizedRow& quantized_row(uint32_t m) const;
 };
@@ -213,6 +214,9 @@ struct KernelTable {
   // products do not accumulate.
   void (*quantize_blocks)(const RowsView& rows, uint32_t m, uint32_t k, uint32_t block, std::byte* to);
   std::array<void (*)(const NtArgs&), kNumFormats> nt_int8_blocks;
+  // What the product takes of such rows besides: bytes for it, 0 for nothing, and the operand with it.
+  size_t (*block_panels_bytes)(uint32_t m, uint32_t k);
+  Operand (*pack_blocks)(const Operand& rows, uint32_t block, std::byte* panels);
 
   void (*activate)(const ActivateArgs&);
   void (*store_rows)(const StoreRowsArgs&);

@@ -69,7 +69,8 @@ ForwardWorkersPlan::ForwardWorkersPlan(const TrainingPass& pass, uint32_t rows_o
   ScratchPlan own;
   // For the base's products, and for the adapters', which are bf16.
   const auto operand_bytes = [&](uint32_t m, uint32_t size) {
-    return std::max(k.operand_bytes(m, size), pass.kernel.operand_bytes(k, m, size));
+    return std::max({k.operand_bytes(m, size), pass.kernel.operand_bytes(k, m, size),
+                     pass.call->blocks.any() ? k.block_panels_bytes(m, size) : 0});
   };
   operand_ = own.take(std::max(operand_bytes(rows_of_x, hidden), operand_bytes(rows_of_h, inter)));
   for (size_t& at : c_) at = own.take(k.c_floats(rows, kernels::kMaxCallOutputs) * sizeof(float));

@@ -3,6 +3,8 @@
 #include "kernels/targets/begin_target.h"
 #if KT_HAS_TILES
 #include "kernels/layouts/panels-inl.h"
+#include "kernels/elementwise/activation-inl.h"
+#include "kernels/layouts/tiles-inl.h"
 #endif
 #include "kernels/products/nt/nt_rows-inl.h"
 #include "kernels/products/int8/int8_blocks-inl.h"
@@ -16,6 +18,12 @@ constexpr void (*nt_int8_blocks_or_null())(const NtArgs&) {
   }
 }
 
+#if !KT_HAS_TILES
+// Rows are multiplied as they are.
+inline size_t block_panels_bytes(uint32_t, uint32_t) { return 0; }
+inline Operand pack_blocks(const Operand& rows, uint32_t, std::byte*) { return rows; }
+#endif
+
 KT_END_TARGET
 
 void add_nt_int8_blocks(KernelTable& table) {
@@ -24,6 +32,8 @@ void add_nt_int8_blocks(KernelTable& table) {
 #include "formats/formats.inc"
 #undef KT_FORMAT
   };
+  table.block_panels_bytes = block_panels_bytes;
+  table.pack_blocks = pack_blocks;
 }
 
 }  // namespace ktmoe::kernels::KT_TARGET_NAME

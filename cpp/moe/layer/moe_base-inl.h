@@ -128,10 +128,14 @@ kernels::KeptRows AMX_MOE_BASE<Derived>::kept_rows(const LayerCall& call, const 
 }
 
 template <class Derived>
-kernels::Operand AMX_MOE_BASE<Derived>::blocks_operand(const BlockTask& task, std::byte* rows, size_t first,
+kernels::Operand AMX_MOE_BASE<Derived>::blocks_operand(const LayerCall& call, WorkerScratch& scratch,
+                                                       const BlockTask& task, const std::byte* rows,
                                                        const int32_t* index, uint32_t k, uint32_t block) {
   const size_t stride = kernels::BlockRowLayout(k, block).stride();
-  return {rows + first * stride, stride, index, task.m1 - task.m0, k};
+  const kernels::Operand operand{rows + (index ? 0 : first_row(call, task) * stride), stride, index,
+                                 task.m1 - task.m0, k};
+  return scratch.packed.pack_once(
+      task, [&] { return call.kernels->pack_blocks(operand, block, scratch.operand); }, block);
 }
 
 template <class Derived>
@@ -139,9 +143,7 @@ kernels::Operand AMX_MOE_BASE<Derived>::hidden_operand(const LayerCall& call, Wo
                                                        const BlockTask& task, uint32_t block) {
   const kernels::RowsView rows = call.inputs_from(first_row(call, task));
   const auto hidden = static_cast<uint32_t>(config_.hidden_size);
-  if (block != 0)
-    return blocks_operand(task, call.x_in(block), rows.index ? 0 : first_row(call, task), rows.index, hidden,
-                          block);
+  if (block != 0) return blocks_operand(call, scratch, task, call.x_in(block), rows.index, hidden, block);
   if (!kernel_.is_integer)
     return scratch.packed.pack_once(*call.kernels, rows, task, hidden, scratch.operand);
   const kernels::Int8Rows x8 = rows.index ? call.x8 : call.x8.from(first_row(call, task));
@@ -162,7 +164,7 @@ kernels::Operand AMX_MOE_BASE<Derived>::down_operand(const LayerCall& call, Work
                                                      const BlockTask& task) {
   const auto width = static_cast<uint32_t>(config_.intermediate_size);
   if (call.blocks.down != 0)
-    return blocks_operand(task, call.h_blocks, first_row(call, task), nullptr, width, call.blocks.down);
+    return blocks_operand(call, scratch, task, call.h_blocks, nullptr, width, call.blocks.down);
   if (kernel_.is_integer)
     return scratch.packed.pack_once(*call.kernels, call.h8.from(first_row(call, task)), nullptr, task, width,
                                     scratch.operand);

@@ -72,9 +72,10 @@ class AMX_MOE_BASE {
     return size_t{call.plan.active[task.active].begin} + task.m0;
   }
 
-  // Rows in int8 blocks as an operand, `first` the first of the task's.
-  static kernels::Operand blocks_operand(const BlockTask& task, std::byte* rows, size_t first,
-                                         const int32_t* index, uint32_t k, uint32_t block);
+  // Rows in int8 blocks as an operand: those of the index, or of the plan.
+  static kernels::Operand blocks_operand(const LayerCall& call, WorkerScratch& scratch, const BlockTask& task,
+                                         const std::byte* rows, const int32_t* index, uint32_t k,
+                                         uint32_t block);
   // The inputs as an operand, in int8 blocks or, if block is 0, as the kernel of the layer has them.
   kernels::Operand hidden_operand(const LayerCall& call, WorkerScratch& scratch, const BlockTask& task,
                                   uint32_t block);

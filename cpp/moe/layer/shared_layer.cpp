@@ -268,7 +268,11 @@ SharedLayer::InferenceScratch::InferenceScratch(const SharedLayer& layer, uint32
   const auto operand_bytes = [&](uint32_t size) {
     return round_up(layer.kernel_.operand_bytes(k, most_rows(size), size), kCacheLine);
   };
+  const auto panels_bytes = [&](uint32_t size) { return k.block_panels_bytes(most_rows(size), size); };
   operand_ = std::max(operand_bytes(hidden), layer.kernel_.is_integer ? operand_bytes(width) : 0);
+  if (layer.call_.blocks.any())
+    operand_ = std::max(
+        {operand_, round_up(panels_bytes(hidden), kCacheLine), round_up(panels_bytes(width), kCacheLine)});
   c_ = round_up(k.c_floats(most, kernels::kMaxCallOutputs) * sizeof(float), kCacheLine);
   per_worker_ = operand_ + 2 * c_ + round_up(k.nt_scratch_bytes(std::max(width, hidden)), kCacheLine);
   workers_ = plan.take(per_worker_ * static_cast<size_t>(layer.config_.pool->num_threads()));

@@ -18,14 +18,15 @@ namespace ktmoe {
 struct PackedRows {
   uint32_t active = UINT32_MAX;
   uint32_t m0 = 0;
+  uint32_t block = 0;  // of rows in int8 blocks
   kernels::Operand operand;
 
   // The rows of a task as an operand, packed by pack() only when the expert or the rows change.
   template <class Pack>
-  const kernels::Operand& pack_once(const BlockTask& task, Pack&& pack) {
-    if (active == task.active && m0 == task.m0) return operand;
+  const kernels::Operand& pack_once(const BlockTask& task, Pack&& pack, uint32_t of_block = 0) {
+    if (active == task.active && m0 == task.m0 && block == of_block) return operand;
     operand = pack();
-    active = task.active, m0 = task.m0;
+    active = task.active, m0 = task.m0, block = of_block;
     return operand;
   }
   const kernels::Operand& pack_once(const kernels::KernelTable& table, const kernels::RowsView& rows,

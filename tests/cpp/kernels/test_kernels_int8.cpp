@@ -208,13 +208,15 @@ float model_product(const IntegerRow& w, const QuantizedX& x, size_t block) {
 // ---- operands ----
 
 struct BlocksOperand {
-  Guarded<std::byte> memory;
+  Guarded<std::byte> memory, panels;
   Operand operand;
   BlocksOperand(const KernelTable& table, const RowsView& rows, uint32_t m, uint32_t k, uint32_t block)
-      : memory(Guarded<std::byte>::on_cache_line(m * kernels::BlockRowLayout(k, block).stride())) {
+      : memory(Guarded<std::byte>::on_cache_line(m * kernels::BlockRowLayout(k, block).stride())),
+        panels(Guarded<std::byte>::on_cache_line(std::max<size_t>(table.block_panels_bytes(m, k), 1))) {
     table.quantize_blocks(rows, m, k, block, memory.data());
     operand.data = memory.data(), operand.stride_bytes = kernels::BlockRowLayout(k, block).stride();
     operand.rows = m, operand.k = k;
+    operand = table.pack_blocks(operand, block, panels.data());
   }
 };
 

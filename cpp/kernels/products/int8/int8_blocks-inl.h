@@ -6,6 +6,9 @@
 #include "kernels/products/int8/few_rows-inl.h"
 #endif
 #include "kernels/products/int8/panels-inl.h"
+#if KT_HAS_TILES
+#include "kernels/products/int8/tiles-inl.h"
+#endif
 
 #if KT_HAS_256_BITS
 // Decoded in registers.
@@ -15,6 +18,9 @@ inline constexpr bool kIsDecodedInPlace = !BlockFormat<Format> || HasUnpack<Form
 
 template <class Format>
 void nt_int8_blocks(const NtArgs& args) {
+#if KT_HAS_TILES
+  if (args.x.panels != nullptr) return int8_tiles<Format>(args);
+#endif
 #if KT_HAS_256_BITS
   if constexpr (kIsDecodedInPlace<Format>) {
     if (args.x.rows == 1) return int8_few_rows<Format, 1>(args, 0);
