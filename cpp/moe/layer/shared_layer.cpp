@@ -153,6 +153,7 @@ void SharedLayer::quantize_rows(const kernels::RowsView& rows, uint32_t num_rows
 
 void SharedLayer::quantize_blocks(const kernels::RowsView& rows, uint32_t num_rows, uint32_t k,
                                   uint32_t block, std::byte* to) {
+  invalidate_packed();
   const size_t stride = kernels::BlockRowLayout(k, block).stride();
   run_rows(num_rows, k, [&](uint32_t first, uint32_t count) {
     call_.kernels->quantize_blocks({rows.data + first * rows.stride, rows.stride, nullptr}, count, k, block,
