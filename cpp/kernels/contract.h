@@ -53,7 +53,7 @@ struct Operand {
   uint32_t rows = 0;
   uint32_t k = 0;
   const QuantizedRow* quantized = nullptr;  // of int8 operands, by the index
-  const std::byte* panels = nullptr;        // of int8 blocks: their codes in panels, where pack_blocks made such
+  const std::byte* panels = nullptr;  // of int8 blocks: their codes in panels, where pack_blocks made such
 
   inline const QuantizedRow& quantized_row(uint32_t m) const;
 };

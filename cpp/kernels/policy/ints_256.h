@@ -126,25 +126,6 @@ KT_INLINE Ints8 sums_of_eight(const Ints8 (&x)[8]) {
 }
 
 KT_INLINE Bytes32 zero_bytes() { return _mm256_setzero_si256(); }
-// Integers times the factors of their groups as two digits, 128 high + low: values [32 g, 32 g + 32) of a
-// block whose groups have the factors `words`.
-template <size_t kGroups>
-KT_INLINE void by_factors(Bytes32 integers, const uint64_t* words, size_t g, Bytes32& high, Bytes32& low) {
-  __m256i digits[2][2];
-  KT_UNROLL for (int half = 0; half < 2; ++half) {
-    const size_t of = kGroups == 16 ? 2 * g + static_cast<size_t>(half) : g;
-    const __m256i factor = _mm256_set1_epi16(static_cast<int8_t>(words[of / 8] >> 8 * (of % 8)));
-    const __m128i bytes =
-        half == 0 ? _mm256_castsi256_si128(integers) : _mm256_extracti128_si256(integers, 1);
-    const __m256i product = _mm256_mullo_epi16(_mm256_cvtepi8_epi16(bytes), factor);
-    const __m256i upper =
-        _mm256_srai_epi16(_mm256_add_epi16(product, _mm256_set1_epi16(64)), 7);  // to nearest
-    digits[0][half] = upper;
-    digits[1][half] = _mm256_sub_epi16(product, _mm256_slli_epi16(upper, 7));
-  }
-  high = _mm256_permute4x64_epi64(_mm256_packs_epi16(digits[0][0], digits[0][1]), 0xd8);
-  low = _mm256_permute4x64_epi64(_mm256_packs_epi16(digits[1][0], digits[1][1]), 0xd8);
-}
 
 KT_INLINE Floats8 floats_of(Ints8 x) { return _mm256_cvtepi32_ps(x); }
 KT_INLINE Floats8 set_8(float x) { return _mm256_set1_ps(x); }

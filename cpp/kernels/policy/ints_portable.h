@@ -77,17 +77,6 @@ KT_INLINE Ints8 sums_of_eight(const Ints8 (&x)[8]) {
 }
 
 KT_INLINE Bytes32 zero_bytes() { return {}; }
-template <size_t kGroups>
-KT_INLINE void by_factors(const Bytes32& integers, const uint64_t* words, size_t g, Bytes32& high,
-                          Bytes32& low) {
-  const Bytes32 given = integers;  // which `high` may be
-  for (size_t i = 0; i < 32; ++i) {
-    const int product =
-        static_cast<int8_t>(given.lane[i]) * group_word(words, kGroups == 16 ? 2 * g + i / 16 : g);
-    const int upper = (product + 64) >> 7;
-    high.lane[i] = static_cast<uint8_t>(upper), low.lane[i] = static_cast<uint8_t>(product - upper * 128);
-  }
-}
 
 KT_INLINE Floats8 floats_of(const Ints8& x) { KT_MAP(Floats8, 8, static_cast<float>(x.lane[i])); }
 KT_INLINE Floats8 set_8(float x) { KT_MAP(Floats8, 8, x); }

@@ -22,6 +22,7 @@ using Vec = VecAvx512Bf16;
 #include "kernels/policy/nibbles_avx512_bf16.h"
 #include "kernels/policy/ints_256.h"
 #include "kernels/policy/dot_avx512.h"
+#include "kernels/policy/digits_avx512.h"
 #include "formats/scale_bytes/avx2-inl.h"
 #include "kernels/policy/tile_sums_amx.h"
 #include "kernels/layouts/transpose_avx512-inl.h"

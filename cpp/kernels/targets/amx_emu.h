@@ -17,6 +17,7 @@
 #include "kernels/policy/bytes_portable.h"
 #include "kernels/policy/nibbles_portable.h"
 #include "kernels/policy/ints_portable.h"
+#include "kernels/policy/digits_portable.h"
 #include "formats/scale_bytes/portable-inl.h"
 #include "kernels/policy/tile_sums_emu.h"
 #include "kernels/layouts/transpose_portable-inl.h"

@@ -7,8 +7,8 @@
 //   acc[n][m] = fma(w_s[n] s_b[m], float(S[n][m]), acc[n][m])
 //
 // Groups shorter than a tile have tiles of their own with zeros beside them: scales take longer than the tile
-// unit then. Integers with factors do not fit into a byte: they are two digits, 128 h + l, of a tile each.
-// Included inside a target's namespace, after panels-inl.h of products/int8.
+// unit then. Integers with factors do not fit into a byte: they are two digits, 128 high + low, of a tile
+// each. Included inside a target's namespace, after panels-inl.h of products/int8.
 
 inline constexpr uint32_t kTilesFromRows = 9;
 inline constexpr size_t kTileColumns = 64, kGroupTiles = kGroupRows / kTileRows;
@@ -61,27 +61,30 @@ struct WeightTiles {
 
  private:
   void decode_row(const EightRows& rows, int r, size_t n, size_t at, size_t columns) {
-    [[maybe_unused]] formats::GroupNumbers numbers;
-    if constexpr (Of::kHasFactors) {
+    if constexpr (!Of::kHasFactors) {
+      for (size_t k = 0; k < Of::kBlock; k += 32)
+        store(k, n, k < columns ? minus(Of::codes(rows, r, at + k), Of::kBias) : zero_bytes());
+    } else {
+      formats::GroupNumbers numbers;
       Format::group_numbers(Of::block(rows.row(r), at), numbers);
+      const GroupFactors factors = group_factors<Format::kGroups>(numbers.scale);
       if constexpr (Of::kHasOffset)
         store_words(reinterpret_cast<std::byte*>(offset_pairs[n]),
                     group_words<Format::kGroups>(numbers.offset));
-    }
-    for (size_t k = 0; k < Of::kBlock; k += 32) {
-      Bytes32 integers = k < columns ? minus(Of::codes(rows, r, at + k), Of::kBias) : zero_bytes();
-      if constexpr (Of::kHasFactors) {
-        Bytes32 low;
-        by_factors<Format::kGroups>(integers, numbers.scale, k / 32, integers, low);
-        store(1, k, n, low);
+      KT_UNROLL for (size_t t = 0; t < kTiles; ++t) {
+        const size_t k = at + t * kTileColumns;
+        const Bytes32 integers[2] = {minus(Of::codes(rows, r, k), Of::kBias),
+                                     minus(Of::codes(rows, r, k + 32), Of::kBias)};
+        store_digits<Format::kGroups>(integers, factors, t, row_of_tile(0, t, n), row_of_tile(1, t, n));
       }
-      store(0, k, n, integers);
     }
   }
-  void store(size_t digit, size_t k, size_t n, const Bytes32& codes_of_32) {
+  std::byte* row_of_tile(size_t digit, size_t tile, size_t n) {
+    return reinterpret_cast<std::byte*>(codes[digit][tile][n / kTileRows][n % kTileRows]);
+  }
+  void store(size_t k, size_t n, const Bytes32& codes_of_32) {
     const auto place = [&](size_t column) {
-      int8_t* tile = codes[digit][column / kTileGroup][n / kTileRows][n % kTileRows];
-      return reinterpret_cast<std::byte*>(tile + column % kTileGroup);
+      return row_of_tile(0, column / kTileGroup, n) + column % kTileGroup;
     };
     if constexpr (kTileGroup < 32) {
       alignas(32) std::byte both[32];
