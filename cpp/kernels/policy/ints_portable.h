@@ -119,6 +119,7 @@ struct PanelVec {
   using Floats = Floats8;
   static KT_INLINE Ints zero() { return {}; }
   static KT_INLINE Ints set(int32_t x) { return set_ints(x); }
+  static KT_INLINE Ints add(const Ints& a, const Ints& b) { KT_MAP(Ints, 8, a.lane[i] + b.lane[i]); }
   static KT_INLINE Ints minus(const Ints& a, const Ints& b) { return minus_ints(a, b); }
   template <int kShift>
   static KT_INLINE Ints shifted(const Ints& x) {

@@ -8,10 +8,6 @@ struct PanelVec {
   static KT_INLINE Ints zero() { return zero_ints(); }
   static KT_INLINE Ints set(int32_t x) { return set_ints(x); }
   static KT_INLINE Ints minus(Ints a, Ints b) { return minus_ints(a, b); }
-  template <int kShift>
-  static KT_INLINE Ints shifted(Ints x) {
-    return shift_left<kShift>(x);
-  }
   static KT_INLINE Ints load(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
   // The four bytes at p, in every lane.
   static KT_INLINE Ints broadcast(const void* p) {

@@ -8,6 +8,7 @@ struct PanelVec {
   using Floats = __m512;
   static KT_INLINE Ints zero() { return _mm512_setzero_si512(); }
   static KT_INLINE Ints set(int32_t x) { return _mm512_set1_epi32(x); }
+  static KT_INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
   static KT_INLINE Ints minus(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
   template <int kShift>
   static KT_INLINE Ints shifted(Ints x) {
