@@ -32,3 +32,21 @@ KT_INLINE void store_digits(const Bytes32 (&integers)[2], GroupFactors factors, 
   _mm512_storeu_si512(low, _mm512_packs_epi16(_mm512_and_si512(products[0], seven_bits),
                                               _mm512_and_si512(products[1], seven_bits)));
 }
+
+// The digits of 16 integers.
+struct DigitTable {
+  alignas(16) int8_t high[16], low[16];
+};
+KT_INLINE __m512i two_tables(const int8_t* first, const int8_t* second) {
+  const auto broadcast = [](const int8_t* table) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+  };
+  return _mm512_inserti64x4(_mm512_castsi256_si512(broadcast(first)), broadcast(second), 1);
+}
+// Those of 32 nibbles by one table, then of 32 by another.
+KT_INLINE void look_up_digits(const Bytes32 (&nibbles)[2], const DigitTable& first, const DigitTable& second,
+                              std::byte* high, std::byte* low) {
+  const __m512i of_64 = _mm512_inserti64x4(_mm512_castsi256_si512(nibbles[0]), nibbles[1], 1);
+  _mm512_storeu_si512(high, _mm512_shuffle_epi8(two_tables(first.high, second.high), of_64));
+  _mm512_storeu_si512(low, _mm512_shuffle_epi8(two_tables(first.low, second.low), of_64));
+}

@@ -7,6 +7,8 @@
 #endif
 #include "kernels/products/int8/panels-inl.h"
 #if KT_HAS_TILES
+#include "kernels/products/int8/panel_blocks-inl.h"
+#include "kernels/products/int8/weight_tiles-inl.h"
 #include "kernels/products/int8/tiles-inl.h"
 #endif
 
