@@ -37,11 +37,11 @@ KT_INLINE void store_digits(const Bytes32 (&integers)[2], GroupFactors factors, 
 struct DigitTable {
   alignas(16) int8_t high[16], low[16];
 };
+KT_INLINE __m256i table_twice(const int8_t* table) {
+  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+}
 KT_INLINE __m512i two_tables(const int8_t* first, const int8_t* second) {
-  const auto broadcast = [](const int8_t* table) {
-    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
-  };
-  return _mm512_inserti64x4(_mm512_castsi256_si512(broadcast(first)), broadcast(second), 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(table_twice(first)), table_twice(second), 1);
 }
 // Those of 32 nibbles by one table, then of 32 by another.
 KT_INLINE void look_up_digits(const Bytes32 (&nibbles)[2], const DigitTable& first, const DigitTable& second,

@@ -92,13 +92,14 @@ KT_INLINE PanelVec::Floats sum_of_group(const PanelBlock<kBlock>& x, size_t g, s
 
 template <class Format>
 KT_INLINE void add_scaled(const WeightTiles<Format>& w, const PanelBlock<Integers<Format>::kBlock>& x,
-                          const BlockTileSums<Format>& sums, float* acc) {
+                          size_t groups, const BlockTileSums<Format>& sums, float* acc) {
   using Of = Integers<Format>;
   for (size_t n = 0; n < kGroupRows; ++n) {
     KT_UNROLL for (size_t m = 0; m < kPanelColumns; m += PanelVec::kLanes) {
       const PanelVec::Floats scale_of_x = PanelVec::load_f(x.scale + m);
       PanelVec::Floats total = PanelVec::load_f(acc + n * kPanelColumns + m);
       KT_UNROLL for (size_t g = 0; g < WeightTiles<Format>::kGroups; ++g) {
+        if (g >= groups) break;
         PanelVec::Ints sum = PanelVec::load(sums[g][n] + m);
         if constexpr (Of::kHasFactors)
           sum = PanelVec::add(PanelVec::shifted<7>(sum), PanelVec::load(sums[1][n] + m));
@@ -144,7 +145,7 @@ void int8_tile_group(const NtArgs& args, const EightOutputs (&outputs)[kGroupRow
       const Panel& of_panel = x[panel * blocks + block];
       alignas(kCacheLine) BlockTileSums<Format> of_block;
       dot_block(weights, of_panel, of_block);
-      add_scaled(weights, of_panel, of_block, sums + panel * kPanelFloats);
+      add_scaled(weights, of_panel, div_up(columns, Of::kGroup), of_block, sums + panel * kPanelFloats);
     }
   }
 }
