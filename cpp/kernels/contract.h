@@ -100,6 +100,7 @@ struct NtArgs {
   size_t c_stride = 0;  // only of tables whose c_is_rows: floats from row to row, 0 for those of a C block
   bool accumulate = false;
   std::byte* scratch = nullptr;
+  const std::byte* next_rows = nullptr;  // weights that the thread probably multiplies after these: a hint
 };
 
 struct NnArgs;

@@ -59,13 +59,15 @@ void AMX_MOE_BASE<Derived>::gate_up(LayerCall& call, WorkerScratch& scratch, uin
   act.kept = derived().kept_rows(call, task, task.n0);
   act.h = intermediate(call, task, act.kept);
 
+  const std::byte* next = first_row_of_next(call, gate_up_tasks_, task_index, matrices_->gate);
   product(call, scratch, hidden_operand(call, scratch, task, call.blocks.gate), call.blocks.gate,
-          matrices_->gate[e], task, scratch.c_gate);
+          matrices_->gate[e], task, config_.activation.gated ? matrices_->up[e].row(task.n0) : next,
+          scratch.c_gate);
   act.c_gate = scratch.c_gate;
   act.gate_bias = detail::bias_of(biases_->gate, e * width + task.n0);
   if (config_.activation.gated) {
     product(call, scratch, hidden_operand(call, scratch, task, call.blocks.up), call.blocks.up,
-            matrices_->up[e], task, scratch.c_up);
+            matrices_->up[e], task, next, scratch.c_up);
     act.c_up = scratch.c_up;
     act.up_bias = detail::bias_of(biases_->up, e * width + task.n0);
   }
@@ -78,6 +80,7 @@ void AMX_MOE_BASE<Derived>::down(LayerCall& call, WorkerScratch& scratch, uint32
   const BlockTask& task = down_tasks_[task_index];
   const size_t e = call.plan.active[task.active].expert;
   const kernels::Operand h = down_operand(call, scratch, task);
+  const std::byte* next = first_row_of_next(call, down_tasks_, task_index, matrices_->down);
 
   kernels::StoreRowsArgs store;
   store.bias = detail::bias_of(biases_->down, e * static_cast<size_t>(config_.hidden_size) + task.n0);
@@ -85,10 +88,10 @@ void AMX_MOE_BASE<Derived>::down(LayerCall& call, WorkerScratch& scratch, uint32
   store.y_stride = sweep_.columns.size();
   store.y = sweep_.y + first_row(call, task) * store.y_stride + (task.n0 - sweep_.columns.begin);
   if (call.kernels->c_is_rows && store.bias == nullptr && !derived().adds_to_down())
-    return product(call, scratch, h, call.blocks.down, matrices_->down[e], task, static_cast<float*>(store.y),
-                   store.y_stride);
+    return product(call, scratch, h, call.blocks.down, matrices_->down[e], task, next,
+                   static_cast<float*>(store.y), store.y_stride);
 
-  product(call, scratch, h, call.blocks.down, matrices_->down[e], task, scratch.c_gate);
+  product(call, scratch, h, call.blocks.down, matrices_->down[e], task, next, scratch.c_gate);
   store.c = scratch.c_gate;
   derived().before_store(call, scratch, task, store);
   call.kernels->store_rows(store);
@@ -175,10 +178,22 @@ kernels::Operand AMX_MOE_BASE<Derived>::down_operand(const LayerCall& call, Work
 }
 
 template <class Derived>
+const std::byte* AMX_MOE_BASE<Derived>::first_row_of_next(const LayerCall& call,
+                                                          const std::vector<BlockTask>& tasks,
+                                                          uint32_t task_index,
+                                                          const std::vector<WeightView>& matrices) {
+  if (task_index + 1 >= tasks.size()) return nullptr;
+  const BlockTask& next = tasks[task_index + 1];
+  return matrices[call.plan.active[next.active].expert].row(next.n0);
+}
+
+template <class Derived>
 void AMX_MOE_BASE<Derived>::product(const LayerCall& call, const WorkerScratch& scratch,
                                     const kernels::Operand& x, uint32_t block, const WeightView& w,
-                                    const BlockTask& task, float* c, size_t c_stride) {
+                                    const BlockTask& task, const std::byte* next_rows, float* c,
+                                    size_t c_stride) {
   kernels::NtArgs nt;
+  nt.next_rows = next_rows;
   nt.x = x, nt.w = w;
   nt.n0 = task.n0, nt.n1 = task.n1;
   nt.c = c, nt.c_stride = c_stride, nt.scratch = scratch.nt;

@@ -85,7 +85,11 @@ class AMX_MOE_BASE {
   // The intermediate as an operand of the down projection.
   kernels::Operand down_operand(const LayerCall& call, WorkerScratch& scratch, const BlockTask& task);
   void product(const LayerCall& call, const WorkerScratch& scratch, const kernels::Operand& x, uint32_t block,
-               const WeightView& w, const BlockTask& task, float* c, size_t c_stride = 0);
+               const WeightView& w, const BlockTask& task, const std::byte* next_rows, float* c,
+               size_t c_stride = 0);
+  // Where the task after this one begins in its matrix, or null: a worker mostly takes it next.
+  static const std::byte* first_row_of_next(const LayerCall& call, const std::vector<BlockTask>& tasks,
+                                            uint32_t task_index, const std::vector<WeightView>& matrices);
 
   const ExpertMatrices* matrices_ = nullptr;
   const ExpertBiases* biases_ = nullptr;

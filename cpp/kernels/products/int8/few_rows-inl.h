@@ -182,16 +182,17 @@ KT_INLINE void add_factored_block(const EightRows& rows, const BlockRow* x, size
   }
 }
 
-// Outputs [n, n + 8) of kTokens rows of activations. Meanwhile the eight rows behind are prefetched.
+// Eight outputs of kTokens rows of activations. Meanwhile the eight rows `next` are prefetched.
 template <class Format, int kTokens>
-KT_INLINE void dot_eight(const EightRows& rows, const BlockRow* x, size_t k, Floats8 (&acc)[kTokens]) {
+KT_INLINE void dot_eight(const EightRows& rows, const EightRows& next, const BlockRow* x, size_t k,
+                         Floats8 (&acc)[kTokens]) {
   using Of = Integers<Format>;
   constexpr size_t kBlock = Of::kBlock;
   KT_UNROLL for (int t = 0; t < kTokens; ++t) acc[t] = set_8(0.0f);
   size_t at = 0;
   const size_t whole = BlockFormat<Format> ? k : k / kBlock * kBlock;
   for (; at < whole; at += kBlock) {
-    prefetch_block<Format>(rows.behind(8), at);
+    prefetch_block<Format>(next, at);
     if constexpr (Of::kHasFactors) {
       add_factored_block<Format>(rows, x, at, acc);
     } else {
@@ -218,8 +219,10 @@ void int8_few_rows(const NtArgs& args, uint32_t m) {
   for (uint32_t t = 0; t < kTokens; ++t) x[t] = block_row(args, m + (t < count ? t : count - 1), layout);
   for (uint32_t n = args.n0; n < args.n1;) {
     const EightOutputs outputs = next_eight<Format>(args, n);
+    EightRows next = outputs.rows.behind(8);
+    if (n + 8 >= args.n1 && args.next_rows != nullptr) next.data = args.next_rows;
     Floats8 acc[kTokens];
-    dot_eight<Format, kTokens>(outputs.rows, x, args.x.k, acc);
+    dot_eight<Format, kTokens>(outputs.rows, next, x, args.x.k, acc);
     for (uint32_t t = 0; t < count; ++t)
       store_outputs(args, m + t, n, outputs.first, outputs.count,
                     with_channel_scale<Format>(outputs.rows, acc[t]));

@@ -152,17 +152,17 @@ void int8_tile_group(const NtArgs& args, const EightOutputs (&outputs)[kGroupRow
 
 // To C, whose rows are outputs, as wide as the panel.
 template <class Format>
-void store_panels(const NtArgs& args, const EightOutputs (&outputs)[kGroupRows / 8], const float* sums) {
+void store_panels(const NtArgs& args, const EightOutputs (&outputs)[kGroupRows / 8], float* sums) {
   for (uint32_t m = 0; m < args.x.rows; m += kPanelColumns, sums += size_t{kGroupRows} * kPanelColumns) {
     const uint32_t width = panel_width(args.x, m / kPanelColumns);
     float* c = args.c + size_t{m} * tile_n_padded(args.n1 - args.n0);
     for (size_t e = 0; e < kGroupRows / 8; ++e) {
       for (uint32_t i = 0; i < outputs[e].count; ++i) {
-        const float* row = sums + (8 * e + outputs[e].first + i) * kPanelColumns;
+        float* row = sums + (8 * e + outputs[e].first + i) * kPanelColumns;
         const uint32_t n = outputs[e].n + i;
-        const float scale = Integers<Format>::kScalesSums ? args.w.channel_scale[n] : 1.0f;
-        float* to = c + (n - args.n0) * width;
-        for (uint32_t j = 0; j < width; ++j) to[j] = Integers<Format>::kScalesSums ? scale * row[j] : row[j];
+        if constexpr (Integers<Format>::kScalesSums)
+          for (uint32_t j = 0; j < kPanelColumns; ++j) row[j] *= args.w.channel_scale[n];
+        std::memcpy(c + (n - args.n0) * width, row, width * sizeof(float));
       }
     }
   }
