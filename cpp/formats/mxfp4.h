@@ -44,6 +44,12 @@ struct Unpack<formats::MxFp4> {
       const auto& numbers = kScaledNumbers<Format>.of[static_cast<uint8_t>(scales[k / Format::kGroup])];
       return Vec::look_up_segment(nibbles, kNibbleCodes<Format>.of, numbers);
     }
+    template <class V = Vec>
+      requires LooksUpTwo<V>
+    KT_INLINE void two_segments(size_t k, typename V::Segment (&to)[2]) const {
+      const auto& numbers = kScaledNumbers<Format>.of[static_cast<uint8_t>(scales[k / Format::kGroup])];
+      V::look_up_two(data + k / 2, V::table_of(numbers), to);
+    }
   };
 };
 

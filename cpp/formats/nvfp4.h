@@ -53,9 +53,13 @@ struct Unpack<formats::NvFp4> {
     KT_INLINE typename V::Segment looked_up(const std::byte* nibbles, size_t k, size_t count) const {
       const std::byte* of_group = scales + k / Format::kGroup;
       const auto first = static_cast<uint8_t>(of_group[0]);
-      const auto second = count > Format::kGroup ? static_cast<uint8_t>(of_group[1]) : first;
       const typename V::Numbers(&numbers)[256] = kScaledNumbers<Format>.of;
-      return look_up_two(nibbles, numbers[first], numbers[second]);
+      if constexpr (V::kStep <= Format::kGroup) {
+        return V::look_up_segment(nibbles, kNibbleCodes<Format>.of, numbers[first]);
+      } else {
+        const auto second = count > Format::kGroup ? static_cast<uint8_t>(of_group[1]) : first;
+        return look_up_two(nibbles, numbers[first], numbers[second]);
+      }
     }
   };
 };

@@ -54,8 +54,16 @@ struct UnpackRawInt4 {
     KT_INLINE Row(const WeightView& w, size_t n) : NibbleRow<Row, Format>(w, n) {}
     template <class V = Vec>
     KT_INLINE typename V::Segment looked_up(const std::byte* nibbles, size_t k, size_t) const {
-      const auto numbers = V::load_f(kFloatTable<kFromMinusEight>.of);
-      return V::look_up_floats(nibbles, V::mul(numbers, V::set(Format::scale(this->scales, k))));
+      typename V::Float numbers[16 / V::kWidth];
+      scaled_numbers<kFromMinusEight>(Format::scale(this->scales, k), numbers);
+      return V::look_up_floats(nibbles, numbers);
+    }
+    template <class V = Vec>
+      requires LooksUpTwo<V>
+    KT_INLINE void two_segments(size_t k, typename V::Segment (&to)[2]) const {
+      typename V::Float numbers[16 / V::kWidth];
+      scaled_numbers<kFromMinusEight>(Format::scale(this->scales, k), numbers);
+      V::look_up_two(this->data + k / 2, V::table_of(numbers), to);
     }
   };
 };

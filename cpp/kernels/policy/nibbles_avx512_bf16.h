@@ -26,7 +26,8 @@ struct PackedNibbles {
   }
 };
 
-// Stores bf(table[nibble]) of each nibble.
-KT_INLINE void store_looked_up(std::byte* to, const Nibbles32& x, Vec::Float table) {
-  Vec::store(to, Vec::look_up_rotated(_mm512_shldv_epi16(x.twice, x.twice, x.left), table));
+// Stores bf(numbers[nibble]) of each nibble at the place that `next` gives.
+template <class Next>
+KT_INLINE void store_looked_up(Next& next, const Nibbles32& x, const Vec::Float (&numbers)[1]) {
+  Vec::store(next.place(), Vec::look_up_rotated(_mm512_shldv_epi16(x.twice, x.twice, x.left), numbers[0]));
 }

@@ -60,16 +60,18 @@ concept ScalesHalves = requires(const typename V::Codes& codes, float scale) {
 
 // More lookups by nibbles, of policies with kLooksUpScaled.
 template <class V>
-concept LooksUpScaled =
-    requires(const typename V::Float& numbers, const typename V::Bytes& bytes, const std::byte* p) {
-      // bf(numbers[nibble]); numbers has 16 lanes.
-      { V::look_up_floats(p, numbers) } -> std::same_as<typename V::Segment>;
-      // The same, from words: bits 1 to 4 of both bytes of a word are its nibble, the others are ignored.
-      { V::look_up_rotated(bytes, numbers) } -> std::same_as<typename V::Segment>;
-      // look_up_bytes(p, table, select): byte i of the segment is table[nibble | select[i]], with the nibble
-      // of element i / 2.
-      { V::look_up_bytes(p, bytes, bytes) } -> std::same_as<typename V::Segment>;
-    };
+concept LooksUpScaled = requires(const typename V::Float (&numbers)[16 / V::kWidth], const std::byte* p) {
+  // bf(numbers[nibble]) of scaled numbers.
+  { V::look_up_floats(p, numbers) } -> std::same_as<typename V::Segment>;
+};
+
+// Two segments at once by one table, where that is cheaper.
+template <class V>
+concept LooksUpTwo = requires(const typename V::Float (&numbers)[16 / V::kWidth], const std::byte* p,
+                              const typename V::Numbers& table, typename V::Segment (&to)[2]) {
+  V::look_up_two(p, V::table_of(numbers), to);
+  V::look_up_two(p, V::table_of(table), to);
+};
 
 // int8 dot products, accumulated in int32; a step is 2 kStep elements.
 template <class V>
@@ -115,7 +117,11 @@ concept FloatLanes =
       V::to_floats(codes, parts);                                   // in order
       V::store_f(f, x);
       V::store_bf16(b, x);
-      V::store_rounded(to, parts);           // kStep bf16
+      V::store_rounded(to, parts);  // kStep bf16
+      // The same of codes times scales that went through without_payload: NaN are then rounded as numbers
+      // are.
+      V::store_scaled(to, parts);
+      { V::without_payload(x) } -> std::same_as<typename V::Float>;
       { V::sum(x) } -> std::same_as<float>;  // of all lanes, by the tree of reduce
       { V::add(x, x) } -> std::same_as<typename V::Float>;
       { V::sub(x, x) } -> std::same_as<typename V::Float>;

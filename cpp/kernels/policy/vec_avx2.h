@@ -68,14 +68,66 @@ struct VecAvx2 {
                                             _mm_load_si128(reinterpret_cast<const __m128i*>(low)));
     return _mm256_shuffle_epi8(tables, _mm256_and_si256(spread, _mm256_set1_epi8(15)));
   }
-  // Codes are looked up and converted; other policies look up bf16.
-  static constexpr bool kLooksUpScaled = false;
+
+  // ---- lookup tables of scaled numbers ----
+  static constexpr bool kLooksUpScaled = true;
+  // 16 numbers in bf16: their lower and their upper bytes.
   struct Numbers {
-    constexpr void set(int, uint16_t) {}
+    alignas(16) uint8_t low[16], high[16];
+    constexpr void set(int nibble, uint16_t bits) {
+      low[nibble] = static_cast<uint8_t>(bits), high[nibble] = static_cast<uint8_t>(bits >> 8);
+    }
   };
-  static KT_INLINE Segment look_up_segment(const std::byte* nibbles, const int8_t* table, const Numbers&) {
-    return to_segment(look_up(nibbles, table));
+  // The same in both lanes.
+  struct Table {
+    __m256i low, high;
+  };
+  static KT_INLINE Table table_of(const Numbers& numbers) {
+    const auto* low = reinterpret_cast<const __m128i*>(numbers.low);
+    const auto* high = reinterpret_cast<const __m128i*>(numbers.high);
+    return {_mm256_broadcastsi128_si256(_mm_load_si128(low)),
+            _mm256_broadcastsi128_si256(_mm_load_si128(high))};
   }
+  // Of numbers that are rounded as scaled ones (store_scaled).
+  static KT_INLINE Table table_of(const __m256 (&numbers)[2]) {
+    const __m256i first = _mm256_srli_epi32(rounded_number(_mm256_castps_si256(numbers[0])), 16);
+    const __m256i second = _mm256_srli_epi32(rounded_number(_mm256_castps_si256(numbers[1])), 16);
+    const __m256i words = _mm256_packus_epi32(first, second);  // numbers 0-3, 8-11 | 4-7, 12-15
+    const __m256i low = _mm256_and_si256(words, _mm256_set1_epi16(255)), high = _mm256_srli_epi16(words, 8);
+    const __m256i bytes =
+        _mm256_packus_epi16(low, high);  // dwords: low 0, 2, high 0, 2 | low 1, 3, high 1, 3
+    return {_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5)),
+            _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(2, 6, 3, 7, 2, 6, 3, 7))};
+  }
+  static KT_INLINE Segment look_up_segment(const std::byte* nibbles, const int8_t*, const Numbers& numbers) {
+    return look_up_in(nibbles, table_of(numbers));
+  }
+  static KT_INLINE Segment look_up_floats(const std::byte* nibbles, const __m256 (&numbers)[2]) {
+    return look_up_in(nibbles, table_of(numbers));
+  }
+  static KT_INLINE Segment look_up_in(const std::byte* nibbles, const Table& table) {
+    // Dwords: low and high nibbles of bytes 0 to 3 | of bytes 4 to 7.
+    const __m256i bytes = _mm256_castsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(nibbles)));
+    const __m256i order = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    const __m256i index = nibbles_of_dwords(_mm256_permutevar8x32_epi32(bytes, order),
+                                            _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
+    const __m256i words =
+        _mm256_unpacklo_epi8(_mm256_shuffle_epi8(table.low, index), _mm256_shuffle_epi8(table.high, index));
+    return {low_words_as_floats(words), high_words_as_floats(words)};
+  }
+  // Of 2 kStep nibbles, with one table.
+  static KT_INLINE void look_up_two(const std::byte* nibbles, const Table& table, Segment (&to)[2]) {
+    // Dwords: low nibbles of bytes 0 to 3, 8 to 11, high ones of the same | of bytes 4 to 7, 12 to 15.
+    const __m256i bytes = _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
+    const __m256i order = _mm256_setr_epi32(0, 2, 0, 2, 1, 3, 1, 3);
+    const __m256i index = nibbles_of_dwords(_mm256_permutevar8x32_epi32(bytes, order),
+                                            _mm256_setr_epi32(0, 0, 4, 4, 0, 0, 4, 4));
+    const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
+    const __m256i even = _mm256_unpacklo_epi8(low, high), odd = _mm256_unpackhi_epi8(low, high);
+    to[0] = {low_words_as_floats(even), low_words_as_floats(odd)};
+    to[1] = {high_words_as_floats(even), high_words_as_floats(odd)};
+  }
+
   // Exact: a code has no more digits than a bf16.
   static KT_INLINE Segment to_segment(Codes codes) {
     const __m128i even = _mm_srai_epi16(_mm_slli_epi16(codes, 8), 8), odd = _mm_srai_epi16(codes, 8);
@@ -185,8 +237,14 @@ struct VecAvx2 {
     x[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(codes, 8)));
   }
   static KT_INLINE void store_rounded(std::byte* p, const Float (&x)[2]) {
-    store_bf16(reinterpret_cast<bf16*>(p), x[0]);
-    store_bf16(reinterpret_cast<bf16*>(p) + kWidth, x[1]);
+    store_words(p, rounded(x[0]), rounded(x[1]));
+  }
+  static KT_INLINE Float without_payload(Float x) {
+    const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    return _mm256_blendv_ps(x, _mm256_set1_ps(std::numeric_limits<float>::quiet_NaN()), nan);
+  }
+  static KT_INLINE void store_scaled(std::byte* p, const Float (&x)[2]) {
+    store_words(p, rounded_number(_mm256_castps_si256(x[0])), rounded_number(_mm256_castps_si256(x[1])));
   }
   // min and max return their second operand when either is NaN.
   static KT_INLINE Float clamp_above(Float x, Float limit) { return _mm256_min_ps(limit, x); }
@@ -249,6 +307,22 @@ struct VecAvx2 {
   static KT_INLINE Float rounded_bf16(Float x) { return _mm256_castsi256_ps(high_words(rounded(x))); }
 
  private:
+  // The nibbles that begin at the bit `shift` of each byte of a dword.
+  static KT_INLINE __m256i nibbles_of_dwords(__m256i dwords, __m256i shift) {
+    return _mm256_and_si256(_mm256_srlv_epi32(dwords, shift), _mm256_set1_epi8(15));
+  }
+  // Words as the upper halves of floats: the first or the last four of each lane.
+  static KT_INLINE __m256 low_words_as_floats(__m256i words) {
+    return _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), words));
+  }
+  static KT_INLINE __m256 high_words_as_floats(__m256i words) {
+    return _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), words));
+  }
+  // The upper words of two vectors.
+  static KT_INLINE void store_words(std::byte* p, __m256i first, __m256i second) {
+    const __m256i words = _mm256_packus_epi32(_mm256_srli_epi32(first, 16), _mm256_srli_epi32(second, 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xd8));
+  }
   static KT_INLINE Segment split(__m256i pairs) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)), _mm256_castsi256_ps(high_words(pairs))};
   }

@@ -63,6 +63,7 @@ struct VecAvx512 : VecAvx512Base {
     store_bf16(reinterpret_cast<bf16*>(p), x[0]);
     store_bf16(reinterpret_cast<bf16*>(p) + kWidth, x[1]);
   }
+  static KT_INLINE void store_scaled(std::byte* p, const Float (&x)[2]) { store_rounded(p, x); }
 
   // ---- for formats with code for this instruction set ----
   // kStep elements in order, rounded.

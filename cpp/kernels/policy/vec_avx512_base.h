@@ -100,6 +100,7 @@ struct VecAvx512Base {
   using Float = __m512;
   using Mask = __mmask16;
   static KT_INLINE Float set(float x) { return _mm512_set1_ps(x); }
+  static KT_INLINE Float without_payload(Float x) { return x; }
   static KT_INLINE Float load_f(const float* p) { return _mm512_loadu_ps(p); }
   static KT_INLINE Float load_bf16(const bf16* p) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

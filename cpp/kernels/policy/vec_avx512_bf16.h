@@ -42,6 +42,7 @@ struct VecAvx512Bf16 : VecAvx512Base {
   static KT_INLINE Segment look_up_segment(const std::byte* nibbles, const int8_t*, const Numbers& numbers) {
     return look_up_bytes(nibbles, _mm512_load_si512(numbers.bytes), _mm512_set1_epi16(16 << 8));
   }
+  // Byte i of the segment is table[nibble | select[i]], with the nibble of element i / 2.
   static KT_INLINE Segment look_up_bytes(const std::byte* nibbles, Bytes table, Bytes select) {
     const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
     const __m512i four = _mm512_permutexvar_epi8(four_of_each(), bytes);
@@ -50,11 +51,12 @@ struct VecAvx512Bf16 : VecAvx512Base {
     const __m512i index = _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi8(15), select, kAndOr);
     return (__m512bh)_mm512_permutexvar_epi8(index, table);
   }
-  static KT_INLINE Segment look_up_floats(const std::byte* nibbles, Float numbers) {
+  static KT_INLINE Segment look_up_floats(const std::byte* nibbles, const Float (&numbers)[1]) {
     const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles)));
     const __m512i four = _mm512_permutexvar_epi8(four_of_each(), bytes);
-    return look_up_rotated(_mm512_shldv_epi16(four, four, _mm512_set1_epi32(13 << 16 | 1)), numbers);
+    return look_up_rotated(_mm512_shldv_epi16(four, four, _mm512_set1_epi32(13 << 16 | 1)), numbers[0]);
   }
+  // bf(numbers[nibble]): bits 1 to 4 of both bytes of a word are its nibble, the others are ignored.
   static KT_INLINE Segment look_up_rotated(Bytes words, Float numbers) {
     const __m512i table = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(numbers));
     constexpr int kAndOr = 0xea;  // (a & b) | c
@@ -76,6 +78,7 @@ struct VecAvx512Bf16 : VecAvx512Base {
   static KT_INLINE void store_rounded(std::byte* p, const Float (&x)[2]) {
     store(p, segment_of_halves(x[0], x[1]));
   }
+  static KT_INLINE void store_scaled(std::byte* p, const Float (&x)[2]) { store_rounded(p, x); }
 
   // ---- for formats with code for this instruction set ----
   // kStep elements in order, rounded.

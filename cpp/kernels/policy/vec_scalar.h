@@ -206,6 +206,8 @@ struct Vec {
   static KT_INLINE void store_rounded(std::byte* p, const Float (&x)[1]) {
     store_bf16(reinterpret_cast<bf16*>(p), x[0]);
   }
+  static KT_INLINE void store_scaled(std::byte* p, const Float (&x)[1]) { store_rounded(p, x); }
+  static KT_INLINE Float without_payload(const Float& x) { return x; }
   // p[2 i] = even[i], p[2 i + 1] = odd[i]
   static KT_INLINE void store_bf16_pairs(bf16* p, const Float& even, const Float& odd) {
     for (size_t i = 0; i < kWidth; ++i) {

@@ -14,7 +14,7 @@
 using Vec = VecAvx2;
 #include "kernels/policy/bytes_256.h"
 #include "kernels/policy/bytes_avx2.h"
-#include "kernels/policy/nibbles_portable.h"
+#include "kernels/policy/nibbles_avx2.h"
 #include "kernels/policy/ints_256.h"
 #include "kernels/policy/dot_avx2.h"
 #include "formats/scale_bytes/avx2-inl.h"

@@ -31,8 +31,8 @@ struct GroupScale {
   Vec::Float scale, offset;
   KT_INLINE GroupScale(const std::byte* block, const typename Format::Scales& scales, size_t g, size_t i) {
     if constexpr (HasScaleInBlock<Format>) {
-      scale = Unpack<Format>::scale(block);
-      if constexpr (Format::kHasOffset) offset = Unpack<Format>::offset(block);
+      scale = Vec::without_payload(Unpack<Format>::scale(block));
+      if constexpr (Format::kHasOffset) offset = Vec::without_payload(Unpack<Format>::offset(block));
     } else {
       const size_t at = (32 * g + i) / Format::kGroup;
       scale = Vec::set(scales.scale[at]);
@@ -58,15 +58,22 @@ KT_INLINE void open_block(const std::byte* block, typename Format::Scales& scale
     formats::GroupNumbers numbers;
     Format::group_numbers(block, numbers);
     const uint16_t bits = Format::scale_bits(block);
-    const Vec::Float scale = Vec::half(reinterpret_cast<const std::byte*>(&bits));
+    const Vec::Float scale = Vec::without_payload(Vec::half(reinterpret_cast<const std::byte*>(&bits)));
     scale_numbers(Vec::mul(scale, Vec::set(Format::kScaleFactor)), numbers.scale, Format::kGroups,
                   scales.scale);
     if constexpr (Format::kHasOffset) {
-      const Vec::Float minus = Vec::sub(Vec::set(0.0f), Vec::half(block + Format::kOffsetAt));
+      const Vec::Float other = Vec::without_payload(Vec::half(block + Format::kOffsetAt));
+      const Vec::Float minus = Vec::sub(Vec::set(0.0f), other);
       scale_numbers(minus, numbers.offset, Format::kGroups, scales.offset);
     }
   } else if constexpr (!HasScaleInBlock<Format>) {
     Format::scales(block, scales);
+    constexpr size_t kGroups = Format::kBlock / Format::kGroup;
+    for (size_t g = 0; g < kGroups; ++g) {
+      if (std::isnan(scales.scale[g])) scales.scale[g] = std::numeric_limits<float>::quiet_NaN();
+      if (Format::kHasOffset && std::isnan(scales.offset[g]))
+        scales.offset[g] = std::numeric_limits<float>::quiet_NaN();
+    }
   }
 }
 
@@ -93,7 +100,10 @@ KT_INLINE_GROUP void store_group(const std::byte* block, const typename Format::
   using Of = Unpack<Format>;
   if constexpr (Vec::kLooksUpScaled && requires { Of::kTable; }) {
     const GroupScale<Format> by(block, scales, g, 0);
-    store_looked_up(next.place(), Of::nibbles(block, g), by.of(Vec::load_f(kFloatTable<Of::kTable>.of)));
+    Vec::Float numbers[16 / Vec::kWidth];
+    KT_UNROLL for (size_t i = 0; i < 16 / Vec::kWidth; ++i) numbers[i] =
+        by.of(Vec::load_f(kFloatTable<Of::kTable>.of + i * Vec::kWidth));
+    store_looked_up(next, Of::nibbles(block, g), numbers);
   } else {
     Bytes32 numbers;
     if constexpr (requires { Of::kTable; }) {
@@ -108,7 +118,7 @@ KT_INLINE_GROUP void store_group(const std::byte* block, const typename Format::
       Vec::to_floats(codes_of(numbers, i), x);
       KT_UNROLL for (size_t part = 0; part < kParts; ++part) x[part] =
           GroupScale<Format>(block, scales, g, i + part * Vec::kWidth).of(x[part]);
-      Vec::store_rounded(next.place(), x);
+      Vec::store_scaled(next.place(), x);
     }
   }
 }

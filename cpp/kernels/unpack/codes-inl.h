@@ -66,6 +66,12 @@ struct FloatTable {
 template <const auto& kTable>
 inline constexpr FloatTable<kTable> kFloatTable;
 
+template <const auto& kTable>
+KT_INLINE void scaled_numbers(float scale, Vec::Float (&numbers)[16 / Vec::kWidth]) {
+  KT_UNROLL for (size_t i = 0; i < 16 / Vec::kWidth; ++i) numbers[i] =
+      Vec::mul(Vec::load_f(kFloatTable<kTable>.of + i * Vec::kWidth), Vec::set(scale));
+}
+
 // Where a group's scale is one byte: the 16 numbers of the format times the scale, indexed by that byte. The
 // products are exact.
 template <class Format>
@@ -83,7 +89,7 @@ template <class Format>
 inline constexpr ScaledNumbers<Format> kScaledNumbers;
 
 // A row of nibbles whose scales are a separate array. Where vectors look up scaled numbers (kLooksUpScaled),
-// the row provides `looked_up(nibbles, k, count)`.
+// the row provides `looked_up(nibbles, k, count)`, and where it LooksUpTwo perhaps `two_segments(k, to)`.
 template <class Row, class Format>
 struct NibbleRow {
   const std::byte *data, *scales;

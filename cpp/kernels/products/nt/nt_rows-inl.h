@@ -123,6 +123,11 @@ struct InPlace {
     KT_UNROLL for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead + i * kCacheLine, 0, 2);
   }
   KT_INLINE typename Product::Segment segment(int r, size_t k) const { return Product::weights(row[r], k); }
+  KT_INLINE void two_segments(int r, size_t k, typename Product::Segment (&to)[2]) const
+    requires requires(const Row& of_one) { of_one.two_segments(k, to); } && std::same_as<Product, Bf16Product>
+  {
+    row[r].two_segments(k, to);
+  }
   // The ends of rows, side by side. A loop: unrolled, this rarely executed code would be the longest part.
   KT_INLINE void store_tails(size_t k, size_t count, std::byte* to) const {
     KT_NO_UNROLL for (int r = 0; r < kRows; ++r)
@@ -195,6 +200,18 @@ KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& 
     for (int r = 0; r < kRows; ++r) acc[t][r] = b.k0 == 0 ? Product::zero() : lanes[t * kRows + r];
 
   size_t k = b.k0;
+  if constexpr (kTokens == 1 && requires(Segment(&two)[2]) { w.two_segments(0, k, two); }) {
+    for (; k + 2 * kStep <= b.k1; k += 2 * kStep) {
+      KT_UNROLL for (int i = 0; i < 2; ++i, ahead += prefetched.step) w.prefetch(ahead, prefetched.step);
+      const Segment xs[2] = {Product::load(x[0] + k * kElementBytes),
+                             Product::load(x[0] + (k + kStep) * kElementBytes)};
+      KT_UNROLL for (int r = 0; r < kRows; ++r) {
+        Segment ws[2];
+        w.two_segments(r, k, ws);
+        KT_UNROLL for (int i = 0; i < 2; ++i) Product::dot(acc[0][r], ws[i], xs[i]);
+      }
+    }
+  }
   for (; k + kStep <= b.k1; k += kStep) {
     w.prefetch(ahead, prefetched.step);
     ahead += prefetched.step;
