@@ -1,6 +1,7 @@
 // Layers with weights that are the same numbers on every platform, and digests of what they compute.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -189,7 +190,7 @@ class GoldenLayer {
     ForwardArgs args = batch.args(out.data());
     args.out_type = kernels::FloatType::kFloat32;
     layer_.forward(args);
-    for (float value : out) REQUIRE(std::isfinite(value));
+    REQUIRE(std::ranges::all_of(out, is_finite));
     Digest digest;
     digest.add(out);
     return digest.value();
@@ -211,8 +212,8 @@ class GoldenLayer {
     std::vector<float> grad_down(size(kExperts) * hidden_ * size(layer_.config().intermediate_size));
     args.down_proj = grad_down.data();
     layer_.backward(args);
-    for (float value : grad_down) REQUIRE(std::isfinite(value));
-    for (bf16 value : grad_input) REQUIRE(std::isfinite(to_float(value)));
+    REQUIRE(std::ranges::all_of(grad_down, is_finite));
+    REQUIRE(std::ranges::all_of(grad_input, is_finite, to_float));
     Digest digest;
     digest.add(out), digest.add(grad_input), digest.add(grad_weights), digest.add(grad_down);
     for (const auto& grad : grads) digest.add(grad);
@@ -243,6 +244,7 @@ class GoldenLayer {
     }
   };
 
+  static bool is_finite(float value) { return std::isfinite(value); }
   static size_t size(int64_t n) { return static_cast<size_t>(n); }
   size_t lora_size(size_t i) const { return lora_shape(layer_.sft_config(), static_cast<LoraId>(i)).size(); }
   std::vector<float> floats(size_t count, float largest) {
