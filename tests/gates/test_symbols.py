@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,7 @@ _NOT_IN = {
 }
 
 
+@cache
 def owner(symbol: str) -> str | None:
     """The instruction set whose kernels a mangled name belongs to; tables are filled on any machine."""
     if _TABLE.match(symbol):
@@ -78,32 +80,36 @@ def instructions(disassembly: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Pairs of symbol and instruction from the lines of objdump -d --no-show-raw-insn."""
     symbol = ""
     for line in disassembly:
-        if found := _SYMBOL.match(line):
-            symbol = found[1]
-        elif found := _INSTRUCTION.match(line):
+        if found := _INSTRUCTION.match(line):
             yield symbol, _PREFIXES.sub("", found[1])
+        elif found := _SYMBOL.match(line):
+            symbol = found[1]
+
+
+@cache
+def _is_misplaced(isa: str | None, instruction: str) -> bool:
+    return any(pattern.search(instruction) for pattern in (_NOT_IN[isa] if isa else _BASELINE))
 
 
 def violations(disassembly: Iterable[str]) -> list[str]:
     """The first instruction of every function that the function may not use."""
     found: dict[str, str] = {}
     for symbol, instruction in instructions(disassembly):
-        if symbol in found:
-            continue
-        isa = owner(symbol)
-        if any(pattern.search(instruction) for pattern in (_NOT_IN[isa] if isa else _BASELINE)):
-            found[symbol] = instruction
+        if _is_misplaced(owner(symbol), instruction):
+            found.setdefault(symbol, instruction)
     return [f"{symbol}: {instruction}" for symbol, instruction in found.items()]
 
 
 def missing_namesakes(disassembly: Iterable[str], chosen: Iterable[str]) -> list[str]:
     """The chosen instruction sets whose kernels nowhere have the instruction that shows them."""
-    seen = {(owner(symbol), text) for symbol, text in instructions(disassembly)}
-    return [
-        isa
-        for isa in chosen
-        if isa in _NAMESAKE and not any(isa == of and _NAMESAKE[isa] in text for of, text in seen)
-    ]
+    missing = [isa for isa in chosen if isa in _NAMESAKE]
+    for symbol, instruction in instructions(disassembly):
+        if not missing:
+            break
+        isa = owner(symbol)
+        if isa in missing and _NAMESAKE[isa] in instruction:
+            missing.remove(isa)
+    return missing
 
 
 def _disassemble(library: Path) -> list[str]:
