@@ -1,4 +1,7 @@
-"""The core does not print or end the process, only the command prints, no file mentions local paths."""
+"""The core does not print or end the process, only the command prints, no file mentions local paths.
+
+Markers stand in files of tests, where .ci/run looks for them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import re
 import pytest
 
 from ._cpp import without_comments_and_texts
-from ._tree import CPP_SUFFIXES, files_under, name_of, project_files
+from ._tree import CPP_SUFFIXES, ROOT, files_under, name_of, project_files
 
 _FORBIDDEN_CALLS = re.compile(
     r"\b(?:f|v|vf)?printf\s*\(|\bputs\s*\(|\bperror\s*\(|\bstd\s*::\s*(?:cout|cerr|clog)\b"
@@ -73,6 +76,16 @@ def test_no_text_names_a_path_of_a_workplace() -> None:
         for i, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
             if _FORBIDDEN_PATHS.search(line):
                 found.append(f"{name_of(path)}:{i}: {line.strip()}")
+    assert not found, "\n".join(found)
+
+
+def test_markers_stand_in_the_files_of_tests() -> None:
+    markers = re.findall(r"\$\(files_with (\w+)\)", (ROOT / ".ci" / "run").read_text())
+    assert markers
+    wanted = re.compile(rf"\bmark\.(?:{'|'.join(markers)})\b")
+    helpers = [path for path in files_under("tests", suffixes={".py"}) if not path.name.startswith("test_")]
+    found = [name_of(path) for path in helpers if wanted.search(path.read_text())]
+    assert helpers
     assert not found, "\n".join(found)
 
 
