@@ -26,7 +26,7 @@ from ktmoe_np.formats.quantized import FORMATS
 from ktmoe_np.io import SafetensorsFile
 from ktmoe_np.io.safetensors.writer import replacing, write_safetensors
 
-pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("leave_no_engine")]
+pytestmark = pytest.mark.usefixtures("leave_no_engine")
 
 
 # ---- converting ----

@@ -11,8 +11,6 @@ from layers import IS_SLOW
 
 from ktmoe_np.cli import finetune_demo, main
 
-pytestmark = pytest.mark.kernels
-
 #: Enough steps for the loss to fall to a tenth; the default number brings it to a hundredth.
 STEPS = "10" if IS_SLOW else "150"
 

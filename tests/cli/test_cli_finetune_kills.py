@@ -21,8 +21,8 @@ FILES = ["adapter_config.json", "adapter_model.safetensors", "loss.csv", "state.
 @pytest.mark.parametrize(
     ("name", "stride", "draw", "files"),
     [
-        ("SIGKILL", 41, "no", FILES),
-        ("SIGINT", 41, "no", FILES),
+        ("SIGKILL", 83, "no", FILES),
+        ("SIGINT", 83, "no", FILES),
         ("SIGKILL", 307, "draw", [*FILES[:3], "loss.png", FILES[3]]),
     ],
 )

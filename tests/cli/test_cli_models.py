@@ -13,8 +13,6 @@ from cli_runs import run_ktmoe
 from ktmoe_np.cli import main
 from ktmoe_np.models import EMBEDDED_MODEL, EMBEDDED_TEXT
 
-pytestmark = pytest.mark.kernels
-
 PROMPT = "And God said, Let there be light: and there was"
 
 

@@ -24,7 +24,7 @@ from ktmoe_np.io import load_experts, load_hf_config
 from ktmoe_np.io.safetensors.writer import write_safetensors
 from ktmoe_np.reference import moe_forward
 
-pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("leave_no_engine")]
+pytestmark = pytest.mark.usefixtures("leave_no_engine")
 
 
 @pytest.mark.parametrize("naming", ["qwen3_moe", "gpt_oss", "nemotron_h", "llama4"])
@@ -65,6 +65,7 @@ def test_verify_checks_fewer_experts_in_less_time(tmp_path: Path, capsys: pytest
     assert checked == [1, 6]
 
 
+@pytest.mark.kernels
 def test_verify_finds_wrong_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +129,7 @@ def test_verify_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert message in line
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", ["AMXINT8", "AMXINT4", "MOE_INT8", "MOE_INT4"])
 def test_verify_quantized_layers_in_int8(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -12,7 +12,7 @@ from converted import E, H, I, corrupt, name_of, said
 
 from ktmoe_np.cli import main
 
-pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("leave_no_engine")]
+pytestmark = pytest.mark.usefixtures("leave_no_engine")
 
 
 def test_verify_measures_against_the_source(target: Path, capsys: pytest.CaptureFixture[str]) -> None:

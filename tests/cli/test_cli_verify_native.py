@@ -24,7 +24,7 @@ from ktmoe_np.inference import BaseMoEWrapper
 from ktmoe_np.reference import decode_gguf
 from ktmoe_np.reference.integer_encodings import INTEGERS
 
-pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("leave_no_engine")]
+pytestmark = pytest.mark.usefixtures("leave_no_engine")
 
 P = 2
 
@@ -148,6 +148,7 @@ def test_verify_native_checkpoints_in_int8(
     assert report["activation_dtype"] == "int8"
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(("gate_up", "down"), GGUF_TYPES)
 def test_verify_gguf_models_in_int8(
     gate_up: str, down: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -159,6 +160,7 @@ def test_verify_gguf_models_in_int8(
     assert report["activation_dtype"] == "int8"
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("write", [partial(write_native, encoding="rawint4"), write_gguf])
 def test_verify_tells_int8_activations_from_bf16(
     write: Callable[[Path], None],

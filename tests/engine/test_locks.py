@@ -15,7 +15,7 @@ from ktmoe_np import kt_kernel_ext as ext
 
 pytestmark = pytest.mark.engine
 
-NUM_FORKS = 20 if IS_SLOW else 150
+NUM_FORKS = 20 if IS_SLOW else 50
 
 
 def test_one_thread_at_a_time() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from gguf_blocks import GGUF_BLOCKS
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from int8_layers import METHODS, PLAIN_TYPES, draw_int8_layer
-from layers import ACTIVATIONS, IS_SLOW, POOLS, Batch, assert_same_bits, draw_batch
+from layers import ACTIVATIONS, IS_SLOW, POOLS, Batch, assert_same_bits, draw_batch, num_examples
 from sft_layers import low_level_inference
 
 from ktmoe_np.reference import IntegerMatrix, integer_product, integers_of_quantized, round_bf16
@@ -36,7 +37,7 @@ def exact(moe: Any, batch: Batch, **options: Any) -> AnyArray:
 # ---- against the reference ----
 
 
-@settings(deadline=None, max_examples=60 if IS_SLOW else 300)
+@settings(deadline=None, max_examples=num_examples(300))
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -83,7 +84,7 @@ def test_projections_in_floats_stay_in_bfloat16(types: Any) -> None:
 
 
 @every_method
-@pytest.mark.parametrize(("inter", "hidden", "tokens"), [(704, 300, 9), (100, 2200, 150)])
+@pytest.mark.parametrize(("inter", "hidden", "tokens"), [(704, 300, 9), (100, 2200, 40 if IS_SLOW else 150)])
 def test_widths_of_models_and_long_rows(method: Any, inter: int, hidden: int, tokens: int) -> None:
     rng = np.random.default_rng(3)
     layer = draw_int8_layer(rng, method, (2, inter, hidden))
@@ -165,12 +166,12 @@ def test_any_threads_give_the_same_bits(engines: list[Any], method: Any, tokens:
     layer = draw_int8_layer(rng, method, (5, 192, 260), with_biases=True)
     batch = draw_batch(rng, layer.layer, tokens, 2)
     expected = exact(layer.wrapper(2, activation_dtype="int8"), batch)
-    for pool, engine in zip(POOLS, engines, strict=True):
-        for made, called in (("int8", None), (None, "int8"), ("bfloat16", "int8")):
-            moe = low_level_inference(engine, layer.student(rng, 0), 2, activation_dtype=made)
-            out = np.full(batch.x.shape, np.nan, np.float32)
-            engine.run(moe.forward_task(*batch, out, activation_dtype=called))
-            assert_same_bits(out, expected, f"threads {pool}, {made}, {called}")
+    ways = cycle((("int8", None), (None, "int8"), ("bfloat16", "int8")))
+    for pool, engine, (made, called) in zip(POOLS, engines, ways, strict=False):
+        moe = low_level_inference(engine, layer.student(rng, 0), 2, activation_dtype=made)
+        out = np.full(batch.x.shape, np.nan, np.float32)
+        engine.run(moe.forward_task(*batch, out, activation_dtype=called))
+        assert_same_bits(out, expected, f"threads {pool}, {made}, {called}")
 
 
 @every_method

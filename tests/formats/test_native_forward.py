@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import ACTIVATIONS, IS_SLOW, assert_close, assert_same_bits, bf16, draw_batch, draw_layer
+from layers import ACTIVATIONS, assert_close, assert_same_bits, bf16, draw_batch, draw_layer, num_examples
 from native_layers import METHODS, draw_native_layer
 
 from ktmoe_np import KTMoEWrapper
@@ -23,7 +23,7 @@ TOKENS = (0, 1, 2, 3, 4, 5, 7, 13, 14, 16, 17, 33, 65)
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
-@settings(deadline=None, max_examples=60 if IS_SLOW else 200)
+@settings(deadline=None, max_examples=num_examples(200))
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     rng = np.random.default_rng(seed)

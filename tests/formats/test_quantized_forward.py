@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import (
     ACTIVATIONS,
-    IS_SLOW,
     Batch,
     Layer,
     assert_close,
     assert_same_bits,
     draw_batch,
     draw_layer,
+    num_examples,
 )
 from quantized_layers import METHODS, product_of, quantized_layer
 
@@ -35,7 +35,7 @@ def check(layer: Layer, batch: Batch, method: str, group_size: int | None, **opt
     assert_close(got, quantized_layer(layer, method, group_size), batch, product=product_of(method))
 
 
-@settings(deadline=None, max_examples=60 if IS_SLOW else 200)
+@settings(deadline=None, max_examples=num_examples(200))
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     rng = np.random.default_rng(seed)

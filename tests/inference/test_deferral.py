@@ -20,6 +20,7 @@ from layers import (
     draw,
     draw_batch,
     draw_layer,
+    num_examples,
     run_python,
 )
 
@@ -97,7 +98,7 @@ def run_pass(moes: Sequence[Any], batches: Sequence[Batch], how: str = "forward"
     return results
 
 
-@settings(deadline=None, max_examples=10 if IS_SLOW else 40)
+@settings(deadline=None, max_examples=num_examples(40))
 @given(
     seed=st.integers(0, 2**32 - 1),
     deferred=st.lists(st.integers(0, P), min_size=1, max_size=5),

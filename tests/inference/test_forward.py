@@ -24,6 +24,7 @@ from layers import (
     draw,
     draw_batch,
     draw_layer,
+    num_examples,
     run_python,
     stored,
 )
@@ -61,7 +62,7 @@ def routed(batch: Batch, routing: str, num_experts: int, rng: np.random.Generato
     return batch._replace(ids=ids)
 
 
-@settings(deadline=None, max_examples=100 if IS_SLOW else 300)
+@settings(deadline=None, max_examples=num_examples(300))
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -91,7 +92,7 @@ def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     assert_close(out, layer, batch, gpu_experts_mask=mask, physical_to_logical_map=mapped, base=base)
 
 
-@settings(deadline=None, max_examples=30 if IS_SLOW else 100)
+@settings(deadline=None, max_examples=num_examples(100))
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_integers_are_right_to_the_last_bit(data: st.DataObject, seed: int) -> None:
     """Their sums are exact in any order: what remains are the two named roundings, with many ties."""

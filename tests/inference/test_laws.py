@@ -20,6 +20,7 @@ from layers import (
     draw_batch,
     draw_layer,
     low_level_moe,
+    num_examples,
     stored,
 )
 
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.kernels
 AnyArray = Any
 float32 = np.dtype(np.float32)
 
-law = settings(deadline=None, max_examples=8 if IS_SLOW else 40)
+law = settings(deadline=None, max_examples=num_examples(40))
 seeds = st.integers(0, 2**32 - 1)
 #: E, I, H; the second is large enough that more than one thread works on it, in the last rows are long.
 sizes = st.sampled_from([(3, 45, 70), (6, 96, 160), (4, 33, 31), (2, 64, 64), (2, 17, 2100)])

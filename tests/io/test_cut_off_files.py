@@ -25,8 +25,6 @@ from ktmoe_np.io.gguf.experts import GgufCheckpoint
 from ktmoe_np.io.mapped import MappedFiles
 from ktmoe_np.io.safetensors.writer import write_safetensors
 
-pytestmark = pytest.mark.kernels
-
 E, I, H, P = 3, 32, 64, 2  # noqa: E741
 SIZES: dict[str, Any] = {
     "num_experts": E,
@@ -116,6 +114,7 @@ def layer_of_memmaps(directory: Path, **options: Any) -> tuple[Any, list[Path]]:
 LAYERS = [bfloat16_layer, quantized_layer, native_layer, gguf_layer, layer_of_memmaps]
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("make", LAYERS)
 def test_passes(make: Callable[..., tuple[Any, list[Path]]], tmp_path: Path) -> None:
     moe, files = make(tmp_path)
@@ -143,6 +142,7 @@ def test_passes_that_defer(tmp_path: Path) -> None:
     assert_same_bits(moe.drain_deferred(), expected[1])
 
 
+@pytest.mark.kernels
 def test_training(tmp_path: Path) -> None:
     sft, files = bfloat16_layer(tmp_path, mode="sft", lora_rank=2)
     expected = sft.forward_sft(*BATCH)

@@ -13,8 +13,6 @@ from native_checkpoints import ENCODINGS, LAYER, Layer, draw_layer, put_layer
 
 from ktmoe_np import KTMoEWrapper
 
-pytestmark = pytest.mark.kernels
-
 E, I, H, P = 3, 96, 160, 2  # noqa: E741
 
 every_encoding = pytest.mark.parametrize("encoding", ENCODINGS)

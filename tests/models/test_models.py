@@ -30,8 +30,6 @@ from ktmoe_np.models import (
     load_tokenizer,
 )
 
-pytestmark = pytest.mark.kernels
-
 TEXT = b"And God said, Let there be light: and there was"
 OTHER = b"In the beginning God created the heaven and the earth."
 
@@ -95,6 +93,7 @@ def test_bits_per_byte_of_every_method_are_as_measured(method: str) -> None:
     assert abs(bits - MEASURED[method]) <= 2 * max(moves) + LAST_DIGIT
 
 
+@pytest.mark.kernels
 def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(model: MoEDecoder) -> None:
     texts = [TEXT, OTHER[:7], OTHER, TEXT[:20]]
     caches = [model.new_cache() for _ in texts]

@@ -13,8 +13,6 @@ from decoders import assert_same_but_for_roundings, logits_of, write_gguf_expert
 
 from ktmoe_np.models import MoEDecoder, bits_per_token, loss_and_gradients
 
-pytestmark = pytest.mark.kernels
-
 TEXT = b"And God said, Let there be light: and there was"
 OTHER = b"In the beginning God created the heaven and the earth."
 

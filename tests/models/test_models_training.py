@@ -24,8 +24,6 @@ from ktmoe_np.models import _arithmetic as arithmetic
 from ktmoe_np.models.attention import Attention, Place
 from ktmoe_np.models.router import Router
 
-pytestmark = pytest.mark.kernels
-
 Array = np.ndarray[Any, Any]
 
 TEXTS = [list(EMBEDDED_TEXT.read_bytes()[at : at + 48]) for at in (1000, 5000, 9000)]

@@ -14,7 +14,7 @@ import pytest
 from gradient_bound import gradient_balls
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from layers import AnyArray, Batch, Layer, assert_close, bf16, draw_batch, draw_layer
+from layers import AnyArray, Batch, Layer, assert_close, bf16, draw_batch, draw_layer, num_examples
 from quantized_cases import METHODS, quantized
 from reference_cases import draw_layer as draw_arguments
 from sft_layers import assert_step_close, draw_student, draw_training, train
@@ -25,7 +25,7 @@ from ktmoe_np.reference import assert_within, error_bound, moe_backward, moe_for
 
 pytestmark = pytest.mark.kernels
 
-quick = settings(deadline=None, max_examples=60)
+quick = settings(deadline=None, max_examples=num_examples(60))
 SEEDS = st.integers(0, 2**32 - 1)
 
 #: Powers of two that the intermediate, the products with down and the weighted sums come to, about.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import ACTIVATIONS, IS_SLOW, STORAGES, assert_same_bits, bf16, draw, draw_batch, stored
+from layers import ACTIVATIONS, STORAGES, assert_same_bits, bf16, draw, draw_batch, num_examples, stored
 from sft_layers import (
     SHAPES,
     Step,
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.kernels, pytest.mark.asan]
 AnyArray = Any
 
 
-@settings(deadline=None, max_examples=30 if IS_SLOW else 100)
+@settings(deadline=None, max_examples=num_examples(100))
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -10,7 +10,7 @@ import pytest
 from gradient_bound import gradient_balls
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import ACTIVATIONS, IS_SLOW, STORAGES, Batch, assert_same_bits, bf16, draw_batch, stored
+from layers import ACTIVATIONS, STORAGES, Batch, assert_same_bits, bf16, draw_batch, num_examples, stored
 from sft_layers import SHAPES, Student, draw_case, draw_student, draw_training
 
 import ktmoe_np.buffers
@@ -41,7 +41,7 @@ def assert_close(actual: AnyArray, student: Student, batch: Batch, **options: An
     assert_within(actual, ball[name].center, ball[name].radius)
 
 
-@settings(deadline=None, max_examples=30 if IS_SLOW else 100)
+@settings(deadline=None, max_examples=num_examples(100))
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     rng = np.random.default_rng(seed)

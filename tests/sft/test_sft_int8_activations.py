@@ -11,7 +11,7 @@ from gradient_bound import gradient_balls
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from int8_layers import METHODS, PLAIN_TYPES, Int8Layer, draw_int8_layer
-from layers import ACTIVATIONS, IS_SLOW, Batch, assert_same_bits, bf16
+from layers import ACTIVATIONS, Batch, assert_same_bits, bf16, num_examples
 from sft_layers import (
     THREAD_CASES,
     Step,
@@ -35,7 +35,7 @@ TOKENS = (0, 1, 2, 15, 16, 17, 33)
 every_method = pytest.mark.parametrize(
     "method", METHODS, ids=lambda m: ", ".join(str(part) for part in m if part is not None)
 )
-law = settings(deadline=None, max_examples=2 if IS_SLOW else 8)
+law = settings(deadline=None, max_examples=num_examples(8))
 
 
 def drawn(
@@ -93,7 +93,7 @@ def step_of(moe: Any, batch: Batch, grad_output: AnyArray, **options: Any) -> St
 # ---- against the reference ----
 
 
-@settings(deadline=None, max_examples=60 if IS_SLOW else 200)
+@settings(deadline=None, max_examples=num_examples(200))
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     method = data.draw(st.sampled_from(METHODS), "method")

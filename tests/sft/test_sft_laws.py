@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import ACTIVATIONS, IS_SLOW, Batch, assert_same_bits, bf16, draw, draw_batch
+from layers import ACTIVATIONS, IS_SLOW, Batch, assert_same_bits, bf16, draw, draw_batch, num_examples
 from sft_layers import (
     THREAD_CASES,
     Step,
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.kernels
 
 AnyArray = Any
 
-law = settings(deadline=None, max_examples=6 if IS_SLOW else 25)
+law = settings(deadline=None, max_examples=num_examples(25))
 seeds = st.integers(0, 2**32 - 1)
 #: E, I, H; the last is large enough that more than one thread works on it.
 sizes = st.sampled_from([(3, 45, 70), (4, 33, 31), (2, 64, 64), (6, 96, 160)])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import ACTIVATIONS, IS_SLOW, Batch, assert_same_bits, bf16, draw, draw_batch
+from layers import ACTIVATIONS, Batch, assert_same_bits, bf16, draw, draw_batch, num_examples
 from native_layers import METHODS as NATIVE_METHODS
 from quantized_layers import METHODS as INFERENCE_METHODS
 from sft_layers import (
@@ -50,7 +50,7 @@ def name_of(method: Method) -> str:
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=name_of)
 
-law = settings(deadline=None, max_examples=2 if IS_SLOW else 8)
+law = settings(deadline=None, max_examples=num_examples(8))
 seeds = st.integers(0, 2**32 - 1)
 #: E, I, H, among them tails of groups and of steps of the kernels, and rows beyond the first block of 128.
 sizes = st.sampled_from([(3, 45, 70), (4, 33, 31), (2, 64, 130), (6, 96, 160), (2, 140, 48)])
@@ -84,7 +84,7 @@ def inference(student: Student, num_slots: int, *args: Any, **options: Any) -> A
 # ---- against the reference ----
 
 
-@settings(deadline=None, max_examples=110 if IS_SLOW else 500)
+@settings(deadline=None, max_examples=num_examples(500))
 @given(data=st.data(), seed=seeds)
 def test_drawn_layers(data: st.DataObject, seed: int) -> None:
     rng = np.random.default_rng(seed)

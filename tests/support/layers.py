@@ -40,6 +40,7 @@ __all__ = [
     "draw_layer",
     "engine_of",
     "low_level_moe",
+    "num_examples",
     "run_python",
     "stored",
 ]
@@ -51,6 +52,13 @@ bf16 = np.dtype(ml_dtypes.bfloat16)
 #: The instruction set under test; an emulator is about a hundred times slower than the fast ones.
 ISA = str(ktmoe_np.isa_info()["active"])
 IS_SLOW = ISA in ktmoe_np.isa_info()["on_request"]
+
+
+def num_examples(most: int) -> int:
+    """How many examples a property test of kernels draws: a fifth on an emulator and in the short profile."""
+    is_short = os.environ.get("KTMOE_HYPOTHESIS_PROFILE") == "short"
+    return -(-most // 5) if IS_SLOW or is_short else most
+
 
 #: Parameters that no function has by default.
 _OTHER_PARAMETERS = {"limit": 1.25, "alpha": 0.75, "beta1": 0.75, "beta2": 1.5}
