@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_blocks import GGUF_BLOCKS
-from layers import IS_SLOW, assert_close, assert_same_bits, bf16, draw_batch
+from layers import MANY_TOKENS, assert_close, assert_same_bits, bf16, draw_batch
 from native_layers import NativeLayer, draw_gguf, draw_native_layer
 
 from ktmoe_np import KTMoEWrapper
@@ -53,7 +53,7 @@ def test_the_reference_decodes_as_gguf_does(name: str) -> None:
 
 @every_type
 @pytest.mark.parametrize(
-    ("inter", "hidden", "tokens"), [(256, 512, 1), (768, 256, 9), (512, 2304, 40 if IS_SLOW else 150)]
+    ("inter", "hidden", "tokens"), [(256, 512, 1), (768, 256, 9), (512, 2304, MANY_TOKENS)]
 )
 def test_every_type_in_widths_of_blocks(name: str, inter: int, hidden: int, tokens: int) -> None:
     rng = np.random.default_rng(1)

@@ -11,7 +11,7 @@ from gguf_blocks import GGUF_BLOCKS
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from int8_layers import METHODS, PLAIN_TYPES, draw_int8_layer
-from layers import ACTIVATIONS, IS_SLOW, POOLS, Batch, assert_same_bits, draw_batch, num_examples
+from layers import ACTIVATIONS, MANY_TOKENS, POOLS, Batch, assert_same_bits, draw_batch, num_examples
 from sft_layers import low_level_inference
 
 from ktmoe_np.reference import IntegerMatrix, integer_product, integers_of_quantized, round_bf16
@@ -84,7 +84,7 @@ def test_projections_in_floats_stay_in_bfloat16(types: Any) -> None:
 
 
 @every_method
-@pytest.mark.parametrize(("inter", "hidden", "tokens"), [(704, 300, 9), (100, 2200, 40 if IS_SLOW else 150)])
+@pytest.mark.parametrize(("inter", "hidden", "tokens"), [(704, 300, 9), (100, 2200, MANY_TOKENS)])
 def test_widths_of_models_and_long_rows(method: Any, inter: int, hidden: int, tokens: int) -> None:
     rng = np.random.default_rng(3)
     layer = draw_int8_layer(rng, method, (2, inter, hidden))

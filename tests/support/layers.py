@@ -27,6 +27,7 @@ __all__ = [
     "ACTIVATIONS",
     "ISA",
     "IS_SLOW",
+    "MANY_TOKENS",
     "POOLS",
     "STORAGES",
     "Batch",
@@ -53,11 +54,16 @@ bf16 = np.dtype(ml_dtypes.bfloat16)
 ISA = str(ktmoe_np.isa_info()["active"])
 IS_SLOW = ISA in ktmoe_np.isa_info()["on_request"]
 
+#: Whether an emulator or the short profile asks for less; the kernels' own tests leave nothing out.
+_IS_SHORT = IS_SLOW or os.environ.get("KTMOE_HYPOTHESIS_PROFILE") == "short"
+
+#: Tokens of more than one block of rows, and of many where there is time.
+MANY_TOKENS = 40 if _IS_SHORT else 150
+
 
 def num_examples(most: int) -> int:
-    """How many examples a property test of kernels draws: a fifth on an emulator and in the short profile."""
-    is_short = os.environ.get("KTMOE_HYPOTHESIS_PROFILE") == "short"
-    return -(-most // 5) if IS_SLOW or is_short else most
+    """How many examples a property test of the kernels draws: all, or a fifth."""
+    return -(-most // 5) if _IS_SHORT else most
 
 
 #: Parameters that no function has by default.
