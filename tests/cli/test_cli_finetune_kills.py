@@ -23,7 +23,7 @@ FILES = ["adapter_config.json", "adapter_model.safetensors", "loss.csv", "state.
     [
         ("SIGKILL", 83, "no", FILES),
         ("SIGINT", 83, "no", FILES),
-        ("SIGKILL", 307, "draw", [*FILES[:3], "loss.png", FILES[3]]),
+        ("SIGKILL", 613, "draw", [*FILES[:3], "loss.png", FILES[3]]),
     ],
 )
 def test_ended_at_any_line(name: str, stride: int, draw: str, files: list[str]) -> None:
