@@ -15,6 +15,7 @@ NB_MODULE(kt_kernel_ext, m) {
   init_gil();
   bind_call_lock(m);
   bind_engine(m);
+  bind_host_array(m);
   nanobind::module_ cuda =
       m.def_submodule("cuda", "What of CUDA is used: streams that call the engine, copies, locked pages.");
   bind_cuda(cuda);
@@ -24,6 +25,7 @@ NB_MODULE(kt_kernel_ext, m) {
   nanobind::module_ moe = m.def_submodule("moe", "Expert layers, one class per method.");
   bind_moe(moe);
   bind_sft(moe);
+  bind_numbered_pass(moe);
   bind_deferred_pass(moe);
   nanobind::module_ xla = m.def_submodule("xla", "The functions that JAX programs call.");
   bind_xla(xla);

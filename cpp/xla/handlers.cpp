@@ -1,8 +1,6 @@
 #include "xla/handlers.h"
 
-#include <atomic>
-#include <utility>
-
+#include "sft/numbered_pass.h"
 #include "xla/batch.h"
 #include "xla/cuda_calls.h"
 #include "xla/deferred.h"
@@ -25,23 +23,6 @@ LoraSources take_lora(Call& call, const MOESFTConfig& c) {
   return sources;
 }
 
-// A pass with those adapters, in a task of the engine. One that is kept, under a number, takes the place of
-// all before.
-void run_with_adapters(const Batch& batch, const LoraSources& lora, void* out, uint32_t number) {
-  MoE_SFT_Interface& layer = batch.training();
-  const bool save = number != 0;
-  if (save) layer.forget_forwards();
-  layer.update_lora_weights(lora);
-  layer.forward_sft(batch.args(out), save, number);
-}
-
-uint32_t next_pass() {
-  static std::atomic<uint32_t> last{0};
-  uint32_t pass = 0;
-  while (pass == 0) pass = ++last;
-  return pass;
-}
-
 void do_forward(Call& call) {
   const Batch batch(call);
   const CalledLayer& called = *batch.called();
@@ -55,7 +36,7 @@ void do_forward_sft(Call& call) {
   const Batch batch(call);
   const LoraSources lora = take_lora(call, batch.training().sft_config());
   void* out = batch.take_out(call);
-  run(*batch.called()->engine, [&] { run_with_adapters(batch, lora, out, 0); });
+  run(*batch.called()->engine, [&] { forward_numbered(batch.training(), lora, batch.args(out), 0); });
 }
 
 void do_forward_saved(Call& call) {
@@ -63,8 +44,8 @@ void do_forward_saved(Call& call) {
   const LoraSources lora = take_lora(call, batch.training().sft_config());
   void* out = batch.take_out(call);
   auto* pass = static_cast<uint32_t*>(elements_of(call.next_result("pass"), "pass", DataType::kUint32, 1));
-  *pass = next_pass();
-  run(*batch.called()->engine, [&] { run_with_adapters(batch, lora, out, *pass); });
+  *pass = next_pass_number();
+  run(*batch.called()->engine, [&] { forward_numbered(batch.training(), lora, batch.args(out), *pass); });
 }
 
 // The gradients of the adapters, if the call has them among its results.
@@ -98,13 +79,7 @@ void do_backward(Call& call) {
                               c.num_experts_per_tok, tokens)
                           .as<float>();
   take_lora_gradients(call, c, args);
-  run(*batch.called()->engine, [&] {
-    if (!layer.is_last(pass, args.num_tokens)) {
-      std::vector<bf16> out(static_cast<size_t>(tokens * c.hidden_size));
-      run_with_adapters(batch, lora, out.data(), next_pass());
-    }
-    layer.backward(args);
-  });
+  run(*batch.called()->engine, [&] { backward_numbered(layer, lora, batch.args(nullptr), pass, args); });
 }
 
 constexpr Operation kForward{"moe_forward", do_forward};

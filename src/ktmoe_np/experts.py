@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, Literal, Unpack, overload
 
-from .arrays.types import Array, ArrayLike, MaskLike, PathLike, StreamLike
+from .arrays.types import ArrayLike, MaskLike, PathLike, StreamLike
 from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import ActivationDtype, MoEConfig, parse_activation
 from .formats.methods import Method, find_method, training_name
@@ -383,7 +383,7 @@ class KTMoEWrapper:
         *,
         out: ArrayLike | None = None,
         chain: DeferralChain | None = None,
-    ) -> Array | None:
+    ) -> Any:
         """See `BaseMoEWrapper.drain_deferred`."""
         return BaseMoEWrapper.drain_deferred(cuda_stream, out=out, chain=chain)
 

@@ -170,7 +170,7 @@ def test_arrays_of_experts() -> None:
             "x: got float32 [7], expected float32 [8]",
         ),
         ([np.zeros(8)] * 3, TypeError, "x: got float64 [8], expected float32 [8]"),
-        (None, TypeError, "x: got NoneType, expected an array"),
+        (None, TypeError, "x: got NoneType, expected an array on the CPU (NumPy, or with __dlpack__)"),
     ],
     ids=["rows", "number", "one shape", "dtype", "no array"],
 )

@@ -20,6 +20,8 @@ from ktmoe_np import KTMoEWrapper
 E, I, H = 3, 64, 96  # noqa: E741
 every_method = pytest.mark.parametrize("method", METHODS)
 
+NO_ARRAY = "got NoneType, expected an array on the CPU (NumPy, or with __dlpack__)"
+
 
 #: Expected dtypes of codes and scales, and how many columns of codes share a scale; None: a row. Not of
 #: GPTQ_INT4, whose rows do not lie together.
@@ -130,8 +132,8 @@ def test_another_number_of_arrays_is_refused(method: str, name: str) -> None:
 @arguments
 def test_what_is_no_array_is_refused(method: str, name: str) -> None:
     arrays = list(native_layer(method).arguments[name])
-    for wrong in (None, [*arrays[1:], None]):
-        assert_refused(method, {name: wrong}, TypeError, f"{name}: got NoneType, expected an array")
+    for wrong, where in ((None, name), ([*arrays[1:], None], f"{name}[{E - 1}]")):
+        assert_refused(method, {name: wrong}, TypeError, f"{where}: {NO_ARRAY}")
 
 
 @every_method
@@ -164,7 +166,8 @@ def test_only_nvfp4_has_scales_of_matrices(method: str, name: str) -> None:
 def test_scales_of_matrices_that_are_wrong(name: str) -> None:
     ones = np.ones(E, np.float32)
     for what, value in (("NoneType", None), ("list", [1.0] * E), ("float", 1.0)):
-        assert_refused("NVFP4", {name: value}, TypeError, f"{name}: got {what}, expected an array")
+        told = f"{name}: got {what}, expected an array on the CPU (NumPy, or with __dlpack__)"
+        assert_refused("NVFP4", {name: value}, TypeError, told)
     for wrong in (ones[1:], ones[:, None], np.array(1, np.float32)):
         message = f"{name}: got float32 {list(wrong.shape)}, expected float32 [{E}]"
         assert_refused("NVFP4", {name: wrong}, ValueError, message)
@@ -215,14 +218,19 @@ WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         ValueError,
         "gate_proj: got 2 arrays, expected 3",
     ),
-    "no array": ("FP8", {"down_proj": [1, 2, 3]}, TypeError, "down_proj: got int, expected an array"),
+    "no array": (
+        "FP8",
+        {"down_proj": [1, 2, 3]},
+        TypeError,
+        "down_proj[0]: got int, expected an array on the CPU (NumPy, or with __dlpack__)",
+    ),
     "a last axis with gaps": (
         "FP8",
         {"gate_proj": np.zeros((E, I, 2 * H), np.uint8)[..., ::2]},
         TypeError,
         f"gate_proj: got strides [{2 * I * H}, {2 * H}, 2], expected a contiguous last axis",
     ),
-    "no scale": ("FP8", {"gate_scale": None}, TypeError, "gate_scale: got NoneType, expected an array"),
+    "no scale": ("FP8", {"gate_scale": None}, TypeError, f"gate_scale: {NO_ARRAY}"),
     "a scale of another dtype": (
         "RAWINT4",
         {"up_scale": np.ones((E, I, H // 32), np.float32)},
@@ -257,7 +265,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         "NVFP4",
         {"gate_global_scale": None},
         TypeError,
-        "gate_global_scale: got NoneType, expected an array",
+        f"gate_global_scale: {NO_ARRAY}",
     ),
     "scales of matrices of another dtype": (
         "NVFP4",
@@ -347,7 +355,10 @@ def test_a_layer_for_training_refuses_alike(method: str) -> None:
     moe = layer.wrapper(2, mode="sft", method=name, lora_rank=0)
     batch = draw_batch(np.random.default_rng(2), layer, 5, 2)
     before = moe.forward_sft(*batch, save_for_backward=False)
-    with pytest.raises(TypeError, match=r"^up_scale: got NoneType, expected an array$"):
+    with pytest.raises(
+        TypeError,
+        match=r"^up_scale: got NoneType, expected an array on the CPU \(NumPy, or with __dlpack__\)$",
+    ):
         moe.load_weights_from_tensors(**{**layer.arguments, "up_scale": None})
     assert_same_bits(moe.forward_sft(*batch, save_for_backward=False), before)
 

@@ -293,7 +293,7 @@ ARRAYS: dict[str, tuple[Callable[[Layer], dict[str, Any]], type[BaseException], 
     "None of one": (
         changed("gate_proj", lambda w: replaced(list(w), None)),
         TypeError,
-        r"gate_proj: got NoneType, expected an array",
+        r"gate_proj\[3\]: got NoneType, expected an array on the CPU \(NumPy, or with __dlpack__\)",
     ),
     "number": (
         changed("up_proj", lambda w: w[0:0].tolist()),
@@ -328,7 +328,7 @@ ARRAYS: dict[str, tuple[Callable[[Layer], dict[str, Any]], type[BaseException], 
     "scales, None": (
         coded("down_scale", lambda _: None),
         TypeError,
-        r"down_scale: got NoneType, expected an array",
+        r"down_scale: got NoneType, expected an array on the CPU \(NumPy, or with __dlpack__\)",
     ),
     "scales, dtype": (
         coded("down_scale", lambda s: s.astype(np.float64)),
@@ -373,7 +373,7 @@ ARRAYS: dict[str, tuple[Callable[[Layer], dict[str, Any]], type[BaseException], 
     "bias, a list": (
         changed("gate_bias", lambda _: [0.0]),
         TypeError,
-        r"gate_bias: got list, expected an array",
+        r"gate_bias: got list, expected an array on the CPU \(NumPy, or with __dlpack__\)",
     ),
     "scales, infinite": (
         coded("up_scale", lambda s: list(with_value((2, 9), np.inf)(s))),

@@ -88,7 +88,7 @@ _PROGRAMS = {
     ),
     "misspelled_dtype_of_activations": (
         'sft.forward_sft(x, ids, x, activation_dtype="int4")',
-        'error: Argument "activation_dtype" to "forward_sft" of "BaseSFTMoEWrapper" has incompatible type',
+        'error: No overload variant of "forward_sft" of "BaseSFTMoEWrapper" matches',
     ),
     "class_for_inference": (
         "reveal_type(KTMoEWrapper(0, 8, 2, 128, 64, mask, numa_nodes=[0, 0]))",

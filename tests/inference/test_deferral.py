@@ -383,8 +383,8 @@ def test_wrong_arguments_leave_what_remains(how: str) -> None:
             rf"topk_weights: got .*\[{T - 1}, {P}\], expected .*\[{T}, {P}\]",
         ),
         ((x, ids[:-1], weights), ValueError, rf"topk_ids: got .*\[{T - 1}, {P}\], expected .*\[{T}, {P}\]"),
-        ((x, ids, weights.astype(np.float64)), TypeError, r"topk_weights: got float64"),
-        ((x.astype(np.float32), ids, weights), TypeError, r"hidden_states: got float32"),
+        ((x, ids, weights.astype(np.int64)), TypeError, r"topk_weights: got int64"),
+        ((x.astype(np.float64), ids, weights), TypeError, r"hidden_states: got float64"),
     ):
         with pytest.raises(error, match=message):
             getattr(moes[1], how)(*arguments, out=out)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from array_kinds import DLPackOnly, of_jax, of_torch
 from layers import (
     ACTIVATIONS,
     Batch,
@@ -141,40 +142,10 @@ def test_a_config_is_copied(engine: Any, layer: Layer, batch: Batch) -> None:
 # ---- arrays of others ----
 
 
-def of_torch(array: AnyArray) -> Any:
-    torch = pytest.importorskip("torch")
-    if array.dtype == bf16:
-        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
-
-
-def of_jax(array: AnyArray) -> Any:
-    jax = pytest.importorskip("jax")
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    try:
-        return jax.device_put(array, jax.devices("cpu")[0])
-    finally:
-        jax.config.update("jax_enable_x64", before)
-
-
-class Exporter:
-    """Nothing but DLPack."""
-
-    def __init__(self, array: Any) -> None:
-        self.array = array
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> Any:
-        return self.array.__dlpack_device__()
-
-
 LIBRARIES: dict[str, Callable[[AnyArray], Any]] = {
     "torch": of_torch,
     "jax": of_jax,
-    "DLPack": lambda array: Exporter(of_torch(array)),
+    "DLPack": DLPackOnly,
 }
 
 
@@ -221,22 +192,6 @@ def test_an_output_of_torch(engine: Any, layer: Layer, batch: Batch, dtype: str)
     np.testing.assert_array_equal(out.float().numpy(), expected.astype(dtype).astype(np.float32))
     engine.run(moe.forward_task(*batch, out, incremental=True))
     assert not np.array_equal(out.float().numpy(), expected.astype(dtype).astype(np.float32))
-
-
-@pytest.mark.crosscheck
-def test_a_wrapper_takes_torch_too(layer: Layer, batch: Batch) -> None:
-    torch = pytest.importorskip("torch")
-    theirs = layer.with_matrices(of_torch)
-    x, ids, weights = (of_torch(array) for array in batch)
-    moe = theirs.wrapper(P, chunked_prefill_size=4)
-    expected = layer.forward(batch)
-    assert_same_bits(moe.forward(x, ids, weights), expected)
-    assert_same_bits(moe.forward(x, ids.int(), weights), expected)
-    out = torch.empty((T, H), dtype=torch.bfloat16)
-    assert moe.forward(x, ids, weights, out=out) is out
-    np.testing.assert_array_equal(out.float().numpy(), expected.astype(np.float32))
-    moe.submit_forward(x, ids, weights)
-    assert_same_bits(moe.sync_forward(), expected)
 
 
 @pytest.mark.crosscheck

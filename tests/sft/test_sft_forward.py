@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from array_kinds import numpy_of, of_torch
 from gradient_bound import gradient_balls
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -238,15 +239,10 @@ def test_inputs_are_never_written() -> None:
 
 @pytest.mark.crosscheck
 def test_arrays_of_torch() -> None:
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     rng = np.random.default_rng(13)
     student = draw_student(rng, (3, 45, 70), 16, dtype=bf16)
     batch, grad_output = draw_training(rng, student, 20, 2)
-
-    def of_torch(array: AnyArray) -> Any:
-        if array.dtype == bf16:
-            return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
-        return torch.from_numpy(array.copy())
 
     moe = student.wrapper(2)
     expected, gradients = moe.forward_sft(*batch), moe.backward(grad_output)
@@ -257,7 +253,7 @@ def test_arrays_of_torch() -> None:
     ).wrapper(2)
     for name, matrix in theirs.lora_weights.items():
         assert_same_bits(matrix, student.lora[name])
-    assert_same_bits(theirs.forward_sft(*(of_torch(array) for array in batch)), expected)
+    assert_same_bits(numpy_of(theirs.forward_sft(*(of_torch(array) for array in batch))), expected)
     again = theirs.backward(of_torch(grad_output))
-    assert_same_bits(again.grad_input, gradients.grad_input)
-    assert_same_bits(again.down_lora_a, gradients.down_lora_a)
+    assert_same_bits(numpy_of(again.grad_input), gradients.grad_input)
+    assert_same_bits(numpy_of(again.down_lora_a), gradients.down_lora_a)

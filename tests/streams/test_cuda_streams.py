@@ -233,13 +233,13 @@ def test_what_is_wrong(cuda_driver: str) -> None:
         """,
     )
     assert said.splitlines() == [
-        "TypeError: hidden_states: got ndarray on the CPU, expected bfloat16 [T, 40] on a CUDA device",
+        "TypeError: hidden_states: got ndarray on the CPU, expected bfloat16 [..., 40] on a CUDA device",
         "TypeError: topk_ids: got ndarray on the CPU, expected int64 or int32 [6, 2] on a CUDA device",
         "TypeError: topk_ids: got int16 [6, 2], expected int64 or int32 [6, 2] on a CUDA device",
-        "ValueError: hidden_states: got bfloat16 [6, 41], expected bfloat16 [T, 40] on a CUDA device",
+        "ValueError: hidden_states: got bfloat16 [6, 41], expected bfloat16 [..., 40] on a CUDA device",
         "TypeError: out: got None, expected an array on the device to write to: a DeviceArray cannot be made",
         "TypeError: out: got float32 [6, 40], expected bfloat16 [6, 40] on a CUDA device",
-        "TypeError: hidden_states: got gaps in an array, expected bfloat16 [T, 40] on a CUDA device",
+        "TypeError: hidden_states: got gaps in an array, expected bfloat16 [..., 40] on a CUDA device",
         "TypeError: cuda_stream: got 'stream', expected a torch or CuPy stream, or the handle of one",
         "TypeError: cuda_stream: got -1, expected a torch or CuPy stream, or the handle of one",
         "ValueError: incremental: got True with a cuda_stream, expected False",
@@ -280,11 +280,11 @@ def test_what_the_extension_refuses(cuda_driver: str) -> None:
         slot = np.zeros((6, 40), bf16)
         task = moe._layer.forward_task(*batch, slot)
         make = ext.cuda.StreamPass
-        print(raised(make, moe.cpu_infer, [batch.x], [(task, slot)], slot, 2))
-        work = make(moe.cpu_infer, [np.zeros((6, 40), bf16)], [], slot, 0)
+        print(raised(make, moe.cpu_infer, [batch.x], [(task, slot)], [slot], 2))
+        work = make(moe.cpu_infer, [np.zeros((6, 40), bf16)], [], [slot], 0)
         print(raised(work.submit, stream.cuda_stream, [], None))
-        print(raised(make, moe.cpu_infer, [], [(None, slot)], slot, 0))
-        print(raised(work.run, stream.cuda_stream, [1, 2], out.value.ctypes.data, None))
+        print(raised(make, moe.cpu_infer, [], [(None, slot)], [slot], 0))
+        print(raised(work.run, stream.cuda_stream, [1, 2], [out.value.ctypes.data], None))
         import datetime
         capsule = datetime.datetime_CAPI
         print(raised(ext.cuda.exported_array, capsule))

@@ -2,6 +2,7 @@
 
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <functional>
 
 #include "core/error.h"
@@ -47,6 +48,12 @@ nb::object as_plain(nb::handle object) {
   if (Py_TYPE(object.ptr()) == reinterpret_cast<PyTypeObject*>(names->ndarray.ptr()))
     return nb::borrow(object);
   return names->ndarray.attr("view")(object, names->ndarray);
+}
+
+// Whether the CPU can read the memory of a device: its own, and what is pinned or managed for a GPU.
+bool is_on_host(int device_type) {
+  return device_type == nb::device::cpu::value || device_type == nb::device::cuda_host::value ||
+         device_type == nb::device::rocm_host::value || device_type == nb::device::cuda_managed::value;
 }
 
 DType dtype_of(const nb::dlpack::dtype& type) {
@@ -97,6 +104,18 @@ std::string text_of(const Dims& shape) {
 
 void init_arrays() { names = new Names; }
 
+std::string dtype_name(const nb::dlpack::dtype& type) {
+  using Code = nb::dlpack::dtype_code;
+  switch (static_cast<Code>(type.code)) {
+    case Code::Bfloat: return "bfloat" + std::to_string(type.bits);
+    case Code::Float: return "float" + std::to_string(type.bits);
+    case Code::Int: return "int" + std::to_string(type.bits);
+    case Code::UInt: return "uint" + std::to_string(type.bits);
+    case Code::Bool: return "bool";
+    default: return "V" + std::to_string(type.bits / 8);
+  }
+}
+
 int visit_arrays(const Arrays& arrays, visitproc visit, void* arg) {
   for (const Array& array : arrays) Py_VISIT(array.object().ptr());
   return 0;
@@ -107,8 +126,7 @@ template <class Handle>
 bool Array::fill(nb::handle object, const char* name) {
   Handle handle;
   const auto is_taken = [&](const nb::object& exported) {
-    return exported.is_valid() && nb::try_cast(exported, handle, false) &&
-           handle.device_type() == nb::device::cpu::value;
+    return exported.is_valid() && nb::try_cast(exported, handle, false) && is_on_host(handle.device_type());
   };
   const bool is_of_numpy = is_numpy(object);
   const nb::object exporter = is_of_numpy ? as_plain(object) : nb::borrow(object);
@@ -174,7 +192,11 @@ const Array& Array::expect(std::initializer_list<DType> dtypes, const Dims& shap
     dtype_fits |= d == dtype_;
   }
   wanted += " " + text_of(shape);
-  if (!dtype_fits) throw nb::type_error(str_cat(name_, ": got ", describe(), ", expected ", wanted).c_str());
+  if (!dtype_fits) {
+    const bool is_bits = dtype_name() == "uint16" && std::ranges::find(dtypes, DType::kBf16) != dtypes.end();
+    const char* hint = is_bits ? "; bits of bfloat16 are given as array.view(ml_dtypes.bfloat16)" : "";
+    throw nb::type_error(str_cat(name_, ": got ", describe(), ", expected ", wanted, hint).c_str());
+  }
 
   bool shape_fits = shape.size() == shape_.size();
   for (size_t i = 0; shape_fits && i < shape.size(); ++i)

@@ -45,6 +45,7 @@ class Array {
 
   nb::handle object() const { return object_; }
   const char* name() const { return name_; }
+  const nb::ndarray<nb::ro>& exported() const { return handle_; }  // of an array that is not from NumPy
   DType dtype() const { return dtype_; }
   size_t ndim() const { return shape_.size(); }
   int64_t shape(size_t i) const { return shape_[i]; }
@@ -75,6 +76,9 @@ class Array {
 };
 
 using Arrays = std::vector<Array>;
+
+// What NumPy and ml_dtypes call a dtype of DLPack, "V" and the bytes where they have no name.
+std::string dtype_name(const nb::dlpack::dtype& type);
 
 // Shows the cycle collector the objects of arrays. Their owner must be the only one.
 int visit_arrays(const Arrays& arrays, visitproc visit, void* arg);

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "bindings/convert/lora_arrays.h"
+#include "bindings/convert/gradient_arrays.h"
 #include "bindings/module.h"
 #include "bindings/tasks/task.h"
 #include "bindings/layers/training_config.h"
@@ -62,64 +62,14 @@ TrainingTask forward_sft_task(TrainedLayer layer, nb::object hidden_states, nb::
       arrays);
 }
 
-// The arrays that a backward pass writes.
-class GradientArrays {
- public:
-  explicit GradientArrays(const MOESFTConfig& config) : config_(config) { arrays_.reserve(12); }
-
-  const Array& read(nb::handle source, const char* name) {
-    return arrays_.emplace_back(Array::read(source, name));
-  }
-
-  // Null for None.
-  template <class T>
-  T* write_if_given(nb::handle target, const char* name, DType dtype, const Dims& shape, bool of_up = false) {
-    if (target.is_none()) return nullptr;
-    check_lora_exists(config_, name, of_up);
-    return write<T>(target, name, dtype, shape);
-  }
-
-  // Shares memory with none of those before.
-  template <class T>
-  T* write(nb::handle target, const char* name, DType dtype, const Dims& shape) {
-    const Array a = Array::write(target, name);
-    a.expect({dtype}, shape).expect_contiguous();
-    for (const Array& other : arrays_) a.expect_disjoint(other);
-    return arrays_.emplace_back(a).as<T>();
-  }
-
-  Arrays take() { return std::move(arrays_); }
-
- private:
-  const MOESFTConfig& config_;
-  Arrays arrays_;
-};
-
 TrainingTask backward_task(TrainedLayer layer, nb::handle grad_output, nb::handle grad_input,
                            nb::handle grad_weights, nb::handle gate_a, nb::handle gate_b, nb::handle up_a,
                            nb::handle up_b, nb::handle down_a, nb::handle down_b, nb::handle gate_proj,
                            nb::handle up_proj, nb::handle down_proj, bool accumulate) {
-  const MOESFTConfig& c = layer->sft_config();
-  GradientArrays arrays(c);
-  BackwardArgs args;
-  const Array& q = arrays.read(grad_output, "grad_output");
-  q.expect({DType::kBf16}, {"T", c.hidden_size}).expect_contiguous();
-  const int64_t tokens = q.shape(0);
-  if (tokens * c.num_experts_per_tok > INT32_MAX)
-    throw_invalid("grad_output: got ", tokens, " tokens, expected fewer in one call");
-  args.num_tokens = static_cast<uint32_t>(tokens), args.grad_output = q.as<bf16>();
-  args.grad_input = arrays.write<bf16>(grad_input, "grad_input", DType::kBf16, {tokens, c.hidden_size});
-  args.grad_weights =
-      arrays.write<float>(grad_weights, "grad_weights", DType::kFloat32, {tokens, c.num_experts_per_tok});
-  const LoraHandles handles = {gate_a, gate_b, up_a, up_b, down_a, down_b};
-  for (size_t i = 0; i < kNumLora; ++i)
-    args.lora[i] = arrays.write_if_given<float>(handles[i], lora_name(c, i), DType::kFloat32, lora_dims(c, i),
-                                                is_up_lora(i));
-  const Dims first = {c.expert_num, c.intermediate_size, c.hidden_size};
-  args.gate_proj = arrays.write_if_given<float>(gate_proj, "gate_proj", DType::kFloat32, first);
-  args.up_proj = arrays.write_if_given<float>(up_proj, "up_proj", DType::kFloat32, first, true);
-  args.down_proj = arrays.write_if_given<float>(down_proj, "down_proj", DType::kFloat32,
-                                                {c.expert_num, c.hidden_size, c.intermediate_size});
+  GradientArrays arrays(layer->sft_config(), grad_output, grad_input, grad_weights);
+  arrays.write_lora({gate_a, gate_b, up_a, up_b, down_a, down_b});
+  arrays.write_projections(gate_proj, up_proj, down_proj);
+  BackwardArgs args = arrays.args();
   args.accumulate = accumulate;
   const auto owners = std::make_shared<Arrays>(arrays.take());
   const std::shared_ptr<TrainingCall> call = layer->new_call();

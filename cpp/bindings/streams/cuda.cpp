@@ -19,18 +19,6 @@ void wait(uint64_t waiting, uint64_t stream) {
   CudaDriver::get().wait(as_stream(waiting), as_stream(stream));
 }
 
-std::string dtype_name(const nb::dlpack::dtype& type) {
-  using Code = nb::dlpack::dtype_code;
-  switch (static_cast<Code>(type.code)) {
-    case Code::Bfloat: return "bfloat" + std::to_string(type.bits);
-    case Code::Float: return "float" + std::to_string(type.bits);
-    case Code::Int: return "int" + std::to_string(type.bits);
-    case Code::UInt: return "uint" + std::to_string(type.bits);
-    case Code::Bool: return "bool";
-    default: return "V" + std::to_string(type.bits / 8);
-  }
-}
-
 using Exported =
     nb::typed<nb::tuple, nb::int_, nb::str, nb::typed<nb::tuple, nb::int_, nb::ellipsis>, bool, nb::object>;
 

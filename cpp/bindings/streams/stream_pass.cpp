@@ -18,10 +18,11 @@ namespace {
 class StreamPass {
  public:
   StreamPass(std::shared_ptr<CPUInfer> engine, const std::vector<nb::object>& inputs,
-             const std::vector<std::pair<PythonTask*, nb::object>>& tasks, nb::handle output,
-             uint64_t num_deferred)
-      : engine_(std::move(engine)), output_(Array::read(output, "output")) {
-    output_.expect_contiguous();
+             const std::vector<std::pair<PythonTask*, nb::object>>& tasks,
+             const std::vector<nb::object>& outputs, uint64_t num_deferred)
+      : engine_(std::move(engine)) {
+    for (const nb::object& output : outputs)
+      outputs_.emplace_back(Array::read(output, "outputs")).expect_contiguous();
     for (const nb::object& input : inputs)
       inputs_.emplace_back(Array::write(input, "inputs")).expect_contiguous();
     if (num_deferred > tasks.size())
@@ -34,7 +35,7 @@ class StreamPass {
   }
 
   void submit(uint64_t stream, const std::vector<uint64_t>& addresses, nb::object object) {
-    const std::vector<DeviceCopy> inputs = copies_of(addresses);
+    const std::vector<DeviceCopy> inputs = copies_of(inputs_, addresses);
     release_done(*engine_);
     const auto kept = std::make_shared<nb::object>(std::move(object));  // destroyed with the GIL
     std::vector<StreamTask> all = immediate_;
@@ -45,47 +46,49 @@ class StreamPass {
     session().keep_alive(as_stream(stream), kept, Destroyer::kLockHolder);
   }
 
-  void sync(uint64_t stream, uint64_t address, nb::object object) {
+  void sync(uint64_t stream, const std::vector<uint64_t>& addresses, nb::object object) {
+    const std::vector<DeviceCopy> outputs = copies_of(outputs_, addresses);
     release_done(*engine_);
     const auto kept = std::make_shared<nb::object>(std::move(object));
     const GilRelease no_gil;
     session().sync(as_stream(stream), engine_, deferred_.size());
-    copy_output(stream, address, kept);
+    copy_outputs(stream, outputs, kept);
   }
 
-  void run(uint64_t stream, const std::vector<uint64_t>& addresses, uint64_t address, nb::object object) {
-    const std::vector<DeviceCopy> inputs = copies_of(addresses);
+  void run(uint64_t stream, const std::vector<uint64_t>& from, const std::vector<uint64_t>& to,
+           nb::object object) {
+    const std::vector<DeviceCopy> inputs = copies_of(inputs_, from), outputs = copies_of(outputs_, to);
     release_done(*engine_);
     const auto kept = std::make_shared<nb::object>(std::move(object));
     const GilRelease no_gil;
     session().copy_to_host(as_stream(stream), inputs);
     session().run(as_stream(stream), engine_, immediate_, deferred_);
-    copy_output(stream, address, kept);
+    copy_outputs(stream, outputs, kept);
   }
 
  private:
   using Destroyer = StreamSession::Destroyer;
 
-  std::vector<DeviceCopy> copies_of(const std::vector<uint64_t>& addresses) const {
-    if (addresses.size() != inputs_.size())
-      throw_invalid("addresses: got ", addresses.size(), ", expected ", inputs_.size());
+  static std::vector<DeviceCopy> copies_of(const std::vector<Array>& arrays,
+                                           const std::vector<uint64_t>& addresses) {
+    if (addresses.size() != arrays.size())
+      throw_invalid("addresses: got ", addresses.size(), ", expected ", arrays.size());
     std::vector<DeviceCopy> copies;
     for (size_t i = 0; i < addresses.size(); ++i)
-      copies.push_back({addresses[i], inputs_[i].as<void>(), inputs_[i].bytes()});
+      copies.push_back({addresses[i], arrays[i].as<void>(), arrays[i].bytes()});
     return copies;
   }
 
-  void copy_output(uint64_t stream, uint64_t address, const std::shared_ptr<const void>& kept) const {
-    const DeviceCopy output{address, output_.as<void>(), output_.bytes()};
-    session().copy_to_device(as_stream(stream), {&output, 1});
+  static void copy_outputs(uint64_t stream, const std::vector<DeviceCopy>& outputs,
+                           const std::shared_ptr<const void>& kept) {
+    session().copy_to_device(as_stream(stream), outputs);
     session().keep_alive(as_stream(stream), kept, Destroyer::kLockHolder);
   }
 
   static StreamSession& session() { return StreamSession::of_process(); }
 
   std::shared_ptr<CPUInfer> engine_;
-  Array output_;
-  std::vector<Array> inputs_;
+  std::vector<Array> inputs_, outputs_;
   std::vector<StreamTask> immediate_, deferred_;
 };
 
@@ -102,22 +105,23 @@ inputs : list of array
     Staging buffers for the inputs, in memory that must not move.
 tasks : list of (Task, array)
     Tasks to submit, each with its output array, which becomes NaN when the task raises.
-output : array
-    The staging buffer of the output.
+outputs : list of array
+    Staging buffers of the outputs.
 num_deferred : int
     The number of last tasks that are not waited for.)")
       .def(nb::init<std::shared_ptr<CPUInfer>, const std::vector<nb::object>&,
-                    const std::vector<std::pair<PythonTask*, nb::object>>&, nb::handle, uint64_t>(),
-           nb::arg("engine"), nb::arg("inputs"), nb::arg("tasks"), nb::arg("output"), nb::arg("num_deferred"))
+                    const std::vector<std::pair<PythonTask*, nb::object>>&, const std::vector<nb::object>&,
+                    uint64_t>(),
+           nb::arg("engine"), nb::arg("inputs"), nb::arg("tasks"), nb::arg("outputs"),
+           nb::arg("num_deferred"))
       .def("submit", &StreamPass::submit, nb::arg("stream"), nb::arg("addresses"), nb::arg("kept").none(),
            "Let a stream copy the inputs from their addresses on a device and submit the tasks; keep an "
            "object alive until it has done so.")
-      .def("sync", &StreamPass::sync, nb::arg("stream"), nb::arg("address"), nb::arg("kept").none(),
-           "Let the stream wait for the tasks and copy the output to the device; keep an object alive until "
-           "it "
-           "has done so.")
+      .def("sync", &StreamPass::sync, nb::arg("stream"), nb::arg("addresses"), nb::arg("kept").none(),
+           "Let the stream wait for the tasks and copy the outputs to the device; keep an object alive until "
+           "it has done so.")
       .def(
-          "run", &StreamPass::run, nb::arg("stream"), nb::arg("addresses"), nb::arg("address"),
+          "run", &StreamPass::run, nb::arg("stream"), nb::arg("addresses"), nb::arg("output_addresses"),
           nb::arg("kept").none(),
           "Both at once: the thread that the stream waits for runs the tasks, so no thread has to be woken.");
 }

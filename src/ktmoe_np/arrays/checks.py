@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import shown_integer
-from .library import dtype_name, is_of
+from .host import as_numpy
 from .spec import ArraySpec
 from .types import Array, bfloat16
 
@@ -19,12 +19,12 @@ __all__ = [
     "as_numpy",
     "at_least",
     "bfloat16",
-    "count_tokens",
     "each_expert",
     "expert_arrays",
     "expert_ids",
     "integer",
-    "routing_weights",
+    "numpy_if_given",
+    "numpy_matrices",
 ]
 
 
@@ -38,12 +38,9 @@ def expert_ids(ids: Any, name: str = "topk_ids") -> NDArray[np.int64]:
     IndexError
         Beyond int64.
     """
-    if type(ids) is np.ndarray and ids.dtype == np.int64 and ids.flags.c_contiguous:
-        return ids
-    try:
-        array = np.asarray(ids)
-    except (TypeError, ValueError) as error:  # of an array on a GPU, or lists of other lengths
-        raise TypeError(f"{name}: got {type(ids).__name__}, expected integers on the CPU: {error}") from error
+    array = ids if type(ids) is np.ndarray else _integers(ids, name)
+    if array.dtype == np.int64 and array.flags.c_contiguous:
+        return array
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name}: got {array.dtype} {list(array.shape)}, expected an integer dtype")
     if array.dtype == np.uint64:  # ids beyond int64 must not come out negative, which would skip them
@@ -54,54 +51,32 @@ def expert_ids(ids: Any, name: str = "topk_ids") -> NDArray[np.int64]:
     return np.ascontiguousarray(array, np.int64)
 
 
-def routing_weights(weights: Any) -> Any:
-    """Weights that are contiguous, so that slices of a router's output will do; else as they are."""
-    if type(weights) is np.ndarray and not weights.flags.c_contiguous:
-        return np.ascontiguousarray(weights)
-    return weights
-
-
-_BATCH = ArraySpec((), ("T", "H"))
-
-
-def count_tokens(hidden_states: Any, name: str = "hidden_states") -> int:
-    """T, from an array [T, H].
-
-    Raises
-    ------
-    TypeError
-        Not an array.
-    ValueError
-        Not two axes.
-    """
-    if not hasattr(hidden_states, "shape"):
-        kind = type(hidden_states).__name__
-        raise TypeError(f"{name}: got {kind}, expected an array of bfloat16 [T, H]")
-    _BATCH.check(name, hidden_states)
-    return int(hidden_states.shape[0])
-
-
-def as_numpy(value: Any, name: str) -> Array:
-    """An array from any library as a NumPy array, to be read by Python.
-
-    Raises
-    ------
-    TypeError
-        Not an array, or one that is not on the CPU.
-    """
-    if isinstance(value, np.ndarray):
-        return value
-    if not any(hasattr(value, protocol) for protocol in ("__array__", "__dlpack__")):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected an array")
+def _integers(ids: Any, name: str) -> Array:
+    """Ids from any library, or in lists, as an array."""
+    if not isinstance(ids, list | tuple):
+        return as_numpy(ids, name)
     try:
-        if is_of("torch", value) and dtype_name(value) == "bfloat16":
-            # NumPy takes these through no protocol; float32 has the same values.
-            return np.asarray(value.float()).astype(bfloat16)
-        return np.asarray(value) if hasattr(value, "__array__") else np.from_dlpack(value)
-    except (TypeError, RuntimeError, ValueError, BufferError) as error:
-        raise TypeError(
-            f"{name}: got {type(value).__name__}, expected an array that NumPy can read: {error}"
-        ) from error
+        return np.asarray(ids)
+    except (TypeError, ValueError) as error:  # of lists of other lengths
+        raise TypeError(f"{name}: got {type(ids).__name__}, expected integers on the CPU: {error}") from error
+
+
+def numpy_if_given(name: str, value: Any) -> Array | None:
+    """An array from any library as a NumPy array; None stays."""
+    return None if value is None else as_numpy(value, name)
+
+
+def numpy_matrices(name: str, source: Any) -> Any:
+    """One array from any library for all experts, or a sequence of them, as NumPy arrays; None stays.
+
+    Raises
+    ------
+    TypeError
+        Not arrays, or not on the CPU.
+    """
+    if isinstance(source, list | tuple):
+        return [as_numpy(item, f"{name}[{e}]") for e, item in enumerate(source)]
+    return numpy_if_given(name, source)
 
 
 def each_expert(

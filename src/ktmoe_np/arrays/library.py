@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from .types import Array, bfloat16
@@ -18,6 +21,23 @@ __all__ = ["ArrayLibrary", "dtype_name", "find_library", "is_of", "library_of"]
 
 
 _erfc = np.frompyfunc(math.erfc, 1, 1)
+
+#: Dtypes of ml_dtypes that torch has under the same names.
+_OF_ML_DTYPES = (
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+)
+
+#: What JAX calls memory of the host that a GPU can reach, and memory of the host.
+_HOST_MEMORY = ("pinned_host", "unpinned_host")
+
+
+def _itself(array: Array) -> Array:
+    return array
 
 
 class ArrayLibrary:
@@ -33,6 +53,25 @@ class ArrayLibrary:
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
+
+    def host_view(self, x: Any) -> Array:
+        """The same memory as a NumPy array.
+
+        Raises
+        ------
+        TypeError
+            The array is on a device, or has no values yet.
+        """
+        viewed: Array = x
+        return viewed
+
+    def giver(self, like: Any) -> Callable[[Array], Any]:
+        """What makes a NumPy array one of this library, beside another; in the same memory if that can be."""
+        return _itself
+
+    def is_differentiated(self, x: Any) -> bool:
+        """Whether calls on the array are recorded for gradients."""
+        return False
 
     def beside(self, constant: Array, other: Any) -> Any:
         """A NumPy array as one on the device of the other."""
@@ -71,6 +110,9 @@ class _Cupy(ArrayLibrary):
     # Products are those of float32: in bfloat16 they would also come out in it.
     name = "CuPy"
 
+    def host_view(self, x: Any) -> Array:
+        raise TypeError(f"it is on {x.device}")
+
     def beside(self, constant: Array, other: Any) -> Any:
         with other.device:
             return self.xp.asarray(constant)
@@ -81,6 +123,17 @@ class _Cupy(ArrayLibrary):
 
 class _Jax(ArrayLibrary):
     name = "JAX"
+
+    def host_view(self, x: Any) -> Array:
+        if isinstance(x, sys.modules["jax"].core.Tracer):
+            raise TypeError("it is traced; calls in JAX programs are those of ktmoe_np.jax")
+        if x.platform() != "cpu" and x.sharding.memory_kind not in _HOST_MEMORY:
+            raise TypeError(f"it is on {x.platform()}")
+        return np.asarray(x)
+
+    def giver(self, like: Any) -> Callable[[Array], Any]:
+        device = next(iter(like.devices()))
+        return partial(sys.modules["jax"].device_put, device=device, may_alias=False)
 
     def beside(self, constant: Array, other: Any) -> Any:
         return self.xp.asarray(constant)
@@ -102,6 +155,38 @@ class _Jax(ArrayLibrary):
 
 class _Torch(ArrayLibrary):
     name = "torch"
+
+    def __init__(self, xp: Any) -> None:
+        super().__init__(xp)
+        # torch's dtypes that NumPy does not have: integers of the same size, and what views them.
+        named = {name: getattr(xp, name, None) for name in _OF_ML_DTYPES}
+        self._bits = {
+            dtype: (xp.int16 if name == "bfloat16" else xp.uint8, np.dtype(getattr(ml_dtypes, name)))
+            for name, dtype in named.items()
+            if dtype is not None
+        }
+
+    def host_view(self, x: Any) -> Array:
+        if x.requires_grad:
+            x = x.detach()
+        bits = self._bits.get(x.dtype)
+        if bits is None:
+            values: Array = x.numpy()
+            return values
+        integers, dtype = bits
+        viewed: Array = x.view(integers).numpy().view(dtype)
+        return viewed
+
+    def giver(self, like: Any) -> Callable[[Array], Any]:
+        return self._given
+
+    def _given(self, array: Array) -> Any:
+        if array.dtype == bfloat16:
+            return self.xp.from_numpy(array.view(np.int16)).view(self.xp.bfloat16)
+        return self.xp.from_numpy(array)
+
+    def is_differentiated(self, x: Any) -> bool:
+        return bool(x.requires_grad and self.xp.is_grad_enabled())
 
     def beside(self, constant: Array, other: Any) -> Any:
         return self.xp.from_numpy(constant).to(other.device)
@@ -144,11 +229,18 @@ _LIBRARIES: tuple[tuple[str, str, str, type[ArrayLibrary]], ...] = (
 )
 
 
+#: The libraries of the classes of arrays that have come.
+_found: dict[type, ArrayLibrary] = {}
+
+
 def find_library(value: Any) -> ArrayLibrary | None:
     """The library that an array is of, among those that the caller has imported; None of other objects."""
+    known = _found.get(type(value))
+    if known is not None:
+        return known
     for module, kind, namespace, library in _LIBRARIES:
         if module in sys.modules and isinstance(value, getattr(sys.modules[module], kind)):
-            return library(sys.modules[namespace])
+            return _found.setdefault(type(value), library(sys.modules[namespace]))
     return None
 
 

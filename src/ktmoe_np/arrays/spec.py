@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .library import dtype_name
-from .types import Array
+from .types import Array, bfloat16
 
 __all__ = ["ArraySpec"]
 
@@ -113,7 +113,14 @@ class ArraySpec:
             return
         got = f"{dtype_name(array)} {list(array.shape)}" if self.dtypes else f"shape {list(array.shape)}"
         kind = ValueError if self.has_dtype(array) else TypeError
-        raise kind(f"{name}: got {got}{of}, expected {self}{where}")
+        hint = "" if kind is ValueError else self._hint(array)
+        raise kind(f"{name}: got {got}{of}, expected {self}{where}{hint}")
+
+    def _hint(self, array: Any) -> str:
+        """What to do with an array of another dtype."""
+        if bfloat16 in self.dtypes and dtype_name(array) == "uint16":
+            return "; bits of bfloat16 are given as array.view(ml_dtypes.bfloat16)"
+        return ""
 
     def checked(self, name: str, array: Array) -> Array:
         """A NumPy array that is as it must be; with `as_bytes` its bytes, uint8, which are not copied.

@@ -28,7 +28,7 @@ Array = NDArray[Any]
 
 
 class ArrayLike(Protocol):
-    """A NumPy, torch, JAX or CuPy array, or one from another library that exports DLPack."""
+    """An array of NumPy, torch, JAX or CuPy, or one with ``__dlpack__`` or ``__array_interface__`` alone."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays.host import as_numpy
 from ..arrays.spec import ArraySpec
 from ..arrays.types import ArrayLike, MaskLike
 
@@ -42,7 +43,8 @@ def generate_gpu_experts_masks(
     >>> generate_gpu_experts_masks([[5, 1, 3], [4, 9, 0]], 3).tolist()
     [[True, False, False], [True, True, False]]
     """
-    freq = np.asarray(activation_freq)
+    given = activation_freq
+    freq = np.asarray(given) if isinstance(given, Sequence) else as_numpy(given, "activation_freq")
     if freq.dtype.kind not in "iuf":
         raise TypeError(f"activation_freq: got {freq.dtype}, expected real numbers [L, E]")
     if freq.ndim != 2:
@@ -67,7 +69,8 @@ def checked_mask(gpu_experts_mask: MaskLike | None, num_experts: int) -> NDArray
     TypeError
         Another dtype.
     """
-    mask = np.zeros(num_experts, np.bool_) if gpu_experts_mask is None else np.array(gpu_experts_mask)
+    given = np.zeros(num_experts, np.bool_) if gpu_experts_mask is None else gpu_experts_mask
+    mask = np.array(given if isinstance(given, Sequence) else as_numpy(given, "gpu_experts_mask"))
     ArraySpec((np.dtype(np.bool_),), (num_experts,)).check("gpu_experts_mask", mask)
     mask.setflags(write=False)
     return mask

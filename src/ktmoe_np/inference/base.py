@@ -26,6 +26,7 @@ __all__ = ["BaseMoEWrapper"]
 #: Hidden states, ids and weights.
 _Arrays = tuple[ArrayLike, IntegersLike, ArrayLike]
 
+InT = TypeVar("InT", bound=ArrayLike)
 OutT = TypeVar("OutT", bound=ArrayLike)
 
 
@@ -59,12 +60,12 @@ class BaseMoEWrapper(ExpertExport):
             self.max_deferred_experts_per_token,
         )
         self._stream_runner = StreamRunner(self._runner, self.cpu_infer, self.config)
-        self._pending: PendingPass[Array] = PendingPass("forward", self.layer_idx, self.cpu_infer)
+        self._pending: PendingPass[Batch] = PendingPass("forward", self.layer_idx, self.cpu_infer)
 
     @overload
     def forward(
         self,
-        hidden_states: ArrayLike,
+        hidden_states: Array,
         topk_ids: IntegersLike,
         topk_weights: ArrayLike,
         cuda_stream: None = None,
@@ -75,6 +76,21 @@ class BaseMoEWrapper(ExpertExport):
         chain: DeferralChain | None = None,
         activation_dtype: ActivationDtype | None = None,
     ) -> Array: ...
+
+    @overload
+    def forward(
+        self,
+        hidden_states: InT,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
+        cuda_stream: None = None,
+        *,
+        out: None = None,
+        incremental: bool = False,
+        num_tokens: ArrayLike | None = None,
+        chain: DeferralChain | None = None,
+        activation_dtype: ActivationDtype | None = None,
+    ) -> InT: ...
 
     @overload
     def forward(
@@ -127,20 +143,23 @@ class BaseMoEWrapper(ExpertExport):
 
         Parameters
         ----------
-        hidden_states : array of bfloat16 [T, H]
-            Read in place. Any T: more than `chunked_prefill_size` tokens are taken in chunks.
-        topk_ids : array of any integer dtype [T, P]
+        hidden_states : array of bfloat16 [..., H]
+            Of any library, also without rows. All leading axes count as tokens, T of them: more than
+            `chunked_prefill_size` are taken in chunks. Read in place; float32 and float16 are rounded to
+            bfloat16 once, to nearest with ties to even.
+        topk_ids : array of any integer dtype [..., P]
             Negative ids are skipped.
-        topk_weights : array of float32 [T, P]
-            Routing weights, used without normalization.
+        topk_weights : array of float32, or another float dtype, [..., P]
+            Routing weights in float32, used without normalization.
         cuda_stream : torch or CuPy stream, or the handle of one, optional
             For arrays on a CUDA device: torch, CuPy, JAX (in any stream) or others with
-            ``__cuda_array_interface__``, ids in int64 or int32, `out` in bfloat16. They are copied to the
+            ``__cuda_array_interface__``, hidden states and `out` in bfloat16, ids in int64 or int32, weights
+            in float32. They are copied to the
             host and back in the stream, and only the stream waits for the result. Works also in a stream that
             is being captured into a graph; graphs captured in one stream share its buffers and must be
             replayed one after the other.
-        out : array of bfloat16 or float32 [T, H], optional
-            Where to write; must not overlap the inputs. None with JAX arrays.
+        out : array of bfloat16 or float32 [..., H], optional
+            Where to write; must not overlap the inputs. No JAX array, which cannot be written.
         incremental : bool
             Add to the contents of `out`.
         num_tokens : array of int64 or int32 [1], optional
@@ -155,13 +174,15 @@ class BaseMoEWrapper(ExpertExport):
 
         Returns
         -------
-        ndarray of bfloat16 [T, H], or `out`; with a stream an array of the kind of `hidden_states`
+        array of bfloat16 [..., H], of the kind of `hidden_states`, or `out`
+            Tensors of torch share the memory that the engine has written; JAX arrays are copies.
 
         Raises
         ------
         TypeError, ValueError
             An argument of another kind, dtype, order or shape, or an `activation_dtype` that the layer does
-            not have: named, with what was expected.
+            not have: named, with what was expected. A torch tensor that requires grad, while grad mode is
+            on: `ktmoe_np.torch.moe_sft` is differentiable.
         IndexError
             An expert id of E or above.
         RuntimeError
@@ -203,12 +224,12 @@ class BaseMoEWrapper(ExpertExport):
                 self._starter(
                     (hidden_states, topk_ids, topk_weights), out, incremental, activation_dtype, used
                 )
-            )
+            ).result()
         dtype = self._dtype_of_call(activation_dtype)
         batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental, dtype)
         self._files.check()
         self._runner.run(batch, self.gpu_experts_mask)
-        return batch.out
+        return batch.result()
 
     def submit_forward(
         self,
@@ -273,17 +294,17 @@ class BaseMoEWrapper(ExpertExport):
         incremental: bool,
         activation_dtype: ActivationDtype | None,
         chain: DeferralChain,
-    ) -> Callable[[BegunPass[Array]], Array]:
+    ) -> Callable[[BegunPass[Batch]], Batch]:
         """Make the function that queues a pass."""
 
-        def start(begun: BegunPass[Array]) -> Array:
+        def start(begun: BegunPass[Batch]) -> Batch:
             batch = Batch(self.config, *arrays, out, incremental, self._dtype_of_call(activation_dtype))
             self._files.check()
             if self._runner.defers(chain):
                 self._runner.submit_deferring(batch, self.gpu_experts_mask, begun, chain)
             else:
                 self._runner.submit(batch, self.gpu_experts_mask, begun)
-            return batch.out
+            return batch
 
         return start
 
@@ -311,15 +332,6 @@ class BaseMoEWrapper(ExpertExport):
         stream: Stream | None = cls._streams.get(key)
         return cls._streams.setdefault(key, Stream(handle, key)) if stream is None else stream
 
-    @overload
-    def sync_forward(self, hidden_states: object = None, cuda_stream: None = None) -> Array: ...
-
-    @overload
-    def sync_forward(self, hidden_states: object = None, *, cuda_stream: StreamLike) -> Any: ...
-
-    @overload
-    def sync_forward(self, hidden_states: object, cuda_stream: StreamLike) -> Any: ...
-
     def sync_forward(self, hidden_states: object = None, cuda_stream: StreamLike | None = None) -> Any:
         """Wait for the pass that was submitted and give its result.
 
@@ -332,7 +344,7 @@ class BaseMoEWrapper(ExpertExport):
 
         Returns
         -------
-        ndarray of bfloat16 [T, H], or the pass's `out`; with a stream an array of the hidden states' kind
+        array of bfloat16 [..., H], of the hidden states' kind, or the pass's `out`
 
         Raises
         ------
@@ -360,7 +372,7 @@ class BaseMoEWrapper(ExpertExport):
         if cuda_stream is not None:
             result: Array = self._stream_runner.sync(self._stream(cuda_stream))
             return result
-        return self._pending.sync()
+        return self._pending.sync().result()
 
     @classmethod
     def drain_deferred(
@@ -369,7 +381,7 @@ class BaseMoEWrapper(ExpertExport):
         *,
         out: ArrayLike | None = None,
         chain: DeferralChain | None = None,
-    ) -> Array | None:
+    ) -> Any:
         """Return the deferred experts of the last layer of a pass.
 
         Parameters
@@ -383,8 +395,8 @@ class BaseMoEWrapper(ExpertExport):
 
         Returns
         -------
-        ndarray of bfloat16 [T, H], to be added to the last layer's output; None when nothing is left. With a
-        stream an array of the kind of the layer's hidden states, or `out`
+        array of bfloat16 [..., H], of the kind of the layer's hidden states, or `out`
+            To be added to the last layer's output; None when nothing is left.
 
         Raises
         ------
@@ -412,8 +424,7 @@ class BaseMoEWrapper(ExpertExport):
         """
         if cuda_stream is not None:
             _check_no_chain(chain)
-            drained: Array | None = drain(cls._stream(cuda_stream), out)
-            return drained
+            return drain(cls._stream(cuda_stream), out)
         if out is not None:
             raise ValueError("out: got one without a cuda_stream, expected None")
         return (cls._chain if chain is None else _checked(chain)).drain()

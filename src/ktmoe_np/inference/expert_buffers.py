@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import integer
+from ..arrays.host import to_write
 from ..passes.pending import BegunPass, PendingPass
 
 __all__ = ["ExpertBuffers"]
@@ -45,7 +44,7 @@ class ExpertBuffers:
 
         def start(begun: BegunPass[None]) -> None:
             count, expert = integer("gpu_tp_count", gpu_tp_count), integer("expert_id", expert_id)
-            lists = {name: _as_list(arrays) for name, arrays in buffers.items()}
+            lists = {name: _as_list(name, arrays) for name, arrays in buffers.items()}
             begun.queue(self._layer.write_expert_task(count, expert, **lists))
 
         self._pending.submit(start)
@@ -61,7 +60,9 @@ class ExpertBuffers:
         self._pending.sync()
 
 
-def _as_list(arrays: Any) -> Any:
-    """A sequence of arrays, or the first axis of one, as a list; anything else as it is."""
-    is_stacked = isinstance(arrays, np.ndarray) and arrays.ndim > 0
-    return list(arrays) if is_stacked or isinstance(arrays, Sequence) else arrays
+def _as_list(name: str, arrays: Any) -> Any:
+    """A sequence of arrays, or the first axis of one, as a list of NumPy arrays; anything else as it is."""
+    if isinstance(arrays, Sequence):
+        return [to_write(array, f"{name}[{i}]") for i, array in enumerate(arrays)]
+    is_stacked = arrays is not None and getattr(arrays, "ndim", 0) > 0
+    return list(to_write(arrays, name)) if is_stacked else arrays

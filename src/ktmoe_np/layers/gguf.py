@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.checks import Array, bfloat16, each_expert
+from ..arrays.checks import Array, bfloat16, each_expert, numpy_if_given, numpy_matrices
 from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike
 from ..formats.gguf import GGUF_FORMATS, PLAIN_DTYPES
 from ..formats.weights import ExpertWeights, Projection
@@ -118,9 +118,9 @@ class GgufWeights(MoELayer):
         [256.0, 256.0]
         """
         given = {
-            "gate_proj": _given(gate_proj, gate_bias, gate_format),
-            "up_proj": _given(up_proj, up_bias, up_format),
-            "down_proj": _given(down_proj, down_bias, down_format),
+            "gate_proj": _given("gate", gate_proj, gate_bias, gate_format),
+            "up_proj": _given("up", up_proj, up_bias, up_format),
+            "down_proj": _given("down", down_proj, down_bias, down_format),
         }
         sizes = projection_sizes(self.config)
         projections = {
@@ -164,6 +164,7 @@ def _format_name(fmt: Any) -> str | None:
     return str(getattr(fmt, "name", fmt)).lower()
 
 
-def _given(codes: Any, bias: Any, fmt: object) -> Projection:
+def _given(role: str, codes: Any, bias: Any, fmt: object) -> Projection:
     """A projection as the caller gives it, before anything is checked."""
-    return Projection(codes, bias=bias, format=_format_name(fmt))
+    matrices, vectors = numpy_matrices(f"{role}_proj", codes), numpy_if_given(f"{role}_bias", bias)
+    return Projection(matrices, bias=vectors, format=_format_name(fmt))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ..arrays.checks import numpy_if_given, numpy_matrices
 from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike
 from ..formats.encodings import NATIVE_FORMATS
 from ..formats.methods import Method
@@ -16,6 +18,15 @@ from ..io.native import load_native
 from .base import MoELayer
 
 __all__ = ["NativeWeights"]
+
+
+#: What a projection is given as: the ends of the names of arguments, and what views them.
+_PARTS: tuple[tuple[str, Callable[[str, Any], Any]], ...] = (
+    ("proj", numpy_matrices),
+    ("scale", numpy_matrices),
+    ("global_scale", numpy_if_given),
+    ("bias", numpy_if_given),
+)
 
 
 class NativeWeights(MoELayer):
@@ -111,10 +122,14 @@ class NativeWeights(MoELayer):
         >>> moe.forward(x, np.array([[1]]), np.array([[0.5]], np.float32)).astype(float).tolist()
         [[16.0, 16.0, 16.0, 16.0]]
         """
-        given = {
+        arguments = {
             "gate": (gate_proj, gate_scale, gate_global_scale, gate_bias),
             "up": (up_proj, up_scale, up_global_scale, up_bias),
             "down": (down_proj, down_scale, down_global_scale, down_bias),
+        }
+        given = {
+            role: [view(f"{role}_{part}", one) for (part, view), one in zip(_PARTS, arrays, strict=True)]
+            for role, arrays in arguments.items()
         }
         MappedFiles(array for arrays in given.values() for array in arrays[:3]).check()
         projections = {f"{role}_proj": self._projection(role, *arrays) for role, arrays in given.items()}

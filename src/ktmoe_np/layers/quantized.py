@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ..arrays.checks import numpy_matrices
 from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike
 from ..formats.methods import Method
 from ..formats.quantized import FORMATS
@@ -161,7 +162,8 @@ class QuantizedWeights(MoELayer):
         [[16.0, 16.0, 16.0, 16.0]]
         """
         num_experts, sizes = self.config.num_experts, projection_sizes(self.config)
-        sources = dict(zip(_PROJECTIONS, (gate_proj, up_proj, down_proj), strict=True))
+        given_sources = zip(_PROJECTIONS, (gate_proj, up_proj, down_proj), strict=True)
+        sources = {name: numpy_matrices(name, source) for name, source in given_sources}
         scales = dict(zip(_PROJECTIONS, (gate_scale, up_scale, down_scale), strict=True))
         biases = dict(zip(_PROJECTIONS, (gate_bias, up_bias, down_bias), strict=True))
         MappedFiles([*sources.values(), *scales.values(), *biases.values()]).check()

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from ..arrays.checks import Array, bfloat16, count_tokens, expert_ids, routing_weights
-from ..arrays.spec import ArraySpec
+from ..arrays.checks import Array, bfloat16
+from ..arrays.rows import hidden_rows, routes, rows_to_write, weights_of_routes
 from ..config import MoEConfig
 
 __all__ = ["Batch"]
 
 
+def _new_out(hidden_states: Array) -> Array:
+    return np.empty(hidden_states.shape, bfloat16)
+
+
 class Batch:
-    """The arrays of one forward pass.
+    """The arrays of one forward pass, as NumPy arrays [T, ...] of the caller's memory.
+
+    Parameters
+    ----------
+    config : MoEConfig
+        The layer's sizes.
+    hidden_states, topk_ids, topk_weights : array
+        As `BaseMoEWrapper.forward` takes them.
+    out : array, optional
+        Where to write; None for a new array.
+    incremental : bool
+        Add to `out`.
+    activation_dtype : str, optional
+        None for the layer's.
+    new_out : callable, optional
+        Makes the array [T, H] to write to where `out` is None, knowing the hidden states.
 
     Raises
     ------
     TypeError, ValueError
-        Hidden states or ids that are not what they should be, or no `out` to add to. The engine checks the
-        rest.
+        An array that is not as it should be, or no `out` to add to. The engine checks dtype and order of
+        `out`.
     """
 
     def __init__(
@@ -32,14 +52,24 @@ class Batch:
         out: Any,
         incremental: bool,
         activation_dtype: str | None = None,
+        new_out: Callable[[Array], Array] = _new_out,
     ) -> None:
-        self.num_tokens = count_tokens(hidden_states)
-        self.hidden_states = hidden_states
-        self.ids = expert_ids(topk_ids)
-        self.weights = routing_weights(topk_weights)
-        ArraySpec((), (self.num_tokens, config.num_experts_per_tok)).check("topk_ids", self.ids)
-        if out is None and incremental:
+        hidden, slots = config.hidden_size, config.num_experts_per_tok
+        self.hidden_states, self.form = hidden_rows(hidden_states, "hidden_states", hidden)
+        lead = self.form.lead
+        self.num_tokens = len(self.hidden_states)
+        self.ids = routes(topk_ids, lead, slots)
+        self.weights = weights_of_routes(topk_weights, lead, slots)
+        self._given = out
+        if out is not None:
+            self.out: Array = rows_to_write(out, "out", lead, hidden)
+        elif incremental:
             raise ValueError("out: got None with incremental=True, expected the array to add to")
-        self.out: Array = np.empty((self.num_tokens, config.hidden_size), bfloat16) if out is None else out
+        else:
+            self.out = new_out(self.hidden_states)
         self.incremental = incremental
         self.activation_dtype = activation_dtype
+
+    def result(self) -> Any:
+        """`out` as it was given, or the new array as one of the kind of the hidden states."""
+        return self.form.of(self.out) if self._given is None else self._given

@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, bfloat16
+from ..arrays.rows import RowForm
 from ..arrays.summary import object_summary
 from ..buffers import BatchBuffers, KExpertsCPUBuffer
 from ..config import MoEConfig
@@ -37,6 +38,7 @@ class HostOutput(LayerOutput):
 
     ticket: ext.Ticket  #: of the last task that writes it
     engine: ext.CPUInfer  #: which runs that
+    form: RowForm  #: of the pass's results, and so of the drained
 
 
 OutputT = TypeVar("OutputT", bound=LayerOutput)
@@ -134,7 +136,7 @@ class DeferralChain(OutputChain[HostOutput]):
             if self._output is carried:
                 self.leave_output(received)
 
-    def drain(self) -> Array | None:
+    def drain(self) -> Any:
         """The remaining deferred output, computed and rounded; None when there is none."""
         with self.lock:
             remaining = self._to_drain()
@@ -150,7 +152,7 @@ class DeferralChain(OutputChain[HostOutput]):
             sums = np.asarray(remaining.output.sums)
             rounded: Array = sums.astype(bfloat16)  # before others may write to the buffer
             self.leave_output(None)
-            return rounded
+            return remaining.form.of(rounded)
 
     def _to_drain(self) -> HostOutput | None:
         return self._output

@@ -112,7 +112,7 @@ class LayerRunner:
             buffers.busy_until = self._engine.submit(task)
         if deferring.output is not None:
             assert buffers.busy_until is not None
-            carried = HostOutput(deferring.output, buffers.busy_until, self._engine)
+            carried = HostOutput(deferring.output, buffers.busy_until, self._engine, batch.form)
         begun.when_taken_back(lambda: chain.put_back(received, carried))
         chain.leave_output(carried)
 

@@ -29,6 +29,7 @@ class StreamOutput(LayerOutput):
     buffers: BatchBuffers  #: where it is
     runner: Any  #: the layer's StreamRunner
     like: Any  #: an array such as the result of a drain shall be
+    lead: tuple[int, ...]  #: its leading axes
 
 
 class Stream:

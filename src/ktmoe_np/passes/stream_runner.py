@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -79,7 +80,7 @@ class StreamRunner:
 
     def __init__(self, runner: LayerRunner, engine: ext.CPUInfer, config: MoEConfig) -> None:
         self._runner, self._engine, self._config = runner, engine, config
-        self._hidden = ArraySpec((bfloat16,), ("T", config.hidden_size))
+        self._hidden = ArraySpec((bfloat16,), ("...", config.hidden_size))
         self._lock = ext.CallLock("cuda_stream", of_engine=True)  # of `_pending`: streams are many
         self._pending: tuple[Stream, _Pass] | None = None
         self._prepared: weakref.WeakKeyDictionary[BatchBuffers, dict[Any, _PreparedPass]] = (
@@ -105,7 +106,7 @@ class StreamRunner:
         """
         with stream.order, self._lock:
             ready = self._ready(batch, stream)
-            ready.prepared.stream_pass.run(stream.handle, ready.addresses, ready.result.address, ready)
+            ready.prepared.stream_pass.run(stream.handle, ready.addresses, [ready.result.address], ready)
             self._leave(ready, stream)
             return given_back(ready.result, stream.handle)
 
@@ -139,7 +140,7 @@ class StreamRunner:
                 expected = f"expected that of the pass, {submitted_to.handle:#x}"
                 raise ValueError(f"cuda_stream: got {stream.handle:#x}, {expected}")
             self._pending = None
-            ready.prepared.stream_pass.sync(stream.handle, ready.result.address, ready)
+            ready.prepared.stream_pass.sync(stream.handle, [ready.result.address], ready)
             ext.cuda.raise_error()
             return given_back(ready.result, stream.handle)
 
@@ -158,10 +159,10 @@ class StreamRunner:
             )
         num_tokens = remaining.output.num_tokens
         rounded = remaining.buffers.output[:num_tokens]
-        result = self._result(remaining.like, num_tokens, out, stream.handle)
+        result = self._result(remaining.like, remaining.lead, out, stream.handle)
         tasks = [(remaining.output.rounding_task(rounded), rounded)]
-        stream_pass = ext.cuda.StreamPass(self._engine, [], tasks, rounded, 0)
-        stream_pass.run(stream.handle, [], result.address, (result, remaining))
+        stream_pass = ext.cuda.StreamPass(self._engine, [], tasks, [rounded], 0)
+        stream_pass.run(stream.handle, [], [result.address], (result, remaining))
         return given_back(result, stream.handle)
 
     # ---- what is ready to be put into a stream ----
@@ -175,15 +176,16 @@ class StreamRunner:
                 f"a pass of layer {c.layer_idx} is pending in a stream, call sync_forward first"
             )
         x = device_array(batch.hidden_states, "hidden_states", self._hidden, handle)
-        routes = x.shape[0], c.num_experts_per_tok
+        lead = x.shape[:-1]
+        routes = *lead, c.num_experts_per_tok
         ids = device_array(batch.topk_ids, "topk_ids", ArraySpec(_INTEGERS, routes), handle)
         weights = device_array(batch.topk_weights, "topk_weights", ArraySpec(_FLOAT32, routes), handle)
         arrays = [x, ids, weights]
         if batch.num_tokens is not None:
             arrays.append(device_array(batch.num_tokens, "num_tokens", _NUMBER, handle))
-        result = self._result(batch.hidden_states, x.shape[0], batch.out, handle)
+        result = self._result(batch.hidden_states, lead, batch.out, handle)
         received = stream.chain.receive_output(c.layer_idx)
-        buffers = stream.free_buffers(c, x.shape[0], received)
+        buffers = stream.free_buffers(c, math.prod(lead), received)
         prepared = self._prepared_pass(buffers, received, batch, arrays)
         return _Pass(prepared, result, buffers, received, arrays)
 
@@ -191,7 +193,8 @@ class StreamRunner:
         """Leave the pass's deferred output to the stream's chain."""
         carried = None
         if ready.prepared.output is not None:
-            carried = StreamOutput(ready.prepared.output, ready.buffers, self, ready.arrays[0].owner)
+            x = ready.arrays[0]
+            carried = StreamOutput(ready.prepared.output, ready.buffers, self, x.owner, x.shape[:-1])
         stream.chain.leave_output(carried)
 
     def _prepared_pass(
@@ -205,7 +208,7 @@ class StreamRunner:
 
         The key contains ids of objects, which the prepared pass keeps alive.
         """
-        num_tokens = arrays[0].shape[0]
+        num_tokens = math.prod(arrays[0].shape[:-1])
         begins_with = None if received is None else id(received.output)
         options = id(there.skip_experts), there.activation_dtype
         key = num_tokens, tuple(array.dtype for array in arrays), begins_with, *options
@@ -239,16 +242,14 @@ class StreamRunner:
         deferring = self._runner.deferred_pass(batch, buffers, there.skip_experts, received, number)
         now, later = deferring.immediate_tasks(), deferring.deferred_tasks()
         tasks = [(task, buffers.output) for task in now] + [(task, buffers.deferred_output) for task in later]
-        stream_pass = ext.cuda.StreamPass(self._engine, inputs, tasks, buffers.output, len(later))
+        stream_pass = ext.cuda.StreamPass(self._engine, inputs, tasks, [buffers.output], len(later))
         return _PreparedPass(stream_pass, received, deferring.output)
 
-    def _result(self, like: Any, num_tokens: int, out: Any, stream: int) -> DeviceArray:
+    def _result(self, like: Any, lead: tuple[int, ...], out: Any, stream: int) -> DeviceArray:
         if out is not None and is_of("JAX", out):
             raise TypeError("out: got a JAX array, which cannot be written, expected None")
         target = new_like(like) if out is None else out
-        return device_array(
-            target, "out", ArraySpec((bfloat16,), (num_tokens, self._config.hidden_size)), stream
-        )
+        return device_array(target, "out", ArraySpec((bfloat16,), (*lead, self._config.hidden_size)), stream)
 
 
 def drain(stream: Stream, out: Any) -> Any:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack, overload
 
 from .. import kt_kernel_ext as ext
-from ..arrays.checks import Array, at_least, count_tokens
-from ..arrays.types import ArrayLike, IntegersLike, StreamLike
+from ..arrays.checks import at_least
+from ..arrays.rows import hidden_rows
+from ..arrays.types import Array, ArrayLike, IntegersLike, StreamLike
 from ..buffers import Claim
 from ..config import ActivationDtype, MoEConfig
 from ..formats.methods import Method
@@ -16,11 +17,14 @@ from ..passes.pending import BegunPass, PendingPass
 from .gradients import SFTGradients, lora_shapes, projection_shapes
 from .lora import LoraLayer
 from .options import SFTOptions
-from .results import Results
+from .results import BackwardResults, Results
 
 __all__ = ["BaseSFTMoEWrapper"]
 
 _LARGEST_STEP = 2**32 - 1
+
+InT = TypeVar("InT", bound=ArrayLike)
+OutT = TypeVar("OutT", bound=ArrayLike)
 
 
 class BaseSFTMoEWrapper(LoraLayer):
@@ -50,10 +54,10 @@ class BaseSFTMoEWrapper(LoraLayer):
         if options.full_weight_grad:
             self._shapes |= projection_shapes(config)
         self._results = Results(self, self._shapes)
-        self._forward: PendingPass[tuple[Array, Claim]] = PendingPass(
+        self._forward: PendingPass[tuple[Batch, Claim]] = PendingPass(
             "forward_sft", self.layer_idx, self.cpu_infer
         )
-        self._backward: PendingPass[tuple[SFTGradients, Claim]] = PendingPass(
+        self._backward: PendingPass[tuple[BackwardResults, Claim]] = PendingPass(
             "backward", self.layer_idx, self.cpu_infer
         )
 
@@ -64,6 +68,42 @@ class BaseSFTMoEWrapper(LoraLayer):
 
     # ---- forward passes ----
 
+    @overload
+    def forward(
+        self,
+        hidden_states: Array,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
+        cuda_stream: StreamLike | None = None,
+        *,
+        out: None = None,
+        activation_dtype: ActivationDtype | None = None,
+    ) -> Array: ...
+
+    @overload
+    def forward(
+        self,
+        hidden_states: InT,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
+        cuda_stream: StreamLike | None = None,
+        *,
+        out: None = None,
+        activation_dtype: ActivationDtype | None = None,
+    ) -> InT: ...
+
+    @overload
+    def forward(
+        self,
+        hidden_states: ArrayLike,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
+        cuda_stream: StreamLike | None = None,
+        *,
+        out: OutT,
+        activation_dtype: ActivationDtype | None = None,
+    ) -> OutT: ...
+
     def forward(
         self,
         hidden_states: ArrayLike,
@@ -73,7 +113,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         *,
         out: ArrayLike | None = None,
         activation_dtype: ActivationDtype | None = None,
-    ) -> Array:
+    ) -> Any:
         """The layer with its adapters, without dropout: `forward_sft` with nothing saved."""
         self._check_stream(cuda_stream)
         return self.forward_sft(
@@ -85,6 +125,42 @@ class BaseSFTMoEWrapper(LoraLayer):
             activation_dtype=activation_dtype,
         )
 
+    @overload
+    def forward_sft(
+        self,
+        hidden_states: Array,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
+        save_for_backward: bool = True,
+        *,
+        out: None = None,
+        activation_dtype: ActivationDtype | None = None,
+    ) -> Array: ...
+
+    @overload
+    def forward_sft(
+        self,
+        hidden_states: InT,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
+        save_for_backward: bool = True,
+        *,
+        out: None = None,
+        activation_dtype: ActivationDtype | None = None,
+    ) -> InT: ...
+
+    @overload
+    def forward_sft(
+        self,
+        hidden_states: ArrayLike,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
+        save_for_backward: bool = True,
+        *,
+        out: OutT,
+        activation_dtype: ActivationDtype | None = None,
+    ) -> OutT: ...
+
     def forward_sft(
         self,
         hidden_states: ArrayLike,
@@ -94,20 +170,21 @@ class BaseSFTMoEWrapper(LoraLayer):
         *,
         out: ArrayLike | None = None,
         activation_dtype: ActivationDtype | None = None,
-    ) -> Array:
+    ) -> Any:
         """The experts of the layer, with their adapters, on a batch of tokens.
 
         Parameters
         ----------
-        hidden_states : array of bfloat16 [T, H]
-            Read in place. Any T.
-        topk_ids : array of any integer dtype [T, P]
+        hidden_states : array of bfloat16 [..., H]
+            Of any library and number of tokens, all leading axes. Read in place; float32 and float16 are
+            rounded to bfloat16 once.
+        topk_ids : array of any integer dtype [..., P]
             Negative ids are skipped.
-        topk_weights : array of float32 [T, P]
-            Routing weights, used as they are.
+        topk_weights : array of float32, or another float dtype, [..., P]
+            Routing weights, used as they are, in float32.
         save_for_backward : bool
             Keep what the backward pass needs, and drop elements of the adapters' inputs (`lora_dropout`).
-        out : array of bfloat16 or float32 [T, H], optional
+        out : array of bfloat16 or float32 [..., H], optional
             Where to write; must not overlap the inputs.
         activation_dtype : {"bfloat16", "int8"} or dtype, optional
             What products with the base weights take activations in, for this pass; None for the layer's own.
@@ -115,7 +192,7 @@ class BaseSFTMoEWrapper(LoraLayer):
 
         Returns
         -------
-        ndarray of bfloat16 [T, H], or `out`
+        array of bfloat16 [..., H], of the kind of `hidden_states`, or `out`
             New, or, with `reuse_buffers`, valid until the next pass that is written to the same buffers.
 
         Raises
@@ -149,11 +226,11 @@ class BaseSFTMoEWrapper(LoraLayer):
         >>> gradients.grad_weights.tolist(), sorted(gradients.matrices)
         ([[288.0]], ['down_lora_a', 'down_lora_b', 'gate_lora_a', 'gate_lora_b'])
         """
-        batch = hidden_states, topk_ids, topk_weights
-        result, task = self._forward_task(*batch, save_for_backward, out, activation_dtype)
+        arrays = hidden_states, topk_ids, topk_weights
+        batch, task = self._forward_task(*arrays, save_for_backward, out, activation_dtype)
         try:
             self.cpu_infer.run(task)
-            return result
+            return batch.result()
         except BaseException:
             task.revoke()
             raise
@@ -178,15 +255,15 @@ class BaseSFTMoEWrapper(LoraLayer):
             A forward pass of this layer is pending.
         """
 
-        def start(begun: BegunPass[tuple[Array, Claim]]) -> tuple[Array, Claim]:
-            claim, batch = Claim(), (hidden_states, topk_ids, topk_weights)
-            result, task = self._forward_task(*batch, save_for_backward, out, activation_dtype, claim)
+        def start(begun: BegunPass[tuple[Batch, Claim]]) -> tuple[Batch, Claim]:
+            claim, arrays = Claim(), (hidden_states, topk_ids, topk_weights)
+            batch, task = self._forward_task(*arrays, save_for_backward, out, activation_dtype, claim)
             begun.queue(task)
-            return result, claim
+            return batch, claim
 
         self._forward.submit(start)
 
-    def sync_forward_sft(self) -> Array:
+    def sync_forward_sft(self) -> Any:
         """Wait for the forward pass that was submitted and give its result.
 
         Raises
@@ -196,7 +273,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         IndexError
             An expert id of E or above was submitted.
         """
-        return self._forward.sync()[0]
+        return self._forward.sync()[0].result()
 
     def _forward_task(
         self,
@@ -207,13 +284,19 @@ class BaseSFTMoEWrapper(LoraLayer):
         out: ArrayLike | None,
         activation_dtype: ActivationDtype | None,
         claim: Claim | None = None,
-    ) -> tuple[Array, ext.moe.TrainingTask]:
+    ) -> tuple[Batch, ext.moe.TrainingTask]:
         dtype = self._dtype_of_call(activation_dtype)
-        if out is None:
-            out = self._results.output(count_tokens(hidden_states), hidden_states, claim)
-        else:
-            self._results.claim_given("output", (out,), count_tokens(hidden_states), claim)
-        batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental=False)
+        batch = Batch(
+            self.config,
+            hidden_states,
+            topk_ids,
+            topk_weights,
+            out,
+            incremental=False,
+            new_out=lambda rows: self._results.output(len(rows), rows, claim),
+        )
+        if out is not None:
+            self._results.claim_given("output", (batch.out,), batch.num_tokens, claim)
         self._files.check()
         task = self._layer.forward_sft_task(
             batch.hidden_states,
@@ -226,7 +309,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         )
         if save_for_backward and "gate_lora_a" in self._shapes:
             self._init_missing()  # all-zero adapters would stay zero
-        return batch.out, task
+        return batch, task
 
     # ---- backward passes ----
 
@@ -243,21 +326,22 @@ class BaseSFTMoEWrapper(LoraLayer):
 
         Parameters
         ----------
-        grad_output : array of bfloat16 [T, H]
-            Of the tokens of that pass.
+        grad_output : array of bfloat16 [..., H]
+            Of the tokens of that pass, of any library; float32 and float16 are rounded to bfloat16 once.
         gradients : SFTGradients, optional
             Arrays for the gradients of matrices; one that is None there is not computed. Without it there are
             arrays for all that the method trains: new ones, or, with `reuse_buffers`, those of the layer.
         accumulate : bool
             Add to those arrays instead of overwriting them, for gradients of several batches.
-        grad_input : array of bfloat16 [T, H], optional
-        grad_weights : array of float32 [T, P], optional
+        grad_input : array of bfloat16 [..., H], optional
+        grad_weights : array of float32 [..., P], optional
             Where to write the gradients of the input and of the routing weights, which are never added to;
             by default new arrays, or, with `reuse_buffers`, the buffers', also when `gradients` has some.
 
         Returns
         -------
         SFTGradients
+            Arrays of the kind of `grad_output`; rows have its leading axes.
 
         Raises
         ------
@@ -286,10 +370,10 @@ class BaseSFTMoEWrapper(LoraLayer):
         >>> gradients.gate_lora_b.shape
         (2, 2, 1)
         """
-        result, task = self._backward_task(grad_output, gradients, accumulate, grad_input, grad_weights)
+        results, task = self._backward_task(grad_output, gradients, accumulate, grad_input, grad_weights)
         try:
             self.cpu_infer.run(task)
-            return result
+            return results.given()
         except BaseException:
             task.revoke()
             raise
@@ -313,11 +397,11 @@ class BaseSFTMoEWrapper(LoraLayer):
             A backward pass of this layer is pending.
         """
 
-        def start(begun: BegunPass[tuple[SFTGradients, Claim]]) -> tuple[SFTGradients, Claim]:
+        def start(begun: BegunPass[tuple[BackwardResults, Claim]]) -> tuple[BackwardResults, Claim]:
             claim, given = Claim(), (gradients, accumulate, grad_input, grad_weights)
-            result, task = self._backward_task(grad_output, *given, claim)
+            results, task = self._backward_task(grad_output, *given, claim)
             begun.queue(task)
-            return result, claim
+            return results, claim
 
         self._backward.submit(start)
 
@@ -331,7 +415,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         ValueError
             `grad_output` does not have the tokens of the forward pass, which stays saved.
         """
-        return self._backward.sync()[0]
+        return self._backward.sync()[0].given()
 
     def _backward_task(
         self,
@@ -341,33 +425,29 @@ class BaseSFTMoEWrapper(LoraLayer):
         grad_input: Any,
         grad_weights: Any,
         claim: Claim | None = None,
-    ) -> tuple[SFTGradients, ext.moe.TrainingTask]:
-        tokens = count_tokens(grad_output, "grad_output")
+    ) -> tuple[BackwardResults, ext.moe.TrainingTask]:
+        config = self.config
+        rows, form = hidden_rows(grad_output, "grad_output", config.hidden_size)
         self._files.check()
-        matrices = self._matrices(gradients, accumulate, claim)
-        self._results.claim_given("gradients", (grad_input, grad_weights), tokens, claim)
-        if grad_input is None or grad_weights is None:
-            made = self._results.row_gradients(tokens, grad_output, claim)
-            grad_input = made[0] if grad_input is None else grad_input
-            grad_weights = made[1] if grad_weights is None else grad_weights
-        result = SFTGradients(grad_input, grad_weights, **matrices)
+        results = BackwardResults(form, self._given_matrices(gradients, accumulate))
+        if gradients is None:
+            results.new_matrices(self._results.matrices(claim))
+        results.write_rows("grad_input", grad_input, config.hidden_size)
+        results.write_rows("grad_weights", grad_weights, config.num_experts_per_tok)
+        self._results.claim_given("gradients", results.rows.values(), len(rows), claim)
+        if len(results.rows) < 2:
+            results.new_rows(*self._results.row_gradients(len(rows), rows, claim))
         task = self._layer.backward_task(
-            grad_output,
-            result.grad_input,
-            result.grad_weights,
-            **result.matrices,
-            accumulate=bool(accumulate),
+            rows, **results.rows, **results.matrices, accumulate=bool(accumulate)
         )
-        return result, task
+        return results, task
 
-    def _matrices(
-        self, gradients: SFTGradients | None, accumulate: bool, claim: Claim | None
-    ) -> dict[str, Any]:
-        """The arrays that gradients of matrices go to."""
+    def _given_matrices(self, gradients: SFTGradients | None, accumulate: bool) -> dict[str, Any]:
+        """The arrays of the caller that gradients of matrices go to."""
         if gradients is None:
             if accumulate:
                 raise ValueError("gradients: got None with accumulate=True, expected SFTGradients")
-            return dict(self._results.matrices(claim))
+            return {}
         if not isinstance(gradients, SFTGradients):
             raise TypeError(f"gradients: got {type(gradients).__name__}, expected SFTGradients")
         for name in gradients.matrices:

@@ -22,6 +22,9 @@ PROJECTION_NAMES = ("gate_proj", "up_proj", "down_proj")
 class SFTGradients:
     """The gradients of one backward pass; None for what is not trained or does not exist.
 
+    Arrays are of the kind of the gradient of the output, NumPy's or another library's, or those that the
+    caller gave. T stands for the leading axes of that gradient.
+
     Those of matrices are sums over tokens, in the shape of the arrays that they are the gradients of and by
     expert of the checkpoint; `ktmoe_np.reference.moe_backward` states the formulas.
     """

@@ -62,7 +62,7 @@ class SFTOptions:
     - gradients of matrices are arrays of the layer, valid until its next backward pass without `gradients`.
     - every thread has its own buffers and its own arrays of each layer.
     - inputs of a pass, and results that wait for their ``sync_*``, are not overwritten: such a pass gets new
-      arrays. (If a tensor of another library shares memory with a result, it is refused instead.)
+      arrays. Tensors of torch share the memory of results; JAX arrays are copies.
     - a batch of another T has other arrays, and does not overwrite earlier results.
       `KTMoEWrapper.clear_sft_buffer_cache` releases all of this memory; results still in use remain valid.
     - `out`, `gradients`, `grad_input` and `grad_weights` of a call take precedence.
