@@ -34,7 +34,7 @@ void ForkGuard::throw_in_child() {
   throw_runtime(
       "this engine was created before the process was forked, and its threads do not exist in the forked "
       "child: create the engine after the fork, use the 'spawn' start method, or call "
-      "_MoEBase.reset_cpu_infer() in the child");
+      "KTMoEWrapper.reset_engine() in the child");
 }
 
 }  // namespace ktmoe

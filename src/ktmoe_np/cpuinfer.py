@@ -92,7 +92,7 @@ class _MoEBase:
             if _MoEBase._engine_pid != os.getpid():
                 raise RuntimeError(
                     "cpuinfer: the engine was made before this process was forked and its threads are not "
-                    "here; call _MoEBase.reset_cpu_infer() in the child, or use the spawn start method"
+                    "here; call KTMoEWrapper.reset_engine() in the child, or use the spawn start method"
                 )
             if (cpuinfer_threads, threadpool_count, numa_nodes) != (None, None, None):
                 _check_same(_MoEBase._engine, cpuinfer_threads, threadpool_count, numa_nodes)
@@ -143,7 +143,8 @@ def _check_same(
         if value is not None and value != has[name]:
             raise RuntimeError(
                 f"{name}: got {value}, but the engine of this process has {has[name]}; "
-                "there is one engine, call _MoEBase.reset_cpu_infer() before creating another"
+                "there is one engine; delete its layers and call KTMoEWrapper.reset_engine() before creating "
+                "another"
             )
 
 

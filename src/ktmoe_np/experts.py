@@ -9,6 +9,7 @@ from typing import Any, Literal, Unpack, overload
 from .arrays.types import ArrayLike, MaskLike, PathLike, StreamLike
 from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import ActivationDtype, MoEConfig, parse_activation
+from .cpuinfer import _MoEBase
 from .formats.methods import Method, find_method, training_name
 from .inference.base import BaseMoEWrapper
 from .io import SafetensorsCheckpoint
@@ -366,6 +367,21 @@ class KTMoEWrapper:
     def get_capture_batch_sizes() -> list[int]:
         """See `KExpertsCPUBuffer.get_capture_batch_sizes`."""
         return KExpertsCPUBuffer.get_capture_batch_sizes()
+
+    @staticmethod
+    def reset_engine() -> None:
+        """End the engine of this process, so that the next layer makes another, with other threads.
+
+        Raises
+        ------
+        RuntimeError
+            Layers are loaded on it: delete them first. (Not in a forked child, where it cannot run any more.)
+
+        Examples
+        --------
+        >>> KTMoEWrapper.reset_engine()
+        """
+        _MoEBase.reset_cpu_infer()
 
     @staticmethod
     def clear_buffer_cache() -> None:

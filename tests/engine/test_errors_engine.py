@@ -151,7 +151,8 @@ def test_another_engine_than_the_one_that_lives(moe: Any, batch: Batch, name: st
     has["numa_nodes"] = list(pool.config.subpool_numa_map)
     other = [*has["numa_nodes"], 0] if name == "numa_nodes" else has[name] + 1
     message = (
-        rf"{name}: got .*, but the engine of this process has .*; there is one engine, call .*reset_cpu_infer"
+        rf"{name}: got .*, but the engine of this process has .*; there is one engine; delete its layers and "
+        r"call KTMoEWrapper\.reset_engine\(\) before creating another$"
     )
     with pytest.raises(RuntimeError, match=message):
         KTMoEWrapper(0, E, P, H, I, **{name: other})
@@ -159,7 +160,7 @@ def test_another_engine_than_the_one_that_lives(moe: Any, batch: Batch, name: st
     with pytest.raises(
         RuntimeError, match=r"cpuinfer: layers \[.*0.*\] are loaded on the engine; delete them first"
     ):
-        type(moe).reset_cpu_infer()
+        KTMoEWrapper.reset_engine()
     assert_same_bits(moe.forward(*batch), before)
 
 
@@ -172,7 +173,7 @@ def test_an_engine_after_a_reset() -> None:
         batch = draw_batch(np.random.default_rng(1), layer, 5, 2)
         early = KTMoEWrapper(0, 3, 2, 30, 20, cpuinfer_threads=1)
         expected = layer.forward(batch)
-        early.reset_cpu_infer()
+        KTMoEWrapper.reset_engine()
         moe = layer.wrapper(2, cpuinfer_threads=3, threadpool_count=2)
         assert moe.cpu_infer.backend_.num_threads == 3
         assert_same_bits(moe.forward(*batch), expected)

@@ -167,7 +167,7 @@ if pid == 0:
         with of_engine:
             pass
     except RuntimeError as error:
-        os._exit(0 if "fork" in str(error) and "_MoEBase.reset_cpu_infer()" in str(error) else 2)
+        os._exit(0 if "fork" in str(error) and "KTMoEWrapper.reset_engine()" in str(error) else 2)
     os._exit(3)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 done.set()

@@ -198,7 +198,8 @@ WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         "FP8",
         {"gate_proj": np.zeros((E, I, H), np.float32)},
         TypeError,
-        "gate_proj: got float32 [3, 64, 96], expected float8_e4m3fn [3, 64, 96]",
+        "gate_proj: got float32 [3, 64, 96], expected float8_e4m3fn [3, 64, 96]; AMXINT8, AMXINT4, MOE_INT8, "
+        "MOE_INT4 and LLAMAFILE take float32",
     ),
     "codes of another width": (
         "MXFP4",
@@ -319,7 +320,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         "FP8",
         {"gate_proj": np.zeros((E, I, H), np.int8)},
         TypeError,
-        "gate_proj: got int8 [3, 64, 96], expected float8_e4m3fn [3, 64, 96]",
+        "gate_proj: got int8 [3, 64, 96], expected float8_e4m3fn [3, 64, 96]; MXFP4 and NVFP4 take int8",
     ),
     "powers of two where E4M3 are scales": (
         "NVFP4",
@@ -394,3 +395,20 @@ def test_scales_of_rows_may_be_columns(how: Any) -> None:
     arguments = native_layer("FP8_PERCHANNEL").arguments
     columns = {name: how(s[:, :, None]) for name, s in arguments.items() if name.endswith("_scale")}
     assert_same_weights("FP8_PERCHANNEL", {**arguments, **columns})
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "told"),
+    [
+        ("BF16", "float8_e4m3fn", "; FP8, FP8_PERCHANNEL and MXFP8 take float8_e4m3fn"),
+        ("BF16", "int32", "; RAWINT4 and GPTQ_INT4 take int32"),
+        ("FP8", "bfloat16", "; BF16, AMXINT8, AMXINT4, MOE_INT8, MOE_INT4 and LLAMAFILE take bfloat16"),
+        ("AMXINT8", "float8_e4m3fn", "; FP8, FP8_PERCHANNEL and MXFP8 take float8_e4m3fn"),
+        ("MXFP4", "complex64", ""),
+    ],
+)
+def test_a_dtype_of_another_method_names_that(method: str, dtype: str, told: str) -> None:
+    moe = KTMoEWrapper(0, E, 2, H, I, method=method)
+    weights = np.zeros((E, I, H), dtype)
+    with pytest.raises(TypeError, match=rf"^gate_proj: got {dtype} .*\]{told}$"):
+        moe.load_weights_from_tensors(weights, weights, weights)

@@ -55,7 +55,13 @@ def test_frequencies_in_any_memory() -> None:
         ([1.0, 2.0], 0, ValueError, r"activation_freq: got shape \[2\], expected \[L, E\]"),
         (np.zeros((1, 2, 3)), 0, ValueError, r"activation_freq: got shape \[1, 2, 3\], expected \[L, E\]"),
         ([[1.0, np.nan]], 1, ValueError, r"activation_freq: got a NaN, expected numbers"),
-        ([[1.0, 2.0]], 3, ValueError, r"num_gpu_experts: got 3, expected 0 to 2"),
+        (
+            [[1.0, 2.0]],
+            3,
+            ValueError,
+            r"num_gpu_experts: got 3, expected 0 to 2: the number of experts on the GPU in all 1 layers",
+        ),
+        ([[1.0, 2.0]], 1.5, TypeError, r"num_gpu_experts: got 1.5, expected an integer"),
         ([[1.0, 2.0]], -1, ValueError, r"num_gpu_experts: got -1, expected 0 to 2"),
     ],
 )

@@ -158,6 +158,27 @@ def test_a_corrupt_file(tmp_path: Path) -> None:
     assert_has(moe, student)
 
 
+def test_adapters_for_the_other_loader_name_it(tmp_path: Path) -> None:
+    student = student_of(0)
+    moe = student.wrapper(P)
+    peft, own = tmp_path / "peft", tmp_path / "own"
+    export_peft(peft, [moe])
+    own.mkdir()
+    moe.save_lora_weights(own / "adapter.safetensors")
+    for path, got in ((peft, "a directory"), (peft / "adapter_model.safetensors", "adapters of PEFT")):
+        message = rf"{path.name}: got {got}, expected a file of save_lora_weights: import_peft\("
+        with pytest.raises(ValueError, match=message):
+            moe.load_lora_weights(path)
+    for path, got in (
+        (own / "adapter.safetensors", "a file"),
+        (own, "adapter.safetensors without "),
+    ):
+        message = rf"{path.name}: got {got}.*, expected .*: load_lora_weights reads a file of save_lora_"
+        with pytest.raises(ValueError, match=message):
+            import_peft(path, [moe])
+    assert_has(moe, student)
+
+
 def test_a_layer_without_adapters(tmp_path: Path) -> None:
     moe = Student(student_of(0).layer, {}, 0).wrapper(P, layer_idx=5)
     message = "lora_rank: got 0, expected a layer with adapters: layer 5 has none"

@@ -125,6 +125,8 @@ def test_inference_has_no_options_of_training(option: dict[str, Any]) -> None:
     (name,) = option
     with pytest.raises(ValueError, match=rf"{name}: got .* in mode 'inference', expected it in mode 'sft'"):
         KTMoEWrapper(0, E, P, H, I, **option)
+    with pytest.raises(TypeError, match=r"^num_gpu_experts: got an unknown .*gpu_experts_mask, which gene"):
+        KTMoEWrapper(0, E, P, H, I, num_gpu_experts=1)
     with pytest.raises(TypeError, match=r"lora_rnk: got an unknown keyword"):
         KTMoEWrapper(0, E, P, H, I, lora_rnk=3)
 

@@ -251,7 +251,7 @@ def test_what_is_wrong(cuda_driver: str) -> None:
         "ValueError: num_tokens: got int64 [2], expected int64 or int32 [1] on a CUDA device",
         "ValueError: num_tokens: got one without a cuda_stream, expected None: hand over fewer tokens",
         "ValueError: num_tokens: got one without a cuda_stream, expected None: hand over fewer tokens",
-        "TypeError: hidden_states: got DeviceArray, expected an array of bfloat16 [T, H]",
+        "TypeError: hidden_states: got DeviceArray, expected an array on the CPU (NumPy, or with __dlpack__)",
         "RuntimeError: cuda: cuMemcpyAsync: invalid resource handle (400)",
     ]
 

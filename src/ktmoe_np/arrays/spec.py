@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ class ArraySpec:
     as_bytes : bool
         Whether the dtypes are different views of the same bytes. The shape, of one axis or more, is that in
         the first dtype, which alone is named in messages; in another dtype the last axis has as many bytes.
+    otherwise : callable, optional
+        What messages add about an array of another dtype, from the name of that.
     sizes : mapping of str to a collection of int, optional
         What a size that is a string must be one of: ``{"G": (2, 1)}``. It may be any where there is no entry.
 
@@ -50,6 +52,7 @@ class ArraySpec:
     dtypes_name: str = ""
     as_bytes: bool = False
     sizes: Mapping[str, Collection[int]] | None = None
+    otherwise: Callable[[str], str] | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         named = self.dtypes[:1] if self.as_bytes else self.dtypes
@@ -120,7 +123,7 @@ class ArraySpec:
         """What to do with an array of another dtype."""
         if bfloat16 in self.dtypes and dtype_name(array) == "uint16":
             return "; bits of bfloat16 are given as array.view(ml_dtypes.bfloat16)"
-        return ""
+        return "" if self.otherwise is None else self.otherwise(dtype_name(array))
 
     def checked(self, name: str, array: Array) -> Array:
         """A NumPy array that is as it must be; with `as_bytes` its bytes, uint8, which are not copied.

@@ -13,7 +13,7 @@ from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, as_numpy, each_expert, expert_arrays
 from ..arrays.spec import ArraySpec
 from .gptq import BLOCK_SIZE, first_not_float16, group_sizes, q4_0_rows
-from .methods import format_names
+from .methods import format_names, methods_that_take
 from .weights import Projection
 
 __all__ = ["NATIVE_FORMATS", "NativeFormat"]
@@ -93,7 +93,7 @@ class NativeFormat:
         num_experts, num_rows, num_columns = shape
         self._check_global_scale(projection, global_scale)
         rows = num_experts, num_rows, self.row_bytes(num_columns) // self.code_dtypes[0].itemsize
-        code_spec = ArraySpec(self.code_dtypes, rows, as_bytes=True)
+        code_spec = ArraySpec(self.code_dtypes, rows, as_bytes=True, otherwise=methods_that_take)
         code_rows = list(expert_arrays(f"{projection}_proj", codes, code_spec))
         name, wanted = f"{projection}_scale", (num_experts, *self.scale_shape(num_rows, num_columns))
         if self.group_size is None:
@@ -161,7 +161,8 @@ class GptqFormat(NativeFormat):
                 f"{projection}_proj: got {num_columns} columns, expected a multiple of "
                 f"{BLOCK_SIZE} with {self.name}"
             )
-        words = ArraySpec(self.code_dtypes, (num_experts, num_columns // 8, num_rows))
+        shape = num_experts, num_columns // 8, num_rows
+        words = ArraySpec(self.code_dtypes, shape, otherwise=methods_that_take)
         packed = expert_arrays(f"{projection}_proj", codes, words)
         name, groups = f"{projection}_scale", {"G": group_sizes(num_columns)}
         float16 = self.scale_dtypes[0].name  # bfloat16 is taken too, where float16 has its numbers

@@ -8,7 +8,15 @@ from typing import Any
 
 from .. import kt_kernel_ext as ext
 
-__all__ = ["METHODS", "Method", "find_method", "format_names", "main_name", "training_name"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "find_method",
+    "format_names",
+    "main_name",
+    "methods_that_take",
+    "training_name",
+]
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,9 @@ class Method:
         known = ", ".join(["None", *sizes[:-1]]) + f" or {sizes[-1]}"
         raise ValueError(f"group_size: got {size}, expected {known} with method {self.name!r}")
 
+
+#: Kind of weights -> the dtypes that they are made of, where codes have no dtype of their own.
+_QUANTIZED_FROM = {"quantized": ("bfloat16", "float32"), "gguf": ("bfloat16", "float32", "float16")}
 
 #: Mode, kind of weights and product -> the wrapper.
 _WRAPPERS = {
@@ -112,6 +123,25 @@ def _methods(info: ext.MethodInfo) -> Iterator[Method]:
 
 #: The first of a mode is its default.
 METHODS = tuple(method for info in ext.methods() for method in _methods(info))
+
+
+def methods_that_take(dtype: str) -> str:
+    """What a message about weights adds: which methods for inference take weights of a dtype.
+
+    Examples
+    --------
+    >>> methods_that_take("float8_e4m3fn"), methods_that_take("complex64")
+    ('; FP8, FP8_PERCHANNEL and MXFP8 take float8_e4m3fn', '')
+    """
+    names = [
+        info.names[0]
+        for info in ext.methods()
+        if info.mode == "inference" and dtype in (info.codes or _QUANTIZED_FROM[info.weights])
+    ]
+    if not names:
+        return ""
+    listed = " and ".join([", ".join(names[:-1]), names[-1]][-len(names) :])
+    return f"; {listed} {'take' if len(names) > 1 else 'takes'} {dtype}"
 
 
 def find_method(name: str | None, mode: str) -> Method:

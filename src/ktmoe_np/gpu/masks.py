@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays.checks import integer
 from ..arrays.host import as_numpy
 from ..arrays.spec import ArraySpec
 from ..arrays.types import ArrayLike, MaskLike
@@ -34,7 +35,7 @@ def generate_gpu_experts_masks(
     Raises
     ------
     TypeError
-        Frequencies that are not real numbers.
+        Frequencies that are not real numbers, or a number of experts that is no integer.
     ValueError
         Not two axes, a NaN, or more experts than there are.
 
@@ -51,8 +52,13 @@ def generate_gpu_experts_masks(
         raise ValueError(f"activation_freq: got shape {list(freq.shape)}, expected [L, E]")
     if np.isnan(freq).any():
         raise ValueError("activation_freq: got a NaN, expected numbers")
-    if not 0 <= num_gpu_experts <= freq.size:
-        raise ValueError(f"num_gpu_experts: got {num_gpu_experts}, expected 0 to {freq.size}")
+    most = freq.size
+    if not 0 <= (num_gpu_experts := integer("num_gpu_experts", num_gpu_experts)) <= most:
+        layers, experts = freq.shape
+        raise ValueError(
+            f"num_gpu_experts: got {num_gpu_experts}, expected 0 to {most}: the number of experts on the GPU "
+            f"in all {layers} layers of {experts} together"
+        )
     masks = np.zeros(freq.shape, np.bool_)
     chosen = np.argsort(-freq.astype(np.float64), axis=None, kind="stable")[:num_gpu_experts]
     masks.reshape(-1)[chosen] = True

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..arrays.checks import numpy_if_given, numpy_matrices
+from ..arrays.checks import bfloat16, expert_arrays, numpy_if_given, numpy_matrices
+from ..arrays.spec import ArraySpec
 from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike
 from ..formats.encodings import NATIVE_FORMATS
-from ..formats.methods import Method
+from ..formats.methods import Method, methods_that_take
 from ..formats.weights import ExpertWeights, Projection
 from ..io import SafetensorsCheckpoint
 from ..io.converted.layer import check_not_quantized, projection_sizes
@@ -142,8 +143,11 @@ class NativeWeights(MoELayer):
             if value is not None and (self._format is None or size is None):
                 why = "the activation is not gated" if size is None else "bfloat16 weights have no scales"
                 raise ValueError(f"{what}: got one, expected None: {why}")
-        if self._format is None or size is None:
+        if size is None:
             return Projection(codes, bias=bias)
+        if self._format is None:
+            of_all = ArraySpec((bfloat16,), (self.config.num_experts, *size), otherwise=methods_that_take)
+            return Projection(expert_arrays(f"{role}_proj", codes, of_all), bias=bias)
         shape = (self.config.num_experts, *size)
         return replace(self._format.matrices(role, codes, scale, global_scale, shape), bias=bias)
 

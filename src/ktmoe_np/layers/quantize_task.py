@@ -10,6 +10,7 @@ import numpy as np
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, as_numpy, bfloat16
 from ..arrays.spec import ArraySpec
+from ..formats.methods import methods_that_take
 from ..formats.quantized import QuantizedFormat
 from ..formats.weights import Projection
 from ..io.mapped import MappedFiles
@@ -87,6 +88,6 @@ def _matrix(name: str, item: Any, e: int, shape: tuple[int, ...]) -> Array:
     """The matrix of one expert as the engine reads it."""
     matrix = as_numpy(item, name)
     MappedFiles([matrix]).check()
-    ArraySpec(_DTYPES, shape).check(name, matrix, of=f" for expert {e}")
+    ArraySpec(_DTYPES, shape, otherwise=methods_that_take).check(name, matrix, of=f" for expert {e}")
     has_gaps = matrix.shape[1] > 1 and matrix.strides[1] != matrix.itemsize
     return matrix.copy() if has_gaps or not matrix.flags.aligned else matrix

@@ -73,11 +73,17 @@ def load_lora_weights(path: str | os.PathLike[str], layer: AdaptedLayer) -> None
     FileNotFoundError
         No such file.
     ValueError
-        Not such a file, cut off, or of another layer: names the file, and the tensor or what differs. The
-        layer keeps its adapters.
+        Not such a file, which adapters of PEFT are not (`import_peft` reads those), cut off, or of another
+        layer: names the file, and the tensor or what differs. The layer keeps its adapters.
     """
     _adapters_of(layer)
+    if Path(path).is_dir():
+        hint = "import_peft(directory, layers) reads adapters of PEFT, load_lora_weights a file of one layer"
+        raise ValueError(f"{path}: got a directory, expected a file of save_lora_weights: {hint}")
     file = SafetensorsFile(path)
+    if "format" in file.metadata and any(".lora_A." in name for name in file.names()):
+        hint = f"import_peft({str(file.path.parent)!r}, layers) reads it"
+        raise ValueError(f"{file.path}: got adapters of PEFT, expected a file of save_lora_weights: {hint}")
     for name, expected in _metadata(layer).items():
         got = file.metadata.get(name)
         if got != expected:
@@ -216,7 +222,7 @@ def import_peft(directory: str | os.PathLike[str], layers: Sequence[AdaptedLayer
     [0.25, 0.25, 0.25, 0.25]
     """
     rank, alpha = _common_scale(layers)
-    source = Path(directory)
+    source = _peft_directory(directory)
     _check_peft_config(source / _PEFT_CONFIG, rank, alpha)
     file = SafetensorsFile(source / _PEFT_TENSORS)
     names = _peft_tensors(file)
@@ -258,6 +264,24 @@ def peft_scale(directory: str | os.PathLike[str]) -> tuple[int, float]:
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise ValueError(f"{path}: lora_alpha: got {shown(alpha)}, expected a number")
     return rank, float(alpha)
+
+
+def _peft_directory(directory: str | os.PathLike[str]) -> Path:
+    """The directory, which has the files of PEFT.
+
+    Raises
+    ------
+    ValueError
+        A file, or a directory with files of `save_lora_weights` alone.
+    """
+    path = Path(directory)
+    hint = "load_lora_weights reads a file of save_lora_weights, for one layer"
+    if path.is_file():
+        raise ValueError(f"{path}: got a file, expected a directory with {_PEFT_CONFIG}: {hint}")
+    files = sorted(path.glob("*.safetensors"))
+    if files and not (path / _PEFT_CONFIG).exists():
+        raise ValueError(f"{path}: got {files[0].name} without {_PEFT_CONFIG}, expected both: {hint}")
+    return path
 
 
 def _common_scale(layers: Sequence[AdaptedLayer]) -> tuple[int, float]:

@@ -164,13 +164,21 @@ class SFTKeywords(TypedDict, total=False):
     reuse_buffers: bool
 
 
+#: What to write instead of keywords that callers of other libraries know.
+_OTHER_NAMES = {
+    "num_gpu_experts": "; which experts are on a GPU is told by gpu_experts_mask, which "
+    "generate_gpu_experts_masks makes for a number of them",
+}
+
+
 def check_known(given: Mapping[str, Any]) -> None:
     """Raise TypeError for a keyword that is no option."""
     known = [field.name for field in fields(SFTOptions)]
     for name in given:
         if name not in known:
+            hint = _OTHER_NAMES.get(name, "")
             raise TypeError(
-                f"{name}: got an unknown keyword, expected one of {', '.join(known)} in mode 'sft'"
+                f"{name}: got an unknown keyword, expected one of {', '.join(known)} in mode 'sft'{hint}"
             )
 
 

@@ -167,7 +167,7 @@ TEST_CASE("engine: a forked child is told, and can make an engine of its own") {
   let_threads_fall_asleep();
   const int result = in_forked_child([&] {
     const auto is_told = [](const std::string& message) {
-      return contains(message, "forked child") && contains(message, "reset_cpu_infer");
+      return contains(message, "forked child") && contains(message, "reset_engine");
     };
     if (!is_told(message_of<std::runtime_error>([&] { engine->submit(task([] {})); }))) return 1;
     if (!is_told(sync_error(*engine))) return 2;
