@@ -22,7 +22,7 @@ void forward_numbered(MoE_SFT_Interface& layer, const LoraSources& lora, const F
 
 void backward_numbered(MoE_SFT_Interface& layer, const LoraSources& lora, ForwardArgs forward,
                        uint32_t number, const BackwardArgs& args) {
-  if (!layer.is_last(number, args.num_tokens)) {
+  if (number == 0 || !layer.is_last(number, args.num_tokens)) {
     std::vector<bf16> out(size_t{args.num_tokens} * static_cast<size_t>(layer.config().hidden_size));
     forward.out = out.data(), forward.out_type = kernels::FloatType::kBf16;
     forward_numbered(layer, lora, forward, next_pass_number());

@@ -6,7 +6,7 @@ import math
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -23,8 +23,36 @@ __all__ = ["BatchBuffers", "Claims", "KExpertsCPUBuffer", "KExpertsSFTBuffer", "
 _PAGE, _LINE = 4096, 64
 
 
+class _Block:
+    """Arrays in one block of whole pages."""
+
+    is_locked: bool  #: in memory, for a GPU
+
+    def _any_array(self) -> Array:
+        raise NotImplementedError
+
+    def lock_pages(self) -> None:
+        """Lock the arrays in memory, once, for copies from and to a GPU that need not wait for the CPU.
+
+        Raises
+        ------
+        RuntimeError
+            There is no CUDA driver, or it refuses.
+        """
+        if self.is_locked:
+            return
+        block = self._any_array()
+        while isinstance(block.base, np.ndarray):
+            block = block.base
+        begin = -block.ctypes.data % _PAGE
+        pages = block[begin : begin + (len(block) - begin) // _PAGE * _PAGE]
+        ext.cuda.lock_pages(pages)
+        weakref.finalize(block, ext.cuda.unlock_pages, pages.ctypes.data)
+        self.is_locked = True
+
+
 @dataclass(eq=False, repr=False)
-class BatchBuffers:
+class BatchBuffers(_Block):
     """The arrays of one forward pass of inference, T rows each."""
 
     input: Array  #: bfloat16 [T, H]
@@ -77,24 +105,8 @@ class BatchBuffers:
             self.deferred_output[:batch_size],
         )
 
-    def lock_pages(self) -> None:
-        """Lock the arrays in memory, once, for copies from and to a GPU that need not wait for the CPU.
-
-        Raises
-        ------
-        RuntimeError
-            There is no CUDA driver, or it refuses.
-        """
-        if self.is_locked:
-            return
-        block: Array = self.input
-        while isinstance(block.base, np.ndarray):
-            block = block.base
-        begin = -block.ctypes.data % _PAGE
-        pages = block[begin : begin + (len(block) - begin) // _PAGE * _PAGE]
-        ext.cuda.lock_pages(pages)
-        weakref.finalize(block, ext.cuda.unlock_pages, pages.ctypes.data)
-        self.is_locked = True
+    def _any_array(self) -> Array:
+        return self.input
 
 
 def _in_pages_of_their_own(arrays: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> dict[str, Any]:
@@ -137,7 +149,7 @@ class Claims:
 
 
 @dataclass(repr=False)
-class SFTBatchBuffers:
+class SFTBatchBuffers(_Block):
     """The arrays of one training step, T rows each."""
 
     input: Array  #: bfloat16 [T, H]
@@ -148,6 +160,7 @@ class SFTBatchBuffers:
     grad_input: Array  #: bfloat16 [T, H]
     grad_weights: NDArray[np.float32]  #: [T, P]
     claims: Claims = field(default_factory=Claims)  #: of output, and of the gradients
+    is_locked: bool = False  #: in memory, for a GPU
 
     def __repr__(self) -> str:
         return object_summary(self, self._summary)
@@ -161,15 +174,25 @@ class SFTBatchBuffers:
     def allocate(cls, batch_size: int, hidden_size: int, num_experts_per_tok: int) -> SFTBatchBuffers:
         """Fresh arrays; the system gives them memory when they are first written."""
         rows, routes = (batch_size, hidden_size), (batch_size, num_experts_per_tok)
-        return cls(
-            input=np.empty(rows, bfloat16),
-            ids=np.empty(routes, np.int64),
-            weights=np.empty(routes, np.float32),
-            output=np.empty(rows, bfloat16),
-            grad_output=np.empty(rows, bfloat16),
-            grad_input=np.empty(rows, bfloat16),
-            grad_weights=np.empty(routes, np.float32),
-        )
+        ids, floats = np.dtype(np.int64), np.dtype(np.float32)
+        arrays: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+            "input": (rows, bfloat16),
+            "ids": (routes, ids),
+            "weights": (routes, floats),
+            "output": (rows, bfloat16),
+            "grad_output": (rows, bfloat16),
+            "grad_input": (rows, bfloat16),
+            "grad_weights": (routes, floats),
+        }
+        return cls(**_in_pages_of_their_own(arrays))
+
+    def first(self, batch_size: int) -> SFTBatchBuffers:
+        """Its first rows."""
+        names = (field.name for field in fields(self)[:7])
+        return SFTBatchBuffers(*(getattr(self, name)[:batch_size] for name in names))
+
+    def _any_array(self) -> Array:
+        return self.input
 
 
 @dataclass(eq=False, repr=False)
@@ -182,6 +205,23 @@ class MatrixSet:
     def __repr__(self) -> str:
         return object_summary(self, lambda: arrays_summary(self.arrays))
 
+
+@dataclass(eq=False, repr=False)
+class StagedMatrices(_Block):
+    """Matrices of a pass in a stream, by name, in pinned memory; the layers of a stream use them in turn."""
+
+    arrays: dict[str, Array]
+    is_locked: bool = False  #: in memory, for a GPU
+
+    def __repr__(self) -> str:
+        return object_summary(self, lambda: arrays_summary(self.arrays))
+
+    def _any_array(self) -> Array:
+        return next(iter(self.arrays.values()))
+
+
+#: The shape and the dtype of each array, by name.
+_Shapes = tuple[tuple[str, tuple[int, ...], np.dtype[Any]], ...]
 
 Buffers = TypeVar("Buffers", BatchBuffers, SFTBatchBuffers)
 
@@ -200,6 +240,7 @@ class _Cache:
         self.kept: dict[_Key, tuple[Any, ...]] = {}
         self.last: dict[_Sizes, tuple[int, tuple[Any, ...]]] = {}  # T and the buffers
         self.matrices: weakref.WeakKeyDictionary[Any, MatrixSet] = weakref.WeakKeyDictionary()  # by layer
+        self.staged: dict[tuple[int, _Shapes], StagedMatrices] = {}  # by stream and shapes
 
 
 class _CacheOfThread(_Cache, threading.local):
@@ -365,3 +406,26 @@ class KExpertsSFTBuffer(_ExpertsBuffer[SFTBatchBuffers], buffers=SFTBatchBuffers
                 found = MatrixSet({name: np.empty(shape, np.float32) for name, shape in shapes.items()})
                 matrices[layer] = found
             return found
+
+    @classmethod
+    def get_staging(
+        cls, stream: int, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+    ) -> StagedMatrices:
+        """The arrays that matrices of a pass in a stream are staged in, the same for all its layers.
+
+        Parameters
+        ----------
+        stream : int
+            The CUDA stream, by its key.
+        shapes : mapping of str to shape and dtype
+
+        Returns
+        -------
+        StagedMatrices
+        """
+        key = stream, tuple((name, *each) for name, each in shapes.items())
+        with cls._lock:
+            staged = cls._cache.staged
+            if key not in staged:
+                staged[key] = StagedMatrices(_in_pages_of_their_own(dict(shapes)))
+            return staged[key]

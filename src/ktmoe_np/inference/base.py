@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, Unpack, overload
 
-from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, at_least
 from ..arrays.device import stream_handle
 from ..arrays.types import ArrayLike, IntegersLike, StreamLike
@@ -16,7 +15,7 @@ from ..passes.batch import Batch
 from ..passes.deferral import DeferralChain
 from ..passes.host import LayerRunner
 from ..passes.pending import BegunPass, PendingPass
-from ..passes.stream import Stream
+from ..passes.stream import Stream, stream_at
 from ..passes.stream_runner import StreamBatch, StreamRunner, drain
 from .expert_export import ExpertExport
 
@@ -327,10 +326,7 @@ class BaseMoEWrapper(ExpertExport):
     @classmethod
     def _stream(cls, cuda_stream: StreamLike) -> Stream:
         """The state that passes in a stream share."""
-        handle = stream_handle(cuda_stream)
-        key = ext.cuda.stream_key(handle)
-        stream: Stream | None = cls._streams.get(key)
-        return cls._streams.setdefault(key, Stream(handle, key)) if stream is None else stream
+        return stream_at(cls._streams, stream_handle(cuda_stream))
 
     def sync_forward(self, hidden_states: object = None, cuda_stream: StreamLike | None = None) -> Any:
         """Wait for the pass that was submitted and give its result.

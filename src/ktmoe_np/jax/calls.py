@@ -13,6 +13,7 @@ from ..config import ActivationDtype
 from ..inference.base import BaseMoEWrapper
 from ..sft.base import BaseSFTMoEWrapper
 from ..sft.gradients import lora_shapes
+from ..sft.numbered import check_lora
 from .operands import Array, adapter, called, checked
 from .primitives import backward_p, forward_p, forward_saved_p, forward_sft_p
 
@@ -132,14 +133,9 @@ def moe_sft(
     """
     number, config = called(sft, index, activation_dtype, BaseSFTMoEWrapper, "sft")
     first = sft if isinstance(sft, BaseSFTMoEWrapper) else sft[0]
-    options = first.options
-    if options.lora_dropout:
-        raise ValueError(f"sft: got lora_dropout {options.lora_dropout}, expected 0 in a JAX program")
-    shapes = lora_shapes(config, options.lora_rank)
-    unknown = sorted(lora.keys() - shapes.keys())
-    if unknown:
-        raise ValueError(f"lora: got {unknown[0]!r}, expected {', '.join(shapes) or 'none'}")
-    adapters = tuple(adapter(lora, name, shape) for name, shape in shapes.items())
+    rank, shapes = first.options.lora_rank, lora_shapes(config, first.options.lora_rank)
+    check_lora(lora, config, rank, first.options.lora_dropout, "a JAX program")
+    adapters = tuple(adapter(name, lora[name], shape) for name, shape in shapes.items())
     return _sft(number, adapters, *checked(config, hidden_states, topk_ids, topk_weights))
 
 

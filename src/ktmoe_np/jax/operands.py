@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -98,10 +97,8 @@ def _ids(ids: Any, num_experts: int) -> Array:
     return ids if is_wide else ids.astype(jnp.int32)
 
 
-def adapter(lora: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Array:
-    """The adapter of that name; TypeError and ValueError when there is none, or it does not fit."""
-    if name not in lora:
-        raise ValueError(f"lora: got no {name!r}, expected float32 or bfloat16 {list(shape)}")
-    value = jnp.asarray(lora[name])
+def adapter(name: str, given: Any, shape: tuple[int, ...]) -> Array:
+    """An adapter as a JAX array; TypeError and ValueError when it does not fit."""
+    value = jnp.asarray(given)
     ArraySpec((*_FLOAT32, bfloat16), shape).check(name, value)
     return value

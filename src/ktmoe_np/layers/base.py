@@ -22,11 +22,16 @@ from ..gpu.masks import checked_mask
 from ..io import SafetensorsCheckpoint, load_experts
 from ..io.mapped import MappedFiles
 from ..passes.pending import is_of_a_handler
+from .numbers import Numbers
 from .options import WeightOptions
 
-__all__ = ["MoELayer"]
+__all__ = ["LAYERS", "MoELayer"]
 
 ConfigT = TypeVar("ConfigT", bound=ext.moe.MOEConfig)
+
+
+#: All layers of the process, by number.
+LAYERS: Numbers[MoELayer] = Numbers("layer")
 
 
 class MoELayer(_MoEBase):
@@ -57,6 +62,7 @@ class MoELayer(_MoEBase):
         activation_dtype: ActivationDtype | None = None,
     ) -> None:
         self.config = config
+        self.number = LAYERS.add(self)  #: under which operators of other libraries know the layer
         self._activation_dtype = activation_dtype_name(activation_dtype) or method.product
         self._has_other_dtype = self._activation_dtype != method.product
         self.group_size = method.resolve_group_size(group_size)

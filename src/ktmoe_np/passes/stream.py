@@ -12,7 +12,7 @@ from ..buffers import BatchBuffers, KExpertsCPUBuffer
 from ..config import MoEConfig
 from .deferral import LayerOutput, OutputChain
 
-__all__ = ["BufferUser", "Stream", "StreamOutput"]
+__all__ = ["BufferUser", "Stream", "StreamOutput", "stream_at"]
 
 
 class BufferUser(Protocol):
@@ -75,3 +75,10 @@ class Stream:
             buffers = BatchBuffers.allocate(num_tokens, config.hidden_size, config.num_experts_per_tok)
         buffers.lock_pages()
         return buffers
+
+
+def stream_at(streams: dict[int, Stream], handle: int) -> Stream:
+    """The state that passes in a stream share, by its handle."""
+    key = ext.cuda.stream_key(handle)
+    stream = streams.get(key)
+    return streams.setdefault(key, Stream(handle, key)) if stream is None else stream
