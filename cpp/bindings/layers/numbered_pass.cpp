@@ -5,7 +5,12 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
+#include <cstddef>
+#include <cstring>
+#include <span>
+#include <string_view>
 #include <utility>
+#include <vector>
 
 #include "bindings/convert/gradient_arrays.h"
 #include "bindings/module.h"
@@ -53,10 +58,22 @@ PythonTask numbered_backward_task(TrainedLayer layer, nb::handle hidden_states, 
   const auto arrays = forward.arrays();
   const LoraSources sources = read_lora(layer->sft_config(), six_of(lora, "lora"), *arrays);
   const BackwardArgs args = gradients.args();
-  for (Array& array : gradients.take()) arrays->push_back(std::move(array));
-  return PythonTask([layer, forward = std::move(forward), sources, number,
-                     args] { backward_numbered(*layer, sources, forward.args(), number, args); },
-                    arrays);
+  std::vector<std::span<std::byte>> written;
+  for (Array& array : gradients.take()) {
+    if (array.name() != std::string_view("grad_output"))
+      written.emplace_back(array.as<std::byte>(), array.bytes());
+    arrays->push_back(std::move(array));
+  }
+  return PythonTask(
+      [layer, forward = std::move(forward), sources, number, args, written] {
+        try {
+          backward_numbered(*layer, sources, forward.args(), number, args);
+        } catch (...) {  // a stream copies them all the same: NaN, as the results of its failed tasks
+          for (const std::span<std::byte> bytes : written) std::memset(bytes.data(), 0xFF, bytes.size());
+          throw;
+        }
+      },
+      arrays);
 }
 
 }  // namespace
@@ -103,7 +120,8 @@ grad_lora : tuple of six arrays or None
 
 Returns
 -------
-Task)");
+Task
+    When it fails, all gradients are NaN.)");
 }
 
 }  // namespace ktmoe::bindings

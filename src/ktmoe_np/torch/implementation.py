@@ -39,10 +39,6 @@ def register_experts_implementation() -> None:
     ALL_EXPERTS_FUNCTIONS.register("ktmoe", _experts_forward)
 
 
-if "transformers" in sys.modules:
-    register_experts_implementation()
-
-
 class _Made(NamedTuple):
     """Experts, and the parameters of a module that they were made of."""
 
@@ -157,3 +153,7 @@ def _halves(module: nn.Module, both: torch.Tensor, config: MoEConfig) -> tuple[t
         inter = config.moe_intermediate_size
         return both[:, :inter], both[:, inter:]
     return both[:, 0::2], both[:, 1::2]
+
+
+if "transformers" in sys.modules:
+    register_experts_implementation()
