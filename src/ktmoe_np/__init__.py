@@ -41,6 +41,7 @@ Modules
     models                      a decoder with experts, for generation and training
     sft                         options of training, adapters in PEFT directories
     jax                         layers in compiled JAX programs
+    torch                       layers under autograd, and in models of transformers
     config                      sizes and activations, read from a model's config
     kt_kernel_ext               the extension: engine and layers as C++ has them
 """

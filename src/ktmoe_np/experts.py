@@ -379,7 +379,8 @@ class KTMoEWrapper:
 
         Examples
         --------
-        >>> KTMoEWrapper.reset_engine()
+        >>> KTMoEWrapper.reset_engine()  # doctest: +SKIP
+        >>> moe = KTMoEWrapper(0, 8, 2, 64, 32, cpuinfer_threads=2)  # doctest: +SKIP
         """
         _MoEBase.reset_cpu_infer()
 

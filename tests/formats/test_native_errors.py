@@ -14,6 +14,7 @@ from native_layers import IN_PLACE, NativeLayer, draw_native_layer
 from native_layers import WITH_SCALES as METHODS
 
 import ktmoe_np.formats.encodings
+import ktmoe_np.formats.methods
 import ktmoe_np.layers.native
 from ktmoe_np import KTMoEWrapper
 
@@ -87,7 +88,7 @@ def assert_same_weights(method: str, arguments: dict[str, Any]) -> None:
 
 
 def test_doctests() -> None:
-    for module in (ktmoe_np.layers.native, ktmoe_np.formats.encodings):
+    for module in (ktmoe_np.layers.native, ktmoe_np.formats.encodings, ktmoe_np.formats.methods):
         assert doctest.testmod(module).failed == 0
 
 

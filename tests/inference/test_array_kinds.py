@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from array_kinds import KINDS, InterfaceOnly, kind_of, numpy_of, of_jax, of_torch
+from array_kinds import KINDS, InterfaceOnly, Pinned, kind_of, numpy_of, of_jax, of_torch
 from layers import AnyArray, Batch, Layer, assert_same_bits, bf16, draw_batch, draw_layer
 
 from ktmoe_np import DeferralChain, KTMoEWrapper, generate_gpu_experts_masks
@@ -272,7 +272,7 @@ def test_weights_of_torch_are_used_in_place(layer: Layer, batch: Batch) -> None:
 
 
 @pytest.mark.crosscheck
-@pytest.mark.parametrize("kind", ["torch", "DLPack", "interface"])
+@pytest.mark.parametrize("kind", ["torch", "DLPack", "pinned", "interface"])
 def test_buffers_of_an_expert_of_another_kind(layer: Layer, kind: str) -> None:
     moe = layer.wrapper(P)
     shapes = {"w13_weights": (2 * I, H), "w2_weights": (H, I)}
@@ -324,6 +324,16 @@ def test_strides_come_through(batch: Batch) -> None:
     torch = pytest.importorskip("torch")
     tensor = torch.arange(24.0).bfloat16().reshape(4, 6)[::2, ::3]
     assert as_numpy(tensor, "x").astype(int).tolist() == [[0, 3], [12, 15]]
+
+
+@pytest.mark.parametrize("device_type", [1, 3, 11, 13, 2])
+def test_memory_that_the_cpu_can_read(moe: Any, batch: Batch, device_type: int) -> None:
+    arrays = [Pinned(array, device_type) for array in batch]
+    if device_type != 2:  # of a GPU; the others are memory of the host, pinned or not, and managed memory
+        assert_same_bits(moe.forward(*arrays), moe.forward(*batch))
+        return
+    with pytest.raises(TypeError, match=r"^hidden_states: got Pinned, expected an array on the CPU"):
+        moe.forward(*arrays)
 
 
 def test_objects_that_are_no_arrays() -> None:

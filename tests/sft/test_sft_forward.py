@@ -16,6 +16,7 @@ from sft_layers import SHAPES, Student, draw_case, draw_student, draw_training
 
 import ktmoe_np.buffers
 import ktmoe_np.experts
+import ktmoe_np.layers.numbers
 import ktmoe_np.sft.adapters
 import ktmoe_np.sft.base
 import ktmoe_np.sft.lora
@@ -30,8 +31,9 @@ BAD_NUMBERS = (np.nan, np.inf, -np.inf)
 
 
 def test_doctests() -> None:
-    sft = ktmoe_np.sft
-    for module in (ktmoe_np.buffers, ktmoe_np.experts, sft.adapters, sft.base, sft.lora, sft.options):
+    sft, numbers = ktmoe_np.sft, ktmoe_np.layers.numbers
+    of_sft = sft.adapters, sft.base, sft.lora, sft.options
+    for module in (ktmoe_np.buffers, ktmoe_np.experts, *of_sft, numbers):
         assert doctest.testmod(module).failed == 0
 
 

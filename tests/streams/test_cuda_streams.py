@@ -273,6 +273,47 @@ def test_without_a_driver_or_a_gpu(cuda_driver: str) -> None:
     )
 
 
+def test_libraries_cast_other_dtypes_in_the_stream(cuda_driver: str) -> None:
+    run(
+        cuda_driver,
+        """
+        from ktmoe_np.arrays import library
+
+        class Tensor(DeviceArray):
+            dtype = property(lambda self: self.value.dtype)
+            shape = property(lambda self: self.value.shape)
+            requires_grad = False
+
+        class Library(library.ArrayLibrary):
+            name = "sample"
+
+            def is_differentiated(self, x):
+                return x.requires_grad
+
+            def cast_in_stream(self, x, dtype, handle):
+                assert handle == stream.cuda_stream
+                return Tensor(x.value.astype(dtype))
+
+            def empty_like(self, x):
+                return Tensor(np.zeros_like(x.value))
+
+        library._found[Tensor] = Library(np)
+        lead = [Tensor(array.reshape(2, 3, -1)) for array in batch]
+        wide = batch.x.astype(np.float32) * np.float32(1.001)
+        wanted = moe.forward(wide, batch.ids, batch.weights.astype(np.float16))
+        others = wide, batch.ids.astype(np.int16), batch.weights.astype(np.float16)
+        tensors = [Tensor(array.reshape(2, 3, -1)) for array in others]
+        found, plain = moe.forward(*tensors, stream), moe.forward(*lead, stream)
+        stream.synchronize()
+        assert_same_bits(found.value, wanted.reshape(2, 3, 40))
+        assert_same_bits(plain.value, expected.reshape(2, 3, 40))
+        lead[0].requires_grad = True
+        told = raised(moe.forward, *lead, stream)
+        assert told.startswith("TypeError: hidden_states: got a sample tensor that requires grad"), told
+        """,
+    )
+
+
 def test_what_the_extension_refuses(cuda_driver: str) -> None:
     said = run(
         cuda_driver,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import gc
 import re
 from typing import Any
@@ -14,6 +15,7 @@ from sft_layers import Student, draw_student, draw_training
 
 torch = pytest.importorskip("torch")
 
+import ktmoe_np.torch  # noqa: E402
 from ktmoe_np import KTMoEWrapper  # noqa: E402
 from ktmoe_np.torch import lora_parameters, moe_forward, moe_sft  # noqa: E402
 
@@ -57,6 +59,15 @@ def assert_gradients(arrays: list[Any], lora: dict[str, Any], gradients: Any, ti
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert_same_bits(numpy_of(found[name]), times * gradient, name)
+
+
+def test_doctests() -> None:
+    pytest.importorskip("transformers")
+    package = ktmoe_np.torch
+    for module in (package, package.calls, package.modules, package.replace):
+        found = doctest.testmod(module)
+        assert found.attempted > 0
+        assert found.failed == 0
 
 
 # ---- the bits ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +135,14 @@ def test_the_implementation_that_models_are_set_to(family: str) -> None:
     assert x.grad.any()
 
 
-def test_the_implementation_follows_the_weights() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_implementation_follows_the_weights(dtype: str) -> None:
     register_experts_implementation()
-    model = tiny_model("qwen3_moe").requires_grad_(False)
+    model = tiny_model("qwen3_moe").requires_grad_(False).to(getattr(torch, dtype))
     model.set_experts_implementation("ktmoe")
     before = logits(model)
-    other = copy.deepcopy(model)
+    other, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(blocks_of(model)[0].experts))
+    assert torch.equal(pickled.down_proj, blocks_of(model)[0].experts.down_proj)
     with torch.no_grad():
         for block in blocks_of(model):
             block.experts.down_proj.zero_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from .dlpack import exported, handed_over, is_on_cuda
 from .library import dtype_name, find_library, is_of
 from .spec import ArraySpec
 
-__all__ = ["DeviceArray", "device_array", "given_back", "new_like", "stream_handle"]
+__all__ = ["DeviceArray", "cast_array", "device_array", "given_back", "new_like", "stream_handle"]
 
 
 _ON_DEVICE = " on a CUDA device"
@@ -46,6 +47,14 @@ def device_array(value: Any, name: str, spec: ArraySpec, stream: int) -> DeviceA
         raise TypeError(f"{name}: got {type(value).__name__} on the CPU, expected {spec}{_ON_DEVICE}")
     spec.check(name, found, where=_ON_DEVICE)
     raise TypeError(f"{name}: got gaps in an array, expected {spec}{_ON_DEVICE}")
+
+
+def cast_array(value: Any, to: np.dtype[Any], castable: Collection[str], stream: int) -> Any:
+    """An array of a device in another dtype if it has one of those; else, or if that cannot be, as it is."""
+    library = find_library(value)
+    if library is None or dtype_name(value) not in castable:
+        return value
+    return library.cast_in_stream(value, to, stream)
 
 
 def _found(value: Any, stream: int) -> tuple[DeviceArray | None, bool]:

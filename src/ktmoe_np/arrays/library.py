@@ -73,6 +73,10 @@ class ArrayLibrary:
         """Whether calls on the array are recorded for gradients."""
         return False
 
+    def cast_in_stream(self, x: Any, dtype: np.dtype[Any], stream: int) -> Any:
+        """The array of a device in another dtype, by a CUDA stream; the array itself if that cannot be."""
+        return x
+
     def beside(self, constant: Array, other: Any) -> Any:
         """A NumPy array as one on the device of the other."""
         return constant
@@ -138,6 +142,9 @@ class _Jax(ArrayLibrary):
     def beside(self, constant: Array, other: Any) -> Any:
         return self.xp.asarray(constant)
 
+    def cast_in_stream(self, x: Any, dtype: np.dtype[Any], stream: int) -> Any:
+        return x.astype(dtype)  # in JAX's own stream, for which the other waits when the array is exported
+
     def round_bf16(self, x: Any) -> Any:
         # A program may leave out a conversion that is undone by the next; it may not leave out this.
         rounded = sys.modules["jax"].lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
@@ -187,6 +194,10 @@ class _Torch(ArrayLibrary):
 
     def is_differentiated(self, x: Any) -> bool:
         return bool(x.requires_grad and self.xp.is_grad_enabled())
+
+    def cast_in_stream(self, x: Any, dtype: np.dtype[Any], stream: int) -> Any:
+        with self.xp.cuda.stream(self.xp.cuda.ExternalStream(stream, device=x.device)):
+            return x.to(getattr(self.xp, dtype.name))
 
     def beside(self, constant: Array, other: Any) -> Any:
         return self.xp.from_numpy(constant).to(other.device)

@@ -152,11 +152,11 @@ class BaseMoEWrapper(ExpertExport):
             Routing weights in float32, used without normalization.
         cuda_stream : torch or CuPy stream, or the handle of one, optional
             For arrays on a CUDA device: torch, CuPy, JAX (in any stream) or others with
-            ``__cuda_array_interface__``, hidden states and `out` in bfloat16, ids in int64 or int32, weights
-            in float32. They are copied to the
-            host and back in the stream, and only the stream waits for the result. Works also in a stream that
-            is being captured into a graph; graphs captured in one stream share its buffers and must be
-            replayed one after the other.
+            ``__cuda_array_interface__``; `out` in bfloat16. Of libraries other than torch and JAX, which cast
+            them on the device, hidden states in bfloat16, ids in int64 or int32, weights in float32. They are
+            copied to the host and back in the stream, and only the stream waits for the result. Works also in
+            a stream that is being captured into a graph; graphs captured in one stream share its buffers and
+            must be replayed one after the other.
         out : array of bfloat16 or float32 [..., H], optional
             Where to write; must not overlap the inputs. No JAX array, which cannot be written.
         incremental : bool

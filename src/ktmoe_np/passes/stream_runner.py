@@ -11,7 +11,8 @@ import numpy as np
 
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, bfloat16
-from ..arrays.device import DeviceArray, device_array, given_back, new_like
+from ..arrays.device import DeviceArray, cast_array, device_array, given_back, new_like
+from ..arrays.host import check_not_differentiated
 from ..arrays.library import is_of
 from ..arrays.spec import ArraySpec
 from ..buffers import BatchBuffers
@@ -28,6 +29,8 @@ _MAX_PREPARED = 8
 
 _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 _FLOAT32 = (np.dtype(np.float32),)
+#: What a library casts on the device.
+_NARROW_INTEGERS, _OTHER_FLOATS = ("int8", "int16", "uint8"), ("float64", "float16", "bfloat16")
 _NUMBER = ArraySpec(_INTEGERS, (1,))
 
 
@@ -175,15 +178,20 @@ class StreamRunner:
             raise RuntimeError(
                 f"a pass of layer {c.layer_idx} is pending in a stream, call sync_forward first"
             )
-        x = device_array(batch.hidden_states, "hidden_states", self._hidden, handle)
+        for name in ("hidden_states", "topk_weights"):
+            check_not_differentiated(getattr(batch, name), name)
+        given = cast_array(batch.hidden_states, bfloat16, ("float32", "float16"), handle)
+        x = device_array(given, "hidden_states", self._hidden, handle)
         lead = x.shape[:-1]
         routes = *lead, c.num_experts_per_tok
-        ids = device_array(batch.topk_ids, "topk_ids", ArraySpec(_INTEGERS, routes), handle)
-        weights = device_array(batch.topk_weights, "topk_weights", ArraySpec(_FLOAT32, routes), handle)
+        given_ids = cast_array(batch.topk_ids, _INTEGERS[0], _NARROW_INTEGERS, handle)
+        ids = device_array(given_ids, "topk_ids", ArraySpec(_INTEGERS, routes), handle)
+        given_weights = cast_array(batch.topk_weights, _FLOAT32[0], _OTHER_FLOATS, handle)
+        weights = device_array(given_weights, "topk_weights", ArraySpec(_FLOAT32, routes), handle)
         arrays = [x, ids, weights]
         if batch.num_tokens is not None:
             arrays.append(device_array(batch.num_tokens, "num_tokens", _NUMBER, handle))
-        result = self._result(batch.hidden_states, lead, batch.out, handle)
+        result = self._result(given, lead, batch.out, handle)
         received = stream.chain.receive_output(c.layer_idx)
         buffers = stream.free_buffers(c, math.prod(lead), received)
         prepared = self._prepared_pass(buffers, received, batch, arrays)

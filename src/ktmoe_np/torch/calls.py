@@ -100,7 +100,8 @@ def moe_sft(
     One operator of torch, for autograd, `torch.compile` and checkpoints. The layer's own adapters and saved
     pass become those of the last call: a layer that is called here should be called only here. A backward
     pass uses the saved forward pass if that is the layer's last, and repeats it bit-identically otherwise:
-    for passes that go back in another order, with ``retain_graph``, or in several graphs.
+    for passes that go back in another order, with ``retain_graph``, or in several graphs. A graph does not
+    keep the layer alive.
 
     Parameters
     ----------

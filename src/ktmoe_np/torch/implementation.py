@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,12 +40,19 @@ def register_experts_implementation() -> None:
     ALL_EXPERTS_FUNCTIONS.register("ktmoe", _experts_forward)
 
 
-class _Made(NamedTuple):
-    """Experts, and the parameters of a module that they were made of."""
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """Experts, and the parameters of a module that they were made of; copies of the module have none yet."""
 
     experts: MoEExperts
     sources: tuple[nn.Parameter, ...]
     versions: tuple[int, ...]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def _experts_forward(
@@ -131,7 +139,7 @@ def layer_of_module(
     if first_bias is not None:
         halves = _halves(module, first_bias, config) if gated else (first_bias, None)
         biases |= dict(zip(("gate_bias", "up_bias"), halves, strict=True))
-    given: Any = {name: bias for name, bias in biases.items() if bias is not None}
+    given: Any = {name: bias.contiguous() for name, bias in biases.items() if bias is not None}
     layer.load_weights_from_tensors(gate, up, down, **given)
     return layer
 
