@@ -14,6 +14,7 @@ from layers import assert_same_bits, draw_batch, draw_layer
 
 from ktmoe_np import DeferralChain, _MoEBase
 from ktmoe_np import kt_kernel_ext as ext
+from ktmoe_np.arrays.rows import RowForm
 from ktmoe_np.passes.deferral import HostOutput
 from ktmoe_np.passes.pending import PendingPass
 
@@ -100,7 +101,7 @@ def test_a_pass_fails_when_what_it_begins_with_has_failed() -> None:
     with pytest.raises(IndexError, match=f"topk_ids: got expert {E} at"):
         engine.wait(tickets[0])
     chain = DeferralChain()
-    chain.leave_output(HostOutput(deferring.output, tickets[-1], engine))
+    chain.leave_output(HostOutput(deferring.output, tickets[-1], engine, RowForm((T,), np.asarray)))
     with pytest.raises(IndexError, match=f"topk_ids: got expert {E} at"):
         moes[1].forward(*batch, chain=chain)
     with pytest.raises(IndexError, match=f"topk_ids: got expert {E} at"):
@@ -132,7 +133,7 @@ def test_a_drain_that_a_handler_ends_can_be_repeated() -> None:
     moes[0].forward(*batch, chain=chain)
     remaining: Any = chain._output
     engine: Any = Interrupted(remaining.engine)
-    chain.leave_output(HostOutput(remaining.output, remaining.ticket, engine))
+    chain.leave_output(HostOutput(remaining.output, remaining.ticket, engine, remaining.form))
     with pytest.raises(OSError, match="raised by a handler"):
         chain.drain()
     assert chain.is_waiting

@@ -130,8 +130,8 @@ def methods_that_take(dtype: str) -> str:
 
     Examples
     --------
-    >>> methods_that_take("float8_e4m3fn"), methods_that_take("complex64")
-    ('; FP8, FP8_PERCHANNEL and MXFP8 take float8_e4m3fn', '')
+    >>> methods_that_take("float16"), methods_that_take("complex64")
+    ('; LLAMAFILE takes float16', '')
     """
     names = [
         info.names[0]
