@@ -371,7 +371,8 @@ class KExpertsSFTBuffer(_ExpertsBuffer[SFTBatchBuffers], buffers=SFTBatchBuffers
 
     Layer L uses number L % 2. Buffers are kept for the capture batch sizes, which are not those of
     `KExpertsCPUBuffer`, and for the last other size; the rest are released. Every thread has its own,
-    so that no thread overwrites arrays that another one reads.
+    so that no thread overwrites arrays that another one reads. Passes in CUDA streams (`ktmoe_np.torch`)
+    stage their arrays in buffers of the stream, in pinned memory.
 
     Layers created with `reuse_buffers` write their results there; `ktmoe_np.sft.SFTOptions` documents how
     long these are valid.

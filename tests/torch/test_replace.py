@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,10 @@ class OlderModel(torch.nn.Module):
         return x
 
 
-def test_experts_that_are_modules_of_their_own(path: Path) -> None:
+def test_experts_that_are_modules_of_their_own(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)  # as of an older transformers
+    with pytest.raises(ImportError):
+        register_experts_implementation()
     plain, model = OlderModel(), OlderModel()
     fused = [block.experts for block in blocks_of(tiny_model("qwen3_moe"))]
     with torch.no_grad():

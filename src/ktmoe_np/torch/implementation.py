@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ def register_experts_implementation() -> None:
     Raises
     ------
     ImportError
-        There is no transformers with an interface of experts.
+        There is no transformers, or one before 5, without an interface of experts.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -164,4 +165,5 @@ def _halves(module: nn.Module, both: torch.Tensor, config: MoEConfig) -> tuple[t
 
 
 if "transformers" in sys.modules:
-    register_experts_implementation()
+    with suppress(ImportError):
+        register_experts_implementation()

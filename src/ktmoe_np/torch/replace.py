@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Literal, Unpack, overload
 
 from torch import nn
@@ -98,7 +99,8 @@ def replace_experts(
     >>> n == model.config.num_hidden_layers, len(trained) == 6 * n
     (True, True)
     """
-    register_experts_implementation()
+    with suppress(ImportError):  # of an older transformers, without the interface
+        register_experts_implementation()
     found = list(_experts_of(model))
     if not found:
         raise ValueError(f"model: got {type(model).__name__} without routed experts, expected some")
