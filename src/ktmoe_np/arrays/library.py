@@ -136,8 +136,11 @@ class _Jax(ArrayLibrary):
         return np.asarray(x)
 
     def giver(self, like: Any) -> Callable[[Array], Any]:
-        device = next(iter(like.devices()))
-        return partial(sys.modules["jax"].device_put, device=device, may_alias=False)
+        return partial(self._given, next(iter(like.devices())))
+
+    def _given(self, device: Any, array: Array) -> Any:
+        # A copy that is done: the memory may be written to by the next pass.
+        return sys.modules["jax"].device_put(array, device, may_alias=False).block_until_ready()
 
     def beside(self, constant: Array, other: Any) -> Any:
         return self.xp.asarray(constant)
