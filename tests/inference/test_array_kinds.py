@@ -336,6 +336,29 @@ def test_memory_that_the_cpu_can_read(moe: Any, batch: Batch, device_type: int) 
         moe.forward(*arrays)
 
 
+def test_a_read_only_array_of_dlpack(moe: Any, batch: Batch) -> None:
+    class OfNumPy:
+        def __init__(self, array: AnyArray) -> None:
+            self.array = array
+
+        def __dlpack__(self, **options: Any) -> Any:
+            return self.array.__dlpack__(**options)
+
+        def __dlpack_device__(self) -> Any:
+            return self.array.__dlpack_device__()
+
+    out = np.zeros((T, H), np.float32)
+    assert moe.forward(*batch, out=OfNumPy(out)) is not None
+    assert out.any()
+    assert_same_bits(as_numpy(OfNumPy(out), "x"), out)
+    assert not as_numpy(OfNumPy(out), "x").flags.writeable
+    out.setflags(write=False)
+    with pytest.raises(
+        ValueError, match=r"^out: got a read-only array .*, expected one that can be written$"
+    ):
+        moe.forward(*batch, out=OfNumPy(out))
+
+
 def test_objects_that_are_no_arrays() -> None:
     class Broken:
         def __dlpack__(self, **_: Any) -> Any:

@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 
 import ktmoe_np.torch  # noqa: E402
 from ktmoe_np import KTMoEWrapper  # noqa: E402
+from ktmoe_np import kt_kernel_ext as ext  # noqa: E402
 from ktmoe_np.torch import lora_parameters, moe_forward, moe_sft  # noqa: E402
 
 pytestmark = pytest.mark.crosscheck
@@ -398,6 +399,32 @@ def test_a_layer_that_is_gone(student: Student) -> None:
     gc.collect()
     with pytest.raises(RuntimeError, match=r"layer: got the number of one that was deleted, expected one"):
         y.backward(grad_output)
+
+
+def test_what_tasks_of_the_extension_refuse(student: Student) -> None:
+    sft = student.wrapper(P)
+    x, ids, weights = (numpy_of(array) for array in drawn(student)[0])
+    six, none = tuple(student.lora.values()), (None,) * 6
+    rows = np.empty_like(x), np.empty_like(weights)
+    forward, backward = ext.moe.numbered_forward_task, ext.moe.numbered_backward_task
+    batch = sft._layer, x, ids, weights
+    with pytest.raises(ValueError, match=r"^lora: got 5 matrices, expected 6$"):
+        forward(*batch, np.empty_like(x), six[1:], 1)
+    with pytest.raises(
+        ValueError, match=r"^gate_lora_a: got float32 \[2, 4, 70\], expected float32 or bfloat16 \["
+    ):
+        forward(*batch, np.empty_like(x), (six[0][1:], *six[1:]), 1)
+    with pytest.raises(ValueError, match=r"^grad_lora: got 0 matrices, expected 6$"):
+        backward(*batch, six, 1, x, *rows, ())
+    with pytest.raises(TypeError, match=r"^grad_weights: got bfloat16 \[6, 2\], expected float32 \[6, 2\]$"):
+        backward(*batch, six, 1, x, rows[0], weights.astype(bf16), none)
+    with pytest.raises(ValueError, match=r"^grad_input: its memory overlaps that of grad_output"):
+        backward(*batch, six, 1, x, x, rows[1], none)
+    wrong = backward(sft._layer, x, ids + E, weights, six, 0, x.copy(), *rows, none)
+    with pytest.raises(IndexError, match=r"^topk_ids: got expert "):
+        sft.cpu_infer.run(wrong)
+    assert all(np.isnan(each.astype(np.float32)).all() for each in rows)
+    assert 0 != ext.moe.next_pass_number() != ext.moe.next_pass_number()
 
 
 def test_adapters_are_copies(student: Student) -> None:

@@ -51,8 +51,7 @@ PythonTask numbered_backward_task(TrainedLayer layer, nb::handle hidden_states, 
                                   const std::optional<std::string>& activation_dtype) {
   GradientArrays gradients(layer->sft_config(), grad_output, grad_input, grad_weights);
   gradients.write_lora(six_of(grad_lora, "grad_lora"));
-  // The output of a repeated forward pass has a place of its own; what is checked here is the place of
-  // another.
+  // Its output, here the place of another array, is not written: a repeated pass has one of its own.
   ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, grad_input, skip_experts);
   forward.set_activation_dtype(activation_dtype_of(*layer, activation_dtype));
   const auto arrays = forward.arrays();
