@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from fake_cuda_runs import run
 
 #: A layer with adapters, a step on the host, and the same arrays on the device.
@@ -126,3 +127,37 @@ def test_an_error_is_that_of_a_later_call(cuda_driver: str) -> None:
     expected = "IndexError: topk_ids: got expert 5 at [2, 1], expected ids below 5"
     assert all(line.startswith(expected) for line in said.splitlines())
     assert len(said.splitlines()) == 2
+
+
+@pytest.mark.crosscheck
+def test_tensors_of_torch(cuda_driver: str) -> None:
+    """What the operators of torch do for tensors of a device, here tensors of the CPU."""
+    pytest.importorskip("torch")
+    run(
+        cuda_driver,
+        STEP,
+        """
+        import torch
+        from array_kinds import numpy_of, of_torch
+        from ktmoe_np.arrays.device import _of_torch
+        from ktmoe_np.torch import lora_parameters, streams
+
+        streams.device_array = lambda value, name, spec, handle: _of_torch(value)[0]
+        torch.cuda.current_stream = lambda device: stream
+        step = Step(6)
+        lora = [p.detach() for p in lora_parameters(sft).values()]
+        tensors = [of_torch(array) for array in step.batch]
+        grad = of_torch(step.grad_output)
+        for with_lora in (True, False):
+            out, number = streams.forward_in_stream(sft, *tensors, lora, True, None)
+            found = streams.backward_in_stream(sft, *tensors, lora, int(number), grad, with_lora, None)
+            stream.synchronize()
+            assert_same_bits(numpy_of(out), step.out)
+            assert len(found) == (8 if with_lora else 2)
+            for one, wanted in zip(found, step.wanted):
+                assert_same_bits(numpy_of(one), wanted)
+        assert streams.stream_of(out) is None
+        told = raised(streams.stream_of, out.to("meta"))
+        assert told.startswith("NotImplementedError: hidden_states: got a tensor on meta, expected cpu or cuda")
+        """,
+    )

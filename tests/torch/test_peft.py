@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from torch_models import (  # noqa: E402
+    FAMILIES,
     VOCAB,
     E,
     I,
@@ -36,8 +37,11 @@ RANK, ALPHA, STEPS = 3, 6.0, 3
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
-def of_peft(parameters: dict[str, Any], layer: int) -> dict[str, Any]:
-    """PEFT's matrices of a layer under our names; also gradients, which have the same layout."""
+def of_peft(parameters: dict[str, Any], layer: int, family: str) -> dict[str, Any]:
+    """PEFT's matrices of a layer under our names; also gradients, which have the same layout.
+
+    Rows of gate and up are those of the model's weights: one after the other, in gpt-oss in turns.
+    """
     where = f"base_model.model.model.layers.{layer}.mlp.experts"
 
     def matrices(wrapped: str) -> tuple[Any, Any]:
@@ -46,7 +50,8 @@ def of_peft(parameters: dict[str, Any], layer: int) -> dict[str, Any]:
         return a.reshape(E, RANK, -1), b.reshape(-1, RANK, E).permute(2, 0, 1)
 
     (a, b), (down_a, down_b) = matrices(".base_layer"), matrices("")
-    both = {"gate_lora_a": a, "up_lora_a": a, "gate_lora_b": b[:, :I], "up_lora_b": b[:, I:]}
+    gate_b, up_b = (b[:, 0::2], b[:, 1::2]) if family == "gpt_oss" else (b[:, :I], b[:, I:])
+    both = {"gate_lora_a": a, "up_lora_a": a, "gate_lora_b": gate_b, "up_lora_b": up_b}
     return {**both, "down_lora_a": down_a, "down_lora_b": down_b}
 
 
@@ -77,7 +82,7 @@ def gradients_of(model: Any) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "glm4_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_step_by_step(family: str, tmp_path: Path) -> None:
     path, theirs = saved_model(family, tmp_path), wrapped_by_peft(family)
     ours, peer = tiny_model(family), tiny_model(family)
@@ -97,12 +102,13 @@ def test_gradients_step_by_step(family: str, tmp_path: Path) -> None:
             model.zero_grad()
             with torch.no_grad():
                 for layer, block in enumerate(blocks_of(model)):
-                    for name, matrix in of_peft(trained, layer).items():
+                    for name, matrix in of_peft(trained, layer, family).items():
                         block.experts.lora[name].copy_(matrix)
             with replayed_routing(routing, record=False):
                 loss_of(model, tokens).backward()
         wanted = [
-            of_peft({name: p.grad for name, p in trained.items()}, layer) for layer in range(len(originals))
+            of_peft({name: p.grad for name, p in trained.items()}, layer, family)
+            for layer in range(len(originals))
         ]
         for name in ("gate_lora_a", "gate_lora_b", "up_lora_b", "down_lora_a", "down_lora_b"):
             error, bound = (
