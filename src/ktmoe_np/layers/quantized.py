@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ..arrays.checks import numpy_matrices
 from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike
 from ..formats.methods import Method
 from ..formats.quantized import FORMATS
@@ -21,7 +20,14 @@ from ..io.converted.layer import (
 from ..io.mapped import MappedFiles
 from .base import MoELayer
 from .quantize_task import quantize_projection
-from .quantized_arrays import are_codes, check_only_used, checked_biases, checked_map, given_projection
+from .quantized_arrays import (
+    are_codes,
+    check_only_used,
+    checked_biases,
+    checked_map,
+    given_projection,
+    viewed_matrices,
+)
 
 __all__ = ["QuantizedWeights"]
 
@@ -163,7 +169,7 @@ class QuantizedWeights(MoELayer):
         """
         num_experts, sizes = self.config.num_experts, projection_sizes(self.config)
         given_sources = zip(_PROJECTIONS, (gate_proj, up_proj, down_proj), strict=True)
-        sources = {name: numpy_matrices(name, source) for name, source in given_sources}
+        sources = {name: viewed_matrices(name, source) for name, source in given_sources}
         scales = dict(zip(_PROJECTIONS, (gate_scale, up_scale, down_scale), strict=True))
         biases = dict(zip(_PROJECTIONS, (gate_bias, up_bias, down_bias), strict=True))
         MappedFiles([*sources.values(), *scales.values(), *biases.values()]).check()

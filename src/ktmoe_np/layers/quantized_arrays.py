@@ -7,12 +7,26 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.checks import Array, as_numpy, bfloat16, expert_arrays, expert_ids
+from ..arrays.checks import Array, as_numpy, bfloat16, expert_arrays, expert_ids, numpy_matrices
 from ..arrays.spec import ArraySpec
 from ..formats.quantized import QuantizedFormat
 from ..formats.weights import Projection
 
-__all__ = ["are_codes", "check_only_used", "checked_biases", "checked_map", "given_projection"]
+__all__ = [
+    "are_codes",
+    "check_only_used",
+    "checked_biases",
+    "checked_map",
+    "given_projection",
+    "viewed_matrices",
+]
+
+
+def viewed_matrices(name: str, source: Any) -> Any:
+    """The NumPy arrays of the same memory; as they are, what has no memory of its own and is copied later."""
+    first = source[0] if isinstance(source, list | tuple) and source else source
+    in_memory = any(hasattr(first, protocol) for protocol in ("__array_interface__", "__dlpack__"))
+    return numpy_matrices(name, source) if in_memory else source
 
 
 def are_codes(source: Any) -> bool:
