@@ -135,7 +135,7 @@ def moe_sft(
     first = sft if isinstance(sft, BaseSFTMoEWrapper) else sft[0]
     rank, shapes = first.options.lora_rank, lora_shapes(config, first.options.lora_rank)
     check_lora(lora, config, rank, first.options.lora_dropout, "a JAX program")
-    adapters = tuple(adapter(name, lora[name], shape) for name, shape in shapes.items())
+    adapters = tuple(adapter(lora, name, shape) for name, shape in shapes.items())
     return _sft(number, adapters, *checked(config, hidden_states, topk_ids, topk_weights))
 
 

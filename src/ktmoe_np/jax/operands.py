@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -97,8 +98,8 @@ def _ids(ids: Any, num_experts: int) -> Array:
     return ids if is_wide else ids.astype(jnp.int32)
 
 
-def adapter(name: str, given: Any, shape: tuple[int, ...]) -> Array:
-    """An adapter as a JAX array; TypeError and ValueError when it does not fit."""
-    value = jnp.asarray(given)
+def adapter(lora: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Array:
+    """The adapter of that name, which there is, as a JAX array; TypeError and ValueError if it does not fit."""
+    value = jnp.asarray(lora[name])
     ArraySpec((*_FLOAT32, bfloat16), shape).check(name, value)
     return value
