@@ -99,7 +99,7 @@ def _ids(ids: Any, num_experts: int) -> Array:
 
 
 def adapter(lora: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Array:
-    """The adapter of that name, which there is, as a JAX array; TypeError and ValueError if it does not fit."""
+    """The adapter of that name as a JAX array; TypeError and ValueError when it does not fit."""
     value = jnp.asarray(lora[name])
     ArraySpec((*_FLOAT32, bfloat16), shape).check(name, value)
     return value
