@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from sft_layers import Student, draw_student, draw_training
 
 torch = pytest.importorskip("torch")
 
+from ktmoe_np.sft import export_peft, peft_scale  # noqa: E402
 from ktmoe_np.torch import MoEExperts, lora_parameters, moe_sft  # noqa: E402
 from ktmoe_np.torch.modules import SeparateExperts  # noqa: E402
 
@@ -95,6 +97,24 @@ def test_adapters_are_the_state(student: Student, experts: MoEExperts, arrays: l
     other = MoEExperts(student.wrapper(P))
     other.load_state_dict(experts.state_dict())
     assert torch.equal(other(*arrays), experts(*arrays))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_the_layer_gets_the_adapters_of_the_module(experts: MoEExperts, tmp_path: Path, dtype: str) -> None:
+    experts.to(getattr(torch, dtype))
+    with torch.no_grad():
+        for p in experts.lora.values():
+            p.add_(0.25)
+    layer = experts.update_layer()
+    for name, p in experts.lora.items():
+        np.testing.assert_array_equal(layer.lora_weights[name].astype(np.float32), numpy_of(p.float()))
+    export_peft(tmp_path, [layer])
+    assert peft_scale(tmp_path)[0] == R
+
+
+def test_a_layer_for_inference_gets_none(student: Student) -> None:
+    with pytest.raises(TypeError, match=r"^layer: got NativeMoEWrapper, expected one of mode 'sft'$"):
+        MoEExperts(student.layer.wrapper(P)).update_layer()
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])

@@ -91,6 +91,37 @@ class MoEExperts(nn.Module):
         """The layer, which copies of the module share."""
         return self._shared.layer
 
+    def update_layer(self) -> BaseSFTMoEWrapper:
+        """Give the layer the adapters of the module, for what writes those of layers.
+
+        Returns
+        -------
+        BaseSFTMoEWrapper
+            The layer, for `ktmoe_np.sft.export_peft` or `BaseSFTMoEWrapper.save_lora_weights`.
+
+        Raises
+        ------
+        TypeError
+            A layer for inference.
+
+        Examples
+        --------
+        Write the adapters of a model in the PEFT format::
+
+            layers = [m.update_layer() for m in model.modules() if isinstance(m, MoEExperts)]
+            export_peft("adapter", layers)
+        """
+        layer = self._shared.layer
+        if not isinstance(layer, BaseSFTMoEWrapper):
+            raise TypeError(f"layer: got {type(layer).__name__}, expected one of mode 'sft'")
+        wide = {
+            name: p.detach().cpu() if p.dtype in (torch.float32, torch.bfloat16) else p.detach().cpu().float()
+            for name, p in self.lora.items()
+        }
+        if wide:
+            layer.update_lora_weights(**wide)
+        return layer
+
     def extra_repr(self) -> str:
         """The layer, in one line."""
         return repr(self.layer).strip("<>")
