@@ -120,6 +120,10 @@ _PROGRAMS = {
         "reveal_type(moe.forward(x, ids, x, out=mask))",
         'note: Revealed type is "numpy.ndarray[tuple[int], ',
     ),
+    "result_of_another_library": (
+        "class Tensor:\n    shape, dtype = (4, 8), object()\nreveal_type(sft.forward_sft(Tensor(), ids, x))",
+        'note: Revealed type is "result_of_another_library.Tensor"',
+    ),
     "result_in_a_stream": ("reveal_type(moe.forward(x, ids, x, 7))", 'note: Revealed type is "Any"'),
     "step_of_training": (
         "sft.forward_sft(x, ids, x, out=x)\n"
