@@ -11,7 +11,7 @@ import pytest
 from array_kinds import KINDS, InterfaceOnly, Pinned, kind_of, numpy_of, of_jax, of_torch
 from layers import AnyArray, Batch, Layer, assert_same_bits, bf16, draw_batch, draw_layer
 
-from ktmoe_np import DeferralChain, KTMoEWrapper, generate_gpu_experts_masks
+from ktmoe_np import DeferralChain, GPUExperts, KTMoEWrapper, generate_gpu_experts_masks
 from ktmoe_np.arrays.host import as_numpy
 
 E, P, H, I, T = 4, 2, 40, 33, 6  # noqa: E741
@@ -284,6 +284,18 @@ def test_buffers_of_an_expert_of_another_kind(layer: Layer, kind: str) -> None:
     moe.sync_write_weight_scale_to_buffer()
     for name, (array,) in buffers.items():
         assert_same_bits(numpy_of(theirs[name][0]), array)
+
+
+@pytest.mark.crosscheck
+@pytest.mark.parametrize("kind", ["DLPack", "pinned", "interface"])
+def test_experts_of_the_gpu_take_what_only_exports_memory(batch: Batch, kind: str) -> None:
+    make = KINDS[kind][0]
+    layer, mask = draw_layer(np.random.default_rng(6), E, I, H), np.array([True, False, True, True])
+    config = layer.wrapper(P).config
+    matrices = [np.ascontiguousarray(matrix[mask]) for matrix in layer.matrices]
+    expected = GPUExperts(config, mask, *matrices).forward(*batch)
+    theirs = GPUExperts(config, make(mask), *map(make, matrices))
+    assert_same_bits(theirs.forward(*map(make, batch)), expected)
 
 
 def test_bits_of_weights_are_refused_with_the_way_out(layer: Layer) -> None:

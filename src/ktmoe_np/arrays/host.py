@@ -11,7 +11,7 @@ from .. import kt_kernel_ext as ext
 from .library import ArrayLibrary, find_library
 from .types import Array, bfloat16
 
-__all__ = ["as_numpy", "check_not_differentiated", "giver_of", "to_write"]
+__all__ = ["as_numpy", "check_not_differentiated", "giver_of", "of_a_library", "to_write"]
 
 #: What libraries raise for arrays that NumPy cannot view.
 _REFUSALS = (TypeError, RuntimeError, ValueError, BufferError)
@@ -59,6 +59,15 @@ def giver_of(value: Any) -> Callable[[Array], Any]:
     """What makes a NumPy array one of the kind of another array."""
     library = find_library(value)
     return _as_numpy if library is None else library.giver(value)
+
+
+def of_a_library(value: Any, name: str) -> Any:
+    """An array of a library as it is; one that only exports memory of the host as a NumPy array of that.
+
+    Anything else comes back as it is, to be refused by name.
+    """
+    exports = any(hasattr(value, protocol) for protocol in ("__array_interface__", "__dlpack__"))
+    return as_numpy(value, name) if exports and find_library(value) is None else value
 
 
 def check_not_differentiated(value: Any, name: str, library: ArrayLibrary | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.activation import activate
+from ..arrays.host import of_a_library
 from ..arrays.library import library_of
 from ..arrays.spec import ArraySpec
 from ..arrays.summary import object_summary
@@ -99,6 +100,7 @@ class GPUExperts:
         self.config = config
         #: Numbers of the masked experts, ascending.
         self.experts = np.flatnonzero(checked_mask(gpu_experts_mask, config.num_experts)).astype(np.int32)
+        gate_proj = of_a_library(gate_proj, "gate_proj")
         self._library = library_of(gate_proj, "gate_proj")
         num, hidden, inter = len(self.experts), config.hidden_size, config.moe_intermediate_size
         self._gate = self._checked("gate_proj", gate_proj, _BFLOAT16, (num, inter, hidden))
@@ -220,6 +222,7 @@ class GPUExperts:
         self, name: str, value: Any, dtypes: tuple[np.dtype[Any], ...], shape: tuple[int | str, ...]
     ) -> Any:
         """The array, which is of the weights' library and has one of these dtypes and this shape."""
+        value = of_a_library(value, name)
         library = library_of(value, name)
         if library.name != self._library.name:
             found, expected = library.name, self._library.name
