@@ -252,10 +252,10 @@ def test_a_layer_without_a_gate_has_no_up() -> None:
 
 
 def test_other_methods_have_one_format() -> None:
-    moe = KTMoEWrapper(0, 1, 1, 32, 32)
-    rows = np.zeros((1, 32, 32), bf16)
-    with pytest.raises(ValueError, match="up_format: got 'q4_0', expected None: the layer has one format"):
-        moe._layer.load_weights_task(rows, ext.moe.Projection(rows, format="q4_0"), rows)
+    moe = KTMoEWrapper(0, 1, 1, 32, 32, method="FP8")
+    rows = np.zeros((1, 32, 32), np.uint8)
+    with pytest.raises(ValueError, match="gate_format: got 'q4_0', expected None: the layer has one format"):
+        moe._layer.load_weights_task(ext.moe.Projection(rows, format="q4_0"), rows, rows)
 
 
 def test_bytes_are_told_by_weights_that_are_there() -> None:

@@ -277,17 +277,20 @@ ARRAYS: dict[str, tuple[Callable[[Layer], dict[str, Any]], type[BaseException], 
     "dtype": (
         changed("gate_proj", lambda w: w.astype(np.float64)),
         TypeError,
-        rf"gate_proj: got float64 \[{I}, {H}\] for expert 0, expected bfloat16 or float32 \[{I}, {H}\]",
+        rf"gate_proj: got float64 \[{I}, {H}\] for expert 0, "
+        rf"expected bfloat16 or float32 or float16 \[{I}, {H}\]",
     ),
     "shape": (
         changed("up_proj", lambda w: w[1:]),
         ValueError,
-        rf"up_proj: got bfloat16 \[{E - 1}, {I}, {H}\], expected bfloat16 or float32 \[{E}, {I}, {H}\]",
+        rf"up_proj: got bfloat16 \[{E - 1}, {I}, {H}\], "
+        rf"expected bfloat16 or float32 or float16 \[{E}, {I}, {H}\]",
     ),
     "shape of one": (
         changed("down_proj", lambda w: replaced(list(w), w[0].T)),
         ValueError,
-        rf"down_proj: got bfloat16 \[{I}, {H}\] for expert 3, expected bfloat16 or float32 \[{H}, {I}\]",
+        rf"down_proj: got bfloat16 \[{I}, {H}\] for expert 3, "
+        rf"expected bfloat16 or float32 or float16 \[{H}, {I}\]",
     ),
     "None": (changed("gate_proj", lambda _: None), TypeError, r"gate_proj: got NoneType, expected an array"),
     "None of one": (

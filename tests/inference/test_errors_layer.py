@@ -59,9 +59,10 @@ LOAD: dict[str, tuple[Change, Error, str]] = {
         r"down_proj: got dict, expected an array",
     ),
     "gate_proj, dtype": (
-        keyword("gate_proj", lambda w: w.astype(np.float32)),
+        keyword("gate_proj", lambda w: w.astype(np.float64)),
         TypeError,
-        rf"gate_proj: got float32 \[{E}, {I}, {H}\], expected bfloat16 \[{E}, {I}, {H}\]",
+        rf"gate_proj: got float64 \[{E}, {I}, {H}\], expected bfloat16( or float32 or float16)? "
+        rf"\[{E}, {I}, {H}\]",
     ),
     "up_proj, rank": (
         keyword("up_proj", lambda w: w[0]),

@@ -33,7 +33,7 @@ SCALES = np.ones((E, I), np.float32)
     [
         ({"channel_scale": SCALES}, "gate_scale: got one, expected None: bf16 has no channel scales"),
         ({"block_scales": SCALES}, "gate_scale: got one, expected None: bf16 has no block scales"),
-        ({"format": "q4_0"}, "gate_format: got 'q4_0', expected None: the layer has one format"),
+        ({"format": "q4_0"}, "gate_format: got 'q4_0', expected one of bf16, f32, f16"),
     ],
 )
 def test_a_projection_has_what_the_method_does_not(

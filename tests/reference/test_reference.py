@@ -170,9 +170,9 @@ def test_a_nan_routing_weight_makes_its_row_nan_when_its_slot_is_computed() -> N
         ({"gate_proj": 3}, TypeError, "gate_proj: got int, expected an array or a sequence of arrays"),
         ({"up_proj": np.zeros((3, 40, 48), bf16)}, ValueError, "up_proj: got 3 experts, expected 4"),
         (
-            {"up_proj": np.zeros((4, 40, 48), "f4")},
+            {"up_proj": np.zeros((4, 40, 48), "f8")},
             TypeError,
-            r"up_proj\[0\]: got float32, expected bfloat16",
+            r"up_proj\[0\]: got float64, expected bfloat16",
         ),
         ({"up_proj": None}, ValueError, r"up_proj: got None, expected \[E, I, H\]: activation silu is gated"),
         ({"activation": "relu2"}, ValueError, "up_proj: got ndarray, expected None: activation relu2"),

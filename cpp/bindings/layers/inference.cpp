@@ -154,17 +154,24 @@ void apply_map(nb::handle source, const GeneralMOEConfig& c, ExpertWeights& weig
   weights.permute(std::vector<int64_t>(a.as<int64_t>(), a.as<int64_t>() + a.size()));
 }
 
-// The format of a projection: that of the layer, or the given one where projections have their own.
+// Whether weights are plain numbers, bf16 or others.
+bool format_is_numbers(FormatId id) {
+  return id == FormatId::kBf16 || (format_is_blocks(id) && format_block(id) == 1);
+}
+
+// The format of a projection: that of the layer, or the given one where projections have their own. A layer
+// of numbers takes them in any format of numbers.
 FormatId projection_format(const GemmKernel& kernel, const std::optional<std::string>& given,
                            const char* name) {
+  const bool takes_numbers = kernel.format && format_is_numbers(*kernel.format);
   if (kernel.format) {
-    if (given) throw_invalid(name, ": got '", *given, "', expected None: the layer has one format");
-    return *kernel.format;
+    if (!given) return *kernel.format;
+    if (!takes_numbers) throw_invalid(name, ": got '", *given, "', expected None: the layer has one format");
   }
   std::string known;
   for (size_t i = 0; i < kNumFormats; ++i) {
     const auto id = static_cast<FormatId>(i);
-    if (!format_gguf_type(id)) continue;
+    if (!format_gguf_type(id) || (takes_numbers && !format_is_numbers(id))) continue;
     if (given && *given == format_name(id)) return id;
     known += str_cat(known.empty() ? "" : ", ", format_name(id));
   }
@@ -343,7 +350,8 @@ block_scales : array or sequence of arrays, optional
 channel_scale : array or sequence of arrays, optional
     float32 [E, N], or E arrays [N], where the format has them.
 format : str, optional
-    Of a layer whose projections each have a format: its name, "q4_k" for example.)")
+    Of a layer whose projections each have a format: its name, "q4_k" for example. Of a layer of numbers "f32" or
+    "f16", where they are not bfloat16.)")
       .def(
           "__init__",
           [](GivenProjection* self, nb::object codes, nb::object block_scales, nb::object channel_scale,

@@ -111,7 +111,7 @@ def _methods(info: ext.MethodInfo) -> Iterator[Method]:
         mode=info.mode,
         wrapper=_WRAPPERS[info.mode, info.weights, info.product],
         layer=info.layer,
-        weights="bf16" if info.codes == ["bfloat16"] else weights,
+        weights=weights if info.scales or info.weights != "native" else "bf16",
         formats=names if info.weights == "quantized" else {},
         encodings=names if info.weights == "native" and len(names) > 1 else {},
         product=info.product,

@@ -219,17 +219,26 @@ def _no_experts(checkpoint: SafetensorsCheckpoint, model_type: str | None) -> st
 
 def _safetensors_layer(checkpoint: SafetensorsCheckpoint, config: MoEConfig) -> LayerReport:
     layouts = find_native_layouts(checkpoint, config.layer_idx)
-    if layouts:
-        layout = layouts[0][1]
-        method, names = layout.method, layout.check(config)
-    else:
-        layer, pattern, sizes = find_experts(checkpoint, config.layer_idx, config)
-        method, names = _PLAIN, layer.names(pattern, sizes)
-    infos = map(checkpoint.info, names)
-    found = find_method(method, "inference")
-    group_size = layouts[0][1].encoding.group_size if layouts and found.encodings else None
+    if not layouts:
+        return _numbers_layer(checkpoint, config)
+    layout = layouts[0][1]
+    infos = map(checkpoint.info, layout.check(config))
+    found = find_method(layout.method, "inference")
+    group_size = layout.encoding.group_size if found.encodings else None
     formats = dict.fromkeys(projection_sizes(config), found.encodings.get(group_size, found.weights))
-    return LayerReport(config, formats, method, group_size, sum(info.end - info.begin for info in infos))
+    num_bytes = sum(info.end - info.begin for info in infos)
+    return LayerReport(config, formats, layout.method, group_size, num_bytes)
+
+
+def _numbers_layer(checkpoint: SafetensorsCheckpoint, config: MoEConfig) -> LayerReport:
+    layer, pattern, sizes = find_experts(checkpoint, config.layer_idx, config)
+    infos = map(checkpoint.info, layer.names(pattern, sizes))
+    formats = {
+        f"{part}_proj": checkpoint.info(layer.name(template, 0)).dtype.lower()
+        for role, template in pattern.tensors.items()
+        for part in (("gate", "up") if role == "gate_up" else (role,))
+    }
+    return LayerReport(config, formats, _PLAIN, None, sum(info.end - info.begin for info in infos))
 
 
 # ---- directories that were converted ----

@@ -152,10 +152,9 @@ class MoELayer(_MoEBase):
         return name
 
     @property
+    @abstractmethod
     def expert_bytes(self) -> int:
         """Bytes of the weights of one expert."""
-        config = self.config
-        return 2 * config.hidden_size * config.moe_intermediate_size * (3 if config.activation.gated else 2)
 
     # ---- weights ----
 

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..arrays.checks import bfloat16, expert_arrays, numpy_if_given, numpy_matrices
-from ..arrays.spec import ArraySpec
+from ..arrays.checks import numpy_if_given, numpy_matrices
 from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike
 from ..formats.encodings import NATIVE_FORMATS
-from ..formats.methods import Method, methods_that_take
+from ..formats.gguf import GGUF_FORMATS
+from ..formats.methods import Method
+from ..formats.numbers import number_rows
 from ..formats.weights import ExpertWeights, Projection
 from ..io import SafetensorsCheckpoint
 from ..io.converted.layer import check_not_quantized, projection_sizes
@@ -39,14 +40,17 @@ class NativeWeights(MoELayer):
     def _set_method(self, method: Method) -> None:
         super()._set_method(method)
         name = method.weights if self.group_size is None else method.encodings[self.group_size]
-        self._format = NATIVE_FORMATS.get(name)  # None: bfloat16
+        self._format = NATIVE_FORMATS.get(name)  # None: plain numbers
+        self._number_formats: dict[str, str | None] = {}  # of projections in other numbers than bfloat16
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of the weights of one expert, scales included."""
+        """Bytes of the weights of one expert, scales included; of numbers not loaded yet, as bfloat16."""
+        sizes = projection_sizes(self.config)
         if self._format is None:
-            return super().expert_bytes
-        return sum(self._format.matrix_bytes(*size) for size in projection_sizes(self.config).values())
+            formats = {name: GGUF_FORMATS[self._number_formats.get(name) or "bf16"] for name in sizes}
+            return sum(rows * formats[name].row_bytes(columns) for name, (rows, columns) in sizes.items())
+        return sum(self._format.matrix_bytes(*size) for size in sizes.values())
 
     def load_weights_from_tensors(  # type: ignore[override]  # its own options alone
         self,
@@ -71,7 +75,8 @@ class NativeWeights(MoELayer):
         given arrays are released.
 
         With [N, K] being [I, H] of gate and up and [H, I] of down, E of each in one array or a sequence,
-        ``BF16`` takes bfloat16 [N, K]. The codes and scales of another method are those of its
+        ``BF16`` takes bfloat16, float32 or float16 [N, K], each projection in its own dtype; products round
+        float32 and float16 to bfloat16. The codes and scales of another method are those of its
         `ktmoe_np.formats.encodings.NativeFormat`: `code_dtypes` and `row_bytes`, `scale_dtypes` and
         `scale_shape`; docs/registry.md has a table of them.
 
@@ -135,6 +140,8 @@ class NativeWeights(MoELayer):
         MappedFiles(array for arrays in given.values() for array in arrays[:3]).check()
         projections = {f"{role}_proj": self._projection(role, *arrays) for role, arrays in given.items()}
         self._give_to_engine(ExpertWeights.of(projections), physical_to_logical_map)
+        if self._format is None:
+            self._number_formats = {name: projection.format for name, projection in projections.items()}
 
     def _projection(self, role: str, codes: Any, scale: Any, global_scale: Any, bias: Any) -> Projection:
         """A projection as the engine takes it."""
@@ -145,10 +152,9 @@ class NativeWeights(MoELayer):
                 raise ValueError(f"{what}: got one, expected None: {why}")
         if size is None:
             return Projection(codes, bias=bias)
-        if self._format is None:
-            of_all = ArraySpec((bfloat16,), (self.config.num_experts, *size), otherwise=methods_that_take)
-            return Projection(expert_arrays(f"{role}_proj", codes, of_all), bias=bias)
         shape = (self.config.num_experts, *size)
+        if self._format is None:
+            return replace(number_rows(f"{role}_proj", codes, shape), bias=bias)
         return replace(self._format.matrices(role, codes, scale, global_scale, shape), bias=bias)
 
     def _load_from_path(self, physical_to_logical_map: IntegersLike | None) -> None:

@@ -17,7 +17,7 @@ from ..io.mapped import MappedFiles
 
 __all__ = ["quantize_projection"]
 
-_DTYPES = (bfloat16, np.dtype(np.float32))
+_DTYPES = (bfloat16, np.dtype(np.float32), np.dtype(np.float16))
 
 
 def quantize_projection(
@@ -30,7 +30,8 @@ def quantize_projection(
 ) -> Projection:
     """Quantize the matrices of a projection.
 
-    They are read in place; what NumPy or the engine cannot read so is copied, one matrix at a time.
+    They are read in place; what NumPy or the engine cannot read so (float16 too) is copied, one matrix at a
+    time.
 
     Parameters
     ----------
@@ -39,7 +40,7 @@ def quantize_projection(
     fmt : QuantizedFormat
     name : str
         What messages call the projection.
-    source : array of bfloat16 or float32 [E, N, K], or E arrays [N, K]
+    source : array of bfloat16, float32 or float16 [E, N, K], or E arrays [N, K]
     shape : tuple of int
         E, N and K.
     done : callable, optional
@@ -89,5 +90,7 @@ def _matrix(name: str, item: Any, e: int, shape: tuple[int, ...]) -> Array:
     matrix = as_numpy(item, name)
     MappedFiles([matrix]).check()
     ArraySpec(_DTYPES, shape, otherwise=methods_that_take).check(name, matrix, of=f" for expert {e}")
+    if matrix.dtype == np.float16:
+        return matrix.astype(np.float32)  # which has the same numbers
     has_gaps = matrix.shape[1] > 1 and matrix.strides[1] != matrix.itemsize
     return matrix.copy() if has_gaps or not matrix.flags.aligned else matrix

@@ -121,11 +121,11 @@ class QuantizedWeights(MoELayer):
 
         Parameters
         ----------
-        gate_proj, up_proj : array of bfloat16 or float32 [E, I, H], or E arrays [I, H]
+        gate_proj, up_proj : array of bfloat16, float32 or float16 [E, I, H], or E arrays [I, H]
             Read, and released. Or uint8 [E, I, row_bytes], or E arrays [I, row_bytes], in the layout of
             `ktmoe_np.reference.packing`: these are kept alive, not copied, and their codes are not checked.
             `up_proj` is None when the activation is not gated.
-        down_proj : array of bfloat16 or float32 [E, H, I], or E arrays [H, I]
+        down_proj : array of bfloat16, float32 or float16 [E, H, I], or E arrays [H, I]
             Or uint8 [E, H, row_bytes], or E arrays [H, row_bytes].
         physical_to_logical_map : array of int64 [E], optional
             Expert i uses the weights of entry map[i].

@@ -107,7 +107,8 @@ def moe_forward(
     topk_weights : ndarray of float32, [T, P]
         Routing weights.
     gate_proj : ndarray of bfloat16 [E, I, H], E arrays [I, H], or a quantized or integer matrix
-        Wg; of an activation that is not gated, the one projection.
+        Wg; of an activation that is not gated, the one projection. float32 and float16 are rounded to
+        bfloat16.
     up_proj : like `gate_proj`, or None
         Wu; None exactly when the activation is not gated.
     down_proj : ndarray of bfloat16 [E, H, I], E arrays [H, I], or a quantized or integer matrix

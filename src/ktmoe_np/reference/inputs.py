@@ -25,6 +25,7 @@ Weights = AnyArray | Sequence[AnyArray] | QuantizedMatrix | IntegerMatrix
 #: The matrices among `Weights`.
 _MATRICES = (*QUANTIZED, IntegerMatrix)
 
+_NUMBER_DTYPES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float16))
 _BIAS_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 #: What an exact computation takes for every array of numbers, and any for its base.
 FLOATS = (*_BIAS_DTYPES, np.dtype(np.float64))
@@ -237,7 +238,6 @@ def _experts(
     num_experts = value.shape[0] if isinstance(value, _MATRICES) else len(value)
     if num_experts != sizes.setdefault("E", num_experts) or not num_experts:
         raise ValueError(f"{name}: got {num_experts} experts, expected {sizes['E'] or 'some'}")
-    dtypes = FLOATS if use.exact else (np.dtype(ml_dtypes.bfloat16),)
     experts = []
     for e in range(num_experts):
         if isinstance(value, _MATRICES):
@@ -245,9 +245,19 @@ def _experts(
             how = {"exact": use.exact, "int8_activations": use.int8_activations}
             experts.append(ExpertWeights.of(value[e], use.product, **how))
         else:
-            experts.append(ExpertWeights(check_array(f"{name}[{e}]", value[e], letters, sizes, *dtypes)))
+            experts.append(_numbers(f"{name}[{e}]", value[e], letters, sizes, use.exact))
         sizes.setdefault("I", experts[-1].shape[0])
     return experts
+
+
+def _numbers(
+    name: str, value: object, letters: tuple[str, str], sizes: Mapping[str, int], exact: bool
+) -> ExpertWeights:
+    """A matrix of numbers, rounded to bfloat16 unless the computation is exact."""
+    array = check_array(name, value, letters, sizes, *(FLOATS if exact else _NUMBER_DTYPES))
+    if exact or array.dtype == ml_dtypes.bfloat16:
+        return ExpertWeights(array)
+    return ExpertWeights(round_bf16(array).astype(ml_dtypes.bfloat16))
 
 
 def _bias(

@@ -14,6 +14,7 @@ from .name_patterns import NAME_PATTERNS, PREFIXES, NamePattern
 
 __all__ = [
     "BIAS_DTYPES",
+    "WEIGHT_DTYPES",
     "ExpertLayer",
     "aligned",
     "expert_layers",
@@ -31,6 +32,8 @@ _EXPERTS = re.compile(r"\bexperts\.")
 #: The number of a layer in a name.
 _LAYER_NUMBER = re.compile("[0-9]{1,9}")
 
+#: Of the numbers that weights and biases may be.
+WEIGHT_DTYPES = ("BF16", "F32", "F16")
 BIAS_DTYPES = ("BF16", "F16", "F32")
 
 
@@ -142,10 +145,16 @@ class ExpertLayer:
         lead = () if pattern.per_expert else (num_experts,)
         for role, template in pattern.tensors.items():
             matrix = (rows[role], inter if role == "down" else hidden)
-            yield template, (*lead, *(matrix[::-1] if pattern.transposed else matrix)), (pattern.dtype,)
+            shape = (*lead, *(matrix[::-1] if pattern.transposed else matrix))
+            yield template, shape, self._weight_dtypes(template)
         if self.has_biases(pattern):
             for role, template in pattern.biases.items():
                 yield template, (*lead, rows[role]), BIAS_DTYPES
+
+    def _weight_dtypes(self, template: str) -> tuple[str, ...]:
+        """The dtypes that weights may have: that of the first expert's, if it is one of numbers."""
+        first = self.info(self.name(template, 0))
+        return WEIGHT_DTYPES if first is None or first.dtype not in WEIGHT_DTYPES else (first.dtype,)
 
     def has_biases(self, pattern: NamePattern) -> bool:
         """Whether any of the pattern's biases is there; then all must be."""

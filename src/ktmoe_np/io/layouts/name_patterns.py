@@ -33,8 +33,6 @@ class NamePattern:
         The like for biases, which may be absent.
     needs_biases : bool
         Whether the row counts only when biases are there.
-    dtype : str
-        The safetensors dtype of the weights.
     interleaved : bool
         Rows of ``gate_up`` alternate, gate first; otherwise all of gate come first.
     transposed : bool
@@ -43,7 +41,6 @@ class NamePattern:
 
     tensors: Mapping[str, str]
     biases: Mapping[str, str] = field(default_factory=dict)
-    dtype: str = "BF16"
     interleaved: bool = False
     transposed: bool = False
     needs_biases: bool = False

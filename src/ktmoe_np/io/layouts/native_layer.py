@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...config import MoEConfig
+from ...formats.methods import find_method
 from ..safetensors.checkpoint import SafetensorsCheckpoint, TensorInfo
 from .encoding import Encoding, Shapes, TensorSpec
 from .encodings import METHODS, NATIVE_LAYOUTS
-from .layer import BIAS_DTYPES, ExpertLayer, layers_with, read_layers, rows_of_roles
+from .layer import BIAS_DTYPES, WEIGHT_DTYPES, ExpertLayer, layers_with, read_layers, rows_of_roles
 from .name_patterns import NamePattern
 
 __all__ = ["NativeLayout", "find_native_layouts", "why_no_layout"]
@@ -217,6 +218,8 @@ def why_no_layout(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> str:
             name = layer.name(there[0], min(layer.expert_ids[there[0]]))
             expected = f"expected weights of {', '.join(METHODS)}"
             dtype = checkpoint.info(name).dtype
+            if dtype in WEIGHT_DTYPES:
+                expected += f"; method {find_method(None, 'inference').name} takes these"
             return f"{checkpoint.file_of(name)}: tensor {name!r}: got {dtype}, {expected}"
     others = ", ".join(map(str, layers_with(checkpoint, codes))) or "none"
     return f"{checkpoint.path}: layer {layer_idx} has no known experts; layers with experts: {others}"
