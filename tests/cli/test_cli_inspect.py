@@ -53,6 +53,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "activation": "silu",
         "formats": {"gate_proj": "bf16", "up_proj": "bf16", "down_proj": "bf16"},
         "method": "BF16",
+        "problem": None,
         "group_size": None,
         "int8_projections": [],
         "activation_dtype": "bfloat16",

@@ -76,6 +76,7 @@ def _layer_as_json(layer: LayerReport) -> dict[str, Any]:
         "activation": config.activation.name,
         "formats": dict(layer.formats),
         "method": layer.method,
+        "problem": layer.problem,
         "group_size": layer.group_size,
         "int8_projections": list(layer.int8_projections),
         "activation_dtype": layer.activation_dtype,
@@ -127,7 +128,16 @@ def _facts(report: CheckpointReport, value: dict[str, Any]) -> list[tuple[str, s
         numbers = _numbered([layer.config.layer_idx for layer in report.further_layers])
         size = _amount(sum(layer.num_bytes for layer in report.further_layers))
         lines.append(("Not counted", f"{size} of experts behind the model's last layer ({numbers})"))
-    return [*lines, ("Memory", _memory(report, value))]
+    return [*lines, *_refused(layers), ("Memory", _memory(report, value))]
+
+
+def _refused(layers: Sequence[LayerReport]) -> list[tuple[str, str]]:
+    """Why the first of the layers has no method that has none, and how many have none either."""
+    problems = [layer.problem for layer in layers if layer.problem is not None]
+    if not problems:
+        return []
+    more = len(problems) - 1
+    return [("Refused", problems[0] + (f"; and {counted(more, 'layer')} more" if more else ""))]
 
 
 def _of_layers(layers: Sequence[LayerReport], tell: _Tell) -> str:
@@ -172,12 +182,16 @@ def _format(layer: LayerReport) -> str:
 
 
 def _method(layer: LayerReport) -> str:
+    if layer.method is None:
+        return "none"
     return layer.method if layer.group_size is None else f"{layer.method}, groups of {layer.group_size}"
 
 
 def _activation_dtype(layer: LayerReport) -> str:
     """Say what products can take activations in, and what they do by default."""
     projections = layer.int8_projections
+    if layer.activation_dtype is None:
+        return "none"
     if layer.activation_dtype == "int8" or not projections:
         return layer.activation_dtype
     said = "int8"

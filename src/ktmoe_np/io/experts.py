@@ -93,7 +93,7 @@ def find_experts(
                 layer.check_gated(pattern, config)
             return layer, pattern, sizes
         problems.append(problem)
-    raise ValueError(problems[0])
+    raise problems[0]
 
 
 def _build(layer: ExpertLayer, pattern: NamePattern, sizes: tuple[int, int, int]) -> ExpertWeights:

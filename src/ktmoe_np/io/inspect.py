@@ -19,10 +19,12 @@ from .gguf.experts import GgufCheckpoint, gguf_config, gguf_layers, is_gguf, loa
 from .json_text import naming_file
 from .layer_config import hf_layer_config
 from .layouts.encodings import NATIVE_LAYOUTS
-from .layouts.layer import layers_with, speaks_of_experts
+from .layouts.layer import layers_with, read_layers, speaks_of_experts
 from .layouts.name_patterns import NAME_PATTERNS
-from .layouts.native_layer import find_native_layouts
+from .layouts.native_layer import NativeLayout, find_native_layouts, why_no_layout
 from .safetensors.checkpoint import SafetensorsCheckpoint, load_hf_config
+from .stored_layer import stored_gguf_layer, stored_layer
+from .tensor_error import TensorTypeError
 
 __all__ = ["CheckpointReport", "LayerReport", "inspect_checkpoint", "known_templates"]
 
@@ -39,19 +41,23 @@ class LayerReport:
         The layer's number, sizes and activation.
     formats : mapping of str to str
         ``gate_proj``, ``up_proj`` when gated and ``down_proj`` -> what the weights are encoded in.
-    method : str
-        The method that `KTMoEWrapper.from_pretrained` takes when it is given none.
+    method : str or None
+        The method that `KTMoEWrapper.from_pretrained` takes when it is given none; None when there is none
+        for these weights.
     group_size : int or None
         Of files that ``ktmoe convert`` has written: the columns that share a scale.
     num_bytes : int
         Bytes of all experts, scales and biases included, as the files have them.
+    problem : str, optional
+        Why there is no method: the tensor that has a type which nothing reads, and what was expected.
     """
 
     config: MoEConfig
     formats: Mapping[str, str]
-    method: str
+    method: str | None
     group_size: int | None
     num_bytes: int
+    problem: str | None = None
 
     @property
     def token_bytes(self) -> int:
@@ -61,16 +67,18 @@ class LayerReport:
     @property
     def int8_projections(self) -> tuple[str, ...]:
         """The projections whose products can take activations in int8."""
-        return tuple(integer_projections(self.formats))
+        return () if self.method is None else tuple(integer_projections(self.formats))
 
     @property
-    def activation_dtype(self) -> str:
+    def activation_dtype(self) -> str | None:
         """What a layer takes activations in by default."""
-        return find_method(self.method, "inference").product
+        return None if self.method is None else find_method(self.method, "inference").product
 
     @property
-    def model_activation_dtype(self) -> str:
+    def model_activation_dtype(self) -> str | None:
         """What `ktmoe_np.models` takes activations in by default."""
+        if self.method is None:
+            return None
         return default_in_models(find_method(self.method, "inference"), self.formats)
 
 
@@ -117,7 +125,8 @@ class CheckpointReport:
 def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
     """List the experts of a checkpoint.
 
-    Headers are read and checked, as when a layer is loaded; weights are not.
+    Headers are read and checked, as when a layer is loaded; weights are not. A layer with a tensor of a type
+    that nothing reads is reported too, with its `LayerReport.problem`.
 
     Parameters
     ----------
@@ -219,9 +228,20 @@ def _no_experts(checkpoint: SafetensorsCheckpoint, model_type: str | None) -> st
 
 def _safetensors_layer(checkpoint: SafetensorsCheckpoint, config: MoEConfig) -> LayerReport:
     layouts = find_native_layouts(checkpoint, config.layer_idx)
-    if not layouts:
+    try:
+        if layouts:
+            return _encoded_layer(checkpoint, config, layouts[0][1])
+        if not any(layer.patterns() for layer in read_layers(checkpoint, config.layer_idx)):
+            raise TensorTypeError(why_no_layout(checkpoint, config.layer_idx))
         return _numbers_layer(checkpoint, config)
-    layout = layouts[0][1]
+    except TensorTypeError as error:
+        stored = stored_layer(checkpoint, config.layer_idx)
+        if stored is None:
+            raise
+        return LayerReport(config, stored.formats, None, None, stored.num_bytes, str(error))
+
+
+def _encoded_layer(checkpoint: SafetensorsCheckpoint, config: MoEConfig, layout: NativeLayout) -> LayerReport:
     infos = map(checkpoint.info, layout.check(config))
     found = find_method(layout.method, "inference")
     group_size = layout.encoding.group_size if found.encodings else None
@@ -292,7 +312,11 @@ def _inspect_gguf(path: Path) -> CheckpointReport:
 
 
 def _gguf_layer(checkpoint: GgufCheckpoint, config: MoEConfig) -> LayerReport:
-    experts = load_gguf(checkpoint, config.layer_idx, config)
+    try:
+        experts = load_gguf(checkpoint, config.layer_idx, config)
+    except TensorTypeError as error:
+        stored = stored_gguf_layer(checkpoint, config.layer_idx)
+        return LayerReport(config, stored.formats, None, None, stored.num_bytes, str(error))
     formats = {name: str(projection.format) for name, projection in experts.projections.items()}
     num_bytes = sum(checkpoint.info(name).num_bytes for name in experts.names)
     return LayerReport(config, formats, _GGUF, None, num_bytes)

@@ -28,7 +28,7 @@ def read_tensor(checkpoint: SafetensorsCheckpoint, name: str, *shape: int) -> Fl
     checkpoint.info(name)  # says so when there is none
     problem = checkpoint.problem(name, ("BF16", "F16", "F32"), (shape,))
     if problem is not None:
-        raise ValueError(problem)
+        raise problem
     return checkpoint.tensor(name).astype(np.float32)
 
 

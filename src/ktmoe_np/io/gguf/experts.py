@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from ...config import MoEConfig
 from ...formats.gguf import GGUF_FORMATS, PLAIN_DTYPES
 from ...formats.weights import ExpertWeights, Projection
+from ..tensor_error import TensorTypeError
 from .checkpoint import GgufCheckpoint, GgufTensorInfo, is_gguf
 from .config import gguf_config
 
 __all__ = [
     "GgufCheckpoint",
     "GgufTensorInfo",
+    "expert_role",
     "gguf_config",
     "gguf_layers",
     "is_gguf",
@@ -27,6 +29,18 @@ __all__ = [
 #: Names of experts' weights, those of one expert among them (files of before April 2024).
 _NUMBER = "(0|[1-9][0-9]{0,8})"
 _WEIGHT = re.compile(rf"blk\.{_NUMBER}\.ffn_(gate|up|gate_up|down)(?:_exps|\.{_NUMBER})\.weight")
+
+
+def expert_role(name: str) -> str | None:
+    """What a tensor's weights are to the experts of its layer: gate, up, gate_up or down; None of others.
+
+    Examples
+    --------
+    >>> expert_role("blk.3.ffn_gate_up_exps.weight"), expert_role("blk.3.ffn_gate_shexp.weight")
+    ('gate_up', None)
+    """
+    match = _WEIGHT.fullmatch(name)
+    return match[2] if match else None
 
 
 def gguf_layers(checkpoint: GgufCheckpoint | str | os.PathLike[str]) -> tuple[int, ...]:
@@ -208,7 +222,7 @@ class _Layer:
             name = self.name(role, e)
             kinds.append(self._check(name, (*lead, *self.shape(role)), GGUF_FORMATS))
             if kinds[0] != kinds[e]:
-                raise ValueError(
+                raise TensorTypeError(
                     f"{self.checkpoint.file_of(name)}: tensor {name!r}: got {kinds[e]}, expected "
                     f"{kinds[0]}, as in {self.name(role, 0)!r}: one type for all experts"
                 )
@@ -247,6 +261,6 @@ class _Layer:
         if padded != shape:
             raise ValueError(f"{where}: got shape {list(info.shape)}, expected {list(shape)}")
         if info.type not in formats:
-            raise ValueError(f"{where}: got {info.type}, expected one of {', '.join(formats)}")
+            raise TensorTypeError(f"{where}: got {info.type}, expected one of {', '.join(formats)}")
         self.names.append(name)
         return info.type

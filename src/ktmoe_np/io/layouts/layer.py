@@ -101,8 +101,8 @@ class ExpertLayer:
         wanted = self.wanted(pattern, sizes)
         return tuple(name for template, _, _ in wanted for name in self.names_of(template, sizes[0]))
 
-    def problem(self, pattern: NamePattern, sizes: tuple[int, int, int]) -> str | None:
-        """Say what is wrong with the layer's tensors as `pattern` wants them; None if nothing."""
+    def problem(self, pattern: NamePattern, sizes: tuple[int, int, int]) -> ValueError | None:
+        """The error of the layer's tensors as `pattern` wants them; None if nothing is wrong."""
         num_experts = sizes[0]
         for template in pattern.tensors.values():
             problem = self.too_many(template, num_experts)
@@ -115,13 +115,13 @@ class ExpertLayer:
                     return problem
         return None
 
-    def too_many(self, template: str, num_experts: int) -> str | None:
-        """Say which tensor there is of an expert beyond the last; None if there is none."""
+    def too_many(self, template: str, num_experts: int) -> ValueError | None:
+        """The error of a tensor of an expert beyond the last; None if there is none."""
         more = max(self.expert_ids.get(template, ()), default=-1)
         if more < num_experts:
             return None
         name = self.name(template, more)
-        return f"{self.checkpoint.path}: tensor {name!r}: got one, expected {num_experts} experts"
+        return ValueError(f"{self.checkpoint.path}: tensor {name!r}: got one, expected {num_experts} experts")
 
     def info(self, name: str) -> TensorInfo | None:
         """Look a tensor up; None when it is not there."""

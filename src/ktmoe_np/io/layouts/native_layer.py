@@ -122,7 +122,7 @@ class NativeLayout:
             for spec in self.encoding.tensor_specs:
                 problem = self.layer.too_many(self.pattern.tensors[role] + spec.suffix, config.num_experts)
                 if problem is not None:
-                    raise ValueError(problem)
+                    raise problem
             for suffix in self.encoding.refused:
                 for e in self.layer.expert_ids.get(self.pattern.tensors[role] + suffix, ()):
                     name = self.layer.name(self.pattern.tensors[role] + suffix, e)
@@ -135,7 +135,7 @@ class NativeLayout:
             for name in wanted.names:
                 problem = checkpoint.problem(name, wanted.dtypes, wanted.shapes)
                 if problem is not None:
-                    raise ValueError(problem)
+                    raise problem
             names += wanted.names
         return tuple(names)
 

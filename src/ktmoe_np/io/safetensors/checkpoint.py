@@ -17,6 +17,7 @@ from ..layouts.layer_names import LayerNames
 from ..mapped import FileIdentity, identity_at, map_file
 from ..regular_file import open_regular
 from ..shared import SharedCache
+from ..tensor_error import TensorTypeError
 from .header import DTYPES, MAX_HEADER_BYTES, TensorInfo, parse_header
 
 __all__ = [
@@ -274,15 +275,18 @@ class SafetensorsCheckpoint:
         """Return dtype, shape and place of a tensor; opens its file."""
         return self._shard(name).file.info(name)
 
-    def problem(self, name: str, dtypes: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> str | None:
-        """Say what is wrong with a tensor that must have one of those dtypes and shapes; None if nothing."""
+    def problem(
+        self, name: str, dtypes: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]
+    ) -> ValueError | None:
+        """The error of a tensor that must have one of those dtypes and shapes; None if nothing is wrong."""
         info = self.find(name)
         if info is not None and info.dtype in dtypes and info.shape in shapes:
             return None
         file = self.path if info is None else self.file_of(name)
         got = "none" if info is None else f"{info.dtype} {list(info.shape)}"
         expected = f"{' or '.join(dtypes)} {' or '.join(str(list(shape)) for shape in shapes)}"
-        return f"{file}: tensor {name!r}: got {got}, expected {expected}"
+        kind = ValueError if info is None or info.dtype in dtypes else TensorTypeError
+        return kind(f"{file}: tensor {name!r}: got {got}, expected {expected}")
 
     def tensor(self, name: str) -> NDArray[Any]:
         """View a tensor; see `SafetensorsFile.tensor`. FileNotFoundError when its shard is missing."""
