@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import write_checkpoint
 
+import ktmoe_np.io.missing
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np.config import MoEConfig
 from ktmoe_np.io import SafetensorsCheckpoint, load_experts, load_hf_config
@@ -20,6 +23,26 @@ from ktmoe_np.io.layouts.layer import find_layer
 from ktmoe_np.models import MoEDecoder
 
 SIZES = {"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    "load", [KTMoEWrapper.from_pretrained, MoEDecoder.from_pretrained, inspect_checkpoint]
+)
+def test_the_name_of_a_model_is_no_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "Qwen/Qwen3-30B-A3B"
+    for path in (name, Path(name)):
+        with pytest.raises(FileNotFoundError) as caught:
+            load(path)
+        assert str(caught.value) == (
+            f"{name}: no such file or directory; for the model of that name: "
+            f"huggingface-cli download {name} --local-dir {name}"
+        )
+    for path in (tmp_path / "Qwen" / "Qwen3-30B-A3B", "a/b/c", "../a/b", "model", "a/model.gguf"):
+        with pytest.raises(FileNotFoundError, match=r"no such file or directory$"):
+            load(path)
 
 
 def claim(path: Path, **changes: Any) -> None:
@@ -197,3 +220,7 @@ def test_options_beyond_what_the_core_can_take(value: int) -> None:
 def test_numbers_beyond_a_float(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: got inf, expected a finite number"):
         KTMoEWrapper(0, **SIZES, mode="sft", method="BF16_SFT", **{name: 10**5000})
+
+
+def test_doctests() -> None:
+    assert doctest.testmod(ktmoe_np.io.missing).failed == 0

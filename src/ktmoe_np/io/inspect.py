@@ -22,6 +22,7 @@ from .layouts.encodings import NATIVE_LAYOUTS
 from .layouts.layer import layers_with, read_layers, speaks_of_experts
 from .layouts.name_patterns import NAME_PATTERNS
 from .layouts.native_layer import NativeLayout, find_native_layouts, why_no_layout
+from .missing import no_such_path
 from .safetensors.checkpoint import SafetensorsCheckpoint, load_hf_config
 from .stored_layer import stored_gguf_layer, stored_layer
 from .tensor_error import TensorTypeError
@@ -167,7 +168,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
     """
     where = Path(path)
     if not where.exists():
-        raise FileNotFoundError(f"{where}: no such file or directory")
+        raise no_such_path(where)
     if is_gguf(where):
         return _inspect_gguf(where)
     if manifest_path(where).exists():

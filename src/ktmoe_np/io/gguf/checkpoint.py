@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ...arrays.summary import object_summary
 from ..mapped import identity_at, map_file
+from ..missing import no_such_path
 from ..regular_file import open_regular
 from ..shared import SharedCache
 from .header import GGUF_TYPES, GgufHeader, GgufTensorInfo, parse_gguf_header
@@ -279,7 +280,7 @@ def is_gguf(path: str | os.PathLike[str]) -> bool:
 def _model_files(path: Path) -> list[Path]:
     """List the files of the model at `path`, in order."""
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or directory")
+        raise no_such_path(path)
     if path.is_dir():
         models: dict[tuple[str, str], Path] = {}
         for file in sorted(file for file in path.glob("*.gguf") if file.is_file()):

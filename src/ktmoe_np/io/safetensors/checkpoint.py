@@ -15,6 +15,7 @@ from ...arrays.summary import object_summary
 from ..json_text import read_json_object, shown
 from ..layouts.layer_names import LayerNames
 from ..mapped import FileIdentity, identity_at, map_file
+from ..missing import no_such_path
 from ..regular_file import open_regular
 from ..shared import SharedCache
 from ..tensor_error import TensorTypeError
@@ -314,7 +315,7 @@ def load_hf_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         Not a JSON object.
     """
     if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such file or directory")
+        raise no_such_path(path)
     return read_json_object(hf_config_path(path))
 
 
@@ -332,7 +333,7 @@ def checkpoint_files(path: Path) -> list[Path]:
 def _find_files(path: Path) -> tuple[_Index | None, list[Path]]:
     """The index of a checkpoint, where it counts, and the files that hold its tensors, missing or not."""
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or directory")
+        raise no_such_path(path)
     if not path.is_dir():
         return None, [path]
     index, single = path / _INDEX_NAME, path / "model.safetensors"
