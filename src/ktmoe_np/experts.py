@@ -355,6 +355,7 @@ class KTMoEWrapper:
             options = {"group_size": group_size, **options}
         moe: BaseMoEWrapper | BaseSFTMoEWrapper
         moe = cls(layer_idx=layer_idx, method=found.name, mode=mode, **options)
+        moe.config = moe.config.with_sources_of(config)
         moe.load_weights(physical_to_logical_map)
         return moe
 

@@ -222,5 +222,32 @@ def test_numbers_beyond_a_float(name: str) -> None:
         KTMoEWrapper(0, **SIZES, mode="sft", method="BF16_SFT", **{name: 10**5000})
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_a_shape_error_says_where_the_size_is_from(tmp_path: Path, model_type: str) -> None:
+    """Both sizes are there, and which of them is the experts' depends on the family."""
+    write_checkpoint(tmp_path, "qwen3_moe", [0], E=8, I=24, H=64)
+    config = {**SIZES, "moe_intermediate_size": 32, "intermediate_size": 40, "model_type": model_type}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    name = {"mixtral": "intermediate_size 40", "qwen3_moe": "moe_intermediate_size 32"}[model_type]
+    expected = name.split()[1]
+    message = (
+        rf"'model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight': got BF16 \[24, 64\], expected BF16 .*"
+        rf"\[{expected}, 64\], by num_experts 8, hidden_size 64, {name} of the configuration$"
+    )
+    for load in (KTMoEWrapper.from_pretrained, inspect_checkpoint):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+    overridden = KTMoEWrapper.from_pretrained(tmp_path, 0, moe_intermediate_size=24)
+    assert overridden.config.sources["hidden_size"] == "hidden_size"
+    assert "moe_intermediate_size" not in overridden.config.sources
+
+
+def test_both_sizes_of_a_family_that_reads_the_plain_one(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "mixtral", [0], E=8, I=24, H=64)
+    config = {**SIZES, "moe_intermediate_size": 32, "intermediate_size": 24, "model_type": "mixtral"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert KTMoEWrapper.from_pretrained(tmp_path).config.moe_intermediate_size == 24
+
+
 def test_doctests() -> None:
     assert doctest.testmod(ktmoe_np.io.missing).failed == 0

@@ -35,6 +35,7 @@ NAMINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_moe": ("model.language_model.layers", {"hidden_act": "silu"}),
     "gemma4": ("model.language_model.layers", {"hidden_activation": "gelu_pytorch_tanh"}),
     "granitemoe": ("model.layers", {"hidden_act": "silu"}),
+    "granitemoe_swa": ("model.layers", {"hidden_act": "silu"}),
     "jetmoe": ("model.layers", {"activation_function": "silu"}),
     "llama4": ("language_model.model.layers", {"hidden_act": "silu"}),
     "qwen3_vl_moe": ("model.language_model.layers", {"hidden_act": "silu"}),
@@ -57,6 +58,10 @@ _SEPARATE = {
 _FUSED_BY_ROWS = {
     "qwen3_5_moe": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     "gemma4": ("experts.gate_up_proj", "experts.down_proj"),
+    "granitemoe_swa": (
+        "block_sparse_moe.experts.gate_up_proj",
+        "block_sparse_moe.experts.down_proj",
+    ),
     "granitemoe": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
     "jetmoe": ("mlp.input_linear.weight", "mlp.output_linear.weight"),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .activation_dtype import ActivationDtype, activation_dtype_name
@@ -28,6 +28,12 @@ __all__ = [
     "parse_activation",
     "shown_integer",
 ]
+
+#: The sizes of a layer, as `MoEConfig` names them.
+_SIZES = ("num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size")
+
+#: Those that the shapes of weights follow from.
+_SHAPES = ("num_experts", "hidden_size", "moe_intermediate_size")
 
 #: The largest size of a layer: the product of two fits 64 bits.
 _MAX_SIZE = 2**31 - 1
@@ -70,6 +76,8 @@ class MoEConfig:
         The layer's number in the model, from 0.
     scale_inputs : bool, optional
         Routing weights scale what enters the experts, as in Llama-4, and not what leaves them.
+    sources : mapping of str to str, optional
+        Size -> where it was read, ``{"moe_intermediate_size": "intermediate_size"}``, for messages.
 
     Raises
     ------
@@ -92,11 +100,11 @@ class MoEConfig:
     activation: ActivationSpec = field(default_factory=default_activation)
     layer_idx: int = 0
     scale_inputs: bool = False
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in (size.name for size in fields(self)):
-            if name not in ("activation", "layer_idx", "scale_inputs"):
-                object.__setattr__(self, name, _positive(name, getattr(self, name)))
+        for name in _SIZES:
+            object.__setattr__(self, name, _positive(name, getattr(self, name)))
         if not isinstance(self.activation, ActivationSpec):
             raise TypeError(
                 f"activation: got {self.activation!r}, expected an ActivationSpec; see parse_activation"
@@ -132,15 +140,32 @@ class MoEConfig:
         TypeError
             A value of the wrong type.
         """
-        sizes, activation, scale_inputs = read_hf_layer(config, layer_idx)
+        read = read_hf_layer(config, layer_idx)
         layer = cls(
-            **sizes,
-            activation=parse_activation(activation),
+            **read.sizes,
+            activation=parse_activation(read.activation),
             layer_idx=layer_idx,
-            scale_inputs=scale_inputs,
+            scale_inputs=read.scale_inputs,
+            sources=read.sources,
         )
         layer.check_model()
         return layer
+
+    def with_sources_of(self, read: MoEConfig) -> MoEConfig:
+        """The same layer, with what `read` says of where its sizes are from, as far as they are the same."""
+        same = [size for size in _SIZES if getattr(self, size) == getattr(read, size)]
+        return replace(self, sources={size: read.sources[size] for size in same if size in read.sources})
+
+    def origin(self) -> str:
+        """What a message says of the sizes behind the shape that it expected; empty where nobody knows.
+
+        Examples
+        --------
+        >>> MoEConfig(8, 2, 64, 32, sources={"moe_intermediate_size": "intermediate_size"}).origin()
+        ', by intermediate_size 32 of the configuration'
+        """
+        sizes = [f"{name} {getattr(self, size)}" for size, name in self.sources.items() if size in _SHAPES]
+        return f", by {', '.join(sizes)} of the configuration" if sizes else ""
 
     def check_model(self) -> None:
         """Raise ValueError for what cannot be a layer of a whole model, whose router picks different experts.

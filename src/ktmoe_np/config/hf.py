@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from .activations import activation_kinds, kind_of_config_key
 
-__all__ = ["LIMITS_KEY", "read_hf_layer", "read_hf_model"]
+__all__ = ["LIMITS_KEY", "HfLayer", "read_hf_layer", "read_hf_model"]
 
 #: Of a bound per layer on the activated gate.
 LIMITS_KEY = "swiglu_limits"
@@ -27,11 +27,35 @@ _SAME_SIZE_NAMES = {
 }
 
 #: Size of `MoEConfig` -> its names, the special one first: experts may run at a width of their own
-#: (Kimi-K3, Nemotron-3), and `intermediate_size` is the dense layers' where `moe_intermediate_size` is there.
+#: (Kimi-K3, Nemotron-3, Muse Spark), and `intermediate_size` is most often the dense layers' where
+#: `moe_intermediate_size` is there.
 _FIRST_SIZE_NAMES = {
-    "hidden_size": ("routed_expert_hidden_size", "moe_latent_size", "hidden_size"),
+    "hidden_size": ("routed_expert_hidden_size", "moe_latent_size", "moe_hidden_size", "hidden_size"),
     "moe_intermediate_size": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
 }
+
+#: Models whose experts are of `intermediate_size`, whatever else their config.json has.
+_INTERMEDIATE_SIZE_MODELS = (
+    "aria_text",
+    "cohere2_moe",
+    "flex_olmo",
+    "gpt_oss",
+    "granitemoe",
+    "granitemoe_swa",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "hunyuan_v1_moe",
+    "jamba",
+    "jetmoe",
+    "llama4_text",
+    "minimax",
+    "minimax_m2",
+    "minimax_m3_vl_text",
+    "mixtral",
+    "olmoe",
+    "openai_privacy_filter",
+    "phimoe",
+)
 
 _NUM_LAYERS_NAMES = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
@@ -58,7 +82,16 @@ _MAX_DEPTH = 4
 _INPUT_SCALED_MODELS = ("llama4", "llama4_text")
 
 
-def read_hf_layer(config: Mapping[str, Any], layer_idx: int) -> tuple[dict[str, Any], dict[str, Any], bool]:
+class HfLayer(NamedTuple):
+    """The sizes of a layer, the key of each, its activation, and whether routing weights scale its inputs."""
+
+    sizes: dict[str, Any]
+    sources: dict[str, str]
+    activation: dict[str, Any]
+    scale_inputs: bool
+
+
+def read_hf_layer(config: Mapping[str, Any], layer_idx: int) -> HfLayer:
     """Read the sizes and the activation of a layer, and whether routing weights scale its inputs.
 
     Parameters
@@ -70,11 +103,9 @@ def read_hf_layer(config: Mapping[str, Any], layer_idx: int) -> tuple[dict[str, 
 
     Returns
     -------
-    sizes : dict
-        ``num_experts``, ``num_experts_per_tok``, ``hidden_size``, ``moe_intermediate_size``.
-    activation : dict
-        What `ktmoe_np.config.parse_activation` reads.
-    scale_inputs : bool
+    HfLayer
+        Sizes are ``num_experts``, ``num_experts_per_tok``, ``hidden_size`` and ``moe_intermediate_size``;
+        the activation is what `ktmoe_np.config.parse_activation` reads.
 
     Raises
     ------
@@ -90,10 +121,18 @@ def read_hf_layer(config: Mapping[str, Any], layer_idx: int) -> tuple[dict[str, 
             f"config: got no number of experts (model_type {config.get('model_type')!r}), expected one of "
             f"{names}, at its top or under {', '.join(_NESTED)}"
         )
-    sizes = {size: _agreed(part, size, names, layer_idx) for size, names in _SAME_SIZE_NAMES.items()}
-    sizes |= {size: _first(part, size, names, layer_idx) for size, names in _FIRST_SIZE_NAMES.items()}
-    scale_inputs = any(values.get("model_type") in _INPUT_SCALED_MODELS for values in (config, part))
-    return sizes, _read_activation(part, layer_idx), scale_inputs
+    model_types = {str(values.get("model_type")) for values in (config, part)}
+    found = {size: _agreed(part, size, names, layer_idx) for size, names in _SAME_SIZE_NAMES.items()}
+    for size, in_order in _FIRST_SIZE_NAMES.items():
+        reverse = size == "moe_intermediate_size" and model_types.intersection(_INTERMEDIATE_SIZE_MODELS)
+        ordered = in_order[::-1] if reverse else in_order
+        found[size] = next(iter(_present(part, size, ordered, layer_idx).items()))
+    return HfLayer(
+        {size: value for size, (_, value) in found.items()},
+        {size: name for size, (name, _) in found.items()},
+        _read_activation(part, layer_idx),
+        not model_types.isdisjoint(_INPUT_SCALED_MODELS),
+    )
 
 
 def read_hf_model(config: Mapping[str, Any]) -> tuple[str | None, str | None, int | None]:
@@ -135,11 +174,6 @@ def _present(part: Mapping[str, Any], size: str, names: tuple[str, ...], layer_i
     return found
 
 
-def _first(part: Mapping[str, Any], size: str, names: tuple[str, ...], layer_idx: int) -> Any:
-    """Take the value of the first name present."""
-    return next(iter(_present(part, size, names, layer_idx).values()))
-
-
 def _of_layer(part: Mapping[str, Any], name: str, layer_idx: int) -> Any:
     """Look up `name`; of a list with a value per layer, take the layer's."""
     value = part[name]
@@ -157,14 +191,14 @@ def _of_layer(part: Mapping[str, Any], name: str, layer_idx: int) -> Any:
     return value[layer_idx]
 
 
-def _agreed(part: Mapping[str, Any], size: str, names: tuple[str, ...], layer_idx: int) -> Any:
-    """Take the one value that all the names present give."""
+def _agreed(part: Mapping[str, Any], size: str, names: tuple[str, ...], layer_idx: int) -> tuple[str, Any]:
+    """Take the one value that all the names present give, with the first of these."""
     found = _present(part, size, names, layer_idx)
     shown = {name: f"{value!r:.80}" for name, value in found.items()}
     if len(set(shown.values())) > 1:
         pairs = ", ".join(f"{name}={value}" for name, value in shown.items())
         raise ValueError(f"config: {size}: got {pairs}, expected the same of all")
-    return next(iter(found.values()))
+    return next(iter(found.items()))
 
 
 def _read_activation(part: Mapping[str, Any], layer_idx: int) -> dict[str, Any]:

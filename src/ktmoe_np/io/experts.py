@@ -87,7 +87,7 @@ def find_experts(
     problems = []
     for pattern in layer.patterns():
         sizes = layer.sizes(pattern, config)
-        problem = layer.problem(pattern, sizes)
+        problem = layer.problem(pattern, sizes, "" if config is None else config.origin())
         if problem is None:
             if config is not None:
                 layer.check_gated(pattern, config)

@@ -76,27 +76,34 @@ def gguf_config(checkpoint: GgufCheckpoint | str | os.PathLike[str], layer_idx: 
             f"{checkpoint.path}: metadata 'general.architecture': got {got:.80}, expected a string"
         )
 
-    def size(*names: str) -> int:
-        return _size(checkpoint, [f"{architecture}.{name}" for name in names], layer_idx)
+    sources: dict[str, str] = {}
+
+    def size(what: str, *names: str) -> int:
+        key, value = _size(checkpoint, [f"{architecture}.{name}" for name in names], layer_idx)
+        sources[what] = key
+        return value
 
     # Experts that work in a narrower space than the layer's: that is their H.
     is_latent = checkpoint.metadata(f"{architecture}.moe_latent_size") not in (None, 0)
-    sizes = {
-        "num_experts": size("expert_count"),
-        "num_experts_per_tok": size("expert_used_count"),
-        "hidden_size": size("moe_latent_size" if is_latent else "embedding_length"),
-        "moe_intermediate_size": size("expert_feed_forward_length", "feed_forward_length"),
+    keys = {
+        "num_experts": ("expert_count",),
+        "num_experts_per_tok": ("expert_used_count",),
+        "hidden_size": ("moe_latent_size" if is_latent else "embedding_length",),
+        "moe_intermediate_size": ("expert_feed_forward_length", "feed_forward_length"),
     }
+    sizes = {what: size(what, *names) for what, names in keys.items()}
     activation = _activation(checkpoint, architecture, layer_idx)
     scales = architecture in _INPUT_SCALED
     with naming_file(checkpoint.path):
-        config = MoEConfig(**sizes, activation=activation, layer_idx=layer_idx, scale_inputs=scales)
+        config = MoEConfig(
+            **sizes, activation=activation, layer_idx=layer_idx, scale_inputs=scales, sources=sources
+        )
         config.check_model()
     return config
 
 
-def _size(checkpoint: GgufCheckpoint, keys: list[str], layer_idx: int) -> int:
-    """The size under the first key that is there."""
+def _size(checkpoint: GgufCheckpoint, keys: list[str], layer_idx: int) -> tuple[str, int]:
+    """The first key that is there, and the size under it."""
     for key in keys:
         value = checkpoint.metadata_of_layer(key, layer_idx)
         if value is not None:
@@ -105,7 +112,7 @@ def _size(checkpoint: GgufCheckpoint, keys: list[str], layer_idx: int) -> int:
                     f"{checkpoint.path}: metadata {key!r}: got {value!r:.80} for layer {layer_idx}, "
                     "expected a whole number of at least 1"
                 )
-            return value
+            return key, value
     raise ValueError(
         f"{checkpoint.path}: metadata {' or '.join(map(repr, keys))}: got none, "
         "expected a whole number of at least 1"

@@ -259,7 +259,8 @@ class _Layer:
         # Leading dimensions of 1 are not always written.
         padded = (1,) * (len(shape) - len(info.shape)) + info.shape
         if padded != shape:
-            raise ValueError(f"{where}: got shape {list(info.shape)}, expected {list(shape)}")
+            expected = f"{list(shape)}{self.config.origin()}"
+            raise ValueError(f"{where}: got shape {list(info.shape)}, expected {expected}")
         if info.type not in formats:
             raise TensorTypeError(f"{where}: got {info.type}, expected one of {', '.join(formats)}")
         self.names.append(name)

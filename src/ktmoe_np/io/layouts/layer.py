@@ -101,7 +101,9 @@ class ExpertLayer:
         wanted = self.wanted(pattern, sizes)
         return tuple(name for template, _, _ in wanted for name in self.names_of(template, sizes[0]))
 
-    def problem(self, pattern: NamePattern, sizes: tuple[int, int, int]) -> ValueError | None:
+    def problem(
+        self, pattern: NamePattern, sizes: tuple[int, int, int], origin: str = ""
+    ) -> ValueError | None:
         """The error of the layer's tensors as `pattern` wants them; None if nothing is wrong."""
         num_experts = sizes[0]
         for template in pattern.tensors.values():
@@ -110,7 +112,7 @@ class ExpertLayer:
                 return problem
         for template, shape, dtypes in self.wanted(pattern, sizes):
             for name in self.names_of(template, num_experts):
-                problem = self.checkpoint.problem(name, dtypes, (shape,))
+                problem = self.checkpoint.problem(name, dtypes, (shape,), origin)
                 if problem is not None:
                     return problem
         return None

@@ -87,6 +87,7 @@ _SEPARATE = tuple(
 )
 
 _MLP_FUSED = _fused("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+_BLOCK_FUSED = _fused("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj")
 _LLAMA_FUSED = _fused("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
 
 #: Of rows with the same names the first that the shapes fit counts: shapes tell transposed from not.
@@ -98,6 +99,7 @@ NAME_PATTERNS = (
     replace(_MLP_FUSED, transposed=True),  # Qwen3-VL-MoE
     _fused("experts.gate_up_proj", "experts.down_proj"),  # Gemma-4
     replace(_LLAMA_FUSED, transposed=True),  # Llama-4
+    _BLOCK_FUSED,  # GraniteMoeSWA
     _fused("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),  # Granite
     _fused("mlp.input_linear.weight", "mlp.output_linear.weight"),  # JetMoE
     replace(_fused("mlp.experts.fc1.weight", "mlp.experts.fc2.weight"), transposed=True),  # Aria

@@ -133,7 +133,7 @@ class NativeLayout:
         names: list[str] = []
         for wanted in self.wanted(config):
             for name in wanted.names:
-                problem = checkpoint.problem(name, wanted.dtypes, wanted.shapes)
+                problem = checkpoint.problem(name, wanted.dtypes, wanted.shapes, config.origin())
                 if problem is not None:
                     raise problem
             names += wanted.names

@@ -277,17 +277,22 @@ class SafetensorsCheckpoint:
         return self._shard(name).file.info(name)
 
     def problem(
-        self, name: str, dtypes: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]
+        self, name: str, dtypes: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], origin: str = ""
     ) -> ValueError | None:
-        """The error of a tensor that must have one of those dtypes and shapes; None if nothing is wrong."""
+        """The error of a tensor that must have one of those dtypes and shapes; None if nothing is wrong.
+
+        `origin` is what the message says behind shapes that were expected in place of another.
+        """
         info = self.find(name)
         if info is not None and info.dtype in dtypes and info.shape in shapes:
             return None
         file = self.path if info is None else self.file_of(name)
         got = "none" if info is None else f"{info.dtype} {list(info.shape)}"
         expected = f"{' or '.join(dtypes)} {' or '.join(str(list(shape)) for shape in shapes)}"
-        kind = ValueError if info is None or info.dtype in dtypes else TensorTypeError
-        return kind(f"{file}: tensor {name!r}: got {got}, expected {expected}")
+        if info is None or info.dtype in dtypes:
+            expected += origin if info is not None else ""
+            return ValueError(f"{file}: tensor {name!r}: got {got}, expected {expected}")
+        return TensorTypeError(f"{file}: tensor {name!r}: got {got}, expected {expected}")
 
     def tensor(self, name: str) -> NDArray[Any]:
         """View a tensor; see `SafetensorsFile.tensor`. FileNotFoundError when its shard is missing."""
