@@ -99,6 +99,8 @@ def _encodings() -> Iterator[tuple[str, str, str]]:
     for fmt in NATIVE_FORMATS.values():
         if fmt.info.gguf_type is not None:  # packed along N, and converted
             shapes = "[K / 8, N]", "[ceil(K / g), N]"
+        elif fmt.has_zero_points:
+            shapes = "[N, K / 2]", "[N, ceil(K / g)]; uint8 zero points of the same shape"
         else:
             shapes = _shape_of_codes(fmt), _shape_of_scales(fmt)
         yield (

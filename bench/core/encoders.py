@@ -16,6 +16,7 @@ __all__ = [
     "encode_fp8",
     "encode_fp8_perchannel",
     "encode_gptq_int4",
+    "encode_int4_zp",
     "encode_mxfp4",
     "encode_mxfp8",
     "encode_nvfp4",
@@ -23,7 +24,7 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
-Encoded = dict[str, Array]  # codes as "proj", "scale" and perhaps "global_scale"
+Encoded = dict[str, Array]  # codes as "proj", "scale" and perhaps "global_scale" or "zero"
 
 E4M3 = ml_dtypes.float8_e4m3fn
 _LARGEST_E4M3, _LARGEST_E2M1 = 448.0, 6.0
@@ -115,6 +116,16 @@ def _gptq_int4(weights: Array) -> Encoded:
     return {"proj": np.ascontiguousarray(codes.T), "scale": np.ascontiguousarray(scale.T)}
 
 
+def _int4_zp(weights: Array) -> Encoded:
+    groups = _groups(weights, 128)
+    least, most = np.minimum(groups.min(axis=2), 0), np.maximum(groups.max(axis=2), 0)
+    scale = ((most - least) / np.float32(15)).astype(np.float16)
+    wide = scale.astype(np.float32)
+    zero = np.clip(np.rint(-least / wide), 0, 15)
+    numbers = np.clip(np.rint(groups / wide[..., None]) + zero[..., None], 0, 15)
+    return {"proj": _nibbles(numbers, weights.shape[1]), "scale": scale, "zero": zero.astype(np.uint8)}
+
+
 def _mxfp4(weights: Array) -> Encoded:
     groups = _groups(weights, 32)
     scale = _powers(np.abs(groups).max(axis=2), 2)
@@ -136,5 +147,6 @@ encode_fp8_perchannel = _each_expert(_fp8_perchannel)
 encode_mxfp8 = _each_expert(_mxfp8)
 encode_rawint4 = _each_expert(_rawint4)
 encode_gptq_int4 = _each_expert(_gptq_int4)
+encode_int4_zp = _each_expert(_int4_zp)
 encode_mxfp4 = _each_expert(_mxfp4)
 encode_nvfp4 = _each_expert(_nvfp4)

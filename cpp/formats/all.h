@@ -11,6 +11,7 @@
 #include "formats/gguf_k.h"
 #include "formats/gguf_ternary.h"
 #include "formats/int4.h"
+#include "formats/int4_zp.h"
 #include "formats/int8.h"
 #include "formats/mxfp4.h"
 #include "formats/nvfp4.h"

@@ -86,9 +86,10 @@ class KTMoEWrapper:
     activation : str, ActivationSpec or mapping
         See `ktmoe_np.config.parse_activation`.
     group_size : int, optional
-        How many columns of a row share a scale, where there is a choice. ``AMXINT4``, ``MOE_INT4`` and
-        ``RAWINT4``: 32 (which None means too), 64 or 128; ``MOE_INT8``: 32, or None for one scale per row;
-        others: None. The same with ``_SFT``. `from_pretrained` finds that of ``RAWINT4``.
+        How many columns of a row share a scale, where there is a choice. ``AMXINT4``, ``MOE_INT4``,
+        ``RAWINT4`` and ``INT4_ZP``: 32 (which None means too), 64 or 128; ``MOE_INT8``: 32, or None for one
+        scale per row; others: None. The same with ``_SFT``. `from_pretrained` finds that of ``RAWINT4``, and
+        for ``INT4_ZP``, whose groups may be longer, the largest that divides them.
     scale_inputs : bool
         Routing weights scale the inputs of the experts, as in Llama-4: the expert of slot p of token t takes
         bf(topk_weights[t, p] * hidden_states[t]), and its output has weight 1. Adapters take the same rows.
@@ -96,10 +97,10 @@ class KTMoEWrapper:
     activation_dtype : {"bfloat16", "int8"} or dtype, optional
         What products take activations in: a row, bf16, is quantized in blocks that each have a scale, or it
         is not. ``int8`` is for weights that are integers with scales: ``LLAMAFILE`` with quantized tensor
-        types, ``RAWINT4``, ``GPTQ_INT4``, ``MXFP4``, ``NVFP4``, ``MOE_INT8`` and ``MOE_INT4``; projections in
-        F32, F16 or BF16 beside them stay in bf16. None is the method's own: ``int8`` for ``AMXINT8`` and
-        ``AMXINT4``, which have no other and one scale per row, ``bfloat16`` for all others. Every call may
-        override it. `ktmoe_np.reference.moe_forward` defines the products.
+        types, ``RAWINT4``, ``GPTQ_INT4``, ``INT4_ZP``, ``MXFP4``, ``NVFP4``, ``MOE_INT8`` and ``MOE_INT4``;
+        projections in F32, F16 or BF16 beside them stay in bf16. None is the method's own: ``int8`` for
+        ``AMXINT8`` and ``AMXINT4``, which have no other and one scale per row, ``bfloat16`` for all others.
+        Every call may override it. `ktmoe_np.reference.moe_forward` defines the products.
     lora_rank, lora_alpha, lora_dropout, max_cache_depth, full_weight_grad, recompute, seed, cache_dtype
         Of mode ``sft``, by keyword: see `ktmoe_np.sft.SFTOptions`.
     reuse_buffers : bool

@@ -25,7 +25,7 @@ NO_ARRAY = "got NoneType, expected an array on the CPU (NumPy, or with __dlpack_
 
 
 #: Expected dtypes of codes and scales, and how many columns of codes share a scale; None: a row. Not of
-#: GPTQ_INT4, whose rows do not lie together.
+#: methods that convert what they are given.
 EXPECTED: dict[str, tuple[str, str, int | None]] = {
     "FP8": ("float8_e4m3fn", "float32", 128),
     "FP8_PERCHANNEL": ("float8_e4m3fn", "float32", None),
@@ -43,6 +43,10 @@ def expected(method: str, name: str) -> str:
         if name.endswith("_proj"):
             return f"int32 {[E, columns // 8, rows]}"
         return f"float16 [{E}, G, {rows}] with G = {'2 or 1' if columns == 64 else '3 or 2 or 1'}"
+    if method == "INT4_ZP":
+        if name.endswith("_proj"):
+            return f"uint8 {[E, rows, columns // 2]}"
+        return f"float16 [{E}, {rows}, G] with G = {'2 or 1' if columns == 64 else '3 or 2 or 1'}"
     codes, scale, group = EXPECTED[method]
     if name.endswith("_proj"):
         return f"{codes} {[E, rows, columns if codes != 'uint8' else columns // 2]}"
@@ -111,7 +115,9 @@ def test_another_dtype_is_refused(method: str, name: str) -> None:
 @arguments
 def test_another_shape_is_refused(method: str, name: str) -> None:
     array = native_layer(method).arguments[name]
-    wider = np.concatenate([array, array], axis=-1)
+    wider = np.concatenate(
+        [array] * (8 if method == "INT4_ZP" else 2), axis=-1
+    )  # more groups than there may be
     for wrong in (array[1:], array[:, :0], wider):
         message = f"{name}: got {got(method, name, wrong)}, expected {expected(method, name)}"
         assert_refused(method, {name: wrong}, ValueError, message)
@@ -374,6 +380,7 @@ DTYPES = {
     "MXFP8": {"proj": (np.uint8, ml_dtypes.float8_e4m3fn), "scale": (np.uint8, ml_dtypes.float8_e8m0fnu)},
     "RAWINT4": {"proj": (np.uint8, np.int32), "scale": (bf16,)},
     "GPTQ_INT4": {},
+    "INT4_ZP": {"proj": (np.uint8, np.int32)},
     "MXFP4": {"proj": (np.uint8, np.int8), "scale": (np.uint8, ml_dtypes.float8_e8m0fnu)},
     "NVFP4": {"proj": (np.uint8, np.int8), "scale": (np.uint8, ml_dtypes.float8_e4m3fn)},
 }

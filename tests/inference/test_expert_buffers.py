@@ -107,7 +107,7 @@ def test_rows_that_lie_apart(encoding: Encoding) -> None:
     st.integers(0, 2**32 - 1),
 )
 def test_any_sizes(encoding: Encoding, num: int, units: int, hidden: int, activation: str, seed: int) -> None:
-    whole = encoding.sizes[1] if encoding.gguf or encoding.method == "GPTQ_INT4" else hidden
+    whole = encoding.sizes[1] if encoding.gguf or encoding.is_converted else hidden
     sizes = num * units * encoding.unit, whole
     experts = draw_experts(encoding, activation=activation, num_experts=1, sizes=sizes, seed=seed)
     assert_writes(experts.wrapper(), experts, (num,))
@@ -115,7 +115,7 @@ def test_any_sizes(encoding: Encoding, num: int, units: int, hidden: int, activa
 
 @given(st.sampled_from([e for e in ENCODINGS if e.gguf is None and e.unit > 1]), st.integers(1, 300))
 def test_one_slice_of_sizes_that_are_no_multiples(encoding: Encoding, inter_size: int) -> None:
-    inter_size = -(-inter_size // 32) * 32 if encoding.method == "GPTQ_INT4" else inter_size
+    inter_size = -(-inter_size // encoding.unit) * encoding.unit if encoding.is_converted else inter_size
     experts = draw_experts(encoding, num_experts=1, sizes=(inter_size, encoding.sizes[1]))
     assert_writes(experts.wrapper(), experts, (1,))
 

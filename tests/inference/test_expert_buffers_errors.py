@@ -89,6 +89,8 @@ def test_what_is_no_integer(value: Any) -> None:
         ("MXFP4", "mxfp4", 32),
         ("NVFP4", "nvfp4", 16),
         ("GPTQ_INT4", "q4_0", 32),
+        ("INT4_ZP", "int4_zp_group32", 32),
+        ("INT4_ZP-128", "int4_zp_group128", 128),
         ("MOE_INT8-32", "int8_group32", 32),
         ("AMXINT4-64", "int4_group64", 64),
         ("MOE_INT4-128", "int4_group128", 128),
@@ -234,6 +236,7 @@ def test_buffers_that_overlap() -> None:
     [
         ("BF16", "bf16"),
         ("GPTQ_INT4", "q4_0"),
+        ("INT4_ZP", "int4_zp_group32"),
         ("MOE_INT8-32", "int8_group32"),
         ("LLAMAFILE-q4_k", "q4_k"),
         ("LLAMAFILE-f16", "f16"),

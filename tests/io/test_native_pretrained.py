@@ -44,6 +44,8 @@ def from_arrays(layer: Layer, mode: str, method: str) -> Any:
         if layer.method == "NVFP4":
             factors = np.array([matrix.factor for matrix in matrices], np.float32)
             arguments[f"{name}_global_scale"] = factors
+        if layer.method == "INT4_ZP":
+            arguments[f"{name}_zero"] = [matrix.zero for matrix in matrices]
         if projection in layer.biases:
             arguments[f"{name}_bias"] = layer.biases[projection]
     moe.load_weights_from_tensors(**arguments)

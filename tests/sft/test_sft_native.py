@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from layers import Batch, assert_same_bits
-from native_layers import IN_PLACE, NativeLayer
+from native_layers import CONVERTED, IN_PLACE, NativeLayer
 from native_layers import METHODS as INFERENCE_METHODS
 from sft_layers import (
     Student,
@@ -86,7 +86,7 @@ def test_experts_are_as_large_as_for_inference(method: str) -> None:
     assert isinstance(layer, NativeLayer)
     held = sum(given.nbytes for given in layer.arguments.values() if isinstance(given, np.ndarray))
     if inference_name(method) not in IN_PLACE:
-        held = sum(matrix.size for matrix in layer.matrices) * 18 // 32
+        held = sum(matrix.size for matrix in layer.matrices) * CONVERTED[inference_name(method)] // 32
     inference = layer.wrapper(2, method=inference_name(method))
     assert student.wrapper(2).expert_bytes == inference.expert_bytes == held // layer.num_experts
 

@@ -71,7 +71,7 @@ def test_methods_that_nobody_knows() -> None:
     names = ["AMXBF16_SFT", "BF16_SFT", "AMXBF16_SFT_SkipLoRA", "BF16_SFT_SkipLoRA"]
     names += [name + suffix for name in NAMES for suffix in ("_SFT", "_SFT_SkipLoRA")]
     names += ["AMXFP8_SFT", "FP8_SFT", "AMXFP8_SFT_SkipLoRA", "FP8_SFT_SkipLoRA"]
-    native = ("FP8_PERCHANNEL", "MXFP8", "RAWINT4", "GPTQ_INT4", "MXFP4", "NVFP4", "LLAMAFILE")
+    native = ("FP8_PERCHANNEL", "MXFP8", "RAWINT4", "GPTQ_INT4", "INT4_ZP", "MXFP4", "NVFP4", "LLAMAFILE")
     names += [name + suffix for name in native for suffix in ("_SFT", "_SFT_SkipLoRA")]
     for given in ("AMXINT4", "AMXINT3_SFT", "AMXINT4_SFT_skiplora"):
         message = f"method: got {given!r} for mode 'sft', expected one of {', '.join(names)}"

@@ -13,6 +13,7 @@ from layers import bf16
 
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np.formats.gptq import q4_0_rows
+from ktmoe_np.formats.zero_points import int4_zp_rows
 
 __all__ = ["ENCODINGS", "Encoding", "Experts", "Matrix", "draw_experts", "empty_buffers", "write"]
 
@@ -46,8 +47,13 @@ class Encoding:
     @property
     def sizes(self) -> tuple[int, int]:
         """I, which may be cut in four, and an H that is as odd as can be."""
-        whole_blocks = self.gguf is not None or self.method == "GPTQ_INT4"
+        whole_blocks = self.gguf is not None or self.is_converted
         return 4 * max(self.unit, 5), max(self.unit, 32) if whole_blocks else 150 if self.unit == 128 else 71
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether the layer holds rows that are made of its arguments."""
+        return self.method in ("GPTQ_INT4", "INT4_ZP")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -74,6 +80,8 @@ ENCODINGS = (
     Encoding("MXFP4", ((2, 1),), (1, 32, 1)),
     Encoding("NVFP4", ((2, 1),), (1, 16, 1), has_channel_scale=True),
     Encoding("GPTQ_INT4", ((32, 18),)),
+    Encoding("INT4_ZP", ((32, 19),)),
+    Encoding("INT4_ZP", ((128, 67),), group_size=128),
     Encoding("AMXINT8", ((1, 1),), has_channel_scale=True),
     Encoding("MOE_INT8", ((1, 1),), has_channel_scale=True),
     Encoding("MOE_INT8", ((1, 1), (32, 4)), group_size=32),
@@ -109,6 +117,12 @@ def _draw_matrix(rng: np.random.Generator, encoding: Encoding, e: int, n: int, k
         qweight = rng.integers(-(2**31), 2**31, (e, k // 8, n), np.int32)
         scale = rng.standard_normal((e, k // 32, n), np.float32).astype(np.float16)
         return Matrix(q4_0_rows(qweight, scale), None, None, {"proj": qweight, "scale": scale})
+    if encoding.method == "INT4_ZP":
+        codes = rng.integers(0, 256, (e, n, k // 2), np.uint8)
+        scale = rng.standard_normal((e, n, k // encoding.unit), np.float32).astype(np.float16)
+        zero = rng.integers(0, 17, scale.shape).astype(np.uint8)
+        given = {"proj": codes, "scale": scale, "zero": zero}
+        return Matrix(int4_zp_rows(codes, scale, zero, encoding.unit), None, None, given)
     rows = rng.integers(0, 256, (e, n, encoding.row_bytes(k)), np.uint8)
     arguments = {"proj": rows.view(encoding.dtype)}
     scales = channel_scale = None

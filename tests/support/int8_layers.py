@@ -91,6 +91,8 @@ def draw_int8_layer(
         return Int8Layer(plain, quantized_layer(plain, name, group_size), name, group_size)
     if name == "LLAMAFILE":
         native = _draw_types(rng, types, sizes, activation, with_biases)
+    elif name == "INT4_ZP":
+        native = draw_native_layer(rng, name, *sizes, activation, block=group_size or 32, **options)
     elif group_size in (64, 128):
         native = _draw_rawint4(rng, group_size, sizes, activation, with_biases)
     else:

@@ -15,12 +15,14 @@ from ktmoe_np.reference import (
     IntegerMatrix,
     decode_gguf,
     decode_gptq_int4,
+    decode_int4_zp,
     decode_mxfp4,
     decode_nvfp4,
     decode_rawint4,
     gradient_weights,
     integers_of_gguf,
     integers_of_gptq_int4,
+    integers_of_int4_zp,
     integers_of_mxfp4,
     integers_of_nvfp4,
     integers_of_quantized,
@@ -80,6 +82,19 @@ def _gptq_int4(rng: np.random.Generator, *shape: int) -> Encoded:
     return Encoded(integers_of_gptq_int4(codes, scale), decode_gptq_int4(codes, scale))
 
 
+def _int4_zp(size: int, rng: np.random.Generator, *shape: int) -> Encoded:
+    """Of a layer with blocks of that size, which divides the groups."""
+    *lead, k = shape
+    k = _up(k, size)
+    codes = rng.integers(0, 256, (*lead, k // 2), np.uint8)
+    group_size = int(rng.choice([group for group in (32, 64, 128, k) if group % size == 0]))
+    scale = _scales(rng, 6.5, *lead, -(-k // group_size)).astype((np.float16, bf16)[rng.integers(2)])
+    zero = rng.integers(0, 17, scale.shape).astype(np.uint8)
+    return Encoded(
+        integers_of_int4_zp(codes, scale, zero, group_size=size), decode_int4_zp(codes, scale, zero)
+    )
+
+
 def _mxfp4(rng: np.random.Generator, *shape: int) -> Encoded:
     *lead, k = shape
     codes = rng.integers(0, 256, (*lead, -(-k // 2)), np.uint8)
@@ -105,6 +120,7 @@ ENCODINGS: dict[str, Callable[..., Encoded]] = {
     **{f"GGUF {name}": partial(_gguf, name) for name in GGUF_BLOCKS},
     **{f"RAWINT4, {size}": partial(_rawint4, size) for size in (32, 64, 128)},
     "GPTQ_INT4": _gptq_int4,
+    **{f"INT4_ZP, {size}": partial(_int4_zp, size) for size in (32, 64, 128)},
     "MXFP4": _mxfp4,
     "NVFP4": _nvfp4,
     "MOE_INT8": partial(_quantized, quantize_int8),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ class Matrix:
     codes: AnyArray  # uint8 [N, row_bytes]; of GPTQ int32 [K / 8, N]
     scale: AnyArray
     factor: float | None = None
+    zero: AnyArray | None = None
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Layer:
     tensors: dict[str, AnyArray] = field(default_factory=dict)
     matrices: dict[str, list[Matrix]] = field(default_factory=dict)
     biases: dict[str, AnyArray] = field(default_factory=dict)
+    options: dict[str, Any] | None = None  # that a file beside the tensors says
 
 
 Draw = Callable[[np.random.Generator, int, int], Matrix]
@@ -111,6 +114,64 @@ def _gptq(group_size: int, dtype: Any, zero: int, *, order: bool = True) -> Draw
     return draw
 
 
+def _words(nibbles: AnyArray, axis: int, order: tuple[int, ...] = tuple(range(8))) -> AnyArray:
+    """Eight along an axis in a number, in that order from the lowest bits on; filled up with zeros."""
+    rows = np.moveaxis(nibbles, axis, -1)
+    rows = np.pad(rows, [(0, 0), (0, -rows.shape[-1] % 8)])
+    words = np.zeros((len(rows), rows.shape[-1] // 8), np.uint32)
+    for place, column in enumerate(order):
+        words |= rows[:, column::8].astype(np.uint32) << np.uint32(4 * place)
+    return np.ascontiguousarray(np.moveaxis(words.view(np.int32), -1, axis))
+
+
+Pack = Callable[[AnyArray, AnyArray, AnyArray], dict[str, AnyArray]]
+
+
+def _zero_points(
+    pack: Pack, group_size: int, dtype: Any = np.float16, zeros: tuple[int, int] = (0, 16)
+) -> Draw:
+    """Nibbles [N, K], scales and zero points [N, G], as `pack` lays them out."""
+
+    def draw(rng: np.random.Generator, n: int, k: int) -> Matrix:
+        size = k if group_size == -1 else group_size
+        nibbles = rng.integers(0, 16, (n, k)).astype(np.uint8)
+        scale = _floats(rng, (n, -(-k // size)), BF16).astype(dtype)
+        zero = rng.integers(*zeros, scale.shape).astype(np.uint8)
+        codes = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+        return Matrix(pack(nibbles, scale, zero), codes, scale, zero=zero)
+
+    return draw
+
+
+def _pack_awq(nibbles: AnyArray, scale: AnyArray, zero: AnyArray) -> dict[str, AnyArray]:
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    return {
+        ".qweight": _words(nibbles.T, 1, order),
+        ".qzeros": _words(zero.T, 1, order),
+        ".scales": np.ascontiguousarray(scale.T),
+    }
+
+
+def _pack_gptq(version: int) -> Pack:
+    def pack(nibbles: AnyArray, scale: AnyArray, zero: AnyArray) -> dict[str, AnyArray]:
+        return {
+            ".qweight": _words(nibbles.T, 0),
+            ".qzeros": _words(zero.T - np.uint8(version == 1), 1),
+            ".scales": np.ascontiguousarray(scale.T),
+        }
+
+    return pack
+
+
+def _pack_compressed_tensors(nibbles: AnyArray, scale: AnyArray, zero: AnyArray) -> dict[str, AnyArray]:
+    tensors = {
+        ".weight_packed": _words(nibbles, 1),
+        ".weight_scale": scale,
+        ".weight_shape": np.array(nibbles.shape, np.int64),
+    }
+    return tensors if (zero == 8).all() else {**tensors, ".weight_zero_point": _words(zero, 0)}
+
+
 def _nvfp4(codes_name: str, factor_name: str, shape: tuple[int, ...]) -> Draw:
     def draw(rng: np.random.Generator, n: int, k: int) -> Matrix:
         codes, scale = _bytes(rng, n, k // 2), _bytes(rng, n, k // 16)
@@ -143,6 +204,15 @@ ENCODINGS: dict[str, tuple[str, Draw]] = {
     "gptq": ("GPTQ_INT4", _gptq(64, np.float16, 7)),
     "gptq_bf16": ("GPTQ_INT4", _gptq(32, BF16, 7, order=False)),
     "gptq_v2": ("GPTQ_INT4", _gptq(-1, np.float16, 8)),
+    "gptq_zeros": ("INT4_ZP", _zero_points(_pack_gptq(1), 64, zeros=(1, 17))),
+    "gptq_zeros_v2": ("INT4_ZP", _zero_points(_pack_gptq(2), 32, BF16)),
+    "awq": ("INT4_ZP", _zero_points(_pack_awq, 32)),
+    "awq_128": ("INT4_ZP", _zero_points(_pack_awq, 128)),
+    "packed_zeros": ("INT4_ZP", _zero_points(_pack_compressed_tensors, 32, BF16)),
+    "packed_zeros_f16": ("INT4_ZP", _zero_points(_pack_compressed_tensors, 128)),
+    "packed_channel_zeros": ("INT4_ZP", _zero_points(_pack_compressed_tensors, -1, BF16)),
+    "packed_channel": ("INT4_ZP", _zero_points(_pack_compressed_tensors, -1, BF16, (8, 9))),
+    "packed_f16": ("INT4_ZP", _zero_points(_pack_compressed_tensors, 32, zeros=(8, 9))),
     "mxfp4_packed": ("MXFP4", _groups(".weight_packed", ".weight_scale", np.uint8, np.uint8, bits=4)),
     "mxfp4_packed_e8m0": ("MXFP4", _groups(".weight_packed", ".weight_scale", np.uint8, E8M0, bits=4)),
     "mxfp4_deepseek_v4": ("MXFP4", _groups(".weight", ".scale", np.int8, E8M0, bits=4)),
@@ -151,6 +221,12 @@ ENCODINGS: dict[str, tuple[str, Draw]] = {
     "nvfp4_packed": ("NVFP4", _nvfp4(".weight_packed", ".weight_global_scale", (1,))),
     "gpt_oss": ("MXFP4", _groups("_blocks", "_scales", np.uint8, np.uint8, bits=4)),
     "step": ("FP8", _fp8_block(".weight_scale_inv", np.float32)),
+}
+
+#: Encoding -> GPTQ's options, of files that need them.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gptq_zeros": {"bits": 4, "sym": False},
+    "gptq_zeros_v2": {"bits": 4, "sym": False, "checkpoint_format": "gptq_v2"},
 }
 
 #: Naming -> what stands before an expert's number, and the names of gate, up and down; without a gate of two.
@@ -177,7 +253,7 @@ def draw_layer(
 ) -> Layer:
     """Draw a layer; `naming` is of no account where the encoding has its own."""
     method, draw = ENCODINGS[encoding]
-    layer = Layer(method)
+    layer = Layer(method, options=OPTIONS.get(encoding))
     rng = np.random.default_rng(0)
     projections = (
         ("gate_proj", "down_proj") if naming == "nemotron" else ("gate_proj", "up_proj", "down_proj")
@@ -228,6 +304,8 @@ def _name_gpt_oss(layer: Layer) -> None:
 
 def put_layer(directory: Path, layer: Layer) -> Path:
     """Write a layer as a checkpoint of one file, beside a layer without experts."""
+    if layer.options is not None:
+        (directory / "quantize_config.json").write_text(json.dumps(layer.options))
     path = directory / "model.safetensors"
     other = f"model.layers.{LAYER + 1}.mlp.down_proj.weight"
     shared = f"model.layers.{LAYER}.mlp.shared_experts.down_proj.weight"

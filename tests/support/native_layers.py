@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -19,6 +20,7 @@ from ktmoe_np.reference import (
     decode_fp8_perchannel,
     decode_gguf,
     decode_gptq_int4,
+    decode_int4_zp,
     decode_mxfp4,
     decode_mxfp8,
     decode_nvfp4,
@@ -74,10 +76,11 @@ class NativeLayer(Layer):
             type_name = self.arguments[f"{name}_format"].lower()
             has_blocks = type_name in GGUF_BLOCKS
             return integers_of_gguf(codes, type_name) if has_blocks else getattr(self, f"{name}_proj")
-        scale, factors = (self.arguments.get(f"{name}_{role}") for role in ("scale", "global_scale"))
+        scale, extra = self.arguments.get(f"{name}_scale"), self.arguments.get(f"{name}_global_scale")
+        extra = self.arguments.get(f"{name}_zero", extra)
         if method != "GPTQ_INT4":
             codes = codes.view(np.uint8)
-        found = INTEGERS[method](codes, scale, factors, group_size)
+        found = INTEGERS[method](codes, scale, extra, group_size)
         num_columns = self.hidden_size if name != "down" else self.inter_size
         return replace(found, codes=found.codes[..., :num_columns])  # without the unused nibble of odd rows
 
@@ -130,6 +133,16 @@ def _gptq_int4(rng: np.random.Generator, size: float, e: int, n: int, k: int) ->
     return {"proj": codes, "scale": scale}, decode_gptq_int4(codes, scale)
 
 
+def _int4_zp(rng: np.random.Generator, size: float, e: int, n: int, k: int, block: int = 32) -> Drawn:
+    """Likewise, in groups that a block divides, and zero points from 0 to 16."""
+    group_size = int(rng.choice([group for group in (32, 64, 128, k) if group % block == 0]))
+    codes, shape = _nibbles(rng, e, n, k), (e, n, -(-k // group_size))
+    scale = _scales(rng, size / 6.5, *shape).astype((np.float16, bf16)[rng.integers(2)])
+    zero = rng.integers(0, 17, shape).astype(np.uint8)
+    given = {"proj": codes.view(np.int32) if k % 8 == 0 else codes, "scale": scale, "zero": zero}
+    return given, decode_int4_zp(codes, scale, zero)
+
+
 def _mxfp4(rng: np.random.Generator, size: float, e: int, n: int, k: int) -> Drawn:
     codes, scale = _nibbles(rng, e, n, k), _powers(rng, size / 2.9, e, n, -(-k // 32))
     given = scale.view(ml_dtypes.float8_e8m0fnu)
@@ -167,6 +180,7 @@ _DRAW: dict[str, Callable[[np.random.Generator, float, int, int, int], Drawn]] =
     "MXFP8": _mxfp8,
     "RAWINT4": _rawint4,
     "GPTQ_INT4": _gptq_int4,
+    "INT4_ZP": _int4_zp,
     "MXFP4": _mxfp4,
     "NVFP4": _nvfp4,
     "LLAMAFILE": _llamafile,
@@ -179,8 +193,11 @@ METHODS = tuple(
     if info.mode == "inference" and (info.scales or info.weights == "gguf")
 )
 
-#: The methods that hold the arrays that they are given; of the other, rows are converted.
-IN_PLACE = tuple(method for method in METHODS if method != "GPTQ_INT4")
+#: The bytes of a block of 32 values of the methods that convert what they are given.
+CONVERTED = {"GPTQ_INT4": 18, "INT4_ZP": 19}
+
+#: The methods that hold the arrays that they are given.
+IN_PLACE = tuple(method for method in METHODS if method not in CONVERTED)
 
 #: The methods of `NativeMoEWrapper`, whose scales are arrays of their own.
 WITH_SCALES = tuple(method for method in METHODS if method != "LLAMAFILE")
@@ -195,13 +212,15 @@ def draw_native_layer(
     activation: Any = "silu",
     *,
     with_biases: bool = False,
+    block: int = 32,
 ) -> NativeLayer:
     """Any codes, with scales that keep gate, up and outputs about as large as those of `draw_layer`.
 
-    Sizes are the given ones, or the next that the method takes.
+    Sizes are the given ones, or the next that the method takes; `block` is the group size of an INT4_ZP
+    layer.
     """
-    if method in ("GPTQ_INT4", "LLAMAFILE"):
-        inter_size, hidden_size = -(-inter_size // 32) * 32, -(-hidden_size // 32) * 32
+    if method in (*CONVERTED, "LLAMAFILE"):
+        inter_size, hidden_size = -(-inter_size // block) * block, -(-hidden_size // block) * block
     plain = draw_layer(rng, num_experts, inter_size, hidden_size, activation, with_biases=with_biases)
     first, last = (num_experts, inter_size, hidden_size), (num_experts, hidden_size, inter_size)
     shapes = {"gate": first, "up": first, "down": last}
@@ -211,6 +230,7 @@ def draw_native_layer(
     matrices: dict[str, Any] = {"up_proj": None}
     for name, shape in shapes.items():
         size = (1.0 if name == "down" else 1.5) * shape[2] ** -0.5
-        drawn, matrices[f"{name}_proj"] = _DRAW[method](rng, size, *shape)
+        draw = partial(_int4_zp, block=block) if method == "INT4_ZP" else _DRAW[method]
+        drawn, matrices[f"{name}_proj"] = draw(rng, size, *shape)
         arguments |= {f"{name}_{role}": array for role, array in drawn.items()}
     return NativeLayer(**matrices, **plain.biases, activation=activation, arguments=arguments)

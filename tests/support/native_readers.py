@@ -23,6 +23,7 @@ from ktmoe_np.reference import (
     decode_fp8,
     decode_fp8_perchannel,
     decode_gptq_int4,
+    decode_int4_zp,
     decode_mxfp4,
     decode_mxfp8,
     decode_nvfp4,
@@ -106,6 +107,7 @@ DECODE: dict[str, Callable[[AnyArray, AnyArray, Any, int], Any]] = {
     "RAWINT4": lambda codes, scale, _, k: decode_rawint4(codes, scale, k),
     "GPTQ_INT4": lambda codes, scale, _, k: decode_gptq_int4(codes, scale),
     "MXFP4": lambda codes, scale, _, k: decode_mxfp4(codes, scale, k),
+    "INT4_ZP": lambda codes, scale, zero, _: decode_int4_zp(codes, scale, zero),
     "NVFP4": decode_nvfp4,
 }
 
@@ -126,7 +128,8 @@ def stacked(matrices: list[Any]) -> Any:
 def decoded(experts: ExpertWeights, projection: str, config: MoEConfig) -> list[Any]:
     """The matrices of a projection that has been loaded."""
     found = experts.projections[projection]
-    factors = [None] * len(found.codes) if found.global_scale is None else found.global_scale
+    extra = found.global_scale if found.zero_points is None else found.zero_points
+    factors = [None] * len(found.codes) if extra is None else extra
     k = config.moe_intermediate_size if projection == "down_proj" else config.hidden_size
     each = zip(found.codes, found.scales, factors, strict=True)
     return [DECODE[experts.method](*matrix, k) for matrix in each]
@@ -182,6 +185,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 
 
+CHANNELS = {"strategy": "channel", "group_size": None}
 BLOCKS = {"strategy": "block", "block_structure": [128, 128]}
 
 
@@ -203,6 +207,8 @@ def of_compressed_tensors(form: str, **other: Any) -> Callable[[Tensors], Any]:
         named = {suffix[1:]: array for suffix, array in tensors.items()}
         if other.get("strategy") != "block" and form == "float-quantized":
             named["weight_scale"] = named["weight_scale"].reshape(-1, 1)
+        if named["weight_scale"].dtype == torch.float16:  # which would round the weights
+            named["weight_scale"] = named["weight_scale"].float()
         if form.startswith("mxfp"):
             named["weight_scale"] = named["weight_scale"].view(torch.uint8)
         return reader.decompress(named, scheme)["weight"]
@@ -243,6 +249,21 @@ def of_gptq(version: int) -> Callable[[Tensors], Any]:
     return read
 
 
+def of_awq(tensors: Tensors) -> Any:
+    """The definition of AWQ's format, a number at a time: no one else reads it on a CPU."""
+
+    def unpacked(words: Any) -> Any:
+        order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+        columns = torch.empty(len(words), words.shape[1], 8, dtype=torch.float32)
+        for place, column in enumerate(order):
+            columns[:, :, column] = ((words >> (4 * place)) & 15).float()
+        return columns.flatten(1)
+
+    q, z, scales = unpacked(tensors[".qweight"]), unpacked(tensors[".qzeros"]), tensors[".scales"].float()
+    group = torch.arange(len(q)) // (len(q) // len(scales))
+    return ((q - z[group]) * scales[group]).T
+
+
 #: What reads an encoding of `native_checkpoints`, all there are but gpt-oss's.
 READERS: tuple[tuple[str, Callable[[Tensors], Any]], ...] = (
     ("fp8", of_fine_grained_fp8),
@@ -262,6 +283,14 @@ READERS: tuple[tuple[str, Callable[[Tensors], Any]], ...] = (
     ("gptq", of_gptq(1)),
     ("gptq_bf16", of_gptq(1)),
     ("gptq_v2", of_gptq(2)),
+    ("gptq_zeros", of_gptq(1)),
+    ("awq", of_awq),
+    ("awq_128", of_awq),
+    ("packed_zeros", of_compressed_tensors("pack-quantized", symmetric=False)),
+    ("packed_zeros_f16", of_compressed_tensors("pack-quantized", symmetric=False, group_size=128)),
+    ("packed_channel_zeros", of_compressed_tensors("pack-quantized", symmetric=False, **CHANNELS)),
+    ("packed_channel", of_compressed_tensors("pack-quantized", **CHANNELS)),
+    ("packed_f16", of_compressed_tensors("pack-quantized")),
     ("mxfp4_packed", of_compressed_tensors("mxfp4-pack-quantized")),
     ("mxfp4_packed_e8m0", of_compressed_tensors("mxfp4-pack-quantized")),
     ("mxfp4_deepseek_v4", of_fine_grained_fp8),

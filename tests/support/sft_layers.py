@@ -349,7 +349,8 @@ def _in_encoding(fmt: NativeFormat, layer: NativeLayer) -> dict[str, Any]:
     for name, matrix in zip(("gate", "up", "down"), layer.matrices, strict=True):
         if matrix is not None:
             given = (layer.arguments.get(f"{name}_{role}") for role in ("proj", "scale", "global_scale"))
-            encoded[f"{name}_proj"] = to_engine(fmt.matrices(name, *given, matrix.shape))
+            zero = layer.arguments.get(f"{name}_zero")
+            encoded[f"{name}_proj"] = to_engine(fmt.matrices(name, *given, matrix.shape, zero))
     return encoded
 
 

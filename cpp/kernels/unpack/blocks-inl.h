@@ -104,6 +104,13 @@ KT_INLINE_GROUP void store_group(const std::byte* block, const typename Format::
     KT_UNROLL for (size_t i = 0; i < 16 / Vec::kWidth; ++i) numbers[i] =
         by.of(Vec::load_f(kFloatTable<Of::kTable>.of + i * Vec::kWidth));
     store_looked_up(next, Of::nibbles(block, g), numbers);
+  } else if constexpr (Vec::kLooksUpScaled && requires { Of::zero(block); }) {
+    const GroupScale<Format> by(block, scales, g, 0);
+    const auto zero = Vec::set(static_cast<float>(Of::zero(block)));
+    Vec::Float numbers[16 / Vec::kWidth];
+    KT_UNROLL for (size_t i = 0; i < 16 / Vec::kWidth; ++i) numbers[i] =
+        by.of(Vec::sub(Vec::load_f(kFloatTable<kFromZero>.of + i * Vec::kWidth), zero));
+    store_looked_up(next, Of::packed(block, g), numbers);
   } else {
     Bytes32 numbers;
     if constexpr (requires { Of::kTable; }) {

@@ -95,9 +95,12 @@ class NativeSource:
             MappedFiles([projection.codes, projection.scales]).check()
             codes = np.stack([projection.codes[e] for e in experts])
             scale = np.stack([projection.scales[e] for e in experts])
-            factors = projection.global_scale
-            factors = None if factors is None else factors[experts]
-            made[name] = decode(codes, scale, factors, self.experts.group_size)
+            extra = projection.global_scale
+            if projection.zero_points is not None:
+                extra = np.stack([projection.zero_points[e] for e in experts])
+            elif extra is not None:
+                extra = extra[experts]
+            made[name] = decode(codes, scale, extra, self.experts.group_size)
         return made
 
 

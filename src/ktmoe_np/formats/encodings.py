@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes  # noqa: F401  # NumPy knows its dtypes by name
@@ -12,13 +12,18 @@ import numpy as np
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, as_numpy, each_expert, expert_arrays
 from ..arrays.spec import ArraySpec
-from .gptq import BLOCK_SIZE, first_not_float16, group_sizes, q4_0_rows
+from .gptq import first_not_float16, group_sizes, q4_0_rows
 from .methods import format_names, methods_that_take
 from .weights import Projection
+from .zero_points import int4_zp_rows
 
 __all__ = ["NATIVE_FORMATS", "NativeFormat"]
 
 _FLOAT32 = (np.dtype(np.float32),)
+_UINT8 = (np.dtype(np.uint8),)
+
+#: The largest zero point that the engine has: q - z is then an int8 of few bits.
+_MAX_ZERO = 31
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,16 @@ class NativeFormat:
     def has_global_scale(self) -> bool:
         """Whether a matrix has a float32 scale too, which the engine takes for each of its rows."""
         return self.info.has_channel_scale and self.group_size is not None
+
+    @property
+    def has_zero_points(self) -> bool:
+        """Whether groups have a zero point each."""
+        return False
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether rows are made of what is given, and the result is kept."""
+        return False
 
     @property
     def method(self) -> str:
@@ -77,7 +92,13 @@ class NativeFormat:
         return size + (4 if self.has_global_scale else 0)
 
     def matrices(
-        self, projection: str, codes: Any, scale: Any, global_scale: Any, shape: tuple[int, int, int]
+        self,
+        projection: str,
+        codes: Any,
+        scale: Any,
+        global_scale: Any,
+        shape: tuple[int, int, int],
+        zero: Any = None,
     ) -> Projection:
         """The caller's arrays as the engine takes them, checked.
 
@@ -88,10 +109,10 @@ class NativeFormat:
         TypeError
             Not arrays, or another dtype.
         ValueError
-            Another shape or number of arrays; a `global_scale` that the format does not have.
+            Another shape or number of arrays; a `global_scale` or `zero` that the format does not have.
         """
         num_experts, num_rows, num_columns = shape
-        self._check_global_scale(projection, global_scale)
+        self._check_extras(projection, global_scale, zero)
         rows = num_experts, num_rows, self.row_bytes(num_columns) // self.code_dtypes[0].itemsize
         code_spec = ArraySpec(self.code_dtypes, rows, as_bytes=True, otherwise=methods_that_take)
         code_rows = list(expert_arrays(f"{projection}_proj", codes, code_spec))
@@ -112,22 +133,29 @@ class NativeFormat:
         of_rows = [np.full(num_rows, value, np.float32) for value in values]  # the engine takes one for each
         return Projection(code_rows, scales, of_rows)
 
-    def _check_global_scale(self, projection: str, global_scale: Any) -> None:
+    def _check_extras(self, projection: str, global_scale: Any, zero: Any) -> None:
         """Raise ValueError when there is one that the format does not have."""
         if global_scale is not None and not self.has_global_scale:
             raise ValueError(
                 f"{projection}_global_scale: got one, expected None: {self.name} has no scale of a matrix"
             )
+        if zero is not None and not self.has_zero_points:
+            raise ValueError(f"{projection}_zero: got some, expected None: {self.name} has no zero points")
 
 
 @dataclass(frozen=True)
-class GptqFormat(NativeFormat):
-    """The encoding whose rows are not contiguous: they are converted, and the result is kept."""
+class ConvertedFormat(NativeFormat):
+    """An encoding whose rows are made of what is given: blocks, which contain the scales of groups."""
 
     @property
     def group_size(self) -> int | None:
         """None: the number of groups tells it."""
         return None
+
+    @property
+    def is_converted(self) -> bool:
+        """True."""
+        return True
 
     def matrix_bytes(self, num_rows: int, num_columns: int) -> int:
         """Count the bytes of a converted matrix, including scales.
@@ -139,8 +167,41 @@ class GptqFormat(NativeFormat):
         """
         return num_rows * self.row_bytes(num_columns)
 
+    def _check_columns(self, projection: str, num_columns: int) -> None:
+        """Raise ValueError for rows that are not whole blocks."""
+        if num_columns % self.info.block:
+            raise ValueError(
+                f"{projection}_proj: got {num_columns} columns, expected a multiple of "
+                f"{self.info.block} with {self.name}"
+            )
+
+    def _scales(self, name: str, scale: Any, num_experts: int, spec: ArraySpec) -> Array | list[Array]:
+        """Scales of each expert, numbers that float16 has; `spec` is of one expert's."""
+
+        def checked(array: Array, lead: tuple[int, ...]) -> Array:
+            replace(spec, shape=(*lead, *spec.shape)).check(name, array)
+            unrepresentable = first_not_float16(array)
+            if unrepresentable is not None:
+                raise ValueError(
+                    f"{name}: got {unrepresentable:g} in {array.dtype}, expected numbers that float16 has"
+                )
+            return array
+
+        return each_expert(name, scale, num_experts, checked)
+
+
+@dataclass(frozen=True)
+class GptqFormat(ConvertedFormat):
+    """Symmetric GPTQ, whose rows are not contiguous."""
+
     def matrices(
-        self, projection: str, codes: Any, scale: Any, global_scale: Any, shape: tuple[int, int, int]
+        self,
+        projection: str,
+        codes: Any,
+        scale: Any,
+        global_scale: Any,
+        shape: tuple[int, int, int],
+        zero: Any = None,
     ) -> Projection:
         """Rows made of arrays of the caller, when they are what they should be.
 
@@ -155,29 +216,76 @@ class GptqFormat(NativeFormat):
             does not have, or a `global_scale`.
         """
         num_experts, num_rows, num_columns = shape
-        self._check_global_scale(projection, global_scale)
-        if num_columns % BLOCK_SIZE:
-            raise ValueError(
-                f"{projection}_proj: got {num_columns} columns, expected a multiple of "
-                f"{BLOCK_SIZE} with {self.name}"
-            )
+        self._check_extras(projection, global_scale, zero)
+        self._check_columns(projection, num_columns)
         shape = num_experts, num_columns // 8, num_rows
         words = ArraySpec(self.code_dtypes, shape, otherwise=methods_that_take)
         packed = expert_arrays(f"{projection}_proj", codes, words)
-        name, groups = f"{projection}_scale", {"G": group_sizes(num_columns)}
-        float16 = self.scale_dtypes[0].name  # bfloat16 is taken too, where float16 has its numbers
-
-        def checked(array: Array, lead: tuple[int, ...]) -> Array:
-            ArraySpec(self.scale_dtypes, (*lead, "G", num_rows), float16, sizes=groups).check(name, array)
-            unrepresentable = first_not_float16(array)
-            if unrepresentable is not None:
-                raise ValueError(
-                    f"{name}: got {unrepresentable:g} in {array.dtype}, expected numbers that float16 has"
-                )
-            return array
-
-        scales = each_expert(name, scale, num_experts, checked)
+        groups, float16 = {"G": group_sizes(num_columns)}, self.scale_dtypes[0].name
+        spec = ArraySpec(self.scale_dtypes, ("G", num_rows), float16, sizes=groups)
+        scales = self._scales(f"{projection}_scale", scale, num_experts, spec)
         return Projection(list(q4_0_rows(packed, scales)))
+
+
+@dataclass(frozen=True)
+class ZeroPointFormat(ConvertedFormat):
+    """int4 with zero points: rows of nibbles, and a scale and a zero point for each group of a row."""
+
+    @property
+    def has_zero_points(self) -> bool:
+        """True."""
+        return True
+
+    def matrices(
+        self,
+        projection: str,
+        codes: Any,
+        scale: Any,
+        global_scale: Any,
+        shape: tuple[int, int, int],
+        zero: Any = None,
+    ) -> Projection:
+        """Rows made of arrays of the caller, when they are what they should be.
+
+        `shape` is E, N and K.
+
+        Raises
+        ------
+        TypeError
+            Not arrays, or another dtype.
+        ValueError
+            A K that is no multiple of a block, another shape or number of arrays, groups that a block does
+            not divide, a scale in bfloat16 that float16 does not have, a zero point above 31, or a
+            `global_scale`.
+        """
+        num_experts, num_rows, num_columns = shape
+        self._check_extras(projection, global_scale, None)
+        self._check_columns(projection, num_columns)
+        nibbles = ArraySpec(
+            self.code_dtypes, (num_rows, num_columns // 2), as_bytes=True, otherwise=methods_that_take
+        )
+        name = f"{projection}_proj"
+
+        def rows(array: Array, lead: tuple[int, ...]) -> Array:
+            replace(nibbles, shape=(*lead, *nibbles.shape)).check(name, array)
+            return np.ascontiguousarray(array).view(np.uint8)
+
+        packed = each_expert(name, codes, num_experts, rows)
+        sizes = group_sizes(num_columns)
+        groups = {"G": [count for count, size in sizes.items() if size % self.info.block == 0]}
+        float16 = self.scale_dtypes[0].name
+        spec = ArraySpec(self.scale_dtypes, (num_rows, "G"), float16, sizes=groups)
+        scales = self._scales(f"{projection}_scale", scale, num_experts, spec)
+        num_groups = scales[0].shape[1]
+        zeros = expert_arrays(
+            f"{projection}_zero", zero, ArraySpec(_UINT8, (num_experts, num_rows, num_groups))
+        )
+        for e, array in enumerate(zeros):
+            if array.size and array.max() > _MAX_ZERO:
+                raise ValueError(
+                    f"{projection}_zero: got {array.max()} for expert {e}, expected at most {_MAX_ZERO}"
+                )
+        return Projection(list(int4_zp_rows(packed, scales, zeros, self.info.block)))
 
 
 def _as_columns(scale: Any) -> Any:
@@ -191,9 +299,14 @@ def _encodings(method: ext.MethodInfo) -> Iterator[NativeFormat]:
     """The encodings of a method, one for each of its group sizes."""
     codes, scales = (tuple(map(np.dtype, names)) for names in (method.codes, method.scales))
     for info, name in zip(method.formats, format_names(method).values(), strict=True):
-        # Arrays of codes and scales are converted to blocks.
-        kind = NativeFormat if info.gguf_type is None else GptqFormat
-        yield kind(name, info, codes, scales)
+        yield _kind_of(info)(name, info, codes, scales)
+
+
+def _kind_of(info: ext.FormatInfo) -> type[NativeFormat]:
+    """The class of an encoding by its rows: those of blocks are made of arrays of codes and scales."""
+    if info.gguf_type is not None:
+        return GptqFormat
+    return NativeFormat if info.block == 1 else ZeroPointFormat
 
 
 #: The encodings by name.

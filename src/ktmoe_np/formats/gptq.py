@@ -6,14 +6,13 @@ nibbles of 16 bytes and the second half in the high ones.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays.checks import Array
+from .conversion import convert_each
 from .gguf import GGUF_FORMATS
 
 __all__ = ["BLOCK_BYTES", "BLOCK_SIZE", "first_not_float16", "group_sizes", "q4_0_rows"]
@@ -28,9 +27,6 @@ _SPREADING = tuple(
     (np.uint64(shift), np.uint64(mask))
     for shift, mask in ((16, 0x0000FFFF0000FFFF), (8, 0x00FF00FF00FF00FF), (4, 0x0F0F0F0F0F0F0F0F))
 )
-
-#: Conversion is bound by memory: more threads than these gain nothing, and each holds a copy of a matrix.
-_MAX_THREADS = 16
 
 
 def group_sizes(num_columns: int) -> dict[int, int]:
@@ -94,9 +90,7 @@ def q4_0_rows(qweight: Sequence[Array] | Array, scale: Sequence[Array] | Array) 
     num_words, num_rows = qweight[0].shape
     num_blocks = num_words * 8 // BLOCK_SIZE
     rows = np.empty((len(qweight), num_rows, num_blocks * BLOCK_BYTES), np.uint8)
-    num_threads = max(1, min(len(os.sched_getaffinity(0)), _MAX_THREADS, len(qweight)))
-    with ThreadPoolExecutor(num_threads) as pool:
-        list(pool.map(_convert, qweight, scale, rows))
+    convert_each(_convert, qweight, scale, rows)
     return rows
 
 

@@ -29,6 +29,8 @@ class Projection:
         float32 [E, N]: one scale per row.
     global_scale : array, optional
         float32 [E]: one scale per matrix.
+    zero_points : array or sequence of arrays, optional
+        uint8 [E, N, G]: one per group of codes, subtracted from these.
     bias : array, optional
         float32 or bfloat16 [E, N].
     format : str, optional
@@ -39,6 +41,7 @@ class Projection:
     block_scales: Matrices | None = None
     channel_scale: Matrices | None = None
     global_scale: Array | None = None
+    zero_points: Matrices | None = None
     bias: Array | None = None
     format: str | None = None
 

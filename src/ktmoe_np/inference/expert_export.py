@@ -39,7 +39,8 @@ class ExpertExport(MoELayer):
         rows of gate, then these of up, and these columns of down. They are written in the encoding of
         the layer, each slice as a matrix: `load_weights_from_tensors` documents the codes and scales
         of a matrix. That is the checkpoint's encoding, but for ``GPTQ_INT4``, whose weights
-        were converted to GGUF's blocks of Q4_0, and for ``AMXINT8``, ``AMXINT4``, ``MOE_INT8`` and
+        were converted to GGUF's blocks of Q4_0, for ``INT4_ZP``, whose weights were converted to blocks of
+        their own (`ktmoe_np.formats.zero_points`), and for ``AMXINT8``, ``AMXINT4``, ``MOE_INT8`` and
         ``MOE_INT4``, whose weights were quantized (`ktmoe_np.reference.packing`). Biases are not written.
 
         Every buffer argument has g writable arrays in C order, from NumPy or another library on the CPU.
@@ -56,9 +57,9 @@ class ExpertExport(MoELayer):
             2 I / g rows, those of gate first; I / g when the activation is not gated.
         w13_scales : sequence of g arrays
             The scales of gate's rows and then of up's; a row of ``FP8`` serves 128 rows of the matrix. None
-            when there are none or they are within the rows: ``BF16``, ``GPTQ_INT4``, ``LLAMAFILE`` and
-            ``MOE_INT8`` with a group size. The scales of ``FP8_PERCHANNEL`` and the quantized methods are one
-            float32 per row.
+            when there are none or they are within the rows: ``BF16``, ``GPTQ_INT4``, ``INT4_ZP``,
+            ``LLAMAFILE`` and ``MOE_INT8`` with a group size. The scales of ``FP8_PERCHANNEL`` and the
+            quantized methods are one float32 per row.
         w2_weights : sequence of g arrays
             H rows of I / g columns.
         w2_scales : sequence of g arrays

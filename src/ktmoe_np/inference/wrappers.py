@@ -38,6 +38,6 @@ class LlamafileMoEWrapper(GgufWeights, BaseMoEWrapper):
 class NativeMoEWrapper(NativeWeights, BaseMoEWrapper):
     """Experts computed from a checkpoint's own encoding: methods ``BF16``, ``FP8`` and others.
 
-    Weights are never copied: arrays stay the caller's, files stay mapped. Those of ``GPTQ_INT4``, whose rows
-    are not contiguous, are converted once.
+    Weights are never copied: arrays stay the caller's, files stay mapped. Those of ``GPTQ_INT4`` and
+    ``INT4_ZP``, whose rows are not contiguous, are converted once.
     """

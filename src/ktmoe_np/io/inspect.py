@@ -245,7 +245,7 @@ def _safetensors_layer(checkpoint: SafetensorsCheckpoint, config: MoEConfig) -> 
 def _encoded_layer(checkpoint: SafetensorsCheckpoint, config: MoEConfig, layout: NativeLayout) -> LayerReport:
     infos = map(checkpoint.info, layout.check(config))
     found = find_method(layout.method, "inference")
-    group_size = layout.encoding.group_size if found.encodings else None
+    group_size = layout.group_size if found.encodings else None
     formats = dict.fromkeys(projection_sizes(config), found.encodings.get(group_size, found.weights))
     num_bytes = sum(info.end - info.begin for info in infos)
     return LayerReport(config, formats, layout.method, group_size, num_bytes)

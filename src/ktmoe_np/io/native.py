@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..config import MoEConfig
+from ..formats.conversion import convert_each
 from ..formats.encodings import NATIVE_FORMATS
 from ..formats.weights import ExpertWeights, Projection
+from ..formats.zero_points import ZeroPointMatrix
 from .layouts.encoding import Sizes, TensorSpec
 from .layouts.encodings import METHODS
 from .layouts.layer import aligned
 from .layouts.native_layer import NativeLayout, find_native_layouts, why_no_layout
+from .layouts.quantization_options import quantization_options
 from .safetensors.checkpoint import SafetensorsCheckpoint
 
 __all__ = ["load_native", "native_group_size", "native_method"]
@@ -45,7 +49,7 @@ def native_method(checkpoint: SafetensorsCheckpoint | str | os.PathLike[str], la
     FileNotFoundError
         No checkpoint there, or a shard is missing.
     ValueError
-        An AWQ layer.
+        A file that is not what it should be.
 
     Examples
     --------
@@ -70,7 +74,7 @@ def native_group_size(
     See `native_method` for parameters and errors.
     """
     layouts = find_native_layouts(SafetensorsCheckpoint.opened(checkpoint), layer_idx)
-    return layouts[0][1].encoding.group_size if layouts else None
+    return layouts[0][1].group_size if layouts else None
 
 
 def load_native(
@@ -141,9 +145,7 @@ def load_native(
         layout = like[0]
     names = layout.check(config)
     projections = _projections(layout, config, _biases(layout, config))
-    return ExpertWeights.of(
-        projections, names=names, method=layout.method, group_size=layout.encoding.group_size
-    )
+    return ExpertWeights.of(projections, names=names, method=layout.method, group_size=layout.group_size)
 
 
 def _cuts(layout: NativeLayout, role: str) -> dict[str, slice]:
@@ -156,6 +158,8 @@ def _cuts(layout: NativeLayout, role: str) -> dict[str, slice]:
 def _projections(
     layout: NativeLayout, config: MoEConfig, biases: Mapping[str, NDArray[np.float32]]
 ) -> dict[str, Projection]:
+    if layout.encoding.unpack is not None:
+        return _unpacked(layout, config, biases)
     projections = {}
     kind = "channel_scale" if _has_channel_scale(layout) else "block_scales"
     for role, num_rows in layout.rows(config).items():
@@ -173,6 +177,37 @@ def _projections(
                 [array[cut] for array in codes], global_scale=factors, bias=biases.get(name), **given
             )
     return projections
+
+
+def _unpacked(
+    layout: NativeLayout, config: MoEConfig, biases: Mapping[str, NDArray[np.float32]]
+) -> dict[str, Projection]:
+    """Those of encodings that are taken apart, expert by expert."""
+    encoding, projections = layout.encoding, {}
+    assert encoding.unpack is not None
+    unpack = partial(_unpack, encoding.unpack, quantization_options(layout.layer.checkpoint.path).version)
+    for role in layout.rows(config):
+        scales = _experts(layout, role, encoding.scale, config)
+        _check_contents(layout, role, config, scales)
+        zeros: list[AnyArray | None] = [None] * config.num_experts
+        if encoding.zeros in layout.tensor_specs(role):
+            assert encoding.zeros is not None
+            zeros = list(_experts(layout, role, encoding.zeros, config))
+        matrices = convert_each(unpack, _experts(layout, role, encoding.codes, config), scales, zeros)
+        codes, block_scales, zero_points = (list(part) for part in zip(*matrices, strict=True))
+        name = f"{role}_proj"
+        projections[name] = Projection(codes, block_scales, zero_points=zero_points, bias=biases.get(name))
+    return projections
+
+
+def _unpack(
+    unpack: Callable[..., ZeroPointMatrix],
+    version: int,
+    codes: AnyArray,
+    scale: AnyArray,
+    zeros: AnyArray | None,
+) -> ZeroPointMatrix:
+    return unpack(aligned(codes), aligned(scale), None if zeros is None else aligned(zeros), version)
 
 
 def _experts(layout: NativeLayout, role: str, spec: TensorSpec, config: MoEConfig) -> list[AnyArray]:

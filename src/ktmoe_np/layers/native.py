@@ -27,6 +27,7 @@ _PARTS: tuple[tuple[str, Callable[[str, Any], Any]], ...] = (
     ("proj", numpy_matrices),
     ("scale", numpy_matrices),
     ("global_scale", numpy_if_given),
+    ("zero", numpy_matrices),
     ("bias", numpy_if_given),
 )
 
@@ -65,20 +66,27 @@ class NativeWeights(MoELayer):
         gate_global_scale: ArrayLike | None = None,
         up_global_scale: ArrayLike | None = None,
         down_global_scale: ArrayLike | None = None,
+        gate_zero: ExpertArrays | None = None,
+        up_zero: ExpertArrays | None = None,
+        down_zero: ExpertArrays | None = None,
         gate_bias: ArrayLike | None = None,
         up_bias: ArrayLike | None = None,
         down_bias: ArrayLike | None = None,
     ) -> None:
         """Give the layer its weights. They are kept alive, not copied: do not write to them afterwards.
 
-        Those of ``GPTQ_INT4`` are converted instead, once, to rows with the same weights to the bit; the
-        given arrays are released.
+        Those of ``GPTQ_INT4`` and ``INT4_ZP`` are converted instead, once, to rows with the same weights to
+        the bit; the given arrays are released.
 
         With [N, K] being [I, H] of gate and up and [H, I] of down, E of each in one array or a sequence,
         ``BF16`` takes bfloat16, float32 or float16 [N, K], each projection in its own dtype; products round
         float32 and float16 to bfloat16. The codes and scales of another method are those of its
         `ktmoe_np.formats.encodings.NativeFormat`: `code_dtypes` and `row_bytes`, `scale_dtypes` and
         `scale_shape`; docs/registry.md has a table of them.
+
+        ``INT4_ZP`` takes rows of nibbles q, uint8 [N, K / 2], the low one of a byte first, scales in float16
+        [N, G] and zero points z, uint8 [N, G] up to 31, for weights (q - z) * scale. K and the size of groups
+        are multiples of the layer's `group_size`.
 
         float8_e4m3fn may be given as uint8. `ktmoe_np.reference` defines their values (``decode_fp8`` and
         similar functions). With ``GPTQ_INT4``, K is a multiple of 32 and weights are symmetric in groups of
@@ -96,6 +104,8 @@ class NativeWeights(MoELayer):
             None with ``BF16``.
         gate_global_scale, up_global_scale, down_global_scale : array of float32 [E]
             Of encodings that have one: what all of a matrix is multiplied by.
+        gate_zero, up_zero, down_zero : array of uint8, or E arrays
+            Of encodings that have zero points.
         gate_bias, up_bias : array of float32 or bfloat16 [E, I], optional
             Added before the activation. Copied, unlike the weights.
         down_bias : array of float32 or bfloat16 [E, H], optional
@@ -129,24 +139,27 @@ class NativeWeights(MoELayer):
         [[16.0, 16.0, 16.0, 16.0]]
         """
         arguments = {
-            "gate": (gate_proj, gate_scale, gate_global_scale, gate_bias),
-            "up": (up_proj, up_scale, up_global_scale, up_bias),
-            "down": (down_proj, down_scale, down_global_scale, down_bias),
+            "gate": (gate_proj, gate_scale, gate_global_scale, gate_zero, gate_bias),
+            "up": (up_proj, up_scale, up_global_scale, up_zero, up_bias),
+            "down": (down_proj, down_scale, down_global_scale, down_zero, down_bias),
         }
         given = {
             role: [view(f"{role}_{part}", one) for (part, view), one in zip(_PARTS, arrays, strict=True)]
             for role, arrays in arguments.items()
         }
-        MappedFiles(array for arrays in given.values() for array in arrays[:3]).check()
+        MappedFiles(array for arrays in given.values() for array in arrays[:4]).check()
         projections = {f"{role}_proj": self._projection(role, *arrays) for role, arrays in given.items()}
         self._give_to_engine(ExpertWeights.of(projections), physical_to_logical_map)
         if self._format is None:
             self._number_formats = {name: projection.format for name, projection in projections.items()}
 
-    def _projection(self, role: str, codes: Any, scale: Any, global_scale: Any, bias: Any) -> Projection:
+    def _projection(
+        self, role: str, codes: Any, scale: Any, global_scale: Any, zero: Any, bias: Any
+    ) -> Projection:
         """A projection as the engine takes it."""
         size = projection_sizes(self.config).get(f"{role}_proj")
-        for what, value in ((f"{role}_scale", scale), (f"{role}_global_scale", global_scale)):
+        for part, value in (("scale", scale), ("global_scale", global_scale), ("zero", zero)):
+            what = f"{role}_{part}"
             if value is not None and (self._format is None or size is None):
                 why = "the activation is not gated" if size is None else "bfloat16 weights have no scales"
                 raise ValueError(f"{what}: got one, expected None: {why}")
@@ -155,7 +168,7 @@ class NativeWeights(MoELayer):
         shape = (self.config.num_experts, *size)
         if self._format is None:
             return replace(number_rows(f"{role}_proj", codes, shape), bias=bias)
-        return replace(self._format.matrices(role, codes, scale, global_scale, shape), bias=bias)
+        return replace(self._format.matrices(role, codes, scale, global_scale, shape, zero), bias=bias)
 
     def _load_from_path(self, physical_to_logical_map: IntegersLike | None) -> None:
         assert self.weight_path is not None
@@ -165,7 +178,7 @@ class NativeWeights(MoELayer):
             return
         self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
         experts = load_native(self._checkpoint, self.layer_idx, self.config, self._format.method)
-        if self.group_size not in (None, experts.group_size):
+        if not self._has_groups_of(experts.group_size):
             raise ValueError(
                 f"{self._checkpoint.path}: the experts of layer {self.layer_idx}: got {experts.method} in "
                 f"groups of {experts.group_size}, expected groups of {self.group_size}: make the layer with "
@@ -176,4 +189,11 @@ class NativeWeights(MoELayer):
             role = name.removesuffix("_proj")
             arguments[f"{role}_scale"] = projection.scales
             arguments[f"{role}_global_scale"] = projection.global_scale
+            arguments[f"{role}_zero"] = projection.zero_points
         self.load_weights_from_tensors(physical_to_logical_map=physical_to_logical_map, **arguments)
+
+    def _has_groups_of(self, size: int | None) -> bool:
+        """Whether the layer can hold groups of that size: its own, or several of those it converts to."""
+        if self.group_size is None or size is None or self._format is None:
+            return True
+        return size % self.group_size == 0 if self._format.is_converted else size == self.group_size

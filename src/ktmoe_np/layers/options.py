@@ -48,6 +48,9 @@ class WeightOptions(TypedDict, total=False):
     gate_global_scale: ArrayLike | None
     up_global_scale: ArrayLike | None
     down_global_scale: ArrayLike | None
+    gate_zero: ExpertArrays | None
+    up_zero: ExpertArrays | None
+    down_zero: ExpertArrays | None
     gate_format: object
     up_format: object
     down_format: object

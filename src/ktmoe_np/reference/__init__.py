@@ -22,6 +22,7 @@ from .int8_activations import integer_product
 from .integer_encodings import (
     integers_of_gguf,
     integers_of_gptq_int4,
+    integers_of_int4_zp,
     integers_of_mxfp4,
     integers_of_nvfp4,
     integers_of_quantized,
@@ -66,6 +67,7 @@ __all__ = [
     "integer_product",
     "integers_of_gguf",
     "integers_of_gptq_int4",
+    "integers_of_int4_zp",
     "integers_of_mxfp4",
     "integers_of_nvfp4",
     "integers_of_quantized",

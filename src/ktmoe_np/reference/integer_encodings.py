@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from .gguf import BLOCK_TYPES, take_apart
 from .integer_matrix import IntegerMatrix
-from .native import e2m1, e4m3, e8m0, gptq_numbers, nibbles
+from .native import e2m1, e4m3, e8m0, gptq_numbers, nibbles, zero_point_numbers
 from .quantized import Int4Matrix, Int8GroupMatrix, Int8Matrix, num_groups, spread
 
 __all__ = [
     "INTEGERS",
     "integers_of_gguf",
     "integers_of_gptq_int4",
+    "integers_of_int4_zp",
     "integers_of_mxfp4",
     "integers_of_nvfp4",
     "integers_of_quantized",
@@ -143,6 +144,35 @@ def integers_of_gptq_int4(qweight: NDArray[np.int32], scales: NDArray[Any]) -> I
     return IntegerMatrix(_codes(numbers), spread(scale, group_size, num_columns)[..., ::32], 32)
 
 
+def integers_of_int4_zp(
+    codes: Bytes, scale: NDArray[Any], zero: Bytes, *, group_size: int = 32
+) -> IntegerMatrix:
+    """Take int4 with zero points apart: q - z and its scale; see `decode_int4_zp`.
+
+    Parameters
+    ----------
+    codes : ndarray of uint8, [..., N, K / 2]
+    scale : ndarray of float16 or bfloat16, [..., N, G]
+    zero : ndarray of uint8, [..., N, G]
+    group_size : int
+        That of the layer, 32, 64 or 128: sums are of so many columns.
+
+    Returns
+    -------
+    IntegerMatrix, [..., N, K]
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> matrix = integers_of_int4_zp(np.full((1, 16), 0xF3, np.uint8), np.float16([[2]]), np.uint8([[5]]))
+    >>> matrix.codes[:, :2], matrix.scale
+    (array([[-2, 10]], dtype=int8), array([[2.]], dtype=float32))
+    """
+    numbers, per_group, size = zero_point_numbers(codes, scale, zero)
+    per_block = spread(per_group, size, numbers.shape[-1])[..., ::group_size]
+    return IntegerMatrix(_codes(numbers), per_block, group_size)
+
+
 def integers_of_mxfp4(codes: Bytes, scale: Bytes, num_columns: int) -> IntegerMatrix:
     """Take E2M1 with E8M0 scales apart; see `decode_mxfp4`.
 
@@ -239,6 +269,7 @@ INTEGERS: Mapping[str, Callable[[NDArray[Any], NDArray[Any], Any, int], IntegerM
         codes, scale, 2 * codes.shape[-1], group_size=group
     ),
     "GPTQ_INT4": lambda codes, scale, *_: integers_of_gptq_int4(codes, scale),
+    "INT4_ZP": lambda codes, scale, zero, group: integers_of_int4_zp(codes, scale, zero, group_size=group),
     "MXFP4": lambda codes, scale, *_: integers_of_mxfp4(codes, scale, 2 * codes.shape[-1]),
     "NVFP4": lambda codes, scale, factors, _: integers_of_nvfp4(codes, scale, factors, 2 * codes.shape[-1]),
 }

@@ -22,6 +22,7 @@ __all__ = [
     "decode_fp8",
     "decode_fp8_perchannel",
     "decode_gptq_int4",
+    "decode_int4_zp",
     "decode_mxfp4",
     "decode_mxfp8",
     "decode_nvfp4",
@@ -138,6 +139,30 @@ def decode_gptq_int4(qweight: NDArray[np.int32], scales: NDArray[Any]) -> NDArra
     return _scaled(*gptq_numbers(qweight, scales))
 
 
+def decode_int4_zp(codes: Bytes, scale: NDArray[Any], zero: Bytes) -> NDArray[Any]:
+    """Decode int4 with zero points: w = bf((q - z) * scale).
+
+    Parameters
+    ----------
+    codes : ndarray of uint8, [..., N, K / 2], or the same bytes as int32
+        Nibbles q.
+    scale : ndarray of float16 or bfloat16, [..., N, G]
+        Groups are those of `decode_gptq_int4`.
+    zero : ndarray of uint8, [..., N, G]
+
+    Returns
+    -------
+    ndarray of bfloat16, [..., N, K]
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> decode_int4_zp(np.uint8([[0xF3]]), np.float16([[0.5]]), np.uint8([[5]])).astype(np.float32)
+    array([[-1.,  5.]], dtype=float32)
+    """
+    return _scaled(*zero_point_numbers(codes, scale, zero))
+
+
 def decode_mxfp4(codes: Bytes, scale: Bytes, num_columns: int) -> NDArray[Any]:
     """Decode E2M1 with a power of two, E8M0, for every 32 columns of a row: w = bf(x * scale).
 
@@ -185,12 +210,28 @@ def decode_nvfp4(
     return ScaledMatrix(values, per_row)
 
 
+def zero_point_numbers(
+    codes: NDArray[Any], scale: NDArray[Any], zero: Bytes
+) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
+    """Unpack int4 with zero points: q - z [..., N, K], scales [..., N, G], and the columns of a group."""
+    num_columns = 2 * codes.view(np.uint8).shape[-1]
+    group_size = _group_size(num_columns, scale.shape[-1])
+    numbers = nibbles(codes, num_columns).astype(np.float32)
+    numbers -= spread(zero, group_size, num_columns).astype(np.float32)
+    return numbers, scale.astype(np.float32), group_size
+
+
+def _group_size(num_columns: int, num_groups: int) -> int:
+    """The power of two from 32 on of which so many columns have so many groups."""
+    return next(size for size in map(int, 1 << np.arange(5, 31)) if num_columns <= size * num_groups)
+
+
 def gptq_numbers(
     qweight: NDArray[np.int32], scales: NDArray[Any]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
     """Unpack GPTQ's int4: numbers [..., N, K], scales [..., N, G], and the columns of a group."""
-    num_columns, num_groups = 8 * qweight.shape[-2], scales.shape[-2]
-    group_size = next(2**bit for bit in range(5, 31) if num_columns <= 2**bit * num_groups)
+    num_columns = 8 * qweight.shape[-2]
+    group_size = _group_size(num_columns, scales.shape[-2])
     shifts = 4 * np.arange(8, dtype=np.int32)[:, None]
     fours = (qweight[..., None, :] >> shifts) & 15
     numbers = fours.reshape(*qweight.shape[:-2], num_columns, -1).astype(np.float32) - 8
@@ -237,6 +278,7 @@ DECODERS: Mapping[str, Callable[[NDArray[Any], NDArray[Any], Any, int], Any]] = 
         codes, scale, 2 * codes.shape[-1], group_size=group
     ),
     "GPTQ_INT4": lambda codes, scale, *_: decode_gptq_int4(codes, scale),
+    "INT4_ZP": lambda codes, scale, zero, _: decode_int4_zp(codes, scale, zero),
     "MXFP4": lambda codes, scale, *_: decode_mxfp4(codes, scale, 2 * codes.shape[-1]),
     "NVFP4": lambda codes, scale, factors, _: decode_nvfp4(codes, scale, factors, 2 * codes.shape[-1]),
 }

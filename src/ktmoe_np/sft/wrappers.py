@@ -40,6 +40,6 @@ class NativeSFTMoEWrapper(NativeWeights, AMXSFTMoEWrapper):
 
     Methods ``AMXBF16_SFT``, ``AMXFP8_SFT`` and others, those of `NativeMoEWrapper` with ``_SFT``.
 
-    Weights are referred to, never copied (those of ``GPTQ_INT4_SFT`` are converted once), and the backward
-    pass reads the same bytes as the forward pass.
+    Weights are referred to, never copied (those of ``GPTQ_INT4_SFT`` and ``INT4_ZP_SFT`` are converted once),
+    and the backward pass reads the same bytes as the forward pass.
     """

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ...formats.zero_points import ZeroPointMatrix
+
 __all__ = ["AnyArray", "Encoding", "Shapes", "Sizes", "TensorSpec"]
 
 AnyArray = NDArray[Any]
@@ -76,6 +78,15 @@ class Encoding:
         Whether codes are rows of K; otherwise they are rows of N.
     refused : tuple of str
         Suffixes of tensors that would change what the codes mean.
+    zeros : TensorSpec, optional
+        Zero points, of encodings that `unpack` takes apart.
+    unpack : callable, optional
+        Codes, scales, zero points (None where an optional one is not there) and the version of the format ->
+        what the method's layers are given.
+    packed_rows : int
+        Rows in an element of `codes`.
+    symmetric : bool, optional
+        Of encodings whose tensors look alike: whether it is the one for symmetric weights.
     """
 
     method: str
@@ -89,15 +100,19 @@ class Encoding:
     others: tuple[TensorSpec, ...] = ()
     transposed: bool = False
     refused: tuple[str, ...] = ()
+    zeros: TensorSpec | None = None
+    unpack: Callable[[AnyArray, AnyArray, AnyArray | None, int], ZeroPointMatrix] | None = None
+    packed_rows: int = 1
+    symmetric: bool | None = None
 
     @property
     def tensor_specs(self) -> tuple[TensorSpec, ...]:
         """The tensors of a matrix, codes first."""
-        specs = (self.codes, self.scale, self.global_scale, *self.others)
+        specs = (self.codes, self.scale, self.global_scale, self.zeros, *self.others)
         return tuple(spec for spec in specs if spec is not None)
 
     def size(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """N and K of the matrix whose codes have this shape of two or more axes."""
         if self.transposed:
-            return shape[1], shape[0] * self.values
+            return shape[1] * self.packed_rows, shape[0] * self.values
         return shape[0], math.prod(shape[1:]) * self.values

@@ -9,9 +9,11 @@ import ml_dtypes
 import numpy as np
 
 from ...formats.encodings import NATIVE_FORMATS
+from ...formats.gptq import group_sizes
 from ...formats.methods import find_method
+from ...formats.zero_points import from_compressed_tensors
 from .encoding import AnyArray, Encoding, Shapes, Sizes, TensorSpec
-from .gptq import GPTQ_INT4
+from .gptq import AWQ, GPTQ_INT4, GPTQ_ZERO_POINTS, scale_problem
 from .name_patterns import NAME_PATTERNS, NamePattern
 
 __all__ = ["ENCODINGS", "METHODS", "NATIVE_LAYOUTS"]
@@ -98,18 +100,54 @@ def _nvfp4(codes: str, factor: str, reciprocal: bool) -> Encoding:
     )
 
 
+_PACKED = TensorSpec(".weight_packed", ("I32",), partial(_elements, 8))
+_SHAPE = TensorSpec(".weight_shape", ("I64", "I32"), _two, _other_size)
+
+
 def _rawint4(group_size: int) -> Encoding:
     """compressed-tensors, format "pack-quantized": Kimi-K2-Thinking has groups of 32."""
     return Encoding(
         "RAWINT4",
-        TensorSpec(".weight_packed", ("I32",), partial(_elements, 8)),
+        _PACKED,
         _groups(".weight_scale", ("BF16",), group_size),
         _BFLOAT16,
         values=8,
         group_size=group_size,
-        others=(TensorSpec(".weight_shape", ("I64", "I32"), _two, _other_size),),
+        others=(_SHAPE,),
         refused=(".weight_zero_point", ".weight_g_idx"),
     )
+
+
+def _groups_of_any_size(num_rows: int, num_columns: int) -> Shapes:
+    """A scale for each group, of any size that groups may have."""
+    return tuple((num_rows, count) for count in group_sizes(num_columns))
+
+
+def _zeros_of_groups(num_rows: int, num_columns: int) -> Shapes:
+    """As scales, eight of N in a number."""
+    return tuple((-(-num_rows // 8), count) for count in group_sizes(num_columns))
+
+
+def _zeros_problem(array: AnyArray, sizes: Sizes) -> str | None:
+    num_groups = sizes.scale[1]
+    if array.shape[1] == num_groups:
+        return None
+    return f"got {array.shape[1]} groups, expected {num_groups} as of the scales"
+
+
+#: The same with zero points, with groups of other sizes or a scale for each row, or with scales in float16.
+_PACKED_ZERO_POINTS = Encoding(
+    "INT4_ZP",
+    _PACKED,
+    TensorSpec(".weight_scale", ("BF16", "F16"), _groups_of_any_size, scale_problem),
+    np.dtype(np.float16),
+    values=8,
+    group_size=32,
+    zeros=TensorSpec(".weight_zero_point", ("I32",), _zeros_of_groups, _zeros_problem, optional=True),
+    others=(_SHAPE,),
+    refused=(".weight_g_idx",),
+    unpack=lambda codes, scale, zeros, _: from_compressed_tensors(codes, scale, zeros),
+)
 
 
 _E4M3 = TensorSpec(".weight", ("F8_E4M3",), partial(_elements, 1))
@@ -123,7 +161,10 @@ ENCODINGS = (
     _fp8(".weight_scale"),  # compressed-tensors, strategy "block"
     _fp8(".scale"),  # DeepSeek-V4 before its experts are four bits wide
     *(_rawint4(size) for size in find_method("RAWINT4", "inference").encodings if size is not None),
+    _PACKED_ZERO_POINTS,
     GPTQ_INT4,
+    GPTQ_ZERO_POINTS,
+    AWQ,
     _nvfp4(".weight", ".weight_scale_2", reciprocal=False),  # ModelOpt
     _nvfp4(".weight_packed", ".weight_global_scale", reciprocal=True),  # compressed-tensors
     _mxfp4(TensorSpec(".weight_packed", ("U8",), partial(_elements, 2)), ".weight_scale"),  # Kimi-K3

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...config import MoEConfig
+from ...formats.gptq import group_sizes
 from ...formats.methods import find_method
 from ..safetensors.checkpoint import SafetensorsCheckpoint, TensorInfo
 from .encoding import Encoding, Shapes, TensorSpec
 from .encodings import METHODS, NATIVE_LAYOUTS
 from .layer import BIAS_DTYPES, WEIGHT_DTYPES, ExpertLayer, layers_with, read_layers, rows_of_roles
 from .name_patterns import NamePattern
+from .quantization_options import quantization_options
 
 __all__ = ["NativeLayout", "find_native_layouts", "why_no_layout"]
 
 #: Experts that are looked at to tell the encoding: one that is damaged is outvoted.
 _PROBED = 3
-
-#: Suffixes of AWQ, which it shares with GPTQ.
-_QWEIGHT, _SCALES = ".qweight", ".scales"
 
 
 class _Wanted(NamedTuple):
@@ -43,6 +43,28 @@ class NativeLayout:
     def method(self) -> str:
         """The method that multiplies the experts."""
         return self.encoding.method
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale; of what is converted, the most that blocks may have."""
+        if self.encoding.unpack is None:
+            return self.encoding.group_size
+        common = 0
+        for role in self.pattern.tensors:
+            num_columns, num_groups = self._groups(role)
+            common = math.gcd(common, num_columns, group_sizes(num_columns).get(num_groups, 0))
+        blocks = find_method(self.method, "inference").encodings
+        fitting = [size for size in blocks if size is not None and common % size == 0]
+        return max(fitting, default=self.encoding.group_size)
+
+    def _groups(self, role: str) -> tuple[int, int]:
+        """K of a projection's matrices and the groups that it is cut into, of the first expert."""
+        e = min(self.expert_ids(role, self.encoding.codes))
+        codes = self.layer.info(self.name(role, self.encoding.codes, e))
+        scale = self.layer.info(self.name(role, self.encoding.scale, e))
+        assert codes is not None
+        num_groups = 0 if scale is None else scale.shape[0 if self.encoding.transposed else -1]
+        return self.encoding.size(codes.shape)[1], num_groups
 
     def name(self, role: str, spec: TensorSpec, e: int) -> str:
         """A tensor of a projection; of fused experts, the same for all."""
@@ -84,6 +106,8 @@ class NativeLayout:
                 no_codes_match = no_codes_match and (info is None or info.dtype not in codes.dtypes)
                 for spec in self.tensor_specs(role):
                     count += self._mismatches(self.name(role, spec, e), spec, info)
+                stem = self.pattern.tensors[role]
+                count += sum(stem + suffix in self.layer.expert_ids for suffix in self.encoding.refused)
         return no_codes_match, count
 
     def _mismatches(self, name: str, spec: TensorSpec, codes: TensorInfo | None) -> int:
@@ -126,9 +150,10 @@ class NativeLayout:
             for suffix in self.encoding.refused:
                 for e in self.layer.expert_ids.get(self.pattern.tensors[role] + suffix, ()):
                     name = self.layer.name(self.pattern.tensors[role] + suffix, e)
+                    weights = "weights" if self.encoding.zeros else "symmetric weights"
                     raise ValueError(
-                        f"{checkpoint.file_of(name)}: tensor {name!r} is there, but {self.method} takes only "
-                        "symmetric weights in groups of neighbors"
+                        f"{checkpoint.file_of(name)}: tensor {name!r}: got one, expected none: {self.method} "
+                        f"takes only {weights} in groups of neighbors"
                     )
         names: list[str] = []
         for wanted in self.wanted(config):
@@ -154,23 +179,22 @@ class NativeLayout:
 def find_native_layouts(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> list[tuple[int, NativeLayout]]:
     """List what the layer's experts may be, the likeliest first, each with how much speaks against it.
 
-    Raises
-    ------
-    ValueError
-        A layer of AWQ.
+    Of encodings that differ in their zero points alone, the model's configuration says which comes first.
     """
     ranked = []
     for layout in _layouts_by_name(read_layers(checkpoint, layer_idx)):
         no_codes_match, count = layout.mismatches()
         if not no_codes_match:
             ranked.append((count, layout))
+    if any(layout.encoding.symmetric is not None for _, layout in ranked):
+        symmetric = quantization_options(checkpoint.path).symmetric
+        return sorted(ranked, key=lambda pair: (pair[0], pair[1].encoding.symmetric is (not symmetric)))
     return sorted(ranked, key=lambda pair: pair[0])
 
 
 def _layouts_by_name(layers: Sequence[ExpertLayer]) -> list[NativeLayout]:
     """List the layouts whose codes are there by name, under the first prefix that has any."""
     for layer in layers:
-        _check_not_awq(layer)
         incomplete = [
             layout
             for layout in (NativeLayout(layer, *row) for row in NATIVE_LAYOUTS)
@@ -182,26 +206,6 @@ def _layouts_by_name(layers: Sequence[ExpertLayer]) -> list[NativeLayout]:
         if layouts:
             return layouts
     return []
-
-
-def _check_not_awq(layer: ExpertLayer) -> None:
-    """Raise ValueError for the format that has GPTQ's names, but packs codes of eight rows in a number."""
-    for pattern, _ in NATIVE_LAYOUTS:
-        for stem in pattern.tensors.values():
-            if expert_ids := layer.expert_ids.get(stem + _QWEIGHT):
-                name = layer.name(stem + _QWEIGHT, min(expert_ids))
-                codes = layer.info(name)
-                scales = layer.info(layer.name(stem + _SCALES, min(expert_ids)))
-                if codes and scales and _packs_rows(codes.shape, scales.shape):
-                    raise ValueError(
-                        f"{layer.checkpoint.file_of(name)}: tensor {name!r} is there, but AWQ layers are not "
-                        "read: the codes of a row are neither contiguous nor in order"
-                    )
-
-
-def _packs_rows(codes: tuple[int, ...], scales: tuple[int, ...]) -> bool:
-    """Whether there is a number for the codes of eight scales, or more of a group."""
-    return bool(codes and scales) and 0 < codes[-1] * 8 == scales[-1]
 
 
 def why_no_layout(checkpoint: SafetensorsCheckpoint, layer_idx: int) -> str:
