@@ -49,7 +49,7 @@ def test_convert(
     group = [] if size is None else [f"--group-size={size}"]
     assert run(model, target, "--json", *group, method=method) == 0
     report = json.loads(said(capsys))
-    assert names_in(target) == ["config.json", "ktmoe.json", name_of(1), name_of(4)]
+    assert names_in(target) == ["config.json", "ktmoe.json", name_of(1), name_of(4), "model.safetensors"]
     assert (target / "config.json").read_bytes() == (model / "config.json").read_bytes()
     manifest = json.loads((target / "ktmoe.json").read_text())
     assert manifest["method"] == report["method"] == method
@@ -253,7 +253,8 @@ def test_interrupts_leave_whole_layers_only(
         assert not list(target.glob("*.part"))
     assert run(source, target, "--json") == 0
     said(capsys)
-    assert names_in(target) == ["config.json", "ktmoe.json", *map(name_of, range(3))]
+    layers = map(name_of, range(3))
+    assert names_in(target) == ["config.json", "ktmoe.json", *layers, "model.safetensors"]
     assert main(["verify", str(target)]) == 0
 
 
@@ -264,7 +265,8 @@ def test_terminal_shows_progress(source: Path, tmp_path: Path) -> None:
             child_command(source, tmp_path / "int4"), child_environment(), stdout=subprocess.DEVNULL
         )
         assert shows.encode() in raw
-        assert f"{3 * (3 * E + 1)}/{3 * (3 * E + 1)} [".encode() in raw
+        num_steps = 3 * (3 * E + 1) + 1
+        assert f"{num_steps}/{num_steps} [".encode() in raw
 
 
 def test_what_reads_otherwise_is_said(
@@ -311,7 +313,7 @@ def test_convert_errors(source: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ([tmp_path / "nowhere", tmp_path / "x"], "no such file or directory"),
         ([bare, tmp_path / "x"], "no layer has experts under known tensor names"),
         ([source, tmp_path / "x", "--layers=1-3"], "layer 3 has no experts; layers with experts: 0, 1, 2"),
-        ([source, source], "model-00001-of-00002.safetensors in it, expected a directory of its own"),
+        ([source, source], "got the source, expected a directory of its own"),
         ([source, tmp_path / "file"], "got a file, expected a directory"),
         ([source, tmp_path / "x", "--method=BF16"], "method: got 'BF16', expected one of AMXINT8, AMXINT4, "),
         ([source, tmp_path / "x", "--method=INT4"], "method: got 'INT4' for mode 'inference'"),

@@ -45,9 +45,10 @@ _INSPECT = (
     "bandwidth, since reading each token's experts limits decoding."
 )
 _CONVERT = (
-    "Quantizes the experts of a Hugging Face checkpoint, one file per layer, and copies its config.json; "
-    "other tensors stay where they are. Files that are complete are kept, so an interrupted conversion "
-    "resumes. Every file is read back and compared, and the weight error is measured on some experts."
+    "Quantizes the experts of a Hugging Face checkpoint, one file per layer, and copies what else the model "
+    "needs: 'ktmoe generate', 'eval' and 'finetune' run the directory. Files that are complete are kept, so "
+    "an interrupted conversion resumes. Every file of experts is read back and compared, and the weight "
+    "error is measured on some experts."
 )
 _VERIFY = (
     "Maps the layer's experts (bfloat16, natively quantized or GGUF), runs random tokens through them and "
@@ -307,6 +308,12 @@ def _add_checkpoint_commands(add: Callable[..., _Parser]) -> None:
     )
     command.add_argument(
         "--layers", type=layer_ranges, metavar="A-B,...", help="default all that have experts"
+    )
+    command.add_argument(
+        "--link",
+        action="store_true",
+        help="link the files of the source instead of copying what is not quantized: hard links, or symbolic "
+        "ones to another file system",
     )
     _add_threads_and_json(command)
 

@@ -1,4 +1,4 @@
-"""`ktmoe convert`: the experts of a checkpoint, quantized to files of their own, layer by layer."""
+"""`ktmoe convert`: a model whose experts are quantized to files of their own, layer by layer."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from ..io.converted.layer import (
     save_quantized,
 )
 from ..io.converted.manifest import LayerRecord, Manifest, begin_manifest, record_layer
+from ..io.converted.rest import Rest, copy_rest, is_part_of, link_rest
 from ..io.json_text import MAX_JSON_BYTES
 from ..io.layer_config import hf_layer_config
 from ..io.regular_file import read_regular
@@ -59,19 +60,21 @@ def run(arguments: argparse.Namespace) -> int:
     layers = _chosen_layers(checkpoint, arguments.layers)
     hf_config = load_hf_config(source)
     configs = [hf_layer_config(hf_config, layer, source) for layer in layers]
-    manifest = _begin(target, Manifest(str(source.resolve()), method.name, group_size))
+    manifest = _begin(checkpoint, target, Manifest(str(source.resolve()), method.name, group_size))
     _copy_config(source, target)
-    num_steps = sum(_num_matrices(config) + 1 for config in configs)
+    num_steps = sum(_num_matrices(config) + 1 for config in configs) + 1
     with Progress(num_steps, "converting") as progress:
         conversion = _Conversion(
             checkpoint, target, FORMATS[method.formats[group_size]], manifest, arguments.threads, progress
         )
         progress.step(f"layer {layers[0]}")
         rows = [conversion.convert(config) for config in configs]
+        progress.step("other tensors, tokenizer")
+        rest = (link_rest if arguments.link else copy_rest)(checkpoint, target)
     if arguments.json:
-        say_json(_report(manifest, target, rows))
+        say_json(_report(manifest, target, rows, rest, arguments.link))
     else:
-        say(_text(manifest, target, rows, configs))
+        say("\n".join([_text(manifest, target, rows, configs), wrap(_about(rest, arguments.link))]))
     return 0
 
 
@@ -166,13 +169,16 @@ def _chosen_layers(checkpoint: SafetensorsCheckpoint, wanted: Sequence[int] | No
     return there if wanted is None else sorted(set(wanted))
 
 
-def _begin(target: Path, manifest: Manifest) -> Manifest:
+def _begin(checkpoint: SafetensorsCheckpoint, target: Path, manifest: Manifest) -> Manifest:
     """Make the directory, or resume a conversion of the same kind in it."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target}: got a file, expected a directory")
-    others = sorted(
-        {*target.glob("*.safetensors")} - {layer_path(target, i) for i in quantized_layers(target)}
-    )
+    if target.exists() and target.samefile(hf_config_path(checkpoint.path).parent):
+        raise ValueError(f"{target}: got the source, expected a directory of its own for what is converted")
+    layers = {layer_path(target, i) for i in quantized_layers(target)}
+    others = [
+        file for file in sorted({*target.glob("*.safetensors")} - layers) if not is_part_of(file, checkpoint)
+    ]
     if others:
         raise ValueError(
             f"{target}: got {others[0].name} in it, expected a directory of its own for what is converted"
@@ -201,7 +207,18 @@ def _num_matrices(config: MoEConfig) -> int:
     return config.num_experts * len(projection_sizes(config))
 
 
-def _report(manifest: Manifest, target: Path, rows: Sequence[LayerRow]) -> dict[str, Any]:
+def _about(rest: Rest, linked: bool) -> str:
+    """Say where the rest of the model is."""
+    how = "linked" if linked else "copied"
+    return (
+        f"All else that the model needs was {how}: {counted(len(rest.files), 'file')} of "
+        f"{rest.num_bytes / 1e6:.3g} MB. 'ktmoe generate', 'eval' and 'finetune' run the directory."
+    )
+
+
+def _report(
+    manifest: Manifest, target: Path, rows: Sequence[LayerRow], rest: Rest, linked: bool
+) -> dict[str, Any]:
     return {
         "source": manifest.source,
         "target": str(target),
@@ -217,6 +234,7 @@ def _report(manifest: Manifest, target: Path, rows: Sequence[LayerRow]) -> dict[
             }
             for row in rows
         ],
+        "rest": {"files": list(rest.files), "bytes": rest.num_bytes, "linked": linked},
     }
 
 

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from ...config import MoEConfig
 from ...formats.quantized import QuantizedFormat
 from ...formats.weights import ExpertWeights, Projection
-from ..layouts.layer import aligned
+from ..layouts.layer import aligned, expert_layers
 from ..mapped import MappedFiles
-from ..safetensors.checkpoint import SafetensorsFile
+from ..safetensors.checkpoint import SafetensorsCheckpoint, SafetensorsFile
 from ..safetensors.writer import write_safetensors
 
 __all__ = [
@@ -94,12 +94,13 @@ def find_quantized(path: str | os.PathLike[str], layer_idx: int) -> Path | None:
 
 
 def check_not_quantized(path: str | os.PathLike[str], method: str) -> None:
-    """Raise ValueError for such a file, or a directory of nothing else: the method cannot read it."""
+    """Raise ValueError for such a file, or a directory of them without other experts: nothing to read."""
     where = Path(path)
     layers = quantized_layers(where)
-    if (layers and len(layers) == len(list(where.glob("*.safetensors")))) or (
-        _FILE_NAME.fullmatch(where.name) and where.is_file()
-    ):
+    has_experts = len(layers) < len(list(where.glob("*.safetensors"))) and bool(
+        expert_layers(SafetensorsCheckpoint.shared(where))
+    )
+    if (layers and not has_experts) or (_FILE_NAME.fullmatch(where.name) and where.is_file()):
         raise ValueError(f"{where}: holds quantized weights, which method {method!r} does not read")
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "TensorInfo",
     "checkpoint_files",
     "hf_config_path",
+    "index_path",
     "load_hf_config",
 ]
 
@@ -333,6 +334,11 @@ def hf_config_path(path: str | os.PathLike[str]) -> Path:
 def checkpoint_files(path: Path) -> list[Path]:
     """The files that hold a checkpoint's tensors, missing or not; errors are those of the checkpoint."""
     return _find_files(path)[1]
+
+
+def index_path(path: Path) -> Path | None:
+    """The index of the checkpoint at `path`, where it counts; errors are those of the checkpoint."""
+    return path / _INDEX_NAME if _find_files(path)[0] is not None else None
 
 
 def _find_files(path: Path) -> tuple[_Index | None, list[Path]]:
