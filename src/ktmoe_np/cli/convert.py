@@ -28,6 +28,7 @@ from ..io.converted.layer import (
 )
 from ..io.converted.manifest import LayerRecord, Manifest, begin_manifest, record_layer
 from ..io.converted.rest import Rest, copy_rest, is_part_of, link_rest
+from ..io.gguf.checkpoint import is_gguf
 from ..io.json_text import MAX_JSON_BYTES
 from ..io.layer_config import hf_layer_config
 from ..io.regular_file import read_regular
@@ -56,6 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
     method = find_quantizing(arguments.method)
     group_size = method.resolve_group_size(arguments.group_size)
     source, target = Path(arguments.source), Path(arguments.target)
+    if source.exists() and is_gguf(source):
+        raise ValueError(
+            f"{source}: got GGUF, expected a Hugging Face checkpoint: GGUF is read in place, by method "
+            "LLAMAFILE or --experts of 'ktmoe generate' and 'eval'"
+        )
     checkpoint = SafetensorsCheckpoint(source)
     layers = _chosen_layers(checkpoint, arguments.layers)
     hf_config = load_hf_config(source)
