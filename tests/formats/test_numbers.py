@@ -27,9 +27,10 @@ from sft_layers import Step, assert_same_steps, assert_step_close, draw_student,
 import ktmoe_np.formats.numbers
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np.formats.numbers import NUMBER_DTYPES
-from ktmoe_np.io import load_experts
+from ktmoe_np.io import SafetensorsCheckpoint, load_experts
 from ktmoe_np.io.inspect import inspect_checkpoint
 from ktmoe_np.io.layouts.layer import WEIGHT_DTYPES
+from ktmoe_np.models import EMBEDDED_MODEL, MoEDecoder, generate
 from ktmoe_np.reference import moe_backward, moe_forward, moe_forward_sft
 
 pytestmark = pytest.mark.kernels
@@ -305,3 +306,18 @@ def test_the_reference_trains_on_rounded_weights() -> None:
         gradients = {k: v for k, v in vars(moe_backward(cache, grad_output)).items() if v is not None}
         steps.append(Step(out, gradients))
     assert_same_steps(*steps)
+
+
+def test_a_whole_model_in_float32(tmp_path: Path) -> None:
+    """bfloat16 widened is the same model."""
+    checkpoint = SafetensorsCheckpoint(EMBEDDED_MODEL)
+    wide = {name: checkpoint.tensor(name).astype(np.float32) for name in checkpoint.names()}
+    write_safetensors(tmp_path / "model.safetensors", wide)
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).symlink_to(EMBEDDED_MODEL / name)
+    models = [MoEDecoder.from_pretrained(path) for path in (tmp_path, EMBEDDED_MODEL)]
+    assert [layer.expert_bytes for layer in models[0].experts] == [
+        2 * layer.expert_bytes for layer in models[1].experts
+    ]
+    texts = [list(generate(model, list(b"In the beginning"), 8)) for model in models]
+    assert texts[0] == texts[1]
