@@ -205,8 +205,8 @@ WRONG: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         "FP8",
         {"gate_proj": np.zeros((E, I, H), np.float32)},
         TypeError,
-        "gate_proj: got float32 [3, 64, 96], expected float8_e4m3fn [3, 64, 96]; AMXINT8, AMXINT4, MOE_INT8, "
-        "MOE_INT4 and LLAMAFILE take float32",
+        "gate_proj: got float32 [3, 64, 96], expected float8_e4m3fn [3, 64, 96]; BF16, AMXINT8, AMXINT4, "
+        "MOE_INT8, MOE_INT4 and LLAMAFILE take float32",
     ),
     "codes of another width": (
         "MXFP4",
@@ -409,7 +409,7 @@ def test_scales_of_rows_may_be_columns(how: Any) -> None:
     ("method", "dtype", "told"),
     [
         ("BF16", "float8_e4m3fn", "; FP8, FP8_PERCHANNEL and MXFP8 take float8_e4m3fn"),
-        ("BF16", "int32", "; RAWINT4 and GPTQ_INT4 take int32"),
+        ("BF16", "int32", "; RAWINT4, GPTQ_INT4 and INT4_ZP take int32"),
         ("FP8", "bfloat16", "; BF16, AMXINT8, AMXINT4, MOE_INT8, MOE_INT4 and LLAMAFILE take bfloat16"),
         ("AMXINT8", "float8_e4m3fn", "; FP8, FP8_PERCHANNEL and MXFP8 take float8_e4m3fn"),
         ("MXFP4", "complex64", ""),

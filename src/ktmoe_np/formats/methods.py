@@ -61,7 +61,7 @@ class Method:
 
 
 #: Kind of weights -> the dtypes that they are made of, where codes have no dtype of their own.
-_QUANTIZED_FROM = {"quantized": ("bfloat16", "float32"), "gguf": ("bfloat16", "float32", "float16")}
+_QUANTIZED_FROM = dict.fromkeys(("quantized", "gguf"), ("bfloat16", "float32", "float16"))
 
 #: Mode, kind of weights and product -> the wrapper.
 _WRAPPERS = {
@@ -131,7 +131,7 @@ def methods_that_take(dtype: str) -> str:
     Examples
     --------
     >>> methods_that_take("float16"), methods_that_take("complex64")
-    ('; LLAMAFILE takes float16', '')
+    ('; BF16, AMXINT8, AMXINT4, MOE_INT8, MOE_INT4 and LLAMAFILE take float16', '')
     """
     names = [
         info.names[0]

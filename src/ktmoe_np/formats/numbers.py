@@ -11,6 +11,7 @@ from ..arrays.checks import expert_arrays
 from ..arrays.library import dtype_name
 from ..arrays.spec import ArraySpec
 from .gguf import PLAIN_DTYPES
+from .methods import methods_that_take
 from .weights import Projection
 
 __all__ = ["NUMBER_DTYPES", "number_rows"]
@@ -57,7 +58,8 @@ def number_rows(name: str, codes: Any, shape: tuple[int, int, int]) -> Projectio
         return Projection(codes)  # to be checked by the engine
     dtype = known.get(dtype_name(first))
     if dtype is None:
-        ArraySpec(NUMBER_DTYPES, shape[1:] if is_sequence else shape).check(name, first)
+        spec = ArraySpec(NUMBER_DTYPES, shape[1:] if is_sequence else shape, otherwise=methods_that_take)
+        spec.check(name, first)
     assert dtype is not None
     rows = expert_arrays(name, codes, ArraySpec((dtype,), shape, as_bytes=True))
     return Projection(rows, format=_FORMATS[dtype])
