@@ -61,6 +61,15 @@ KT_INLINE Words16 spread_group(Words16 words, size_t g) {
 KT_INLINE Ints8 spread_int(uint64_t bytes, size_t g) {
   return _mm256_set1_epi32(static_cast<int8_t>(bytes >> 8 * g));
 }
+// Those of groups g and g + 1, in the lanes of each half.
+KT_INLINE Ints8 eight_ints(uint64_t bytes) {
+  return _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)));
+}
+KT_INLINE Ints8 spread_two_ints(Ints8 of_groups, size_t g) {
+  const __m256i half = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  return _mm256_permutevar8x32_epi32(of_groups,
+                                     _mm256_add_epi32(half, _mm256_set1_epi32(static_cast<int>(g))));
+}
 KT_INLINE Ints8 add_products(Ints8 acc, Ints8 a, Ints8 b) {
   return _mm256_add_epi32(acc, _mm256_mullo_epi32(a, b));
 }

@@ -119,7 +119,7 @@ struct NibblesAt {
 template <class Format>
 concept HasNibblesIn16 = requires(const std::byte* block) {
   { Unpack<Format>::template nibbles<NibblesAt>(block, 0) } -> std::same_as<const std::byte*>;
-} && Format::kBlock == 32;
+};
 
 // The scales of groups, read one by one.
 template <class Of>
@@ -177,9 +177,10 @@ struct Integers<Format> : IntegerCodes<Format> {
 #if KT_HAS_256_BITS
   static KT_INLINE void two(const EightRows& rows, int r, size_t k, size_t second, Bytes32 (&codes)[2]) {
     const auto at = [&](size_t value) {
-      return Unpack<Format>::template nibbles<NibblesAt>(block(rows.row(r), value), 0);
+      const size_t g = value % Format::kBlock / 32;
+      return Unpack<Format>::template nibbles<NibblesAt>(block(rows.row(r), value), g);
     };
-    const Bytes32 both = two_halves(at(k), at(second));
+    const Bytes32 both = Format::kBlock > 32 ? load_32(at(k)) : two_halves(at(k), at(second));
     codes[0] = Base::looked_up(low_nibbles(both));
     codes[1] = Base::looked_up(high_nibbles(both));
   }

@@ -131,6 +131,59 @@ class GroupSums {
 template <class Of>
 inline constexpr bool kFactorsQuads = !Of::kNarrow && kDotsWideCodes;
 
+// The sums of codes times factors of a row's block: groups one by one, or two by two where that is cheaper.
+template <class Format, int kTokens>
+class FactoredSums {
+  using Of = Integers<Format>;
+  static constexpr size_t kGroups = Format::kGroups;
+  static constexpr bool kInPairs = Of::kHasTwo && kFactorsQuads<Of>;
+
+ public:
+  KT_INLINE FactoredSums(const BlockRow* x, size_t k) : x_(x), k_(k) {
+    if constexpr (kInPairs) {
+      KT_UNROLL for (int t = 0; t < kTokens; ++t) KT_UNROLL for (size_t pair = 0; pair < 4; ++pair)
+          Of::order_two(of_x(t, 2 * pair), of_x(t, 2 * pair + 1), pairs_[t][pair]);
+    }
+  }
+
+  KT_INLINE void add(const EightRows& rows, int r, const formats::GroupNumbers& numbers,
+                     Ints8 (&sum)[kTokens]) const {
+    if constexpr (kInPairs) {
+      const Ints8 factors = eight_ints(numbers.scale[0]);
+      KT_UNROLL for (size_t pair = 0; pair < 4; ++pair) {
+        Bytes32 codes[2];
+        Of::two(rows, r, k_ + 64 * pair, 0, codes);
+        const Ints8 factor = spread_two_ints(factors, 2 * pair);
+        KT_UNROLL for (int t = 0; t < kTokens; ++t) {
+          const Ints8 first = dot_quads<false>(zero_ints(), codes[0], pairs_[t][pair][0]);
+          sum[t] = add_products(sum[t], dot_quads<false>(first, codes[1], pairs_[t][pair][1]), factor);
+        }
+      }
+    } else {
+      const Words16 factors = words_to_spread<kGroups>(numbers.scale);
+      KT_UNROLL for (size_t g = 0; g < 8; ++g) {
+        const Bytes32 codes = Of::codes(rows, r, k_ + 32 * g);
+        KT_UNROLL for (int t = 0; t < kTokens; ++t) {
+          if constexpr (kFactorsQuads<Of>) {
+            static_assert(kGroups == 8);
+            const Ints8 quads = dot_quads<false>(zero_ints(), codes, of_x(t, g));
+            sum[t] = add_products(sum[t], quads, spread_int(numbers.scale[0], g));
+          } else {
+            sum[t] = dot_words(sum[t], dot_pairs<Of::kNarrow>(codes, of_x(t, g)), spread_group(factors, g));
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  KT_INLINE Bytes32 of_x(int t, size_t g) const { return load_32(x_[t].codes + k_ + 32 * g); }
+
+  const BlockRow* x_;
+  const size_t k_;
+  Bytes32 pairs_[kInPairs ? kTokens : 1][4][2];
+};
+
 // The block of 256 values from k on, whose groups have integer factors.
 template <class Format, int kTokens>
 KT_INLINE void add_factored_block(const EightRows& rows, const BlockRow* x, size_t k,
@@ -141,25 +194,13 @@ KT_INLINE void add_factored_block(const EightRows& rows, const BlockRow* x, size
     return load_sums<kGroups>(kGroups == 16 ? x[t].sums16 + k / 16 : x[t].sums32 + k / 32);
   };
   Ints8 sums[kTokens][8], offsets[kTokens][8];
+  const FactoredSums<Format, kTokens> factored(x, k);
   KT_NO_UNROLL for (int r = 0; r < 8; ++r) {
     formats::GroupNumbers numbers;
     Format::group_numbers(Of::block(rows.row(r), k), numbers);
-    const Words16 factors = words_to_spread<kGroups>(numbers.scale);
     Ints8 sum[kTokens];
-    KT_UNROLL for (size_t g = 0; g < 8; ++g) {
-      const Bytes32 codes = Of::codes(rows, r, k + 32 * g);
-      KT_UNROLL for (int t = 0; t < kTokens; ++t) {
-        const Bytes32 of_x = load_32(x[t].codes + k + 32 * g);
-        const Ints8 before = g == 0 ? zero_ints() : sum[t];
-        if constexpr (kFactorsQuads<Of>) {
-          static_assert(kGroups == 8);
-          const Ints8 quads = dot_quads<false>(zero_ints(), codes, of_x);
-          sum[t] = add_products(before, quads, spread_int(numbers.scale[0], g));
-        } else {
-          sum[t] = dot_words(before, dot_pairs<Of::kNarrow>(codes, of_x), spread_group(factors, g));
-        }
-      }
-    }
+    KT_UNROLL for (int t = 0; t < kTokens; ++t) sum[t] = zero_ints();
+    factored.add(rows, r, numbers, sum);
     KT_UNROLL for (int t = 0; t < kTokens; ++t) {
       constexpr int kBias = kFactorsQuads<Of> ? Of::kBias : kPairBias<Of>;
       if constexpr (kBias != 0) {

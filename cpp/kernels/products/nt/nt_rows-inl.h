@@ -181,6 +181,22 @@ struct Ahead {
   size_t bytes, step;
 };
 
+// Two steps of a single activation row.
+template <class Product, int kRows, class Weights>
+KT_INLINE void dot_two_steps(const Weights& w, size_t k, const std::byte* x, const std::byte* ahead,
+                             size_t ahead_step, typename Product::Acc (&acc)[kRows]) {
+  using Segment = typename Product::Segment;
+  constexpr size_t kStep = Product::kStep;
+  KT_UNROLL for (size_t i = 0; i < 2; ++i) w.prefetch(ahead + i * ahead_step, ahead_step);
+  const Segment xs[2] = {Product::load(x + k * Product::kElementBytes),
+                         Product::load(x + (k + kStep) * Product::kElementBytes)};
+  KT_UNROLL for (int r = 0; r < kRows; ++r) {
+    Segment ws[2];
+    w.two_segments(r, k, ws);
+    KT_UNROLL for (int i = 0; i < 2; ++i) Product::dot(acc[r], ws[i], xs[i]);
+  }
+}
+
 template <class Product, int kRows, int kTokens, class Weights>
 KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& w, uint32_t m,
                         const Ahead& prefetched) {
@@ -201,16 +217,8 @@ KT_INLINE void dot_tile(const NtArgs& args, const GroupBlock& b, const Weights& 
 
   size_t k = b.k0;
   if constexpr (kTokens == 1 && requires(Segment(&two)[2]) { w.two_segments(0, k, two); }) {
-    for (; k + 2 * kStep <= b.k1; k += 2 * kStep) {
-      KT_UNROLL for (int i = 0; i < 2; ++i, ahead += prefetched.step) w.prefetch(ahead, prefetched.step);
-      const Segment xs[2] = {Product::load(x[0] + k * kElementBytes),
-                             Product::load(x[0] + (k + kStep) * kElementBytes)};
-      KT_UNROLL for (int r = 0; r < kRows; ++r) {
-        Segment ws[2];
-        w.two_segments(r, k, ws);
-        KT_UNROLL for (int i = 0; i < 2; ++i) Product::dot(acc[0][r], ws[i], xs[i]);
-      }
-    }
+    for (; k + 2 * kStep <= b.k1; k += 2 * kStep, ahead += 2 * prefetched.step)
+      dot_two_steps<Product>(w, k, x[0], ahead, prefetched.step, acc[0]);
   }
   for (; k + kStep <= b.k1; k += kStep) {
     w.prefetch(ahead, prefetched.step);
