@@ -229,6 +229,11 @@ struct DecodeToScratch {
   }
 };
 
+// A step of a panel, to L1.
+KT_INLINE void prefetch_step(const std::byte* panel) {
+  KT_UNROLL for (size_t i = 0; i < kTileRows; ++i) __builtin_prefetch(panel + i * kCacheLine, 0, 3);
+}
+
 // One block, of one or two tiles of weight rows, against panels p and, when kPanels is 2, p + 1. Scratch,
 // which no other panel needs soon, is loaded past the L1 cache; activations are not (Emerald Rapids:
 // 5 %).
@@ -264,6 +269,9 @@ KT_INLINE void tile_block(const NtArgs& args, const TileBlock& w, uint32_t p, ui
     } else {
       ahead.prefetch();
     }
+    // More panels than the L1 cache has room for: those of a step come from L2.
+    if constexpr (kPanels == 2 && kFrom == Weights::kFromScratch)
+      prefetch_step(b0 + 2 * kTileRows * stride0), prefetch_step(b1 + 2 * kTileRows * stride1);
     if constexpr (kFrom == Weights::kDecoded) {
       decode(s);
       a = w.data + (s & (decode.ring - 1)) * w.step_bytes;
