@@ -120,6 +120,7 @@ def test_convert_text(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "over a sample of 4 experts in each layer" in text
     assert "Every file was read back and compared." in text
     assert "2 layers in" in text
+    assert "The directory runs once the other layers are converted too." in text
     assert "bits per weight; 0 of them were there already." in text
 
 

@@ -138,9 +138,12 @@ def test_links(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     target = tmp_path / "int4"
     report = as_json(capsys, "convert", str(source), str(target), "--method=AMXINT4", "--link")
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    linked = {*shards, "model.safetensors.index.json", "config.json", "tokenizer.json"}
-    assert (set(report["rest"]["files"]), report["rest"]["linked"]) == (linked, True)
-    assert all((target / name).samefile(source / name) for name in linked)
+    copied = {"model.safetensors.index.json", "config.json", "tokenizer.json"}
+    assert (set(report["rest"]["files"]), report["rest"]["linked"]) == ({*shards, *copied}, True)
+    assert all((target / name).samefile(source / name) for name in shards)
+    # Small files are changed in place by editors and tokenizers: the source's must not change with them.
+    assert not any((target / name).samefile(source / name) for name in copied)
+    assert all((target / name).read_bytes() == (source / name).read_bytes() for name in copied)
     assert run(source, target, "--link") == 0
     assert KTMoEWrapper.from_pretrained(target, 1, "BF16").loaded  # of the source's file, by its link
     assert KTMoEWrapper.from_pretrained(target, 1).method == "AMXINT4"
@@ -155,8 +158,9 @@ def test_another_file_system_gets_symbolic_links(
     monkeypatch.setattr(os, "link", refuse)
     target = tmp_path / "int4"
     assert run(source, target, "--link") == 0
-    assert (target / "config.json").is_symlink()
-    assert (target / "config.json").resolve() == (source / "config.json").resolve()
+    shard = "model-00001-of-00002.safetensors"
+    assert (target / shard).is_symlink()
+    assert (target / shard).resolve() == (source / shard).resolve()
     assert run(source, target, "--link") == 0
 
 
@@ -167,7 +171,7 @@ def test_links_of_a_cache_are_followed(source: Path, tmp_path: Path) -> None:
         (snapshot / file.name).symlink_to(file)
     assert run(snapshot, target, "--link") == 0
     for file in source.iterdir():
-        assert (target / file.name).samefile(file)
+        assert (target / file.name).samefile(file) == (file.suffix == ".safetensors")
         assert not (target / file.name).is_symlink()
 
 
@@ -182,7 +186,7 @@ def test_links_become_copies_and_the_source_stays(tmp_path: Path, link: Any) -> 
         link(source / name, target / name)
     assert run(source, target) == 0
     assert {file.name: file.read_bytes() for file in source.iterdir()} == before
-    assert not (target / "model.safetensors").samefile(source / "model.safetensors")
+    assert not any((target / name).samefile(source / name) for name in before)
     assert run(source, target, "--link") == 0
     assert (target / "model.safetensors").samefile(source / "model.safetensors")
 
@@ -192,10 +196,32 @@ def test_a_link_to_somewhere_else_is_not_written_through(source: Path, tmp_path:
     (source / "tokenizer.json").write_text('{"a": 1}')
     other.write_text("{}")
     target.mkdir()
-    (target / "tokenizer.json").symlink_to(other)
+    for name in ("tokenizer.json", "config.json"):
+        (target / name).symlink_to(other)
     assert run(source, target) == 0
     assert other.read_text() == "{}"
     assert (target / "tokenizer.json").read_text() == '{"a": 1}'
+    assert (target / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_the_file_that_a_source_links_to_stays(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full, view = tmp_path / "full", tmp_path / "view"
+    write_checkpoint(full, "qwen3_moe", [0], E, I, H)
+    view.mkdir()
+    for file in full.iterdir():
+        (view / file.name).symlink_to(file)
+    for file in full.iterdir():
+        if file.name != name:  # of which the view has its own
+            (view / file.name).unlink()
+            (view / file.name).write_bytes(file.read_bytes())
+    before = {file.name: file.read_bytes() for file in full.iterdir()}
+    for more in ((), ("--link",)):
+        assert run(view, full, *more) == 2
+        assert f"got the source's own {name} in it, expected a directory of its own" in only_error(capsys)
+    assert {file.name: file.read_bytes() for file in full.iterdir()} == before
 
 
 def test_tensors_of_another_model_are_left_alone(

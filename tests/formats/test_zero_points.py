@@ -134,6 +134,13 @@ def test_every_zero_point_and_every_nibble(num_tokens: int) -> None:
             {"gate_scale": np.ones((E, I, 4), np.float16), "gate_zero": np.zeros((E, I, 4), np.uint8)},
             r"gate_scale: got float16 .*, expected float16 .* with G = 2 or 1",
         ),
+        (
+            {
+                "down_scale": [np.ones((H, 4 if e else 2), np.float16) for e in range(E)],
+                "down_zero": [np.zeros((H, 2), np.uint8)] * E,
+            },
+            "down_scale: got 4 groups for expert 1, expected 2, as for expert 0",
+        ),
         ({"gate_scale": np.full((E, I, 2), 2.0**20, bf16)}, "gate_scale: got 1.04858e.06 in bfloat16"),
         ({"gate_global_scale": np.ones(E, np.float32)}, "gate_global_scale: got one, expected None"),
     ],

@@ -17,7 +17,7 @@ from sft_layers import Student, draw_student, draw_training
 torch = pytest.importorskip("torch")
 
 from ktmoe_np.sft import export_peft, peft_scale  # noqa: E402
-from ktmoe_np.torch import MoEExperts, lora_parameters, moe_sft  # noqa: E402
+from ktmoe_np.torch import MoEExperts, lora_parameters, moe_forward, moe_sft  # noqa: E402
 from ktmoe_np.torch.modules import SeparateExperts  # noqa: E402
 
 pytestmark = pytest.mark.crosscheck
@@ -54,6 +54,26 @@ def test_a_module_for_inference(student: Student, arrays: list[Any]) -> None:
     experts = MoEExperts(moe)
     assert not list(experts.parameters())
     assert_same_bits(numpy_of(experts(*arrays)), moe.forward(*map(numpy_of, arrays)))
+
+
+def test_a_layer_that_defers_experts_is_refused(student: Student, arrays: list[Any]) -> None:
+    moe = student.layer.wrapper(P, max_deferred_experts_per_token=1)
+    for call in (lambda: MoEExperts(moe), lambda: moe_forward(moe, *arrays)):
+        with pytest.raises(
+            ValueError, match="moe: got max_deferred_experts_per_token 1, expected 0 under torch"
+        ):
+            call()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32"])
+def test_ids_of_other_experts_are_skipped(student: Student, arrays: list[Any], dtype: str) -> None:
+    x, ids, weights = arrays
+    experts, elsewhere = MoEExperts(student.layer.wrapper(P)), ids.clone()
+    elsewhere[:, 0] = -1
+    skipped = ids.clone()
+    skipped[:, 0] = E  # as transformers marks experts of other ranks
+    out = experts(x, skipped.to(getattr(torch, dtype)), weights)
+    assert_same_bits(numpy_of(out), numpy_of(experts(x, elsewhere, weights)))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])

@@ -27,13 +27,11 @@ from ..io.converted.layer import (
     save_quantized,
 )
 from ..io.converted.manifest import LayerRecord, Manifest, begin_manifest, record_layer
-from ..io.converted.rest import Rest, copy_rest, is_part_of, link_rest
+from ..io.converted.rest import Rest, copy_file, copy_rest, is_part_of, link_rest
 from ..io.gguf.checkpoint import is_gguf
-from ..io.json_text import MAX_JSON_BYTES
 from ..io.layer_config import hf_layer_config
-from ..io.regular_file import read_regular
-from ..io.safetensors.checkpoint import hf_config_path
-from ..io.safetensors.writer import remove_leftovers, replacing
+from ..io.safetensors.checkpoint import checkpoint_files, hf_config_path
+from ..io.safetensors.writer import remove_leftovers
 from ..layers.quantize_task import quantize_projection
 from .progress import Progress
 from .quantized import (
@@ -67,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     hf_config = load_hf_config(source)
     configs = [hf_layer_config(hf_config, layer, source) for layer in layers]
     manifest = _begin(checkpoint, target, Manifest(str(source.resolve()), method.name, group_size))
-    _copy_config(source, target)
+    copy_file(hf_config_path(source), target / "config.json")  # which says what the layers are
     num_steps = sum(_num_matrices(config) + 1 for config in configs) + 1
     with Progress(num_steps, "converting") as progress:
         conversion = _Conversion(
@@ -80,7 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         say_json(_report(manifest, target, rows, rest, arguments.link))
     else:
-        say("\n".join([_text(manifest, target, rows, configs), wrap(_about(rest, arguments.link))]))
+        is_whole = set(manifest.layers) >= set(expert_layers(checkpoint))
+        about = _about(rest, arguments.link, is_whole)
+        say("\n".join([_text(manifest, target, rows, configs), wrap(about)]))
     return 0
 
 
@@ -181,6 +181,13 @@ def _begin(checkpoint: SafetensorsCheckpoint, target: Path, manifest: Manifest) 
         raise ValueError(f"{target}: got a file, expected a directory")
     if target.exists() and target.samefile(hf_config_path(checkpoint.path).parent):
         raise ValueError(f"{target}: got the source, expected a directory of its own for what is converted")
+    own = {file.resolve() for file in (*checkpoint_files(checkpoint.path), hf_config_path(checkpoint.path))}
+    inside = [file for file in sorted(own) if target.exists() and file.parent == target.resolve()]
+    if inside:
+        raise ValueError(
+            f"{target}: got the source's own {inside[0].name} in it, expected a directory of its own for "
+            "what is converted"
+        )
     layers = {layer_path(target, i) for i in quantized_layers(target)}
     others = [
         file for file in sorted({*target.glob("*.safetensors")} - layers) if not is_part_of(file, checkpoint)
@@ -194,16 +201,6 @@ def _begin(checkpoint: SafetensorsCheckpoint, target: Path, manifest: Manifest) 
     return begin_manifest(target, manifest, __version__)
 
 
-def _copy_config(source: Path, target: Path) -> None:
-    """Copy the config.json, which says what the layers are, unless the copy is a link to it."""
-    original, copy = hf_config_path(source), target / "config.json"
-    if copy.exists() and copy.samefile(original):
-        return
-    config = read_regular(original, MAX_JSON_BYTES)
-    with replacing(copy) as file:
-        file.write(config)
-
-
 def _same_bytes(first: Array, second: Array) -> bool:
     """Whether two contiguous arrays hold the same bytes."""
     return first.dtype == second.dtype and np.array_equal(first.view(np.uint8), second.view(np.uint8))
@@ -213,12 +210,17 @@ def _num_matrices(config: MoEConfig) -> int:
     return config.num_experts * len(projection_sizes(config))
 
 
-def _about(rest: Rest, linked: bool) -> str:
-    """Say where the rest of the model is."""
+def _about(rest: Rest, linked: bool, is_whole: bool) -> str:
+    """Say where the rest of the model is, and whether the directory is all of it."""
     how = "linked" if linked else "copied"
+    runs = (
+        "'ktmoe generate', 'eval' and 'finetune' run the directory."
+        if is_whole
+        else "The directory runs once the other layers are converted too."
+    )
     return (
         f"All else that the model needs was {how}: {counted(len(rest.files), 'file')} of "
-        f"{rest.num_bytes / 1e6:.3g} MB. 'ktmoe generate', 'eval' and 'finetune' run the directory."
+        f"{rest.num_bytes / 1e6:.3g} MB. {runs}"
     )
 
 

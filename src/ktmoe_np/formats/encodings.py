@@ -277,6 +277,12 @@ class ZeroPointFormat(ConvertedFormat):
         spec = ArraySpec(self.scale_dtypes, (num_rows, "G"), float16, sizes=groups)
         scales = self._scales(f"{projection}_scale", scale, num_experts, spec)
         num_groups = scales[0].shape[1]
+        for e, array in enumerate(scales):
+            if array.shape[1] != num_groups:
+                raise ValueError(
+                    f"{projection}_scale: got {array.shape[1]} groups for expert {e}, expected {num_groups}, "
+                    "as for expert 0"
+                )
         zeros = expert_arrays(
             f"{projection}_zero", zero, ArraySpec(_UINT8, (num_experts, num_rows, num_groups))
         )

@@ -17,7 +17,7 @@ from ..sft.gradients import LORA_NAMES
 from ..sft.numbered import check_lora
 from .ops import forward_op, sft_op
 
-__all__ = ["lora_parameters", "moe_forward", "moe_sft"]
+__all__ = ["check_nothing_deferred", "lora_parameters", "moe_forward", "moe_sft"]
 
 _HIDDEN = (torch.bfloat16, torch.float32, torch.float16)
 _ADAPTERS = (torch.float32, torch.bfloat16)
@@ -57,7 +57,7 @@ def moe_forward(
     ------
     TypeError, ValueError
         An argument of another kind, dtype or shape. Also tensors that require grad, while grad mode is on:
-        `moe_sft` has a derivative.
+        `moe_sft` has a derivative. Also a layer that defers experts: the next call would have to add them.
     IndexError
         An expert id of E or above; on a CUDA device the result is NaN, and a later call raises it.
     RuntimeError
@@ -76,6 +76,7 @@ def moe_forward(
     """
     if not isinstance(moe, BaseMoEWrapper):
         raise TypeError(f"moe: got {type(moe).__name__}, expected a BaseMoEWrapper, of mode 'inference'")
+    check_nothing_deferred(moe)
     x, ids, weights = _rows(moe.config, hidden_states, topk_ids, topk_weights)
     if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
         raise TypeError(
@@ -147,6 +148,19 @@ def moe_sft(
     dtype = activation_dtype_name(activation_dtype)
     out: torch.Tensor = sft_op(sft.number, x, ids, weights, adapters, save, dtype)[0]
     return out.reshape(hidden_states.shape)
+
+
+def check_nothing_deferred(moe: BaseMoEWrapper) -> None:
+    """Refuse a layer whose calls leave experts over for the next one, which an operator must not.
+
+    Raises
+    ------
+    ValueError
+        `max_deferred_experts_per_token` is not 0.
+    """
+    deferred = moe.max_deferred_experts_per_token
+    if deferred:
+        raise ValueError(f"moe: got max_deferred_experts_per_token {deferred}, expected 0 under torch")
 
 
 def lora_parameters(sft: BaseSFTMoEWrapper) -> dict[str, torch.nn.Parameter]:

@@ -10,7 +10,7 @@ from torch import nn
 from ..inference.base import BaseMoEWrapper
 from ..layers.base import MoELayer
 from ..sft.base import BaseSFTMoEWrapper
-from .calls import lora_parameters, moe_forward, moe_sft
+from .calls import check_nothing_deferred, lora_parameters, moe_forward, moe_sft
 
 __all__ = ["MoEExperts", "SeparateExperts"]
 
@@ -55,7 +55,7 @@ class MoEExperts(nn.Module):
     TypeError
         Not a layer.
     ValueError
-        A layer with dropout.
+        A layer with dropout, or one that defers experts.
 
     Examples
     --------
@@ -85,6 +85,8 @@ class MoEExperts(nn.Module):
             if layer.options.lora_dropout:
                 raise ValueError(f"layer: got lora_dropout {layer.options.lora_dropout}, expected 0")
             self.lora.update(lora_parameters(layer))
+        else:
+            check_nothing_deferred(layer)
 
     @property
     def layer(self) -> BaseMoEWrapper | BaseSFTMoEWrapper:
@@ -146,7 +148,8 @@ class MoEExperts(nn.Module):
         """
         is_wide = hidden_states.dtype is torch.float64
         x = hidden_states.float() if is_wide else hidden_states
-        ids = torch.where(top_k_index < self.num_experts, top_k_index, -1)
+        ids = top_k_index.to(torch.int64)  # other dtypes may have no -1
+        ids = torch.where(ids < self.num_experts, ids, -1)
         layer = self._shared.layer
         if isinstance(layer, BaseSFTMoEWrapper):
             out = moe_sft(layer, dict(self.lora.items()), x, ids, top_k_weights)

@@ -1,7 +1,8 @@
 """What a model needs beside the files of its quantized experts: its other tensors, its tokenizer, its config.
 
 A copy has the tensors in one ``model.safetensors``, without those of experts. Links are to the source's own
-files, experts included: hard links, or symbolic ones to another file system.
+files of tensors, experts included: hard links, or symbolic ones to another file system. Small files are
+copied either way, as editors and tokenizers write theirs in place.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..safetensors.checkpoint import (
 )
 from ..safetensors.writer import replacing, write_safetensors
 
-__all__ = ["Rest", "copy_rest", "is_part_of", "link_rest"]
+__all__ = ["Rest", "copy_file", "copy_rest", "is_part_of", "link_rest"]
 
 #: The file of tensors in a copy, the first that is looked for in a directory.
 _TENSORS = "model.safetensors"
@@ -79,20 +80,23 @@ def copy_rest(checkpoint: SafetensorsCheckpoint, directory: str | os.PathLike[st
         path.unlink()  # a link, which must not be written through
     if not _holds(path, tensors):
         write_safetensors(path, tensors, _MARK)
-    others = _others(checkpoint)
-    for file in others:
-        copy = target / file.name
-        if not _is_same(copy, file):
-            if copy.is_symlink():  # it must not be written through
-                copy.unlink()
-            text = read_regular(file, MAX_JSON_BYTES)
-            with replacing(copy) as written:
-                written.write(text)
-    return _rest(target, [_TENSORS, *(file.name for file in others)])
+    return _rest(target, [_TENSORS, *_copy_others(checkpoint, target)])
+
+
+def copy_file(file: Path, copy: Path) -> None:
+    """Copy a small file, unless the copy is there; a link in its place is replaced, not written through."""
+    text = read_regular(file, MAX_JSON_BYTES)
+    is_link = copy.is_symlink() or _is_same(copy, file)
+    if not is_link and copy.is_file() and copy.read_bytes() == text:
+        return
+    if copy.is_symlink():
+        copy.unlink()
+    with replacing(copy) as written:
+        written.write(text)
 
 
 def link_rest(checkpoint: SafetensorsCheckpoint, directory: str | os.PathLike[str]) -> Rest:
-    """Link all files of a model into a directory; see `copy_rest`.
+    """Link the files of a model's tensors into a directory, and copy the others; see `copy_rest`.
 
     Raises
     ------
@@ -103,14 +107,17 @@ def link_rest(checkpoint: SafetensorsCheckpoint, directory: str | os.PathLike[st
     """
     target, source = Path(directory), hf_config_path(checkpoint.path).parent
     index = index_path(checkpoint.path)
-    files = [*checkpoint_files(checkpoint.path), *([index] if index else []), *_others(checkpoint)]
+    files = checkpoint_files(checkpoint.path)
     copied = target / _TENSORS
     if _is_copy(copied):
         copied.unlink()  # it would be found before the others
     names = [os.fspath(file.relative_to(source)) for file in files]
     for file, name in zip(files, names, strict=True):
         _link(file, target / name)
-    return _rest(target, names)
+    if index is not None:
+        copy_file(index, target / index.name)
+        names.append(index.name)
+    return _rest(target, [*names, *_copy_others(checkpoint, target)])
 
 
 def is_part_of(path: Path, checkpoint: SafetensorsCheckpoint) -> bool:
@@ -134,6 +141,14 @@ def _others(checkpoint: SafetensorsCheckpoint) -> list[Path]:
     config = hf_config_path(checkpoint.path)
     found = {file for pattern in _OTHERS for file in config.parent.glob(pattern) if file.is_file()}
     return [config, *sorted(found)]
+
+
+def _copy_others(checkpoint: SafetensorsCheckpoint, target: Path) -> list[str]:
+    """Copy the files of the model that hold no tensors; their names."""
+    others = _others(checkpoint)
+    for file in others:
+        copy_file(file, target / file.name)
+    return [file.name for file in others]
 
 
 def _is_same(path: Path, other: Path) -> bool:
