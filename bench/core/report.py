@@ -17,11 +17,12 @@ Record = dict[str, Any]
 def table(records: Sequence[Record], against: str = "ktmoe") -> str:
     """Backends by batch sizes: time and, behind it, the fraction of the machine's limit.
 
+    Records of anything but passes over batches, such as limits and loading, are left out.
     The last row of a shape says how many times longer the fastest other takes than the fastest of `against`.
     Of what has several passes, a line for each backend and batch size follows.
     """
     parts = []
-    for group in _groups([record for record in records if "tokens" in record]):
+    for group in _groups([record for record in records if {"tokens", "operation"} <= record.keys()]):
         parts.append(_table_of(group, against))
         if any("backward_ms" in record for record in group):
             parts.append(_steps(group))

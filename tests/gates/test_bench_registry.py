@@ -179,6 +179,18 @@ def test_tables_of_several_activation_dtypes_keep_them_apart() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "saved", sorted((ROOT / "bench/results").glob("*.jsonl")), ids=lambda path: path.stem
+)
+def test_saved_records_are_shown(saved: Path) -> None:
+    from bench.core.report import table
+
+    records = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert table(records).count("\ntokens ") == len(
+        {(r["date"], r["kind"], r["shape"], r["operation"], r["method"]) for r in records if "ms" in r}
+    )
+
+
 def test_loading_is_timed_with_the_methods_own_activations(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -312,8 +312,8 @@ def _add_checkpoint_commands(add: Callable[..., _Parser]) -> None:
     command.add_argument(
         "--link",
         action="store_true",
-        help="link the files of the source instead of copying what is not quantized: hard links, or symbolic "
-        "ones to another file system",
+        help="link the source's files of tensors instead of copying what is not quantized: hard links, or "
+        "symbolic ones to another file system; small files are copied",
     )
     _add_threads_and_json(command)
 
