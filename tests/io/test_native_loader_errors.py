@@ -397,7 +397,9 @@ def test_damage_is_always_named(tmp_path: Path, data: st.DataObject) -> None:
             continue
         shapes = st.one_of(st.just(list(array.shape)), st.lists(st.integers(0, 5), max_size=4))
         put(name, tuple(data.draw(shapes)), data.draw(st.sampled_from(DTYPES)))(layer.tensors)
-        if (layer.tensors[name].shape, layer.tensors[name].dtype) != (array.shape, array.dtype):
+        found = layer.tensors[name]
+        are_bytes = {found.dtype, array.dtype} == {np.dtype(np.int8), np.dtype(np.uint8)}  # of codes
+        if found.shape != array.shape or (found.dtype != array.dtype and not are_bytes):
             others.append(name)
     put_layer(tmp_path, layer)
     method = data.draw(st.sampled_from([None, layer.method]))

@@ -156,7 +156,7 @@ def _pack_gptq(version: int) -> Pack:
     def pack(nibbles: AnyArray, scale: AnyArray, zero: AnyArray) -> dict[str, AnyArray]:
         return {
             ".qweight": _words(nibbles.T, 0),
-            ".qzeros": _words(zero.T - np.uint8(version == 1), 1),
+            ".qzeros": _words(zero.T - np.uint8(version == 1) & np.uint8(15), 1),
             ".scales": np.ascontiguousarray(scale.T),
         }
 
@@ -204,7 +204,7 @@ ENCODINGS: dict[str, tuple[str, Draw]] = {
     "gptq": ("GPTQ_INT4", _gptq(64, np.float16, 7)),
     "gptq_bf16": ("GPTQ_INT4", _gptq(32, BF16, 7, order=False)),
     "gptq_v2": ("GPTQ_INT4", _gptq(-1, np.float16, 8)),
-    "gptq_zeros": ("INT4_ZP", _zero_points(_pack_gptq(1), 64, zeros=(1, 17))),
+    "gptq_zeros": ("INT4_ZP", _zero_points(_pack_gptq(1), 64)),
     "gptq_zeros_v2": ("INT4_ZP", _zero_points(_pack_gptq(2), 32, BF16)),
     "awq": ("INT4_ZP", _zero_points(_pack_awq, 32)),
     "awq_128": ("INT4_ZP", _zero_points(_pack_awq, 128)),

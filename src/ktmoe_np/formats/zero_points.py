@@ -73,7 +73,8 @@ def from_gptq(qweight: Array, scales: Array, qzeros: Array, *, less: int = 1) ->
     scales : ndarray of float16 or bfloat16, [G, N]
     qzeros : ndarray of int32, [G, N / 8]
     less : int
-        What stored zero points are less than those that count: 1 in the first version of the format.
+        What stored zero points are less than those that count, modulo 16: 1 in the first version of the
+        format, which stores 15 for 0.
 
     Examples
     --------
@@ -85,7 +86,7 @@ def from_gptq(qweight: Array, scales: Array, qzeros: Array, *, less: int = 1) ->
     num_words, num_rows = qweight.shape
     codes = _bytes_of_words(qweight).swapaxes(0, 1).reshape(num_rows, 4 * num_words)
     low, high = _halves_of_words(qzeros)
-    zero = np.stack([low, high], axis=-1) + np.uint8(less)
+    zero = np.stack([low, high], axis=-1) + np.uint8(less) & np.uint8(15)
     return ZeroPointMatrix(codes, np.ascontiguousarray(scales.T), _turned(zero))
 
 
