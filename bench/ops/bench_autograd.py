@@ -82,7 +82,7 @@ def main() -> int:
     results = Results(options.out, options.machine)
     shape = replace(SHAPES[options.shape], rank=options.rank)
     layer = Layer.create(fit(shape, 4.0, available_memory()))
-    print(f"{results.machine}\n{'tokens':>6} {'':9} ms a step  of NumPy's")
+    print(f"{results.machine}\n{'tokens':>6} {'':9} ms/step  vs NumPy")
     for tokens in map(int, options.tokens.split(",")):
         steps = _steps(layer, tokens)
         samples: dict[str, list[float]] = {name: [] for name in steps}

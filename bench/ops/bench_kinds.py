@@ -1,4 +1,4 @@
-"""What arrays of torch and JAX cost a call, beside NumPy's: `python -m bench.ops.bench_kinds --help`."""
+"""Overhead per call of torch and JAX arrays over NumPy: `python -m bench.ops.bench_kinds --help`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ROUNDS = 20
 def _parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(prog="python -m bench.ops.bench_kinds", description=__doc__)
     p.add_argument("--tokens", type=int, default=1)
-    p.add_argument("--calls", type=int, default=20000, help="of each kind")
+    p.add_argument("--calls", type=int, default=20000, help="calls per kind")
     p.add_argument("--kinds", default="NumPy,torch,JAX", help="some of NumPy, torch, JAX; NumPy is needed")
     p.add_argument("--out", type=Path, default=DEFAULT_PATH, help="JSON lines, appended to")
     p.add_argument("--machine", help="the machine's name in the records; default: its CPU model")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,9 @@ from array_kinds import KINDS, InterfaceOnly, Pinned, kind_of, numpy_of, of_jax,
 from layers import AnyArray, Batch, Layer, assert_same_bits, bf16, draw_batch, draw_layer
 
 from ktmoe_np import DeferralChain, GPUExperts, KTMoEWrapper, generate_gpu_experts_masks
+from ktmoe_np.arrays.device import cast_array
 from ktmoe_np.arrays.host import as_numpy
+from ktmoe_np.arrays.library import find_library
 
 E, P, H, I, T = 4, 2, 40, 33, 6  # noqa: E741
 
@@ -116,11 +120,39 @@ def test_values_beyond_bf16_are_infinite_without_a_warning(moe: Any, batch: Batc
     assert_same_bits(found[3:], moe.forward(*batch)[3:])
 
 
+def test_routing_weights_beyond_float32_are_infinite_without_a_warning(moe: Any, batch: Batch) -> None:
+    x, ids, weights = batch
+    wide = weights.astype(np.float64)
+    wide[1] = 1e300
+    out = moe.forward(x, ids, wide)
+    assert not np.isfinite(out[1].astype(np.float32)).any()
+    assert_same_bits(np.delete(out, 1, 0), np.delete(moe.forward(*batch), 1, 0))
+
+
+def test_a_library_that_another_thread_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its module is there before its classes are."""
+    monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
+
+    class Exporter:
+        __array_interface__ = np.arange(3).__array_interface__
+
+    assert find_library(Exporter()) is None
+    assert as_numpy(Exporter(), "x").shape == (3,)
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, bf16, ">f4"], ids=str)
 def test_routing_weights_of_any_float_dtype(layer: Layer, batch: Batch, moe: Any, dtype: Any) -> None:
     weights = batch.weights.astype(dtype)
     expected = layer.forward(batch._replace(weights=weights.astype(np.float32)))
     assert_same_bits(moe.forward(batch.x, batch.ids, weights), expected)
+
+
+@pytest.mark.crosscheck
+def test_what_is_on_the_cpu_is_not_cast_in_a_stream() -> None:
+    """So that it is refused by its own name."""
+    torch = pytest.importorskip("torch")
+    x = torch.ones(2, 3)
+    assert cast_array(x, bf16, ("float32",), 0x1234) is x
 
 
 @pytest.mark.crosscheck

@@ -337,6 +337,36 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "topk_ids: got shape [5, 2], expected [6, 2]",
     ),
+    "ids, beyond int64": (
+        lambda a: a.update(ids=torch.from_numpy(np.full((T, P), 2**63 + 5, np.uint64))),
+        IndexError,
+        "topk_ids: got expert ",
+    ),
+    "x, a list": (
+        lambda a: a.update(x=a["x"].tolist()),
+        TypeError,
+        "hidden_states: got list, expected a tensor",
+    ),
+    "x, NumPy's": (
+        lambda a: a.update(x=a["x"].float().detach().numpy()),
+        TypeError,
+        "hidden_states: got ndarray, expected a tensor",
+    ),
+    "weights, NumPy's": (
+        lambda a: a.update(w=a["w"].detach().numpy()),
+        TypeError,
+        "topk_weights: got ndarray, expected a tensor",
+    ),
+    "lora, a list": (
+        lambda a: a.update(lora=list(a["lora"].values())),
+        TypeError,
+        "lora: got list, expected a mapping of names to adapters",
+    ),
+    "lora, NumPy's": (
+        lambda a: a["lora"].update(up_lora_b=a["lora"]["up_lora_b"].detach().numpy()),
+        TypeError,
+        "up_lora_b: got ndarray, expected a tensor",
+    ),
     "ids, experts": (lambda a: a.update(ids=a["ids"] + E), IndexError, "topk_ids: got expert "),
     "weights, integers": (
         lambda a: a.update(w=a["w"].int()),

@@ -199,6 +199,8 @@ class _Torch(ArrayLibrary):
         return bool(x.requires_grad and self.xp.is_grad_enabled())
 
     def cast_in_stream(self, x: Any, dtype: np.dtype[Any], stream: int) -> Any:
+        if not x.is_cuda:
+            return x
         with self.xp.cuda.stream(self.xp.cuda.ExternalStream(stream, device=x.device)):
             return x.to(getattr(self.xp, dtype.name))
 
@@ -253,7 +255,10 @@ def find_library(value: Any) -> ArrayLibrary | None:
     if known is not None:
         return known
     for module, kind, namespace, library in _LIBRARIES:
-        if module in sys.modules and isinstance(value, getattr(sys.modules[module], kind)):
+        if module in sys.modules and isinstance(
+            value,
+            getattr(sys.modules[module], kind, ()),  # not there while another thread imports it
+        ):
             return _found.setdefault(type(value), library(sys.modules[namespace]))
     return None
 

@@ -14,10 +14,12 @@ from .host import check_not_differentiated, giver_of, to_write
 from .spec import ArraySpec
 from .types import Array, bfloat16
 
-__all__ = ["RowForm", "hidden_rows", "routes", "rows_to_write", "weights_of_routes"]
+__all__ = ["HIDDEN_DTYPES", "RowForm", "hidden_rows", "routes", "rows_to_write", "weights_of_routes"]
 
-_FLOAT32, _FLOAT16 = np.dtype(np.float32), np.dtype(np.float16)
-_HIDDEN = (bfloat16, _FLOAT32, _FLOAT16)
+_FLOAT32 = np.dtype(np.float32)
+
+#: What hidden states may come in; all but the first are rounded to it.
+HIDDEN_DTYPES = (bfloat16, _FLOAT32, np.dtype(np.float16))
 
 
 class RowForm(NamedTuple):
@@ -49,7 +51,7 @@ def hidden_rows(value: Any, name: str, hidden_size: int) -> tuple[Array, RowForm
         check_not_differentiated(value, name)
         array, give = as_numpy(value, name), giver_of(value)
     if array.dtype is not bfloat16 or array.ndim != 2 or array.shape[1] != hidden_size:
-        ArraySpec(_HIDDEN, ("...", hidden_size)).check(name, array)
+        ArraySpec(HIDDEN_DTYPES, ("...", hidden_size)).check(name, array)
         if array.dtype != bfloat16:
             with np.errstate(over="ignore"):  # beyond bfloat16 is infinity, as rounding has it
                 array = np.ascontiguousarray(array).astype(bfloat16)
@@ -92,7 +94,8 @@ def weights_of_routes(weights: Any, lead: tuple[int, ...], num_slots: int) -> ND
         ArraySpec((_FLOAT32,), ("...", num_slots), "floats").check("topk_weights", array)
     if array.shape != (*lead, num_slots):
         ArraySpec((_FLOAT32,), (*lead, num_slots)).check("topk_weights", array)
-    found: NDArray[np.float32] = np.ascontiguousarray(array, _FLOAT32)
+    with np.errstate(over="ignore"):  # beyond float32 is infinity
+        found: NDArray[np.float32] = np.ascontiguousarray(array, _FLOAT32)
     return found if found.ndim == 2 else found.reshape(math.prod(lead), num_slots)
 
 
@@ -118,7 +121,7 @@ def _same(array: Array) -> Array:
 
 
 def _is_float(dtype: np.dtype[Any]) -> bool:
-    """Whether a dtype is one of NumPy's or ml_dtypes' floats."""
+    """Whether a dtype is a float of NumPy or bfloat16."""
     return dtype.name.removeprefix("b").startswith("float")
 
 

@@ -167,75 +167,6 @@ class ConvertedFormat(NativeFormat):
         """
         return num_rows * self.row_bytes(num_columns)
 
-    def _check_columns(self, projection: str, num_columns: int) -> None:
-        """Raise ValueError for rows that are not whole blocks."""
-        if num_columns % self.info.block:
-            raise ValueError(
-                f"{projection}_proj: got {num_columns} columns, expected a multiple of "
-                f"{self.info.block} with {self.name}"
-            )
-
-    def _scales(self, name: str, scale: Any, num_experts: int, spec: ArraySpec) -> Array | list[Array]:
-        """Scales of each expert, numbers that float16 has; `spec` is of one expert's."""
-
-        def checked(array: Array, lead: tuple[int, ...]) -> Array:
-            replace(spec, shape=(*lead, *spec.shape)).check(name, array)
-            unrepresentable = first_not_float16(array)
-            if unrepresentable is not None:
-                raise ValueError(
-                    f"{name}: got {unrepresentable:g} in {array.dtype}, expected numbers that float16 has"
-                )
-            return array
-
-        return each_expert(name, scale, num_experts, checked)
-
-
-@dataclass(frozen=True)
-class GptqFormat(ConvertedFormat):
-    """Symmetric GPTQ, whose rows are not contiguous."""
-
-    def matrices(
-        self,
-        projection: str,
-        codes: Any,
-        scale: Any,
-        global_scale: Any,
-        shape: tuple[int, int, int],
-        zero: Any = None,
-    ) -> Projection:
-        """Rows made of arrays of the caller, when they are what they should be.
-
-        `shape` is E, N and K.
-
-        Raises
-        ------
-        TypeError
-            Not arrays, or another dtype.
-        ValueError
-            A K that is no multiple of 32, another shape or number of arrays, a scale in bfloat16 that float16
-            does not have, or a `global_scale`.
-        """
-        num_experts, num_rows, num_columns = shape
-        self._check_extras(projection, global_scale, zero)
-        self._check_columns(projection, num_columns)
-        shape = num_experts, num_columns // 8, num_rows
-        words = ArraySpec(self.code_dtypes, shape, otherwise=methods_that_take)
-        packed = expert_arrays(f"{projection}_proj", codes, words)
-        groups, float16 = {"G": group_sizes(num_columns)}, self.scale_dtypes[0].name
-        spec = ArraySpec(self.scale_dtypes, ("G", num_rows), float16, sizes=groups)
-        scales = self._scales(f"{projection}_scale", scale, num_experts, spec)
-        return Projection(list(q4_0_rows(packed, scales)))
-
-
-@dataclass(frozen=True)
-class ZeroPointFormat(ConvertedFormat):
-    """int4 with zero points: rows of nibbles, and a scale and a zero point for each group of a row."""
-
-    @property
-    def has_zero_points(self) -> bool:
-        """True."""
-        return True
-
     def matrices(
         self,
         projection: str,
@@ -256,11 +187,69 @@ class ZeroPointFormat(ConvertedFormat):
         ValueError
             A K that is no multiple of a block, another shape or number of arrays, groups that a block does
             not divide, a scale in bfloat16 that float16 does not have, a zero point above 31, or a
-            `global_scale`.
+            `global_scale` or `zero` that the format does not have.
         """
+        self._check_extras(projection, global_scale, zero)
+        if shape[2] % self.info.block:
+            raise ValueError(
+                f"{projection}_proj: got {shape[2]} columns, expected a multiple of "
+                f"{self.info.block} with {self.name}"
+            )
+        return Projection(self._blocks(projection, codes, scale, zero, shape))
+
+    def _blocks(
+        self, projection: str, codes: Any, scale: Any, zero: Any, shape: tuple[int, int, int]
+    ) -> list[Array]:
+        """The rows of each expert; see `matrices`."""
+        raise NotImplementedError
+
+    def _scales(self, name: str, scale: Any, num_experts: int, spec: ArraySpec) -> Array | list[Array]:
+        """Scales of each expert, numbers that float16 has; `spec` is of one expert's."""
+
+        def checked(array: Array, lead: tuple[int, ...]) -> Array:
+            replace(spec, shape=(*lead, *spec.shape)).check(name, array)
+            unrepresentable = first_not_float16(array)
+            if unrepresentable is not None:
+                raise ValueError(
+                    f"{name}: got {unrepresentable:g} in {array.dtype}, expected numbers that float16 has"
+                )
+            return array
+
+        return each_expert(name, scale, num_experts, checked)
+
+
+@dataclass(frozen=True)
+class GptqFormat(ConvertedFormat):
+    """Symmetric GPTQ, whose rows are not contiguous."""
+
+    def _blocks(
+        self, projection: str, codes: Any, scale: Any, zero: Any, shape: tuple[int, int, int]
+    ) -> list[Array]:
+        """The rows of each expert; see `matrices`."""
         num_experts, num_rows, num_columns = shape
-        self._check_extras(projection, global_scale, None)
-        self._check_columns(projection, num_columns)
+        shape = num_experts, num_columns // 8, num_rows
+        words = ArraySpec(self.code_dtypes, shape, otherwise=methods_that_take)
+        packed = expert_arrays(f"{projection}_proj", codes, words)
+        groups, float16 = {"G": group_sizes(num_columns)}, self.scale_dtypes[0].name
+        spec = ArraySpec(self.scale_dtypes, ("G", num_rows), float16, sizes=groups)
+        scales = self._scales(f"{projection}_scale", scale, num_experts, spec)
+        return list(q4_0_rows(packed, scales))
+
+
+@dataclass(frozen=True)
+class ZeroPointFormat(ConvertedFormat):
+    """int4 with zero points: rows of nibbles, and a scale and a zero point for each group of a row."""
+
+    @property
+    def has_zero_points(self) -> bool:
+        """True."""
+        return True
+
+    def _blocks(
+        self, projection: str, codes: Any, scale: Any, zero: Any, shape: tuple[int, int, int]
+    ) -> list[Array]:
+        """The rows of each expert; see `matrices`."""
+        num_experts, num_rows, num_columns = shape
         nibbles = ArraySpec(
             self.code_dtypes, (num_rows, num_columns // 2), as_bytes=True, otherwise=methods_that_take
         )
@@ -291,7 +280,7 @@ class ZeroPointFormat(ConvertedFormat):
                 raise ValueError(
                     f"{projection}_zero: got {array.max()} for expert {e}, expected at most {_MAX_ZERO}"
                 )
-        return Projection(list(int4_zp_rows(packed, scales, zeros, self.info.block)))
+        return list(int4_zp_rows(packed, scales, zeros, self.info.block))
 
 
 def _as_columns(scale: Any) -> Any:

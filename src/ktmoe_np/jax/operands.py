@@ -17,6 +17,7 @@ from ..config import ActivationDtype, MoEConfig
 from ..inference.base import BaseMoEWrapper
 from ..layers.base import MoELayer
 from ..sft.base import BaseSFTMoEWrapper
+from ..sft.numbered import ADAPTER_DTYPES
 
 __all__ = ["Array", "adapter", "called", "checked"]
 
@@ -103,5 +104,5 @@ def _ids(ids: Any, num_experts: int) -> Array:
 def adapter(lora: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Array:
     """The adapter of that name as a JAX array; TypeError and ValueError when it does not fit."""
     value = jnp.asarray(lora[name])
-    ArraySpec((*_FLOAT32, bfloat16), shape).check(name, value)
+    ArraySpec(ADAPTER_DTYPES, shape).check(name, value)
     return value

@@ -14,6 +14,7 @@ from ..arrays.checks import Array, bfloat16
 from ..arrays.device import DeviceArray, cast_array, device_array, given_back, new_like
 from ..arrays.host import check_not_differentiated
 from ..arrays.library import is_of
+from ..arrays.rows import HIDDEN_DTYPES
 from ..arrays.spec import ArraySpec
 from ..buffers import BatchBuffers
 from ..config import MoEConfig
@@ -30,6 +31,7 @@ _MAX_PREPARED = 8
 _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 _FLOAT32 = (np.dtype(np.float32),)
 #: What a library casts on the device.
+_OTHER_HIDDEN = tuple(dtype.name for dtype in HIDDEN_DTYPES[1:])
 _NARROW_INTEGERS, _OTHER_FLOATS = ("int8", "int16", "uint8"), ("float64", "float16", "bfloat16")
 _NUMBER = ArraySpec(_INTEGERS, (1,))
 
@@ -180,7 +182,7 @@ class StreamRunner:
             )
         for name in ("hidden_states", "topk_weights"):
             check_not_differentiated(getattr(batch, name), name)
-        given = cast_array(batch.hidden_states, bfloat16, ("float32", "float16"), handle)
+        given = cast_array(batch.hidden_states, bfloat16, _OTHER_HIDDEN, handle)
         x = device_array(given, "hidden_states", self._hidden, handle)
         lead = x.shape[:-1]
         routes = *lead, c.num_experts_per_tok

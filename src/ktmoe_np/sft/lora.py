@@ -56,9 +56,12 @@ class LoraLayer(MoELayer):
 
     @property
     def lora_weights(self) -> dict[str, Array]:
-        """The adapters that the layer computes with, by name, in the dtypes they were given in; read-only.
+        """The layer's adapters, by name, in the dtypes they were given in; read-only.
 
-        Before any were given they are those of `init_lora_weights()`. Empty when `lora_rank` is 0.
+        Before any were given they are those of `init_lora_weights()`. Empty when `lora_rank` is 0. Calls that
+        bring adapters of their own, `ktmoe_np.jax.moe_sft` and `ktmoe_np.torch.moe_sft`, do not change these,
+        though the next pass of the layer itself computes with theirs; `update_lora_weights` with all of them
+        makes both alike again.
         """
         self._init_missing()
         return {name: self._lora[name] for name in LORA_NAMES if name in self._lora}

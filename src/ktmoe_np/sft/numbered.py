@@ -17,9 +17,10 @@ from .gradients import LORA_NAMES, lora_shapes
 if TYPE_CHECKING:
     from .base import BaseSFTMoEWrapper
 
-__all__ = ["NumberedBatch", "check_lora", "numbered_backward", "numbered_forward"]
+__all__ = ["ADAPTER_DTYPES", "NumberedBatch", "check_lora", "numbered_backward", "numbered_forward"]
 
-_FLOAT32 = np.dtype(np.float32)
+#: What adapters may come in.
+ADAPTER_DTYPES = (np.dtype(np.float32), bfloat16)
 
 
 class NumberedBatch(NamedTuple):
@@ -43,13 +44,15 @@ def six_of(matrices: Mapping[str, Array]) -> tuple[Array | None, ...]:
 
 
 def check_lora(lora: Mapping[str, Any], config: MoEConfig, rank: int, dropout: float, expected: str) -> None:
-    """Raise ValueError unless there are the adapters that a layer has, and no others.
+    """Raise TypeError and ValueError unless there are the adapters that a layer has, and no others.
 
     Also for a layer with dropout, whose masks a repeated pass would not have. `expected` says where that must
     be 0.
     """
     if dropout:
         raise ValueError(f"sft: got lora_dropout {dropout}, expected 0 in {expected}")
+    if not hasattr(lora, "keys"):  # torch's ParameterDict is no Mapping
+        raise TypeError(f"lora: got {type(lora).__name__}, expected a mapping of names to adapters")
     shapes = lora_shapes(config, rank)
     unknown = sorted(lora.keys() - shapes.keys())
     if unknown:
@@ -62,7 +65,7 @@ def check_lora(lora: Mapping[str, Any], config: MoEConfig, rank: int, dropout: f
 def check_adapters(lora: Mapping[str, Any], config: MoEConfig, rank: int) -> None:
     """Raise TypeError and ValueError for adapters of another dtype or shape."""
     for name, shape in lora_shapes(config, rank).items():
-        ArraySpec((_FLOAT32, bfloat16), shape).check(name, lora[name])
+        ArraySpec(ADAPTER_DTYPES, shape).check(name, lora[name])
 
 
 def numbered_forward(sft: BaseSFTMoEWrapper, batch: NumberedBatch, out: Array, save: bool) -> int:

@@ -10,17 +10,18 @@ from collections.abc import Mapping
 import torch
 
 from ..arrays.host import giver_of
+from ..arrays.rows import HIDDEN_DTYPES
 from ..config import ActivationDtype, MoEConfig, activation_dtype_name
 from ..inference.base import BaseMoEWrapper
 from ..sft.base import BaseSFTMoEWrapper
 from ..sft.gradients import LORA_NAMES
-from ..sft.numbered import check_lora
+from ..sft.numbered import ADAPTER_DTYPES, check_lora
 from .ops import forward_op, sft_op
 
 __all__ = ["check_nothing_deferred", "lora_parameters", "moe_forward", "moe_sft"]
 
-_HIDDEN = (torch.bfloat16, torch.float32, torch.float16)
-_ADAPTERS = (torch.float32, torch.bfloat16)
+_HIDDEN = tuple(getattr(torch, dtype.name) for dtype in HIDDEN_DTYPES)
+_ADAPTERS = tuple(getattr(torch, dtype.name) for dtype in ADAPTER_DTYPES)
 
 
 def moe_forward(
@@ -98,8 +99,10 @@ def moe_sft(
 ) -> torch.Tensor:
     """The experts of a layer with adapters, differentiable by these, the input and the routing weights.
 
-    One operator of torch, for autograd, `torch.compile` and checkpoints. The layer's own adapters and saved
-    pass become those of the last call: a layer that is called here should be called only here. A backward
+    One operator of torch, for autograd, `torch.compile` and checkpoints. The adapters that the layer's own
+    passes compute with, and its saved pass, become those of the last call: a layer that is called here should
+    be called only here. What the layer saves and exports stays what it was given; `MoEExperts.update_layer`
+    gives it the adapters of a module. A backward
     pass uses the saved forward pass if that is the layer's last, and repeats it bit-identically otherwise:
     for passes that go back in another order, with ``retain_graph``, or in several graphs. A graph does not
     keep the layer alive.
@@ -196,6 +199,9 @@ def _rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states, ids and weights as the operators take them: contiguous [T, ...], on one device."""
     hidden, slots = config.hidden_size, config.num_experts_per_tok
+    given = {"hidden_states": hidden_states, "topk_ids": topk_ids, "topk_weights": topk_weights}
+    for name, value in given.items():
+        _check_tensor(name, value)
     lead = hidden_states.shape[:-1]
     _check("hidden_states", hidden_states, "bfloat16, float32 or float16", hidden_states.dtype in _HIDDEN)
     _check_shape("hidden_states", hidden_states, (*lead, hidden), f"[..., {hidden}]")
@@ -208,7 +214,14 @@ def _rows(
             raise TypeError(f"{name}: got a tensor on {each.device}, expected {hidden_states.device}")
     x = hidden_states.to(torch.bfloat16).reshape(-1, hidden).contiguous()
     ids = topk_ids.to(torch.int64).reshape(-1, slots).contiguous()
+    if topk_ids.dtype is torch.uint64:  # what int64 has no number for became negative, and would be skipped
+        ids = torch.where(ids < 0, config.num_experts, ids)
     return x, ids, topk_weights.to(torch.float32).reshape(-1, slots).contiguous()
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
 
 
 def _check(name: str, tensor: torch.Tensor, expected: str, is_fine: bool) -> None:
@@ -223,6 +236,7 @@ def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], expect
 
 def _adapter(name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """An adapter as the operator takes it."""
+    _check_tensor(name, tensor)
     if tensor.device != device:
         raise TypeError(f"{name}: got a tensor on {tensor.device}, expected {device}, as hidden_states")
     return (tensor if tensor.dtype in _ADAPTERS else tensor.float()).contiguous()
