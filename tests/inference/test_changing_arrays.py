@@ -25,13 +25,16 @@ TURNS = 100
 def changing(array: AnyArray, low: int, high: int) -> Iterator[None]:
     """Let another thread write numbers from `low` to below `high` anywhere in the array."""
     stop = threading.Event()
+    # Indexing a vector stores elements whole; `array.flat` may copy them byte by byte, and half an id is a wrong one.
+    elements = array.reshape(-1)
+    assert np.shares_memory(elements, array)
     drawn = np.random.default_rng(0)
     places, values = drawn.integers(0, array.size, 4096), drawn.integers(low, high, 4096)
 
     def write() -> None:
         while not stop.is_set():
-            array.flat[places] = np.roll(values, int(places[0]))
-            array.flat[places[::-1]] = values
+            elements[places] = np.roll(values, int(places[0]))
+            elements[places[::-1]] = values
 
     thread = threading.Thread(target=write)
     thread.start()
