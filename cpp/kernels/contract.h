@@ -53,7 +53,7 @@ struct Operand {
   uint32_t rows = 0;
   uint32_t k = 0;
   const QuantizedRow* quantized = nullptr;  // of int8 operands, by the index
-  const std::byte* panels = nullptr;  // of int8 blocks: their codes in panels, where pack_blocks made such
+  const std::byte* panels = nullptr;  // of int8 blocks: codes, scales and sums from pack_blocks, or null
 
   inline const QuantizedRow& quantized_row(uint32_t m) const;
 };
@@ -100,7 +100,8 @@ struct NtArgs {
   size_t c_stride = 0;  // only of tables whose c_is_rows: floats from row to row, 0 for those of a C block
   bool accumulate = false;
   std::byte* scratch = nullptr;
-  const std::byte* next_rows = nullptr;  // weights that the thread probably multiplies after these: a hint
+  // Weights that the thread probably multiplies next, to prefetch: a hint, which products of few rows take.
+  const std::byte* next_rows = nullptr;
 };
 
 struct NnArgs;
@@ -215,7 +216,8 @@ struct KernelTable {
   // products do not accumulate.
   void (*quantize_blocks)(const RowsView& rows, uint32_t m, uint32_t k, uint32_t block, std::byte* to);
   std::array<void (*)(const NtArgs&), kNumFormats> nt_int8_blocks;
-  // What the product takes of such rows besides: bytes for it, 0 for nothing, and the operand with it.
+  // Such rows repacked for the product: bytes of scratch, 0 where rows are used as they are, and the operand.
+  // Scratch begins with a cache line and lives as long as the operand, which is for formats of this block.
   size_t (*block_panels_bytes)(uint32_t m, uint32_t k);
   Operand (*pack_blocks)(const Operand& rows, uint32_t block, std::byte* panels);
 

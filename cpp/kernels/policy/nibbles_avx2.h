@@ -1,5 +1,6 @@
-// 32 packed nibbles that are to be looked up, one per byte in AVX2's order: numbers 0 to 7 and 16 to 23 in
-// the lower lane, the others in the upper one. Included inside a target's namespace, after its bytes.
+// 32 packed nibbles that are to be looked up, one per byte: numbers 0 to 7 and 16 to 23 in the lower lane,
+// the others in the upper one, so that interleaving bytes within lanes gives words in order. Included inside
+// a target's namespace, after its bytes.
 #include "kernels/policy/nibbles.h"
 
 struct Nibbles32 {

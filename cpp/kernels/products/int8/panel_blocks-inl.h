@@ -4,7 +4,7 @@
 inline constexpr uint32_t kTilesFromRows = 5;
 inline constexpr size_t kTileColumns = 64;
 
-// A block of K of 16 rows of activations; rows beyond the last are it again.
+// A block of K of 16 rows of activations; rows beyond the last repeat it.
 template <size_t kBlock>
 struct PanelBlock {
   alignas(kCacheLine) float scale[kPanelColumns];

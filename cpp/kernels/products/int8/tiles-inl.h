@@ -6,9 +6,9 @@
 //
 //   acc[n][m] = fma(w_s[n] s_b[m], float(S[n][m]), acc[n][m])
 //
-// A tile is as wide as the group of weights that shares a scale, at most 64 columns: for groups of 16 or 32,
-// scales take longer than the tile unit. Integers with factors do not fit into a byte: they are two digits,
-// 128 high + low, of a tile each.
+// A tile is as wide as the group of weights that shares a scale, at most 64 columns. For groups of 16 or 32,
+// scaling takes longer than the tile unit does. Integers with factors do not fit into a byte: they are two
+// digits, 128 high + low, of a tile each.
 // Included inside a target's namespace, after panel_blocks-inl.h and weight_tiles-inl.h.
 
 // Tiles 0 to 3 hold sums, 4 and 5 weights, 6 activations.
