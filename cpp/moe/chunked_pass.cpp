@@ -32,6 +32,7 @@ ForwardArgs rows_of(const ForwardArgs& batch, const GeneralMOEConfig& config, To
   const size_t routes = size_t{tokens.first} * static_cast<size_t>(config.num_experts_per_tok);
   ForwardArgs args = batch;
   args.num_tokens = tokens.num;
+  args.is_later_chunk = batch.is_later_chunk || tokens.first != 0;
   args.hidden_states = moved(batch.hidden_states, rows);
   args.topk_ids = moved(batch.topk_ids, routes);
   args.topk_weights = moved(batch.topk_weights, routes);

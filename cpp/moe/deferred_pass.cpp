@@ -119,6 +119,7 @@ void DeferredPass::compute_deferred(size_t chunk) {
     if (batch_.copied_hidden_states != nullptr) args.hidden_states = batch_.copied_hidden_states;
     if (batch_.copied_weights != nullptr) args.topk_weights = batch_.copied_weights;
     args.topk_ids = batch_.deferred_ids;
+    args.is_deferred_part = true;
     args.base = nullptr;
     args.out = output_->sums(), args.out_type = kernels::FloatType::kFloat32;
     layer_->forward(rows_of(args, layer_->config(), chunks_[chunk]));

@@ -5,6 +5,7 @@
 #include <memory>
 #include <mutex>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "runtime/fork_guard.h"
@@ -12,6 +13,7 @@
 #include "runtime/job.h"
 #include "runtime/scratch_pool.h"
 #include "runtime/seating.h"
+#include "runtime/task_trace.h"
 #include "runtime/topology.h"
 #include "runtime/worker_pool_config.h"
 
@@ -35,6 +37,12 @@ class WorkerPool {
 
   // Scratch that the calls of all layers on this pool share.
   ScratchPool& scratch() { return scratch_; }
+
+  // The timeline that is being recorded, or null. Whoever runs tasks adds to it; it begins and ends by tasks
+  // of the engine, between calls of layers.
+  TaskTrace* trace() const { return trace_.get(); }
+  void set_trace(std::shared_ptr<TaskTrace> trace) { trace_ = std::move(trace); }
+  std::shared_ptr<TaskTrace> take_trace() { return std::exchange(trace_, nullptr); }
 
   // The CPUs left free for the caller of run().
   const std::vector<int>& caller_cpus() const { return caller_cpus_; }
@@ -71,6 +79,7 @@ class WorkerPool {
   const ForkGuard fork_guard_;
   std::vector<int> caller_cpus_;
   ScratchPool scratch_;
+  std::shared_ptr<TaskTrace> trace_;
   std::vector<std::unique_ptr<InNumaPool>> subpools_;
   std::vector<uint64_t> threads_before_;  // in the sub-pools before each; one entry more, for the end
   std::mutex mutex_;                      // locked by the caller of the current job

@@ -65,6 +65,7 @@ bool TP_MOE_SFT::is_last(uint32_t caller_id, uint32_t num_tokens) {
 void TP_MOE_SFT::forward_sft(const ForwardArgs& args, bool save, uint32_t caller_id, TrainingCall* call) {
   const std::lock_guard lock(mutex_);
   if (caches_->is_revoked(call)) return;
+  const PassScope scope(*this);
   if (save && caches_->size() >= caches_->depth())
     throw_runtime("forward_sft: got ", caches_->size(), " saved forward passes of layer ", config_.layer_idx,
                   ", expected fewer than max_cache_depth ", caches_->depth(),
@@ -147,7 +148,8 @@ void TP_MOE_SFT::fill_input(const ForwardArgs& args, bool save, ForwardCache& ca
   cache.lora = lora_;
 
   constexpr uint32_t kTokens = 16;
-  run_tasks(static_cast<uint32_t>(div_up(args.num_tokens, kTokens)), [&](uint32_t, uint32_t task) {
+  const auto num_tasks = static_cast<uint32_t>(div_up(args.num_tokens, kTokens));
+  run_tasks(Phase::kSaveInputs, num_tasks, [&](uint32_t, uint32_t task) {
     for (uint32_t t = task * kTokens; t < std::min((task + 1) * kTokens, args.num_tokens); ++t)
       fill_token(args, t, cache);
   });
@@ -206,7 +208,7 @@ void TP_MOE_SFT::run_lora_hidden(TrainingPass& pass, uint32_t k, LoraHiddenStep 
   invalidate_packed(pass);
   if (pass.rank() == 0) return;
   const std::vector<BlockTask> tasks = row_blocks(k);
-  run_tasks(static_cast<uint32_t>(tasks.size()),
+  run_tasks(Phase::kAdapters, static_cast<uint32_t>(tasks.size()),
             [&](uint32_t worker, uint32_t task) { step(pass, call_.workers[worker], tasks[task]); });
 }
 

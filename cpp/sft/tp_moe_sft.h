@@ -78,7 +78,7 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
 
   void run_backward(const BackwardArgs& args, ForwardCache& cache);
   using BackwardStep = void (*)(TrainingPass&, BackwardScratch&, const BlockTask&);
-  void run_step(TrainingPass& pass, uint32_t k, BackwardStep step);
+  void run_step(Phase phase, TrainingPass& pass, uint32_t k, BackwardStep step);
   void run_activation();
   void run_weight_gradients(TrainingPass& pass, const std::vector<WeightGradient>& gradients);
   void run_input(uint32_t sweeps);

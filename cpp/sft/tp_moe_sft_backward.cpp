@@ -51,6 +51,7 @@ class PlanLoan {
 void TP_MOE_SFT::backward(const BackwardArgs& args, TrainingCall* call) {
   const std::lock_guard lock(mutex_);
   if (caches_->is_revoked(call)) return;
+  const PassScope scope(*this);
   CacheInUse use(*caches_, call);
   if (use.is_empty())
     throw_runtime("backward: got no saved forward pass of layer ", config_.layer_idx,
@@ -60,6 +61,7 @@ void TP_MOE_SFT::backward(const BackwardArgs& args, TrainingCall* call) {
     throw_invalid("grad_output: got ", args.num_tokens, " tokens, expected ", cache.num_tokens,
                   " as in the forward pass");
   const PlanLoan loan(call_.plan, cache.plan);
+  count_backward();
   std::optional<ScratchPool::Lease> rows;
   if (sft_config_.recompute) rows.emplace(lease_rows(cache, /*for_backward=*/true));
   ForwardArgs forward;
@@ -95,42 +97,45 @@ void TP_MOE_SFT::run_backward(const BackwardArgs& args, ForwardCache& cache) {
   const Training training(*this, pass);
 
   run_scale_inputs(cache.input_weight);
-  run_step(pass, pass.hidden(), backward_output);
+  run_step(Phase::kBackwardOutput, pass, pass.hidden(), backward_output);
   cache.is_overwritten = !sft_config_.cache_float32;  // dg and du take the place of g and u
   run_activation();
-  if (pass.rank()) run_step(pass, pass.inter(), backward_lora_hidden);
+  if (pass.rank()) run_step(Phase::kBackwardAdapters, pass, pass.inter(), backward_lora_hidden);
   run_weight_gradients(pass, weight_gradients(pass));
-  run_step(pass, 2 * pass.inter(), pack_gradients_of_gate_up);
+  run_step(Phase::kPackGradients, pass, 2 * pass.inter(), pack_gradients_of_gate_up);
   run_input(sweeps);
   run_grad_weights(pass);
 }
 
-void TP_MOE_SFT::run_step(TrainingPass& pass, uint32_t k, BackwardStep step) {
+void TP_MOE_SFT::run_step(Phase phase, TrainingPass& pass, uint32_t k, BackwardStep step) {
   const std::vector<BlockTask> tasks = row_blocks(k);
-  run_tasks(static_cast<uint32_t>(tasks.size()),
+  run_tasks(phase, static_cast<uint32_t>(tasks.size()),
             [&](uint32_t worker, uint32_t task) { step(pass, pass.backward[worker], tasks[task]); });
 }
 
 void TP_MOE_SFT::run_activation() {
   for_parts([&](Part& part, int i) { part.cut_activation(call_, config_.pool->num_threads(i)); });
-  run_phase(&Part::num_backward, [&](const Worker& worker, Part& part, uint32_t task) {
+  const auto run = [&](const Worker& worker, Part& part, uint32_t task) {
     part.activation(static_cast<uint32_t>(worker.index), task);
-  });
+  };
+  run_parts(Phase::kBackwardActivation, &Part::num_backward, run);
 }
 
 void TP_MOE_SFT::run_weight_gradients(TrainingPass& pass, const std::vector<WeightGradient>& gradients) {
   const auto tasks = cut_weight_gradients(gradients, static_cast<uint32_t>(config_.expert_num));
-  run_tasks(static_cast<uint32_t>(tasks.size()), [&](uint32_t worker, uint32_t task) {
+  const auto run = [&](uint32_t worker, uint32_t task) {
     backward_weights(pass, gradients, pass.backward[worker], tasks[task]);
-  });
+  };
+  run_tasks(Phase::kWeightGradients, static_cast<uint32_t>(tasks.size()), run);
 }
 
 void TP_MOE_SFT::run_input(uint32_t sweeps) {
   for (uint32_t i = 0; i < sweeps; ++i) {
     for_parts([&](Part& part, int p) { part.cut_input(call_, config_.pool->num_threads(p), i, sweeps); });
-    run_phase(&Part::num_backward, [&](const Worker& worker, Part& part, uint32_t task) {
+    const auto run = [&](const Worker& worker, Part& part, uint32_t task) {
       part.input(static_cast<uint32_t>(worker.index), task);
-    });
+    };
+    run_parts(Phase::kBackwardInput, &Part::num_backward, run);
     run_combine();
   }
 }
@@ -141,7 +146,8 @@ void TP_MOE_SFT::run_grad_weights(const TrainingPass& pass) {
   const size_t num_slots = call_.plan.row.size();
   const size_t blocks = scaled ? pass.rows.input_blocks : pass.rows.blocks;
   const float* all = scaled ? pass.rows.grad_input_weight : pass.rows.grad_weight;
-  run_tasks(static_cast<uint32_t>(div_up(num_slots, kSlots)), [&](uint32_t, uint32_t task) {
+  const auto num_tasks = static_cast<uint32_t>(div_up(num_slots, kSlots));
+  run_tasks(Phase::kRoutingGradients, num_tasks, [&](uint32_t, uint32_t task) {
     for (size_t i = task * kSlots; i < std::min((task + 1) * kSlots, num_slots); ++i) {
       const int32_t row = call_.plan.row[i];
       const float* parts = all + static_cast<size_t>(std::max(row, 0)) * blocks;

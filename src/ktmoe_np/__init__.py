@@ -23,6 +23,10 @@ Share the experts with a GPU
     generate_gpu_experts_masks  picks the experts that are used most
     GPUExperts                  computes the picked experts on the GPU
 
+Observe it
+    LayerStats                  what a layer counted and measured: `collect_stats`, `stats`
+    trace                       writes a timeline of tasks by worker, for Perfetto
+
 Check the results
     reference                   the specification in NumPy, with error bounds
 

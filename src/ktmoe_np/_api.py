@@ -17,6 +17,8 @@ from .inference import (
     NativeMoEWrapper,
 )
 from .kt_kernel_ext import isa_info
+from .observe.stats import LayerStats
+from .observe.trace import trace
 from .passes.deferral import DeferralChain
 from .sft import (
     AMXSFTMoEWrapper,
@@ -39,6 +41,7 @@ __all__ = [
     "KExpertsCPUBuffer",
     "KExpertsSFTBuffer",
     "KTMoEWrapper",
+    "LayerStats",
     "LlamafileMoEWrapper",
     "LlamafileSFTMoEWrapper",
     "MoEConfig",
@@ -52,4 +55,5 @@ __all__ = [
     "isa_info",
     "parse_activation",
     "reference",
+    "trace",
 ]

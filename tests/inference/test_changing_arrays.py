@@ -25,7 +25,7 @@ TURNS = 100
 def changing(array: AnyArray, low: int, high: int) -> Iterator[None]:
     """Let another thread write numbers from `low` to below `high` anywhere in the array."""
     stop = threading.Event()
-    # Indexing a vector stores elements whole; `array.flat` may copy them byte by byte, and half an id is a wrong one.
+    # Indexing a vector stores elements whole; `array.flat` may copy bytes, and half an id is wrong.
     elements = array.reshape(-1)
     assert np.shares_memory(elements, array)
     drawn = np.random.default_rng(0)

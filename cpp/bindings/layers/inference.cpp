@@ -9,6 +9,7 @@
 
 #include "bindings/layers/expert_slices.h"
 #include "bindings/convert/forward_arrays.h"
+#include "bindings/layers/pass_stats.h"
 #include "bindings/module.h"
 #include "bindings/tasks/task.h"
 #include "formats/registry.h"
@@ -455,6 +456,7 @@ void bind_interface(nb::module_& m) {
   nb::class_<MoE_Interface> layer(m, "MoE_Interface", "What every layer of experts does.");
   bind_load(layer);
   bind_forward(layer);
+  bind_stats(layer);
   bind_expert_slices(layer);
 }
 
@@ -478,6 +480,7 @@ void bind_inference_layers(nb::module_& m, std::index_sequence<kIndices...>) {
 void bind_moe(nb::module_& m) {
   bind_config(m);
   bind_projection(m);
+  bind_pass_stats(m);
   bind_interface(m);
   bind_inference_layers(m, std::make_index_sequence<kMethods.size()>());
 }

@@ -12,6 +12,7 @@
 #include "bindings/tasks/gil.h"
 #include "bindings/module.h"
 #include "bindings/tasks/task.h"
+#include "bindings/tasks/trace.h"
 #include "bindings/streams/stream_session.h"
 #include "core/error.h"
 #include "runtime/cpuinfer.h"
@@ -154,6 +155,41 @@ RuntimeError
 Raises the exceptions of tasks that streams have submitted, after the wait is in the stream; so does `sync`.)");
 }
 
+void begin_trace(CPUInfer& engine) {
+  PythonTask task = begin_trace_task(engine);
+  run(engine, task);
+}
+
+nb::object end_trace(CPUInfer& engine) {
+  // Shared with the task, which an interrupt of this wait leaves in the queue.
+  const auto ended = std::make_shared<EndedTrace::element_type>();
+  PythonTask task = end_trace_task(engine, ended);
+  run(engine, task);
+  return recorded_trace(*ended);
+}
+
+void bind_trace(nb::class_<CPUInfer>& engine) {
+  engine
+      .def("begin_trace", &begin_trace,
+           R"(Record from now on which worker computes what, from when to when.
+
+Raises
+------
+RuntimeError
+    A timeline is being recorded.)")
+      .def("end_trace", &end_trace, nb::sig("def end_trace(self) -> RecordedTrace"),
+           R"(End the recording that `begin_trace` has begun.
+
+Returns
+-------
+RecordedTrace
+
+Raises
+------
+RuntimeError
+    None is being recorded.)");
+}
+
 void bind_pool(nb::module_& m) {
   nb::class_<WorkerPoolConfig>(m, "WorkerPoolConfig",
                                R"(Threads of an engine, in sub-pools that stay on a NUMA node.
@@ -214,6 +250,8 @@ Raises
 ValueError
     Impossible threads or sub-pools: the message names the field, and the existing nodes.)");
   bind_streams(engine);
+  bind_recorded_trace(m);
+  bind_trace(engine);
   engine.def(nb::init<WorkerPoolConfig>(), nb::arg("config"))
       .def(nb::init<int>(), nb::arg("num_threads"))
       .def("__repr__", &engine_repr)

@@ -3,8 +3,6 @@
 #include "kernels/targets/begin_target.h"
 #if KT_HAS_TILES
 #include "kernels/layouts/panels-inl.h"
-#include "kernels/elementwise/activation-inl.h"
-#include "kernels/layouts/tiles-inl.h"
 #endif
 #include "kernels/products/nt/nt_rows-inl.h"
 #include "kernels/products/int8/int8_blocks-inl.h"

@@ -5,6 +5,7 @@
 
 #include "moe/layer/config.h"
 #include "moe/layer/gemm_kernel.h"
+#include "moe/layer/pass_stats.h"
 #include "moe/weights/expert_slices.h"
 #include "moe/weights/expert_weights.h"
 
@@ -22,6 +23,9 @@ struct ForwardArgs {
   void* out = nullptr;  // [T, H]
   kernels::FloatType out_type = kernels::FloatType::kBf16;
   ActivationDtype activation_dtype = ActivationDtype::kDefault;
+  // Of a call that is computed in several passes: stats count it, and its tokens, once.
+  bool is_later_chunk = false;
+  bool is_deferred_part = false;
   // Slots that are summed separately, of a batch with split slots; or null.
   const int64_t* deferred_ids = nullptr;  // [T, P], negative where topk_ids has an id
   float* deferred_out = nullptr;          // [T, H]
@@ -52,6 +56,13 @@ class MoE_Interface {
 
   // Throws std::invalid_argument for an activation dtype that the layer's products cannot have.
   virtual void check_activation_dtype(ActivationDtype dtype) const = 0;
+
+  // Starts or stops counting and measuring passes; starting begins at zero. Waits for a running call.
+  virtual void collect_stats(bool on) = 0;
+  virtual bool collects_stats() const = 0;
+  // Those of the passes since then, or since the last reset. Waits for a running call; throws
+  // std::runtime_error when none are collected.
+  virtual PassStats stats(bool reset) = 0;
 
   // Writes an expert to the slices' arrays. Throws std::runtime_error when the layer has no weights, or
   // weights of other formats than the slices.

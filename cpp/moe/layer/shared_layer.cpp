@@ -99,7 +99,27 @@ void SharedLayer::begin_forward(const ForwardArgs& args) {
   call_.args = &args;
   call_.weights = config_.scale_inputs ? nullptr : args.topk_weights;
   choose_products(args.activation_dtype);
-  call_.plan_batch();
+  {
+    const PhaseScope scope(*this, Phase::kRoute);
+    call_.plan.counts_slots = stats_.has_value();
+    call_.plan_batch();
+  }
+  if (stats_) count_forward(args);
+}
+
+void SharedLayer::count_forward(const ForwardArgs& args) {
+  stats_->forward_calls += !args.is_later_chunk && !args.is_deferred_part;
+  if (!args.is_deferred_part) stats_->tokens += args.num_tokens;
+  stats_->rows += call_.plan.num_rows();
+  stats_->expert_readings += call_.plan.active.size();
+  for (size_t e = 0; e < stats_->expert_tokens.size(); ++e)
+    stats_->expert_tokens[e] += call_.plan.expert_slots[e];
+}
+
+void SharedLayer::count_backward() {
+  if (!stats_) return;
+  ++stats_->backward_calls;
+  stats_->expert_readings += call_.plan.active.size();
 }
 
 void SharedLayer::choose_products(ActivationDtype dtype) {
@@ -111,7 +131,8 @@ void SharedLayer::run_scale_inputs(const float* weights) {
   if (!config_.scale_inputs) return;
   constexpr uint32_t kTokens = 4;
   const uint32_t tokens = call_.args->num_tokens;
-  run_tasks(static_cast<uint32_t>(div_up(tokens, kTokens)), [&](uint32_t, uint32_t task) {
+  const auto num_tasks = static_cast<uint32_t>(div_up(tokens, kTokens));
+  run_tasks(Phase::kScaleInputs, num_tasks, [&](uint32_t, uint32_t task) {
     scale_inputs(*call_.kernels, call_.plan, call_.args->hidden_states, weights,
                  static_cast<size_t>(config_.num_experts_per_tok), call_.hidden(), task * kTokens,
                  std::min((task + 1) * kTokens, tokens), call_.scaled_x);
@@ -164,10 +185,13 @@ void SharedLayer::quantize_blocks(const kernels::RowsView& rows, uint32_t num_ro
 void SharedLayer::run_rows(uint32_t num_rows, uint32_t k, FunctionRef<void(uint32_t, uint32_t)> function) {
   constexpr size_t kInline = 32 << 10;  // elements: waking the others would take longer
   constexpr uint32_t kRows = 16;
+  const PhaseScope scope(*this, Phase::kQuantize);
   if (size_t{num_rows} * k <= kInline) return function(0, num_rows);
-  config_.pool->run(static_cast<uint32_t>(div_up(num_rows, kRows)), [&](const Worker&, int, uint32_t task) {
+  const auto run_task = [&](const Worker&, int, uint32_t task) {
     function(task * kRows, std::min(kRows, num_rows - task * kRows));
-  });
+  };
+  traced(run_task,
+         [&](TaskFn task) { config_.pool->run(static_cast<uint32_t>(div_up(num_rows, kRows)), task); });
 }
 
 void SharedLayer::invalidate_packed() {
@@ -203,25 +227,88 @@ std::vector<size_t> SharedLayer::take_y(ScratchPlan& plan, uint32_t sweeps) cons
   return y;
 }
 
-void SharedLayer::run_counts(FunctionRef<void(const Worker&, int, uint32_t)> task) {
-  if (is_tiny()) {
-    config_.pool->run_inline(counts_, task);
-  } else {
-    config_.pool->run(counts_, task);
-  }
+void SharedLayer::run_counts(TaskFn task) {
+  traced(task, [&](TaskFn recorded) {
+    if (is_tiny()) {
+      config_.pool->run_inline(counts_, recorded);
+    } else {
+      config_.pool->run(counts_, recorded);
+    }
+  });
 }
 
-void SharedLayer::run_tasks(uint32_t num_tasks, FunctionRef<void(uint32_t, uint32_t)> function) {
+void SharedLayer::run_tasks(Phase phase, uint32_t num_tasks, FunctionRef<void(uint32_t, uint32_t)> function) {
+  const PhaseScope scope(*this, phase);
   const auto run_task = [&](const Worker& worker, int, uint32_t task) {
     function(static_cast<uint32_t>(worker.index), task);
   };
-  if (is_tiny()) {
-    counts_.assign(shares_.size(), 0);
-    counts_[0] = num_tasks;
-    config_.pool->run_inline(counts_, run_task);
-  } else {
-    config_.pool->run(num_tasks, run_task);
-  }
+  traced(run_task, [&](TaskFn recorded) {
+    if (is_tiny()) {
+      counts_.assign(shares_.size(), 0);
+      counts_[0] = num_tasks;
+      config_.pool->run_inline(counts_, recorded);
+    } else {
+      config_.pool->run(num_tasks, recorded);
+    }
+  });
+}
+
+void SharedLayer::traced(TaskFn task, FunctionRef<void(TaskFn)> run) {
+  TaskTrace* const trace = config_.pool->trace();
+  if (trace == nullptr) return run(task);
+  TaskTrace::Span span;
+  span.name = kPhaseNames[static_cast<size_t>(phase_)], span.layer = config_.layer_idx;
+  const auto recorded = [&, span](const Worker& worker, int subpool, uint32_t number) {
+    TaskTrace::Span own = span;
+    own.worker = static_cast<uint32_t>(worker.index), own.task = number;
+    own.begin_ns = TaskTrace::now_ns();
+    task(worker, subpool, number);
+    own.end_ns = TaskTrace::now_ns();
+    trace->add(own);
+  };
+  run(recorded);
+}
+
+// ---- stats and traces ----
+
+void SharedLayer::start_stats(bool on) {
+  const std::lock_guard lock(mutex_);
+  stats_.reset();
+  if (on) stats_ = no_stats();
+}
+
+PassStats SharedLayer::no_stats() const {
+  PassStats stats;
+  stats.expert_tokens.assign(static_cast<size_t>(config_.expert_num), 0);
+  return stats;
+}
+
+bool SharedLayer::has_stats() const {
+  const std::lock_guard lock(mutex_);
+  return stats_.has_value();
+}
+
+PassStats SharedLayer::read_stats(bool reset) {
+  const std::lock_guard lock(mutex_);
+  if (!stats_)
+    throw_runtime("stats: layer ", config_.layer_idx, " does not collect any, call collect_stats() first");
+  return reset ? std::exchange(*stats_, no_stats()) : *stats_;
+}
+
+SharedLayer::PhaseScope::PhaseScope(SharedLayer& layer, Phase phase)
+    : layer_(layer),
+      is_measured_(layer.stats_.has_value() || layer.config_.pool->trace() != nullptr),
+      begin_(is_measured_ ? TaskTrace::now_ns() : 0) {
+  layer.phase_ = phase;
+}
+
+SharedLayer::PhaseScope::~PhaseScope() {
+  if (!is_measured_) return;
+  const int64_t end = TaskTrace::now_ns();
+  const auto phase = static_cast<size_t>(layer_.phase_);
+  if (layer_.stats_) layer_.stats_->phase_ns[phase] += end - begin_;
+  if (TaskTrace* const trace = layer_.config_.pool->trace())
+    trace->add({kPhaseNames[phase], layer_.config_.layer_idx, TaskTrace::kPhase, 0, begin_, end});
 }
 
 // ---- borrowed scratch ----

@@ -6,11 +6,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "core/function_ref.h"
 #include "moe/layer/gemm_kernel.h"
 #include "moe/layer/interface.h"
+#include "moe/layer/pass_stats.h"
 #include "moe/plan/layer_call.h"
 #include "moe/plan/scratch_plan.h"
 
@@ -43,10 +45,47 @@ class SharedLayer {
   // All rows of an expert, wherever they are.
   ExpertRows rows_of(uint32_t expert) const;
 
+  // ---- stats and traces ----
+
+  void start_stats(bool on);
+  bool has_stats() const;
+  PassStats read_stats(bool reset);
+
+  // Measures a pass, or a phase of it, for as long as a scope lives: for stats and for the engine's trace.
+  // Both cost a branch while neither is asked for.
+  class PassScope {
+   public:
+    explicit PassScope(SharedLayer& layer) : layer_(layer), begin_(layer.stats_ ? TaskTrace::now_ns() : 0) {}
+    ~PassScope() {
+      if (layer_.stats_) layer_.stats_->nanoseconds += TaskTrace::now_ns() - begin_;
+    }
+    PassScope(const PassScope&) = delete;
+    PassScope& operator=(const PassScope&) = delete;
+
+   private:
+    SharedLayer& layer_;
+    const int64_t begin_;
+  };
+  class PhaseScope {
+   public:
+    PhaseScope(SharedLayer& layer, Phase phase);
+    ~PhaseScope();
+    PhaseScope(const PhaseScope&) = delete;
+    PhaseScope& operator=(const PhaseScope&) = delete;
+
+   private:
+    SharedLayer& layer_;
+    const bool is_measured_;
+    const int64_t begin_;
+  };
+  friend class PhaseScope;
+
   // ---- the steps of a pass; the caller has locked mutex_ ----
 
   // Makes the plan. Throws as MoE_Interface::forward() does.
   void begin_forward(const ForwardArgs& args);
+  // Counts the readings of experts by a backward pass.
+  void count_backward();
 
   // Which projections take int8 blocks. Throws as activation_blocks() does.
   void choose_products(ActivationDtype dtype);
@@ -73,9 +112,9 @@ class SharedLayer {
   std::vector<size_t> take_y(ScratchPlan& plan, uint32_t sweeps) const;
 
   // Runs counts_[i] tasks in sub-pool i.
-  void run_counts(FunctionRef<void(const Worker&, int, uint32_t)> task);
+  void run_counts(TaskFn task);
   // Tasks that no part owns, shared by all threads: function(worker, task).
-  void run_tasks(uint32_t num_tasks, FunctionRef<void(uint32_t, uint32_t)> function);
+  void run_tasks(Phase phase, uint32_t num_tasks, FunctionRef<void(uint32_t, uint32_t)> function);
 
   uint32_t hidden_size() const { return static_cast<uint32_t>(config_.hidden_size); }
   uint32_t intermediate_size() const { return static_cast<uint32_t>(config_.intermediate_size); }
@@ -109,12 +148,18 @@ class SharedLayer {
   ExpertWeights weights_;
   std::vector<NodeMatrices> nodes_;  // one per part when the engine spans several nodes, else none
   bool loaded_ = false;
+  std::optional<PassStats> stats_;  // while they are collected
+  Phase phase_ = Phase::kRoute;     // that is being computed
   LayerCall call_;
   std::vector<uint32_t> counts_;  // tasks of each part in the current step
   mutable std::mutex mutex_;      // one call at a time, even if two engines are given tasks of this layer
 
  private:
   bool spans_nodes() const;
+  PassStats no_stats() const;
+  void count_forward(const ForwardArgs& args);
+  // Gives `run` the tasks, recorded if the engine is being traced.
+  void traced(TaskFn task, FunctionRef<void(TaskFn)> run);
   void quantize_rows(const kernels::RowsView& rows, uint32_t num_rows, uint32_t k,
                      const kernels::Int8Rows& to);
   void quantize_blocks(const kernels::RowsView& rows, uint32_t num_rows, uint32_t k, uint32_t block,

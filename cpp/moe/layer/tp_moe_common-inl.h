@@ -27,6 +27,7 @@ void TP_MOE_Common<Part, Interface>::load_weights(ExpertWeights& weights) {
 template <class Part, class Interface>
 void TP_MOE_Common<Part, Interface>::forward(const ForwardArgs& args) {
   const std::lock_guard lock(mutex_);
+  const PassScope pass(*this);
   begin_forward(args);
   if (args.num_tokens == 0) return;
   const uint32_t sweeps = num_sweeps();
@@ -52,7 +53,7 @@ template <class Part, class Interface>
 void TP_MOE_Common<Part, Interface>::run_gate_up() {
   quantize_inputs();
   for_parts([&](Part& part, int i) { part.cut_gate_up(call_, config_.pool->num_threads(i)); });
-  run_phase(&Part::num_gate_up, [&](const Worker& worker, Part& part, uint32_t task) {
+  run_parts(Phase::kGateUp, &Part::num_gate_up, [&](const Worker& worker, Part& part, uint32_t task) {
     part.gate_up(call_, call_.workers[static_cast<size_t>(worker.index)], task);
   });
 }
@@ -62,7 +63,7 @@ void TP_MOE_Common<Part, Interface>::run_down(uint32_t sweeps) {
   quantize_intermediate();
   for (uint32_t sweep = 0; sweep < sweeps; ++sweep) {
     for_parts([&](Part& part, int i) { part.cut_down(call_, config_.pool->num_threads(i), sweep, sweeps); });
-    run_phase(&Part::num_down, [&](const Worker& worker, Part& part, uint32_t task) {
+    run_parts(Phase::kDown, &Part::num_down, [&](const Worker& worker, Part& part, uint32_t task) {
       part.down(call_, call_.workers[static_cast<size_t>(worker.index)], task);
     });
     run_combine();
@@ -73,7 +74,7 @@ template <class Part, class Interface>
 void TP_MOE_Common<Part, Interface>::run_combine() {
   for (const SlotSum& sum : call_.sums()) {
     call_.sum = &sum;
-    run_phase(&Part::num_combine,
+    run_parts(Phase::kCombine, &Part::num_combine,
               [&](const Worker&, Part& part, uint32_t task) { part.combine(call_, task); });
   }
 }
@@ -89,8 +90,9 @@ void TP_MOE_Common<Part, Interface>::for_parts(FunctionRef<void(Part&, int)> fun
 }
 
 template <class Part, class Interface>
-void TP_MOE_Common<Part, Interface>::run_phase(uint32_t (Part::*count)() const,
+void TP_MOE_Common<Part, Interface>::run_parts(Phase phase, uint32_t (Part::*count)() const,
                                                FunctionRef<void(const Worker&, Part&, uint32_t)> task) {
+  const PhaseScope scope(*this, phase);
   counts_.clear();
   for (const auto& part : parts_) counts_.push_back(((*part).*count)());
   run_counts([&](const Worker& worker, int part, uint32_t i) {

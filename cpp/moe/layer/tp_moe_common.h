@@ -22,6 +22,9 @@ class TP_MOE_Common : public Interface, protected SharedLayer {
   bool loaded() const override { return loaded_; }
   ProjectionFormats formats() const override { return loaded_formats(); }
   void check_activation_dtype(ActivationDtype dtype) const override { check_products(dtype); }
+  void collect_stats(bool on) override { start_stats(on); }
+  bool collects_stats() const override { return has_stats(); }
+  PassStats stats(bool reset) override { return read_stats(reset); }
 
   void load_weights(ExpertWeights& weights) override;
   void forward(const ForwardArgs& args) override;
@@ -40,7 +43,8 @@ class TP_MOE_Common : public Interface, protected SharedLayer {
   void place_y(const std::vector<size_t>& y, std::byte* base);
   void for_parts(FunctionRef<void(Part&, int)> function);
   // Runs the tasks that `count` counts, of all parts.
-  void run_phase(uint32_t (Part::*count)() const, FunctionRef<void(const Worker&, Part&, uint32_t)> task);
+  void run_parts(Phase phase, uint32_t (Part::*count)() const,
+                 FunctionRef<void(const Worker&, Part&, uint32_t)> task);
 
   std::vector<std::unique_ptr<Part>> parts_;
 };

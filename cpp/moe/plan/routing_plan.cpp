@@ -15,11 +15,13 @@ void RoutingPlan::build(const int64_t* ids, uint32_t num_tokens, uint32_t num_sl
   const size_t num_ids = size_t{num_tokens} * num_slots;
   row.resize(num_ids);
   next_row_.assign(num_experts, 0);
+  expert_slots.assign(counts_slots ? num_experts : 0, 0);
 
   // From here on `row` has each slot's expert, and `ids` is not read again: its owner may write to it.
   uint32_t num_rows = 0;
   for (size_t i = 0; i < num_ids; ++i) {
     const int64_t id = read_expert_id(ids, i, num_slots, num_experts);
+    if (counts_slots && id >= 0) ++expert_slots[static_cast<size_t>(id)];
     const bool skipped = id < 0 || (skip != nullptr && skip[id] != 0);
     row[i] = skipped ? -1 : static_cast<int32_t>(id);
     if (skipped) continue;

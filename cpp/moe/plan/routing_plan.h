@@ -18,6 +18,9 @@ struct RoutingPlan {
   std::vector<ExpertRows> active;  // experts with rows, ascending
   std::vector<int32_t> token;      // row -> token, ascending within an expert
   std::vector<int32_t> row;        // [T, P]: slot -> row, or -1 for a slot that is skipped
+  // [E]: slots with that id, also those that `skip` skips; of plans that are asked to count them.
+  bool counts_slots = false;
+  std::vector<uint32_t> expert_slots;
 
   uint32_t num_rows() const { return static_cast<uint32_t>(token.size()); }
 

@@ -21,6 +21,7 @@ from ..formats.weights import ExpertWeights, Projection
 from ..gpu.masks import checked_mask
 from ..io import SafetensorsCheckpoint, load_experts
 from ..io.mapped import MappedFiles
+from ..observe.stats import LayerStats
 from ..passes.pending import is_of_a_handler
 from .numbers import Numbers
 from .options import WeightOptions
@@ -155,6 +156,62 @@ class MoELayer(_MoEBase):
     @abstractmethod
     def expert_bytes(self) -> int:
         """Bytes of the weights of one expert."""
+
+    # ---- statistics ----
+
+    def collect_stats(self, on: bool = True) -> None:
+        """Start, from zero, or stop to count and measure the passes of this layer.
+
+        Costs two readings of the clock per phase of a pass while it is on, and nothing while it is off. Waits
+        for a pass that is being computed.
+
+        Parameters
+        ----------
+        on : bool
+            False stops, and forgets what was counted.
+        """
+        self._layer.collect_stats(bool(on))
+
+    def stats(self, reset: bool = False) -> LayerStats:
+        """What was counted and measured since `collect_stats`, or since the last reset.
+
+        Passes that are pending are not in it; one that is being computed is waited for. Passes of JAX and
+        torch programs, and of CUDA streams, count like others.
+
+        Parameters
+        ----------
+        reset : bool
+            Start from zero again; no pass is lost or counted twice.
+
+        Returns
+        -------
+        LayerStats
+
+        Raises
+        ------
+        RuntimeError
+            Nothing is collected, or there are no weights.
+
+        Examples
+        --------
+        >>> import ml_dtypes, numpy as np
+        >>> from ktmoe_np import KTMoEWrapper, generate_gpu_experts_masks
+        >>> moe = KTMoEWrapper(layer_idx=0, num_experts=3, num_experts_per_tok=2, hidden_size=4,
+        ...                    moe_intermediate_size=2, activation="relu2")
+        >>> gate, down = np.ones((3, 2, 4), ml_dtypes.bfloat16), np.ones((3, 4, 2), ml_dtypes.bfloat16)
+        >>> moe.load_weights_from_tensors(gate, None, down)
+        >>> moe.collect_stats()
+        >>> ids, weights = np.array([[0, 2], [1, 2]]), np.full((2, 2), 0.5, np.float32)
+        >>> y = moe.forward(np.ones((2, 4), ml_dtypes.bfloat16), ids, weights)
+        >>> stats = moe.stats()
+        >>> stats.forward_calls, stats.tokens, stats.weight_bytes == 3 * moe.expert_bytes
+        (1, 2, True)
+        >>> stats.expert_tokens.tolist(), list(stats.phase_seconds)
+        ([1, 1, 2], ['combine', 'down', 'gate_up', 'route'])
+        >>> generate_gpu_experts_masks([stats.expert_tokens.tolist()], 1).tolist()
+        [[False, False, True]]
+        """
+        return LayerStats.of_engine(self._layer.stats(bool(reset)), self.expert_bytes)
 
     # ---- weights ----
 

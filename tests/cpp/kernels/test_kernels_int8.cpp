@@ -316,10 +316,33 @@ TEST_CASE("int8 blocks: products are what they are defined to be, on every instr
         INFO(text<F>(*table, m, n, k));
         check(*table, m, n0, n, rows_of(m, k, random), Encoded<F>(n, k, random.below(2) * 6, random));
       }
+      const std::vector<uint32_t> all = lengths<F>();
       for (uint32_t m : {4u, 5u, 9u, 17u, 33u, 70u}) {
-        const uint32_t n = 17 + random.below(48), k = lengths<F>()[random.below(4)];
+        const uint32_t n = 17 + random.below(48), k = all[random.below(static_cast<uint32_t>(all.size()))];
         INFO(text<F>(*table, m, n, k));
         check(*table, m, 0, n, rows_of(m, k, random), Encoded<F>(n, k, 0, random));
+      }
+      for (uint32_t n : {1u, 7u, 9u, 31u, 33u, 40u}) {
+        const uint32_t n0 = n > 32 ? 32 : n > 16 ? 16 : 0, k = all[random.below(4)];
+        for (uint32_t m : {5u, 18u}) {
+          INFO(text<F>(*table, m, n, k));
+          check(*table, m, n0, n, rows_of(m, k, random), Encoded<F>(n, k, 0, random));
+        }
+      }
+    });
+  }
+}
+
+TEST_CASE("int8 blocks: a rest of K behind whole blocks, for several panels of rows") {
+  for (const KernelTable* table : usable_tables()) {
+    Random random(64);
+    for_integer_formats([&](auto f) {
+      using F = decltype(f);
+      if constexpr (!requires { F::kBlock; }) {
+        for (uint32_t k : {129u, 160u, 300u}) {
+          INFO(text<F>(*table, 21, 20, k));
+          check(*table, 21, 0, 20, rows_of(21, k, random), Encoded<F>(20, k, 0, random));
+        }
       }
     });
   }

@@ -3,7 +3,7 @@
 
 inline constexpr size_t kGroupTiles = kGroupRows / kTileRows;
 
-// The digits of a format's 16 integers times factors of six bits: unsigned in Q4_K, signed in IQ4_XS.
+// The digits of a format's 16 integers times factors of six bits, unsigned or signed.
 inline constexpr int kLeastFactor = -32, kMostFactor = 63;
 template <const auto& kTable>
 struct DigitTables {

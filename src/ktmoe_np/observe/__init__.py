@@ -1,0 +1,1 @@
+"""What layers and the engine did: counts, times, timelines."""
