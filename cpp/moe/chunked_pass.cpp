@@ -36,6 +36,7 @@ ForwardArgs rows_of(const ForwardArgs& batch, const GeneralMOEConfig& config, To
   args.hidden_states = moved(batch.hidden_states, rows);
   args.topk_ids = moved(batch.topk_ids, routes);
   args.topk_weights = moved(batch.topk_weights, routes);
+  args.adapters = moved(batch.adapters, tokens.first);
   args.base = moved(static_cast<const std::byte*>(batch.base), rows * bytes_of(batch.base_type));
   args.out = moved(static_cast<std::byte*>(batch.out), rows * bytes_of(batch.out_type));
   args.deferred_ids = moved(batch.deferred_ids, routes);

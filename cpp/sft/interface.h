@@ -32,6 +32,13 @@ class MoE_SFT_Interface : public MoE_Interface {
   // Takes new values for some of the adapters' matrices.
   virtual void update_lora_weights(const LoraSources& sources) = 0;
 
+  // Adapters for inference, which tokens name by number (ForwardArgs::adapters): the rank and scale are those
+  // of a config that differs from sft_config() in them alone. Throws std::invalid_argument for a number that
+  // is too large to be used in a plan.
+  virtual void set_adapter(uint32_t number, const LoraSources& sources, const MOESFTConfig& config) = 0;
+  // Frees it; tokens cannot name it any more. Does nothing where there is none.
+  virtual void remove_adapter(uint32_t number) = 0;
+
   // The layer with its adapters. With `save`, dropout is applied and the values for backward() are saved.
   // Throws std::runtime_error when max_cache_depth passes are saved already. A caller may tag a saved pass
   // with an id above 0.

@@ -30,8 +30,8 @@ void AMX_SFT_MOE_TP::input(uint32_t worker, uint32_t task) {
 
 void AMX_SFT_MOE_TP::before_activation(LayerCall&, WorkerScratch& scratch, const BlockTask& task,
                                        kernels::ActivateArgs& act) {
-  if (pass_ == nullptr || pass_->rank() == 0) return;
-  act.lora_scale = pass_->lora_scale;
+  if (!has_adapter(task)) return;
+  act.lora_scale = pass_->adapter_of(task).scale;
   act.l_gate = adapter_output(*pass_, scratch, task, 0, 0, LoraId::kGateB);
   if (pass_->gated()) act.l_up = adapter_output(*pass_, scratch, task, 1, 1, LoraId::kUpB);
 }
@@ -44,8 +44,8 @@ kernels::KeptRows AMX_SFT_MOE_TP::kept_rows(const LayerCall& call, const BlockTa
 
 void AMX_SFT_MOE_TP::before_store(LayerCall&, WorkerScratch& scratch, const BlockTask& task,
                                   kernels::StoreRowsArgs& store) {
-  if (!adds_to_down()) return;
-  store.lora_scale = pass_->lora_scale;
+  if (!has_adapter(task)) return;
+  store.lora_scale = pass_->adapter_of(task).scale;
   store.l = adapter_output(*pass_, scratch, task, 0, 2, LoraId::kDownB);
 }
 

@@ -39,7 +39,9 @@ class AMX_SFT_MOE_TP : public AMX_MOE_BASE<AMX_SFT_MOE_TP> {
   void before_activation(LayerCall& call, WorkerScratch& scratch, const BlockTask& task,
                          kernels::ActivateArgs& act);
   kernels::KeptRows kept_rows(const LayerCall& call, const BlockTask& task, uint32_t column) const;
-  bool adds_to_down() const { return pass_ != nullptr && pass_->rank() != 0; }
+  bool has_adapter(const BlockTask& task) const {
+    return pass_ != nullptr && pass_->adapter_of(task).rank != 0;
+  }
   void before_store(LayerCall& call, WorkerScratch& scratch, const BlockTask& task,
                     kernels::StoreRowsArgs& store);
 

@@ -76,13 +76,50 @@ void TP_MOE_SFT::forward_sft(const ForwardArgs& args, bool save, uint32_t caller
   fill_input(args, save, cache);
   {
     std::optional<ScratchPool::Lease> rows;
-    if (!save || sft_config_.recompute) rows.emplace(lease_rows(cache, /*for_backward=*/false));
+    if (!save || sft_config_.recompute)
+      rows.emplace(lease_rows(cache, most_rank(args), /*for_backward=*/false));
     run_forward(args, cache, /*to_the_end=*/true);
   }
   if (!save) return;
   cache.caller_id = caller_id;
   std::swap(cache.plan, call_.plan);
   new_cache.keep(call);
+}
+
+void TP_MOE_SFT::forward(const ForwardArgs& args) {
+  if (args.adapters == nullptr) return Common::forward(args);
+  const std::lock_guard lock(mutex_);
+  const PassScope scope(*this);
+  begin_forward(args);
+  if (args.num_tokens == 0) return;
+  NewCache new_cache(*caches_);
+  ForwardCache& cache = new_cache.cache();
+  fill_input(args, /*save=*/false, cache);
+  const ScratchPool::Lease rows = lease_rows(cache, most_rank(args), /*for_backward=*/false);
+  run_forward(args, cache, /*to_the_end=*/true);
+}
+
+void TP_MOE_SFT::set_adapter(uint32_t number, const LoraSources& sources, const MOESFTConfig& config) {
+  const int64_t most =
+      INT32_MAX / sft_config_.expert_num - 2;  // a plan numbers pairs of experts and adapters
+  if (number > most) throw_invalid("number: got ", number, ", expected at most ", most);
+  auto weights = std::make_unique<LoraWeights>(config);
+  weights->update(sources, *config_.pool);
+  const std::lock_guard lock(mutex_);
+  const size_t size = std::max<size_t>(named_.size(), size_t{number} + 1);
+  named_weights_.resize(size), named_.resize(size), call_.adapter_exists.resize(size);
+  named_[number] = {weights.get(), static_cast<uint32_t>(config.lora_rank),
+                    config.lora_scale(/*drops=*/false)};
+  named_weights_[number] = std::move(weights);
+  call_.adapter_exists[number] = 1;
+}
+
+void TP_MOE_SFT::remove_adapter(uint32_t number) {
+  const std::lock_guard lock(mutex_);
+  if (number >= named_.size()) return;
+  call_.adapter_exists[number] = 0;
+  named_[number] = {};
+  named_weights_[number].reset();
 }
 
 void TP_MOE_SFT::check_before_load() {
@@ -109,6 +146,8 @@ TrainingPass TP_MOE_SFT::make_pass(ForwardCache& cache) {
   pass.call = &call_;
   pass.cache = &cache;
   pass.lora_scale = sft_config_.lora_scale(/*drops=*/cache.mask_x != nullptr);
+  pass.most_rank = most_rank(*call_.args);
+  if (call_.args->adapters != nullptr) pass.named = &named_;
   pass.biases = &weights_.biases;
   pass.logical = &weights_.logical;
   for (size_t i = 0; i < nodes_.size(); ++i) pass.segments.push_back({shares_[i], &nodes_[i].matrices});
@@ -116,9 +155,17 @@ TrainingPass TP_MOE_SFT::make_pass(ForwardCache& cache) {
   return pass;
 }
 
-ScratchPool::Lease TP_MOE_SFT::lease_rows(ForwardCache& cache, bool for_backward) {
+uint32_t TP_MOE_SFT::most_rank(const ForwardArgs& args) const {
+  if (args.adapters == nullptr) return static_cast<uint32_t>(sft_config_.lora_rank);
+  uint32_t most = 0;
+  for (const auto& rows : call_.plan.active)
+    if (rows.adapter >= 0) most = std::max(most, named_[static_cast<size_t>(rows.adapter)].rank);
+  return most;
+}
+
+ScratchPool::Lease TP_MOE_SFT::lease_rows(ForwardCache& cache, uint32_t rank, bool for_backward) {
   ScratchPlan plan;
-  const RowsPlan rows(sft_config_, call_.plan.num_rows(), for_backward, plan);
+  const RowsPlan rows(sft_config_, call_.plan.num_rows(), rank, for_backward, plan);
   ScratchPool::Lease lease = config_.pool->scratch().lease(plan.bytes());
   cache.rows = rows.place(lease.data());
   return lease;
@@ -138,7 +185,7 @@ void TP_MOE_SFT::fill_input(const ForwardArgs& args, bool save, ForwardCache& ca
   ScratchPlan plan;
   const InputPlan input(sft_config_, args.num_tokens, rows, drops, plan);
   std::optional<RowsPlan> own_rows;
-  if (save && !sft_config_.recompute) own_rows.emplace(sft_config_, rows, true, plan);
+  if (save && !sft_config_.recompute) own_rows.emplace(sft_config_, rows, most_rank(args), true, plan);
   cache.memory.reserve(plan.bytes());
   input.place(cache.memory.data(), cache);
   if (own_rows) cache.rows = own_rows->place(cache.memory.data());
@@ -206,7 +253,7 @@ void TP_MOE_SFT::run_forward(const ForwardArgs& args, ForwardCache& cache, bool 
 
 void TP_MOE_SFT::run_lora_hidden(TrainingPass& pass, uint32_t k, LoraHiddenStep step) {
   invalidate_packed(pass);
-  if (pass.rank() == 0) return;
+  if (pass.most_rank == 0) return;
   const std::vector<BlockTask> tasks = row_blocks(k);
   run_tasks(Phase::kAdapters, static_cast<uint32_t>(tasks.size()),
             [&](uint32_t worker, uint32_t task) { step(pass, call_.workers[worker], tasks[task]); });

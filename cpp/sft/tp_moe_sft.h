@@ -33,6 +33,11 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
   void set_step(uint32_t step) override { caches_->set_step(step); }
   std::shared_ptr<TrainingCall> new_call() override { return std::make_shared<TrainingCall>(caches_); }
 
+  // Tokens may name adapters, in place of those that are trained.
+  void forward(const ForwardArgs& args) override;
+  void set_adapter(uint32_t number, const LoraSources& sources, const MOESFTConfig& config) override;
+  void remove_adapter(uint32_t number) override;
+
   void update_lora_weights(const LoraSources& sources) override;
   void forget_forwards() override;
   bool is_last(uint32_t caller_id, uint32_t num_tokens) override;
@@ -57,8 +62,10 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
   };
 
   TrainingPass make_pass(ForwardCache& cache);
+  // The largest rank of the adapters of a call; its plan is made.
+  uint32_t most_rank(const ForwardArgs& args) const;
   // Borrowed memory for the rows of a cache that does not save them.
-  ScratchPool::Lease lease_rows(ForwardCache& cache, bool for_backward);
+  ScratchPool::Lease lease_rows(ForwardCache& cache, uint32_t rank, bool for_backward);
   // Blocks of rows of all active experts, for operands of k inputs.
   std::vector<BlockTask> row_blocks(uint32_t k) const;
 
@@ -88,6 +95,8 @@ class TP_MOE_SFT : public TP_MOE_Common<AMX_SFT_MOE_TP, MoE_SFT_Interface> {
   const MOESFTConfig sft_config_;
   std::shared_ptr<LoraWeights> lora_;
   const std::shared_ptr<CacheStack> caches_;
+  std::vector<std::unique_ptr<LoraWeights>> named_weights_;
+  std::vector<RowsAdapter> named_;  // by number; of rank 0 where there is none
 };
 
 }  // namespace ktmoe

@@ -63,7 +63,8 @@ void TP_MOE_SFT::backward(const BackwardArgs& args, TrainingCall* call) {
   const PlanLoan loan(call_.plan, cache.plan);
   count_backward();
   std::optional<ScratchPool::Lease> rows;
-  if (sft_config_.recompute) rows.emplace(lease_rows(cache, /*for_backward=*/true));
+  const auto rank = static_cast<uint32_t>(sft_config_.lora_rank);
+  if (sft_config_.recompute) rows.emplace(lease_rows(cache, rank, /*for_backward=*/true));
   ForwardArgs forward;
   forward.num_tokens = cache.num_tokens;
   if (sft_config_.recompute || cache.is_overwritten) run_forward(forward, cache, /*to_the_end=*/false);

@@ -18,8 +18,14 @@ bool TrainingPass::scale_is_exact() const {
   return std::frexp(lora_scale, &exponent) == 0.5f;
 }
 
+RowsAdapter TrainingPass::adapter_of(const BlockTask& task) const {
+  if (named == nullptr) return {cache->lora.get(), rank(), lora_scale};
+  const int32_t number = expert(task).adapter;
+  return number < 0 ? RowsAdapter{} : (*named)[static_cast<size_t>(number)];
+}
+
 WeightView TrainingPass::adapter(LoraId id, const BlockTask& task) const {
-  return cache->lora->view(id, logical_expert(expert(task).expert));
+  return adapter_of(task).weights->view(id, logical_expert(expert(task).expert));
 }
 
 MaskView mask_of_x(const TrainingPass& pass) { return {pass.cache->mask_x, mask_row_bytes(pass.hidden())}; }

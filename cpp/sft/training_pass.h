@@ -85,6 +85,13 @@ struct BackwardRows {
 // Row stride, in elements, of rows that are packed in place as lhs operands.
 inline size_t lhs_stride(uint32_t width) { return round_up(width, kernels::kOutputBlock); }
 
+// The adapters that rows are computed with: those of a layer, or of a batch's tokens.
+struct RowsAdapter {
+  const LoraWeights* weights = nullptr;
+  uint32_t rank = 0;  // 0: none
+  float scale = 0;
+};
+
 struct TrainingPass {
   const MOESFTConfig* config = nullptr;
   GemmKernel kernel = GemmKernel224BF;  // of the base weights
@@ -92,6 +99,9 @@ struct TrainingPass {
   ForwardCache* cache = nullptr;
   float lora_scale = 0;
   std::vector<ForwardScratch> forward;  // by worker
+  // Of an inference pass whose tokens name their adapters, all that exist, by number; and the largest rank.
+  const std::vector<RowsAdapter>* named = nullptr;
+  uint32_t most_rank = 0;
 
   // backward
   const BackwardArgs* args = nullptr;
@@ -120,6 +130,7 @@ struct TrainingPass {
   }
   // Whether s is a power of two, so that s x is exact in bf16: scaled adapters then need no separate product.
   bool scale_is_exact() const;
+  RowsAdapter adapter_of(const BlockTask& task) const;
   WeightView adapter(LoraId id, const BlockTask& task) const;
 };
 

@@ -18,15 +18,15 @@ uint32_t columns_for(const RoutingPlan& plan, uint32_t most_rows) {
 
 }  // namespace
 
-RowsPlan::RowsPlan(const MOESFTConfig& config, size_t rows, bool for_backward, ScratchPlan& plan)
+RowsPlan::RowsPlan(const MOESFTConfig& config, size_t rows, uint32_t rank, bool for_backward,
+                   ScratchPlan& plan)
     : config_(config), for_backward_(for_backward) {
   const size_t inter = rows * kept_stride(config);
-  const size_t rank = rows * static_cast<size_t>(config.lora_rank);
   const size_t kept = inter * (config.cache_float32 ? sizeof(float) : sizeof(bf16));
   if (for_backward) gate_ = plan.take(kept);
   if (for_backward && config.activation.gated) up_ = plan.take(kept);
   h_ = plan.take(inter * sizeof(bf16));
-  for (size_t& at : lora_hidden_) at = plan.take(rank * sizeof(bf16));
+  for (size_t& at : lora_hidden_) at = plan.take(rows * rank * sizeof(bf16));
 }
 
 CachedRows RowsPlan::place(std::byte* base) const {
@@ -74,8 +74,8 @@ ForwardWorkersPlan::ForwardWorkersPlan(const TrainingPass& pass, uint32_t rows_o
   };
   operand_ = own.take(std::max(operand_bytes(rows_of_x, hidden), operand_bytes(rows_of_h, inter)));
   for (size_t& at : c_) at = own.take(k.c_floats(rows, kernels::kMaxCallOutputs) * sizeof(float));
-  nt_ = own.take(k.nt_scratch_bytes(std::max({hidden, inter, pass.rank()})));
-  for (size_t& at : lora_hidden_) at = own.take(k.operand_bytes(rows, pass.rank()));
+  nt_ = own.take(k.nt_scratch_bytes(std::max({hidden, inter, pass.most_rank})));
+  for (size_t& at : lora_hidden_) at = own.take(k.operand_bytes(rows, pass.most_rank));
   drops_ = pass.cache->mask_x != nullptr;
   if (drops_)
     dropped_ = own.take(std::max(size_t{rows_of_x} * hidden, size_t{rows_of_h} * inter) * sizeof(bf16));

@@ -12,7 +12,7 @@ namespace ktmoe {
 // The rows that a forward pass saves for the backward pass or, without gate and up, needs only itself.
 class RowsPlan {
  public:
-  RowsPlan(const MOESFTConfig& config, size_t rows, bool for_backward, ScratchPlan& plan);
+  RowsPlan(const MOESFTConfig& config, size_t rows, uint32_t rank, bool for_backward, ScratchPlan& plan);
   CachedRows place(std::byte* base) const;
 
  private:

@@ -20,7 +20,7 @@ ActivationDtype activation_dtype_of(const MoE_Interface& layer, const std::optio
 ForwardArrays::ForwardArrays(const GeneralMOEConfig& c, nb::handle hidden_states, nb::handle topk_ids,
                              nb::handle topk_weights, nb::handle out, nb::handle skip_experts)
     : arrays_(std::make_shared<Arrays>()) {
-  arrays_->reserve(7);
+  arrays_->reserve(8);
   const Array& x = arrays_->emplace_back(Array::read(hidden_states, "hidden_states"));
   x.expect({DType::kBf16}, {"T", c.hidden_size}).expect_contiguous();
   const int64_t batch = x.shape(0);
@@ -46,6 +46,14 @@ ForwardArrays::ForwardArrays(const GeneralMOEConfig& c, nb::handle hidden_states
     skip.expect({mask}, {c.expert_num}).expect_contiguous();
     args_.skip_experts = skip.as<uint8_t>();
   }
+}
+
+void ForwardArrays::set_adapters(nb::handle adapters) {
+  if (adapters.is_none()) return;
+  const Array& a = arrays_->emplace_back(Array::read(adapters, "adapters"));
+  a.expect({DType::kInt32}, {out().shape(0)}).expect_contiguous();
+  out().expect_disjoint(a);
+  args_.adapters = a.as<int32_t>();
 }
 
 void ForwardArrays::add_to_out() { args_.base = args_.out, args_.base_type = args_.out_type; }

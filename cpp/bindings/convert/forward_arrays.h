@@ -26,6 +26,8 @@ class ForwardArrays {
                 nb::handle topk_weights, nb::handle out, nb::handle skip_experts);
 
   void set_activation_dtype(ActivationDtype dtype) { args_.activation_dtype = dtype; }
+  // The adapter of each token; None for none.
+  void set_adapters(nb::handle adapters);
   void add_to_out();
   void add_to(nb::handle base);
 

@@ -87,7 +87,7 @@ class PythonPass {
              nb::object topk_weights, nb::object out, nb::object immediate_ids, int64_t chunk_size,
              const Deferring& deferring, const PythonOutput* received, bool incremental,
              nb::object skip_experts, nb::object num_tokens,
-             const std::optional<std::string>& activation_dtype)
+             const std::optional<std::string>& activation_dtype, nb::object adapters)
       : shared_(std::make_shared<SharedPass>()) {
     const GeneralMOEConfig& c = layer->config();
     if (chunk_size < 1 || chunk_size > UINT32_MAX)
@@ -107,6 +107,7 @@ class PythonPass {
     ForwardArrays forward(c, hidden_states, immediate_ids, topk_weights, out, skip_experts);
     forward.set_activation_dtype(activation_dtype_of(*layer, activation_dtype));
     if (incremental) forward.add_to_out();
+    forward.set_adapters(adapters);
     for (const Array& array : shared_->arrays) forward.expect_out_disjoint_from(array);
     for (size_t i = 0; i < forward.arrays()->size(); ++i)
       if (i != ForwardArrays::kIds) shared_->arrays.push_back((*forward.arrays())[i]);
@@ -221,6 +222,8 @@ num_tokens : array of int64 or int32 [1], optional
     Tokens from that number on are computed without experts.
 activation_dtype : {"bfloat16", "int8"}, optional
     What products take activations in; None for the config's.
+adapters : array of int32 [T], optional
+    The number of each token's adapter, negative for none.
 
 Raises
 ------
@@ -251,12 +254,13 @@ void bind_deferred_pass(nb::module_& m) {
                        int64_t chunk_size, int64_t num_deferred, nb::object deferred_ids,
                        nb::object deferred_output, nb::object copied_hidden_states, nb::object copied_weights,
                        const PythonOutput* received, bool incremental, nb::object skip_experts,
-                       nb::object num_tokens, const std::optional<std::string>& activation_dtype) {
+                       nb::object num_tokens, const std::optional<std::string>& activation_dtype,
+                       nb::object adapters) {
     const Deferring deferring{num_deferred, deferred_ids, deferred_output, copied_hidden_states,
                               copied_weights};
     new (self)
         PythonPass(std::move(layer), hidden_states, topk_ids, topk_weights, out, immediate_ids, chunk_size,
-                   deferring, received, incremental, skip_experts, num_tokens, activation_dtype);
+                   deferring, received, incremental, skip_experts, num_tokens, activation_dtype, adapters);
   };
   nb::class_<PythonPass>(m, "DeferredPass", kPassDoc, nb::type_slots(PythonPass::slots))
       .def("__init__", make, nb::arg("layer"), nb::arg("hidden_states"), nb::arg("topk_ids"),
@@ -266,7 +270,7 @@ void bind_deferred_pass(nb::module_& m) {
            nb::arg("copied_hidden_states").none() = nb::none(), nb::arg("copied_weights").none() = nb::none(),
            nb::arg("received").none() = nb::none(), nb::arg("incremental") = false,
            nb::arg("skip_experts").none() = nb::none(), nb::arg("num_tokens").none() = nb::none(),
-           nb::arg("activation_dtype").none() = nb::none())
+           nb::arg("activation_dtype").none() = nb::none(), nb::arg("adapters").none() = nb::none())
       .def("check_ids", &PythonPass::check_ids, "Raise IndexError for a wrong id as it is now.")
       .def("immediate_tasks", &PythonPass::immediate_tasks,
            R"(Make the tasks that write `out`: one that splits the batch, and one for each chunk.

@@ -236,12 +236,14 @@ PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_i
 nb::typed<nb::list, PythonTask> forward_tasks(Layer layer, nb::object hidden_states, nb::object topk_ids,
                                               nb::object topk_weights, nb::object out, int64_t chunk_size,
                                               bool incremental, nb::object skip_experts,
-                                              const std::optional<std::string>& activation_dtype) {
+                                              const std::optional<std::string>& activation_dtype,
+                                              nb::object adapters) {
   if (chunk_size < 1 || chunk_size > UINT32_MAX)
     throw_invalid("chunk_size: got ", chunk_size, ", expected 1 to ", UINT32_MAX);
   ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, out, skip_experts);
   forward.set_activation_dtype(activation_dtype_of(*layer, activation_dtype));
   if (incremental) forward.add_to_out();
+  forward.set_adapters(adapters);
   const auto pass = std::make_shared<ChunkedPass>(layer, forward.args(), forward.args().topk_ids,
                                                   static_cast<uint32_t>(chunk_size));
   nb::typed<nb::list, PythonTask> tasks;
@@ -429,7 +431,7 @@ Task)")
       .def("forward_tasks", &forward_tasks, nb::arg("hidden_states").none(), nb::arg("topk_ids").none(),
            nb::arg("topk_weights").none(), nb::arg("out").none(), nb::arg("chunk_size"),
            nb::arg("incremental") = false, nb::kw_only(), nb::arg("skip_experts").none() = nb::none(),
-           nb::arg("activation_dtype").none() = nb::none(),
+           nb::arg("activation_dtype").none() = nb::none(), nb::arg("adapters").none() = nb::none(),
            R"(Make the tasks of one forward pass in chunks, to be run one after the other.
 
 Scratch memory is that of one chunk. A wrong id in any chunk is an error of the first task, and of all others.
@@ -440,6 +442,8 @@ hidden_states, topk_ids, topk_weights, out, incremental, skip_experts, activatio
     See `forward_task`.
 chunk_size : int
     Tokens of a chunk, at most.
+adapters : array of int32 [T], optional
+    The number of each token's adapter, negative for none; see `MoE_SFT_Interface.set_adapter_task`.
 
 Returns
 -------

@@ -47,6 +47,22 @@ PythonTask update_lora_weights_task(TrainedLayer layer, nb::handle gate_a, nb::h
   return PythonTask([layer, sources, owners] { layer->update_lora_weights(sources); }, owners);
 }
 
+PythonTask set_adapter_task(TrainedLayer layer, uint32_t number, int64_t lora_rank, double lora_alpha,
+                            nb::handle gate_a, nb::handle gate_b, nb::handle up_a, nb::handle up_b,
+                            nb::handle down_a, nb::handle down_b) {
+  MOESFTConfig config = layer->sft_config();
+  config.lora_rank = lora_rank, config.lora_alpha = lora_alpha, config.lora_dropout = 0;
+  config.validate();
+  const auto owners = std::make_shared<Arrays>();
+  const LoraSources sources = read_lora(config, {gate_a, gate_b, up_a, up_b, down_a, down_b}, *owners);
+  return PythonTask([layer, number, sources, config, owners] { layer->set_adapter(number, sources, config); },
+                    owners);
+}
+
+PythonTask remove_adapter_task(TrainedLayer layer, uint32_t number) {
+  return PythonTask([layer, number] { layer->remove_adapter(number); });
+}
+
 TrainingTask forward_sft_task(TrainedLayer layer, nb::object hidden_states, nb::object topk_ids,
                               nb::object topk_weights, nb::object out, bool save_for_backward,
                               nb::object skip_experts, const std::optional<std::string>& activation_dtype) {
@@ -118,6 +134,33 @@ save_for_backward : bool
 Returns
 -------
 TrainingTask)");
+}
+
+void bind_adapters(Interface& interface) {
+  const auto none = nb::none();
+  interface
+      .def("set_adapter_task", &set_adapter_task, nb::arg("number"), nb::arg("lora_rank"),
+           nb::arg("lora_alpha"), nb::arg("gate_lora_a").none() = none, nb::arg("gate_lora_b").none() = none,
+           nb::arg("up_lora_a").none() = none, nb::arg("up_lora_b").none() = none,
+           nb::arg("down_lora_a").none() = none, nb::arg("down_lora_b").none() = none,
+           R"(Make the task that stores an adapter for inference under a number, in place of one that is there.
+
+Parameters
+----------
+number : int
+    By which `adapters` of forward passes name it.
+lora_rank : int
+    R of this adapter.
+lora_alpha : float
+    Its scale times R.
+gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b : array, optional
+    As in `update_lora_weights_task`; zeros where None. Copied when the task runs.
+
+Returns
+-------
+Task)")
+      .def("remove_adapter_task", &remove_adapter_task, nb::arg("number"),
+           "Make the task that frees the adapter of that number, if there is one.");
 }
 
 void bind_backward(Interface& interface) {
@@ -194,6 +237,7 @@ void bind_sft(nb::module_& m) {
 Whether it has not begun, is under way or is done: the saved forward passes and the step are as if it had never been. What it writes may be written all the same.)");
   Interface interface(m, "MoE_SFT_Interface", "What a layer that trains does beyond inference.");
   bind_forward(interface);
+  bind_adapters(interface);
   bind_backward(interface);
   bind_training_layers(m, std::make_index_sequence<kMethods.size()>());
 }

@@ -23,6 +23,7 @@ struct ForwardArgs {
   void* out = nullptr;  // [T, H]
   kernels::FloatType out_type = kernels::FloatType::kBf16;
   ActivationDtype activation_dtype = ActivationDtype::kDefault;
+  const int32_t* adapters = nullptr;  // [T] or null: the adapter of each token, negative for none
   // Of a call that is computed in several passes: stats count it, and its tokens, once.
   bool is_later_chunk = false;
   bool is_deferred_part = false;

@@ -87,7 +87,7 @@ void AMX_MOE_BASE<Derived>::down(LayerCall& call, WorkerScratch& scratch, uint32
   store.m = task.m1 - task.m0, store.n = task.n1 - task.n0;
   store.y_stride = sweep_.columns.size();
   store.y = sweep_.y + first_row(call, task) * store.y_stride + (task.n0 - sweep_.columns.begin);
-  if (call.kernels->c_is_rows && store.bias == nullptr && !derived().adds_to_down())
+  if (call.kernels->c_is_rows && store.bias == nullptr && !derived().has_adapter(task))
     return product(call, scratch, h, call.blocks.down, matrices_->down[e], task, next,
                    static_cast<float*>(store.y), store.y_stride);
 

@@ -51,8 +51,8 @@ class AMX_MOE_BASE {
   // Row-major memory for the activation's results from a column on, instead of an operand; integer products
   // need it.
   kernels::KeptRows kept_rows(const LayerCall& call, const BlockTask& task, uint32_t column) const;
-  // The product with the down projection is in scratch.c_gate; only if adds_to_down() says so.
-  bool adds_to_down() const { return false; }
+  // The product with the down projection is in scratch.c_gate; only if has_adapter() says so.
+  bool has_adapter(const BlockTask&) const { return false; }
   void before_store(LayerCall&, WorkerScratch&, const BlockTask&, kernels::StoreRowsArgs&) {}
 
  protected:

@@ -38,11 +38,17 @@ void cut_blocks(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threa
   const size_t wanted = size_t{block_width.tasks_per_thread} * static_cast<size_t>(num_threads);
   while (width > block_width.least && row_blocks * div_up(outputs.size(), width) < wanted) width /= 2;
 
-  for (uint32_t a = 0; a < plan.active.size(); ++a) {
+  const auto add = [&](uint32_t a, uint32_t begin, uint32_t end) {
     const uint32_t rows = plan.active[a].rows, block = row_block(rows, target);
     for (uint32_t m = 0; m < rows; m += block)
-      for (uint32_t n = outputs.begin; n < outputs.end; n += width)
-        tasks.push_back({a, m, std::min(m + block, rows), n, std::min(n + width, outputs.end)});
+      for (uint32_t n = begin; n < end; n += width)
+        tasks.push_back({a, m, std::min(m + block, rows), n, std::min(n + width, end)});
+  };
+  for (uint32_t a = 0, end; a < plan.active.size(); a = end) {
+    for (end = a + 1; end < plan.active.size() && plan.active[end].expert == plan.active[a].expert;) ++end;
+    if (end == a + 1) add(a, outputs.begin, outputs.end);
+    for (uint32_t n = outputs.begin; end > a + 1 && n < outputs.end; n += width)
+      for (uint32_t i = a; i < end; ++i) add(i, n, std::min(n + width, outputs.end));
   }
 }
 

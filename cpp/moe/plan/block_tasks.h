@@ -39,7 +39,9 @@ struct BlockWidth {
 };
 
 // Tasks for all active experts x outputs, grouped by expert so that a worker can reuse packed activations.
-// Blocks of outputs are as wide as the target number of tasks per thread allows.
+// Rows with different adapters are blocks of their own; those of one expert take the same weights one after
+// the other, while these are cached. Blocks of outputs are as wide as the target number of tasks per thread
+// allows.
 void cut_blocks(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threads,
                 std::vector<BlockTask>& tasks, BlockWidth block_width = {});
 

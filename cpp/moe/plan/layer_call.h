@@ -71,10 +71,11 @@ struct LayerCall {
   const GeneralMOEConfig* config = nullptr;
   const ForwardArgs* args = nullptr;
   RoutingPlan plan;
-  const SlotSum* sum = nullptr;    // the one that is computed
-  const float* weights = nullptr;  // [T, P]: the weight of each slot's row in the sum; null for ones
-  bf16* scaled_x = nullptr;        // the inputs by rows of the plan, where the routing weights scale them
-  std::vector<std::byte*> h;       // the intermediate of each active expert, an operand
+  std::vector<uint8_t> adapter_exists;  // by number: adapters that tokens may name
+  const SlotSum* sum = nullptr;         // the one that is computed
+  const float* weights = nullptr;       // [T, P]: the weight of each slot's row in the sum; null for ones
+  bf16* scaled_x = nullptr;   // the inputs by rows of the plan, where the routing weights scale them
+  std::vector<std::byte*> h;  // the intermediate of each active expert, an operand
   // For integer products instead, because a row can be quantized only when it is complete:
   bf16* h_rows = nullptr;    // the intermediate by rows of the plan, with row stride h_stride()
   kernels::Int8Rows x8, h8;  // the inputs, the intermediate by rows of the plan

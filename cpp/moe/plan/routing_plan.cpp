@@ -11,30 +11,35 @@ int64_t read_expert_id(const int64_t* ids, size_t i, uint32_t num_slots, uint32_
 }
 
 void RoutingPlan::build(const int64_t* ids, uint32_t num_tokens, uint32_t num_slots, uint32_t num_experts,
-                        const uint8_t* skip) {
+                        const uint8_t* skip, const TokenAdapters& adapters) {
+  group_tokens(adapters, num_tokens);
+  const auto num_groups = static_cast<uint32_t>(adapter_of_group_.size());
   const size_t num_ids = size_t{num_tokens} * num_slots;
   row.resize(num_ids);
-  next_row_.assign(num_experts, 0);
+  next_row_.assign(size_t{num_experts} * num_groups, 0);
   expert_slots.assign(counts_slots ? num_experts : 0, 0);
 
-  // From here on `row` has each slot's expert, and `ids` is not read again: its owner may write to it.
+  // From here on `row` has each slot's expert and group, and `ids` is not read again: its owner may write to
+  // it.
   uint32_t num_rows = 0;
   for (size_t i = 0; i < num_ids; ++i) {
     const int64_t id = read_expert_id(ids, i, num_slots, num_experts);
     if (counts_slots && id >= 0) ++expert_slots[static_cast<size_t>(id)];
     const bool skipped = id < 0 || (skip != nullptr && skip[id] != 0);
-    row[i] = skipped ? -1 : static_cast<int32_t>(id);
+    row[i] = -1;
     if (skipped) continue;
-    ++next_row_[static_cast<size_t>(id)];
+    const int32_t group = group_.empty() ? 0 : group_[i / num_slots];
+    row[i] = static_cast<int32_t>(id) * static_cast<int32_t>(num_groups) + group;
+    ++next_row_[static_cast<size_t>(row[i])];
     ++num_rows;
   }
 
   active.clear();
   uint32_t begin = 0;
-  for (uint32_t e = 0; e < num_experts; ++e) {
-    const uint32_t rows = next_row_[e];
-    if (rows) active.push_back({e, begin, rows});
-    next_row_[e] = begin;
+  for (uint32_t i = 0; i < next_row_.size(); ++i) {
+    const uint32_t rows = next_row_[i];
+    if (rows) active.push_back({i / num_groups, begin, rows, adapter_of_group_[i % num_groups]});
+    next_row_[i] = begin;
     begin += rows;
   }
 
@@ -45,6 +50,36 @@ void RoutingPlan::build(const int64_t* ids, uint32_t num_tokens, uint32_t num_sl
     row[i] = static_cast<int32_t>(r);
     token[r] = static_cast<int32_t>(i / num_slots);
   }
+}
+
+uint32_t RoutingPlan::num_experts() const {
+  uint32_t num = 0;
+  for (size_t i = 0; i < active.size(); ++i) num += i == 0 || active[i].expert != active[i - 1].expert;
+  return num;
+}
+
+void RoutingPlan::group_tokens(const TokenAdapters& adapters, uint32_t num_tokens) {
+  adapter_of_group_.assign(1, -1);
+  group_.clear();
+  if (adapters.number == nullptr) return;
+  const auto num_adapters = static_cast<int32_t>(adapters.exists.size());
+  group_of_adapter_.assign(adapters.exists.size(), 0);
+  for (uint32_t t = 0; t < num_tokens; ++t) {
+    const int32_t number = read_once(adapters.number + t);
+    if (number >= num_adapters || (number >= 0 && !adapters.exists[static_cast<size_t>(number)]))
+      throw_out_of_range("adapters: got ", number, " at [", t,
+                         "], expected the number of a loaded adapter, or a "
+                         "negative one for none");
+    group_.push_back(number);
+    if (number >= 0) group_of_adapter_[static_cast<size_t>(number)] = 1;
+  }
+  for (int32_t number = 0; number < num_adapters; ++number) {
+    int32_t& group = group_of_adapter_[static_cast<size_t>(number)];
+    if (group == 0) continue;
+    group = static_cast<int32_t>(adapter_of_group_.size());
+    adapter_of_group_.push_back(number);
+  }
+  for (int32_t& group : group_) group = group < 0 ? 0 : group_of_adapter_[static_cast<size_t>(group)];
 }
 
 void throw_wrong_expert(int64_t id, size_t i, uint32_t num_slots, uint32_t num_experts) {

@@ -1,36 +1,54 @@
-// Which rows each expert computes: the routing of a batch, inverted from tokens to experts.
+// Which rows each expert computes: the routing of a batch, inverted from tokens to experts, and within an
+// expert by the adapters of the tokens.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 namespace ktmoe {
 
+// The adapter of each token of a batch, by number; negative: none.
+struct TokenAdapters {
+  const int32_t* number = nullptr;  // [T], or null: no token has one
+  std::span<const uint8_t> exists;  // by number: whether there is such an adapter
+};
+
 struct RoutingPlan {
-  // The rows [begin, begin + rows) belong to `expert`.
+  // The rows [begin, begin + rows) belong to `expert`, and to tokens with this adapter.
   struct ExpertRows {
     uint32_t expert;
     uint32_t begin;
     uint32_t rows;
+    int32_t adapter = -1;
   };
 
-  std::vector<ExpertRows> active;  // experts with rows, ascending
-  std::vector<int32_t> token;      // row -> token, ascending within an expert
+  std::vector<ExpertRows> active;  // experts with rows, ascending, and within them adapters
+  std::vector<int32_t> token;      // row -> token, ascending within an expert and adapter
   std::vector<int32_t> row;        // [T, P]: slot -> row, or -1 for a slot that is skipped
   // [E]: slots with that id, also those that `skip` skips; of plans that are asked to count them.
   bool counts_slots = false;
   std::vector<uint32_t> expert_slots;
 
   uint32_t num_rows() const { return static_cast<uint32_t>(token.size()); }
+  // With rows, of any adapter.
+  uint32_t num_experts() const;
 
   // Skips negative ids and experts set in `skip` (null: none). Throws std::out_of_range for ids >=
-  // num_experts. Each id is read once, so the plan is consistent even if another thread writes to `ids`.
+  // num_experts and for adapters that do not exist. Every id is read once, so the plan is consistent even if
+  // another thread writes to `ids` or the adapters' numbers.
   void build(const int64_t* ids, uint32_t num_tokens, uint32_t num_slots, uint32_t num_experts,
-             const uint8_t* skip);
+             const uint8_t* skip, const TokenAdapters& adapters = {});
 
  private:
-  std::vector<uint32_t> next_row_;  // scratch, [E]
+  void group_tokens(const TokenAdapters& adapters, uint32_t num_tokens);
+
+  // Scratch. Tokens with one adapter are a group; group 0 has none.
+  std::vector<int32_t> adapter_of_group_;
+  std::vector<int32_t> group_of_adapter_;  // of all that exist
+  std::vector<int32_t> group_;             // of each token
+  std::vector<uint32_t> next_row_;         // [E, groups]
 };
 
 // Reads a value that another thread may write to. The compiler must not read it a second time after a check.

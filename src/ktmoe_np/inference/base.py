@@ -17,7 +17,7 @@ from ..passes.host import LayerRunner
 from ..passes.pending import BegunPass, PendingPass
 from ..passes.stream import Stream, stream_at
 from ..passes.stream_runner import StreamBatch, StreamRunner, drain
-from .expert_export import ExpertExport
+from .adapters import AdaptedExperts
 
 __all__ = ["BaseMoEWrapper"]
 
@@ -29,7 +29,7 @@ InT = TypeVar("InT", bound=ArrayLike)
 OutT = TypeVar("OutT", bound=ArrayLike)
 
 
-class BaseMoEWrapper(ExpertExport):
+class BaseMoEWrapper(AdaptedExperts):
     """A layer of experts for inference. Made by `KTMoEWrapper`, which documents the parameters."""
 
     def __init__(
@@ -74,6 +74,7 @@ class BaseMoEWrapper(ExpertExport):
         num_tokens: ArrayLike | None = None,
         chain: DeferralChain | None = None,
         activation_dtype: ActivationDtype | None = None,
+        adapters: IntegersLike | None = None,
     ) -> Array: ...
 
     @overload
@@ -89,6 +90,7 @@ class BaseMoEWrapper(ExpertExport):
         num_tokens: ArrayLike | None = None,
         chain: DeferralChain | None = None,
         activation_dtype: ActivationDtype | None = None,
+        adapters: IntegersLike | None = None,
     ) -> InT: ...
 
     @overload
@@ -104,6 +106,7 @@ class BaseMoEWrapper(ExpertExport):
         num_tokens: ArrayLike | None = None,
         chain: DeferralChain | None = None,
         activation_dtype: ActivationDtype | None = None,
+        adapters: IntegersLike | None = None,
     ) -> OutT: ...
 
     @overload
@@ -119,6 +122,7 @@ class BaseMoEWrapper(ExpertExport):
         num_tokens: ArrayLike | None = None,
         chain: DeferralChain | None = None,
         activation_dtype: ActivationDtype | None = None,
+        adapters: None = None,
     ) -> Any: ...
 
     def forward(
@@ -133,6 +137,7 @@ class BaseMoEWrapper(ExpertExport):
         num_tokens: ArrayLike | None = None,
         chain: DeferralChain | None = None,
         activation_dtype: ActivationDtype | None = None,
+        adapters: IntegersLike | None = None,
     ) -> Any:
         """The experts of the layer on a batch of tokens.
 
@@ -170,6 +175,8 @@ class BaseMoEWrapper(ExpertExport):
             all calls share, one thread at a time.
         activation_dtype : {"bfloat16", "int8"} or dtype, optional
             What products take activations in, for this call; None for the layer's own. See `KTMoEWrapper`.
+        adapters : array of any integer dtype [...], optional
+            Without a stream: the id of each token's adapter (see `load_adapter`), negative for none. Copied.
 
         Returns
         -------
@@ -183,7 +190,7 @@ class BaseMoEWrapper(ExpertExport):
             not have: named, with what was expected. A torch tensor that requires grad, while grad mode is
             on: `ktmoe_np.torch.moe_sft` is differentiable.
         IndexError
-            An expert id of E or above.
+            An expert id of E or above, or an id that no adapter has.
         RuntimeError
             Nothing is loaded, or the layer's last pass was submitted and not waited for; deferred experts of
             an earlier pass were not drained, or, on the shared chain, belong to another thread; with a
@@ -212,6 +219,7 @@ class BaseMoEWrapper(ExpertExport):
         """
         if cuda_stream is not None:
             _check_no_chain(chain)
+            _check_no_adapters(adapters)
             arrays = hidden_states, topk_ids, topk_weights
             there = self._stream_batch(arrays, out, num_tokens, incremental, activation_dtype)
             result: Array = self._stream_runner.run(there, self._stream(cuda_stream))
@@ -221,12 +229,16 @@ class BaseMoEWrapper(ExpertExport):
         if self._runner.defers(used):
             return self._pending.run(
                 self._starter(
-                    (hidden_states, topk_ids, topk_weights), out, incremental, activation_dtype, used
+                    (hidden_states, topk_ids, topk_weights),
+                    out,
+                    incremental,
+                    activation_dtype,
+                    used,
+                    adapters,
                 )
             ).result()
-        dtype = self._dtype_of_call(activation_dtype)
-        batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, incremental, dtype)
-        self._files.check()
+        arrays = hidden_states, topk_ids, topk_weights
+        batch = self._batch(arrays, out, incremental, activation_dtype, adapters)
         self._runner.run(batch, self.gpu_experts_mask)
         return batch.result()
 
@@ -242,6 +254,7 @@ class BaseMoEWrapper(ExpertExport):
         num_tokens: ArrayLike | None = None,
         chain: DeferralChain | None = None,
         activation_dtype: ActivationDtype | None = None,
+        adapters: IntegersLike | None = None,
     ) -> None:
         """Begin what `forward` does and return at once; `sync_forward` gives the result.
 
@@ -277,6 +290,7 @@ class BaseMoEWrapper(ExpertExport):
         """
         if cuda_stream is not None:
             _check_no_chain(chain)
+            _check_no_adapters(adapters)
             arrays = hidden_states, topk_ids, topk_weights
             there = self._stream_batch(arrays, out, num_tokens, incremental, activation_dtype)
             self._stream_runner.submit(there, self._stream(cuda_stream))
@@ -284,7 +298,7 @@ class BaseMoEWrapper(ExpertExport):
         _check_no_num_tokens(num_tokens)
         used = self._chain if chain is None else _checked(chain)
         arrays = hidden_states, topk_ids, topk_weights
-        self._pending.submit(self._starter(arrays, out, incremental, activation_dtype, used))
+        self._pending.submit(self._starter(arrays, out, incremental, activation_dtype, used, adapters))
 
     def _starter(
         self,
@@ -293,12 +307,12 @@ class BaseMoEWrapper(ExpertExport):
         incremental: bool,
         activation_dtype: ActivationDtype | None,
         chain: DeferralChain,
+        adapters: IntegersLike | None,
     ) -> Callable[[BegunPass[Batch]], Batch]:
         """Make the function that queues a pass."""
 
         def start(begun: BegunPass[Batch]) -> Batch:
-            batch = Batch(self.config, *arrays, out, incremental, self._dtype_of_call(activation_dtype))
-            self._files.check()
+            batch = self._batch(arrays, out, incremental, activation_dtype, adapters)
             if self._runner.defers(chain):
                 self._runner.submit_deferring(batch, self.gpu_experts_mask, begun, chain)
             else:
@@ -306,6 +320,25 @@ class BaseMoEWrapper(ExpertExport):
             return batch
 
         return start
+
+    def _batch(
+        self,
+        arrays: _Arrays,
+        out: ArrayLike | None,
+        incremental: bool,
+        activation_dtype: ActivationDtype | None,
+        adapters: IntegersLike | None,
+    ) -> Batch:
+        dtype = self._dtype_of_call(activation_dtype)
+        batch = Batch(
+            self.config, *arrays, out, incremental, dtype, lambda lead: self._token_adapters(adapters, lead)
+        )
+        self._files.check()
+        return batch
+
+    def _uses_adapter(self, number: int) -> bool:
+        batch = self._pending.pending
+        return batch is not None and batch.adapters is not None and bool((batch.adapters == number).any())
 
     def _stream_batch(
         self,
@@ -435,6 +468,11 @@ def _checked(chain: object) -> DeferralChain:
     if not isinstance(chain, DeferralChain):
         raise TypeError(f"chain: got {type(chain).__name__}, expected a DeferralChain")
     return chain
+
+
+def _check_no_adapters(adapters: object) -> None:
+    if adapters is not None:
+        raise ValueError("adapters: got some with a cuda_stream, expected None: passes in streams have none")
 
 
 def _check_no_chain(chain: object) -> None:

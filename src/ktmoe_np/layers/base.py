@@ -72,7 +72,7 @@ class MoELayer(_MoEBase):
         self._files = MappedFiles()  # of the weights
         self.set_gpu_experts_mask(gpu_experts_mask)
         self.cpu_infer = self._get_cpu_infer(cpuinfer_threads, threadpool_count, numa_nodes)
-        self._layer = getattr(ext.moe, method.layer)(self._layer_config())
+        self._layer = self._engine_layer(method)
 
     def _set_method(self, method: Method) -> None:
         """Take what the method says of the weights; `config` and `group_size` are set."""
@@ -117,9 +117,9 @@ class MoELayer(_MoEBase):
             return False
         return True
 
-    def _layer_config(self) -> ext.moe.MOEConfig:
-        """The extension's config of the layer."""
-        return self._engine_config(ext.moe.MOEConfig)
+    @abstractmethod
+    def _engine_layer(self, method: Method) -> ext.moe.MoE_Interface:
+        """Make the engine's layer."""
 
     def _engine_config(self, kind: type[ConfigT]) -> ConfigT:
         """A config of that class with the layer's sizes, activation and threads."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..arrays.checks import Array, bfloat16
 from ..arrays.rows import hidden_rows, routes, rows_to_write, weights_of_routes
@@ -16,6 +17,10 @@ __all__ = ["Batch"]
 
 def _new_out(hidden_states: Array) -> Array:
     return np.empty(hidden_states.shape, bfloat16)
+
+
+def _no_adapters(lead: tuple[int, ...]) -> None:
+    return None
 
 
 class Batch:
@@ -33,6 +38,8 @@ class Batch:
         Add to `out`.
     activation_dtype : str, optional
         None for the layer's.
+    adapters : callable, optional
+        Makes the numbers of the adapters of tokens [T] from the leading axes of the hidden states.
     new_out : callable, optional
         Makes the array [T, H] to write to where `out` is None, knowing the hidden states.
 
@@ -52,6 +59,7 @@ class Batch:
         out: Any,
         incremental: bool,
         activation_dtype: str | None = None,
+        adapters: Callable[[tuple[int, ...]], NDArray[np.int32] | None] = _no_adapters,
         new_out: Callable[[Array], Array] = _new_out,
     ) -> None:
         hidden, slots = config.hidden_size, config.num_experts_per_tok
@@ -69,6 +77,7 @@ class Batch:
             self.out = new_out(self.hidden_states)
         self.incremental = incremental
         self.activation_dtype = activation_dtype
+        self.adapters = adapters(lead)
 
     def result(self) -> Any:
         """`out` as it was given, or the new array as one of the kind of the hidden states."""

@@ -75,6 +75,7 @@ class LayerRunner:
             batch.incremental,
             skip_experts=skip_experts,
             activation_dtype=batch.activation_dtype,
+            adapters=batch.adapters,
         )
 
     def submit_deferring(
@@ -161,6 +162,7 @@ class LayerRunner:
             skip_experts=skip_experts,
             num_tokens=num_tokens,
             activation_dtype=batch.activation_dtype,
+            adapters=batch.adapters,
             **deferring,
         )
 

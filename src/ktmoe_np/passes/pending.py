@@ -74,6 +74,12 @@ class PendingPass(Generic[Result]):
         self._lock = ext.CallLock(f"submit_{name}", of_engine=True)
         self._begun: BegunPass[Result] | None = None
 
+    @property
+    def pending(self) -> Result | None:
+        """What the pass that is pending will give, or None when there is none."""
+        begun = self._begun
+        return None if begun is None else begun.result
+
     def submit(self, start: Callable[[BegunPass[Result]], Result]) -> None:
         """Begin a pass: `start` queues its tasks and gives its result.
 

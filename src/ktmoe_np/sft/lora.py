@@ -35,6 +35,8 @@ class LoraLayer(MoELayer):
         What the adapters are, and what training keeps.
     """
 
+    _layer: ext.moe.MoE_SFT_Interface
+
     def __init__(
         self, method: Method, config: MoEConfig, *, options: SFTOptions, **layer: Unpack[LayerOptions]
     ) -> None:
@@ -43,15 +45,16 @@ class LoraLayer(MoELayer):
         self._lora_lock = ext.CallLock("update_lora_weights", of_engine=True)
         super().__init__(method, config, **layer)
 
-    def _layer_config(self) -> ext.moe.MOEConfig:
-        layer, options = self._engine_config(ext.moe.MOESFTConfig), self.options
-        layer.lora_rank = options.lora_rank
-        layer.lora_alpha = options.lora_alpha
-        layer.lora_dropout = options.lora_dropout
-        layer.seed = options.seed
-        layer.max_cache_depth = options.max_cache_depth
-        layer.recompute = options.recompute
-        layer.cache_float32 = options.cache_dtype == np.float32
+    def _engine_layer(self, method: Method) -> ext.moe.MoE_SFT_Interface:
+        config, options = self._engine_config(ext.moe.MOESFTConfig), self.options
+        config.lora_rank = options.lora_rank
+        config.lora_alpha = options.lora_alpha
+        config.lora_dropout = options.lora_dropout
+        config.seed = options.seed
+        config.max_cache_depth = options.max_cache_depth
+        config.recompute = options.recompute
+        config.cache_float32 = options.cache_dtype == np.float32
+        layer: ext.moe.MoE_SFT_Interface = getattr(ext.moe, method.layer)(config)
         return layer
 
     @property

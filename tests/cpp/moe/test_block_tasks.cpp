@@ -166,3 +166,20 @@ TEST_CASE("shares: they follow each other, cover all, are cut at multiples and a
     }
   }
 }
+
+TEST_CASE("blocks of one expert with several adapters take its weights one after the other") {
+  RoutingPlan plan = plan_of({3, 70, 5});
+  // Expert 1 again, with an adapter, and expert 2 twice more.
+  plan.active = {{0, 0, 3}, {1, 3, 70}, {1, 73, 5, 0}, {2, 78, 1}, {2, 79, 2, 0}, {2, 81, 2, 3}};
+  plan.token.resize(83);
+  std::vector<BlockTask> tasks;
+  cut_blocks(plan, {0, 200}, 64, 1, tasks);
+  check_cover(plan, {0, 200}, tasks);
+  check_preconditions(tasks, plan, 200, 64);
+  for (size_t i = 1; i < tasks.size(); ++i) {
+    const uint32_t before = plan.active[tasks[i - 1].active].expert,
+                   expert = plan.active[tasks[i].active].expert;
+    CHECK(before <= expert);
+    if (before == expert) CHECK(tasks[i - 1].n0 <= tasks[i].n0);
+  }
+}

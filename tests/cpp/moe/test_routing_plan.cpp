@@ -134,3 +134,40 @@ TEST_CASE("routing plan: ids that change while it is built leave it consistent")
   writer.join();
   CHECK(wrong == 0);
 }
+
+TEST_CASE("routing plan: rows of an expert by adapter") {
+  const Ids ids{1, 0,   // token 0, adapter 4
+                1, 1,   // token 1, none
+                0, 1,   // token 2, adapter 2
+                1, -1,  // token 3, adapter 4
+                1, 0};  // token 4, none: every negative number says so
+  const Rows adapter{4, -1, 2, 4, -9};
+  const std::vector<uint8_t> exists{0, 0, 1, 0, 1};
+  RoutingPlan plan;
+  plan.build(ids.data(), 5, 2, 2, nullptr, {adapter.data(), exists});
+  std::vector<std::vector<int64_t>> active;
+  for (const auto& rows : plan.active) active.push_back({rows.expert, rows.adapter, rows.begin, rows.rows});
+  CHECK(active == std::vector<std::vector<int64_t>>{
+                      {0, -1, 0, 1}, {0, 2, 1, 1}, {0, 4, 2, 1}, {1, -1, 3, 3}, {1, 2, 6, 1}, {1, 4, 7, 2}});
+  CHECK(plan.token == Rows{4, 2, 0, 1, 1, 4, 2, 0, 3});
+  CHECK(plan.row == Rows{7, 2, 3, 4, 1, 6, 8, -1, 5, 0});
+  CHECK(plan.num_experts() == 2);
+
+  // No adapter of a batch means nothing for the next one.
+  plan.build(ids.data(), 5, 2, 2, nullptr);
+  check_plan(plan, ids, 2, 2, nullptr);
+}
+
+TEST_CASE("routing plan: adapters that do not exist") {
+  const Ids ids{0, 0, 0};
+  const std::vector<uint8_t> exists{1, 0};
+  RoutingPlan plan;
+  const auto message = [&](const Rows& adapter) {
+    return message_of<std::out_of_range>(
+        [&] { plan.build(ids.data(), 3, 1, 1, nullptr, {adapter.data(), exists}); });
+  };
+  CHECK(message({0, -1, 1}) ==
+        "adapters: got 1 at [2], expected the number of a loaded adapter, or a negative one for none");
+  CHECK(message({2, 0, 0}).find("got 2 at [0]") != std::string::npos);
+  CHECK(message({0, 2147483647, 0}).find("got 2147483647 at [1]") != std::string::npos);
+}
