@@ -1,5 +1,7 @@
 #include "sft/sft_moe_tp.h"
 
+#include <algorithm>
+
 #include "moe/layer/moe_base-inl.h"
 #include "sft/backward_activation.h"
 #include "sft/backward_input.h"
@@ -28,12 +30,36 @@ void AMX_SFT_MOE_TP::input(uint32_t worker, uint32_t task) {
   backward_input(*pass_, pass_->backward[worker], tasks_[task], sweep_columns(), sweep_y());
 }
 
-void AMX_SFT_MOE_TP::before_activation(LayerCall&, WorkerScratch& scratch, const BlockTask& task,
-                                       kernels::ActivateArgs& act) {
-  if (!has_adapter(task)) return;
-  act.lora_scale = pass_->adapter_of(task).scale;
-  act.l_gate = adapter_output(*pass_, scratch, task, 0, 0, LoraId::kGateB);
-  if (pass_->gated()) act.l_up = adapter_output(*pass_, scratch, task, 1, 1, LoraId::kUpB);
+void AMX_SFT_MOE_TP::for_adapters(const BlockTask& task, FunctionRef<void(const BlockTask&)> function) const {
+  const RoutingPlan& plan = pass_->plan();
+  if (plan.adapted.empty()) return function(task);
+  const size_t begin = pass_->first_row(task) - task.m0;
+  BlockTask part = task;
+  for (part.m0 = task.m0; part.m0 < task.m1; part.m0 = part.m1) {
+    const RoutingPlan::AdapterRows& rows = plan.adapted_at(begin + part.m0);
+    part.m1 = std::min(task.m1, static_cast<uint32_t>(rows.begin + rows.rows - begin));
+    function(part);
+  }
+}
+
+void AMX_SFT_MOE_TP::activate(LayerCall& call, WorkerScratch& scratch, const BlockTask& task,
+                              const kernels::ActivateArgs& act) {
+  if (pass_ == nullptr) return Base::activate(call, scratch, task, act);
+  for_adapters(task, [&](const BlockTask& part) {
+    kernels::ActivateArgs own = act;
+    const RowsAdapter adapter = pass_->adapter_of(part);
+    const size_t at = c_offset(call, task, part);
+    own.c_gate += at;
+    if (own.c_up) own.c_up += at;
+    own.h.rows = part.m1 - part.m0;
+    own.kept = kept_rows(call, part, part.n0);
+    if (adapter.rank != 0) {
+      own.lora_scale = adapter.scale;
+      own.l_gate = adapter_output(*pass_, scratch, part, 0, 0, LoraId::kGateB);
+      if (pass_->gated()) own.l_up = adapter_output(*pass_, scratch, part, 1, 1, LoraId::kUpB);
+    }
+    Base::activate(call, scratch, part, own);
+  });
 }
 
 kernels::KeptRows AMX_SFT_MOE_TP::kept_rows(const LayerCall& call, const BlockTask& task,
@@ -42,11 +68,28 @@ kernels::KeptRows AMX_SFT_MOE_TP::kept_rows(const LayerCall& call, const BlockTa
   return kept_from(pass_->cache->rows.kept, pass_->first_row(task), column);
 }
 
-void AMX_SFT_MOE_TP::before_store(LayerCall&, WorkerScratch& scratch, const BlockTask& task,
-                                  kernels::StoreRowsArgs& store) {
-  if (!has_adapter(task)) return;
-  store.lora_scale = pass_->adapter_of(task).scale;
-  store.l = adapter_output(*pass_, scratch, task, 0, 2, LoraId::kDownB);
+bool AMX_SFT_MOE_TP::has_adapter(const BlockTask& task) const {
+  if (pass_ == nullptr) return false;
+  bool found = false;
+  for_adapters(task, [&](const BlockTask& part) { found |= pass_->adapter_of(part).rank != 0; });
+  return found;
+}
+
+void AMX_SFT_MOE_TP::store(LayerCall& call, WorkerScratch& scratch, const BlockTask& task,
+                           const kernels::StoreRowsArgs& store) {
+  if (pass_ == nullptr) return Base::store(call, scratch, task, store);
+  for_adapters(task, [&](const BlockTask& part) {
+    kernels::StoreRowsArgs own = store;
+    const RowsAdapter adapter = pass_->adapter_of(part);
+    own.c += c_offset(call, task, part);
+    own.m = part.m1 - part.m0;
+    own.y = static_cast<float*>(own.y) + size_t{part.m0 - task.m0} * own.y_stride;
+    if (adapter.rank != 0) {
+      own.lora_scale = adapter.scale;
+      own.l = adapter_output(*pass_, scratch, part, 0, 2, LoraId::kDownB);
+    }
+    Base::store(call, scratch, part, own);
+  });
 }
 
 }  // namespace ktmoe

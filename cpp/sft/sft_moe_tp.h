@@ -2,8 +2,10 @@
 // pass whose outputs are cut between parts. Without a training pass it computes inference.
 #pragma once
 
+#include <cstddef>
 #include <vector>
 
+#include "core/function_ref.h"
 #include "moe/layer/moe_base.h"
 #include "sft/training_pass.h"
 
@@ -36,14 +38,19 @@ class AMX_SFT_MOE_TP : public AMX_MOE_BASE<AMX_SFT_MOE_TP> {
 
   // ---- hooks of the base ----
 
-  void before_activation(LayerCall& call, WorkerScratch& scratch, const BlockTask& task,
-                         kernels::ActivateArgs& act);
+  void activate(LayerCall& call, WorkerScratch& scratch, const BlockTask& task,
+                const kernels::ActivateArgs& act);
   kernels::KeptRows kept_rows(const LayerCall& call, const BlockTask& task, uint32_t column) const;
-  bool has_adapter(const BlockTask& task) const {
-    return pass_ != nullptr && pass_->adapter_of(task).rank != 0;
+  bool has_adapter(const BlockTask& task) const;
+  void store(LayerCall& call, WorkerScratch& scratch, const BlockTask& task,
+             const kernels::StoreRowsArgs& store);
+
+  // The parts of a task whose rows have one adapter: function(part).
+  void for_adapters(const BlockTask& task, FunctionRef<void(const BlockTask&)> function) const;
+  // Where the results of a part begin in those of the task.
+  static size_t c_offset(const LayerCall& call, const BlockTask& task, const BlockTask& part) {
+    return call.kernels->c_floats(part.m0 - task.m0, task.n1 - task.n0);
   }
-  void before_store(LayerCall& call, WorkerScratch& scratch, const BlockTask& task,
-                    kernels::StoreRowsArgs& store);
 
   TrainingPass* pass_ = nullptr;
   std::vector<BlockTask> tasks_;  // of the current step of the backward pass

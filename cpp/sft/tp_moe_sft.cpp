@@ -158,7 +158,7 @@ TrainingPass TP_MOE_SFT::make_pass(ForwardCache& cache) {
 uint32_t TP_MOE_SFT::most_rank(const ForwardArgs& args) const {
   if (args.adapters == nullptr) return static_cast<uint32_t>(sft_config_.lora_rank);
   uint32_t most = 0;
-  for (const auto& rows : call_.plan.active)
+  for (const auto& rows : call_.plan.adapted)
     if (rows.adapter >= 0) most = std::max(most, named_[static_cast<size_t>(rows.adapter)].rank);
   return most;
 }
@@ -173,7 +173,7 @@ ScratchPool::Lease TP_MOE_SFT::lease_rows(ForwardCache& cache, uint32_t rank, bo
 
 std::vector<BlockTask> TP_MOE_SFT::row_blocks(uint32_t k) const {
   std::vector<BlockTask> tasks;
-  cut_blocks(call_.plan, {0, 1}, k, config_.pool->num_threads(), tasks);
+  cut_blocks(call_.plan, {0, 1}, k, config_.pool->num_threads(), tasks, {}, BlockAdapters::kOne);
   return tasks;
 }
 

@@ -20,7 +20,7 @@ bool TrainingPass::scale_is_exact() const {
 
 RowsAdapter TrainingPass::adapter_of(const BlockTask& task) const {
   if (named == nullptr) return {cache->lora.get(), rank(), lora_scale};
-  const int32_t number = expert(task).adapter;
+  const int32_t number = plan().adapted_at(first_row(task)).adapter;
   return number < 0 ? RowsAdapter{} : (*named)[static_cast<size_t>(number)];
 }
 

@@ -130,6 +130,7 @@ struct TrainingPass {
   }
   // Whether s is a power of two, so that s x is exact in bf16: scaled adapters then need no separate product.
   bool scale_is_exact() const;
+  // Of a task whose rows have one.
   RowsAdapter adapter_of(const BlockTask& task) const;
   WeightView adapter(LoraId id, const BlockTask& task) const;
 };

@@ -28,7 +28,7 @@ Pointer element(Pointer base, kernels::FloatType type, size_t at) {
 template <class Derived>
 void AMX_MOE_BASE<Derived>::cut_gate_up(const LayerCall& call, int num_threads) {
   cut_blocks(call.plan, intermediate_, call.nt_block_k(static_cast<uint32_t>(config_.hidden_size)),
-             num_threads, gate_up_tasks_);
+             num_threads, gate_up_tasks_, {}, adapters_of_blocks(call));
 }
 
 template <class Derived>
@@ -36,7 +36,7 @@ void AMX_MOE_BASE<Derived>::cut_down(const LayerCall& call, int num_threads, uin
                                      uint32_t sweeps) {
   begin_sweep(call, num_threads, sweep, sweeps);
   cut_blocks(call.plan, sweep_.columns, call.nt_block_k(static_cast<uint32_t>(config_.intermediate_size)),
-             num_threads, down_tasks_);
+             num_threads, down_tasks_, {}, adapters_of_blocks(call));
 }
 
 template <class Derived>
@@ -71,8 +71,7 @@ void AMX_MOE_BASE<Derived>::gate_up(LayerCall& call, WorkerScratch& scratch, uin
     act.c_up = scratch.c_up;
     act.up_bias = detail::bias_of(biases_->up, e * width + task.n0);
   }
-  derived().before_activation(call, scratch, task, act);
-  call.kernels->activate(act);
+  derived().activate(call, scratch, task, act);
 }
 
 template <class Derived>
@@ -93,8 +92,7 @@ void AMX_MOE_BASE<Derived>::down(LayerCall& call, WorkerScratch& scratch, uint32
 
   product(call, scratch, h, call.blocks.down, matrices_->down[e], task, next, scratch.c_gate);
   store.c = scratch.c_gate;
-  derived().before_store(call, scratch, task, store);
-  call.kernels->store_rows(store);
+  derived().store(call, scratch, task, store);
 }
 
 template <class Derived>

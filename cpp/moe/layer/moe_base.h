@@ -46,16 +46,24 @@ class AMX_MOE_BASE {
   void combine(const LayerCall& call, uint32_t task_index);
 
   // ---- hooks ----
-  // Gate and up are in scratch.c_gate and c_up; a hook may add arguments to `act`.
-  void before_activation(LayerCall&, WorkerScratch&, const BlockTask&, kernels::ActivateArgs&) {}
+  // Gate and up are in scratch.c_gate and c_up.
+  void activate(LayerCall& call, WorkerScratch&, const BlockTask&, const kernels::ActivateArgs& act) {
+    call.kernels->activate(act);
+  }
   // Row-major memory for the activation's results from a column on, instead of an operand; integer products
   // need it.
   kernels::KeptRows kept_rows(const LayerCall& call, const BlockTask& task, uint32_t column) const;
-  // The product with the down projection is in scratch.c_gate; only if has_adapter() says so.
+  // The product with the down projection is in scratch.c_gate, at least if has_adapter() says so.
   bool has_adapter(const BlockTask&) const { return false; }
-  void before_store(LayerCall&, WorkerScratch&, const BlockTask&, kernels::StoreRowsArgs&) {}
+  void store(LayerCall& call, WorkerScratch&, const BlockTask&, const kernels::StoreRowsArgs& store) {
+    call.kernels->store_rows(store);
+  }
 
  protected:
+  // Blocks whose results can be read from any row on may have rows with different adapters.
+  static BlockAdapters adapters_of_blocks(const LayerCall& call) {
+    return call.kernels->c_is_rows ? BlockAdapters::kAny : BlockAdapters::kOne;
+  }
   // The columns of the current sweep.
   Span sweep_columns() const { return sweep_.columns; }
   float* sweep_y() const { return sweep_.y; }

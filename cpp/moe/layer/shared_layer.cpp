@@ -111,7 +111,7 @@ void SharedLayer::count_forward(const ForwardArgs& args) {
   stats_->forward_calls += !args.is_later_chunk && !args.is_deferred_part;
   if (!args.is_deferred_part) stats_->tokens += args.num_tokens;
   stats_->rows += call_.plan.num_rows();
-  stats_->expert_readings += call_.plan.num_experts();
+  stats_->expert_readings += call_.plan.active.size();
   for (size_t e = 0; e < stats_->expert_tokens.size(); ++e)
     stats_->expert_tokens[e] += call_.plan.expert_slots[e];
 }
@@ -119,7 +119,7 @@ void SharedLayer::count_forward(const ForwardArgs& args) {
 void SharedLayer::count_backward() {
   if (!stats_) return;
   ++stats_->backward_calls;
-  stats_->expert_readings += call_.plan.num_experts();
+  stats_->expert_readings += call_.plan.active.size();
 }
 
 void SharedLayer::choose_products(ActivationDtype dtype) {

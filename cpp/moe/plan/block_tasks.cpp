@@ -28,7 +28,7 @@ uint32_t rows_per_block(uint32_t k) {
 }
 
 void cut_blocks(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threads,
-                std::vector<BlockTask>& tasks, BlockWidth block_width) {
+                std::vector<BlockTask>& tasks, BlockWidth block_width, BlockAdapters adapters) {
   tasks.clear();
   const uint32_t target = rows_per_block(k);
   size_t row_blocks = 0;
@@ -38,17 +38,26 @@ void cut_blocks(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threa
   const size_t wanted = size_t{block_width.tasks_per_thread} * static_cast<size_t>(num_threads);
   while (width > block_width.least && row_blocks * div_up(outputs.size(), width) < wanted) width /= 2;
 
-  const auto add = [&](uint32_t a, uint32_t begin, uint32_t end) {
-    const uint32_t rows = plan.active[a].rows, block = row_block(rows, target);
-    for (uint32_t m = 0; m < rows; m += block)
-      for (uint32_t n = begin; n < end; n += width)
-        tasks.push_back({a, m, std::min(m + block, rows), n, std::min(n + width, end)});
+  const auto add = [&](uint32_t a, uint32_t m0, uint32_t m1, uint32_t n0, uint32_t n1) {
+    const uint32_t block = row_block(m1 - m0, target);
+    for (uint32_t m = m0; m < m1; m += block)
+      for (uint32_t n = n0; n < n1; n += width)
+        tasks.push_back({a, m, std::min(m + block, m1), n, std::min(n + width, n1)});
   };
-  for (uint32_t a = 0, end; a < plan.active.size(); a = end) {
-    for (end = a + 1; end < plan.active.size() && plan.active[end].expert == plan.active[a].expert;) ++end;
-    if (end == a + 1) add(a, outputs.begin, outputs.end);
-    for (uint32_t n = outputs.begin; end > a + 1 && n < outputs.end; n += width)
-      for (uint32_t i = a; i < end; ++i) add(i, n, std::min(n + width, outputs.end));
+  if (adapters == BlockAdapters::kAny || plan.adapted.empty()) {
+    for (uint32_t a = 0; a < plan.active.size(); ++a)
+      add(a, 0, plan.active[a].rows, outputs.begin, outputs.end);
+    return;
+  }
+  auto first = plan.adapted.begin();
+  for (uint32_t a = 0; a < plan.active.size(); ++a) {
+    const uint32_t begin = plan.active[a].begin, end = begin + plan.active[a].rows;
+    const auto behind =
+        std::find_if(first, plan.adapted.end(), [&](const auto& rows) { return rows.begin >= end; });
+    for (uint32_t n = outputs.begin; n < outputs.end; n += width)
+      for (auto rows = first; rows != behind; ++rows)
+        add(a, rows->begin - begin, rows->begin - begin + rows->rows, n, std::min(n + width, outputs.end));
+    first = behind;
   }
 }
 

@@ -38,12 +38,15 @@ struct BlockWidth {
   uint32_t tasks_per_thread = 24;
 };
 
+// Whether a block may have rows with different adapters. Blocks with one each take the same weights of an
+// expert one after the other, while these are cached.
+enum class BlockAdapters : uint8_t { kAny, kOne };
+
 // Tasks for all active experts x outputs, grouped by expert so that a worker can reuse packed activations.
-// Rows with different adapters are blocks of their own; those of one expert take the same weights one after
-// the other, while these are cached. Blocks of outputs are as wide as the target number of tasks per thread
-// allows.
+// Blocks of outputs are as wide as the target number of tasks per thread allows.
 void cut_blocks(const RoutingPlan& plan, Span outputs, uint32_t k, int num_threads,
-                std::vector<BlockTask>& tasks, BlockWidth block_width = {});
+                std::vector<BlockTask>& tasks, BlockWidth block_width = {},
+                BlockAdapters adapters = BlockAdapters::kAny);
 
 // Blocks of tokens; when there are few tokens, columns are cut too.
 void cut_tokens(uint32_t num_tokens, Span columns, int num_threads, std::vector<BlockTask>& tasks);

@@ -1,5 +1,8 @@
 #include "moe/plan/routing_plan.h"
 
+#include <algorithm>
+#include <iterator>
+
 #include "core/error.h"
 
 namespace ktmoe {
@@ -34,11 +37,11 @@ void RoutingPlan::build(const int64_t* ids, uint32_t num_tokens, uint32_t num_sl
     ++num_rows;
   }
 
-  active.clear();
+  active.clear(), adapted.clear();
   uint32_t begin = 0;
   for (uint32_t i = 0; i < next_row_.size(); ++i) {
     const uint32_t rows = next_row_[i];
-    if (rows) active.push_back({i / num_groups, begin, rows, adapter_of_group_[i % num_groups]});
+    if (rows) add_rows(i / num_groups, begin, rows, adapter_of_group_[i % num_groups]);
     next_row_[i] = begin;
     begin += rows;
   }
@@ -52,10 +55,16 @@ void RoutingPlan::build(const int64_t* ids, uint32_t num_tokens, uint32_t num_sl
   }
 }
 
-uint32_t RoutingPlan::num_experts() const {
-  uint32_t num = 0;
-  for (size_t i = 0; i < active.size(); ++i) num += i == 0 || active[i].expert != active[i - 1].expert;
-  return num;
+void RoutingPlan::add_rows(uint32_t expert, uint32_t begin, uint32_t rows, int32_t adapter) {
+  if (active.empty() || active.back().expert != expert) active.push_back({expert, begin, 0});
+  active.back().rows += rows;
+  if (!group_.empty()) adapted.push_back({begin, rows, adapter});
+}
+
+const RoutingPlan::AdapterRows& RoutingPlan::adapted_at(size_t row) const {
+  const auto behind = std::upper_bound(adapted.begin(), adapted.end(), row,
+                                       [](size_t at, const AdapterRows& rows) { return at < rows.begin; });
+  return *std::prev(behind);
 }
 
 void RoutingPlan::group_tokens(const TokenAdapters& adapters, uint32_t num_tokens) {

@@ -16,24 +16,30 @@ struct TokenAdapters {
 };
 
 struct RoutingPlan {
-  // The rows [begin, begin + rows) belong to `expert`, and to tokens with this adapter.
+  // The rows [begin, begin + rows) belong to `expert`.
   struct ExpertRows {
     uint32_t expert;
     uint32_t begin;
     uint32_t rows;
-    int32_t adapter = -1;
+  };
+  // The rows [begin, begin + rows) of an expert belong to tokens with this adapter; negative: with none.
+  struct AdapterRows {
+    uint32_t begin;
+    uint32_t rows;
+    int32_t adapter;
   };
 
-  std::vector<ExpertRows> active;  // experts with rows, ascending, and within them adapters
-  std::vector<int32_t> token;      // row -> token, ascending within an expert and adapter
-  std::vector<int32_t> row;        // [T, P]: slot -> row, or -1 for a slot that is skipped
+  std::vector<ExpertRows> active;    // experts with rows, ascending
+  std::vector<AdapterRows> adapted;  // all rows, ascending; empty where tokens have no adapters
+  std::vector<int32_t> token;        // row -> token, ascending within an expert and adapter
+  std::vector<int32_t> row;          // [T, P]: slot -> row, or -1 for a slot that is skipped
   // [E]: slots with that id, also those that `skip` skips; of plans that are asked to count them.
   bool counts_slots = false;
   std::vector<uint32_t> expert_slots;
 
   uint32_t num_rows() const { return static_cast<uint32_t>(token.size()); }
-  // With rows, of any adapter.
-  uint32_t num_experts() const;
+  // The part of `adapted` that a row is in.
+  const AdapterRows& adapted_at(size_t row) const;
 
   // Skips negative ids and experts set in `skip` (null: none). Throws std::out_of_range for ids >=
   // num_experts and for adapters that do not exist. Every id is read once, so the plan is consistent even if
@@ -42,6 +48,7 @@ struct RoutingPlan {
              const uint8_t* skip, const TokenAdapters& adapters = {});
 
  private:
+  void add_rows(uint32_t expert, uint32_t begin, uint32_t rows, int32_t adapter);
   void group_tokens(const TokenAdapters& adapters, uint32_t num_tokens);
 
   // Scratch. Tokens with one adapter are a group; group 0 has none.

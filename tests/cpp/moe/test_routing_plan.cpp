@@ -145,17 +145,22 @@ TEST_CASE("routing plan: rows of an expert by adapter") {
   const std::vector<uint8_t> exists{0, 0, 1, 0, 1};
   RoutingPlan plan;
   plan.build(ids.data(), 5, 2, 2, nullptr, {adapter.data(), exists});
-  std::vector<std::vector<int64_t>> active;
-  for (const auto& rows : plan.active) active.push_back({rows.expert, rows.adapter, rows.begin, rows.rows});
-  CHECK(active == std::vector<std::vector<int64_t>>{
-                      {0, -1, 0, 1}, {0, 2, 1, 1}, {0, 4, 2, 1}, {1, -1, 3, 3}, {1, 2, 6, 1}, {1, 4, 7, 2}});
+  using Parts = std::vector<std::vector<int64_t>>;
+  Parts active, adapted;
+  for (const auto& rows : plan.active) active.push_back({rows.expert, rows.begin, rows.rows});
+  for (const auto& rows : plan.adapted) adapted.push_back({rows.adapter, rows.begin, rows.rows});
+  CHECK(active == Parts{{0, 0, 3}, {1, 3, 6}});
+  CHECK(adapted == Parts{{-1, 0, 1}, {2, 1, 1}, {4, 2, 1}, {-1, 3, 3}, {2, 6, 1}, {4, 7, 2}});
+  for (const auto& rows : plan.adapted)
+    for (uint32_t row = rows.begin; row < rows.begin + rows.rows; ++row)
+      CHECK(&plan.adapted_at(row) == &rows);
   CHECK(plan.token == Rows{4, 2, 0, 1, 1, 4, 2, 0, 3});
   CHECK(plan.row == Rows{7, 2, 3, 4, 1, 6, 8, -1, 5, 0});
-  CHECK(plan.num_experts() == 2);
 
   // No adapter of a batch means nothing for the next one.
   plan.build(ids.data(), 5, 2, 2, nullptr);
   check_plan(plan, ids, 2, 2, nullptr);
+  CHECK(plan.adapted.empty());
 }
 
 TEST_CASE("routing plan: adapters that do not exist") {
