@@ -74,7 +74,7 @@ def test_rooms_import_downwards() -> None:
     ("module", "imported", "fault"),
     [
         ("ktmoe_np.arrays.checks", "ktmoe_np.io.native", "io is not below arrays"),
-        ("ktmoe_np.inference.base", "ktmoe_np.sft.base", "sft is not below inference"),
+        ("ktmoe_np.sft.base", "ktmoe_np.inference.base", "inference is not below sft"),
         ("ktmoe_np.arrays.library", "ktmoe_np.reference.activation", "only the command"),
         ("ktmoe_np.models.decoder", "ktmoe_np.reference", "only the command"),
         ("ktmoe_np.io.native", "ktmoe_np._api", "not a room"),
