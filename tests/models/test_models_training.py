@@ -90,7 +90,7 @@ def test_attention(qk_norm: str, clip: float | None) -> None:
         widths and (rng.normal(size=widths[0]), rng.normal(size=widths[1])),
     )
     angles = rng.normal(size=(5, 2))
-    place = Place(np.cos(angles), np.sin(angles), np.triu(np.full((5, 5), -np.inf), 1))
+    place = Place(np.cos(angles), np.sin(angles))
 
     def attend(x: Array) -> Any:
         return attention.forward(x, place, lambda keys, values: (keys, values))

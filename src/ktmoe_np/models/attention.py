@@ -18,7 +18,11 @@ from ._arithmetic import (
 )
 from .config import DecoderConfig
 
-__all__ = ["Attention", "AttentionPass", "Place"]
+__all__ = ["QUERY_BLOCK", "Attention", "AttentionPass", "Place"]
+
+#: Tokens that attend at a time: the scores of a long prompt would take gigabytes. The blocks of a sequence
+#: begin with the tokens of a pass, whatever else is in the batch.
+QUERY_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Place:
 
     cos: Floats  #: [T, D / 2], of the angles by which queries and keys are turned
     sin: Floats
-    mask: Floats  #: [T, tokens so far], minus infinity where a token would look ahead
+    begin: int = 0  #: tokens of the sequence before these
 
 
 @dataclass(frozen=True)
@@ -59,23 +63,40 @@ class Attention:
     qk_norm: tuple[Floats, Floats] | None
 
     def forward(
-        self, x: Floats, place: Place, append: Callable[[Floats, Floats], tuple[Floats, Floats]]
-    ) -> tuple[Floats, AttentionPass]:
+        self,
+        x: Floats,
+        place: Place,
+        append: Callable[[Floats, Floats], tuple[Floats, Floats]],
+        keeps_chances: bool = True,
+    ) -> tuple[Floats, AttentionPass | None]:
         """Attend from tokens [T, H] to themselves and to what is behind.
 
         `append` takes keys and values [kv heads, T, D] of the tokens and gives all that the sequence has.
+        What the backward pass needs comes with the result, if `keeps_chances`; the bits are the same.
         """
         c = self.config
         projected = x @ self.query, x @ self.key, x @ self.value
         query, key, value = self._to_heads(projected)
         keys, values = append(rotate(key, place.cos, place.sin), value)
         query = self._grouped(rotate(query, place.cos, place.sin))
-        scores = query @ keys[:, None].swapaxes(-1, -2) * x.dtype.type(c.head_dim**-0.5)
-        scores += place.mask
-        chances = softmax(scores)
-        mixed = chances @ values[:, None]
+        mixed = np.empty_like(query)
+        kept = np.zeros((*query.shape[:-1], keys.shape[1]), x.dtype) if keeps_chances else None
+        for first in range(0, len(x), QUERY_BLOCK):
+            rows = slice(first, min(first + QUERY_BLOCK, len(x)))
+            seen = place.begin + rows.stop  # keys behind these are masked for the whole block
+            chances = self._chances(query[:, :, rows], keys[:, :seen])
+            mixed[:, :, rows] = chances @ values[:, None, :seen]
+            if kept is not None:
+                kept[:, :, rows, :seen] = chances
         out = _joined(mixed.reshape(c.num_heads, len(x), c.head_dim)) @ self.output
-        return out, AttentionPass(place, projected, query, keys, values, chances)
+        return out, None if kept is None else AttentionPass(place, projected, query, keys, values, kept)
+
+    def _chances(self, query: Floats, keys: Floats) -> Floats:
+        """softmax(q k^T / sqrt(D)) of [.., T, D] and [.., S, D]; the last T keys are those of the queries."""
+        scores: Floats = query @ keys[:, None].swapaxes(-1, -2) * query.dtype.type(self.config.head_dim**-0.5)
+        num = query.shape[-2]
+        scores[..., -num:] += np.triu(np.full((num, num), -np.inf, query.dtype), 1)  # no token looks ahead
+        return softmax(scores)
 
     def backward(self, kept: AttentionPass, grad: Floats) -> Floats:
         """The gradient by the input, of that by the output; both [T, H]."""

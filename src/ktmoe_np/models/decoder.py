@@ -277,7 +277,9 @@ class MoEDecoder:
         c = self.config
         return KVCache(c.num_layers, c.num_kv_heads, c.head_dim)
 
-    def forward(self, tokens: Sequence[_Tokens], caches: Sequence[KVCache]) -> list[Floats]:
+    def forward(
+        self, tokens: Sequence[_Tokens], caches: Sequence[KVCache], *, last: bool = False
+    ) -> list[Floats]:
         """Compute logits for the next tokens of each sequence.
 
         Parameters
@@ -286,11 +288,13 @@ class MoEDecoder:
             The next tokens of each sequence, as many as there are.
         caches : sequence of KVCache
             What each has behind it; it has `tokens` too afterwards.
+        last : bool
+            Compute the logits of the last tokens alone: those of a long prompt take gigabytes.
 
         Returns
         -------
         list of float32 [T, vocab_size]
-            The logits of what follows each of the tokens.
+            The logits of what follows each of the tokens; with `last` [1, vocab_size].
 
         Raises
         ------
@@ -300,7 +304,7 @@ class MoEDecoder:
             A token that the vocabulary does not have.
         """
         hidden = self._hidden(_checked(tokens, caches, self.config.vocab_size), caches)
-        return [self._normed(x) @ self._head for x in hidden]
+        return [self._normed(x[-1:] if last else x) @ self._head for x in hidden]
 
     def forward_sft(self, tokens: Sequence[_Tokens]) -> tuple[list[Floats], TrainingPass]:
         """Compute the logits of whole sequences, and keep what `backward` needs.
@@ -419,9 +423,7 @@ class MoEDecoder:
     def _place(self, begin: int, length: int) -> Place:
         positions = np.arange(begin, begin + length)
         angles = positions.astype(np.float32)[:, None] * self._frequencies
-        ahead = np.arange(begin + length) > positions[:, None]
-        mask = np.where(ahead, -np.inf, 0).astype(np.float32)
-        return Place(np.cos(angles), np.sin(angles), mask)
+        return Place(np.cos(angles), np.sin(angles), begin)
 
     def _normed(self, x: Floats) -> Floats:
         return rms_norm(x, self._norm, self.config.rms_norm_eps)

@@ -58,11 +58,12 @@ class DecoderLayer:
         middles, passes = [], []
         for x, place, cache in zip(hidden, places, caches, strict=True):
             normed = rms_norm(x, self.input_norm, self.eps)
-            attended, kept = self.attention.forward(normed, place, partial(cache.append, self.index))
+            attended, kept = self.attention.forward(
+                normed, place, partial(cache.append, self.index), keeps_chances=tape is not None
+            )
             middles.append(x + attended)
-            if tape is not None:
+            if kept is not None:
                 passes.append(kept)
-            del kept  # its chances are large
         normed_middles = [rms_norm(x, self.expert_norm, self.eps) for x in middles]
         routes = [self.router.forward(x) for x in normed_middles]
         begins = [cache.length == 0 for cache in caches]
