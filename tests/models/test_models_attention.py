@@ -26,7 +26,8 @@ def model() -> MoEDecoder:
     return MoEDecoder.from_pretrained()
 
 
-def draw_attention(rng: np.random.Generator, kv_heads: int = 2, head_dim: int = 8) -> Attention:
+def draw_attention(rng: np.random.Generator, dtype: Any = np.float64) -> Attention:
+    kv_heads, head_dim = 2, 8
     config = replace(
         DecoderConfig.from_hf_config(load_hf_config(EMBEDDED_MODEL)),
         hidden_size=16,
@@ -36,8 +37,8 @@ def draw_attention(rng: np.random.Generator, kv_heads: int = 2, head_dim: int = 
         qk_norm="",
     )
     widths = (4 * head_dim, kv_heads * head_dim, kv_heads * head_dim)
-    projections = (rng.standard_normal((16, width)) for width in widths)
-    return Attention(config, *projections, rng.standard_normal((4 * head_dim, 16)), None)
+    projections = (rng.standard_normal((16, width)).astype(dtype) for width in widths)
+    return Attention(config, *projections, rng.standard_normal((4 * head_dim, 16)).astype(dtype), None)
 
 
 def attend(attention: Attention, x: AnyArray, keys: AnyArray, values: AnyArray, **options: Any) -> Any:
@@ -71,7 +72,7 @@ def test_blocks_are_the_whole(num_before: int, monkeypatch: pytest.MonkeyPatch) 
 
 def test_training_computes_what_inference_does() -> None:
     rng = np.random.default_rng(1)
-    attention = draw_attention(rng)
+    attention = draw_attention(rng, np.float32)
     x = rng.standard_normal((LONG, 16)).astype(np.float32)
     none = np.zeros((2, 0, 8), np.float32)
     kept, dropped = (attend(attention, x, none, none, keeps_chances=keeps) for keeps in (True, False))
@@ -107,7 +108,7 @@ def test_the_last_logits_alone(model: MoEDecoder) -> None:
 def test_memory_of_a_long_prompt() -> None:
     """Scores of all pairs of 4096 tokens, and what a softmax makes of them, would be 268 MB each."""
     rng = np.random.default_rng(2)
-    attention = draw_attention(rng)
+    attention = draw_attention(rng, np.float32)
     x = rng.standard_normal((4096, 16)).astype(np.float32)
     none = np.zeros((2, 0, 8), np.float32)
     tracemalloc.start()
