@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -26,8 +27,9 @@ def test_generate_streams_a_text_and_says_how_fast() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     text, facts = done.stdout.rsplit("\n\n", 1)
     assert text == f"{PROMPT} no more a m"
-    assert facts.startswith("12 tokens, ")
-    assert "per second with BF16 and bfloat16 activations" in facts
+    assert facts.startswith(f"prompt: {len(PROMPT)} tokens, ")
+    assert "per second; text: 12 tokens, then " in facts
+    assert "per second, with BF16 and bfloat16 activations" in facts
     assert "in the experts" in facts
 
 
@@ -39,12 +41,53 @@ def test_generate_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(value["text"]) == 12
     assert 0 < value["experts_of_time"] < 1
     assert value["tokens_per_s"] == pytest.approx(12 / value["seconds"])
+    prompt_seconds = value["prompt_tokens"] / value["prompt_tokens_per_s"]
+    assert value["prompt_tokens"] == len(PROMPT)
+    assert value["decode_tokens_per_s"] == pytest.approx(11 / (value["seconds"] - prompt_seconds))
 
 
 def test_draws_depend_on_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("generate", "--tokens=20", "--temperature=1")
     texts = [as_json(capsys, *options, f"--seed={seed}")["text"] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_draws_from_fewer_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    greedy = as_json(capsys, "generate", "--prompt", PROMPT, "--tokens=12")["text"]
+    for option in ("--top-k=1", "--top-p=1e-9", "--min-p=1"):
+        text = as_json(capsys, "generate", "--prompt", PROMPT, "--tokens=12", "--temperature=1", option)[
+            "text"
+        ]
+        assert text == greedy
+
+
+def test_prompts_of_files(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompt").write_text(PROMPT)
+    expected = as_json(capsys, "generate", "--prompt", PROMPT, "--tokens=5")
+    value = as_json(capsys, "generate", f"--prompt-file={tmp_path / 'prompt'}", "--tokens=5")
+    assert (value["prompt"], value["text"]) == (PROMPT, expected["text"])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
+    assert as_json(capsys, "generate", "--prompt-file=-", "--tokens=5")["text"] == expected["text"]
+
+
+def test_a_single_token_has_no_rate_of_decoding(capsys: pytest.CaptureFixture[str]) -> None:
+    assert as_json(capsys, "generate", "--tokens=1")["decode_tokens_per_s"] is None
+    assert main(["generate", "--tokens=1"]) == 0
+    assert "text: 1 tokens, with BF16" in capsys.readouterr().out
+
+
+def test_a_chat(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).symlink_to(EMBEDDED_MODEL / name)
+    template = "{% for m in messages %}{{ m.content | trim }}{% endfor %} and there was"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    message = PROMPT.removesuffix(" and there was")
+    value = as_json(capsys, "generate", str(tmp_path), "--chat", "--prompt", f" {message}", "--tokens=12")
+    assert value["text"] == as_json(capsys, "generate", "--prompt", PROMPT, "--tokens=12")["text"]
+    assert main(["generate", str(tmp_path), "--chat", "--prompt", message, "--tokens=3"]) == 0
+    assert capsys.readouterr().out.startswith(" no")
 
 
 def test_a_text_ends_where_the_checkpoint_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +189,14 @@ def test_experts_that_were_converted(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["eval", "--methods=BF16", "--activation-dtype=int8"], "got int8, expected bfloat16: bf16 weights"),
         (["generate", "--experts=/nowhere"], "/nowhere"),
         (["generate", "--tokens=0"], "got '0', expected an integer of 1 or more"),
+        (["generate", "--top-k=-1"], "got '-1', expected an integer of 0 or more"),
+        (["generate", "--top-p=2"], "got '2', expected a number above 0, at most 1"),
+        (["generate", "--top-p=0"], "got '0', expected a number above 0, at most 1"),
+        (["generate", "--min-p=x"], "got 'x', expected a number from 0 to 1"),
+        (["generate", "--prompt=x", "--prompt-file=y"], "not allowed with argument --prompt"),
+        (["generate", "--prompt-file=/nowhere"], "/nowhere"),
+        (["generate", f"--prompt-file={EMBEDDED_MODEL / 'model.safetensors'}"], "is not UTF-8"),
+        (["generate", "--chat"], "got no chat template, expected one"),
         (["eval", "--methods=BF16,"], "got 'BF16,', expected names with commas between them"),
         (["eval", "--text=/nowhere.txt"], "/nowhere.txt"),
     ],

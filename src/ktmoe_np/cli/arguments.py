@@ -16,9 +16,11 @@ __all__ = [
     "counts",
     "counts_from_0",
     "duration",
+    "fraction",
     "layer_ranges",
     "method_names",
     "positive",
+    "share",
     "temperature",
     "utf8",
 ]
@@ -123,6 +125,22 @@ def temperature(text: str) -> float:
     value = _float(text)
     if not 0 <= value <= 100:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 0 to 100")
+    return value
+
+
+def fraction(text: str) -> float:
+    """Argument type: a probability."""
+    value = _float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 0 to 1")
+    return value
+
+
+def share(text: str) -> float:
+    """Argument type: a part of a whole, not nothing."""
+    value = _float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0, at most 1")
     return value
 
 

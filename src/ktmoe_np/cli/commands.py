@@ -16,9 +16,11 @@ from .arguments import (
     counts,
     counts_from_0,
     duration,
+    fraction,
     layer_ranges,
     method_names,
     positive,
+    share,
     temperature,
     utf8,
 )
@@ -58,8 +60,8 @@ _VERIFY = (
 )
 
 _GENERATE = (
-    "Loads a Qwen3-MoE, Mixtral or OLMoE checkpoint, or the small model that comes with the package, and "
-    "continues the prompt; the text is shown as it is computed."
+    "Loads a Qwen3-MoE, Mixtral or OLMoE model, a Hugging Face checkpoint or GGUF, or the small model that "
+    "comes with the package, and continues the prompt; the text is shown as it is computed."
 )
 _EVAL = (
     "Prints bits per byte (lower is better) with the experts computed by several methods: what quantizing "
@@ -151,7 +153,14 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
     """Add the commands that run a whole model."""
     command = add("generate", generate.run, "continue a text with a model", _GENERATE)
     _add_model(command)
-    command.add_argument("--prompt", type=utf8, default="In the beginning", help="default: %(default)s")
+    prompt = command.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", type=utf8, default="In the beginning", help="default: %(default)s")
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", help="read the prompt, in UTF-8, from a file; - is standard input"
+    )
+    command.add_argument(
+        "--chat", action="store_true", help="the prompt is a user's message, for the model's chat template"
+    )
     _add_method(command)
     _add_experts(command)
     _add_activation_dtype(command, _OF_MODELS)
@@ -162,6 +171,23 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
         default=0.0,
         metavar="T",
         help="0 (default): greedy; 1: sample from the model's distribution",
+    )
+    command.add_argument(
+        "--top-k", type=Count(0), default=0, metavar="N", help="sample from the N likeliest tokens only"
+    )
+    command.add_argument(
+        "--top-p",
+        type=share,
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens whose probabilities reach P",
+    )
+    command.add_argument(
+        "--min-p",
+        type=fraction,
+        default=0.0,
+        metavar="P",
+        help="sample from tokens at least P times as probable as the likeliest",
     )
     command.add_argument(
         "--seed", type=Count(0, 2**64 - 1), default=0, metavar="N", help="random seed (default 0)"
@@ -179,7 +205,7 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
         "--methods",
         type=method_names,
         metavar="M,...",
-        help=f"default {','.join(evaluate.METHODS)}; with --experts that of the file",
+        help=f"default {','.join(evaluate.METHODS)}; with --experts or a GGUF model that of the file",
     )
     _add_experts(command)
     command.add_argument(
@@ -278,7 +304,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         "path",
         nargs="?",
         default=EMBEDDED_MODEL,
-        help="directory of a checkpoint; default the model that comes with the package",
+        help="directory of a checkpoint, or a GGUF model; default the model that comes with the package",
     )
 
 

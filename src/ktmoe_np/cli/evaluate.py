@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..io.gguf.experts import is_gguf
 from ..models import MoEDecoder, bits_per_token, load_tokenizer
 from .arguments import Dtype
 from .progress import Progress
@@ -28,11 +29,12 @@ def run(arguments: argparse.Namespace) -> int:
     tokens = np.array(load_tokenizer(path).encode(text))
     if len(tokens) < 2:
         raise ValueError(f"{file}: got {len(tokens)} tokens, expected at least 2")
-    methods = arguments.methods or ([None] if arguments.experts else METHODS)
+    has_own = arguments.experts or is_gguf(path)
+    methods = arguments.methods or ([None] if has_own else METHODS)
     rows = []
     with Progress(len(methods), "evaluating") as progress:
         for method in methods:
-            progress.step(method or arguments.experts)
+            progress.step(method or str(arguments.experts or path))
             model = _load(arguments, method)
             for dtype in _chosen(model, arguments.activation_dtype):
                 model.set_activation_dtype(dtype)

@@ -274,7 +274,7 @@ class TrainingRun:
     def _write_results(self) -> None:
         """Write the adapters as PEFT has them, the losses, and a picture where it can be drawn."""
         arguments, course = self._arguments, self.course
-        export_peft(self._directory, self._experts)
+        export_peft(self._directory, self._experts, model_type=self._model.config.model_type)
         write_csv(self._directory / "loss.csv", course)
         self.drawn = False
         if can_draw():

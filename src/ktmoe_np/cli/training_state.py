@@ -13,6 +13,7 @@ from typing import Any
 from ..arrays.checks import Array
 from ..arrays.summary import array_summary
 from ..io import SafetensorsFile
+from ..io.gguf.checkpoint import GgufCheckpoint, is_gguf
 from ..io.json_text import MAX_JSON_BYTES, parse_json_object
 from ..io.regular_file import open_regular, read_regular
 from ..io.safetensors.writer import replace_text, write_safetensors
@@ -41,9 +42,13 @@ class Course:
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
-    """Identify a checkpoint, whatever its path: its config, and the beginnings of its files."""
-    digest = hashlib.sha256(read_regular(Path(path) / "config.json", MAX_JSON_BYTES))
-    for file in sorted(Path(path).glob("*.safetensors")):
+    """Identify a model, whatever its path: its config, and the beginnings of its files."""
+    if is_gguf(path):
+        digest, files = hashlib.sha256(), list(GgufCheckpoint.shared(path).files)
+    else:
+        digest = hashlib.sha256(read_regular(Path(path) / "config.json", MAX_JSON_BYTES))
+        files = sorted(Path(path).glob("*.safetensors"))
+    for file in files:
         with open_regular(file) as opened:
             digest.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(_LOOKED_AT))
     return digest.hexdigest()

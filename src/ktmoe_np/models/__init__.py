@@ -4,6 +4,7 @@
 """
 
 from .cache import KVCache
+from .chat import ChatTemplate, load_chat_template
 from .config import DecoderConfig
 from .decoder import MoEDecoder, TrainingPass
 from .embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
@@ -14,6 +15,7 @@ from .training import Loss, loss_and_gradients
 __all__ = [
     "EMBEDDED_MODEL",
     "EMBEDDED_TEXT",
+    "ChatTemplate",
     "DecoderConfig",
     "KVCache",
     "Loss",
@@ -22,6 +24,7 @@ __all__ = [
     "TrainingPass",
     "bits_per_token",
     "generate",
+    "load_chat_template",
     "load_stop_tokens",
     "load_tokenizer",
     "loss_and_gradients",

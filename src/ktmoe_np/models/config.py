@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import MoEConfig
+from ..io.gguf.checkpoint import GgufCheckpoint, is_gguf
 from ..io.json_text import naming_file
 from ..io.safetensors.checkpoint import hf_config_path, load_hf_config
+from .gguf_model import gguf_hf_config
 
 __all__ = ["DecoderConfig"]
 
@@ -64,6 +66,7 @@ class DecoderConfig:
     4
     """
 
+    model_type: str
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -82,7 +85,12 @@ class DecoderConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> DecoderConfig:
-        """Read the config.json of the checkpoint at `path`; errors are ValueErrors that name the file."""
+        """Read the config.json, or the GGUF header, of a model; errors are ValueErrors that name the file."""
+        if is_gguf(path):
+            checkpoint = GgufCheckpoint.shared(path)
+            config = gguf_hf_config(checkpoint)
+            with naming_file(checkpoint.path):
+                return cls.from_hf_config(config)
         config = load_hf_config(path)
         with naming_file(hf_config_path(path)):
             return cls.from_hf_config(config)
@@ -109,6 +117,7 @@ class DecoderConfig:
         if head_dim % 2:
             raise ValueError(f"head_dim: got {head_dim}, expected an even number")
         return cls(
+            model_type=str(model_type),
             vocab_size=_size(config, "vocab_size"),
             hidden_size=experts.hidden_size,
             num_layers=_size(config, "num_hidden_layers"),

@@ -21,7 +21,6 @@ from ..config import ActivationDtype
 from ..experts import InferenceOverrides, Overrides, SFTOverrides
 from ..formats.methods import training_name
 from ..inference.base import BaseMoEWrapper
-from ..io.safetensors.checkpoint import SafetensorsCheckpoint
 from ..sft.adapters import import_peft, peft_scale
 from ..sft.base import BaseSFTMoEWrapper
 from ..sft.gradients import SFTGradients
@@ -33,7 +32,7 @@ from .config import DecoderConfig
 from .embedded import EMBEDDED_MODEL
 from .experts import load_experts
 from .layer import DecoderLayer, LayerPass
-from .reading import read_layer, read_tensor
+from .reading import dense_tensors, read_layer
 
 __all__ = ["MoEDecoder", "TrainingPass", "checked_tokens"]
 
@@ -142,12 +141,13 @@ class MoEDecoder:
         prefill_activation_dtype: ActivationDtype | None = None,
         **overrides: Unpack[Overrides],
     ) -> MoEDecoder:
-        """Load a Hugging Face checkpoint.
+        """Load a Hugging Face checkpoint, or a GGUF model.
 
         Parameters
         ----------
         path : str or path-like, optional
-            Its directory; None takes the model that comes with the package.
+            The directory of a checkpoint; or a GGUF file, any file of a split one, or a directory with one.
+            None takes the model that comes with the package.
         method : str, optional
             The experts' method (see `KTMoEWrapper`), for training with or without its ``_SFT``; None takes
             what they are encoded in.
@@ -177,9 +177,11 @@ class MoEDecoder:
         FileNotFoundError
             No checkpoint there, or no adapter.
         ValueError
-            A configuration that is not supported, a tensor that is missing or of another shape (names file
-            and tensor), adapters or experts of another model, or a dtype of activations that a layer does
-            not have.
+            A configuration or an architecture that is not supported, a tensor that is missing or of another
+            shape (names file and tensor), adapters or experts of another model, or a dtype of activations
+            that a layer does not have.
+        ImportError
+            Dense tensors of quantized GGUF types need the package gguf.
         """
         path = EMBEDDED_MODEL if path is None else path
         config = DecoderConfig.from_pretrained(path)
@@ -188,19 +190,17 @@ class MoEDecoder:
             mode, overrides = "sft", {"lora_rank": rank, "lora_alpha": alpha, **overrides}
         if mode == "sft" and method is not None and "_SFT" not in method:
             method = training_name(method)
-        checkpoint = SafetensorsCheckpoint.shared(path)
-        embedding = read_tensor(
-            checkpoint, "model.embed_tokens.weight", config.vocab_size, config.hidden_size
-        )
+        tensors = dense_tensors(path, config)
+        embedding = tensors.read("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         layers = []
         for i in range(config.num_layers):
             experts = load_experts(experts_path or path, config, i, method, mode, overrides)
             dtypes = SequenceDtypes.of(experts, overrides.get("activation_dtype"), prefill_activation_dtype)
-            layers.append(read_layer(checkpoint, config, i, experts, dtypes))
-        norm = read_tensor(checkpoint, "model.norm.weight", config.hidden_size)
+            layers.append(read_layer(tensors, config, i, experts, dtypes))
+        norm = tensors.read("model.norm.weight", config.hidden_size)
         head = embedding
         if not config.tie_word_embeddings:
-            head = read_tensor(checkpoint, "lm_head.weight", config.vocab_size, config.hidden_size)
+            head = tensors.read("lm_head.weight", config.vocab_size, config.hidden_size)
         model = cls(config, embedding, layers, norm, head.T)
         if adapter is not None:
             import_peft(adapter, model.trained_experts())

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ._arithmetic import cross_entropy
 from .decoder import MoEDecoder, checked_tokens
 
-__all__ = ["bits_per_token", "generate"]
+__all__ = ["bits_per_token", "generate", "sampled_tokens"]
 
 
 def generate(
@@ -21,6 +21,9 @@ def generate(
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: int = 0,
     stop: Collection[int] = (),
 ) -> Iterator[int]:
@@ -34,6 +37,12 @@ def generate(
     max_new_tokens : int
     temperature : float
         0 takes the likeliest token, 1 draws as the model expects them.
+    top_k : int
+        Draw from this many of the likeliest tokens; 0 is all.
+    top_p : float
+        Draw from the fewest of the likeliest tokens whose probabilities reach this sum; 1 is all.
+    min_p : float
+        Draw from tokens that are at least this times as probable as the likeliest; 0 is all.
     seed : int
         Of the draws.
     stop : collection of int
@@ -42,7 +51,7 @@ def generate(
     Raises
     ------
     ValueError
-        An empty prompt, or a negative number or temperature.
+        An empty prompt, a negative number or temperature, or a `top_p` or `min_p` that is no probability.
     IndexError
         A token that the vocabulary does not have.
 
@@ -56,24 +65,69 @@ def generate(
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected at least 0")
     if not temperature >= 0 or math.isinf(temperature):
         raise ValueError(f"temperature: got {temperature}, expected a number from 0 on")
+    if top_k < 0:
+        raise ValueError(f"top_k: got {top_k}, expected at least 0")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: got {top_p}, expected a number above 0, at most 1")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p: got {min_p}, expected a number from 0 to 1")
     rng = np.random.default_rng(seed)
     cache = model.new_cache()
     given = list(prompt)
     for _ in range(max_new_tokens):
-        (logits,) = model.forward([given], [cache])
-        token = _choose(logits[-1], temperature, rng)
+        (logits,) = model.forward([given], [cache], last=True)
+        if temperature == 0:
+            token = int(logits[-1].argmax())
+        else:
+            tokens, chances = sampled_tokens(logits[-1], temperature, top_k, top_p, min_p)
+            token = int(rng.choice(tokens, p=chances))
         if token in stop:
             return
         yield token
         given = [token]
 
 
-def _choose(logits: NDArray[np.float32], temperature: float, rng: np.random.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    scaled = (logits - logits.max()).astype(np.float64) / temperature
-    chances = np.exp(scaled)
-    return int(rng.choice(len(chances), p=chances / chances.sum()))
+def sampled_tokens(
+    logits: NDArray[np.float32], temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The tokens to draw from, and their probabilities.
+
+    The three filters are those of `generate`; each sees the probabilities at temperature 1 of all tokens, and
+    a token stays that all of them leave. The likeliest always does.
+
+    Parameters
+    ----------
+    logits : ndarray of float32 [vocab_size]
+    temperature : float
+        Above 0.
+    top_k, top_p, min_p
+        See `generate`.
+
+    Returns
+    -------
+    ndarray of int64 [N], ndarray of float64 [N]
+        Tokens in ascending order; probabilities at that temperature, which sum to 1.
+
+    Examples
+    --------
+    >>> logits = np.log(np.array([0.1, 0.5, 0.4], np.float32))
+    >>> tokens, chances = sampled_tokens(logits, 1.0, top_p=0.8)
+    >>> tokens.tolist(), chances.round(3).tolist()
+    ([1, 2], [0.556, 0.444])
+    """
+    shifted = (logits - logits.max()).astype(np.float64)
+    probable = np.exp(shifted)
+    probable /= probable.sum()
+    kept = probable >= min_p * probable.max()
+    order = np.argsort(-probable, kind="stable")
+    if top_p < 1:
+        before = np.cumsum(probable[order]) - probable[order]  # of those that are likelier
+        kept[order[1:][before[1:] >= top_p]] = False
+    if top_k:
+        kept[order[top_k:]] = False
+    tokens = np.flatnonzero(kept)
+    chances = np.exp(shifted[tokens] / temperature)
+    return tokens, chances / chances.sum()
 
 
 def bits_per_token(

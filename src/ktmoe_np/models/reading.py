@@ -2,38 +2,62 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
+from ..arrays.types import PathLike
 from ..inference.base import BaseMoEWrapper
+from ..io.gguf.checkpoint import GgufCheckpoint, is_gguf
 from ..io.safetensors.checkpoint import SafetensorsCheckpoint
 from ..sft.base import BaseSFTMoEWrapper
 from ._arithmetic import Floats
 from .activation_dtypes import SequenceDtypes
 from .attention import Attention
 from .config import DecoderConfig
+from .gguf_model import GgufTensors
 from .layer import DecoderLayer
 from .router import Router
 
-__all__ = ["read_layer", "read_tensor"]
+__all__ = ["DenseTensors", "dense_tensors", "read_layer"]
 
 
-def read_tensor(checkpoint: SafetensorsCheckpoint, name: str, *shape: int) -> Floats:
-    """Read a tensor in float32, of that shape in the checkpoint.
+class DenseTensors(Protocol):
+    """The tensors of a decoder beside its experts."""
 
-    Raises
-    ------
-    ValueError
-        There is none, or it is of another shape or dtype: names file and tensor.
-    """
-    checkpoint.info(name)  # says so when there is none
-    problem = checkpoint.problem(name, ("BF16", "F16", "F32"), (shape,))
-    if problem is not None:
-        raise problem
-    return checkpoint.tensor(name).astype(np.float32)
+    def read(self, name: str, *shape: int) -> Floats:
+        """Read a tensor in float32, by its name in checkpoints of transformers.
+
+        Raises
+        ------
+        ValueError
+            There is none, or it is of another shape or dtype: names file and tensor.
+        """
+
+
+class _SafetensorsTensors:
+    """Those of a Hugging Face checkpoint."""
+
+    def __init__(self, checkpoint: SafetensorsCheckpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def read(self, name: str, *shape: int) -> Floats:
+        self._checkpoint.info(name)  # says so when there is none
+        problem = self._checkpoint.problem(name, ("BF16", "F16", "F32"), (shape,))
+        if problem is not None:
+            raise problem
+        return self._checkpoint.tensor(name).astype(np.float32)
+
+
+def dense_tensors(path: PathLike, config: DecoderConfig) -> DenseTensors:
+    """Open the checkpoint at `path`, of Hugging Face or GGUF."""
+    if is_gguf(path):
+        return GgufTensors(GgufCheckpoint.shared(path), config.num_heads, config.num_kv_heads)
+    return _SafetensorsTensors(SafetensorsCheckpoint.shared(path))
 
 
 def read_layer(
-    checkpoint: SafetensorsCheckpoint,
+    tensors: DenseTensors,
     c: DecoderConfig,
     i: int,
     experts: BaseMoEWrapper | BaseSFTMoEWrapper,
@@ -42,7 +66,7 @@ def read_layer(
     """Read all of layer i but its experts."""
 
     def read(name: str, *shape: int) -> Floats:
-        return read_tensor(checkpoint, f"model.layers.{i}.{name}", *shape)
+        return tensors.read(f"model.layers.{i}.{name}", *shape)
 
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     qk_norm = None

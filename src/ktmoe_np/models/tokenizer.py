@@ -1,16 +1,17 @@
-"""Text to tokens and back, by a checkpoint's tokenizer.json."""
+"""Text to tokens and back, by a checkpoint's tokenizer.json or the header of a GGUF model."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..io.gguf.checkpoint import GgufCheckpoint, is_gguf
 from ..io.json_text import MAX_JSON_BYTES, parse_json_object, read_json_object, shown
 from ..io.regular_file import read_regular
+from .gguf_tokenizer import build_tokenizer, naming_failures, stop_tokens
 
 __all__ = ["Tokenizer", "load_stop_tokens", "load_tokenizer"]
 
@@ -37,24 +38,35 @@ class _Bytes:
 
 
 class _Library:
-    """A tokenizer of the package tokenizers, from its file."""
+    """A tokenizer of the package tokenizers.
 
-    def __init__(self, path: Path, text: bytes) -> None:
+    `bos` is a token that texts begin with, if the tokenizer does not add it itself.
+    """
+
+    def __init__(self, path: Path, loaded: Any, bos: int | None = None) -> None:
+        self._loaded = loaded
+        self._path = path
+        self._bos = bos
+
+    @classmethod
+    def of_json(cls, path: Path, text: bytes) -> _Library:
         try:
             library = importlib.import_module("tokenizers")
         except ImportError as error:
             needs = "reading them needs: pip install tokenizers"
             raise ImportError(f"{path}: its tokens are more than bytes; {needs}") from error
-        with _naming(path, "the package tokenizers refuses it"):
-            self._loaded: Any = library.Tokenizer.from_str(text.decode())
-        self._path = path
+        with naming_failures(path, "the package tokenizers refuses it"):
+            return cls(path, library.Tokenizer.from_str(text.decode()))
 
     def encode(self, text: str) -> list[int]:
-        with _naming(self._path, "the text cannot be encoded"):
-            return list(self._loaded.encode(text).ids)
+        with naming_failures(self._path, "the text cannot be encoded"):
+            tokens = list(self._loaded.encode(text).ids)
+        if self._bos is None or tokens[:1] == [self._bos]:  # which a chat template may have written
+            return tokens
+        return [self._bos, *tokens]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        with _naming(self._path, "the tokens cannot be decoded"):
+        with naming_failures(self._path, "the tokens cannot be decoded"):
             return str(self._loaded.decode(list(tokens)))
 
 
@@ -72,26 +84,12 @@ class _Bounded:
         if most >= self._vocab_size:
             raise ValueError(
                 f"{self._path}: the text: got token {most}, expected at most {self._vocab_size - 1}, "
-                "by vocab_size in config.json"
+                "by the model's vocab_size"
             )
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens)
-
-
-@contextmanager
-def _naming(path: Path, what: str) -> Iterator[None]:
-    """Turn what the package tokenizers raises into a ValueError that names the file.
-
-    It raises plain Exception, and where its own code fails, a PanicException, which is none.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ValueError(f"{path}: {what}: {error!s:.200}") from None
-        raise
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -100,21 +98,21 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Parameters
     ----------
     path : str or path-like
-        The checkpoint's directory.
+        The checkpoint's directory, or a GGUF model.
 
     Returns
     -------
     Tokenizer
         With methods ``encode`` and ``decode``. ``encode`` raises ValueError for a text with tokens beyond the
-        vocabulary of the model, which config.json counts.
+        vocabulary of the model. Texts begin with the model's first token where its files say so.
 
     Raises
     ------
     FileNotFoundError
         No tokenizer.json there.
     ValueError
-        Not a JSON object, not a tokenizer that the package tokenizers reads, or a vocab_size that is none:
-        names the file.
+        Not a JSON object, not a tokenizer that the package tokenizers reads, or a vocab_size that is none; a
+        GGUF header without a tokenizer, or with one of a kind that is not known: names the file.
     ImportError
         Its tokens are more than bytes, and the package tokenizers is missing.
 
@@ -124,11 +122,17 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     >>> load_tokenizer(EMBEDDED_MODEL).encode("Amen.")
     [65, 109, 101, 110, 46]
     """
+    if is_gguf(path):
+        checkpoint = GgufCheckpoint.shared(path)
+        own = _Library(checkpoint.path, *build_tokenizer(checkpoint))
+        return _Bounded(own, checkpoint.path, checkpoint.info("token_embd.weight").shape[0])
     file = Path(path) / "tokenizer.json"
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file")
     text = read_regular(file, MAX_JSON_BYTES)
-    tokenizer: Tokenizer = _Bytes() if _is_bytes(parse_json_object(text, str(file))) else _Library(file, text)
+    tokenizer: Tokenizer = (
+        _Bytes() if _is_bytes(parse_json_object(text, str(file))) else _Library.of_json(file, text)
+    )
     vocab_size = _vocab_size(Path(path) / "config.json")
     return tokenizer if vocab_size is None else _Bounded(tokenizer, file, vocab_size)
 
@@ -139,13 +143,15 @@ def load_stop_tokens(path: str | os.PathLike[str]) -> frozenset[int]:
     Parameters
     ----------
     path : str or path-like
-        The checkpoint's directory.
+        The checkpoint's directory, or a GGUF model, whose header names them.
 
     Raises
     ------
     ValueError
         Not a JSON object, or something else than an integer or a list of them.
     """
+    if is_gguf(path):
+        return stop_tokens(GgufCheckpoint.shared(path))
     for file in (Path(path) / "generation_config.json", Path(path) / "config.json"):
         value = read_json_object(file).get("eos_token_id") if file.exists() else None
         if value is None:

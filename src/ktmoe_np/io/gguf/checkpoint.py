@@ -153,6 +153,11 @@ class GgufCheckpoint:
                     "file's name"
                 )
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of the model, in order."""
+        return tuple(file.path for file in self._files)
+
     def metadata_keys(self) -> tuple[str, ...]:
         """List the keys of the metadata."""
         return tuple(self._files[0].header.values)

@@ -1,0 +1,67 @@
+"""`ktmoe generate`, `eval` and `finetune` with a whole model in one GGUF file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from gguf_models import write_gguf_model
+
+from ktmoe_np.cli import main
+from ktmoe_np.models import EMBEDDED_MODEL, EMBEDDED_TEXT
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+
+PROMPT = "And God said, Let there be light: and there was"
+
+
+def byte_tokens(writer: gguf.GGUFWriter) -> None:
+    """A token for each byte, and a template."""
+    vocab = json.loads((EMBEDDED_MODEL / "tokenizer.json").read_text())["model"]["vocab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(vocab, key=vocab.__getitem__))
+    writer.add_chat_template("{{ messages[0].content }} and there was")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model") / "model.gguf"
+    write_gguf_model(EMBEDDED_MODEL, path, tokens=byte_tokens)
+    return str(path)
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_generate(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    value = as_json(capsys, "generate", model, "--prompt", PROMPT, "--tokens=12")
+    assert (value["text"], value["method"]) == (" no more a m", "LLAMAFILE")
+    chat = as_json(
+        capsys, "generate", model, "--chat", "--prompt", PROMPT.removesuffix(" and there was"), "--tokens=12"
+    )
+    assert chat["text"] == value["text"]
+
+
+def test_eval(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = as_json(capsys, "eval", model, "--bytes=600")["methods"]
+    (expected,) = as_json(capsys, "eval", "--methods=BF16", "--bytes=600")["methods"]
+    assert (row["method"], row["activation_dtype"]) == ("LLAMAFILE", "bfloat16")
+    assert row["bits_per_byte"] == expected["bits_per_byte"]
+
+
+def test_finetune(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(EMBEDDED_TEXT.read_bytes()[:4000])
+    options = [f"--text={tmp_path / 'text'}", "--steps=2", "--batch=2", "--window=32", "--rank=2"]
+    found = [
+        as_json(capsys, "finetune", path, f"--out={tmp_path / name}", *options)
+        for name, path in (("a", model), ("b", str(EMBEDDED_MODEL)))
+    ]
+    assert found[0]["losses"] == found[1]["losses"]
+    text = as_json(capsys, "generate", model, f"--adapter={tmp_path / 'a'}", "--prompt", PROMPT, "--tokens=5")
+    assert text["method"] == "LLAMAFILE_SFT"
