@@ -56,28 +56,54 @@ def write_gguf_model(
     """
     config, checkpoint = load_hf_config(source), SafetensorsCheckpoint(source)
     architecture = ARCHITECTURES[config["model_type"]]
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    tensors = _dense_tensors(config, checkpoint, architecture)
+    change(tensors)
+    writer = gguf.GGUFWriter(target, architecture)
+    _add_numbers(writer, config, architecture)
+    for key, value in (extra or {}).items():
+        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, list: writer.add_array}
+        add[type(value)](key, value)
+    if tokens is not None:
+        tokens(writer)
+    for name, tensor in tensors.items():
+        _add(writer, name, tensor, dense if tensor.ndim == 2 and "gate_inp" not in name else "f32")
+    for i in range(config["num_hidden_layers"]):
+        found = load_experts(checkpoint, i, MoEConfig.from_hf_config(config, i))
+        for projection, held in found.projections.items():
+            weights = np.stack([codes.astype(np.float32) for codes in held.codes])
+            _add(writer, f"blk.{i}.ffn_{projection.removesuffix('_proj')}_exps.weight", weights, experts)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
-    tensors: dict[str, AnyArray] = {}
-    for name, stored in outer.items():
-        if f"{name}.weight" in checkpoint.names() and not (
-            name == "lm_head" and config.get("tie_word_embeddings")
-        ):
-            tensors[f"{stored}.weight"] = checkpoint.tensor(f"{name}.weight").astype(np.float32)
+
+def _dense_tensors(
+    config: Mapping[str, Any], checkpoint: SafetensorsCheckpoint, architecture: str
+) -> dict[str, AnyArray]:
+    names = checkpoint.names()
+    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+    if not config.get("tie_word_embeddings"):
+        outer["lm_head"] = "output"
+    tensors = {
+        f"{to}.weight": checkpoint.tensor(f"{name}.weight").astype(np.float32) for name, to in outer.items()
+    }
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for i in range(config["num_hidden_layers"]):
         for name, stored in _NAMES.items():
             full = f"model.layers.{i}.{name}.weight"
-            if full not in checkpoint.names():
+            if full not in names:
                 continue
             tensor = checkpoint.tensor(full).astype(np.float32)
             role = name.split(".")[-1]
             if architecture == "llama" and role in heads:
                 tensor = permuted(tensor, heads[role])
             tensors[f"blk.{i}.{stored}.weight"] = tensor
-    change(tensors)
+    return tensors
 
-    writer = gguf.GGUFWriter(target, architecture)
+
+def _add_numbers(writer: gguf.GGUFWriter, config: Mapping[str, Any], architecture: str) -> None:
+    """Sizes and other numbers of the model."""
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_head_count(config["num_attention_heads"])
@@ -85,9 +111,7 @@ def write_gguf_model(
     if "head_dim" in config:
         writer.add_key_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
-    if theta is not None:
-        writer.add_rope_freq_base(float(theta))
+    writer.add_rope_freq_base(float(config["rope_theta"]))
     if config.get("clip_qkv") is not None:
         writer.add_clamp_kqv(config["clip_qkv"])
     moe = MoEConfig.from_hf_config(config, 0)
@@ -97,30 +121,6 @@ def write_gguf_model(
         writer.add_expert_feed_forward_length(moe.moe_intermediate_size)
     else:
         writer.add_feed_forward_length(moe.moe_intermediate_size)
-    for key, value in (extra or {}).items():
-        add = (
-            writer.add_string
-            if isinstance(value, str)
-            else writer.add_bool
-            if value is True
-            else writer.add_uint32
-        )
-        (writer.add_array if isinstance(value, list) else add)(key, value)
-    if tokens is not None:
-        tokens(writer)
-
-    for name, tensor in tensors.items():
-        _add(writer, name, tensor, dense if tensor.ndim == 2 and "gate_inp" not in name else "f32")
-    for i in range(config["num_hidden_layers"]):
-        for projection, held in load_experts(
-            checkpoint, i, MoEConfig.from_hf_config(config, i)
-        ).projections.items():
-            weights = np.stack([codes.astype(np.float32) for codes in held.codes])
-            _add(writer, f"blk.{i}.ffn_{projection.removesuffix('_proj')}_exps.weight", weights, experts)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def _add(writer: gguf.GGUFWriter, name: str, tensor: AnyArray, kind: str) -> None:
