@@ -236,14 +236,6 @@ def test_tensors_of_another_model_are_left_alone(
     assert "got the source, expected a directory of its own" in only_error(capsys)
 
 
-def test_gguf_is_read_in_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    for source in (tmp_path, tmp_path / "model.gguf"):
-        assert run(source, tmp_path / "int4") == 2
-        assert "got GGUF, expected a Hugging Face checkpoint: GGUF is read in place" in only_error(capsys)
-        assert not (tmp_path / "int4").exists()
-
-
 def test_a_copy_of_another_model_is_replaced(source: Path, target: Path, tmp_path: Path) -> None:
     checkpoint = SafetensorsCheckpoint(source)
     (target / "model.safetensors").unlink()

@@ -65,3 +65,43 @@ def test_finetune(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert found[0]["losses"] == found[1]["losses"]
     text = as_json(capsys, "generate", model, f"--adapter={tmp_path / 'a'}", "--prompt", PROMPT, "--tokens=5")
     assert text["method"] == "LLAMAFILE_SFT"
+
+
+@pytest.mark.parametrize("experts", ["bf16", "q8_0"])
+def test_convert(experts: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    source, target = tmp_path / "model.gguf", tmp_path / "int8"
+    write_gguf_model(EMBEDDED_MODEL, source, experts=experts, dense="bf16", tokens=byte_tokens)
+    options = ["convert", str(source), str(target), "--method=AMXINT8"]
+    made = as_json(capsys, *options)
+    assert [layer["status"] for layer in made["layers"]] == ["written"] * 4
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(made["rest"]["files"])
+    assert [layer["status"] for layer in as_json(capsys, *options)["layers"]] == ["kept"] * 4
+    assert as_json(capsys, "verify", str(target))["whole"]
+
+    text = as_json(capsys, "generate", str(target), "--prompt", PROMPT, "--tokens=12")
+    assert text["method"] == "AMXINT8"
+    chat = ["--chat", "--prompt", PROMPT.removesuffix(" and there was"), "--tokens=12"]
+    assert as_json(capsys, "generate", str(target), *chat)["text"] == text["text"]
+    if experts == "bf16":  # the same numbers as the checkpoint's
+        direct = as_json(capsys, "generate", "--method=AMXINT8", "--prompt", PROMPT, "--tokens=12")
+        assert text["text"] == direct["text"]
+        (ours,) = as_json(capsys, "eval", str(target), "--methods=AMXINT8", "--bytes=600")["methods"]
+        (theirs,) = as_json(capsys, "eval", "--methods=AMXINT8", "--bytes=600")["methods"]
+        assert ours["bits_per_byte"] == theirs["bits_per_byte"]
+
+
+def test_conversions_that_are_refused(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def error(*arguments: str) -> str:
+        assert main(["convert", *arguments, "--method=AMXINT8"]) == 2
+        return capsys.readouterr().err
+
+    assert "got GGUF with --link, expected it without" in error(model, str(tmp_path / "x"), "--link")
+    assert "got the source, expected a directory of its own" in error(model, str(Path(model).parent))
+    other = gguf.GGUFWriter(tmp_path / "other.gguf", "deepseek2")
+    other.write_header_to_file()
+    other.write_kv_data_to_file()
+    other.close()
+    assert "got 'deepseek2', expected one of qwen3moe" in error(
+        str(tmp_path / "other.gguf"), str(tmp_path / "x")
+    )
+    assert not (tmp_path / "x").exists()

@@ -258,7 +258,7 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return real(name)
 
     monkeypatch.setattr(gguf_module.importlib, "import_module", missing)
-    with pytest.raises(ImportError, match="is q8_0; decoding it needs: pip install gguf"):
+    with pytest.raises(ImportError, match="got q8_0, which needs: pip install gguf"):
         MoEDecoder.from_pretrained(tmp_path / "x.gguf")
 
 

@@ -47,7 +47,8 @@ _INSPECT = (
     "bandwidth, since reading each token's experts limits decoding."
 )
 _CONVERT = (
-    "Quantizes the experts of a Hugging Face checkpoint, one file per layer, and copies what else the model "
+    "Quantizes the experts of a Hugging Face checkpoint, or of a GGUF model that 'ktmoe generate' runs, one "
+    "file per layer, and copies what else the model "
     "needs: 'ktmoe generate', 'eval' and 'finetune' run the directory. Files that are complete are kept, so "
     "an interrupted conversion resumes. Every file of experts is read back and compared, and the weight "
     "error is measured on some experts."
@@ -321,7 +322,7 @@ def _add_checkpoint_commands(add: Callable[..., _Parser]) -> None:
     _add_common(command, seconds=0.6, meaning="time for measuring the limits")
 
     command = add("convert", convert.run, "quantize a checkpoint's experts to files", _CONVERT)
-    command.add_argument("source", metavar="SRC", help="directory of the checkpoint")
+    command.add_argument("source", metavar="SRC", help="directory of the checkpoint, or a GGUF model")
     command.add_argument("target", metavar="DST", help="directory for the files; made when it is not there")
     command.add_argument(
         "--method", required=True, help="what the files are for: AMXINT8, AMXINT4, MOE_INT8 or MOE_INT4"

@@ -17,7 +17,6 @@ from ..config import MoEConfig
 from ..cpuinfer import _MoEBase
 from ..formats.quantized import FORMATS, QuantizedFormat
 from ..formats.weights import ExpertWeights
-from ..io import SafetensorsCheckpoint, expert_layers, load_experts, load_hf_config
 from ..io.converted.layer import (
     check_codes,
     layer_path,
@@ -27,12 +26,10 @@ from ..io.converted.layer import (
     save_quantized,
 )
 from ..io.converted.manifest import LayerRecord, Manifest, begin_manifest, record_layer
-from ..io.converted.rest import Rest, copy_file, copy_rest, is_part_of, link_rest
-from ..io.gguf.checkpoint import is_gguf
-from ..io.layer_config import hf_layer_config
-from ..io.safetensors.checkpoint import checkpoint_files, hf_config_path
+from ..io.converted.rest import Rest
 from ..io.safetensors.writer import remove_leftovers
 from ..layers.quantize_task import quantize_projection
+from .convert_source import ConvertSource, open_source
 from .progress import Progress
 from .quantized import (
     LayerRow,
@@ -55,30 +52,24 @@ def run(arguments: argparse.Namespace) -> int:
     method = find_quantizing(arguments.method)
     group_size = method.resolve_group_size(arguments.group_size)
     source, target = Path(arguments.source), Path(arguments.target)
-    if source.exists() and is_gguf(source):
-        raise ValueError(
-            f"{source}: got GGUF, expected a Hugging Face checkpoint: GGUF is read in place, by method "
-            "LLAMAFILE or --experts of 'ktmoe generate' and 'eval'"
-        )
-    checkpoint = SafetensorsCheckpoint(source)
-    layers = _chosen_layers(checkpoint, arguments.layers)
-    hf_config = load_hf_config(source)
-    configs = [hf_layer_config(hf_config, layer, source) for layer in layers]
-    manifest = _begin(checkpoint, target, Manifest(str(source.resolve()), method.name, group_size))
-    copy_file(hf_config_path(source), target / "config.json")  # which says what the layers are
+    model = open_source(source, arguments.link)
+    layers = _chosen_layers(model, arguments.layers)
+    configs = [model.config(layer) for layer in layers]
+    manifest = _begin(model, target, Manifest(str(source.resolve()), method.name, group_size))
+    model.write_config(target)  # which says what the layers are
     num_steps = sum(_num_matrices(config) + 1 for config in configs) + 1
     with Progress(num_steps, "converting") as progress:
         conversion = _Conversion(
-            checkpoint, target, FORMATS[method.formats[group_size]], manifest, arguments.threads, progress
+            model, target, FORMATS[method.formats[group_size]], manifest, arguments.threads, progress
         )
         progress.step(f"layer {layers[0]}")
         rows = [conversion.convert(config) for config in configs]
         progress.step("other tensors, tokenizer")
-        rest = (link_rest if arguments.link else copy_rest)(checkpoint, target)
+        rest = model.write_rest(target, arguments.link)
     if arguments.json:
         say_json(_report(manifest, target, rows, rest, arguments.link))
     else:
-        is_whole = set(manifest.layers) >= set(expert_layers(checkpoint))
+        is_whole = set(manifest.layers) >= set(model.layers())
         about = _about(rest, arguments.link, is_whole)
         say("\n".join([_text(manifest, target, rows, configs), wrap(about)]))
     return 0
@@ -89,14 +80,14 @@ class _Conversion:
 
     def __init__(
         self,
-        checkpoint: SafetensorsCheckpoint,
+        model: ConvertSource,
         target: Path,
         fmt: QuantizedFormat,
         manifest: Manifest,
         threads: int | None,
         progress: Progress,
     ) -> None:
-        self._checkpoint = checkpoint
+        self._model = model
         self._target = target
         self._format = fmt
         self._manifest = manifest
@@ -107,7 +98,7 @@ class _Conversion:
         """Convert a layer, or keep it when it is there already."""
         layer = config.layer_idx
         path = layer_path(self._target, layer)
-        source = load_experts(self._checkpoint, layer, config)
+        source = self._model.experts(config)
         matrices = source_matrices(source)
         record = self._manifest.layers.get(layer)
         if record is not None and self._is_right(path, record, config, matrices):
@@ -163,25 +154,26 @@ class _Conversion:
         return True
 
 
-def _chosen_layers(checkpoint: SafetensorsCheckpoint, wanted: Sequence[int] | None) -> Sequence[int]:
+def _chosen_layers(model: ConvertSource, wanted: Sequence[int] | None) -> Sequence[int]:
     """The layers to convert, all of which have experts."""
-    there = expert_layers(checkpoint)
+    there = model.layers()
     if not there:
-        raise ValueError(f"{checkpoint.path}: no layer has experts under known tensor names")
+        raise ValueError(f"{model.path}: no layer has experts under known tensor names")
     for layer in wanted or ():
         if layer not in there:
             known = ", ".join(map(str, there))
-            raise ValueError(f"{checkpoint.path}: layer {layer} has no experts; layers with experts: {known}")
+            raise ValueError(f"{model.path}: layer {layer} has no experts; layers with experts: {known}")
     return there if wanted is None else sorted(set(wanted))
 
 
-def _begin(checkpoint: SafetensorsCheckpoint, target: Path, manifest: Manifest) -> Manifest:
+def _begin(model: ConvertSource, target: Path, manifest: Manifest) -> Manifest:
     """Make the directory, or resume a conversion of the same kind in it."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target}: got a file, expected a directory")
-    if target.exists() and target.samefile(hf_config_path(checkpoint.path).parent):
+    where = model.path if model.path.is_dir() else model.path.parent
+    if target.exists() and target.samefile(where):
         raise ValueError(f"{target}: got the source, expected a directory of its own for what is converted")
-    own = {file.resolve() for file in (*checkpoint_files(checkpoint.path), hf_config_path(checkpoint.path))}
+    own = {file.resolve() for file in model.own_files()}
     inside = [file for file in sorted(own) if target.exists() and file.parent == target.resolve()]
     if inside:
         raise ValueError(
@@ -189,9 +181,7 @@ def _begin(checkpoint: SafetensorsCheckpoint, target: Path, manifest: Manifest) 
             "what is converted"
         )
     layers = {layer_path(target, i) for i in quantized_layers(target)}
-    others = [
-        file for file in sorted({*target.glob("*.safetensors")} - layers) if not is_part_of(file, checkpoint)
-    ]
+    others = [file for file in sorted({*target.glob("*.safetensors")} - layers) if not model.is_part_of(file)]
     if others:
         raise ValueError(
             f"{target}: got {others[0].name} in it, expected a directory of its own for what is converted"

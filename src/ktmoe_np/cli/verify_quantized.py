@@ -10,10 +10,11 @@ from typing import Any
 from ..config import MoEConfig
 from ..formats.quantized import FORMATS, QuantizedFormat
 from ..formats.weights import ExpertWeights
-from ..io import SafetensorsCheckpoint, load_experts, load_hf_config
+from ..io import load_hf_config
 from ..io.converted.layer import check_codes, layer_path, load_quantized, quantized_layers
 from ..io.converted.manifest import LayerRecord, Manifest, manifest_path, read_manifest
 from ..io.layer_config import hf_layer_config
+from .convert_source import ConvertSource, open_source
 from .progress import Progress
 from .quantized import (
     LayerRow,
@@ -70,11 +71,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _open_source(source: str) -> tuple[SafetensorsCheckpoint | None, str | None]:
-    """The checkpoint that was converted, or why it cannot be read."""
+def _open_source(source: str) -> tuple[ConvertSource | None, str | None]:
+    """The model that was converted, or why it cannot be read."""
     try:
-        return SafetensorsCheckpoint(source), None
-    except (OSError, ValueError) as error:
+        return open_source(Path(source)), None
+    except (OSError, ValueError, ImportError) as error:
         return None, " ".join(str(error).split())
 
 
@@ -83,7 +84,7 @@ def _check(
     config: MoEConfig,
     fmt: QuantizedFormat,
     record: LayerRecord | None,
-    source: SafetensorsCheckpoint | None,
+    source: ConvertSource | None,
 ) -> tuple[LayerRow, str | None]:
     """Check a layer: its row, and what is wrong with it if anything is."""
     path = layer_path(directory, config.layer_idx)
@@ -121,9 +122,9 @@ def _check(
 
 
 def _measure(
-    experts: ExpertWeights, config: MoEConfig, fmt: QuantizedFormat, source: SafetensorsCheckpoint
+    experts: ExpertWeights, config: MoEConfig, fmt: QuantizedFormat, source: ConvertSource
 ) -> dict[str, float]:
-    matrices = source_matrices(load_experts(source, config.layer_idx, config))
+    matrices = source_matrices(source.experts(config))
     return weight_errors(fmt, experts, matrices, config, sample_experts(config))
 
 

@@ -13,7 +13,7 @@ from ..io.gguf.checkpoint import GgufCheckpoint
 from ..io.gguf.config import gguf_config
 from ._arithmetic import Floats
 
-__all__ = ["GGUF_FAMILIES", "GgufTensors", "gguf_hf_config"]
+__all__ = ["GGUF_FAMILIES", "GgufTensors", "decode_rows", "gguf_hf_config"]
 
 #: The architectures that run, and what transformers calls them. Mixtral is a llama with experts.
 GGUF_FAMILIES = {"qwen3moe": "qwen3_moe", "llama": "mixtral", "olmoe": "olmoe"}
@@ -146,9 +146,16 @@ class GgufTensors:
                 f"{self._checkpoint.file_of(stored)}: tensor {stored!r}: got {list(info.shape)}, expected "
                 f"{list(shape)}"
             )
-        decoded = _decoded(self._checkpoint, stored, info.type)
+        try:
+            decoded = decode_rows(self._checkpoint.tensor(stored), info.type)
+        except (ImportError, ValueError) as error:
+            raise type(error)(f"{self._checkpoint.file_of(stored)}: tensor {stored!r}: {error}") from error
         heads = self._heads.get(name.split(".")[-2])
         return decoded if heads is None else _unpermuted(decoded, heads)
+
+    def type_of(self, name: str) -> str:
+        """The type that a tensor is stored in, in small letters."""
+        return self._checkpoint.info(_stored_name(name)).type
 
 
 def _stored_name(name: str) -> str:
@@ -158,8 +165,16 @@ def _stored_name(name: str) -> str:
     return _OUTER[name]
 
 
-def _decoded(checkpoint: GgufCheckpoint, name: str, kind: str) -> Floats:
-    rows = checkpoint.tensor(name)
+def decode_rows(rows: Array, kind: str) -> Floats:
+    """Decode rows of bytes [..., B] of a GGUF type to float32 [..., K].
+
+    Raises
+    ------
+    ValueError
+        A type that the package gguf does not decode.
+    ImportError
+        The type needs that package, which is missing.
+    """
     plain = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": bfloat16}.get(kind)
     if plain is not None:
         found: Array = np.ascontiguousarray(rows).view(plain).astype(np.float32)
@@ -167,17 +182,11 @@ def _decoded(checkpoint: GgufCheckpoint, name: str, kind: str) -> Floats:
     try:
         gguf = importlib.import_module("gguf")
     except ImportError as error:
-        raise ImportError(
-            f"{checkpoint.file_of(name)}: tensor {name!r} is {kind}; decoding it needs: pip install gguf"
-        ) from error
+        raise ImportError(f"got {kind}, which needs: pip install gguf") from error
     try:
-        number = gguf.GGMLQuantizationType[kind.upper()]
-        return np.asarray(gguf.quants.dequantize(rows, number), np.float32)
+        return np.asarray(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind.upper()]), np.float32)
     except (KeyError, NotImplementedError):
-        raise ValueError(
-            f"{checkpoint.file_of(name)}: tensor {name!r}: got {kind}, expected a type that the package gguf "
-            "decodes"
-        ) from None
+        raise ValueError(f"got {kind}, expected a type that the package gguf decodes") from None
 
 
 def _unpermuted(matrix: Floats, heads: int) -> Floats:

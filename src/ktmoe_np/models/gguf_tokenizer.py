@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from ..io.gguf.checkpoint import GgufCheckpoint
 
-__all__ = ["build_tokenizer", "naming_failures", "stop_tokens", "tokenizer_text"]
+__all__ = ["build_tokenizer", "naming_failures", "stop_tokens", "tokenizer_files", "tokenizer_text"]
 
 _PREFIX = "tokenizer.ggml."
 
@@ -82,6 +83,31 @@ def build_tokenizer(checkpoint: GgufCheckpoint) -> tuple[Any, int | None]:
     adds = checkpoint.metadata(_PREFIX + "add_bos_token")
     begins = kind == "llama" if adds is None else bool(adds)
     return tokenizer, _token(checkpoint, "bos_token_id", len(tokens)) if begins else None
+
+
+def tokenizer_files(checkpoint: GgufCheckpoint) -> dict[str, str]:
+    """The tokenizer as files of a Hugging Face checkpoint: names and texts; none of a header without one.
+
+    Errors are those of `build_tokenizer`.
+    """
+    if checkpoint.metadata(_PREFIX + "model") is None:
+        return {}
+    tokenizer, bos = build_tokenizer(checkpoint)
+    if bos is not None:
+        processors = importlib.import_module("tokenizers").processors
+        text = tokenizer_text(checkpoint, "bos")
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{text} $A", special_tokens=[(text, bos)]
+        )
+    config = {f"{name}_token": tokenizer_text(checkpoint, name) or None for name in ("bos", "eos")}
+    template = checkpoint.metadata("tokenizer.chat_template")
+    if template is not None:
+        config["chat_template"] = template
+    return {
+        "tokenizer.json": tokenizer.to_str(),
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        "generation_config.json": json.dumps({"eos_token_id": sorted(stop_tokens(checkpoint))}) + "\n",
+    }
 
 
 def stop_tokens(checkpoint: GgufCheckpoint) -> frozenset[int]:

@@ -19,7 +19,7 @@ from .gguf_model import GgufTensors
 from .layer import DecoderLayer
 from .router import Router
 
-__all__ = ["DenseTensors", "dense_tensors", "read_layer"]
+__all__ = ["DenseTensors", "dense_names", "dense_tensors", "read_layer"]
 
 
 class DenseTensors(Protocol):
@@ -49,6 +49,37 @@ class _SafetensorsTensors:
         return self._checkpoint.tensor(name).astype(np.float32)
 
 
+def dense_names(c: DecoderConfig) -> list[tuple[str, tuple[int, ...]]]:
+    """The names and shapes of all that is read but experts."""
+    found = [
+        ("model.embed_tokens.weight", (c.vocab_size, c.hidden_size)),
+        ("model.norm.weight", (c.hidden_size,)),
+    ]
+    if not c.tie_word_embeddings:
+        found.append(("lm_head.weight", (c.vocab_size, c.hidden_size)))
+    for i in range(c.num_layers):
+        found += [(f"model.layers.{i}.{name}", shape) for name, shape in _layer_shapes(c).items()]
+    return found
+
+
+def _layer_shapes(c: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a layer, but those of experts."""
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (c.hidden_size,),
+        "self_attn.q_proj.weight": (queries, c.hidden_size),
+        "self_attn.k_proj.weight": (keys, c.hidden_size),
+        "self_attn.v_proj.weight": (keys, c.hidden_size),
+        "self_attn.o_proj.weight": (c.hidden_size, queries),
+        "post_attention_layernorm.weight": (c.hidden_size,),
+        c.router: (c.num_experts, c.hidden_size),
+    }
+    if c.qk_norm:
+        widths = (c.head_dim, c.head_dim) if c.qk_norm == "head" else (queries, keys)
+        shapes |= {f"self_attn.{n}_norm.weight": (w,) for n, w in zip("qk", widths, strict=True)}
+    return shapes
+
+
 def dense_tensors(path: PathLike, config: DecoderConfig) -> DenseTensors:
     """Open the checkpoint at `path`, of Hugging Face or GGUF."""
     if is_gguf(path):
@@ -64,34 +95,27 @@ def read_layer(
     dtypes: SequenceDtypes,
 ) -> DecoderLayer:
     """Read all of layer i but its experts."""
+    found = {name: tensors.read(f"model.layers.{i}.{name}", *s) for name, s in _layer_shapes(c).items()}
 
-    def read(name: str, *shape: int) -> Floats:
-        return tensors.read(f"model.layers.{i}.{name}", *shape)
+    def transposed(name: str) -> Floats:
+        return found[f"self_attn.{name}_proj.weight"].T
 
-    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    qk_norm = None
-    if c.qk_norm:
-        widths = (c.head_dim, c.head_dim) if c.qk_norm == "head" else (queries, keys)
-        qk_norm = (
-            read("self_attn.q_norm.weight", widths[0]),
-            read("self_attn.k_norm.weight", widths[1]),
-        )
+    norms = (found["self_attn.q_norm.weight"], found["self_attn.k_norm.weight"]) if c.qk_norm else None
     attention = Attention(
         c,
-        query=read("self_attn.q_proj.weight", queries, c.hidden_size).T,
-        key=read("self_attn.k_proj.weight", keys, c.hidden_size).T,
-        value=read("self_attn.v_proj.weight", keys, c.hidden_size).T,
-        output=read("self_attn.o_proj.weight", c.hidden_size, queries).T,
-        qk_norm=qk_norm,
+        query=transposed("q"),
+        key=transposed("k"),
+        value=transposed("v"),
+        output=transposed("o"),
+        qk_norm=norms,
     )
-    router = Router(read(c.router, c.num_experts, c.hidden_size).T, c.num_experts_per_tok, c.norm_topk_prob)
     return DecoderLayer(
         index=i,
         eps=c.rms_norm_eps,
-        input_norm=read("input_layernorm.weight", c.hidden_size),
+        input_norm=found["input_layernorm.weight"],
         attention=attention,
-        expert_norm=read("post_attention_layernorm.weight", c.hidden_size),
-        router=router,
+        expert_norm=found["post_attention_layernorm.weight"],
+        router=Router(found[c.router].T, c.num_experts_per_tok, c.norm_topk_prob),
         experts=experts,
         dtypes=dtypes,
     )

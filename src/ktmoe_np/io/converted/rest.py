@@ -28,7 +28,16 @@ from ..safetensors.checkpoint import (
 )
 from ..safetensors.writer import replacing, write_safetensors
 
-__all__ = ["Rest", "copy_file", "copy_rest", "is_part_of", "link_rest"]
+__all__ = [
+    "Rest",
+    "copy_file",
+    "copy_rest",
+    "is_part_of",
+    "is_written_copy",
+    "link_rest",
+    "write_rest",
+    "write_text",
+]
 
 #: The file of tensors in a copy, the first that is looked for in a directory.
 _TENSORS = "model.safetensors"
@@ -40,6 +49,9 @@ _MARK = {"format": "pt", "ktmoe": "all tensors but those of experts"}
 _OTHERS = (
     "generation_config.json",
     "tokenizer*",
+    "tokenization_*.py",
+    "spiece.model",
+    "sentencepiece.*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
@@ -86,12 +98,49 @@ def copy_rest(checkpoint: SafetensorsCheckpoint, directory: str | os.PathLike[st
 def copy_file(file: Path, copy: Path) -> None:
     """Copy a small file, unless the copy is there; a link in its place is replaced, not written through."""
     text = read_regular(file, MAX_JSON_BYTES)
-    is_link = copy.is_symlink() or _is_same(copy, file)
-    if not is_link and copy.is_file() and copy.read_bytes() == text:
+    if _is_same(copy, file) and not copy.is_symlink():
+        copy.unlink()  # a hard link, which would be of the same file
+    _write(copy, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, unless it is there; a link in its place is replaced, not written through."""
+    _write(path, text.encode())
+
+
+def write_rest(
+    directory: str | os.PathLike[str],
+    tensors: Mapping[str, NDArray[Any]],
+    texts: Mapping[str, str | None],
+) -> Rest:
+    """Write all that a model has but its experts, from whatever files; see `copy_rest`.
+
+    Parameters
+    ----------
+    directory : str or path-like
+    tensors : mapping of str to array
+        The dense tensors, by their names in checkpoints of transformers.
+    texts : mapping of str to str
+        Small files by their names; None for one that is there already.
+    """
+    target = Path(directory)
+    path = target / _TENSORS
+    if path.is_symlink():
+        path.unlink()
+    if not _holds(path, tensors):
+        write_safetensors(path, tensors, _MARK)
+    for name, text in texts.items():
+        if text is not None:
+            write_text(target / name, text)
+    return _rest(target, [_TENSORS, *texts])
+
+
+def _write(path: Path, text: bytes) -> None:
+    if not path.is_symlink() and path.is_file() and path.read_bytes() == text:
         return
-    if copy.is_symlink():
-        copy.unlink()
-    with replacing(copy) as written:
+    if path.is_symlink():
+        path.unlink()
+    with replacing(path) as written:
         written.write(text)
 
 
@@ -109,7 +158,7 @@ def link_rest(checkpoint: SafetensorsCheckpoint, directory: str | os.PathLike[st
     index = index_path(checkpoint.path)
     files = checkpoint_files(checkpoint.path)
     copied = target / _TENSORS
-    if _is_copy(copied):
+    if is_written_copy(copied):
         copied.unlink()  # it would be found before the others
     names = [os.fspath(file.relative_to(source)) for file in files]
     for file, name in zip(files, names, strict=True):
@@ -122,7 +171,7 @@ def link_rest(checkpoint: SafetensorsCheckpoint, directory: str | os.PathLike[st
 
 def is_part_of(path: Path, checkpoint: SafetensorsCheckpoint) -> bool:
     """Whether a file of a directory is one that `copy_rest` wrote, or a link to one of the checkpoint's."""
-    return _is_copy(path) or any(_is_same(path, file) for file in checkpoint_files(checkpoint.path))
+    return is_written_copy(path) or any(_is_same(path, file) for file in checkpoint_files(checkpoint.path))
 
 
 def _names(checkpoint: SafetensorsCheckpoint) -> list[str]:
@@ -156,8 +205,8 @@ def _is_same(path: Path, other: Path) -> bool:
     return path.exists() and other.exists() and path.samefile(other)
 
 
-def _is_copy(path: Path) -> bool:
-    """Whether a file is one that `copy_rest` wrote."""
+def is_written_copy(path: Path) -> bool:
+    """Whether a file is the one of tensors that `copy_rest` or `write_rest` wrote."""
     if path.name != _TENSORS or not path.is_file():
         return False
     try:
@@ -168,7 +217,7 @@ def _is_copy(path: Path) -> bool:
 
 def _holds(path: Path, tensors: Mapping[str, NDArray[Any]]) -> bool:
     """Whether a file that `copy_rest` wrote has these tensors, to the byte."""
-    if not _is_copy(path):
+    if not is_written_copy(path):
         return False
     file = SafetensorsFile(path)
     if set(file.names()) != tensors.keys():
