@@ -208,7 +208,8 @@ def test_from_files(tmp_path: Path) -> None:
     student = draw_student(rng, (E, I, H), 4, lora_alpha=6.0)
     trained = student.wrapper(P, layer_idx=3)
     trained.save_lora_weights(tmp_path / "one.safetensors")
-    export_peft(tmp_path / "peft", [trained], model_type="qwen3_moe")
+    other = draw_student(np.random.default_rng(8), (E, I, H), 4, lora_alpha=6.0).wrapper(P, layer_idx=1)
+    export_peft(tmp_path / "peft", [other, trained], model_type="qwen3_moe")
     moe = inference(student, P, layer_idx=3)
     assert moe.load_adapter("file", tmp_path / "one.safetensors") == 0
     assert moe.load_adapter("directory", str(tmp_path / "peft")) == 1

@@ -17,7 +17,7 @@ from ktmoe_np.io.converted.manifest import read_manifest
 from ktmoe_np.io.gguf.experts import GgufCheckpoint
 from ktmoe_np.io.regular_file import open_regular, read_regular
 from ktmoe_np.models import load_stop_tokens, load_tokenizer
-from ktmoe_np.sft.adapters import peft_scale
+from ktmoe_np.sft import peft_scale
 
 #: The file that a reader reads -> the reader, of its directory.
 READERS: dict[str, Callable[[Path], object]] = {

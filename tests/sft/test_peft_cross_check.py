@@ -6,15 +6,17 @@ PEFT. What PEFT's experts give is then compared with what ours give, on the mode
 
 from __future__ import annotations
 
+import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cross_checks import COMMON, TOKENS, recorded
+from cross_checks import COMMON, TOKENS
 from gradient_bound import gradient_balls
-from layers import Layer, bf16
+from layers import Batch, Layer, assert_same_bits, bf16
 from sft_layers import draw_student
 
 from ktmoe_np import KTMoEWrapper
@@ -22,7 +24,7 @@ from ktmoe_np.io import load_experts
 from ktmoe_np.io.inspect import inspect_checkpoint
 from ktmoe_np.reference import LoraWeights, assert_within, moe_forward
 from ktmoe_np.sft import export_peft, import_peft, peft_scale
-from ktmoe_np.sft.peft_families import LOADED, REFUSED
+from ktmoe_np.sft.peft import FAMILIES, SEPARATE_REFUSED
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -71,7 +73,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_oss": {**LOCAL, **HEAD},
     "jamba": {**NUMBERED, "mamba_d_state": 4},
     "lfm2_moe": {**NUMBERED, "num_dense_layers": 0, "layer_types": ["full_attention"] * 2},
-    "jetmoe": LOCAL,
     "qwen2_moe": {**NUMBERED, "shared_expert_intermediate_size": I},
     "qwen3_5_moe_text": {**NUMBERED, **HEAD},
     "deepseek_v4": ROUTED,
@@ -100,105 +101,229 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(model_type: str, path: Path) -> None:
-    """Write a small model of a family. One that transformers does not know is a failure."""
+def random_model(model_type: str) -> Any:
+    """A small model of a family. One that transformers does not know is a failure."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, **{**COMMON, **CONFIGS[model_type]})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.3)
-    model.save_pretrained(path)
+    return model.eval()
 
 
-def students_of(path: Path) -> list[Any]:
-    """The layers with experts, with adapters that do something."""
-    rng, layers = np.random.default_rng(1), []
-    for found in inspect_checkpoint(path).layers:
-        i = found.config.layer_idx
-        moe = KTMoEWrapper.from_pretrained(path, i, mode="sft", lora_rank=RANK, lora_alpha=ALPHA)
-        drawn = {n: rng.normal(0, x.shape[-1] ** -0.5, x.shape) for n, x in moe.lora_weights.items()}
-        moe.init_lora_weights(**{n: x.astype(bf16) for n, x in drawn.items()})
-        layers.append(moe)
-    assert layers
-    return layers
+class Case:
+    """A model of a family, in float32 with numbers of bfloat16, and its checkpoint."""
+
+    def __init__(self, model_type: str, path: Path) -> None:
+        self.model_type, self.path = model_type, path
+        model = random_model(model_type)
+        model.save_pretrained(path)
+        self._model = model.float().requires_grad_(False)
+
+    def model(self) -> Any:
+        """The model, which PEFT will change."""
+        return copy.deepcopy(self._model)
+
+    def layers(self, rank: int = RANK, alpha: float = ALPHA, *, drawn: bool = False) -> list[Any]:
+        """The layers with experts, with first adapters, or with some that do something."""
+        rng, layers = np.random.default_rng(1), []
+        for found in inspect_checkpoint(self.path).layers:
+            i = found.config.layer_idx
+            moe = KTMoEWrapper.from_pretrained(self.path, i, mode="sft", lora_rank=rank, lora_alpha=alpha)
+            if drawn:
+                matrices = {
+                    n: rng.normal(0, x.shape[-1] ** -0.5, x.shape) for n, x in moe.lora_weights.items()
+                }
+                moe.init_lora_weights(**{n: x.astype(bf16) for n, x in matrices.items()})
+            layers.append(moe)
+        assert layers
+        return layers
 
 
-def plain_model(path: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(request.param, tmp_path_factory.mktemp("model"))
 
 
-def logits_of(model: Any) -> Any:
-    torch.manual_seed(2)
-    with torch.no_grad():
-        return model(torch.randint(2, 64, (1, TOKENS)), use_cache=False).logits
+@pytest.fixture(scope="module", params=[name for name, family in FAMILIES.items() if family.separate])
+def separate_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(request.param, tmp_path_factory.mktemp("model"))
 
 
-def test_every_family_is_tried() -> None:
-    assert CONFIGS.keys() == LOADED.keys() | REFUSED.keys()
-
-
-@pytest.mark.parametrize("model_type", LOADED)
-def test_peft_computes_what_we_do(model_type: str, tmp_path: Path) -> None:
-    random_model(model_type, tmp_path / "model")
-    layers = students_of(tmp_path / "model")
-    export_peft(tmp_path / "adapter", layers)
-
-    model = plain_model(tmp_path / "model")
+def loaded_by_peft(model: Any, path: Path) -> Any:
+    """The model with adapters, all of which PEFT has found a place for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected).*keys")
-        adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
-    names = [n for n, _ in adapted.named_modules() if n.endswith(".experts")]
-    assert len(names) == len(layers)
-    calls = [recorded(adapted.get_submodule(name)) for name in names]
-    logits_of(adapted)
-    for moe, calls_of_layer in zip(layers, calls, strict=True):
-        call = next(calls_of_layer)
-        experts = load_experts(tmp_path / "model", moe.layer_idx, moe.config)
-        weights = {name: projection.codes for name, projection in experts.projections.items()}
-        slots = dict(zip(("hidden_states", "topk_ids", "topk_weights"), call.batch, strict=True))
-        layer = {**slots, **weights, "activation": moe.config.activation}
-        lora = LoraWeights(**moe.lora_weights, lora_alpha=ALPHA)
-        ball = gradient_balls(
-            {**layer, **stacked(weights), "lora": lora}, np.zeros_like(call.batch.x), rounded=False
-        )["float32 out"]
-        assert_within(call.output, ball.center, ball.radius)
-        ours = moe.forward(*call.batch, out=np.empty(call.output.shape, np.float32))
+        return peft.PeftModel.from_pretrained(model, path, is_trainable=True).eval()
+
+
+def experts_of(adapted: Any) -> list[Any]:
+    """The modules of experts that PEFT has wrapped, by layer."""
+    return [x for name, x in adapted.named_modules() if name.endswith(".experts")]
+
+
+def batch_of(hidden_size: int, seed: int) -> Batch:
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.permutation(E)[:2] for _ in range(TOKENS)])
+    x = rng.normal(0, 1, (TOKENS, hidden_size)).astype(bf16)
+    return Batch(x, ids, rng.uniform(0.1, 1, ids.shape).astype(np.float32))
+
+
+def run_experts(module: Any, batch: Batch, scale_inputs: bool) -> Any:
+    """What a module of experts makes of a batch, as its block calls it."""
+    x, ids, weights = (torch.tensor(np.asarray(each, np.float32)) for each in batch)
+    ids = ids.long()
+    if not scale_inputs:
+        return module(x, ids, weights)
+    total = torch.zeros(x.shape)
+    for p in range(ids.shape[1]):
+        scaled = (weights[:, p, None] * x).bfloat16().float()
+        every = module(scaled.repeat(E, 1)).view(E, *x.shape)
+        total = total + every[ids[:, p], torch.arange(len(x))]
+    return total
+
+
+def assert_same_experts(case: Case, adapted: Any, layers: list[Any]) -> None:
+    """The experts of the two give the same, up to the rounding of sums; without adapters they would not."""
+    modules = experts_of(adapted)
+    assert len(modules) == len(layers)
+    for module, moe in zip(modules, layers, strict=True):
+        config = moe.config
+        batch = batch_of(config.hidden_size, moe.layer_idx)
+        with torch.no_grad():
+            theirs = run_experts(module, batch, config.scale_inputs).numpy()
+        weights = load_experts(case.path, moe.layer_idx, config).arguments()
+        slots = dict(zip(("hidden_states", "topk_ids", "topk_weights"), batch, strict=True))
+        options = {"activation": config.activation, "scale_inputs": config.scale_inputs}
+        no_up = {"up_lora_a": None, "up_lora_b": None}
+        lora = LoraWeights(**{**no_up, **moe.lora_weights}, lora_alpha=moe.options.lora_alpha)
+        layer = {**slots, **stacked(weights), **options, "lora": lora}
+        ball = gradient_balls(layer, np.zeros_like(batch.x), rounded=False)["float32 out"]
+        assert_within(theirs, ball.center, ball.radius)
+        ours = moe.forward(*batch, out=np.empty(theirs.shape, np.float32))
         assert_within(ours, ball.center, ball.radius)
         with pytest.raises(AssertionError, match="outside the bound"):
-            assert_within(moe_forward(**layer, out_dtype=np.float32), ball.center, ball.radius)
+            assert_within(
+                moe_forward(**slots, **weights, **options, out_dtype=np.float32), ball.center, ball.radius
+            )
 
 
 def stacked(weights: dict[str, Any]) -> dict[str, Any]:
-    return {name: np.stack(list(matrices)) for name, matrices in weights.items()}
+    return {name: None if x is None else np.stack(list(x)) for name, x in weights.items()}
 
 
-@pytest.mark.parametrize("model_type", REFUSED)
+def train(adapted: Any, scale_inputs: bool) -> None:
+    """Steps of SGD on what the experts give, so that every adapter moves, then rounded to bfloat16."""
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    optimizer = torch.optim.SGD(trained, lr=1e-3)
+    for step in range(2):
+        optimizer.zero_grad()
+        for module in experts_of(adapted):
+            batch = batch_of(COMMON["hidden_size"], step)
+            y = run_experts(module, batch, scale_inputs)
+            (y.square().sum() / y.detach().square().sum()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for p, old in zip(trained, before, strict=True):
+            assert not torch.equal(p, old)
+            p.copy_(p.bfloat16())
+
+
+def imported(case: Case, path: Path) -> list[Any]:
+    rank, alpha = peft_scale(path)
+    layers = case.layers(rank, alpha)
+    import_peft(path, layers)
+    return layers
+
+
+def test_every_family_is_tried() -> None:
+    assert CONFIGS.keys() == FAMILIES.keys()
+
+
+def test_peft_computes_what_we_do(case: Case, tmp_path: Path) -> None:
+    layers = case.layers(drawn=True)
+    export_peft(tmp_path, layers)
+    assert_same_experts(case, loaded_by_peft(case.model(), tmp_path), layers)
+    again = imported(case, tmp_path)
+    for moe, other in zip(layers, again, strict=True):
+        for name, matrix in moe.lora_weights.items():
+            assert_same_bits(other.lora_weights[name], matrix, name)
+
+
+def test_we_compute_what_peft_has_trained(case: Case, tmp_path: Path) -> None:
+    first = "gate_up_proj" if FAMILIES[case.model_type].gated else "up_proj"
+    config = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=[],
+        target_parameters=[f"experts.{first}", "experts.down_proj"],
+        init_lora_weights=False,
+    )
+    torch.manual_seed(3)
+    adapted = peft.get_peft_model(case.model(), config)
+    train(adapted, case.model_type == "llama4_text")
+    adapted.save_pretrained(tmp_path)
+    layers = imported(case, tmp_path)
+    assert layers[0].options.lora_rank == RANK
+    assert_same_experts(case, adapted, layers)
+
+
+def test_peft_converts_adapters_of_one_linear_each(separate_case: Case, tmp_path: Path) -> None:
+    """What it makes of them comes back too: gate and up apart, and after training together."""
+    case = separate_case
+    layers = case.layers(drawn=True)
+    export_peft(tmp_path / "separate", layers, layout="per_expert")
+    adapted = loaded_by_peft(case.model(), tmp_path / "separate")
+    assert_same_experts(case, adapted, layers)
+    assert_same_experts(case, adapted, imported(case, tmp_path / "separate"))
+
+    adapted.save_pretrained(tmp_path / "converted")
+    config = json.loads((tmp_path / "converted" / "adapter_config.json").read_text())
+    assert list(config["rank_pattern"].values()) == [2 * RANK]
+    for moe, other in zip(layers, imported(case, tmp_path / "converted"), strict=True):
+        for name, matrix in moe.lora_weights.items():
+            assert_same_bits(other.lora_weights[name].astype(bf16), matrix, name)
+
+    train(adapted, scale_inputs=False)
+    adapted.save_pretrained(tmp_path / "trained")
+    together = imported(case, tmp_path / "trained")
+    assert together[0].options.lora_rank == 2 * RANK
+    assert_same_experts(case, adapted, together)
+
+
+@pytest.mark.parametrize("model_type", SEPARATE_REFUSED)
 def test_peft_does_not_load_what_is_refused(model_type: str, tmp_path: Path) -> None:
     """When this fails, PEFT has changed, and the table must."""
-    random_model(model_type, tmp_path / "model")
-    layers = students_of(tmp_path / "model")
-    with pytest.raises(ValueError, match=f"model_type: got '{model_type}', expected one of"):
-        export_peft(tmp_path / "adapter", layers)
+    case = Case(model_type, tmp_path / "model")
+    layers = case.layers(drawn=True)
+    with pytest.raises(ValueError, match=f"model_type: got '{model_type}', expected one of .*per_expert"):
+        export_peft(tmp_path / "adapter", layers, layout="per_expert")
 
     # What there would be under the names of either kind.
-    modules_found = [loads_without_effect(tmp_path, layers, like) for like in ("qwen3_moe", "mixtral")]
-    assert any(modules_found) == ("PEFT finds no module" not in REFUSED[model_type])
+    modules_found = [loads_without_effect(case, tmp_path, layers, like) for like in ("qwen3_moe", "mixtral")]
+    assert any(modules_found) == ("PEFT finds no module" not in SEPARATE_REFUSED[model_type])
 
 
-def loads_without_effect(path: Path, layers: list[Any], like: str) -> bool:
+def loads_without_effect(case: Case, path: Path, layers: list[Any], like: str) -> bool:
     """Whether PEFT finds modules for adapters that are named as those of `like`; if so, they do nothing."""
-    export_peft(path / like, layers, model_type=like)
-    model = plain_model(path / "model")
-    before = logits_of(model)
+    export_peft(path / like, layers, layout="per_expert", model_type=like)
+    before = logits_of(case.model())
     try:
-        adapted = peft.PeftModel.from_pretrained(model, path / like).eval()
+        adapted = peft.PeftModel.from_pretrained(case.model(), path / like).eval()
     except ValueError as error:
         if "not found in the base model" not in str(error):
             raise
         return False
     assert torch.equal(logits_of(adapted), before)
     return True
+
+
+def logits_of(model: Any) -> Any:
+    torch.manual_seed(2)
+    with torch.no_grad():
+        return model(torch.randint(2, 64, (1, TOKENS)), use_cache=False).logits
 
 
 # ---- experts that are modules of their own, as in models that bring their code ----
@@ -225,7 +350,7 @@ def model_of_modules(layer: Layer) -> Any:
 
 def test_peft_reads_what_we_write_for_modules(tmp_path: Path) -> None:
     student = draw_student(np.random.default_rng(0), (3, 24, 40), RANK)
-    export_peft(tmp_path, [student.wrapper(2, layer_idx=1)])
+    export_peft(tmp_path, [student.wrapper(2, layer_idx=1)], layout="per_expert")
     adapted = peft.PeftModel.from_pretrained(model_of_modules(student.layer), tmp_path)
     for e in range(3):
         for projection in ("gate", "up", "down"):

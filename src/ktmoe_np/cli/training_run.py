@@ -15,7 +15,7 @@ from ..arrays.checks import Array
 from ..formats.methods import Method, find_method, main_name
 from ..io.safetensors.writer import remove_leftovers
 from ..models import MoEDecoder, Tokenizer, bits_per_token, generate, load_stop_tokens, loss_and_gradients
-from ..sft.adapters import export_peft
+from ..sft.peft import export_peft
 from .interrupts import Interrupts
 from .optimizers import Optimizer, make_optimizer
 from .plot import can_draw, draw_course
@@ -274,7 +274,8 @@ class TrainingRun:
     def _write_results(self) -> None:
         """Write the adapters as PEFT has them, the losses, and a picture where it can be drawn."""
         arguments, course = self._arguments, self.course
-        export_peft(self._directory, self._experts, model_type=self._model.config.model_type)
+        base, family = Path(arguments.path).absolute(), self._model.config.model_type
+        export_peft(self._directory, self._experts, base_model_name_or_path=base, model_type=family)
         write_csv(self._directory / "loss.csv", course)
         self.drawn = False
         if can_draw():

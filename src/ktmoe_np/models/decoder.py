@@ -21,9 +21,9 @@ from ..config import ActivationDtype
 from ..experts import InferenceOverrides, Overrides, SFTOverrides
 from ..formats.methods import training_name
 from ..inference.base import BaseMoEWrapper
-from ..sft.adapters import import_peft, peft_scale
 from ..sft.base import BaseSFTMoEWrapper
 from ..sft.gradients import SFTGradients
+from ..sft.peft import import_peft, peft_scale
 from ._arithmetic import Floats, rms_norm, rms_norm_backward
 from .activation_dtypes import SequenceDtypes
 from .attention import Place

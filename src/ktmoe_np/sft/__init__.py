@@ -1,9 +1,9 @@
 """The layers of experts for training, their gradients, and adapters in files."""
 
-from .adapters import export_peft, import_peft, peft_scale
 from .base import BaseSFTMoEWrapper
 from .gradients import SFTGradients
 from .options import SFTOptions
+from .peft import export_peft, import_peft, peft_scale
 from .wrappers import (
     AMXSFTMoEWrapper,
     LlamafileSFTMoEWrapper,

@@ -9,9 +9,10 @@ from ..arrays.checks import Array, as_numpy
 from ..arrays.types import ArrayLike, PathLike
 from ..config import MoEConfig
 from ..io import SafetensorsFile
-from .adapters import import_peft, load_lora_weights, peft_scale
+from .adapters import load_lora_weights
 from .gradients import LORA_NAMES
 from .options import SFTOptions
+from .peft import import_peft, peft_scale
 
 __all__ = ["StoredAdapter", "read_adapter"]
 
@@ -71,7 +72,7 @@ def read_adapter(path: PathLike, config: MoEConfig, weight_path: PathLike | None
     if Path(path).is_dir():
         rank, alpha = peft_scale(path)
         found = StoredAdapter(config, SFTOptions(lora_rank=rank, lora_alpha=alpha), weight_path)
-        import_peft(path, [found])
+        import_peft(path, [found], strict=False)  # those of other layers and modules are for others
         return found
     found = StoredAdapter(config, _options_of(SafetensorsFile(path)), weight_path)
     load_lora_weights(path, found)
