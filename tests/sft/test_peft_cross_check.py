@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from layers import Batch, Layer, assert_same_bits, bf16
 from sft_layers import draw_student
 
 from ktmoe_np import KTMoEWrapper
+from ktmoe_np.cli import main
 from ktmoe_np.io import load_experts
 from ktmoe_np.io.inspect import inspect_checkpoint
+from ktmoe_np.models import EMBEDDED_MODEL, MoEDecoder
 from ktmoe_np.reference import LoraWeights, assert_within, moe_forward
 from ktmoe_np.sft import export_peft, import_peft, peft_scale
-from ktmoe_np.sft.peft import FAMILIES, SEPARATE_REFUSED
+from ktmoe_np.sft.peft import FAMILIES, REFUSED, SEPARATE_REFUSED
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -39,6 +42,8 @@ NUMBERED = {"num_experts": E, "moe_intermediate_size": I, "intermediate_size": I
 LOCAL = {"num_local_experts": E, "intermediate_size": I}
 ROUTED = {"n_routed_experts": E, "moe_intermediate_size": I, "intermediate_size": I}
 DEEPSEEK = {**ROUTED, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8}
+FULL, SPARSE = ["full_attention"] * 2, ["sparse"] * 2
 
 #: model_type -> the rest of its configuration.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -98,6 +103,32 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "aria_text": {"moe_num_experts": E, "moe_topk": 2, "intermediate_size": I},
     "minimax_m3_vl_text": {**LOCAL, **HEAD},
+    "axk1": {**ROUTED, **LATENT},
+    "axk2": {**ROUTED, **LATENT, "num_local_experts": E},
+    "bailing_hybrid": {**NUMBERED, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1},
+    "beam": {**NUMBERED, **HEAD, "layer_types": FULL, "mlp_layer_types": SPARSE},
+    "dots1": {**DEEPSEEK, **HEAD, "n_shared_experts": 1},
+    "dots3_note_text": {**DEEPSEEK, **LATENT},
+    "flint": {**NUMBERED, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "glm_moe_dsa": {
+        **DEEPSEEK,
+        **LATENT,
+        "mlp_layer_types": SPARSE,
+        "index_head_dim": 16,
+        "index_n_heads": 2,
+    },
+    "granitemoe_swa": LOCAL,
+    "hy_v3": {**NUMBERED, **HEAD},
+    "hy_v4": {**NUMBERED, "num_local_experts": E},
+    "inkling_text": ROUTED,
+    "kimi_linear": {**NUMBERED, **HEAD, "layer_types": FULL},
+    "kolibri1": NUMBERED,
+    "laguna": {**NUMBERED, **HEAD},
+    "lara_mini": NUMBERED,
+    "mellum": NUMBERED,
+    "mimo_v2_flash": {**ROUTED, "num_local_experts": E},
+    "qwen4_exp_text": NUMBERED,
+    "zaya": {**NUMBERED, "num_experts_per_tok": 1},
 }
 
 
@@ -163,9 +194,9 @@ def experts_of(adapted: Any) -> list[Any]:
     return [x for name, x in adapted.named_modules() if name.endswith(".experts")]
 
 
-def batch_of(hidden_size: int, seed: int) -> Batch:
+def batch_of(hidden_size: int, seed: int, per_token: int = 1) -> Batch:
     rng = np.random.default_rng(seed)
-    ids = np.stack([rng.permutation(E)[:2] for _ in range(TOKENS)])
+    ids = np.stack([rng.permutation(E)[:per_token] for _ in range(TOKENS)])
     x = rng.normal(0, 1, (TOKENS, hidden_size)).astype(bf16)
     return Batch(x, ids, rng.uniform(0.1, 1, ids.shape).astype(np.float32))
 
@@ -190,7 +221,7 @@ def assert_same_experts(case: Case, adapted: Any, layers: list[Any]) -> None:
     assert len(modules) == len(layers)
     for module, moe in zip(modules, layers, strict=True):
         config = moe.config
-        batch = batch_of(config.hidden_size, moe.layer_idx)
+        batch = batch_of(config.hidden_size, moe.layer_idx, config.num_experts_per_tok)
         with torch.no_grad():
             theirs = run_experts(module, batch, config.scale_inputs).numpy()
         weights = load_experts(case.path, moe.layer_idx, config).arguments()
@@ -240,6 +271,32 @@ def imported(case: Case, path: Path) -> list[Any]:
 
 def test_every_family_is_tried() -> None:
     assert CONFIGS.keys() == FAMILIES.keys()
+    assert SEPARATE_REFUSED.keys() == {name for name, each in FAMILIES.items() if each.separate is None}
+
+
+def families_of_transformers() -> set[str]:
+    """The model types of text whose code has experts under the interface of transformers, and three more."""
+    folder = Path(transformers.__file__).parent / "models"
+    with_experts = {"llama4", "dbrx", "jetmoe"} | {
+        path.parent.name
+        for path in folder.glob("*/modeling_*.py")
+        if "\n@use_experts_implementation" in path.read_text()
+    }
+    auto = transformers.models.auto.configuration_auto
+    other = re.compile("_vision|_audio|_encoder")
+    return {
+        name
+        for name in auto.CONFIG_MAPPING_NAMES
+        if auto.model_type_to_module_name(name) in with_experts and not other.search(name)
+    }
+
+
+def test_the_table_has_every_family_of_transformers() -> None:
+    known = FAMILIES.keys() | REFUSED.keys()
+    found = families_of_transformers()
+    assert len(found) > 60
+    assert known == found
+    assert not FAMILIES.keys() & REFUSED.keys()
 
 
 def test_peft_computes_what_we_do(case: Case, tmp_path: Path) -> None:
@@ -307,23 +364,82 @@ def test_peft_does_not_load_what_is_refused(model_type: str, tmp_path: Path) -> 
 
 
 def loads_without_effect(case: Case, path: Path, layers: list[Any], like: str) -> bool:
-    """Whether PEFT finds modules for adapters that are named as those of `like`; if so, they do nothing."""
+    """Whether PEFT finds modules for adapters named as those of `like`; none are the routed experts."""
     export_peft(path / like, layers, layout="per_expert", model_type=like)
-    before = logits_of(case.model())
     try:
         adapted = peft.PeftModel.from_pretrained(case.model(), path / like).eval()
     except ValueError as error:
         if "not found in the base model" not in str(error):
             raise
         return False
-    assert torch.equal(logits_of(adapted), before)
+    names = [name for name, _ in adapted.named_parameters() if ".lora_" in name]
+    assert names
+    assert not any(".experts." in name for name in names)
     return True
 
 
-def logits_of(model: Any) -> Any:
-    torch.manual_seed(2)
+# ---- what the command writes and takes ----
+
+
+def finetuned(path: Path) -> list[str]:
+    """The lines of a `ktmoe finetune` that has nothing to write to."""
+    text = path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 200)
+    out = path / "adapter"
+    options = ["--rank=2", "--steps=2", "--batch=1", "--window=16", "--rate=0.02", "--every=2"]
+    return ["finetune", "--text", str(text), "--out", str(out), *options, "--json"]
+
+
+def next_logits(adapter: Path) -> Any:
+    """Of the embedded model with these adapters."""
+    model = MoEDecoder.from_pretrained(adapter=adapter)
+    (logits,) = model.forward([TEXT], [model.new_cache()])
+    return logits
+
+
+TEXT = np.arange(3, 15)
+
+
+def test_a_finetuned_adapter_is_a_model_of_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(finetuned(tmp_path)) == 0
+    auto = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval()
+    assert auto.peft_config["default"].base_model_name_or_path == str(EMBEDDED_MODEL)
+    assert len(experts_of(auto)) == auto.config.num_hidden_layers
     with torch.no_grad():
-        return model(torch.randint(2, 64, (1, TOKENS)), use_cache=False).logits
+        theirs = auto(torch.tensor(TEXT)[None], use_cache=False).logits[0].numpy()
+        with auto.disable_adapter():
+            plain = auto(torch.tensor(TEXT)[None], use_cache=False).logits[0].numpy()
+    ours = next_logits(tmp_path / "adapter")
+    # Ours rounds activations to bfloat16, so it is off by less than adapters of two steps change it.
+    assert np.linalg.norm(ours - theirs) < 0.5 * np.linalg.norm(plain - theirs)
+
+
+def test_the_command_takes_adapters_of_every_layout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one Linear per expert, as PEFT converts these, and as it trains parameters."""
+    layers = MoEDecoder.from_pretrained(mode="sft", lora_rank=RANK, lora_alpha=ALPHA).trained_experts()
+    rng = np.random.default_rng(0)
+    for layer in layers:
+        shapes = {name: x.shape for name, x in layer.lora_weights.items()}
+        layer.init_lora_weights(**{name: rng.normal(0, 0.05, s).astype(bf16) for name, s in shapes.items()})
+    base = transformers.AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
+    export_peft(tmp_path / "a", layers, layout="per_expert")
+    export_peft(tmp_path / "b", layers)
+    loaded_by_peft(base, tmp_path / "a").save_pretrained(tmp_path / "c")
+    said = []
+    for name in "abc":
+        options = ["--adapter", str(tmp_path / name), "--json"]
+        assert main(["generate", "--prompt=Alice", "--tokens=8", "--temperature=0", *options]) == 0
+        said.append(json.loads(capsys.readouterr().out)["text"])
+    assert len(set(said)) == 1
+    logits = [next_logits(tmp_path / name) for name in "abc"]
+    assert_same_bits(logits[0], logits[1])
+    assert_same_bits(logits[0], logits[2])
+    text = tmp_path / "text.txt"
+    text.write_text("Alice was beginning to get very tired of sitting by her sister on the bank. " * 3)
+    options = ["--text", str(text), "--methods=BF16", "--json"]
+    assert main(["eval", *options, "--adapter", str(tmp_path / "c")]) == 0
 
 
 # ---- experts that are modules of their own, as in models that bring their code ----

@@ -17,10 +17,11 @@ from sft_layers import SHAPES, Student, draw_case, draw_student, draw_training
 import ktmoe_np.buffers
 import ktmoe_np.experts
 import ktmoe_np.layers.numbers
-import ktmoe_np.sft.adapters
 import ktmoe_np.sft.base
 import ktmoe_np.sft.lora
 import ktmoe_np.sft.options
+import ktmoe_np.sft.peft.read
+import ktmoe_np.sft.peft.write
 from ktmoe_np.reference import Dropout, assert_within
 
 pytestmark = pytest.mark.kernels
@@ -32,7 +33,7 @@ BAD_NUMBERS = (np.nan, np.inf, -np.inf)
 
 def test_doctests() -> None:
     sft, numbers = ktmoe_np.sft, ktmoe_np.layers.numbers
-    of_sft = sft.adapters, sft.base, sft.lora, sft.options
+    of_sft = sft.base, sft.lora, sft.options, sft.peft.read, sft.peft.write
     for module in (ktmoe_np.buffers, ktmoe_np.experts, *of_sft, numbers):
         assert doctest.testmod(module).failed == 0
 

@@ -25,7 +25,7 @@ import ktmoe_np.cli.plot as plot
 import ktmoe_np.cli.training_run as training_run
 import ktmoe_np.cli.training_state as training_state
 import ktmoe_np.io.safetensors.writer as writer
-import ktmoe_np.sft.adapters as adapters
+import ktmoe_np.sft.peft.write as adapters
 from ktmoe_np.cli.guard import RaisingInterrupts, guard_process
 from ktmoe_np.cli.training_text import TextPart, TrainingText
 from ktmoe_np.config import MoEConfig

@@ -59,7 +59,6 @@ _MIXTRAL = PeftNames("block_sparse_moe.experts", "w1", "w3", "w2")
 
 _FUSED = PeftFamily()
 _BLOCK = PeftFamily("model.layers.{layer}.block_sparse_moe.experts")
-_VISION = PeftFamily("model.language_model.layers.{layer}.mlp.experts")
 _FEED_FORWARD = PeftFamily("model.layers.{layer}.feed_forward.experts")
 
 #: model_type -> how the experts are adapted.
@@ -81,6 +80,10 @@ FAMILIES: dict[str, PeftFamily] = {
             "solar_open",
             "cohere2_moe",
             "afmoe",
+            "beam",
+            "dots1",
+            "glm_moe_dsa",
+            "mellum",
         ),
         PeftFamily(separate=_QWEN),
     ),
@@ -93,10 +96,25 @@ FAMILIES: dict[str, PeftFamily] = {
             "phimoe",
             "qwen2_moe",
             "qwen3_5_moe_text",
+            "axk1",
+            "axk2",
+            "bailing_hybrid",
+            "dots3_note_text",
+            "flint",
+            "hy_v3",
+            "hy_v4",
+            "inkling_text",
+            "kimi_linear",
+            "kolibri1",
+            "laguna",
+            "lara_mini",
+            "mimo_v2_flash",
+            "qwen4_exp_text",
+            "zaya",
         ),
         _FUSED,
     ),
-    **dict.fromkeys(("granitemoe", "granitemoehybrid", "granitemoeshared"), _BLOCK),
+    **dict.fromkeys(("granitemoe", "granitemoehybrid", "granitemoeshared", "granitemoe_swa"), _BLOCK),
     **dict.fromkeys(("jamba", "lfm2_moe"), _FEED_FORWARD),
     "gemma4_text": PeftFamily("model.layers.{layer}.experts"),
     "gpt_oss": PeftFamily(interleaved=True),
@@ -104,10 +122,64 @@ FAMILIES: dict[str, PeftFamily] = {
     "nemotron_h": PeftFamily("model.layers.{layer}.mixer.experts", gated=False),
 }
 
-#: model_type -> why its experts cannot be adapted.
+_PART = "they are in one part of a model of several, under names that are not checked with PEFT"
+_CAPPED = "gate and up are soft-capped, which our layers do not compute"
+_NORMED = "what each gives is normed, which our layers do not compute"
+_SETS = "there are two sets of them"
+
+#: model_type -> why its experts cannot be adapted. Of a model of several parts, `model_type` may name the
+#: text model, if adapters are for that alone.
 REFUSED: dict[str, str] = {
-    "dbrx": "it stores the experts in matrices without an axis of experts, which PEFT adapts as one Linear",
-    "jetmoe": "its experts are two modules with a weight each, not one module with two parameters",
+    "dbrx": "they are in matrices without an axis of experts, which PEFT adapts as one Linear",
+    "jetmoe": "they are two modules with a weight each, not one module with two parameters",
+    **dict.fromkeys(
+        (
+            "aria",
+            "deepseek_ocr2",
+            "deepseek_ocr2_text",
+            "diffusion_gemma",
+            "diffusion_gemma_text",
+            "dots3_note",
+            "gemma4",
+            "glm4v_moe",
+            "glm4v_moe_text",
+            "glm5_next",
+            "glm5_next_text",
+            "hy_v4_vl",
+            "hy_v4_vl_text",
+            "inkling_mm_model",
+            "llama4",
+            "minimax_m3_vl",
+            "mistral4",
+            "mistral_large4",
+            "mistral_large4_text",
+            "qwen3_5_moe",
+            "qwen3_vl_moe",
+            "qwen4_exp",
+            "qwen3_vl_moe_text",
+            "unlimited_ocr",
+            "unlimited_ocr_text",
+        ),
+        _PART,
+    ),
+    **dict.fromkeys(
+        ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"),
+        _CAPPED,
+    ),
+    **dict.fromkeys(("muse_spark", "muse_spark_text"), _NORMED),
+    **dict.fromkeys(
+        (
+            "ernie4_5_vl_moe",
+            "ernie4_5_vl_moe_text",
+            "qwen3_omni_moe",
+            "qwen3_omni_moe_talker_code_predictor",
+            "qwen3_omni_moe_talker_text",
+            "qwen3_omni_moe_text",
+            "qwen3_omni_moe_thinker",
+        ),
+        _SETS,
+    ),
+    "openai_privacy_filter": "transformers has no causal language model of it",
 }
 
 _NO_MODULE = "PEFT finds no module of theirs in the model"
@@ -121,9 +193,12 @@ SEPARATE_REFUSED: dict[str, str] = {
             "granitemoe",
             "granitemoeshared",
             "granitemoehybrid",
+            "granitemoe_swa",
             "gpt_oss",
             "jamba",
             "lfm2_moe",
+            "inkling_text",
+            "mimo_v2_flash",
         ),
         _NO_MODULE,
     ),
@@ -137,6 +212,19 @@ SEPARATE_REFUSED: dict[str, str] = {
             "gemma4_text",
             "aria_text",
             "minimax_m3_vl_text",
+            "axk1",
+            "axk2",
+            "bailing_hybrid",
+            "dots3_note_text",
+            "flint",
+            "hy_v3",
+            "hy_v4",
+            "kimi_linear",
+            "kolibri1",
+            "laguna",
+            "lara_mini",
+            "qwen4_exp_text",
+            "zaya",
         ),
         _OTHER_MODULE,
     ),

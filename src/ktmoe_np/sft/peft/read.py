@@ -64,6 +64,7 @@ def import_peft(
     --------
     >>> import tempfile, numpy as np
     >>> from ktmoe_np import KTMoEWrapper
+    >>> from ktmoe_np.sft import export_peft, import_peft
     >>> trained, fresh = (KTMoEWrapper(layer_idx=0, num_experts=2, num_experts_per_tok=1, hidden_size=4,
     ...                                moe_intermediate_size=2, mode="sft", method="AMXBF16_SFT", lora_rank=1)
     ...                   for _ in range(2))

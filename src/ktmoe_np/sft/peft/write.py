@@ -71,6 +71,7 @@ def export_peft(
     --------
     >>> import os, tempfile
     >>> from ktmoe_np import KTMoEWrapper
+    >>> from ktmoe_np.sft import export_peft, peft_scale
     >>> layers = [KTMoEWrapper(layer_idx=i, num_experts=2, num_experts_per_tok=1, hidden_size=4,
     ...                        moe_intermediate_size=2, mode="sft", method="AMXBF16_SFT", lora_rank=1)
     ...           for i in range(2)]
