@@ -251,6 +251,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"r": 8}, r"r: got 8, expected 4, that of the layers"),
     "scale": ({"lora_alpha": 6}, r"lora_alpha: got 6\.0, expected 5\.0"),
     "kind": ({"peft_type": "LOHA"}, r"peft_type: got 'LOHA', expected 'LORA'"),
+    "no kind": ({"peft_type": None}, r"peft_type: got None, expected 'LORA'"),
     "scaled by the root": ({"use_rslora": True}, r"use_rslora: got True, expected False"),
     "dora": ({"use_dora": True}, r"use_dora: got True, expected False"),
     "biases": ({"lora_bias": True}, r"lora_bias: got True, expected False"),

@@ -19,7 +19,6 @@ _Number = TypeVar("_Number", int, float)
 
 #: Option -> the value of it with which adapters are alpha / r * B A and nothing else changes.
 _PLAIN: dict[str, Any] = {
-    "peft_type": "LORA",
     **dict.fromkeys(("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "lora_bias"), False),
     "bias": "none",
     **dict.fromkeys(("use_bdlora", "kasa_config", "monteclora_config", "arrow_config"), None),
@@ -72,6 +71,8 @@ def read_peft_config(path: Path) -> PeftConfig:
         Not such a file, numbers that are none, or an option that changes what adapters compute.
     """
     config = read_json_object(path)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type: got {shown(config.get('peft_type'))}, expected 'LORA'")
     for name, value in _PLAIN.items():
         if config.get(name, value) not in (value, None) and config[name] not in ([], {}):
             raise ValueError(f"{path}: {name}: got {shown(config[name])}, expected {value!r}")
