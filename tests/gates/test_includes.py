@@ -26,13 +26,8 @@ _LAYERS = {
 }
 _INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 _FRAMEWORKS = {"torch", "jax", "jaxlib", "transformers", "tensorflow", "cupy", "mlx", "keras"}
-# The adapters of frameworks, which nothing else of the package imports but what is built on them.
-_ADAPTERS = {
-    "ktmoe_np.jax": {"jax"},
-    "ktmoe_np.torch": {"torch", "transformers"},
-    "ktmoe_np.compat.kt_kernel": {"torch"},
-}
-_BUILT_ON = {"ktmoe_np.compat.kt_kernel": {"ktmoe_np.torch"}}
+# The adapters of frameworks, which nothing else of the package imports.
+_ADAPTERS = {"ktmoe_np.jax": {"jax"}, "ktmoe_np.torch": {"torch", "transformers"}}
 # Modules that state what is computed, and so depend on nothing that computes it.
 _PURE = ("reference", "config")
 # The only one of them that uses the extension, at first use, for the names of the activations.
@@ -149,9 +144,7 @@ def test_no_module_imports_a_framework() -> None:
         may = _ADAPTERS.get(own or "", set())
         for imported in names:
             other = _adapter(imported)
-            if (other not in (None, own, *_BUILT_ON.get(own or "", ()))) or imported.split(".")[
-                0
-            ] in _FRAMEWORKS - may:
+            if (other is not None and other != own) or imported.split(".")[0] in _FRAMEWORKS - may:
                 faults.append(f"{module} imports {imported}")
     assert not faults, "\n".join(faults)
 

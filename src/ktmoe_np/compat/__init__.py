@@ -1,1 +1,0 @@
-"""The interfaces of other libraries, for programs that were written for them."""
