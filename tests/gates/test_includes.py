@@ -27,7 +27,11 @@ _LAYERS = {
 _INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 _FRAMEWORKS = {"torch", "jax", "jaxlib", "transformers", "tensorflow", "cupy", "mlx", "keras"}
 # The adapters of frameworks, which nothing else of the package imports.
-_ADAPTERS = {"ktmoe_np.jax": {"jax"}, "ktmoe_np.torch": {"torch", "transformers"}}
+_ADAPTERS = {
+    "ktmoe_np.jax": {"jax"},
+    "ktmoe_np.torch": {"torch", "transformers"},
+    "ktmoe_np.compat": {"torch"},
+}
 # Modules that state what is computed, and so depend on nothing that computes it.
 _PURE = ("reference", "config")
 # The only one of them that uses the extension, at first use, for the names of the activations.
