@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 
@@ -76,7 +76,7 @@ class CompatLayer:
     """
 
     def __init__(self, layer: BaseMoEWrapper | BaseSFTMoEWrapper, mask: torch.Tensor, wanted: Wanted) -> None:
-        self.layer, self._wanted = layer, wanted
+        self.layer = layer
         self.gpu_experts_mask = mask
         layer.gpu_experts_mask = mask.numpy()  # the same memory, which the engine reads in every pass
         c = layer.config
@@ -90,13 +90,16 @@ class CompatLayer:
         self.chunked_prefill_size, self.cpu_save = wanted.chunked_prefill_size, wanted.cpu_save
         self.swiglu_limit, self.swiglu_alpha = wanted.swiglu_limit, wanted.swiglu_alpha
         self.group_size, self.zero_point = wanted.group_size, wanted.zero_point
-        self._dtype: str | None = None  # of calls, where it is not the layer's
+        self._wants_int8 = wanted.method in _INT8_METHODS and not wanted.has_dtype
+        self._takes_int8: bool | None = None  # None before it is known
 
-    def __getattr__(self, name: str) -> NoReturn:
-        kind = type(self).__name__
-        if name in _REFUSED_NAMES:
-            raise AttributeError(f"{name}: got a name of kt-kernel, expected {_REFUSED_NAMES[name]}")
-        raise AttributeError(f"{name}: got an unknown name, expected one of {kind}, or of its `layer`")
+    if not TYPE_CHECKING:  # to which unknown names are errors without it
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name in _REFUSED_NAMES:
+                raise AttributeError(f"{name}: got a name of kt-kernel, expected {_REFUSED_NAMES[name]}")
+            kind = type(self).__name__
+            raise AttributeError(f"{name}: got an unknown name, expected one of {kind}, or of its `layer`")
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.layer!r}>"
@@ -115,6 +118,15 @@ class CompatLayer:
     def activation_dtype(self) -> str:
         """What products take activations in: ``bfloat16`` or ``int8``; known when weights are loaded."""
         return self._dtype or self.layer.activation_dtype
+
+    @property
+    def _dtype(self) -> Literal["int8"] | None:
+        """What calls ask for; None for what is the layer's own."""
+        if not self._wants_int8:
+            return None
+        if self._takes_int8 is None and self.layer.loaded:
+            self._takes_int8 = "int8" in self.layer.activation_dtypes
+        return "int8" if self._takes_int8 else None
 
     # ---- weights ----
 
@@ -164,8 +176,8 @@ class CompatLayer:
         """
         logical = self._logical(physical_to_logical_map_cpu)
         given = {"gate_proj": gate_proj, "up_proj": up_proj, "down_proj": down_proj}
-        tensors = [as_tensor(name, tensor).contiguous() for name, tensor in given.items()]
-        self.layer.load_weights_from_tensors(*tensors, logical)
+        gate, up, down = (as_tensor(name, tensor).contiguous() for name, tensor in given.items())
+        self.layer.load_weights_from_tensors(gate, up, down, logical)
         self._has_weights(self.cpu_save)
 
     def _logical(self, physical_to_logical_map: Any) -> torch.Tensor | None:
@@ -187,8 +199,7 @@ class CompatLayer:
             assert isinstance(self.layer, QuantizedWeights)
             assert self.weight_path is not None
             self.layer.save_weights(self.weight_path)
-        is_int8 = self._wanted.method in _INT8_METHODS and not self._wanted.has_dtype
-        self._dtype = "int8" if is_int8 and "int8" in self.layer.activation_dtypes else None
+        self._takes_int8 = None
 
     # ---- buffers ----
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import torch
 
@@ -14,7 +14,10 @@ from .arguments import as_tensor, refused_pointer
 from .base import CompatLayer, Wanted
 from .streams import stream_of_call, torch_stream
 
-__all__ = ["InferenceExperts", "flat_rows"]
+__all__ = ["InferenceExperts", "Rows", "copied", "flat_rows"]
+
+#: Hidden states [T, H], ids and weights [T, P].
+Rows: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class InferenceExperts(CompatLayer):
@@ -60,8 +63,7 @@ class InferenceExperts(CompatLayer):
         handle = stream_of_call(cuda_stream, as_tensor("hidden_states", hidden_states).device)
         if handle is None:
             rows = flat_rows(hidden_states, topk_ids, topk_weights)
-            result = self.layer.forward(*rows, activation_dtype=self._call_dtype)
-            return result.to(hidden_states.dtype)
+            return _given(self.layer.forward(*rows, activation_dtype=self._dtype), hidden_states)
         self.submit_forward(hidden_states, topk_ids, topk_weights, handle)
         return self.sync_forward(hidden_states, handle)
 
@@ -85,12 +87,12 @@ class InferenceExperts(CompatLayer):
         device = as_tensor("hidden_states", hidden_states).device
         handle = stream_of_call(cuda_stream, device)
         if handle is None:
-            rows = [each.clone() for each in flat_rows(hidden_states, topk_ids, topk_weights)]
-            self.layer.submit_forward(*rows, activation_dtype=self._call_dtype)
+            rows = copied(flat_rows(hidden_states, topk_ids, topk_weights))
+            self.layer.submit_forward(*rows, activation_dtype=self._dtype)
             return
         with torch.cuda.stream(torch_stream(handle, device)):
             rows = flat_rows(hidden_states, topk_ids, topk_weights)
-            self.layer.submit_forward(*rows, handle, activation_dtype=self._call_dtype)
+            self.layer.submit_forward(*rows, handle, activation_dtype=self._dtype)
 
     def sync_forward(
         self, hidden_states: torch.Tensor, cuda_stream: StreamLike | None = None
@@ -127,10 +129,6 @@ class InferenceExperts(CompatLayer):
         if caller.cuda_stream != handle:
             result.record_stream(caller)
         return result
-
-    @property
-    def _call_dtype(self) -> Any:
-        return self._dtype
 
     def select_deferred_experts(
         self, expert_ids: torch.Tensor, expert_scores: torch.Tensor, protected_k: int
@@ -223,9 +221,7 @@ class InferenceExperts(CompatLayer):
         self.layer.sync_write_weight_scale_to_buffer()
 
 
-def flat_rows(
-    hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-) -> list[torch.Tensor]:
+def flat_rows(hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> Rows:
     """A batch as contiguous rows [T, H], [T, P] and [T, P], outside of autograd.
 
     Raises
@@ -242,7 +238,13 @@ def flat_rows(
     for name, tensor in tensors.items():
         if tensor.device != device:
             raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {device}, as hidden_states")
-    return [_rows(tensor).contiguous() for tensor in tensors.values()]
+    x, ids, weights = (_rows(tensor).contiguous() for tensor in tensors.values())
+    return x, ids, weights
+
+
+def copied(rows: Rows) -> Rows:
+    """A batch in memory of its own."""
+    return rows[0].clone(), rows[1].clone(), rows[2].clone()
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

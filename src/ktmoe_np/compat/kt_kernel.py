@@ -193,6 +193,8 @@ class KTMoEWrapper:
         found, path = method_of(method, mode), weight_path or None
         _check_can_save(cpu_save, method, bool(found.formats), path)
         options: dict[str, Any] = {
+            "method": found.name,
+            "mode": mode,
             "cpuinfer_threads": cpuinfer_threads,
             "threadpool_count": threadpool_count,
             "weight_path": path,
@@ -211,7 +213,7 @@ class KTMoEWrapper:
             options |= {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
             options["max_cache_depth"] = max_cache_depth
         sizes = (num_experts, num_experts_per_tok, hidden_size, moe_intermediate_size)
-        layer: Any = _Factory(layer_idx, *sizes, method=found.name, mode=mode, **options)
+        layer: Any = _Factory(layer_idx, *sizes, **options)
         mask = gpu_mask(gpu_experts_mask, num_gpu_experts, num_experts)
         wanted = Wanted(
             method=method,

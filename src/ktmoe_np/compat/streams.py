@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..arrays.device import stream_handle
@@ -46,4 +48,6 @@ def torch_stream(handle: int, device: torch.device) -> torch.cuda.Stream:
     """The stream of a handle as torch has it."""
     if handle == 0:
         return torch.cuda.default_stream(device)
-    return torch.cuda.ExternalStream(handle, device=device)
+    external: Any = torch.cuda.ExternalStream  # without types in torch
+    stream: torch.cuda.Stream = external(handle, device=device)
+    return stream

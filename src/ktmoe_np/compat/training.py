@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..arrays.device import DeviceArray, device_array
+from ..arrays.device import device_array
 from ..arrays.spec import ArraySpec
 from ..arrays.types import StreamLike, bfloat16
 from ..sft.base import BaseSFTMoEWrapper
@@ -16,7 +16,7 @@ from ..sft.gradients import LORA_NAMES, SFTGradients, lora_shapes
 from ..sft.stream import DeviceBatch, stream_forward
 from .arguments import as_tensor, number
 from .base import CompatLayer, Wanted
-from .inference import flat_rows
+from .inference import Rows, copied, flat_rows
 from .streams import stream_of_call, torch_stream
 
 __all__ = ["TrainingExperts"]
@@ -43,6 +43,18 @@ class TrainingExperts(CompatLayer):
     """
 
     layer: BaseSFTMoEWrapper
+    gate_lora_a: torch.Tensor | None
+    gate_lora_b: torch.Tensor | None
+    up_lora_a: torch.Tensor | None
+    up_lora_b: torch.Tensor | None
+    down_lora_a: torch.Tensor | None
+    down_lora_b: torch.Tensor | None
+    grad_gate_lora_a: torch.Tensor | None
+    grad_gate_lora_b: torch.Tensor | None
+    grad_up_lora_a: torch.Tensor | None
+    grad_up_lora_b: torch.Tensor | None
+    grad_down_lora_a: torch.Tensor | None
+    grad_down_lora_b: torch.Tensor | None
 
     def __init__(self, layer: BaseSFTMoEWrapper, mask: torch.Tensor, wanted: Wanted) -> None:
         super().__init__(layer, mask, wanted)
@@ -69,8 +81,8 @@ class TrainingExperts(CompatLayer):
         if logical is not None and logical.tolist() != list(range(self.num_experts)):
             raise ValueError(
                 f"physical_to_logical_map_cpu: got {logical.tolist()}, expected 0 to {self.num_experts - 1} "
-                "in order: adapters are counted as the checkpoint counts its experts; to train with a map use "
-                "ktmoe_np.KTMoEWrapper"
+                "in order: adapters are counted as the checkpoint counts its experts; ktmoe_np.KTMoEWrapper "
+                "trains with a map"
             )
         return None
 
@@ -111,8 +123,8 @@ class TrainingExperts(CompatLayer):
         """
         given = (gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
         lora = dict(zip(LORA_NAMES, given, strict=True))
-        to_write = (grad_gate_lora_a, grad_gate_lora_b, grad_up_lora_a, grad_up_lora_b)
-        to_write += (grad_down_lora_a, grad_down_lora_b)
+        of_first = (grad_gate_lora_a, grad_gate_lora_b, grad_up_lora_a, grad_up_lora_b)
+        to_write = (*of_first, grad_down_lora_a, grad_down_lora_b)
         gradients = dict(zip(LORA_NAMES, to_write, strict=True))
         tensors = {name: as_tensor(name, tensor) for name, tensor in lora.items()}
         num_parameters = sum(isinstance(tensor, torch.nn.Parameter) for tensor in given)
@@ -198,7 +210,7 @@ class TrainingExperts(CompatLayer):
         """Begin what `forward` does, on copies; `sync_forward` gives the result."""
         self._check_lora()
         self._check_nothing_served()
-        rows = [each.clone() for each in _on_cpu(hidden_states, expert_ids, weights)]
+        rows = copied(_on_cpu(hidden_states, expert_ids, weights))
         self.layer.submit_forward_sft(*rows, save_for_backward, activation_dtype=self._dtype)
 
     def sync_forward(self, output_device: torch.device | None = None) -> torch.Tensor:
@@ -309,7 +321,7 @@ class TrainingExperts(CompatLayer):
         device, dtype = as_tensor("hidden_states", hidden_states).device, hidden_states.dtype
         handle = stream_of_call(cuda_stream, device)
         if handle is None:
-            rows = [each.clone() for each in flat_rows(hidden_states, expert_ids, weights)]
+            rows = copied(flat_rows(hidden_states, expert_ids, weights))
             self.layer.submit_forward_sft(*rows, False, activation_dtype=self._dtype)
             self._served = _Served(None, dtype)
             return
@@ -317,23 +329,22 @@ class TrainingExperts(CompatLayer):
             x, ids, scores = flat_rows(hidden_states, expert_ids, weights)
             given = x.to(torch.bfloat16), ids.to(torch.int64), scores.to(torch.float32)
             out = torch.empty_like(given[0])
-            batch = DeviceBatch(*self._on_device(given, handle), {}, self._dtype)
+            batch = self._device_batch(given, handle)
             written = device_array(out, "out", ArraySpec((bfloat16,), tuple(out.shape)), handle)
             stream_forward(self.layer, handle, batch, written, save=False)
             self._served = _Served(out.to(dtype), dtype)
 
-    def _on_device(self, rows: Sequence[torch.Tensor], handle: int) -> list[DeviceArray]:
-        """A batch as the stream copies it."""
-        num_tokens, num_slots = len(rows[0]), self.num_experts_per_tok
-        names = {"hidden_states": self.hidden_size, "expert_ids": num_slots, "weights": num_slots}
-        specs = {
-            name: ArraySpec((dtype,), (num_tokens, width))
-            for (name, width), dtype in zip(names.items(), _ROW_DTYPES, strict=True)
-        }
-        return [
-            device_array(row, name, spec, handle)
-            for (name, spec), row in zip(specs.items(), rows, strict=True)
-        ]
+    def _device_batch(self, rows: Rows, handle: int) -> DeviceBatch:
+        """A batch as the stream copies it; its adapters are the layer's."""
+        routes = (len(rows[0]), self.num_experts_per_tok)
+        hidden = ArraySpec((bfloat16,), (len(rows[0]), self.hidden_size))
+        return DeviceBatch(
+            device_array(rows[0], "hidden_states", hidden, handle),
+            device_array(rows[1], "expert_ids", ArraySpec((np.dtype(np.int64),), routes), handle),
+            device_array(rows[2], "weights", ArraySpec((np.dtype(np.float32),), routes), handle),
+            {},
+            self._dtype,
+        )
 
     def sync_forward_inference(self, cuda_stream: StreamLike | None = None) -> torch.Tensor:
         """Wait for the pass of `submit_forward_inference`; on a device only its stream waits.
@@ -365,9 +376,6 @@ class TrainingExperts(CompatLayer):
             raise RuntimeError(f"submit_forward_inference: {where}, call sync_forward_inference first")
 
 
-_ROW_DTYPES = (bfloat16, np.dtype(np.int64), np.dtype(np.float32))
-
-
 def _check_gradient(name: str, tensor: object, dtypes: Sequence[torch.dtype], shape: tuple[int, ...]) -> None:
     """Raise unless a tensor can be written to."""
     expected = f"{' or '.join(map(str, dtypes))} {list(shape)} on the CPU"
@@ -380,7 +388,7 @@ def _check_gradient(name: str, tensor: object, dtypes: Sequence[torch.dtype], sh
         raise ValueError(f"{name}: got {given.dtype} {list(given.shape)}, expected {expected}")
 
 
-def _on_cpu(hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
+def _on_cpu(hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Rows:
     """A batch as rows on the CPU."""
     given = {"hidden_states": hidden_states, "expert_ids": ids, "weights": weights}
     x, ids, weights = (as_tensor(name, tensor).cpu() for name, tensor in given.items())
