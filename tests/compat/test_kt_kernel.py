@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from quantized_layers import quantized_layer
 torch = pytest.importorskip("torch")
 
 import ktmoe_np  # noqa: E402
-from ktmoe_np.compat import arguments, kt_kernel, streams  # noqa: E402
+from ktmoe_np.compat import arguments, inference, kt_kernel, streams, training  # noqa: E402
+from ktmoe_np.compat.base import _REFUSED_NAMES  # noqa: E402
 from ktmoe_np.compat.kt_kernel import KTMoEWrapper, generate_gpu_experts_masks  # noqa: E402
 
 pytestmark = pytest.mark.crosscheck
 
 E, I, H, P, T = 5, 24, 40, 2, 7  # noqa: E741
+_NAME = re.compile(r"`(\w+)`")
 ENGINE = (None, None)  # threads and sub-pools: those of the engine that other tests use
 
 
@@ -56,7 +59,7 @@ def drawn(layer: Layer, tokens: int = T, slots: int = P, seed: int = 2) -> tuple
 
 
 def test_doctests() -> None:
-    for module in (kt_kernel, arguments, streams):
+    for module in (kt_kernel, inference, training, arguments, streams):
         found = doctest.testmod(module)
         assert found.attempted > 0
         assert found.failed == 0
@@ -75,6 +78,22 @@ def test_parameters_stand_in_kt_kernels_order_with_its_defaults() -> None:
     defaults = {name: parameters[name].default for name in names[10:]}
     assert list(defaults.values())[:6] == [False, None, "AMXINT4", None, "inference", 0]
     assert list(defaults.values())[6:] == [16, 32.0, 0.0, 1, 128, True, False, 0.0, 0.0]
+
+
+def test_the_page_for_users() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "from-kt-kernel.md").read_text()
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), {})
+    table = page[page.index("## Parameters") : page.index("## Methods")]
+    named = [
+        name for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in _NAME.findall(cell)
+    ]
+    assert named == list(inspect.signature(KTMoEWrapper.__new__).parameters)[1:]
+    for kind, title in ((kt_kernel.InferenceExperts, "inference"), (kt_kernel.TrainingExperts, "training")):
+        section = page[page.index(f"## Layers for {title}") :].split("\n## ")[0]
+        rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+        there = {name for cell in rows for name in _NAME.findall(cell)}
+        known = {*dir(kind), *_REFUSED_NAMES, "gpu_experts_mask", "cuda_stream", "generate_gpu_experts_masks"}
+        assert there <= known
 
 
 # ---- passes ----
@@ -329,7 +348,40 @@ def test_group_sizes_are_the_checkpoints(tmp_path: Path, encoding: str, method: 
     assert_same_bits(found, ours.forward(*batch, activation_dtype=dtype))
 
 
-# ---- what else SGLang calls ----
+# ---- what SGLang calls ----
+
+
+@pytest.mark.parametrize("version", ["a number of experts", "a mask"])
+def test_a_model_of_sglang(tmp_path: Path, version: str) -> None:
+    """Layers by keyword from a checkpoint; ids are overwritten once they are submitted."""
+    weights = write_checkpoint(tmp_path, "qwen3_moe", [0, 1], E, I, H)
+    masks = generate_gpu_experts_masks(torch.tensor([[3.0, 2.0, 1.0, 1.0, 1.0]] * 2), 4)
+    for number in range(2):
+        gpu = {"num_gpu_experts": 2} if version == "a number of experts" else {}
+        if not gpu:
+            gpu = {"gpu_experts_mask": masks[number], "numa_nodes": None}
+            gpu |= {"swiglu_limit": 0.0, "swiglu_alpha": 0.0}
+        moe = KTMoEWrapper(
+            layer_idx=number,
+            num_experts=E,
+            num_experts_per_tok=P,
+            hidden_size=H,
+            moe_intermediate_size=I,
+            cpuinfer_threads=None,
+            threadpool_count=None,
+            weight_path=str(tmp_path),
+            chunked_prefill_size=512,
+            method="BF16",
+            max_deferred_experts_per_token=0,
+            **gpu,
+        )
+        moe.load_weights(torch.arange(E, dtype=torch.int64))
+        layer = Layer(*(weights[number][name] for name in ("gate_proj", "up_proj", "down_proj")))
+        batch, (x, ids, scores) = drawn(layer, seed=number)
+        moe.submit_forward(x, ids, scores, 0)
+        ids[ids >= 2] = -1
+        output = numpy_of(moe.sync_forward(x, 0))
+        assert_close(output, layer, batch, gpu_experts_mask=np.arange(E) < 2)
 
 
 def test_weights_of_an_expert_for_gpus(layer: Layer) -> None:

@@ -119,6 +119,14 @@ def test_arguments(options: dict[str, Any], kind: Any, message: str) -> None:
         made(**options)
 
 
+def test_sizes() -> None:
+    with pytest.raises(TypeError, match=r"^num_experts_per_tok: got '2', expected an integer"):
+        KTMoEWrapper(0, E, "2", H, I, method="BF16")
+    with pytest.raises(ValueError, match=r"^swiglu_limit: got 10{400}, expected 0 for none, or a finite"):
+        made(swiglu_limit=10**400)
+    assert made(swiglu_limit=np.float32(0.5)).swiglu_limit == 0.5
+
+
 def test_chunks_have_a_token() -> None:
     with pytest.raises(ValueError, match=r"^chunked_prefill_size: got 0, expected 1 or more$"):
         KTMoEWrapper(0, E, P, H, I, None, None, None, None, 0, method="BF16")

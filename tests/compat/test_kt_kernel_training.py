@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from array_kinds import numpy_of, of_torch
+from checkpoints import write_checkpoint
 from gradient_bound import gradient_balls
-from layers import AnyArray, Batch, assert_same_bits, bf16
+from layers import AnyArray, Batch, Layer, assert_same_bits, bf16
 from sft_layers import Student, by_name, draw_lora, draw_student, draw_training
 
 torch = pytest.importorskip("torch")
@@ -157,6 +159,39 @@ def test_serving(student: Student, dtype: Any) -> None:
     assert y.dtype is dtype
     assert_same_bits(numpy_of(y), numpy_of(of_torch(out).to(dtype)))
     assert all((each == 7).all() for each in gradients)
+
+
+def test_an_adapter_of_sglang(tmp_path: Path) -> None:
+    """A base from a checkpoint, adapters after it, and passes for serving."""
+    weights = write_checkpoint(tmp_path, "qwen3_moe", [2], E, I, H)[2]
+    layer = Layer(weights["gate_proj"], weights["up_proj"], weights["down_proj"])
+    student = Student(layer, draw_lora(np.random.default_rng(4), layer, R, bf16), R)
+    sft = KTMoEWrapper(
+        layer_idx=2,
+        num_experts=E,
+        num_experts_per_tok=P,
+        hidden_size=H,
+        moe_intermediate_size=I,
+        gpu_experts_mask=torch.zeros(E, dtype=torch.bool),
+        cpuinfer_threads=None,
+        threadpool_count=None,
+        numa_nodes=None,
+        weight_path=str(tmp_path),
+        chunked_prefill_size=512,
+        method="AMXBF16_SFT",
+        mode="sft",
+        num_gpu_experts=0,
+        lora_rank=R,
+        lora_alpha=student.lora_alpha,
+        max_cache_depth=1,
+    )
+    sft.load_weights(torch.arange(E))
+    lora, _ = adapters(student)
+    sft.init_lora_weights(*lora, *map(torch.zeros_like, lora))
+    batch, _, tensors, _ = drawn(student)
+    for _ in range(3):
+        sft.submit_forward_inference(*tensors, 0)
+        assert_same_bits(numpy_of(sft.sync_forward_inference(0)), student.wrapper(P).forward(*batch))
 
 
 def test_masks(student: Student) -> None:

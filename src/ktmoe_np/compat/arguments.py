@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -103,7 +105,7 @@ def activation_of(swiglu_limit: float, swiglu_alpha: float) -> ActivationSpec:
     >>> activation_of(10.0, 0.0).name, activation_of(0.0, 1.702).limit
     ('silu', inf)
     """
-    limit = number("swiglu_limit", swiglu_limit) or float("inf")
+    limit = number("swiglu_limit", swiglu_limit) or math.inf
     alpha = number("swiglu_alpha", swiglu_alpha)
     given: Mapping[str, Any] = {"kind": "silu", "limit": limit}
     if alpha:
@@ -120,11 +122,15 @@ def number(name: str, value: Any, *, positive: bool = False) -> float:
         Something else.
     """
     what = "a finite number above 0" if positive else "0 for none, or a finite number above"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r}, expected {what}")
-    if not 0 <= value < float("inf") or (positive and value == 0):
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if not 0 <= found < math.inf or (positive and found == 0):
         raise ValueError(f"{name}: got {value!r}, expected {what}")
-    return float(value)
+    return found
 
 
 def gpu_mask(gpu_experts_mask: Any, num_gpu_experts: Any, num_experts: int) -> torch.Tensor:

@@ -155,6 +155,15 @@ class InferenceExperts(CompatLayer):
             Not tensors, or a number that is no integer.
         ValueError
             Another shape.
+
+        Examples
+        --------
+        >>> from ktmoe_np.compat.kt_kernel import KTMoEWrapper
+        >>> moe = KTMoEWrapper(0, 8, 3, 64, 32, method="BF16")
+        >>> ids, scores = torch.tensor([[3, 1, 4]]), torch.tensor([[0.2, 0.5, 0.3]])
+        >>> now, later = moe.select_deferred_experts(ids, scores, 2)
+        >>> now.tolist(), later.tolist()
+        ([[-1, 1, 4]], [[3, -1, -1]])
         """
         ids, scores = as_tensor("expert_ids", expert_ids), as_tensor("expert_scores", expert_scores)
         if ids.ndim != 2 or scores.shape != ids.shape:

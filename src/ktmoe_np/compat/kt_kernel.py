@@ -206,7 +206,8 @@ class KTMoEWrapper:
         chunk_size = at_least("chunked_prefill_size", chunked_prefill_size, 1)
         if mode == "inference":
             deferred = at_least("max_deferred_experts_per_token", max_deferred_experts_per_token or 0, 0)
-            options["max_deferred_experts_per_token"] = min(deferred, num_experts_per_tok)
+            slots = at_least("num_experts_per_tok", num_experts_per_tok, 1)
+            options["max_deferred_experts_per_token"] = min(deferred, slots)
             options["chunked_prefill_size"] = chunk_size
         else:
             _check_trains_adapters(lora_rank, full_weight_grad)

@@ -40,6 +40,24 @@ class TrainingExperts(CompatLayer):
         The caller's adapters.
     grad_gate_lora_a, .., grad_down_lora_b : tensor, or None before `init_lora_weights`
         The caller's gradients, which `backward` writes.
+
+    Examples
+    --------
+    >>> from ktmoe_np.compat.kt_kernel import KTMoEWrapper
+    >>> sft = KTMoEWrapper(0, 2, 1, 4, 2, None, None, None, None, 512, method="AMXBF16_SFT", mode="sft",
+    ...                    lora_rank=1, lora_alpha=1.0)
+    >>> gate, down = torch.ones(2, 2, 4).bfloat16(), torch.ones(2, 4, 2).bfloat16()
+    >>> sft.load_weights_from_tensors(gate, gate, down, torch.arange(2))
+    >>> shapes = [(2, 1, 4), (2, 2, 1), (2, 1, 4), (2, 2, 1), (2, 1, 2), (2, 4, 1)]
+    >>> lora, gradients = ([torch.zeros(shape) for shape in shapes] for _ in range(2))
+    >>> lora[4][:] = 1.0
+    >>> sft.init_lora_weights(*lora, *gradients)
+    >>> batch = torch.ones(1, 4), torch.tensor([[1]]), torch.ones(1, 1)
+    >>> sft.forward(*batch).tolist()
+    [[31.375, 31.375, 31.375, 31.375]]
+    >>> grad_input, grad_weights = sft.backward(torch.ones(1, 4))
+    >>> grad_weights.tolist(), gradients[5][:, 0, 0].tolist()  # down_lora_b of expert 1
+    ([[125.5]], [0.0, 31.375])
     """
 
     layer: BaseSFTMoEWrapper
