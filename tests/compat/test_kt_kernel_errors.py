@@ -293,6 +293,8 @@ def test_adapters(layer: Layer) -> None:
         lambda: sft.submit_forward(*batch_of(layer)),
         lambda: sft.submit_forward_inference(*batch_of(layer), 0),
         sft.update_lora_weights,
+        lambda: sft.backward(batch_of(layer)[0]),
+        lambda: sft.submit_backward_async(batch_of(layer)[0]),
     ):
         with pytest.raises(
             RuntimeError, match=r"^layer 0 has no adapters yet, call init_lora_weights first$"

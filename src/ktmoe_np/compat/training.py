@@ -264,6 +264,7 @@ class TrainingExperts(CompatLayer):
         Exception
             What `ktmoe_np.BaseSFTMoEWrapper.backward` raises.
         """
+        self._check_lora()
         scale = number("optimizer_grad_scale", optimizer_grad_scale, positive=True)
         results = self.layer.backward(as_tensor("grad_output", grad_output).cpu().contiguous())
         return self._written(results, output_device, scale)
@@ -275,6 +276,7 @@ class TrainingExperts(CompatLayer):
         optimizer_grad_scale: float = 1.0,
     ) -> None:
         """Begin what `backward` does, on a copy; `sync_backward` writes gradients and gives the results."""
+        self._check_lora()
         scale = number("optimizer_grad_scale", optimizer_grad_scale, positive=True)
         self.layer.submit_backward(as_tensor("grad_output", grad_output).cpu().contiguous().clone())
         self._scale, self._device = scale, output_device
