@@ -46,6 +46,7 @@ Modules
     sft                         options of training, adapters in PEFT directories
     jax                         layers in compiled JAX programs
     torch                       layers under autograd, and in models of transformers
+    compat.kt_kernel            the names and signatures of KTransformers' kt-kernel
     config                      sizes and activations, read from a model's config
     kt_kernel_ext               the extension: engine and layers as C++ has them
 """
