@@ -181,6 +181,47 @@ def test_adapters_are_computed_with(
         assert all(after < before for before, after in zip(before, after, strict=True))
 
 
+def test_training_goes_on_from_an_adapter(
+    text: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first measurement is the last of the run that the adapter is from; rank and alpha are its own."""
+    out = tmp_path / "more"
+    options = [option for option in SIZES if not option.startswith("--rank")]
+    command = ["finetune", f"--text={text}", f"--out={out}", *options, f"--adapter={whole}", "--steps=3"]
+    assert main([*command, "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    last = [row for row in read(whole / "loss.csv") if row["held_out_bits_per_byte"]][-1]
+    assert value["rank"] == 4
+    assert value["held_out"]["0"] == pytest.approx(float(last["held_out_bits_per_byte"]), abs=1e-4)
+    assert value["held_out"]["3"] < value["held_out"]["0"]
+    assert main([*command[:-1], "--steps=4"]) == 0  # the same command resumes
+    capsys.readouterr()
+    assert main([*command[:-2], "--steps=5"]) == 2
+    assert "was begun with rank 4, not 16" in capsys.readouterr().err
+    assert main([*command[:-2], "--rank=4", "--steps=5"]) == 2
+    assert "was begun with adapter (sha256)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank=5"], "--rank: got 5 with --adapter, expected 4, that of the adapter"),
+        (["--rank=4", "--alpha=3"], "--alpha: got 3.0 with --adapter, expected 8.0, that of the adapter"),
+    ],
+)
+def test_adapters_of_another_scale(
+    options: list[str], message: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["finetune", f"--adapter={whole}", f"--out={tmp_path / 'x'}", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_is_not_written_over(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", f"--adapter={whole}", f"--out={whole}"]) == 2
+    assert "expected another directory than --out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -10,6 +10,7 @@ import copy
 import json
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,30 @@ class Case:
         return layers
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+#: Tried in every run: each layout, and what differs in names. The others are tried before a release.
+ALWAYS = (
+    "qwen3_moe",
+    "mixtral",
+    "gpt_oss",
+    "llama4_text",
+    "nemotron_h",
+    "granitemoe",
+    "jamba",
+    "gemma4_text",
+)
+
+
+def some_in_every_run(names: Iterable[str]) -> list[Any]:
+    """Families as parameters."""
+    return [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.release) for name in names]
+
+
+@pytest.fixture(scope="module", params=some_in_every_run(FAMILIES))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(request.param, tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module", params=[name for name, family in FAMILIES.items() if family.separate])
+@pytest.fixture(scope="module", params=some_in_every_run(n for n, each in FAMILIES.items() if each.separate))
 def separate_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(request.param, tmp_path_factory.mktemp("model"))
 
@@ -257,7 +276,7 @@ def test_peft_converts_adapters_of_one_linear_each(separate_case: Case, tmp_path
     assert_same_experts(case, adapted, together)
 
 
-@pytest.mark.parametrize("model_type", SEPARATE_REFUSED)
+@pytest.mark.parametrize("model_type", some_in_every_run(SEPARATE_REFUSED))
 def test_peft_does_not_load_what_is_refused(model_type: str, tmp_path: Path) -> None:
     """When this fails, PEFT has changed, and the table must."""
     case = Case(model_type, tmp_path / "model")

@@ -232,10 +232,11 @@ def _add_finetune(add: Callable[..., _Parser]) -> None:
     _add_method(command)
     _add_activation_dtype(command, _OF_MODELS)
     command.add_argument("--steps", type=Count(1), default=200, metavar="N", help="in all (default 200)")
-    command.add_argument(
-        "--rank", type=Count(1), default=16, metavar="R", help="of the adapters (default 16)"
-    )
+    command.add_argument("--rank", type=Count(1), metavar="R", help="of the adapters (default 16)")
     command.add_argument("--alpha", type=positive, metavar="A", help="LoRA alpha (default: twice the rank)")
+    command.add_argument(
+        "--adapter", metavar="DIR", help="go on from adapters that 'ktmoe finetune' or PEFT has written"
+    )
     command.add_argument(
         "--batch", type=Count(1), default=8, metavar="N", help="sequences per step (default 8)"
     )

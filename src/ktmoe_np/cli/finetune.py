@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..models import MoEDecoder, load_tokenizer
+from ..sft.peft import peft_scale
 from .plot import can_draw
 from .progress import EXTRA_HINT
 from .table import wrap
@@ -19,16 +20,21 @@ from .training_text import read_training_text
 
 __all__ = ["run"]
 
+#: Of adapters that are new.
+_RANK = 16
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; 0 when all steps are done, and KeyboardInterrupt, with a state saved, when interrupted."""
     tokenizer = load_tokenizer(arguments.path)
+    rank, alpha = _scale(arguments)
     model = MoEDecoder.from_pretrained(
         arguments.path,
         arguments.method,
         mode="sft",
-        lora_rank=arguments.rank,
-        lora_alpha=2.0 * arguments.rank if arguments.alpha is None else arguments.alpha,
+        adapter=arguments.adapter,
+        lora_rank=rank,
+        lora_alpha=alpha,
         seed=arguments.seed,
         cpuinfer_threads=arguments.threads,
         activation_dtype=arguments.activation_dtype,
@@ -50,6 +56,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _scale(arguments: argparse.Namespace) -> tuple[int, float]:
+    """Rank and alpha of the adapters: those of an adapter to go on from, or as the arguments say."""
+    if arguments.adapter is None:
+        rank = _RANK if arguments.rank is None else arguments.rank
+        return rank, 2.0 * rank if arguments.alpha is None else arguments.alpha
+    if Path(arguments.adapter).resolve() == Path(arguments.out).resolve():
+        raise ValueError(f"--adapter: got {arguments.adapter}, expected another directory than --out")
+    found = peft_scale(arguments.adapter)
+    for name, given, own in zip(("rank", "alpha"), (arguments.rank, arguments.alpha), found, strict=True):
+        if given not in (None, own):
+            raise ValueError(f"--{name}: got {given} with --adapter, expected {own}, that of the adapter")
+    return found
+
+
 def _report(arguments: argparse.Namespace, training: TrainingRun, model: MoEDecoder) -> dict[str, Any]:
     course = training.course
     return {
@@ -59,7 +79,7 @@ def _report(arguments: argparse.Namespace, training: TrainingRun, model: MoEDeco
         "drawn": training.drawn,
         "method": model.experts[0].method,
         "activation_dtype": model.activation_dtypes[0],
-        "rank": arguments.rank,
+        "rank": model.trained_experts()[0].options.lora_rank,
         "num_parameters": sum(value.size for value in training.parameters.values()),
         "steps": course.num_steps,
         "tokens_per_step": arguments.batch * arguments.window,

@@ -22,6 +22,7 @@ from .plot import can_draw, draw_course
 from .progress import Progress
 from .training_state import (
     Course,
+    adapter_digest,
     fingerprint,
     is_leftover,
     read_state,
@@ -96,7 +97,7 @@ class TrainingRun:
             "model (sha256)": fingerprint(arguments.path),
             "method": main_name(method),
             "text (sha256)": text.sha256,
-            "rank": arguments.rank,
+            "rank": self._experts[0].options.lora_rank,
             "alpha": self._experts[0].options.lora_alpha,
             "batch": arguments.batch,
             "window": arguments.window,
@@ -105,6 +106,7 @@ class TrainingRun:
             "seed": arguments.seed,
             "prompt": given,
             "activation_dtype": _other_dtypes(model, method),
+            "adapter (sha256)": None if arguments.adapter is None else adapter_digest(arguments.adapter),
         }
         self.course = Course()
         self.drawn = False
@@ -279,7 +281,7 @@ class TrainingRun:
         write_csv(self._directory / "loss.csv", course)
         self.drawn = False
         if can_draw():
-            title = f"Adapters of rank {arguments.rank} learn {Path(arguments.text).name}"
+            title = f"Adapters of rank {self._settings['rank']} learn {Path(arguments.text).name}"
             with contextlib.suppress(Exception):  # an error of matplotlib must not lose the rest
                 draw_course(self._directory / "loss.png", course.losses, course.held_out, title)
                 self.drawn = True

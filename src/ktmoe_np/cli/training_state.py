@@ -18,7 +18,16 @@ from ..io.json_text import MAX_JSON_BYTES, parse_json_object
 from ..io.regular_file import open_regular, read_regular
 from ..io.safetensors.writer import replace_text, write_safetensors
 
-__all__ = ["Course", "fingerprint", "is_leftover", "read_state", "state_path", "write_csv", "write_state"]
+__all__ = [
+    "Course",
+    "adapter_digest",
+    "fingerprint",
+    "is_leftover",
+    "read_state",
+    "state_path",
+    "write_csv",
+    "write_state",
+]
 
 _FORMAT = {"format": "ktmoe_np.finetune", "format_version": "1"}
 _PARAMETER, _OPTIMIZER = "parameter.", "optimizer."
@@ -51,6 +60,15 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     for file in files:
         with open_regular(file) as opened:
             digest.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(_LOOKED_AT))
+    return digest.hexdigest()
+
+
+def adapter_digest(directory: str | os.PathLike[str]) -> str:
+    """Identify adapters of PEFT, whatever their path."""
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        with open_regular(Path(directory) / name) as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -58,8 +58,8 @@ class AdaptedExperts(ExpertExport):
         name : str
             How `adapters` and `remove_adapter` call it.
         path : str or path-like
-            A directory as PEFT or `ktmoe_np.sft.export_peft` writes it, or a file of `save_lora_weights`. What
-            a directory has for other layers, and for attention, is left alone.
+            A directory as PEFT or `ktmoe_np.sft.export_peft` writes it, or a file of `save_lora_weights`.
+            What a directory has for other layers, and for attention, is left alone.
 
         Returns
         -------
