@@ -262,7 +262,9 @@ def test_a_text_that_a_model_says(
     monkeypatch.setattr("ktmoe_np.cli.generate.generate", lambda *_, **__: iter(said))
     assert main(["generate", "--prompt=x\x1b[0m\n"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("x\\x1b[0m\nline\n\ttab \\x1b[31mred\\x07\\r\\x7f \\u202e\n\n25 tokens")
+    said_and_prompt, rates = text.split("\n\n")
+    assert said_and_prompt == "x\\x1b[0m\nline\n\ttab \\x1b[31mred\\x07\\r\\x7f \\u202e"
+    assert rates.startswith("prompt: 6 tokens, ") and "; text: 25 tokens, then " in rates
 
 
 def test_json_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,7 @@ class Model:
     """Its loss is the size of its adapters, and what the windows of text add."""
 
     activation_dtypes = ("bfloat16",)
+    config = SimpleNamespace(model_type="qwen3_moe")
 
     def __init__(self) -> None:
         self.experts = [Experts()]
@@ -93,7 +94,7 @@ def train(out: Path) -> int:
     """What the command does; its exit status."""
     arguments = argparse.Namespace(
         out=str(out), path=EMBEDDED_MODEL, text="text", optimizer="adam", rate=1e-2, rank=RANK,
-        batch=2, window=4, seed=1, prompt=None, steps=STEPS, every=EVERY,
+        batch=2, window=4, seed=1, prompt=None, adapter=None, steps=STEPS, every=EVERY,
     )  # fmt: skip
     tokens = np.arange(60) % 7
     text = TrainingText(TextPart(tokens, 1.0), TextPart(tokens[:9], 1.0), "text")
