@@ -58,7 +58,7 @@ def error_bound(
         bound     round(out + radius) - round(out - radius)
 
     With `scale_inputs`, x is bf(w x), which all evaluations agree on, and the w of the sum is 1.
-    With a channel scale c, sum |x| |w| is that of the codes, scaled, and n is K + 2. Int8 products, whose
+    With a channel scale c, ``sum |x| |w|`` is that of the codes, scaled, and n is K + 2. Int8 products, whose
     sums are exact, have n = 4, and the codes q and the scale s of h have intervals too, with radii dq and ds,
     which contain their values at the ends of the intervals of h::
 
@@ -83,7 +83,8 @@ def error_bound(
         long K. Compare with ``accumulate_dtype=float64`` then: the float32 order of `moe_forward` is NumPy's.
     sigmas : float, optional
         Take rounding errors for independent with mean zero (Higham and Mary, 2019): gamma_n becomes
-        sigmas * sqrt(n) * e, and sum |Wd| dh becomes sigmas * sqrt(sum (|Wd| dh)^2), likewise that of dq. An
+        sigmas * sqrt(n) * e, and ``sum |Wd| dh`` becomes ``sigmas * sqrt(sum (|Wd| dh)^2)``, likewise that of
+        dq. An
         element may then fail with a probability of at most 2 exp(-sigmas^2 / 2), in practice far less; 6
         suits tests.
     activation_ulps : float, optional
@@ -128,7 +129,7 @@ def error_bound(
 
 
 def assert_within(actual: AnyArray, expected: AnyArray, bound: Array) -> None:
-    """Raise AssertionError unless |actual - expected| <= bound, and NaN is where NaN is expected.
+    """Raise AssertionError unless ``|actual - expected| <= bound``, and NaN is where NaN is expected.
 
     Parameters
     ----------

@@ -60,9 +60,9 @@ def quantize_int8(
     3. The first s with the least error is the scale, its q are the codes.
 
     So a group of zeros has scale 0 and codes 0. A group of code * scale comes back with those codes and that
-    scale when its largest |code| is 127, the scale has at most 17 significant bits and no weight is beyond
-    the largest bfloat16: then bf(code * scale) is the bfloat16 nearest to a weight, and nothing has a smaller
-    error.
+    scale when its largest ``|code|`` is 127, the scale has at most 17 significant bits and no weight is
+    beyond the largest bfloat16: then bf(code * scale) is the bfloat16 nearest to a weight, and nothing has a
+    smaller error.
 
     Parameters
     ----------
@@ -134,14 +134,14 @@ def quantize_int4(weights: NDArray[Any], *, group_size: int = 32, name: str = "w
     4. The second scale replaces the first when its (s * s) * (sum of errors, group after group) is smaller.
     5. q as in step 3, and with c = m * q the scale of least squares: s = (sum of v * c) / (sum of c * c),
        both sums over the row.
-    6. channel_scale = min(s / 2^p, largest bfloat16 / max |c|), so that no decoded weight overflows.
+    6. ``channel_scale = min(s / 2^p, largest bfloat16 / max |c|)``, so that no decoded weight overflows.
 
     A row of zeros has channel_scale 0, m = 1, q = 0.
 
     A row comes back exactly when its amax is at least 2^-126, the largest power of two that divides all its
     weights, u, is at least 2^(floor(log2 amax) - 6), and each of its groups is either at most 7 u in
-    magnitude, or u * m * q with |m| <= 15, q in [-8, 7] and the largest |q| 7 or 8. In particular every row
-    of c * q does, with c a power of two and q in [-8, 7].
+    magnitude, or u * m * q with ``|m| <= 15``, q in [-8, 7] and the largest ``|q|`` 7 or 8. In particular
+    every row of c * q does, with c a power of two and q in [-8, 7].
 
     Parameters
     ----------

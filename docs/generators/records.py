@@ -1,0 +1,140 @@
+"""Tables of the records in bench/results: times of one run stand beside each other, never those of two."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .markdown import table
+
+__all__ = ["Run", "alone", "compared", "read_runs", "slower", "tables"]
+
+_RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
+_OPERATIONS = {"moe": "forward", "sft": "sft_step"}
+_KINDS = {"moe": "forward pass", "sft": "training step"}
+
+
+@dataclass
+class Run:
+    """What one run measured of one operation: family of backends -> tokens -> the record of the fastest."""
+
+    machine: str
+    kind: str
+    shape: str
+    method: str
+    date: str
+    times: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The batch sizes."""
+        return sorted({t for times in self.times.values() for t in times})
+
+    @property
+    def ours(self) -> list[str]:
+        """The rows of this library."""
+        return [family for family in self.times if family.startswith("ktmoe")]
+
+    @property
+    def peers(self) -> list[str]:
+        """Those of other libraries."""
+        return [family for family in self.times if not family.startswith("ktmoe")]
+
+    def fastest(self, families: Sequence[str], tokens: int) -> float | None:
+        """The least time of families for a batch size, in ms."""
+        return min((self.times[f][tokens]["ms"] for f in families if tokens in self.times[f]), default=None)
+
+    @property
+    def title(self) -> str:
+        """What was measured."""
+        return f"{self.method}, {self.shape}, {_KINDS[self.kind]}, {self.machine}"
+
+
+def read_runs() -> list[Run]:
+    """Read all records of layers, by run."""
+    runs: dict[tuple[str, ...], Run] = {}
+    for path in sorted(_RESULTS.glob("*.jsonl")):
+        for record in map(json.loads, path.read_text().splitlines()):
+            if record.get("operation") != _OPERATIONS.get(record["kind"], ""):
+                continue
+            if record.get("status") != "ok" or "ms" not in record:
+                continue
+            key = tuple(record[name] for name in ("machine", "kind", "shape", "method", "date"))
+            times = runs.setdefault(key, Run(*key)).times.setdefault(record["family"], {})
+            before = times.get(record["tokens"])
+            if before is None or record["ms"] < before["ms"]:
+                times[record["tokens"]] = record
+    return list(runs.values())
+
+
+def compared(runs: Iterable[Run], kind: str) -> list[Run]:
+    """The latest run of each case that had another library in it, with most batch sizes that day."""
+    return _latest(run for run in runs if run.kind == kind and run.ours and run.peers)
+
+
+def alone(runs: Sequence[Run]) -> list[Run]:
+    """The latest run of each case that no run compares with another library."""
+    cases = {_case(run) for run in runs if run.ours and run.peers}
+    return _latest(run for run in runs if run.ours and _case(run) not in cases)
+
+
+def _case(run: Run) -> tuple[str, ...]:
+    return run.machine, run.kind, run.shape, run.method
+
+
+def _latest(runs: Iterable[Run]) -> list[Run]:
+    best: dict[tuple[str, ...], Run] = {}
+    for run in runs:
+        before = best.get(_case(run))
+        if before is None or _worth(run) > _worth(before):
+            best[_case(run)] = run
+    return [best[case] for case in sorted(best)]
+
+
+def _worth(run: Run) -> tuple[str, int, str]:
+    return run.date[:10], len(run.tokens), run.date
+
+
+def tables(runs: Sequence[Run]) -> str:
+    """Render a section for each machine and a table for each run."""
+    lines: list[str] = []
+    for machine in dict.fromkeys(run.machine for run in runs):
+        lines += [f"### {machine}\n"]
+        for run in runs:
+            if run.machine == machine:
+                lines += [f"**{run.method}**, {run.shape}, run of {run.date[:10]}:\n", _table(run), ""]
+    return "\n".join(lines) + "\n"
+
+
+def _table(run: Run) -> str:
+    rows = [
+        (name, *(_milliseconds(times[t]["ms"]) if t in times else "" for t in run.tokens))
+        for name, times in run.times.items()
+    ]
+    for name in run.ours:
+        limits = [run.times[name].get(t, {}).get("of_limit") for t in run.tokens]
+        if any(limits):
+            rows.append((f"{name}, % of the limit", *("" if x is None else f"{100 * x:.0f}" for x in limits)))
+    return table(("ms for tokens", *map(str, run.tokens)), rows)
+
+
+def _milliseconds(ms: float) -> str:
+    return f"{ms:.2f}" if ms < 1 else f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
+
+
+def slower(runs: Sequence[Run]) -> str:
+    """Render the cases in which another library was faster in the same run."""
+    return table(("case", "tokens", "ktmoe ms", "other", "its ms"), _slower(runs)) + "\n"
+
+
+def _slower(runs: Sequence[Run]) -> Iterator[tuple[str, ...]]:
+    for run in runs:
+        for tokens in run.tokens:
+            mine, theirs = run.fastest(run.ours, tokens), run.fastest(run.peers, tokens)
+            if mine is None or theirs is None or theirs >= mine:
+                continue
+            name = min(run.peers, key=lambda f: run.times[f].get(tokens, {"ms": float("inf")})["ms"])
+            yield run.title, str(tokens), _milliseconds(mine), name, _milliseconds(theirs)

@@ -1,0 +1,3 @@
+# page
+ktmoe info
+# end
