@@ -103,9 +103,7 @@ def test_tokens_that_are_not_finite(method: Method) -> None:
 def test_training(scale_inputs: bool, recompute: bool) -> None:
     rng = np.random.default_rng(2)
     student = draw_student(rng, (E, I, H), 5)
-    student = Student(
-        type(student.layer)(**{**vars(student.layer), "scale_inputs": scale_inputs}), student.lora, 5
-    )
+    student = replace(student, layer=replace(student.layer, scale_inputs=scale_inputs))
     batch, grad = draw_training(rng, student, 20, P)
     whole, parts = student.wrapper(P, recompute=recompute), student.wrapper(P, recompute=recompute)
     expected, gradients = whole.forward_sft(*batch), whole.backward(grad)

@@ -7,6 +7,7 @@
 #include <set>
 #include <utility>
 
+#include "bindings/layers/expert_rows.h"
 #include "bindings/layers/expert_slices.h"
 #include "bindings/convert/forward_arrays.h"
 #include "bindings/layers/pass_stats.h"
@@ -231,16 +232,6 @@ PythonTask forward_task(Layer layer, nb::object hidden_states, nb::object topk_i
   return PythonTask([layer, arrays, args = forward.args()] { layer->forward(args); }, arrays);
 }
 
-PythonTask expert_rows_task(Layer layer, nb::object hidden_states, nb::object topk_ids,
-                            nb::object topk_weights, nb::object rows,
-                            const std::optional<std::string>& activation_dtype) {
-  ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, rows, nb::none(),
-                        Output::kExpertRows);
-  forward.set_activation_dtype(activation_dtype_of(*layer, activation_dtype));
-  const auto arrays = forward.arrays();
-  return PythonTask([layer, arrays, args = forward.args()] { layer->forward(args); }, arrays);
-}
-
 // One task per chunk of a batch. Each keeps the arrays alive on its own: the cycle collector counts
 // references.
 nb::typed<nb::list, PythonTask> forward_tasks(Layer layer, nb::object hidden_states, nb::object topk_ids,
@@ -438,25 +429,6 @@ activation_dtype : {"bfloat16", "int8"}, optional
 Returns
 -------
 Task)")
-      .def("expert_rows_task", &expert_rows_task, nb::arg("hidden_states").none(), nb::arg("topk_ids").none(),
-           nb::arg("topk_weights").none(), nb::arg("rows").none(), nb::kw_only(),
-           nb::arg("activation_dtype").none() = nb::none(),
-           R"(Make the task of one forward pass that does not sum what experts compute.
-
-`combine_rows_task` sums the rows, here or on another host, to the bits that `forward_task` gives.
-
-Parameters
-----------
-hidden_states, topk_ids, topk_weights, activation_dtype
-    See `forward_task`. Weights count only where they scale the inputs.
-rows : array
-    float32 [S, H], written: the result of the expert of each slot that is not skipped, in the order of slots, all of
-    a token before those of the next.
-
-Returns
--------
-Task
-    Raises ValueError when it runs if S is another number.)")
       .def("forward_tasks", &forward_tasks, nb::arg("hidden_states").none(), nb::arg("topk_ids").none(),
            nb::arg("topk_weights").none(), nb::arg("out").none(), nb::arg("chunk_size"),
            nb::arg("incremental") = false, nb::kw_only(), nb::arg("skip_experts").none() = nb::none(),
@@ -490,6 +462,7 @@ void bind_interface(nb::module_& m) {
   bind_load(layer);
   bind_forward(layer);
   bind_stats(layer);
+  bind_expert_rows(layer);
   bind_expert_slices(layer);
 }
 

@@ -1,5 +1,9 @@
-// Sums of experts' rows that were computed elsewhere, in Python.
+// Rows of experts that are summed apart from their layer, in Python.
+#include "bindings/layers/expert_rows.h"
+
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
 
 #include <utility>
 #include <vector>
@@ -12,6 +16,16 @@
 
 namespace ktmoe::bindings {
 namespace {
+
+PythonTask expert_rows_task(std::shared_ptr<MoE_Interface> layer, nb::object hidden_states,
+                            nb::object topk_ids, nb::object topk_weights, nb::object rows,
+                            const std::optional<std::string>& activation_dtype) {
+  ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, rows, nb::none(),
+                        Output::kExpertRows);
+  forward.set_activation_dtype(activation_dtype_of(*layer, activation_dtype));
+  const auto arrays = forward.arrays();
+  return PythonTask([layer, arrays, args = forward.args()] { layer->forward(args); }, arrays);
+}
 
 PythonTask combine_rows_task(std::shared_ptr<WorkerPool> pool, nb::handle rows, nb::handle row,
                              nb::handle weights, nb::handle hidden_states, nb::handle out) {
@@ -56,6 +70,28 @@ PythonTask combine_rows_task(std::shared_ptr<WorkerPool> pool, nb::handle rows, 
 }
 
 }  // namespace
+
+void bind_expert_rows(nb::class_<MoE_Interface>& layer) {
+  layer.def("expert_rows_task", &expert_rows_task, nb::arg("hidden_states").none(),
+            nb::arg("topk_ids").none(), nb::arg("topk_weights").none(), nb::arg("rows").none(), nb::kw_only(),
+            nb::arg("activation_dtype").none() = nb::none(),
+            R"(Make the task of one forward pass that does not sum what experts compute.
+
+`combine_rows_task` sums the rows, here or on another host, to the bits that `forward_task` gives.
+
+Parameters
+----------
+hidden_states, topk_ids, topk_weights, activation_dtype
+    See `forward_task`. Weights count only where they scale the inputs.
+rows : array
+    float32 [S, H], written: the result of the expert of each slot that is not skipped, in the order of slots, all of
+    a token before those of the next.
+
+Returns
+-------
+Task
+    Raises ValueError when it runs if S is another number.)");
+}
 
 void bind_combine_rows(nb::module_& m) {
   m.def("combine_rows_task", &combine_rows_task, nb::arg("pool"), nb::arg("rows").none(),
