@@ -74,8 +74,7 @@ class ExpertParallelSFT(ExpertParallelBase):
     ...     ones = np.ones((1, 2, 4), ml_dtypes.bfloat16)
     ...     sft.load_weights_from_tensors(ones, None, np.ones((1, 4, 2), ml_dtypes.bfloat16))
     ...     layer = ExpertParallelSFT(sft, comm)
-    ...     x, ids = np.ones((1, 4), ml_dtypes.bfloat16), np.array([[1 - comm.rank]])  # the other rank's
-    expert
+    ...     x, ids = np.ones((1, 4), ml_dtypes.bfloat16), np.array([[1 - comm.rank]])
     ...     y = layer.forward_sft(x, ids, np.ones((1, 1), np.float32))
     ...     gradients = layer.backward(y)
     ...     return float(y[0, 0]), gradients.grad_weights.tolist(), gradients.down_lora_b.shape

@@ -38,8 +38,8 @@ class MPICommunicator:
     """An mpi4py communicator.
 
     Exchanges are messages between pairs of ranks. MPI's own collective that does not block goes wrong with
-    MPI 4 where a rank has nothing to exchange: it does not count there, and the rank's later ones meet
-    others'.
+    Open MPI 4 where a rank has nothing to exchange: there it does not count, and later ones meet those of
+    others.
 
     Parameters
     ----------
