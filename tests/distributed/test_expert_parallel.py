@@ -6,6 +6,7 @@ import doctest
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from layers import (
     assert_close,
     assert_same_bits,
     bf16,
+    draw,
     draw_batch,
     draw_layer,
 )
@@ -35,6 +37,7 @@ import ktmoe_np.distributed.placement
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np.distributed import ExpertParallel, RankError
 from ktmoe_np.distributed.placement import owners_of
+from ktmoe_np.models import EMBEDDED_MODEL
 
 E, I, H, P = 5, 33, 64, 2  # noqa: E741
 
@@ -446,3 +449,36 @@ def test_named_placements(first: int, second: int) -> None:
         counts = np.bincount(owners, minlength=num_ranks)
         assert counts.max() - counts.min() <= 1
         assert (np.diff(owners) >= 0).all() or name == "strided"
+
+
+# ---- checkpoints ----
+
+
+def test_layers_of_a_checkpoint() -> None:
+    whole = KTMoEWrapper.from_pretrained(EMBEDDED_MODEL, 1)
+    rng, config = np.random.default_rng(14), whole.config
+    batches = [
+        Batch(draw(rng, size, 256), rng.integers(0, 16, (size, 4)), rng.random((size, 4), np.float32))
+        for size in (5, 3, 2)
+    ]
+    assert (config.num_experts, config.num_experts_per_tok) == (16, 4)
+
+    def rank(comm: Any) -> tuple[AnyArray, Any]:
+        moe = ExpertParallel.from_pretrained(EMBEDDED_MODEL, 1, comm=comm, placement="strided", timeout=30)
+        return moe.forward(*batches[comm.rank]), moe
+
+    for batch, (got, moe) in zip(batches, on_ranks(3, rank), strict=True):
+        assert_same_bits(got, whole.forward(*batch))
+        assert moe.config == config
+        assert moe.layer.config.num_experts in (5, 6)
+
+
+def test_checkpoints_that_one_rank_does_not_find(tmp_path: Path) -> None:
+    def rank(comm: Any) -> str:
+        path = tmp_path if comm.rank else EMBEDDED_MODEL
+        said = caught(lambda: ExpertParallel.from_pretrained(path, 1, comm=comm, timeout=30))
+        ExpertParallel.from_pretrained(EMBEDDED_MODEL, 1, comm=comm)
+        return said
+
+    for said in on_ranks(2, rank):
+        assert said.startswith("rank 1: FileNotFoundError")

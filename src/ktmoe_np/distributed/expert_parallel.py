@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +13,15 @@ from .. import __version__
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import at_least
 from ..arrays.summary import object_summary
-from ..arrays.types import ArrayLike, IntegersLike
+from ..arrays.types import ArrayLike, IntegersLike, PathLike
 from ..config import ActivationDtype, MoEConfig
+from ..experts import InferenceOverrides
 from ..inference.base import BaseMoEWrapper
 from ..layers.base import MoELayer
 from ..passes.batch import Batch
 from .channel import Channel, RankError, attempt
 from .exchange import SentTokens, route_tokens
+from .loading import load_own_experts
 from .placement import Placement, PlacementLike, owners_of
 from .slices import ExactSlice, FastSlice, Slice, run_slices
 
@@ -230,6 +232,58 @@ class ExpertParallel(ExpertParallelBase):
     @staticmethod
     def _layer_class() -> type[MoELayer]:
         return BaseMoEWrapper
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: PathLike,
+        layer_idx: int = 0,
+        method: str | None = None,
+        *,
+        comm: object,
+        placement: PlacementLike = "contiguous",
+        combine: Combine = "exact",
+        slice_tokens: int = 2048,
+        timeout: float = 300.0,
+        **overrides: Unpack[InferenceOverrides],
+    ) -> ExpertParallel:
+        """Make and load this rank's part of a layer of a checkpoint, on all ranks. Collective.
+
+        Parameters
+        ----------
+        path, layer_idx, method, **overrides
+            See `KTMoEWrapper.from_pretrained`. Every rank finds the checkpoint there, and maps the tensors of
+            its own experts.
+        comm, placement, combine, slice_tokens, timeout
+            See the class.
+
+        Returns
+        -------
+        ExpertParallel
+
+        Raises
+        ------
+        RankError
+            On all ranks: one of them cannot load its experts, or loads others than it should.
+        TimeoutError
+            Not all ranks came.
+
+        Examples
+        --------
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> from ktmoe_np.distributed import ExpertParallel, ThreadCommunicator
+        >>> from ktmoe_np.models import EMBEDDED_MODEL
+        >>> def load(comm):
+        ...     return ExpertParallel.from_pretrained(EMBEDDED_MODEL, 1, comm=comm, placement="strided")
+        >>> with ThreadPoolExecutor() as threads:
+        ...     [layer.experts.tolist() for layer in threads.map(load, ThreadCommunicator.create(2))]
+        [[0, 2, 4, 6, 8, 10, 12, 14], [1, 3, 5, 7, 9, 11, 13, 15]]
+        """
+        channel = Channel.of(comm, timeout)
+        layer = load_own_experts(channel, path, layer_idx, method, "inference", placement, overrides)
+        return cls(
+            layer, channel, placement=placement, combine=combine, slice_tokens=slice_tokens, timeout=timeout
+        )
 
     def forward(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,17 +12,20 @@ from numpy.typing import NDArray
 from .. import kt_kernel_ext as ext
 from ..arrays.checks import Array, bfloat16
 from ..arrays.rows import RowForm, hidden_rows
-from ..arrays.types import ArrayLike, IntegersLike
+from ..arrays.types import ArrayLike, IntegersLike, PathLike
 from ..config import ActivationDtype
+from ..experts import SFTOverrides
 from ..layers.base import MoELayer
 from ..passes.batch import Batch
 from ..sft.base import BaseSFTMoEWrapper
 from ..sft.gradients import SFTGradients, lora_shapes
 from ..sft.lora import first_matrix
 from ..sft.results import BackwardResults
-from .channel import attempt
+from .channel import Channel, attempt
 from .exchange import SentTokens, route_tokens
 from .expert_parallel import Combine, ExpertParallelBase
+from .loading import load_own_experts
+from .placement import PlacementLike
 from .slices import Status
 
 __all__ = ["ExpertParallelSFT"]
@@ -89,8 +92,38 @@ class ExpertParallelSFT(ExpertParallelBase):
     def _layer_class() -> type[MoELayer]:
         return BaseSFTMoEWrapper
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: PathLike,
+        layer_idx: int = 0,
+        method: str | None = None,
+        *,
+        comm: object,
+        placement: PlacementLike = "contiguous",
+        timeout: float = 300.0,
+        **overrides: Unpack[SFTOverrides],
+    ) -> ExpertParallelSFT:
+        """Make and load this rank's part of a layer of a checkpoint, on all ranks; as for `ExpertParallel`.
+
+        Parameters
+        ----------
+        path, layer_idx, method, **overrides
+            See `KTMoEWrapper.from_pretrained` with ``mode="sft"``.
+        comm, placement, timeout
+            See `ExpertParallel`.
+        """
+        channel = Channel.of(comm, timeout)
+        layer = load_own_experts(channel, path, layer_idx, method, "sft", placement, overrides)
+        return cls(layer, channel, placement=placement, timeout=timeout)
+
     def __init__(
-        self, layer: BaseSFTMoEWrapper, comm: object, *, placement: Any = "contiguous", timeout: float = 300.0
+        self,
+        layer: BaseSFTMoEWrapper,
+        comm: object,
+        *,
+        placement: PlacementLike = "contiguous",
+        timeout: float = 300.0,
     ) -> None:
         super().__init__(layer, comm, placement=placement, timeout=timeout)
         self._saved: list[_SavedPass] = []
