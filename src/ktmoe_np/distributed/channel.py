@@ -219,9 +219,9 @@ class Channel:
         self.wait(self.comm.ialltoallv(_bytes(send), sizes, _bytes(got), sizes), what)
         return got
 
-    def gather(self, data: bytes, layer: int = 0) -> list[bytes]:
-        """The bytes of every rank; a call of its own."""
-        lengths = self.agree("gather", layer, None, [(len(data), 0)] * self.size)[:, 0]
+    def gather(self, data: bytes, layer: int = 0, error: Exception | None = None) -> list[bytes]:
+        """The bytes of every rank; a call of its own, which an error of one rank ends on all."""
+        lengths = self.agree("gather", layer, error, [(len(data), 0)] * self.size)[:, 0]
         got = np.empty(int(lengths.sum()), np.uint8)
         send = np.frombuffer(data * self.size, np.uint8)
         sizes = [int(n) for n in lengths]

@@ -37,6 +37,8 @@ _DTYPES = (None, "bfloat16", "int8")
 class ExpertParallelBase:
     """What layers on several ranks have in common: whose experts are where."""
 
+    layer: MoELayer
+
     def __init__(
         self,
         layer: MoELayer,
@@ -131,6 +133,26 @@ class ExpertParallelBase:
     def _summary(self) -> str:
         own = f"{len(self.experts)} experts of {self.config.num_experts}"
         return f"rank {self.rank} of {self.size} with {own}: {self.layer!r}"
+
+    @property
+    def channel(self) -> Channel:
+        """What the layers on this communicator share."""
+        return self._channel
+
+    @property
+    def method(self) -> str:
+        """How this rank's experts are encoded, as on all ranks."""
+        return self.layer.method
+
+    @property
+    def activation_dtype(self) -> str:
+        """What products take activations in where a call does not say: ``bfloat16`` or ``int8``."""
+        return self.layer.activation_dtype
+
+    @property
+    def activation_dtypes(self) -> tuple[str, ...]:
+        """What products can take activations in."""
+        return self.layer.activation_dtypes
 
     @property
     def rank(self) -> int:

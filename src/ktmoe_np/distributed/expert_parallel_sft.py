@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -20,6 +20,7 @@ from ..passes.batch import Batch
 from ..sft.base import BaseSFTMoEWrapper
 from ..sft.gradients import SFTGradients, lora_shapes
 from ..sft.lora import first_matrix
+from ..sft.options import SFTOptions
 from ..sft.results import BackwardResults
 from .channel import Channel, attempt
 from .exchange import SentTokens, route_tokens
@@ -166,11 +167,63 @@ class ExpertParallelSFT(ExpertParallelBase):
         self.layer.update_lora_weights(**given)
 
     @property
+    def options(self) -> SFTOptions:
+        """What the adapters are, and what training keeps."""
+        return self.layer.options
+
+    @property
     def lora_weights(self) -> dict[str, Array]:
         """The adapters of this rank's experts."""
         return self.layer.lora_weights
 
+    def gather_experts(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Arrays of all experts [E, ...], from those that every rank has of its own. Collective.
+
+        Parameters
+        ----------
+        arrays : mapping of str to array [E of this rank, ...]
+            The same names, dtypes and other axes on all ranks.
+
+        Returns
+        -------
+        dict of str to array [E, ...]
+
+        Raises
+        ------
+        RankError
+            Arrays of another number of experts than a rank's.
+        """
+        channel, experts = self._channel, self.experts
+        found = {}
+        for name, array in arrays.items():
+            error = None
+            if len(array) != len(experts):
+                error = ValueError(f"{name}: got {len(array)} experts, expected {len(experts)}, this rank's")
+            with channel.call():
+                data = b"" if error else np.ascontiguousarray(array).tobytes()
+                parts = channel.gather(data, self._number, error)
+            whole = np.empty((self.config.num_experts, *array.shape[1:]), array.dtype)
+            for rank, part in enumerate(parts):
+                owned = self.placement.experts_of(rank)
+                whole[owned] = np.frombuffer(part, array.dtype).reshape(len(owned), *array.shape[1:])
+            found[name] = whole
+        return found
+
     # ---- forward ----
+
+    def forward(
+        self,
+        hidden_states: ArrayLike,
+        topk_ids: IntegersLike,
+        topk_weights: ArrayLike,
+        *,
+        out: ArrayLike | None = None,
+        activation_dtype: ActivationDtype | None = None,
+    ) -> Any:
+        """`forward_sft` with nothing saved. Collective."""
+        return self.forward_sft(
+            hidden_states, topk_ids, topk_weights, False, out=out, activation_dtype=activation_dtype
+        )
 
     def forward_sft(
         self,
