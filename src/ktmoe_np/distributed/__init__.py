@@ -1,0 +1,1 @@
+"""Layers whose experts are spread over several processes."""
