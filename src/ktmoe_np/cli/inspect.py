@@ -10,7 +10,7 @@ from typing import Any
 from ..io.inspect import CheckpointReport, LayerReport, inspect_checkpoint
 from .info import measure_limits
 from .machine import busy_note, memory_sizes, number_ranges
-from .ranks import plan, plan_lines
+from .rank_plan import plan, plan_lines
 from .table import amount, counted, rounded, wrap
 from .terminal import say, say_json
 
