@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ from native_checkpoints import ENCODINGS, LAYER, draw_layer, put_layer
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np.cli import main
 from ktmoe_np.config import MoEConfig
+from ktmoe_np.formats import gptq
 from ktmoe_np.formats.quantized import FORMATS
 from ktmoe_np.io import SafetensorsCheckpoint, SafetensorsFile, load_experts
+from ktmoe_np.io import experts as io_experts
+from ktmoe_np.io import native as io_native
 from ktmoe_np.io.converted.layer import load_quantized
 from ktmoe_np.io.native import load_native
+from ktmoe_np.layers import quantize_task
 
 E, I, H, P = 6, 32, 64, 2  # noqa: E741
 CHOSEN = (5, 0, 3)
@@ -65,6 +70,24 @@ def put_native(path: Path, encoding: str) -> None:
     put_layer(path, draw_layer(encoding, E, 96, 160))
     sizes = {"num_experts": E, "num_experts_per_tok": P, "hidden_size": 160, "moe_intermediate_size": 96}
     (path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", **sizes}))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_selecting_later_is_loading_some(tmp_path: Path, encoding: str) -> None:
+    put_layer(tmp_path, draw_layer(encoding, E, 96, 160, biases=encoding == "fp8"))
+    config = MoEConfig(E, P, 160, 96)
+    part = load_native(tmp_path, LAYER, config, experts=CHOSEN)
+    later = load_native(tmp_path, LAYER, config).select(CHOSEN)
+    assert (part.method, part.group_size) == (later.method, later.group_size)
+    assert part.projections.keys() == later.projections.keys()
+    for name, projection in part.projections.items():
+        for what, value in vars(projection).items():
+            other = getattr(later.projections[name], what)
+            assert (value is None) == (other is None), what
+            for array, twin in zip(value or (), other or (), strict=True) if isinstance(value, list) else ():
+                assert array.tobytes() == twin.tobytes(), what
+            if isinstance(value, np.ndarray):
+                assert (value.dtype, value.tobytes()) == (other.dtype, other.tobytes()), what
 
 
 @both_modes
@@ -119,6 +142,30 @@ def test_what_is_read_is_said_and_views_stay_views(tmp_path: Path, naming: str) 
     assert len(part.names) == (3 * len(CHOSEN) if naming == "qwen3_moe" else 2)
     assert set(part.names) <= set(whole.names)
     assert load_experts(tmp_path, 0, experts=CHOSEN).num_experts == len(CHOSEN)  # sizes of the tensors
+
+
+def test_only_the_chosen_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transposed, converted or quantized."""
+    moved: list[Any] = []
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: (moved.append(given), function(*given))[1]
+
+    monkeypatch.setattr(io_experts, "_transposed", counting(io_experts._transposed))
+    monkeypatch.setattr(io_native, "_unpack", counting(io_native._unpack))
+    monkeypatch.setattr(gptq, "_convert", counting(gptq._convert))
+    monkeypatch.setattr(quantize_task, "_matrix", counting(quantize_task._matrix))
+    write_checkpoint(tmp_path, "llama4", [0], E=E, I=I, H=H)
+    KTMoEWrapper.from_pretrained(tmp_path, 0, experts=CHOSEN)
+    assert len(moved) == 3 * len(CHOSEN)
+    KTMoEWrapper.from_pretrained(tmp_path, 0, method="MOE_INT8", experts=CHOSEN)
+    assert len(moved) == 9 * len(CHOSEN)
+    for encoding in ("gptq", "awq"):
+        moved.clear()
+        (tmp_path / encoding).mkdir()
+        put_native(tmp_path / encoding, encoding)
+        KTMoEWrapper.from_pretrained(tmp_path / encoding, LAYER, experts=CHOSEN)
+        assert len(moved) == 3 * len(CHOSEN)
 
 
 def test_files_of_other_experts_stay_closed(tmp_path: Path) -> None:

@@ -281,11 +281,11 @@ class MoELayer(_MoEBase):
         >>> from ktmoe_np import KTMoEWrapper
         >>> from ktmoe_np.models import EMBEDDED_MODEL
         >>> whole = KTMoEWrapper.from_pretrained(EMBEDDED_MODEL, layer_idx=1)
-        >>> part = KTMoEWrapper(1, 2, 1, whole.config.hidden_size, whole.config.moe_intermediate_size,
+        >>> part = KTMoEWrapper(1, 2, 4, whole.config.hidden_size, whole.config.moe_intermediate_size,
         ...                     activation=whole.config.activation, weight_path=EMBEDDED_MODEL)
         >>> part.load_experts([7, 4], num_experts=16)
-        >>> x, w = np.ones((1, 256), ml_dtypes.bfloat16), np.ones((1, 1), np.float32)
-        >>> bool((part.forward(x, [[1]], w) == whole.forward(x, [[4]], w)).all())
+        >>> x, w = np.ones((1, 256), ml_dtypes.bfloat16), np.ones((1, 4), np.float32)
+        >>> bool((part.forward(x, [[1, 0, 1, 0]], w) == whole.forward(x, [[4, 7, 4, 7]], w)).all())
         True
         """
         if self._may_load():
