@@ -97,7 +97,7 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
         "Every rank maps its experts and the 4.61 kB of the rest of the model; fits: in 50 kB, as this",
         "machine has for a process.",
         "A token goes to 1.4 other ranks in a layer, expected for random experts, with 1.5 of its slots:",
-        "191 B out, and back 384 B with combine='exact' or 358 B with 'fast'; in all layers 1.15 kB or 1.1",
+        "190 B out, and back 384 B with combine='exact' or 358 B with 'fast'; in all layers 1.15 kB or 1.1",
         "kB.",
     ]
 

@@ -36,7 +36,7 @@ def exchanged(owner: np.ndarray, experts: np.ndarray, home: int, hidden: int) ->
     for token in experts:
         remote = [int(rank) for rank in owner[token] if rank != home]
         messages = {rank: remote.count(rank) for rank in remote}
-        out = sum(2 * hidden + 8 * slots for slots in messages.values())
+        out = len(messages) * (2 * hidden + 4 * len(token))
         back = sum(4 * hidden * slots for slots in messages.values()), 4 * hidden * len(messages)
         rows.append((len(messages), len(remote), out, *back))
     return np.array(rows, float)

@@ -1,9 +1,10 @@
 """What ranks that share the experts of a layer hold and exchange, as expected values: pure arithmetic.
 
 A token's P experts are different ones, each set as likely as any other. A token goes once to every other
-rank that has one of its experts: H numbers in bfloat16, and an id and a weight for each slot whose expert is
-there. Back come float32 rows of H: one for each of these slots (``exact``) or one from each of these ranks
-(``fast``). What a rank computes for its own tokens is not sent.
+rank that has one of its experts: H numbers in bfloat16, and an id of four bytes for each of its P slots
+(with ``fast`` also a weight, which is not counted here). Back come float32 rows of H: one for each slot
+whose expert is there (``exact``), or one from each rank (``fast``). What a rank computes for its own tokens
+is not sent.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ __all__ = ["PLACEMENTS", "TokenVolume", "expert_counts", "hit_chances", "mean_vo
 #: The placements that have a name.
 PLACEMENTS = ("contiguous", "strided")
 
-#: Bytes of a value of a row on its way out and back, and of the id and the weight of a slot.
-_OUT_BYTES, _BACK_BYTES, _SLOT_BYTES = 2, 4, 8
+#: Bytes of a value of a row on its way out and back, and of the id of a slot.
+_OUT_BYTES, _BACK_BYTES, _ID_BYTES = 2, 4, 4
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def token_volume(counts: Sequence[int], home: int, num_experts_per_tok: int, hid
     Examples
     --------
     >>> token_volume([2, 2], home=0, num_experts_per_tok=1, hidden_size=64)
-    TokenVolume(ranks=0.5, slots=0.5, sent_bytes=68.0, exact_bytes=128.0, fast_bytes=128.0)
+    TokenVolume(ranks=0.5, slots=0.5, sent_bytes=66.0, exact_bytes=128.0, fast_bytes=128.0)
     """
     _check_at_least("hidden_size", hidden_size, 1)
     if not 0 <= home < len(counts):
@@ -139,7 +140,7 @@ def token_volume(counts: Sequence[int], home: int, num_experts_per_tok: int, hid
     chances = hit_chances(counts, num_experts_per_tok)
     ranks = sum(chances) - chances[home]
     slots = Fraction(num_experts_per_tok * (sum(counts) - counts[home]), sum(counts))
-    return _volume(ranks, slots, hidden_size)
+    return _volume(ranks, slots, num_experts_per_tok, hidden_size)
 
 
 def mean_volume(counts: Sequence[int], num_experts_per_tok: int, hidden_size: int) -> TokenVolume:
@@ -152,12 +153,13 @@ def mean_volume(counts: Sequence[int], num_experts_per_tok: int, hidden_size: in
     """
     _check_at_least("hidden_size", hidden_size, 1)
     chances, elsewhere = hit_chances(counts, num_experts_per_tok), Fraction(len(counts) - 1, len(counts))
-    return _volume(sum(chances) * elsewhere, num_experts_per_tok * elsewhere, hidden_size)
+    slots = num_experts_per_tok * elsewhere
+    return _volume(sum(chances) * elsewhere, slots, num_experts_per_tok, hidden_size)
 
 
-def _volume(ranks: Fraction, slots: Fraction, hidden_size: int) -> TokenVolume:
+def _volume(ranks: Fraction, slots: Fraction, num_experts_per_tok: int, hidden_size: int) -> TokenVolume:
     row = _BACK_BYTES * hidden_size
-    sent = ranks * _OUT_BYTES * hidden_size + slots * _SLOT_BYTES
+    sent = ranks * (_OUT_BYTES * hidden_size + _ID_BYTES * num_experts_per_tok)
     return TokenVolume(float(ranks), float(slots), float(sent), float(slots * row), float(ranks * row))
 
 
