@@ -42,7 +42,7 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """
     try:
         # The file has its descriptor from the beginning: an interrupt closes it once, whenever it comes.
-        file = open(path, "rb", opener=_open)
+        file = open(path, "rb", opener=_open)  # noqa: SIM115  # the caller's
     except ValueError as error:  # a NUL, or a character that the file system's encoding lacks
         raise ValueError(f"{os.fspath(path)!r}: not a file name: {error}") from None
     except IsADirectoryError:
