@@ -19,7 +19,8 @@ from .communicator import Communicator, Request, as_communicator
 from .expert_parallel import ExpertParallel
 from .expert_parallel_sft import ExpertParallelSFT
 from .link import SimulatedLink
-from .placement import Placement, owners_of
+from .placement import Placement, balanced_owners, owners_of
+from .reduce import reduce_gradients
 from .threads import ThreadCommunicator
 
 __all__ = [
@@ -32,5 +33,7 @@ __all__ = [
     "SimulatedLink",
     "ThreadCommunicator",
     "as_communicator",
+    "balanced_owners",
     "owners_of",
+    "reduce_gradients",
 ]

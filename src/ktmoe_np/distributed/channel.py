@@ -40,9 +40,10 @@ _PROTOCOL: Final = 0x6B746D6F65_01
 _WORDS: Final = 6
 _NUMBERS: Final = 2
 
-#: Seconds that a wait polls without sleeping.
-_BUSY: Final = 2e-3
-_NAP: Final = 50e-6
+#: Seconds that a wait polls without sleeping; then it sleeps for a part of what it has waited, and so long.
+_BUSY: Final = 1e-3
+_NAP_PART: Final = 1 / 32
+_LONGEST_NAP: Final = 1e-3
 
 
 class RankError(RuntimeError):
@@ -255,7 +256,7 @@ class Channel:
                 elapsed = time.monotonic() - begin
                 if elapsed > self.timeout:
                     raise TimeoutError(f"comm: waited {self.timeout:g} s for {what}")
-                time.sleep(0 if elapsed < _BUSY else _NAP)
+                time.sleep(0 if elapsed < _BUSY else min(elapsed * _NAP_PART, _LONGEST_NAP))
         except BaseException as error:
             self.give_up(
                 f"rank {self.rank} was interrupted by {type(error).__name__} while it waited for {what}"

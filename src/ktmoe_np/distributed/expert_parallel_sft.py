@@ -22,9 +22,9 @@ from ..sft.gradients import SFTGradients, lora_shapes
 from ..sft.lora import first_matrix
 from ..sft.options import SFTOptions
 from ..sft.results import BackwardResults
+from .base import Combine, ExpertParallelBase
 from .channel import Channel, attempt
 from .exchange import SentTokens, route_tokens
-from .expert_parallel import Combine, ExpertParallelBase
 from .loading import load_own_experts
 from .placement import PlacementLike
 from .slices import Status

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..arrays.checks import expert_ids
 from ..arrays.types import IntegersLike
 
-__all__ = ["Placement", "PlacementLike", "owners_of"]
+__all__ = ["Placement", "PlacementLike", "balanced_owners", "owners_of"]
 
 #: The names of placements, or the rank of each expert.
 PlacementLike: TypeAlias = Literal["contiguous", "strided"] | IntegersLike
@@ -78,6 +78,53 @@ def owners_of(placement: PlacementLike, num_experts: int, num_ranks: int) -> NDA
             f"the layer has {num_experts}"
         )
     return owners.astype(np.int32)
+
+
+def balanced_owners(expert_tokens: IntegersLike, num_ranks: int) -> NDArray[np.int32]:
+    """Owners by which ranks have about the same work, and as many experts but for one.
+
+    The expert with the most tokens goes first, each to the rank with the fewest tokens that still takes one.
+
+    Parameters
+    ----------
+    expert_tokens : array of integers [E]
+        What experts have computed, as `LayerStats.expert_tokens` counts it.
+    num_ranks : int
+        N.
+
+    Returns
+    -------
+    array of int32 [E]
+
+    Raises
+    ------
+    TypeError
+        Not integers.
+    ValueError
+        Fewer experts than ranks, or another number of axes.
+
+    Examples
+    --------
+    >>> balanced_owners([9, 1, 8, 2], 2).tolist()
+    [0, 0, 1, 1]
+    """
+    tokens = expert_ids(expert_tokens, "expert_tokens")
+    if tokens.ndim != 1 or len(tokens) < num_ranks:
+        raise ValueError(f"expert_tokens: got shape {list(tokens.shape)}, expected [E], at least {num_ranks}")
+    most = -(-len(tokens) // num_ranks)
+    least_full = len(tokens) // num_ranks
+    room = np.full(num_ranks, least_full)
+    extra = len(tokens) - least_full * num_ranks  # ranks that may have one more
+    load, owners = np.zeros(num_ranks, np.int64), np.empty(len(tokens), np.int32)
+    taken = np.zeros(num_ranks, np.int64)
+    for expert in np.argsort(-tokens, kind="stable"):
+        free = taken < (room if extra == 0 else most)
+        rank = min(np.flatnonzero(free).tolist(), key=lambda r: (load[r], taken[r]))
+        extra -= int(taken[rank] == least_full)
+        owners[expert] = rank
+        load[rank] += tokens[expert]
+        taken[rank] += 1
+    return owners
 
 
 class Placement:

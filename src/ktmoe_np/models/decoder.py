@@ -19,7 +19,7 @@ from ..arrays.summary import object_summary
 from ..arrays.types import ArrayLike, PathLike
 from ..config import ActivationDtype
 from ..distributed.adapters import WholeAdapters
-from ..distributed.expert_parallel import ExpertParallelBase
+from ..distributed.base import ExpertParallelBase
 from ..distributed.expert_parallel_sft import ExpertParallelSFT
 from ..distributed.placement import PlacementLike
 from ..experts import InferenceOverrides, Overrides, SFTOverrides
