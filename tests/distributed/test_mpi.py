@@ -6,40 +6,16 @@ import time
 from pathlib import Path
 
 import pytest
-from mpi import run_ranks
+from mpi import layer_script, run_ranks
 
 pytestmark = [pytest.mark.mpi, pytest.mark.subprocess]
-
-#: What scripts begin with.
-HEAD = """
-import numpy as np, os, signal, sys, time
-from mpi4py import MPI
-from layers import assert_same_bits, draw_layer
-from ranks import experts_of, picked
-from ktmoe_np.distributed import ExpertParallel, ExpertParallelSFT, RankError
-comm = MPI.COMM_WORLD
-E, I, H, P = 6, 33, 64, 2
-rng = np.random.default_rng(0)
-layer = draw_layer(rng, E, I, H)
-def batch(rank, tokens):
-    from layers import draw_batch
-    return draw_batch(np.random.default_rng(rank), layer, tokens, P)
-def parallel(**options):
-    placement = options.get("placement", "contiguous")
-    moe = picked(layer, experts_of(placement, E, comm)).wrapper(P, cpuinfer_threads=1)
-    return ExpertParallel(moe, comm, **options)
-"""
-
-
-def script(body: str) -> str:
-    return HEAD + body
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_inference(num_ranks: int, tmp_path: Path) -> None:
     ended = run_ranks(
         num_ranks,
-        script("""
+        layer_script("""
 for placement in ("contiguous", "strided"):
     for slice_tokens in (5, 2048):
         moe = parallel(placement=placement, slice_tokens=slice_tokens)
@@ -66,7 +42,7 @@ print("good")
 def test_training(num_ranks: int, tmp_path: Path) -> None:
     ended = run_ranks(
         num_ranks,
-        script("""
+        layer_script("""
 options = {"mode": "sft", "method": "AMXBF16_SFT", "lora_rank": 3, "cpuinfer_threads": 1}
 mine = experts_of("strided", E, comm)
 sft = ExpertParallelSFT(picked(layer, mine).wrapper(P, **options), comm, placement="strided")
@@ -100,7 +76,7 @@ def test_a_rank_that_leaves(runner: tuple[str, ...], tmp_path: Path) -> None:
     began = time.monotonic()
     ended = run_ranks(
         2,
-        script("""
+        layer_script("""
 moe = parallel(timeout=1.0)
 if comm.rank == 0:
     moe.forward(*batch(0, 3))
@@ -118,7 +94,7 @@ def test_a_rank_that_is_killed(tmp_path: Path) -> None:
     began = time.monotonic()
     ended = run_ranks(
         3,
-        script("""
+        layer_script("""
 moe = parallel()
 moe.forward(*batch(comm.rank, 3))
 if comm.rank == 1:
@@ -135,7 +111,7 @@ def test_a_rank_that_raises_between_layers(tmp_path: Path) -> None:
     began = time.monotonic()
     ended = run_ranks(
         2,
-        script("""
+        layer_script("""
 first, second = parallel(), parallel()
 first.forward(*batch(comm.rank, 3))
 if comm.rank == 1:
@@ -153,7 +129,7 @@ def test_interrupted(tmp_path: Path) -> None:
     """Ctrl-C while a rank waits ends the job, and says what it waited for."""
     ended = run_ranks(
         2,
-        script("""
+        layer_script("""
 moe = parallel()
 if comm.rank == 0:
     signal.setitimer(signal.ITIMER_REAL, 0.5)
@@ -181,7 +157,7 @@ time.sleep(20)
 def test_what_is_no_communicator(tmp_path: Path) -> None:
     ended = run_ranks(
         2,
-        script("""
+        layer_script("""
 from ktmoe_np.distributed import as_communicator
 try:
     as_communicator(MPI.COMM_SELF.Create_intercomm(0, comm, 1 - comm.rank, 1))

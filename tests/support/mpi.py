@@ -17,7 +17,27 @@ from layers import ISA
 
 import ktmoe_np
 
-__all__ = ["Ended", "mpi_command", "rank_environment", "run_ranks"]
+__all__ = ["Ended", "layer_script", "mpi_command", "rank_environment", "run_job", "run_ranks"]
+
+#: What scripts of ranks begin with: a layer, and the part of a rank.
+_HEAD = """
+import numpy as np, os, signal, sys, time
+from mpi4py import MPI
+from layers import assert_same_bits, draw_layer
+from ranks import experts_of, picked
+from ktmoe_np.distributed import ExpertParallel, ExpertParallelSFT, RankError
+comm = MPI.COMM_WORLD
+E, I, H, P = 6, 33, 64, 2
+rng = np.random.default_rng(0)
+layer = draw_layer(rng, E, I, H)
+def batch(rank, tokens):
+    from layers import draw_batch
+    return draw_batch(np.random.default_rng(rank), layer, tokens, P)
+def parallel(**options):
+    placement = options.get("placement", "contiguous")
+    moe = picked(layer, experts_of(placement, E, comm)).wrapper(P, cpuinfer_threads=1)
+    return ExpertParallel(moe, comm, **options)
+"""
 
 
 class Ended(NamedTuple):
@@ -26,6 +46,11 @@ class Ended(NamedTuple):
     returncode: int
     stdout: str
     stderr: str
+
+
+def layer_script(body: str) -> str:
+    """A script of ranks that have a layer's experts."""
+    return _HEAD + body
 
 
 @cache
