@@ -33,16 +33,14 @@ from sft_layers import SIZES, draw_student
 
 import ktmoe_np.distributed.exchange
 import ktmoe_np.distributed.expert_parallel
-import ktmoe_np.distributed.placement
 from ktmoe_np import KTMoEWrapper
 from ktmoe_np.distributed import ExpertParallel, RankError
-from ktmoe_np.distributed.placement import owners_of
 from ktmoe_np.models import EMBEDDED_MODEL
 
 E, I, H, P = 5, 33, 64, 2  # noqa: E741
 
 
-@pytest.mark.parametrize("name", ["exchange", "expert_parallel", "placement"])
+@pytest.mark.parametrize("name", ["exchange", "expert_parallel"])
 def test_doctests(name: str) -> None:
     assert doctest.testmod(getattr(ktmoe_np.distributed, name)).failed == 0
 
@@ -347,6 +345,24 @@ def test_placements_that_differ() -> None:
         assert "rank 0: RuntimeError: layer 0 has no weights yet" in said[4]
 
 
+def test_layers_that_leave_experts_out() -> None:
+    layer = draw_layer(np.random.default_rng(15), 4, I, H)
+    (batch,) = draw_batches(np.random.default_rng(15), layer, [3], P)
+
+    def rank(comm: Any) -> list[str]:
+        mine = picked(layer, experts_of("contiguous", 4, comm))
+        deferring = mine.wrapper(P, max_deferred_experts_per_token=1)
+        moe = ExpertParallel(mine.wrapper(P), comm, timeout=30)
+        said = [caught(lambda: ExpertParallel(deferring, comm))]
+        moe.layer.set_gpu_experts_mask([True, False])
+        said.append(caught(lambda: moe.forward(*batch)))
+        return said
+
+    for said in on_ranks(2, rank):
+        assert "max_deferred_experts_per_token: got 1, expected 0 with experts on several ranks" in said[0]
+        assert "gpu_experts_mask: got one, expected None with experts on several ranks" in said[1]
+
+
 def test_a_rank_that_does_not_come() -> None:
     rng = np.random.default_rng(11)
     layer = draw_layer(rng, E, I, H)
@@ -419,36 +435,6 @@ def test_threads_of_one_rank() -> None:
 
     for got, batch in zip(on_ranks(2, rank), batches, strict=True):
         assert_same_bits(got, layer.forward(batch))
-
-
-@pytest.mark.parametrize(
-    ("placement", "error", "message"),
-    [
-        ("diagonal", ValueError, "placement: got 'diagonal', expected 'contiguous', 'strided' or the rank"),
-        ([0, 1], ValueError, r"placement: got shape \[2\], expected \[3\]"),
-        ([0, 1, 2], IndexError, "placement: got rank 2 for expert 2, expected 0 to 1"),
-        ([0, 1, -1], IndexError, "placement: got rank -1 for expert 2, expected 0 to 1"),
-        (
-            [0, 0, 0],
-            ValueError,
-            "placement: got no expert for rank 1 of 2, expected one at least: the layer has 3",
-        ),
-        ([0.5, 0, 1], TypeError, "placement: got float64"),
-    ],
-)
-def test_wrong_placements(placement: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        owners_of(placement, 3, 2)
-
-
-@given(st.integers(1, 40), st.integers(1, 40))
-def test_named_placements(first: int, second: int) -> None:
-    num_ranks, num_experts = sorted((first, second))
-    for name in ("contiguous", "strided"):
-        owners = owners_of(name, num_experts, num_ranks)  # type: ignore[arg-type]
-        counts = np.bincount(owners, minlength=num_ranks)
-        assert counts.max() - counts.min() <= 1
-        assert (np.diff(owners) >= 0).all() or name == "strided"
 
 
 # ---- checkpoints ----

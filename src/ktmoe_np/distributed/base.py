@@ -64,6 +64,11 @@ class ExpertParallelBase:
             )
         if combine not in ("exact", "fast"):
             raise ValueError(f"combine: got {combine!r}, expected 'exact' or 'fast'")
+        deferred = getattr(layer, "max_deferred_experts_per_token", 0)
+        if deferred:
+            raise ValueError(
+                f"max_deferred_experts_per_token: got {deferred}, expected 0 with experts on several ranks"
+            )
         if not layer.loaded:
             raise RuntimeError(f"layer {layer.layer_idx} has no weights yet, load them first")
         self.combine: Combine = combine
@@ -170,6 +175,12 @@ class ExpertParallelBase:
 
     def _variant(self, activation_dtype: str | None) -> int:
         return _DTYPES.index(activation_dtype)
+
+    def _check_layer(self) -> None:
+        """Raise for what may have become of the layer since it was given."""
+        if self.layer.gpu_experts_mask is not None:
+            raise ValueError("gpu_experts_mask: got one, expected None with experts on several ranks")
+        self.layer._files.check()
 
     def _check_output(self, batch: Batch) -> None:
         """Raise for an output that the sums at the end of a pass cannot be written to."""

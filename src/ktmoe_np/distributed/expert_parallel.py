@@ -275,7 +275,7 @@ class ExpertParallel(ExpertParallelBase):
         dtype = self.layer._dtype_of_call(activation_dtype)
         batch = Batch(self.config, hidden_states, topk_ids, topk_weights, out, False, dtype)
         self._check_output(batch)
-        self.layer._files.check()
+        self._check_layer()
         ids = self._checked_ids(batch.ids)
         size = self.slice_tokens
         cuts = [slice(at, at + size) for at in range(0, batch.num_tokens, size)]

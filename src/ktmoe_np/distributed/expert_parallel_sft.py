@@ -291,7 +291,7 @@ class ExpertParallelSFT(ExpertParallelBase):
                 f"forward_sft: got {len(self._saved)} saved forward passes of layer {self.layer_idx}, "
                 f"expected fewer than max_cache_depth {depth}; call backward or clear the cache first"
             )
-        self.layer._files.check()
+        self._check_layer()
         self.layer._init_missing()
         return batch, route_tokens(self._checked_ids(batch.ids), self.placement)
 
@@ -418,7 +418,7 @@ class ExpertParallelSFT(ExpertParallelBase):
                 f"grad_output: got {len(rows)} tokens, expected {saved.batch.num_tokens} as in the forward "
                 "pass"
             )
-        self.layer._files.check()
+        self._check_layer()
         return saved, rows, self._results(form, len(rows), gradients, accumulate)
 
     def _results(
