@@ -26,6 +26,7 @@ NB_MODULE(kt_kernel_ext, m) {
   bind_moe(moe);
   bind_sft(moe);
   bind_numbered_pass(moe);
+  bind_combine_rows(moe);
   bind_deferred_pass(moe);
   nanobind::module_ xla = m.def_submodule("xla", "The functions that JAX programs call.");
   bind_xla(xla);

@@ -8,6 +8,7 @@ namespace ktmoe::bindings {
 namespace nb = nanobind;
 
 void bind_call_lock(nb::module_& m);
+void bind_combine_rows(nb::module_& m);
 void bind_cuda(nb::module_& m);
 void bind_deferred_pass(nb::module_& m);  // after bind_moe
 void bind_engine(nb::module_& m);

@@ -14,8 +14,12 @@ namespace ktmoe {
 // requested.
 struct BackwardArgs {
   uint32_t num_tokens = 0;
-  const bf16* grad_output = nullptr;               // dY [T, H]
-  bf16* grad_input = nullptr;                      // [T, H]
+  const bf16* grad_output = nullptr;  // dY [T, H]
+  bf16* grad_input = nullptr;         // [T, H]
+  // Instead of grad_input, where expert_rows were: the gradient of what entered each slot's expert, in the
+  // order of slots. Where routing weights scale the inputs, they are not applied.
+  float* grad_expert_rows = nullptr;               // [S, H] or null
+  uint32_t num_expert_rows = 0;                    // S
   float* grad_weights = nullptr;                   // [T, P]
   std::array<float*, kNumLora> lora = {};          // [E, rows, columns] by checkpoint expert
   float *gate_proj = nullptr, *up_proj = nullptr;  // [E, I, H]

@@ -61,6 +61,7 @@ void TP_MOE_SFT::backward(const BackwardArgs& args, TrainingCall* call) {
     throw_invalid("grad_output: got ", args.num_tokens, " tokens, expected ", cache.num_tokens,
                   " as in the forward pass");
   const PlanLoan loan(call_.plan, cache.plan);
+  if (args.grad_expert_rows) call_.check_expert_rows(args.num_expert_rows);
   count_backward();
   std::optional<ScratchPool::Lease> rows;
   const auto rank = static_cast<uint32_t>(sft_config_.lora_rank);
@@ -78,6 +79,7 @@ void TP_MOE_SFT::run_backward(const BackwardArgs& args, ForwardCache& cache) {
   to_input.num_tokens = args.num_tokens;
   to_input.hidden_states = cache.hidden;
   to_input.out = args.grad_input;
+  to_input.expert_rows = args.grad_expert_rows;
   call_.args = &to_input;
   call_.weights = cache.input_weight;
   call_.kernels = &kernels::active_table();

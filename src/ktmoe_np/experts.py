@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, Literal, Unpack, overload
 
+from .arrays.checks import chosen_experts
 from .arrays.types import ArrayLike, MaskLike, PathLike, StreamLike
 from .buffers import KExpertsCPUBuffer, KExpertsSFTBuffer
 from .config import ActivationDtype, MoEConfig, parse_activation
@@ -273,7 +274,9 @@ class KTMoEWrapper:
         mode : str
             ``inference`` or ``sft``.
         **overrides
-            Any other parameter of `KTMoEWrapper`, and the `physical_to_logical_map` of `load_weights`.
+            Any other parameter of `KTMoEWrapper`, and the `physical_to_logical_map` of `load_weights`. With
+            `experts` the layer's experts are these of the checkpoint, in this order, and their number is its
+            E; `num_experts` is then what the checkpoint has.
 
         Returns
         -------
@@ -349,6 +352,12 @@ class KTMoEWrapper:
         }
         options: dict[str, Any] = {**sizes, "weight_path": path, **overrides}
         physical_to_logical_map = options.pop("physical_to_logical_map", None)
+        experts, num_experts = options.pop("experts", None), options["num_experts"]
+        if experts is not None:
+            if physical_to_logical_map is not None:
+                raise ValueError("physical_to_logical_map: got one, expected None: experts gives the order")
+            experts = chosen_experts(experts, num_experts)
+            options["num_experts"] = len(experts)
         if method is None and native is not None:
             method = training_name(native) if mode == "sft" else native
         found = find_method(method, mode)
@@ -357,7 +366,10 @@ class KTMoEWrapper:
         moe: BaseMoEWrapper | BaseSFTMoEWrapper
         moe = cls(layer_idx=layer_idx, method=found.name, mode=mode, **options)
         moe.config = moe.config.with_sources_of(config)
-        moe.load_weights(physical_to_logical_map)
+        if experts is None:
+            moe.load_weights(physical_to_logical_map)
+        else:
+            moe.load_experts(experts, num_experts)
         return moe
 
     @staticmethod

@@ -241,6 +241,17 @@ def test_other_settings_do_not_go_on(
     assert before == {path.name: path.read_bytes() for path in whole.iterdir()}
 
 
+def test_products_of_other_threads_do_not_go_on(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits of NumPy's products depend on their threads."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    assert finetune(text, tmp_path / "x", "--steps=1", "--every=1") == 0
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    assert finetune(text, tmp_path / "x", "--steps=2", "--every=1") == 2
+    assert "was begun with blas_threads '1', not '2'" in capsys.readouterr().err
+
+
 def test_another_text_does_not_go_on(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other.txt"
     other.write_bytes(EMBEDDED_TEXT.read_bytes()[5000:20000])

@@ -264,7 +264,8 @@ def test_a_text_that_a_model_says(
     text = capsys.readouterr().out
     said_and_prompt, rates = text.split("\n\n")
     assert said_and_prompt == "x\\x1b[0m\nline\n\ttab \\x1b[31mred\\x07\\r\\x7f \\u202e"
-    assert rates.startswith("prompt: 6 tokens, ") and "; text: 25 tokens, then " in rates
+    assert rates.startswith("prompt: 6 tokens, ")
+    assert "; text: 25 tokens, then " in rates
 
 
 def test_json_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import doctest
+import gc
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -84,3 +88,44 @@ def test_no_descriptor_is_inherited(tmp_path: Path) -> None:
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="x"):
         open_regular(tmp_path / "x")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupted_anywhere(tmp_path: Path) -> None:
+    """An interrupt at any instruction stays one, and closes the file."""
+    path = tmp_path / "x"
+    path.write_bytes(b"1")
+    before = len(os.listdir("/proc/self/fd"))
+    code = open_regular.__code__
+    earlier = sys.gettrace()
+
+    def interrupt_after(count: int) -> bool:
+        """Whether there were so many instructions."""
+        left = count
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal left
+            if frame.f_code is not code:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            open_regular(path).close()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(earlier)
+        return False
+
+    count = 1
+    while interrupt_after(count):
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before, count
+        count += 1
+    assert count > 20

@@ -62,6 +62,7 @@ class Model:
 
     activation_dtypes = ("bfloat16",)
     config = SimpleNamespace(model_type="qwen3_moe")
+    ranks = None
 
     def __init__(self) -> None:
         self.experts = [Experts()]

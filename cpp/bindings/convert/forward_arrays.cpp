@@ -17,8 +17,16 @@ ActivationDtype activation_dtype_of(const MoE_Interface& layer, const std::optio
   return dtype;
 }
 
+float* expert_rows(const Array& array, int64_t hidden_size, uint32_t& num_rows) {
+  array.expect({DType::kFloat32}, {"S", hidden_size}).expect_contiguous();
+  if (array.shape(0) > INT32_MAX)
+    throw_invalid(array.name(), ": got ", array.shape(0), " rows, expected fewer in one call");
+  num_rows = static_cast<uint32_t>(array.shape(0));
+  return array.as<float>();
+}
+
 ForwardArrays::ForwardArrays(const GeneralMOEConfig& c, nb::handle hidden_states, nb::handle topk_ids,
-                             nb::handle topk_weights, nb::handle out, nb::handle skip_experts)
+                             nb::handle topk_weights, nb::handle out, nb::handle skip_experts, Output output)
     : arrays_(std::make_shared<Arrays>()) {
   arrays_->reserve(8);
   const Array& x = arrays_->emplace_back(Array::read(hidden_states, "hidden_states"));
@@ -28,8 +36,13 @@ ForwardArrays::ForwardArrays(const GeneralMOEConfig& c, nb::handle hidden_states
   ids.expect({DType::kInt64}, {batch, c.num_experts_per_tok}).expect_contiguous();
   const Array& w = arrays_->emplace_back(Array::read(topk_weights, "topk_weights"));
   w.expect({DType::kFloat32}, {batch, c.num_experts_per_tok}).expect_contiguous();
-  const Array& y = arrays_->emplace_back(Array::write(out, "out"));
-  y.expect({DType::kBf16, DType::kFloat32}, {batch, c.hidden_size}).expect_contiguous();
+  const Array& y = arrays_->emplace_back(Array::write(out, output == Output::kSums ? "out" : "expert_rows"));
+  if (output == Output::kSums) {
+    y.expect({DType::kBf16, DType::kFloat32}, {batch, c.hidden_size}).expect_contiguous();
+    args_.out = y.as<void>(), args_.out_type = float_type(y);
+  } else {
+    args_.expert_rows = expert_rows(y, c.hidden_size, args_.num_expert_rows);
+  }
   for (const Array* other : {&x, &ids, &w}) y.expect_disjoint(*other);
   if (batch * c.num_experts_per_tok > INT32_MAX)
     throw_invalid("hidden_states: got ", batch, " tokens, expected fewer in one call");
@@ -38,7 +51,6 @@ ForwardArrays::ForwardArrays(const GeneralMOEConfig& c, nb::handle hidden_states
   args_.hidden_states = x.as<bf16>();
   args_.topk_ids = ids.as<int64_t>();
   args_.topk_weights = w.as<float>();
-  args_.out = y.as<void>(), args_.out_type = float_type(y);
   if (!skip_experts.is_none()) {
     const Array& skip = arrays_->emplace_back(Array::read(skip_experts, "skip_experts"));
     // Libraries that know no bool export masks as uint8.

@@ -19,11 +19,18 @@ ActivationDtype activation_dtype_of(const MoE_Interface& layer, const std::optio
 // Of a config.
 ActivationDtype activation_dtype_of(const std::optional<std::string>& name);
 
+// What a pass writes: the sums of tokens [T, H], or the rows of their experts, float32 [S, H].
+enum class Output { kSums, kExpertRows };
+
+// Rows of experts [S, H], S below 2^31. Throws TypeError and ValueError for another array.
+float* expert_rows(const Array& array, int64_t hidden_size, uint32_t& num_rows);
+
 class ForwardArrays {
  public:
   // Throws TypeError and ValueError for invalid arguments.
   ForwardArrays(const GeneralMOEConfig& config, nb::handle hidden_states, nb::handle topk_ids,
-                nb::handle topk_weights, nb::handle out, nb::handle skip_experts);
+                nb::handle topk_weights, nb::handle out, nb::handle skip_experts,
+                Output output = Output::kSums);
 
   void set_activation_dtype(ActivationDtype dtype) { args_.activation_dtype = dtype; }
   // The adapter of each token; None for none.

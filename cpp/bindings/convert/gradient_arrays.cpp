@@ -21,7 +21,7 @@ T* GradientArrays::write_if_given(nb::handle target, const char* name, DType dty
 }
 
 GradientArrays::GradientArrays(const MOESFTConfig& c, nb::handle grad_output, nb::handle grad_input,
-                               nb::handle grad_weights)
+                               nb::handle grad_weights, Output output)
     : config_(c) {
   arrays_.reserve(12);
   const Array& q = arrays_.emplace_back(Array::read(grad_output, "grad_output"));
@@ -30,7 +30,13 @@ GradientArrays::GradientArrays(const MOESFTConfig& c, nb::handle grad_output, nb
   if (tokens * c.num_experts_per_tok > INT32_MAX)
     throw_invalid("grad_output: got ", tokens, " tokens, expected fewer in one call");
   args_.num_tokens = static_cast<uint32_t>(tokens), args_.grad_output = q.as<bf16>();
-  args_.grad_input = write<bf16>(grad_input, "grad_input", DType::kBf16, {tokens, c.hidden_size});
+  if (output == Output::kSums) {
+    args_.grad_input = write<bf16>(grad_input, "grad_input", DType::kBf16, {tokens, c.hidden_size});
+  } else {
+    const Array& rows = arrays_.emplace_back(Array::write(grad_input, "grad_input"));
+    args_.grad_expert_rows = expert_rows(rows, c.hidden_size, args_.num_expert_rows);
+    rows.expect_disjoint(q);
+  }
   args_.grad_weights =
       write<float>(grad_weights, "grad_weights", DType::kFloat32, {tokens, c.num_experts_per_tok});
 }

@@ -1,6 +1,7 @@
 // The arrays of a backward pass, checked, and the arguments made of them.
 #pragma once
 
+#include "bindings/convert/forward_arrays.h"
 #include "bindings/convert/lora_arrays.h"
 #include "sft/interface.h"
 
@@ -10,7 +11,7 @@ class GradientArrays {
  public:
   // The gradient of the output, and those of the rows; TypeError and ValueError for invalid ones.
   GradientArrays(const MOESFTConfig& config, nb::handle grad_output, nb::handle grad_input,
-                 nb::handle grad_weights);
+                 nb::handle grad_weights, Output output = Output::kSums);
 
   // Where gradients of matrices are written; None for those that are not computed.
   void write_lora(const LoraHandles& handles);

@@ -7,6 +7,7 @@
 #include <set>
 #include <utility>
 
+#include "bindings/layers/expert_rows.h"
 #include "bindings/layers/expert_slices.h"
 #include "bindings/convert/forward_arrays.h"
 #include "bindings/layers/pass_stats.h"
@@ -461,6 +462,7 @@ void bind_interface(nb::module_& m) {
   bind_load(layer);
   bind_forward(layer);
   bind_stats(layer);
+  bind_expert_rows(layer);
   bind_expert_slices(layer);
 }
 

@@ -65,8 +65,10 @@ PythonTask remove_adapter_task(TrainedLayer layer, uint32_t number) {
 
 TrainingTask forward_sft_task(TrainedLayer layer, nb::object hidden_states, nb::object topk_ids,
                               nb::object topk_weights, nb::object out, bool save_for_backward,
-                              nb::object skip_experts, const std::optional<std::string>& activation_dtype) {
-  ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, out, skip_experts);
+                              nb::object skip_experts, const std::optional<std::string>& activation_dtype,
+                              bool expert_rows) {
+  ForwardArrays forward(layer->config(), hidden_states, topk_ids, topk_weights, out, skip_experts,
+                        expert_rows ? Output::kExpertRows : Output::kSums);
   forward.set_activation_dtype(activation_dtype_of(*layer, activation_dtype));
   const auto arrays = forward.arrays();
   const std::shared_ptr<TrainingCall> call = layer->new_call();
@@ -81,8 +83,9 @@ TrainingTask forward_sft_task(TrainedLayer layer, nb::object hidden_states, nb::
 TrainingTask backward_task(TrainedLayer layer, nb::handle grad_output, nb::handle grad_input,
                            nb::handle grad_weights, nb::handle gate_a, nb::handle gate_b, nb::handle up_a,
                            nb::handle up_b, nb::handle down_a, nb::handle down_b, nb::handle gate_proj,
-                           nb::handle up_proj, nb::handle down_proj, bool accumulate) {
-  GradientArrays arrays(layer->sft_config(), grad_output, grad_input, grad_weights);
+                           nb::handle up_proj, nb::handle down_proj, bool accumulate, bool expert_rows) {
+  GradientArrays arrays(layer->sft_config(), grad_output, grad_input, grad_weights,
+                        expert_rows ? Output::kExpertRows : Output::kSums);
   arrays.write_lora({gate_a, gate_b, up_a, up_b, down_a, down_b});
   arrays.write_projections(gate_proj, up_proj, down_proj);
   BackwardArgs args = arrays.args();
@@ -122,6 +125,7 @@ Task)")
       .def("forward_sft_task", &forward_sft_task, nb::arg("hidden_states").none(), nb::arg("topk_ids").none(),
            nb::arg("topk_weights").none(), nb::arg("out").none(), nb::arg("save_for_backward") = true,
            nb::kw_only(), nb::arg("skip_experts").none() = none, nb::arg("activation_dtype").none() = none,
+           nb::arg("expert_rows") = false,
            R"(Make the task of one forward pass with adapters.
 
 Parameters
@@ -130,6 +134,8 @@ hidden_states, topk_ids, topk_weights, out, skip_experts, activation_dtype
     As in forward_task.
 save_for_backward : bool
     Keep what backward_task needs; dropout acts only then.
+expert_rows : bool
+    `out` is float32 [S, H], written as in `expert_rows_task`.
 
 Returns
 -------
@@ -172,7 +178,7 @@ void bind_backward(Interface& interface) {
            nb::arg("up_lora_b").none() = none, nb::arg("down_lora_a").none() = none,
            nb::arg("down_lora_b").none() = none, nb::arg("gate_proj").none() = none,
            nb::arg("up_proj").none() = none, nb::arg("down_proj").none() = none,
-           nb::arg("accumulate") = false,
+           nb::arg("accumulate") = false, nb::arg("expert_rows") = false,
            R"(Make the task of the backward pass of the last forward pass that was saved.
 
 Parameters
@@ -189,6 +195,9 @@ gate_proj, up_proj, down_proj : array, optional
     float32 gradients of the weights, [E, I, H], [E, I, H], [E, H, I].
 accumulate : bool
     Add the gradients of matrices to the contents of the arrays.
+expert_rows : bool
+    grad_input is float32 [S, H]: the gradient of what entered each slot's expert, one row for each slot that
+    is not skipped. Where routing weights scale the inputs, they are not applied to it.
 
 Returns
 -------

@@ -30,6 +30,10 @@ struct ForwardArgs {
   // Slots that are summed separately, of a batch with split slots; or null.
   const int64_t* deferred_ids = nullptr;  // [T, P], negative where topk_ids has an id
   float* deferred_out = nullptr;          // [T, H]
+  // Where the experts' rows go instead of being summed in `out`: one for each slot that is not skipped, in
+  // the order of slots. combine_rows() sums them elsewhere.
+  float* expert_rows = nullptr;  // [S, H] or null
+  uint32_t num_expert_rows = 0;  // S
 };
 
 class MoE_Interface {
@@ -48,8 +52,8 @@ class MoE_Interface {
   virtual void load_weights(ExpertWeights& weights) = 0;
 
   // out = base + sum of the experts' outputs, weighted by slot unless the weights scale the inputs. Throws
-  // std::out_of_range for an expert id of expert_num or above, std::runtime_error when nothing is loaded;
-  // `out` is then as it was.
+  // std::out_of_range for an expert id of expert_num or above, std::invalid_argument for another number of
+  // expert_rows than slots, std::runtime_error when nothing is loaded; `out` is then as it was.
   virtual void forward(const ForwardArgs& args) = 0;
 
   // Throws std::runtime_error when nothing is loaded. Does not wait for a running call.

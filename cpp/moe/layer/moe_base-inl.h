@@ -1,6 +1,7 @@
 // The definitions of AMX_MOE_BASE: included once per part class, by the .cpp that instantiates it.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <type_traits>
 
@@ -99,6 +100,7 @@ template <class Derived>
 void AMX_MOE_BASE<Derived>::combine(const LayerCall& call, uint32_t task_index) {
   const BlockTask& task = combine_tasks_[task_index];
   const ForwardArgs& args = *call.args;
+  if (args.expert_rows) return copy_expert_rows(call, task);
   const size_t slots = static_cast<size_t>(config_.num_experts_per_tok),
                hidden = static_cast<size_t>(config_.hidden_size);
   const size_t at = task.m0 * hidden + task.n0;
@@ -116,6 +118,20 @@ void AMX_MOE_BASE<Derived>::combine(const LayerCall& call, uint32_t task_index) 
   c.out = detail::element(sum.out, sum.out_type, at), c.out_type = sum.out_type;
   c.out_stride = hidden;
   call.kernels->combine(c);
+}
+
+template <class Derived>
+void AMX_MOE_BASE<Derived>::copy_expert_rows(const LayerCall& call, const BlockTask& task) const {
+  const size_t slots = static_cast<size_t>(config_.num_experts_per_tok),
+               hidden = static_cast<size_t>(config_.hidden_size);
+  const float* y = sweep_.y + (task.n0 - sweep_.columns.begin);
+  float* to = call.args->expert_rows + call.first_expert_row[task.m0] * hidden + task.n0;
+  for (size_t slot = task.m0 * slots; slot < task.m1 * slots; ++slot) {
+    const int32_t row = call.plan.row[slot];
+    if (row < 0) continue;
+    std::copy_n(y + static_cast<size_t>(row) * sweep_.columns.size(), task.n1 - task.n0, to);
+    to += hidden;
+  }
 }
 
 template <class Derived>

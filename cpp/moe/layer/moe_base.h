@@ -75,6 +75,9 @@ class AMX_MOE_BASE {
  private:
   Derived& derived() { return static_cast<Derived&>(*this); }
 
+  // The task's columns of the rows of its tokens' slots, where they are not summed.
+  void copy_expert_rows(const LayerCall& call, const BlockTask& task) const;
+
   // The first of the task's rows in the plan.
   static size_t first_row(const LayerCall& call, const BlockTask& task) {
     return size_t{call.plan.active[task.active].begin} + task.m0;

@@ -104,6 +104,7 @@ void SharedLayer::begin_forward(const ForwardArgs& args) {
     call_.plan.counts_slots = stats_.has_value();
     call_.plan_batch();
   }
+  if (args.expert_rows) call_.check_expert_rows(args.num_expert_rows);
   if (stats_) count_forward(args);
 }
 

@@ -72,6 +72,7 @@ void TP_MOE_Common<Part, Interface>::run_down(uint32_t sweeps) {
 
 template <class Part, class Interface>
 void TP_MOE_Common<Part, Interface>::run_combine() {
+  if (call_.args->expert_rows) call_.number_expert_rows();
   for (const SlotSum& sum : call_.sums()) {
     call_.sum = &sum;
     run_parts(Phase::kCombine, &Part::num_combine,

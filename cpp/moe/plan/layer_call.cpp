@@ -1,5 +1,7 @@
 #include "moe/plan/layer_call.h"
 
+#include "core/error.h"
+
 namespace ktmoe {
 
 void LayerCall::plan_batch() {
@@ -20,6 +22,22 @@ void LayerCall::plan_batch() {
   plan.build(all_ids_.data(), args->num_tokens, slots, experts, args->skip_experts, adapters);
   rows_now_ = plan.row, rows_deferred_ = plan.row;
   for (size_t i = 0; i < num_ids; ++i) (is_deferred_[i] ? rows_now_ : rows_deferred_)[i] = -1;
+}
+
+void LayerCall::check_expert_rows(uint32_t num_expert_rows) const {
+  if (plan.num_rows() != num_expert_rows)
+    throw_invalid("expert_rows: got ", num_expert_rows, " rows, expected ", plan.num_rows(),
+                  ", one for each slot that is not skipped");
+}
+
+void LayerCall::number_expert_rows() {
+  const auto slots = static_cast<size_t>(config->num_experts_per_tok);
+  first_expert_row.resize(args->num_tokens);
+  size_t count = 0;
+  for (size_t t = 0; t < args->num_tokens; ++t) {
+    first_expert_row[t] = count;
+    for (size_t p = 0; p < slots; ++p) count += plan.row[t * slots + p] >= 0;
+  }
 }
 
 std::span<const SlotSum> LayerCall::sums() {

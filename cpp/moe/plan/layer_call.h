@@ -71,9 +71,10 @@ struct LayerCall {
   const GeneralMOEConfig* config = nullptr;
   const ForwardArgs* args = nullptr;
   RoutingPlan plan;
-  std::vector<uint8_t> adapter_exists;  // by number: adapters that tokens may name
-  const SlotSum* sum = nullptr;         // the one that is computed
-  const float* weights = nullptr;       // [T, P]: the weight of each slot's row in the sum; null for ones
+  std::vector<uint8_t> adapter_exists;   // by number: adapters that tokens may name
+  const SlotSum* sum = nullptr;          // the one that is computed
+  std::vector<size_t> first_expert_row;  // [T]: of each token, where expert_rows are asked for
+  const float* weights = nullptr;        // [T, P]: the weight of each slot's row in the sum; null for ones
   bf16* scaled_x = nullptr;   // the inputs by rows of the plan, where the routing weights scale them
   std::vector<std::byte*> h;  // the intermediate of each active expert, an operand
   // For integer products instead, because a row can be quantized only when it is complete:
@@ -94,6 +95,10 @@ struct LayerCall {
 
   // Makes the plan. Throws std::out_of_range as RoutingPlan does.
   void plan_batch();
+  // Throws std::invalid_argument unless the plan has that number of rows.
+  void check_expert_rows(uint32_t num_expert_rows) const;
+  // Fills first_expert_row for the plan.
+  void number_expert_rows();
   // Of k columns, those that an NT product finishes before it goes on.
   uint32_t nt_block_k(uint32_t k) const { return std::min(k, kernels->nt_block_k); }
   // What enters the experts: one row per token, or one per row of the plan where inputs are scaled.

@@ -19,6 +19,7 @@ __all__ = [
     "as_numpy",
     "at_least",
     "bfloat16",
+    "chosen_experts",
     "each_expert",
     "expert_arrays",
     "expert_ids",
@@ -49,6 +50,37 @@ def expert_ids(ids: Any, name: str = "topk_ids") -> NDArray[np.int64]:
             where = np.argwhere(array > largest)[0].tolist()
             raise IndexError(f"{name}: got expert {array.max()} at {where}, expected at most {largest}")
     return np.ascontiguousarray(array, np.int64)
+
+
+def chosen_experts(experts: Any, num_experts: int) -> tuple[int, ...]:
+    """Ids of different experts of a layer of so many, checked.
+
+    Raises
+    ------
+    TypeError
+        Not integers.
+    ValueError
+        Not one row of them, none, or one twice.
+    IndexError
+        One that the layer does not have.
+
+    Examples
+    --------
+    >>> chosen_experts([5, 0, 3], 8)
+    (5, 0, 3)
+    """
+    array = expert_ids(experts, "experts")
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"experts: got shape {list(array.shape)}, expected [n] with n of at least 1")
+    chosen = tuple(array.tolist())
+    seen: set[int] = set()
+    for at, e in enumerate(chosen):
+        if not 0 <= e < num_experts:
+            raise IndexError(f"experts: got expert {e} at {at}, expected 0 to {num_experts - 1}")
+        if e in seen:
+            raise ValueError(f"experts: got expert {e} twice, expected different ones")
+        seen.add(e)
+    return chosen
 
 
 def _integers(ids: Any, name: str) -> Array:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 
 from .guard import EXIT_STATUS, INTERRUPTED, RaisingInterrupts, guard_process
+from .ranks import check_cpus, is_first, prepare_environment, rank_prefix
 
 __all__ = ["entry", "main"]
 
@@ -32,6 +33,7 @@ def entry() -> int:
     """
     guard_process()
     _fill_descriptors()
+    prepare_environment()
     if not sys.warnoptions:  # numbers that overflow show in the results, and errors are one line
         warnings.simplefilter("ignore")
     return main()
@@ -63,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         terminal.drop_output()
         return _PIPE_CLOSED
     except BaseException as error:  # whatever it is, its user is told in one line, without a traceback
-        terminal.complain(f"{_name(argv)}: {_message(error)}")
+        if not is_first() and _is_of_all_ranks(error):
+            return _FAILED  # the first one says it
+        terminal.complain(f"{rank_prefix()}{_name(argv)}: {_message(error)}")
         return _FAILED
 
 
@@ -78,10 +82,22 @@ def _run(argv: list[str]) -> int:
     except SystemExit as leaving:
         terminal.flush()
         return int(leaving.code or 0)
+    if not is_first():
+        terminal.drop_output()
+    warning = check_cpus() if getattr(arguments, "threads", 1) is None else None
+    if warning is not None and is_first():
+        terminal.complain(f"warning: {warning}")
     with RaisingInterrupts():
         status: int = arguments.run(arguments)
         terminal.flush()  # a pipe that is closed shall show here
     return status
+
+
+def _is_of_all_ranks(error: BaseException) -> bool:
+    """Whether every rank has raised it."""
+    from ..distributed.channel import RankError
+
+    return isinstance(error, RankError)
 
 
 def _name(argv: Sequence[str]) -> str:

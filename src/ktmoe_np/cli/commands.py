@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
+from ..distributed.volume import PLACEMENTS
 from ..models import EMBEDDED_MODEL, EMBEDDED_TEXT
 from . import convert, demo, evaluate, finetune, finetune_demo, generate, info, inspect, measure, verify
 from .arguments import (
@@ -44,7 +45,8 @@ _FINETUNE_DEMO = (
 _INSPECT = (
     "Reads the headers of a Hugging Face checkpoint, of GGUF files or of a directory written by 'ktmoe "
     "convert': layers, sizes, formats, bytes, and whether the experts fit in memory. Measures memory "
-    "bandwidth, since reading each token's experts limits decoding."
+    "bandwidth, since reading each token's experts limits decoding. With --ranks, "
+    "plans for several machines like this one: what each maps, and what tokens exchange."
 )
 _CONVERT = (
     "Quantizes the experts of a Hugging Face checkpoint, or of a GGUF model that 'ktmoe generate' runs, one "
@@ -320,6 +322,12 @@ def _add_checkpoint_commands(add: Callable[..., _Parser]) -> None:
     )
     command.add_argument("path", help="directory of the checkpoint, or a file of it")
     command.add_argument("--no-measure", action="store_true", help="do not measure memory bandwidth")
+    command.add_argument(
+        "--ranks", type=Count(1, 4096), metavar="N", help="plan for N processes that share the experts"
+    )
+    command.add_argument(
+        "--placement", choices=PLACEMENTS, default="contiguous", help="which experts a rank of the plan has"
+    )
     _add_common(command, seconds=0.6, meaning="time for measuring the limits")
 
     command = add("convert", convert.run, "quantize a checkpoint's experts to files", _CONVERT)

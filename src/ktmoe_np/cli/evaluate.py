@@ -13,6 +13,7 @@ from ..io.gguf.experts import is_gguf
 from ..models import MoEDecoder, bits_per_token, load_tokenizer
 from .arguments import Dtype
 from .progress import Progress
+from .ranks import communicator
 from .terminal import say, say_json
 
 __all__ = ["METHODS", "run"]
@@ -54,6 +55,7 @@ def _load(arguments: argparse.Namespace, method: str | None) -> MoEDecoder:
         adapter=arguments.adapter,
         experts_path=arguments.experts,
         cpuinfer_threads=arguments.threads,
+        comm=communicator(),
     )
 
 

@@ -12,6 +12,7 @@ from ..models import MoEDecoder, load_tokenizer
 from ..sft.peft import peft_scale
 from .plot import can_draw
 from .progress import EXTRA_HINT
+from .ranks import communicator
 from .table import wrap
 from .terminal import complain, say, say_json
 from .training_run import TrainingRun
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         cpuinfer_threads=arguments.threads,
         activation_dtype=arguments.activation_dtype,
+        comm=communicator(),
     )
     text = read_training_text(Path(arguments.text), tokenizer, arguments.window, model.config.vocab_size)
     training = TrainingRun(arguments, model, tokenizer, text)
@@ -80,7 +82,7 @@ def _report(arguments: argparse.Namespace, training: TrainingRun, model: MoEDeco
         "method": model.experts[0].method,
         "activation_dtype": model.activation_dtypes[0],
         "rank": model.trained_experts()[0].options.lora_rank,
-        "num_parameters": sum(value.size for value in training.parameters.values()),
+        "num_parameters": training.num_parameters,
         "steps": course.num_steps,
         "tokens_per_step": arguments.batch * arguments.window,
         "losses": course.losses,

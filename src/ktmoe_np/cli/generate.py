@@ -16,6 +16,7 @@ from ..models import (
     load_stop_tokens,
     load_tokenizer,
 )
+from .ranks import communicator
 from .terminal import flush, say, say_json, say_piece
 
 __all__ = ["run"]
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         experts_path=arguments.experts,
         cpuinfer_threads=arguments.threads,
         activation_dtype=arguments.activation_dtype,
+        comm=communicator(),
     )
     tokens: list[int] = []
     started = time.perf_counter()

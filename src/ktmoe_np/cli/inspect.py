@@ -10,7 +10,8 @@ from typing import Any
 from ..io.inspect import CheckpointReport, LayerReport, inspect_checkpoint
 from .info import measure_limits
 from .machine import busy_note, memory_sizes, number_ranges
-from .table import counted, wrap
+from .rank_plan import plan, plan_lines
+from .table import amount, counted, rounded, wrap
 from .terminal import say, say_json
 
 __all__ = ["run"]
@@ -36,6 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
         busy = busy_note()
         limits = measure_limits(arguments.seconds, arguments.threads)
     value = _as_json(report, memory, limits)
+    value["plan"] = None
+    if arguments.ranks is not None:
+        value["plan"] = plan(report, arguments.ranks, arguments.placement, _room(memory))
     if arguments.json:
         say_json(value)
     else:
@@ -47,7 +51,7 @@ def _as_json(
     report: CheckpointReport, memory: dict[str, int | None], limits: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Put what the checkpoint has beside what the machine can do."""
-    room = memory["limit_bytes"] or memory["total_bytes"]
+    room = _room(memory)
     return {
         "path": str(report.path),
         "kind": report.kind,
@@ -63,6 +67,11 @@ def _as_json(
         "limits": limits,
         "tokens_per_s": limits and report.token_bytes and limits["read_bytes_per_s"] / report.token_bytes,
     }
+
+
+def _room(memory: dict[str, int | None]) -> int | None:
+    """Bytes of memory that this process may use."""
+    return memory["limit_bytes"] or memory["total_bytes"]
 
 
 def _layer_as_json(layer: LayerReport) -> dict[str, Any]:
@@ -102,6 +111,8 @@ def _text(report: CheckpointReport, value: dict[str, Any], busy: str | None) -> 
             break_long_words=False,
             break_on_hyphens=False,
         )
+    if value["plan"] is not None:
+        lines += ["", *plan_lines(value["plan"])]
     if value["tokens_per_s"]:
         lines += ["", wrap(_speed(value)), *([wrap(busy)] if busy else [])]
     return "\n".join(lines)
@@ -117,16 +128,16 @@ def _facts(report: CheckpointReport, value: dict[str, Any]) -> list[tuple[str, s
         ("Format", _format),
         ("Method", _method),
         ("Activation dtype", _activation_dtype),
-        ("Bytes", lambda layer: f"{_amount(layer.num_bytes)} per layer"),
-        ("Read per token", lambda layer: f"{_amount(layer.token_bytes)} per layer"),
+        ("Bytes", lambda layer: f"{amount(layer.num_bytes)} per layer"),
+        ("Read per token", lambda layer: f"{amount(layer.token_bytes)} per layer"),
     ]
     said = {name: _of_layers(layers, tell) for name, tell in facts}
-    said["Bytes"] += f"; {_amount(report.num_bytes)} in all"
-    said["Read per token"] += f"; {_amount(report.token_bytes)} in all"
+    said["Bytes"] += f"; {amount(report.num_bytes)} in all"
+    said["Read per token"] += f"; {amount(report.token_bytes)} in all"
     lines = [("Layers", _layers(report)), *said.items()]
     if report.further_layers:
         numbers = _numbered([layer.config.layer_idx for layer in report.further_layers])
-        size = _amount(sum(layer.num_bytes for layer in report.further_layers))
+        size = amount(sum(layer.num_bytes for layer in report.further_layers))
         lines.append(("Not counted", f"{size} of experts behind the model's last layer ({numbers})"))
     return [*lines, *_refused(layers), ("Memory", _memory(report, value))]
 
@@ -204,14 +215,14 @@ def _activation_dtype(layer: LayerReport) -> str:
 
 def _memory(report: CheckpointReport, value: dict[str, Any]) -> str:
     memory = value["memory"]
-    room = memory["limit_bytes"] or memory["total_bytes"]
+    room = _room(memory)
     if room is None:
         return "unknown"
     whose = "this process may use" if memory["limit_bytes"] else "this machine has"
     if value["fits_in_memory"]:
-        return f"all experts fit in the {_amount(room)} that {whose}"
+        return f"all experts fit in the {amount(room)} that {whose}"
     return (
-        f"the experts do not fit in the {_amount(room)} that {whose}: the rest is read from the disk, "
+        f"the experts do not fit in the {amount(room)} that {whose}: the rest is read from the disk, "
         "for every token"
     )
 
@@ -220,26 +231,7 @@ def _speed(value: dict[str, Any]) -> str:
     limits = value["limits"]
     rate, speed = limits["read_bytes_per_s"], value["tokens_per_s"]
     said = (
-        f"Reading memory at {_amount(rate)}/s, measured now on {counted(limits['threads'], 'thread')}, "
-        f"allows {_rounded(speed)} tokens/s: the experts alone, one token at a time"
+        f"Reading memory at {amount(rate)}/s, measured now on {counted(limits['threads'], 'thread')}, "
+        f"allows {rounded(speed)} tokens/s: the experts alone, one token at a time"
     )
     return f"{said}." if value["fits_in_memory"] is not False else f"{said}, if they did fit in memory."
-
-
-def _rounded(number: float) -> str:
-    """Three digits, without an exponent."""
-    return f"{number:.3g}" if number < 999.5 else f"{number:.0f}"
-
-
-def _amount(num_bytes: float) -> str:
-    """Bytes in the unit that suits them.
-
-    Examples
-    --------
-    >>> _amount(1536), _amount(9_437_184), _amount(999_700_000)
-    ('1.54 kB', '9.44 MB', '1 GB')
-    """
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= 0.9995 * scale:
-            return f"{_rounded(num_bytes / scale)} {unit}"
-    return f"{num_bytes:.0f} B"

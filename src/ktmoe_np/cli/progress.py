@@ -8,6 +8,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
+from .ranks import is_first
 from .terminal import complain, one_line
 
 __all__ = ["EXTRA_HINT", "Progress"]
@@ -30,7 +31,7 @@ class Progress:
     def __init__(self, num_steps: int, doing: str = "measuring") -> None:
         self._bar: Any = None
         self._begun = False
-        if not sys.stderr.isatty():
+        if not sys.stderr.isatty() or not is_first():
             return
         try:
             tqdm = importlib.import_module("tqdm").tqdm

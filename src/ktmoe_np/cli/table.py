@@ -22,7 +22,17 @@ _BROKEN = (
 
 _ABOVE = "More than 100%: the limits were measured at a busier moment, or the weights are still in a cache."
 
-__all__ = ["Row", "as_json", "counted", "machine_limits", "make_rows", "summary", "wrap"]
+__all__ = [
+    "Row",
+    "amount",
+    "as_json",
+    "counted",
+    "machine_limits",
+    "make_rows",
+    "rounded",
+    "summary",
+    "wrap",
+]
 
 
 @dataclass(frozen=True)
@@ -151,6 +161,25 @@ def counted(number: int, noun: str) -> str:
     ('1 token', '2 tokens')
     """
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def rounded(number: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{number:.3g}" if number < 999.5 else f"{number:.0f}"
+
+
+def amount(num_bytes: float) -> str:
+    """Bytes in the unit that suits them.
+
+    Examples
+    --------
+    >>> amount(1536), amount(9_437_184), amount(999_700_000)
+    ('1.54 kB', '9.44 MB', '1 GB')
+    """
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= 0.9995 * scale:
+            return f"{rounded(num_bytes / scale)} {unit}"
+    return f"{num_bytes:.0f} B"
 
 
 def _render(rows: Sequence[Row]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from .interrupts import Interrupts
 from .optimizers import Optimizer, make_optimizer
 from .plot import can_draw, draw_course
 from .progress import Progress
+from .shards import Shards
 from .training_state import (
     Course,
     adapter_digest,
@@ -86,6 +88,7 @@ class TrainingRun:
             for experts in self._experts
             for name, matrix in experts.lora_weights.items()
         }
+        self._shards = Shards(model)
         self._optimizer: Optimizer = make_optimizer(arguments.optimizer, self.parameters, arguments.rate)
         given = arguments.prompt
         self._prompt = (
@@ -107,6 +110,7 @@ class TrainingRun:
             "prompt": given,
             "activation_dtype": _other_dtypes(model, method),
             "adapter (sha256)": None if arguments.adapter is None else adapter_digest(arguments.adapter),
+            "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
         }
         self.course = Course()
         self.drawn = False
@@ -125,16 +129,25 @@ class TrainingRun:
             It cannot be made.
         """
         directory = self._directory
-        remove_leftovers(directory)
-        if state_path(directory).exists():
-            expected = self._optimizer.state()
-            self.course, state = read_state(directory, self._settings, self.parameters, expected)
-            self._optimizer.restore(state)
-            self._give()
-            self._drop_ends_of_earlier_runs()
+        if self._shards.is_first:
+            remove_leftovers(directory)
+        if self._shards.first_says(state_path(directory).exists()):
+            self._resume()
         elif directory.exists() and not all(map(is_leftover, directory.iterdir())):
             raise ValueError(f"{directory}: is not empty and has no state to resume from: give another --out")
-        directory.mkdir(parents=True, exist_ok=True)
+        if self._shards.is_first:
+            directory.mkdir(parents=True, exist_ok=True)
+
+    def _resume(self) -> None:
+        """Read the state, of which a rank takes what belongs to its experts."""
+        shards = self._shards
+        parameters, expected = shards.whole(self.parameters), shards.whole(self._optimizer.state())
+        self.course, state = read_state(self._directory, self._settings, parameters, expected)
+        for name, value in shards.own(parameters).items():
+            self.parameters[name][:] = value
+        self._optimizer.restore(shards.own(state))
+        self._give()
+        self._drop_ends_of_earlier_runs()
 
     def _drop_ends_of_earlier_runs(self) -> None:
         """Forget measurements that a run of all steps at once would not have made."""
@@ -167,7 +180,7 @@ class TrainingRun:
             for step in self._with_progress(range(course.num_steps, steps)):
                 with Interrupts() as interrupts:
                     self._step(step)
-                if interrupts.requested:
+                if self._shards.any_rank(interrupts.requested):
                     raise KeyboardInterrupt
                 if self._measure_if_due():
                     self._save()
@@ -225,6 +238,14 @@ class TrainingRun:
         self.seconds.append(time.perf_counter() - began)
         self._is_whole = True
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that are trained, on all ranks."""
+        experts = self._experts[0]
+        own = sum(value.size for value in self.parameters.values())
+        first = next(iter(self.parameters.values()))
+        return own // len(first) * experts.config.num_experts
+
     def _give(self) -> None:
         """Give the experts their adapters."""
         for experts in self._experts:
@@ -260,24 +281,25 @@ class TrainingRun:
 
         A run that is killed meanwhile resumes from the old or the new state, and writes the rest again.
         """
-        if not all(np.isfinite(value).all() for value in self.parameters.values()):
+        parameters, state = self._shards.whole(self.parameters), self._shards.whole(self._optimizer.state())
+        if not all(np.isfinite(value).all() for value in parameters.values()):
             raise ValueError(
                 f"after step {self.course.num_steps} adapters are not finite: try a smaller --rate"
             )
         with Interrupts() as interrupts:
-            write_state(
-                self._directory, self._settings, self.course, self.parameters, self._optimizer.state()
-            )
-            self._write_results()
+            if self._shards.is_first:
+                write_state(self._directory, self._settings, self.course, parameters, state)
+                self._write_results(parameters)
         self._is_saved = True
-        if interrupts.requested:
+        if self._shards.any_rank(interrupts.requested):
             raise KeyboardInterrupt
 
-    def _write_results(self) -> None:
+    def _write_results(self, parameters: Mapping[str, Array]) -> None:
         """Write the adapters as PEFT has them, the losses, and a picture where it can be drawn."""
         arguments, course = self._arguments, self.course
         base, family = Path(arguments.path).absolute(), self._model.config.model_type
-        export_peft(self._directory, self._experts, base_model_name_or_path=base, model_type=family)
+        layers = self._shards.layers(parameters)
+        export_peft(self._directory, layers, base_model_name_or_path=base, model_type=family)
         write_csv(self._directory / "loss.csv", course)
         self.drawn = False
         if can_draw():

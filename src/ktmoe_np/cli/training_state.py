@@ -32,6 +32,9 @@ __all__ = [
 _FORMAT = {"format": "ktmoe_np.finetune", "format_version": "1"}
 _PARAMETER, _OPTIMIZER = "parameter.", "optimizer."
 
+#: Settings that states of earlier versions do not tell.
+_LATER = ("blas_threads",)
+
 #: How much of a file of weights is looked at to tell a model by, from its beginning.
 _LOOKED_AT = 1 << 20
 
@@ -128,7 +131,7 @@ def read_state(
         raise ValueError(f"{path}: is no state of ktmoe finetune")
     begun = parse_json_object(file.metadata.get("settings", "").encode(), f"{path}: settings")
     for name, value in settings.items():
-        if begun.get(name) != value:
+        if begun.get(name) != value and (name in begun or name not in _LATER):
             what = f"was begun with {name} {begun.get(name)!r}, not {value!r}"
             raise ValueError(f"{directory}: {what}: give what it was begun with, or another --out")
     course = _course(parse_json_object(file.metadata.get("course", "").encode(), f"{path}: course"), path)

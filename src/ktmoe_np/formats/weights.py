@@ -57,10 +57,35 @@ class Projection:
         """The scales that go with the codes in a checkpoint: per block or per row."""
         return self.channel_scale if self.block_scales is None else self.block_scales
 
+    def select(self, experts: Sequence[int]) -> Projection:
+        """The projection of these experts, in this order: views, but for its global scale and bias.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> some = Projection(np.arange(6).reshape(3, 2, 1), bias=np.arange(6).reshape(3, 2)).select([2, 0])
+        >>> [matrix.tolist() for matrix in some.codes], some.bias.tolist()
+        ([[[4], [5]], [[0], [1]]], [[4, 5], [0, 1]])
+        """
+        rows = list(experts)
+        return Projection(
+            [self.codes[e] for e in rows],
+            _views(self.block_scales, rows),
+            _views(self.channel_scale, rows),
+            None if self.global_scale is None else self.global_scale[rows],
+            _views(self.zero_points, rows),
+            None if self.bias is None else self.bias[rows],
+            self.format,
+        )
+
+
+def _views(matrices: Matrices | None, experts: Sequence[int]) -> list[Array] | None:
+    return None if matrices is None else [matrices[e] for e in experts]
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ExpertWeights:
-    """The experts of a layer, in the order of the checkpoint.
+    """The experts of a layer, in the order of the checkpoint, or those that were chosen, in that order.
 
     Parameters
     ----------
@@ -110,6 +135,11 @@ class ExpertWeights:
         """
         gate, up, down = projections["gate_proj"], projections.get("up_proj"), projections["down_proj"]
         return cls(gate, up, down, names, method, group_size)
+
+    def select(self, experts: Sequence[int]) -> ExpertWeights:
+        """The weights of these experts, in this order: see `Projection.select`. The names stay."""
+        chosen = {name: projection.select(experts) for name, projection in self.projections.items()}
+        return ExpertWeights.of(chosen, self.names, self.method, self.group_size)
 
     @property
     def num_experts(self) -> int:

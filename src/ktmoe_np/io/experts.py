@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays.checks import chosen_experts
+from ..arrays.types import IntegersLike
 from ..config import MoEConfig
 from ..formats.weights import ExpertWeights, Projection
 from .layouts.layer import ExpertLayer, expert_layers, find_layer
@@ -29,6 +32,7 @@ def load_experts(
     checkpoint: SafetensorsCheckpoint | str | os.PathLike[str],
     layer_idx: int,
     config: MoEConfig | None = None,
+    experts: IntegersLike | None = None,
 ) -> ExpertWeights:
     """Find the experts of a layer, by any of the known tensor names (`ktmoe_np.io.layouts.name_patterns`).
 
@@ -39,7 +43,10 @@ def load_experts(
     layer_idx : int
         The layer's number in the model.
     config : MoEConfig, optional
-        What the layer must be; without it the sizes are taken from the tensors.
+        What the whole layer must be; without it the sizes are taken from the tensors.
+    experts : array of int, optional
+        The experts to load, in this order; None loads all. Of others only the names are looked at, and files
+        that hold nothing else are not opened.
 
     Returns
     -------
@@ -56,7 +63,10 @@ def load_experts(
         No checkpoint there, or a shard is missing.
     ValueError
         The layer has no experts (names the layers that have), a tensor is missing or of another dtype or
-        shape (names the file and the tensor), or the experts are not those that `config` describes.
+        shape (names the file and the tensor), or the experts are not those that `config` describes. Or
+        `experts` that repeat or are none.
+    TypeError, IndexError
+        `experts` that are not integers, or not of the layer.
 
     Examples
     --------
@@ -73,11 +83,15 @@ def load_experts(
     >>> experts.num_experts, experts.gate.codes[1].shape, experts.gate.codes[1].dtype.name
     (2, (2, 2), 'bfloat16')
     """
-    return _build(*find_experts(SafetensorsCheckpoint.opened(checkpoint), layer_idx, config))
+    found = find_experts(SafetensorsCheckpoint.opened(checkpoint), layer_idx, config, experts)
+    return _build(*found, None if experts is None else chosen_experts(experts, found[2][0]))
 
 
 def find_experts(
-    checkpoint: SafetensorsCheckpoint, layer_idx: int, config: MoEConfig | None = None
+    checkpoint: SafetensorsCheckpoint,
+    layer_idx: int,
+    config: MoEConfig | None = None,
+    experts: IntegersLike | None = None,
 ) -> tuple[ExpertLayer, NamePattern, tuple[int, int, int]]:
     """Find what `load_experts` reads, by the headers alone: the layer, its pattern, and E, I and H.
 
@@ -87,7 +101,8 @@ def find_experts(
     problems = []
     for pattern in layer.patterns():
         sizes = layer.sizes(pattern, config)
-        problem = layer.problem(pattern, sizes, "" if config is None else config.origin())
+        chosen = None if experts is None else chosen_experts(experts, sizes[0])
+        problem = layer.problem(pattern, sizes, "" if config is None else config.origin(), chosen)
         if problem is None:
             if config is not None:
                 layer.check_gated(pattern, config)
@@ -96,24 +111,31 @@ def find_experts(
     raise problems[0]
 
 
-def _build(layer: ExpertLayer, pattern: NamePattern, sizes: tuple[int, int, int]) -> ExpertWeights:
+def _build(
+    layer: ExpertLayer,
+    pattern: NamePattern,
+    sizes: tuple[int, int, int],
+    experts: Sequence[int] | None,
+) -> ExpertWeights:
     """Read, split and, where the layout needs it, transpose."""
     num_experts = sizes[0]
     axis = 1 if pattern.transposed else 0
     weights: dict[str, list[AnyArray]] = {}
     biases: dict[str, list[AnyArray]] = {}
     for role, template in pattern.tensors.items():
-        _store(weights, role, layer.tensors(pattern, template, num_experts), axis, pattern.interleaved)
+        arrays = layer.tensors(pattern, template, num_experts, experts)
+        _store(weights, role, arrays, axis, pattern.interleaved)
     if pattern.transposed:
         weights = {role: [_transposed(matrix) for matrix in matrices] for role, matrices in weights.items()}
     if layer.has_biases(pattern):
         for role, template in pattern.biases.items():
-            _store(biases, role, layer.tensors(pattern, template, num_experts), 0, pattern.interleaved)
+            arrays = layer.tensors(pattern, template, num_experts, experts)
+            _store(biases, role, arrays, 0, pattern.interleaved)
     stacked = {role: np.stack([v.astype(np.float32) for v in vectors]) for role, vectors in biases.items()}
     projections = {
         f"{role}_proj": Projection(matrices, bias=stacked.get(role)) for role, matrices in weights.items()
     }
-    return ExpertWeights.of(projections, names=layer.names(pattern, sizes))
+    return ExpertWeights.of(projections, names=layer.names(pattern, sizes, experts))
 
 
 def _store(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays.checks import chosen_experts
+from ..arrays.types import IntegersLike
 from ..config import MoEConfig
 from ..formats.conversion import convert_each
 from ..formats.encodings import NATIVE_FORMATS
@@ -82,6 +85,7 @@ def load_native(
     layer_idx: int,
     config: MoEConfig,
     method: str | None = None,
+    experts: IntegersLike | None = None,
 ) -> ExpertWeights:
     """Find the experts of a layer in the quantized format of their checkpoint.
 
@@ -95,9 +99,12 @@ def load_native(
     layer_idx : int
         The layer's number in the model.
     config : MoEConfig
-        What the layer must be.
+        What the whole layer must be.
     method : str, optional
         The format that it must have; otherwise that of the tensors.
+    experts : array of int, optional
+        The experts to load, in this order; None loads all. The format is found by the layer's first experts;
+        of others only the names are looked at.
 
     Returns
     -------
@@ -111,7 +118,10 @@ def load_native(
     ValueError
         The layer has no experts in such a format, or in another one than `method`; a tensor is missing or of
         another dtype or shape (names the file and the tensor), or of GPTQ its zeros, order or scales are what
-        `GPTQ_INT4` does not take; or the experts are not those that `config` describes.
+        `GPTQ_INT4` does not take; or the experts are not those that `config` describes. Or `experts` that
+        repeat or are none.
+    TypeError, IndexError
+        `experts` that are not integers, or not of the layer.
 
     Examples
     --------
@@ -143,6 +153,8 @@ def load_native(
                 f"{checkpoint.path}: the experts of layer {layer_idx}: got {layout.method}, expected {method}"
             )
         layout = like[0]
+    if experts is not None:
+        layout = replace(layout, experts=chosen_experts(experts, config.num_experts))
     names = layout.check(config)
     projections = _projections(layout, config, _biases(layout, config))
     return ExpertWeights.of(projections, names=names, method=layout.method, group_size=layout.group_size)
@@ -189,7 +201,7 @@ def _unpacked(
     for role in layout.rows(config):
         scales = _experts(layout, role, encoding.scale, config)
         _check_contents(layout, role, config, scales)
-        zeros: list[AnyArray | None] = [None] * config.num_experts
+        zeros: list[AnyArray | None] = [None] * len(scales)
         if encoding.zeros in layout.tensor_specs(role):
             assert encoding.zeros is not None
             zeros = list(_experts(layout, role, encoding.zeros, config))
@@ -211,9 +223,9 @@ def _unpack(
 
 
 def _experts(layout: NativeLayout, role: str, spec: TensorSpec, config: MoEConfig) -> list[AnyArray]:
-    """View the tensors of one kind of a projection, one array for each expert."""
+    """View the tensors of one kind of a projection, one array for each expert that is read."""
     arrays = [layout.layer.checkpoint.tensor(name) for name in layout.names_of(role, spec, config)]
-    return arrays if layout.pattern.per_expert else [arrays[0][e, ...] for e in range(config.num_experts)]
+    return arrays if layout.pattern.per_expert else [arrays[0][e, ...] for e in layout.chosen(config)]
 
 
 def _codes(layout: NativeLayout, array: AnyArray, num_rows: int) -> AnyArray:
@@ -244,8 +256,9 @@ def _check_contents(layout: NativeLayout, role: str, config: MoEConfig, scales: 
     for spec in layout.tensor_specs(role):
         if spec.problem is None:
             continue
-        for e, array in enumerate(_experts(layout, role, spec, config)):
-            problem = spec.problem(array, Sizes(num_rows, num_columns, scales[e].shape))
+        arrays = _experts(layout, role, spec, config)
+        for e, array, scale in zip(layout.chosen(config), arrays, scales, strict=True):
+            problem = spec.problem(array, Sizes(num_rows, num_columns, scale.shape))
             if problem is not None:
                 name = layout.name(role, spec, e)
                 file = layout.layer.checkpoint.file_of(name)
@@ -262,11 +275,12 @@ def _global_scale(layout: NativeLayout, role: str, config: MoEConfig) -> NDArray
         scale = np.float32(1) / factors if layout.encoding.reciprocal else factors
     wrong = ~(np.isfinite(factors) & np.isfinite(scale))
     if wrong.any():
-        e = int(np.argmax(wrong))
+        at = int(np.argmax(wrong))
+        e = layout.chosen(config)[at]
         name = layout.name(role, spec, e)
         file = layout.layer.checkpoint.file_of(name)
         expected = "a finite number" + (" with a finite reciprocal" if layout.encoding.reciprocal else "")
-        raise ValueError(f"{file}: tensor {name!r}: got {factors[e]} for expert {e}, expected {expected}")
+        raise ValueError(f"{file}: tensor {name!r}: got {factors[at]} for expert {e}, expected {expected}")
     return scale
 
 
@@ -274,7 +288,7 @@ def _biases(layout: NativeLayout, config: MoEConfig) -> dict[str, NDArray[np.flo
     biases: dict[str, NDArray[np.float32]] = {}
     if layout.layer.has_biases(layout.pattern):
         for role, template in layout.pattern.biases.items():
-            vectors = layout.layer.tensors(layout.pattern, template, config.num_experts)
+            vectors = layout.layer.tensors(layout.pattern, template, config.num_experts, layout.experts)
             stacked = np.stack([vector.astype(np.float32) for vector in vectors])  # dtypes may differ
             for name, cut in _cuts(layout, role).items():
                 biases[name] = np.ascontiguousarray(stacked[:, cut])

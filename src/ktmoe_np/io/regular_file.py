@@ -13,7 +13,6 @@ __all__ = ["open_regular", "read_regular"]
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 _KINDS = {
-    stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
     stat.S_IFCHR: "a character device",
     stat.S_IFBLK: "a block device",
@@ -42,21 +41,25 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
         A directory, a FIFO, a device or a socket, or a name that no file can have: names the path.
     """
     try:
-        descriptor = os.open(path, _FLAGS)
+        # The file has its descriptor from the beginning: an interrupt closes it once, whenever it comes.
+        file = open(path, "rb", opener=_open)  # noqa: SIM115  # the caller's
     except ValueError as error:  # a NUL, or a character that the file system's encoding lacks
         raise ValueError(f"{os.fspath(path)!r}: not a file name: {error}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: got a directory, expected a regular file") from None
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
         raise ValueError(f"{path}: got a socket or a missing device, expected a regular file") from None
-    try:
-        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-        if kind != stat.S_IFREG:
-            raise ValueError(f"{path}: got {_KINDS.get(kind, 'a special file')}, expected a regular file")
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
+    kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
+    if kind != stat.S_IFREG:
+        file.close()
+        raise ValueError(f"{path}: got {_KINDS.get(kind, 'a special file')}, expected a regular file")
+    return file
+
+
+def _open(path: str, _: int) -> int:
+    return os.open(path, _FLAGS)
 
 
 def read_regular(path: str | os.PathLike[str], most: int) -> bytes:

@@ -10,18 +10,21 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from ..config import ActivationDtype
+from ..distributed.expert_parallel import ExpertParallel
+from ..distributed.expert_parallel_sft import ExpertParallelSFT
 from ..inference.base import BaseMoEWrapper
 from ..sft.base import BaseSFTMoEWrapper
 from ..sft.gradients import lora_shapes
 from ..sft.numbered import check_lora
-from .operands import Array, adapter, called, checked
+from .operands import Array, adapter, called, check_no_index, checked
+from .parallel import parallel_forward, parallel_sft
 from .primitives import backward_p, forward_p, forward_saved_p, forward_sft_p
 
 __all__ = ["lora_parameters", "moe_forward", "moe_sft"]
 
 
 def moe_forward(
-    moe: BaseMoEWrapper | Sequence[BaseMoEWrapper],
+    moe: BaseMoEWrapper | Sequence[BaseMoEWrapper] | ExpertParallel,
     hidden_states: Array,
     topk_ids: Array,
     topk_weights: Array,
@@ -35,7 +38,8 @@ def moe_forward(
     ----------
     moe : BaseMoEWrapper, or a sequence of them
         Of mode ``inference``, loaded. `gpu_experts_mask` is read when the program is traced. Of a sequence,
-        all of the same sizes, `index` says which.
+        all of the same sizes, `index` says which. With an `ExpertParallel` each rank runs the program on its
+        tokens, on the CPU and without `jax.vmap`; calls have the order of the program.
     hidden_states : array of bfloat16 [..., H]
         All leading axes count as rows, as does one of `jax.vmap`: a token's result does not depend on others.
     topk_ids : array of integers [..., P]
@@ -77,12 +81,15 @@ def moe_forward(
     >>> y.shape, float(y[0, 0])
     ((3, 4), 32.0)
     """
+    if isinstance(moe, ExpertParallel):
+        check_no_index(index)
+        return parallel_forward(moe, hidden_states, topk_ids, topk_weights, activation_dtype)
     number, config = called(moe, index, activation_dtype, BaseMoEWrapper, "moe")
     return _forward(number, *checked(config, hidden_states, topk_ids, topk_weights))
 
 
 def moe_sft(
-    sft: BaseSFTMoEWrapper | Sequence[BaseSFTMoEWrapper],
+    sft: BaseSFTMoEWrapper | Sequence[BaseSFTMoEWrapper] | ExpertParallelSFT,
     lora: Mapping[str, Array],
     hidden_states: Array,
     topk_ids: Array,
@@ -100,7 +107,8 @@ def moe_sft(
     Parameters
     ----------
     sft : BaseSFTMoEWrapper, or a sequence of them
-        Of mode ``sft``, loaded, without dropout.
+        Of mode ``sft``, loaded, without dropout. With an `ExpertParallelSFT`, see `moe_forward`, `lora` has
+        the adapters of this rank's experts, and their gradients are by the tokens of all ranks.
     lora : mapping of str to array of float32 or bfloat16
         The adapters, under the names and in the shapes of `BaseSFTMoEWrapper.lora_weights`;
         `lora_parameters` gives first ones. Computed with as bfloat16.
@@ -131,6 +139,9 @@ def moe_sft(
     >>> sorted(gradients)
     ['down_lora_a', 'down_lora_b', 'gate_lora_a', 'gate_lora_b']
     """
+    if isinstance(sft, ExpertParallelSFT):
+        check_no_index(index)
+        return parallel_sft(sft, lora, hidden_states, topk_ids, topk_weights, activation_dtype)
     number, config = called(sft, index, activation_dtype, BaseSFTMoEWrapper, "sft")
     first = sft if isinstance(sft, BaseSFTMoEWrapper) else sft[0]
     rank, shapes = first.options.lora_rank, lora_shapes(config, first.options.lora_rank)
@@ -139,13 +150,14 @@ def moe_sft(
     return _sft(number, adapters, *checked(config, hidden_states, topk_ids, topk_weights))
 
 
-def lora_parameters(sft: BaseSFTMoEWrapper) -> dict[str, jax.Array]:
+def lora_parameters(sft: BaseSFTMoEWrapper | ExpertParallelSFT) -> dict[str, jax.Array]:
     """Copy the adapters of a layer to JAX arrays; see `BaseSFTMoEWrapper.lora_weights`.
 
     Parameters
     ----------
     sft : BaseSFTMoEWrapper
-        Of mode ``sft``. Adapters that have no values yet get those of `init_lora_weights`.
+        Of mode ``sft``; or an `ExpertParallelSFT`, for this rank's experts. Adapters that have no values
+        yet get those of `init_lora_weights`.
 
     Returns
     -------

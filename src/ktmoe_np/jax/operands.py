@@ -19,7 +19,7 @@ from ..layers.base import MoELayer
 from ..sft.base import BaseSFTMoEWrapper
 from ..sft.numbered import ADAPTER_DTYPES
 
-__all__ = ["Array", "adapter", "called", "checked"]
+__all__ = ["Array", "adapter", "called", "check_no_index", "checked"]
 
 #: A JAX array, or a tracer.
 Array = Any
@@ -73,6 +73,12 @@ def called(
     if number.ndim:
         raise ValueError(f"index: got shape {list(number.shape)}, expected a single integer")
     return number, each[0].config
+
+
+def check_no_index(index: object) -> None:
+    """Raise ValueError for an index without a sequence of layers."""
+    if index is not None:
+        raise ValueError(f"index: got {index!r}, expected None")
 
 
 def _sizes(layer: MoELayer) -> MoEConfig:

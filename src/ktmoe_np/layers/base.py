@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import kt_kernel_ext as ext
-from ..arrays.checks import expert_ids
+from ..arrays.checks import chosen_experts, expert_ids
 from ..arrays.summary import object_summary
 from ..arrays.types import ExpertArrays, IntegersLike, MaskLike, PathLike, StreamLike
 from ..config import ActivationDtype, MoEConfig, activation_dtype_name
@@ -24,7 +25,7 @@ from ..io.mapped import MappedFiles
 from ..observe.stats import LayerStats
 from ..passes.pending import is_of_a_handler
 from .numbers import Numbers
-from .options import WeightOptions
+from .options import WeightOptions, WeightSource
 
 __all__ = ["LAYERS", "MoELayer"]
 
@@ -241,7 +242,60 @@ class MoELayer(_MoEBase):
         the process with SIGBUS.
         """
         if self._may_load():
-            self._load_from_path(physical_to_logical_map)
+            self._load_from_path(WeightSource(self.config), physical_to_logical_map)
+
+    def load_experts(self, experts: IntegersLike, num_experts: int) -> None:
+        """Load some of the experts at `weight_path`. Does nothing when the layer is loaded already.
+
+        The layer's expert i is the checkpoint's expert experts[i], and E of the layer is the number of these.
+        Others are not read, converted or quantized; of a checkpoint with an index, files that hold only
+        experts that are not among them are not opened, but for those that tell the encoding: the first three.
+
+        Parameters
+        ----------
+        experts : array of int64 [E]
+            Different experts of the checkpoint.
+        num_experts : int
+            Experts that the checkpoint's layer has.
+
+        Raises
+        ------
+        RuntimeError
+            The layer was made without a `weight_path`.
+        TypeError
+            Not integers.
+        ValueError
+            Another number of `experts` than the layer has, or one of them twice.
+        IndexError
+            An expert outside 0 to `num_experts` - 1.
+        FileNotFoundError, ValueError, OSError
+            See `load_weights`.
+
+        Notes
+        -----
+        What `load_weights` says of mapped files holds here too.
+
+        Examples
+        --------
+        >>> import ml_dtypes, numpy as np
+        >>> from ktmoe_np import KTMoEWrapper
+        >>> from ktmoe_np.models import EMBEDDED_MODEL
+        >>> whole = KTMoEWrapper.from_pretrained(EMBEDDED_MODEL, layer_idx=1)
+        >>> part = KTMoEWrapper(1, 2, 4, whole.config.hidden_size, whole.config.moe_intermediate_size,
+        ...                     activation=whole.config.activation, weight_path=EMBEDDED_MODEL)
+        >>> part.load_experts([7, 4], num_experts=16)
+        >>> x, w = np.ones((1, 256), ml_dtypes.bfloat16), np.ones((1, 4), np.float32)
+        >>> bool((part.forward(x, [[1, 0, 1, 0]], w) == whole.forward(x, [[4, 7, 4, 7]], w)).all())
+        True
+        """
+        if self._may_load():
+            config = replace(self.config, num_experts=num_experts)
+            chosen = chosen_experts(experts, config.num_experts)
+            if len(chosen) != self.config.num_experts:
+                raise ValueError(
+                    f"experts: got {len(chosen)}, expected {self.config.num_experts}, the layer's num_experts"
+                )
+            self._load_from_path(WeightSource(config, chosen))
 
     def _may_load(self) -> bool:
         """Whether there is something to load; RuntimeError without a `weight_path`."""
@@ -252,17 +306,21 @@ class MoELayer(_MoEBase):
         return True
 
     @abstractmethod
-    def _load_from_path(self, physical_to_logical_map: IntegersLike | None) -> None: ...
+    def _load_from_path(
+        self, source: WeightSource, physical_to_logical_map: IntegersLike | None = None
+    ) -> None:
+        """Give the layer what it takes of the checkpoint at `weight_path`."""
 
     def _load_from_checkpoint(
         self,
+        source: WeightSource,
         physical_to_logical_map: IntegersLike | None,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         """Give the layer the experts of the Hugging Face checkpoint at `weight_path`."""
         assert self.weight_path is not None
         self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
-        experts = load_experts(self._checkpoint, self.layer_idx, self.config)
+        experts = load_experts(self._checkpoint, self.layer_idx, *source)
         biases = experts.bias_arguments()
         options = WeightOptions(
             gate_bias=biases["gate_bias"], up_bias=biases["up_bias"], down_bias=biases["down_bias"]

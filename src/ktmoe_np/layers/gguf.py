@@ -14,6 +14,7 @@ from ..formats.weights import ExpertWeights, Projection
 from ..io.converted.layer import projection_sizes
 from ..io.gguf.experts import GgufCheckpoint, load_gguf
 from .base import MoELayer
+from .options import WeightSource
 
 __all__ = ["GgufWeights"]
 
@@ -147,10 +148,12 @@ class GgufWeights(MoELayer):
         codes = each_expert(name, given.codes, self.config.num_experts, taken)
         return replace(given, codes=codes, format=found)
 
-    def _load_from_path(self, physical_to_logical_map: IntegersLike | None) -> None:
+    def _load_from_path(
+        self, source: WeightSource, physical_to_logical_map: IntegersLike | None = None
+    ) -> None:
         assert self.weight_path is not None
         self._gguf = GgufCheckpoint.shared(self.weight_path)  # other layers find its headers read
-        experts = load_gguf(self._gguf, self.layer_idx, self.config)
+        experts = load_gguf(self._gguf, self.layer_idx, *source)
         arguments = experts.arguments()
         for name, projection in experts.projections.items():
             arguments[name.replace("_proj", "_format")] = projection.format

@@ -18,6 +18,7 @@ from ..io.converted.layer import check_not_quantized, projection_sizes
 from ..io.mapped import MappedFiles
 from ..io.native import load_native
 from .base import MoELayer
+from .options import WeightSource
 
 __all__ = ["NativeWeights"]
 
@@ -170,14 +171,18 @@ class NativeWeights(MoELayer):
             return replace(number_rows(f"{role}_proj", codes, shape), bias=bias)
         return replace(self._format.matrices(role, codes, scale, global_scale, shape, zero), bias=bias)
 
-    def _load_from_path(self, physical_to_logical_map: IntegersLike | None) -> None:
+    def _load_from_path(
+        self, source: WeightSource, physical_to_logical_map: IntegersLike | None = None
+    ) -> None:
         assert self.weight_path is not None
         check_not_quantized(self.weight_path, self.method)
         if self._format is None:
-            self._load_from_checkpoint(physical_to_logical_map)
+            self._load_from_checkpoint(source, physical_to_logical_map)
             return
         self._checkpoint = SafetensorsCheckpoint.shared(self.weight_path)
-        experts = load_native(self._checkpoint, self.layer_idx, self.config, self._format.method)
+        experts = load_native(
+            self._checkpoint, self.layer_idx, source.config, self._format.method, source.experts
+        )
         if not self._has_groups_of(experts.group_size):
             raise ValueError(
                 f"{self._checkpoint.path}: the experts of layer {self.layer_idx}: got {experts.method} in "

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 from ..arrays.types import ArrayLike, ExpertArrays, IntegersLike, MaskLike, PathLike
-from ..config import ActivationDtype, ActivationSpec
+from ..config import ActivationDtype, ActivationSpec, MoEConfig
 
-__all__ = ["ActivationLike", "LayerOptions", "LayerOverrides", "WeightOptions"]
+__all__ = ["ActivationLike", "LayerOptions", "LayerOverrides", "WeightOptions", "WeightSource"]
 
 #: What `ktmoe_np.parse_activation` reads.
 ActivationLike: TypeAlias = str | ActivationSpec | Mapping[str, Any]
+
+
+class WeightSource(NamedTuple):
+    """What a layer takes of its `weight_path`."""
+
+    config: MoEConfig  #: what the whole layer of the checkpoint must be
+    experts: tuple[int, ...] | None = None  #: those of its experts that are taken, in this order; None: all
 
 
 class LayerOptions(TypedDict, total=False):
@@ -37,6 +44,7 @@ class LayerOverrides(LayerOptions, total=False):
     activation: ActivationLike
     scale_inputs: bool
     physical_to_logical_map: IntegersLike | None
+    experts: IntegersLike | None  #: the layer's experts are these of the checkpoint, in this order
 
 
 class WeightOptions(TypedDict, total=False):

@@ -19,6 +19,7 @@ from ..io.converted.layer import (
 )
 from ..io.mapped import MappedFiles
 from .base import MoELayer
+from .options import WeightSource
 from .quantize_task import quantize_projection
 from .quantized_arrays import (
     are_codes,
@@ -87,20 +88,21 @@ class QuantizedWeights(MoELayer):
             and the field or tensor, what came and what was expected.
         """
         if self._may_load():
-            self._load_from_path(physical_to_logical_map, progress)
+            self._load_from_path(WeightSource(self.config), physical_to_logical_map, progress)
 
     def _load_from_path(
         self,
-        physical_to_logical_map: IntegersLike | None,
+        source: WeightSource,
+        physical_to_logical_map: IntegersLike | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         assert self.weight_path is not None
         file = find_quantized(self.weight_path, self.layer_idx)
         if file is not None:
             logical = checked_map(physical_to_logical_map, self.config.num_experts)
-            self._give(load_quantized(file, self.config, self._format), logical)
+            self._give(load_quantized(file, source.config, self._format, source.experts), logical)
             return
-        self._load_from_checkpoint(physical_to_logical_map, progress=progress)
+        self._load_from_checkpoint(source, physical_to_logical_map, progress=progress)
 
     def load_weights_from_tensors(  # type: ignore[override]  # its own options alone
         self,

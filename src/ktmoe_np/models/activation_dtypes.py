@@ -8,9 +8,9 @@ from typing import Literal, TypeAlias
 from ..config import ActivationDtype
 from ..formats.activation_blocks import default_in_models
 from ..formats.methods import find_method
-from ..inference.base import BaseMoEWrapper
 from ..layers.gguf import GgufWeights
 from ..sft.base import BaseSFTMoEWrapper
+from .ranks import Experts, own_layer
 
 __all__ = ["SequenceDtypes"]
 
@@ -27,7 +27,7 @@ class SequenceDtypes:
     @classmethod
     def of(
         cls,
-        experts: BaseMoEWrapper | BaseSFTMoEWrapper,
+        parallel: Experts,
         activation_dtype: ActivationDtype | None,
         prefill_activation_dtype: ActivationDtype | None,
     ) -> SequenceDtypes:
@@ -38,6 +38,7 @@ class SequenceDtypes:
         TypeError, ValueError
             No dtype of activations, or one that the products of the experts cannot have.
         """
+        experts = own_layer(parallel)
         steps = experts._dtype_of_call(activation_dtype)
         if steps is None:
             formats = experts.formats if isinstance(experts, GgufWeights) else {}
@@ -47,7 +48,13 @@ class SequenceDtypes:
             prefill = experts._dtype_of_call(prefill_activation_dtype)
         except (TypeError, ValueError) as error:
             raise type(error)(f"prefill_{error}") from None
-        return cls(_name(prefill or steps), _name(steps))
+        found = cls(_name(prefill or steps), _name(steps))
+        if experts is not parallel and found.prefill != found.steps:
+            raise ValueError(
+                f"prefill_activation_dtype: got {found.prefill!r}, expected {found.steps!r} as in later "
+                "steps: calls of ranks are of different sequences"
+            )
+        return found
 
 
 def _name(name: str) -> _Name:

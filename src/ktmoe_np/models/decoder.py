@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 from ..arrays.summary import object_summary
 from ..arrays.types import ArrayLike, PathLike
 from ..config import ActivationDtype
+from ..distributed.adapters import WholeAdapters
+from ..distributed.base import ExpertParallelBase
+from ..distributed.expert_parallel_sft import ExpertParallelSFT
+from ..distributed.placement import PlacementLike
 from ..experts import InferenceOverrides, Overrides, SFTOverrides
 from ..formats.methods import training_name
-from ..inference.base import BaseMoEWrapper
-from ..sft.base import BaseSFTMoEWrapper
+from ..sft.adapted import AdaptedLayer
 from ..sft.gradients import SFTGradients
 from ..sft.peft import import_peft, peft_scale
 from ._arithmetic import Floats, rms_norm, rms_norm_backward
@@ -32,6 +35,7 @@ from .config import DecoderConfig
 from .embedded import EMBEDDED_MODEL
 from .experts import load_experts
 from .layer import DecoderLayer, LayerPass
+from .ranks import Experts, Ranks, TrainedExperts
 from .reading import dense_tensors, read_layer
 
 __all__ = ["MoEDecoder", "TrainingPass", "checked_tokens"]
@@ -98,6 +102,8 @@ class MoEDecoder:
         mode: Literal["inference"] = "inference",
         experts_path: PathLike | None = None,
         prefill_activation_dtype: ActivationDtype | None = None,
+        comm: object = None,
+        placement: PlacementLike = "contiguous",
         **overrides: Unpack[InferenceOverrides],
     ) -> MoEDecoder: ...
 
@@ -112,6 +118,8 @@ class MoEDecoder:
         mode: Literal["sft"],
         experts_path: PathLike | None = None,
         prefill_activation_dtype: ActivationDtype | None = None,
+        comm: object = None,
+        placement: PlacementLike = "contiguous",
         **overrides: Unpack[SFTOverrides],
     ) -> MoEDecoder: ...
 
@@ -126,6 +134,8 @@ class MoEDecoder:
         mode: Literal["inference", "sft"] = "inference",
         experts_path: PathLike | None = None,
         prefill_activation_dtype: ActivationDtype | None = None,
+        comm: object = None,
+        placement: PlacementLike = "contiguous",
         **overrides: Unpack[SFTOverrides],
     ) -> MoEDecoder: ...
 
@@ -139,6 +149,8 @@ class MoEDecoder:
         mode: Literal["inference", "sft"] = "inference",
         experts_path: PathLike | None = None,
         prefill_activation_dtype: ActivationDtype | None = None,
+        comm: object = None,
+        placement: PlacementLike = "contiguous",
         **overrides: Unpack[Overrides],
     ) -> MoEDecoder:
         """Load a Hugging Face checkpoint, or a GGUF model.
@@ -163,6 +175,11 @@ class MoEDecoder:
             What experts take the first tokens of a sequence in, those that come with an empty cache, if that
             is not the `activation_dtype` of its steps. A sequence then depends on where its prompt ends:
             steps are not what one pass over all of it gives.
+        comm : communicator, optional
+            The experts lie on several ranks then; see `ktmoe_np.distributed`. All ranks make the same calls,
+            each with its own sequences, also none; `ranks` deals them. All else is on every rank.
+        placement : {"contiguous", "strided"} or array of integers [E]
+            Which rank has which experts.
         **overrides
             Any other parameter of `KTMoEWrapper`, e.g. ``cpuinfer_threads`` or ``lora_rank``. Its
             `activation_dtype` is that of whole sequences; the default is ``int8`` for layers in quantized
@@ -194,7 +211,7 @@ class MoEDecoder:
         embedding = tensors.read("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         layers = []
         for i in range(config.num_layers):
-            experts = load_experts(experts_path or path, config, i, method, mode, overrides)
+            experts = load_experts(experts_path or path, config, i, method, mode, overrides, comm, placement)
             dtypes = SequenceDtypes.of(experts, overrides.get("activation_dtype"), prefill_activation_dtype)
             layers.append(read_layer(tensors, config, i, experts, dtypes))
         norm = tensors.read("model.norm.weight", config.hidden_size)
@@ -203,7 +220,7 @@ class MoEDecoder:
             head = tensors.read("lm_head.weight", config.vocab_size, config.hidden_size)
         model = cls(config, embedding, layers, norm, head.T)
         if adapter is not None:
-            import_peft(adapter, model.trained_experts())
+            import_peft(adapter, [_whole(experts) for experts in model.trained_experts()])
         return model
 
     def __repr__(self) -> str:
@@ -217,7 +234,7 @@ class MoEDecoder:
         return f"{c.num_layers} layers of {experts}; H={c.hidden_size}, {c.vocab_size} tokens{waiting}"
 
     @property
-    def experts(self) -> list[BaseMoEWrapper | BaseSFTMoEWrapper]:
+    def experts(self) -> list[Experts]:
         """The experts of each layer."""
         return [layer.experts for layer in self._layers]
 
@@ -252,7 +269,7 @@ class MoEDecoder:
         for layer, dtypes in zip(self._layers, found, strict=True):
             layer.dtypes = dtypes
 
-    def trained_experts(self) -> list[BaseSFTMoEWrapper]:
+    def trained_experts(self) -> list[TrainedExperts]:
         """The experts of each layer, with adapters.
 
         Raises
@@ -260,12 +277,18 @@ class MoEDecoder:
         ValueError
             The model was not loaded with ``mode="sft"`` or an adapter.
         """
-        found = [experts for experts in self.experts if isinstance(experts, BaseSFTMoEWrapper)]
+        found = [experts for experts in self.experts if isinstance(experts, TrainedExperts)]
         if len(found) < len(self._layers):
             raise ValueError(
                 "model: got one whose experts have no adapters, expected one loaded with mode='sft'"
             )
         return found
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The ranks that the experts lie on; None in one process."""
+        first = self.experts[0]
+        return Ranks(first.channel) if isinstance(first, ExpertParallelBase) else None
 
     @property
     def seconds_in_experts(self) -> float:
@@ -326,14 +349,15 @@ class MoEDecoder:
         Raises
         ------
         ValueError
-            No sequences, one without tokens, or a model that was not loaded with ``mode="sft"``.
+            No sequences (of a model in one process), one without tokens, or a model that was not loaded with
+            ``mode="sft"``.
         IndexError
             A token that the vocabulary does not have.
         RuntimeError
             `max_cache_depth` passes wait for their backward pass.
         """
         trained = self.trained_experts()
-        if len(tokens) == 0:
+        if len(tokens) == 0 and self.ranks is None:
             raise ValueError("tokens: got no sequences, expected one or more")
         caches = [self.new_cache() for _ in tokens]
         ids = _checked(tokens, caches, self.config.vocab_size)
@@ -427,6 +451,11 @@ class MoEDecoder:
 
     def _normed(self, x: Floats) -> Floats:
         return rms_norm(x, self._norm, self.config.rms_norm_eps)
+
+
+def _whole(experts: TrainedExperts) -> AdaptedLayer:
+    """The layer with all of its experts."""
+    return WholeAdapters(experts) if isinstance(experts, ExpertParallelSFT) else experts
 
 
 def _checked(

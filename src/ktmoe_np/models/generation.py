@@ -32,6 +32,7 @@ def generate(
     Parameters
     ----------
     model : MoEDecoder
+        On several ranks all of them yield what the first one computes; each token is a collective call.
     prompt : sequence of int
         At least one token.
     max_new_tokens : int
@@ -72,15 +73,20 @@ def generate(
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p: got {min_p}, expected a number from 0 to 1")
     rng = np.random.default_rng(seed)
-    cache = model.new_cache()
+    cache, ranks = model.new_cache(), model.ranks
     given = list(prompt)
     for _ in range(max_new_tokens):
-        (logits,) = model.forward([given], [cache], last=True)
-        if temperature == 0:
-            token = int(logits[-1].argmax())
-        else:
-            tokens, chances = sampled_tokens(logits[-1], temperature, top_k, top_p, min_p)
-            token = int(rng.choice(tokens, p=chances))
+        if ranks is None or ranks.is_first:
+            (logits,) = model.forward([given], [cache], last=True)
+            if temperature == 0:
+                token = int(logits[-1].argmax())
+            else:
+                tokens, chances = sampled_tokens(logits[-1], temperature, top_k, top_p, min_p)
+                token = int(rng.choice(tokens, p=chances))
+        if ranks is not None:
+            if not ranks.is_first:
+                model.forward([], [])
+            token = ranks.number_of_first(token if ranks.is_first else None)
         if token in stop:
             return
         yield token
@@ -145,6 +151,7 @@ def bits_per_token(
     Parameters
     ----------
     model : MoEDecoder
+        On several ranks the call is collective, and they share the windows.
     tokens : sequence of int
         At least two.
     window : int
@@ -176,13 +183,19 @@ def bits_per_token(
     parts = [array[i : i + window] for i in range(0, len(array), window)]
     parts = [part for part in parts if len(part) > 1]
     checked_tokens([array], model.config.vocab_size)  # also those that are only expected
-    total, count = 0.0, 0
+    ranks, nats = model.ranks, list[float]()
     for i in range(0, len(parts), batch):
         some = parts[i : i + batch]
-        caches = [model.new_cache() for _ in some]
-        for part, logits in zip(some, model.forward([part[:-1] for part in some], caches), strict=True):
-            total += float(cross_entropy(logits, part[1:])[0].sum())
-            count += len(part) - 1
+        own = some if ranks is None else ranks.share(some)
+        caches = [model.new_cache() for _ in own]
+        found = model.forward([part[:-1] for part in own], caches)
+        losses = [
+            float(cross_entropy(logits, part[1:])[0].sum()) for part, logits in zip(own, found, strict=True)
+        ]
+        nats += losses if ranks is None else ranks.gather_numbers(losses)
         if progress is not None:
             progress(sum(map(len, some)))
-    return total / count / math.log(2)
+    total = 0.0
+    for each in nats:  # one after the other, however many ranks there are
+        total += each
+    return total / sum(len(part) - 1 for part in parts) / math.log(2)

@@ -11,13 +11,12 @@ import ml_dtypes
 import numpy as np
 
 from ..config import ActivationDtype
-from ..inference.base import BaseMoEWrapper
-from ..sft.base import BaseSFTMoEWrapper
 from ..sft.gradients import SFTGradients
 from ._arithmetic import Floats, rms_norm, rms_norm_backward
 from .activation_dtypes import SequenceDtypes
 from .attention import Attention, AttentionPass, Place
 from .cache import KVCache
+from .ranks import Experts, TrainedExperts
 from .router import Route, Router
 
 __all__ = ["DecoderLayer", "LayerPass"]
@@ -43,7 +42,7 @@ class DecoderLayer:
     attention: Attention
     expert_norm: Floats
     router: Router
-    experts: BaseMoEWrapper | BaseSFTMoEWrapper
+    experts: Experts
     dtypes: SequenceDtypes
     seconds_in_experts: float = 0.0
 
@@ -78,7 +77,8 @@ class DecoderLayer:
         """The outputs of the experts for the rows of all sequences, in one call for each activation dtype."""
         dtypes = [self.dtypes.prefill if begin else self.dtypes.steps for begin in begins]
         outputs: dict[int, Floats] = {}
-        for dtype in dict.fromkeys(dtypes):
+        # A rank without sequences takes part in what the others call.
+        for dtype in dict.fromkeys(dtypes or [self.dtypes.steps]):
             which = [i for i, other in enumerate(dtypes) if other == dtype]
             parts = self._call([hidden[i] for i in which], [routes[i] for i in which], dtype, saved)
             outputs |= dict(zip(which, parts, strict=True))
@@ -87,13 +87,15 @@ class DecoderLayer:
     def _call(
         self, hidden: list[Floats], routes: list[Route], dtype: ActivationDtype, saved: bool
     ) -> list[Floats]:
-        rows = _together(hidden).astype(ml_dtypes.bfloat16)
-        ids = _together([route.ids for route in routes])
-        weights = _together([route.weights for route in routes])
+        config = self.experts.config
+        slots = config.num_experts_per_tok
+        rows = _together(hidden, config.hidden_size).astype(ml_dtypes.bfloat16)
+        ids = _together([route.ids for route in routes], slots).astype(np.int64, copy=False)
+        weights = _together([route.weights for route in routes], slots)
         out = np.empty(rows.shape, np.float32)
         started = time.perf_counter()
         if saved:
-            assert isinstance(self.experts, BaseSFTMoEWrapper)
+            assert isinstance(self.experts, TrainedExperts)
             self.experts.forward_sft(rows, ids, weights, out=out, activation_dtype=dtype)
         else:
             self.experts.forward(rows, ids, weights, out=out, activation_dtype=dtype)
@@ -107,8 +109,8 @@ class DecoderLayer:
 
         Without `to_input` the former are left out.
         """
-        assert isinstance(self.experts, BaseSFTMoEWrapper)
-        rows = _together(grads).astype(ml_dtypes.bfloat16)
+        assert isinstance(self.experts, TrainedExperts)
+        rows = _together(grads, self.experts.config.hidden_size).astype(ml_dtypes.bfloat16)
         started = time.perf_counter()
         found = self.experts.backward(rows)
         self.seconds_in_experts += time.perf_counter() - started
@@ -125,11 +127,15 @@ class DecoderLayer:
         return results, found
 
 
-def _together(parts: Sequence[Floats]) -> Floats:
+def _together(parts: Sequence[Floats], width: int) -> Floats:
     """The rows of all sequences; those of a single one as they are."""
+    if not parts:
+        return np.empty((0, width), np.float32)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _split(rows: Floats, like: Sequence[Floats]) -> list[Floats]:
     """Rows of all sequences, split by the lengths of others."""
-    return [rows] if len(like) == 1 else np.split(rows, np.cumsum([len(x) for x in like])[:-1])
+    if len(like) < 2:
+        return [rows][: len(like)]
+    return np.split(rows, np.cumsum([len(x) for x in like])[:-1])

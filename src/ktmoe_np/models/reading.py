@@ -7,16 +7,15 @@ from typing import Protocol
 import numpy as np
 
 from ..arrays.types import PathLike
-from ..inference.base import BaseMoEWrapper
 from ..io.gguf.checkpoint import GgufCheckpoint, is_gguf
 from ..io.safetensors.checkpoint import SafetensorsCheckpoint
-from ..sft.base import BaseSFTMoEWrapper
 from ._arithmetic import Floats
 from .activation_dtypes import SequenceDtypes
 from .attention import Attention
 from .config import DecoderConfig
 from .gguf_model import GgufTensors
 from .layer import DecoderLayer
+from .ranks import Experts
 from .router import Router
 
 __all__ = ["DenseTensors", "dense_names", "dense_tensors", "read_layer"]
@@ -91,7 +90,7 @@ def read_layer(
     tensors: DenseTensors,
     c: DecoderConfig,
     i: int,
-    experts: BaseMoEWrapper | BaseSFTMoEWrapper,
+    experts: Experts,
     dtypes: SequenceDtypes,
 ) -> DecoderLayer:
     """Read all of layer i but its experts."""

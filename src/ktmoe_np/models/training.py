@@ -44,9 +44,9 @@ def loss_and_gradients(model: MoEDecoder, sequences: Sequence[ArrayLike | Sequen
     Parameters
     ----------
     model : MoEDecoder
-        Loaded with ``mode="sft"``.
+        Loaded with ``mode="sft"``. On several ranks the call is collective.
     sequences : sequence of arrays of integers [T]
-        At least two tokens each.
+        At least two tokens each. On several ranks, the same on all, which share the work.
 
     Returns
     -------
@@ -71,16 +71,20 @@ def loss_and_gradients(model: MoEDecoder, sequences: Sequence[ArrayLike | Sequen
         shapes = [list(array.shape) for array in arrays]
         raise ValueError(f"sequences: got shapes {shapes}, expected one or more of [T], at least 2")
     arrays = checked_tokens(arrays, model.config.vocab_size)
-    count = sum(len(array) - 1 for array in arrays)
-    logits, kept = model.forward_sft([array[:-1] for array in arrays])
+    count, ranks = sum(len(array) - 1 for array in arrays), model.ranks
+    own = arrays if ranks is None else ranks.share(arrays)
+    logits, kept = model.forward_sft([array[:-1] for array in own])
     try:
-        nats, grads = 0.0, []
-        for found, array in zip(logits, arrays, strict=True):
+        all_nats, grads = [], []
+        for found, array in zip(logits, own, strict=True):
             losses, grad = cross_entropy(found, array[1:])
             grad[np.arange(len(grad)), array[1:]] -= 1
-            nats += float(losses.sum())
+            all_nats.append(float(losses.sum()))
             grads.append(grad / np.float32(count))
         layers = model.backward(kept, grads)
+        nats = 0.0
+        for each in all_nats if ranks is None else ranks.gather_numbers(all_nats):
+            nats += each
     except BaseException:  # also an interrupt: what experts keep would be in the way of the next step
         model.clear_cache()
         raise

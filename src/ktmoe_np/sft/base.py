@@ -438,7 +438,7 @@ class BaseSFTMoEWrapper(LoraLayer):
         if len(results.rows) < 2:
             results.new_rows(*self._results.row_gradients(len(rows), rows, claim))
         task = self._layer.backward_task(
-            rows, **results.rows, **results.matrices, accumulate=bool(accumulate)
+            rows, **results.rows, **results.matrices, accumulate=bool(accumulate), expert_rows=False
         )
         return results, task
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays.checks import chosen_experts
+from ...arrays.types import IntegersLike
 from ...config import MoEConfig
 from ...formats.quantized import QuantizedFormat
 from ...formats.weights import ExpertWeights, Projection
@@ -143,7 +145,12 @@ def save_quantized(
     return path
 
 
-def load_quantized(path: str | os.PathLike[str], config: MoEConfig, fmt: QuantizedFormat) -> ExpertWeights:
+def load_quantized(
+    path: str | os.PathLike[str],
+    config: MoEConfig,
+    fmt: QuantizedFormat,
+    experts: IntegersLike | None = None,
+) -> ExpertWeights:
     """Map the file of a layer, when it is what it should be.
 
     Header and scales are checked; codes are not read: `check_codes` does.
@@ -153,9 +160,11 @@ def load_quantized(path: str | os.PathLike[str], config: MoEConfig, fmt: Quantiz
     path : str or path-like
         The file.
     config : MoEConfig
-        What the layer must be.
+        What the whole layer must be.
     fmt : QuantizedFormat
         What its rows must be.
+    experts : array of int, optional
+        The experts to load, in this order; None loads all.
 
     Returns
     -------
@@ -168,18 +177,26 @@ def load_quantized(path: str | os.PathLike[str], config: MoEConfig, fmt: Quantiz
         No such file.
     ValueError
         Not such a file, cut off, or of another layer: names the file, and the field or tensor, what came and
-        what was expected.
+        what was expected. Or `experts` that repeat or are none.
+    TypeError, IndexError
+        `experts` that are not integers, or not of the layer.
     """
     file, biased = open_quantized(path, config, fmt)
     projections = {
         name: Projection(
             file.tensor(f"{name}.codes"),
-            channel_scale=_channel_scale(file, name, fmt),
+            channel_scale=aligned(file.tensor(f"{name}.row_scale")) if fmt.has_channel_scale else None,
             bias=aligned(file.tensor(f"{name}.bias")) if name in biased else None,
         )
         for name in projection_sizes(config)
     }
-    return ExpertWeights.of(projections)
+    weights = ExpertWeights.of(projections)
+    chosen: Sequence[int] = range(config.num_experts)
+    if experts is not None:
+        chosen = chosen_experts(experts, config.num_experts)
+        weights = weights.select(chosen)
+    _check_scales(file, weights, chosen)
+    return weights
 
 
 def open_quantized(
@@ -286,18 +303,19 @@ def _wanted(
             yield f"{name}.bias", ("F32", rows)
 
 
-def _channel_scale(file: SafetensorsFile, name: str, fmt: QuantizedFormat) -> AnyArray | None:
-    if not fmt.has_channel_scale:
-        return None
-    scale = aligned(file.tensor(f"{name}.row_scale"))
-    wrong = ~np.isfinite(scale)
-    if wrong.any():
-        e, row = np.argwhere(wrong)[0]
-        raise ValueError(
-            f"{file.path}: tensor '{name}.row_scale': expert {e}, row {row}: got {scale[e, row]}, "
-            "expected finite scales"
-        )
-    return scale
+def _check_scales(file: SafetensorsFile, weights: ExpertWeights, experts: Sequence[int]) -> None:
+    """Raise ValueError for a scale of these experts that is not finite."""
+    for name, projection in weights.projections.items():
+        if projection.channel_scale is None:
+            continue
+        for e, scale in zip(experts, projection.channel_scale, strict=True):
+            wrong = ~np.isfinite(scale)
+            if wrong.any():
+                row = int(np.argmax(wrong))
+                raise ValueError(
+                    f"{file.path}: tensor '{name}.row_scale': expert {e}, row {row}: got {scale[row]}, "
+                    "expected finite scales"
+                )
 
 
 def _stacked(source: Any) -> AnyArray:

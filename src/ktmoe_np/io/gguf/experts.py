@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays.checks import chosen_experts
+from ...arrays.types import IntegersLike
 from ...config import MoEConfig
 from ...formats.gguf import GGUF_FORMATS, PLAIN_DTYPES
 from ...formats.weights import ExpertWeights, Projection
@@ -78,7 +81,10 @@ def gguf_layers(checkpoint: GgufCheckpoint | str | os.PathLike[str]) -> tuple[in
 
 
 def load_gguf(
-    checkpoint: GgufCheckpoint | str | os.PathLike[str], layer_idx: int, config: MoEConfig
+    checkpoint: GgufCheckpoint | str | os.PathLike[str],
+    layer_idx: int,
+    config: MoEConfig,
+    experts: IntegersLike | None = None,
 ) -> ExpertWeights:
     """Find the experts of a layer.
 
@@ -94,7 +100,9 @@ def load_gguf(
     layer_idx : int
         The layer's number in the model.
     config : MoEConfig
-        What the layer must be; see `gguf_config`.
+        What the whole layer must be; see `gguf_config`.
+    experts : array of int, optional
+        The experts to load, in this order; None loads all. All headers are checked.
 
     Returns
     -------
@@ -108,7 +116,9 @@ def load_gguf(
     ValueError
         The layer has no experts (names the layers that have); a tensor is missing, of another shape, or of a
         type that is not among those that work, or a scale beside the blocks (names the file and the tensor);
-        or the experts are not those that `config` describes.
+        or the experts are not those that `config` describes. Or `experts` that repeat or are none.
+    TypeError, IndexError
+        `experts` that are not integers, or not of the layer.
 
     Examples
     --------
@@ -143,7 +153,11 @@ def load_gguf(
     projections = {
         name: Projection(codes, bias=biases.get(name), format=fmt) for name, (fmt, codes) in rows.items()
     }
-    return ExpertWeights.of(projections, names=tuple(layer.names))
+    weights = ExpertWeights.of(projections, names=tuple(layer.names))
+    if experts is None:
+        return weights
+    chosen = chosen_experts(experts, config.num_experts)
+    return replace(weights.select(chosen), names=layer.names_of(chosen))
 
 
 class _Layer:
@@ -202,6 +216,12 @@ class _Layer:
     def name(self, role: str, e: int) -> str:
         """A tensor of weights."""
         return f"{self.stem}{role}_exps.weight" if self.is_stacked else f"{self.stem}{role}.{e}.weight"
+
+    def names_of(self, experts: Sequence[int]) -> tuple[str, ...]:
+        """What was read of some experts."""
+        others = set(range(self.config.num_experts)).difference(experts)
+        unread = set() if self.is_stacked else {self.name(role, e) for role in self.roles for e in others}
+        return tuple(name for name in self.names if name not in unread)
 
     def bias_name(self, role: str) -> str:
         """A tensor of biases."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -82,12 +82,14 @@ class ExpertLayer:
         """Complete a tensor's name."""
         return self.prefix + template.replace("{e}", str(e))
 
-    def names_of(self, template: str, num_experts: int) -> list[str]:
-        """List the names of a tensor of each expert, or the one name of a tensor of all of them.
+    def names_of(self, template: str, num_experts: int, experts: Sequence[int] | None = None) -> list[str]:
+        """List the names of a tensor of each expert, or of these, or the one name of a tensor of all of them.
 
         Where fewer are there, one more than are there: enough to find one missing, however many experts a
         configuration claims.
         """
+        if experts is not None and "{e}" in template:
+            return [self.name(template, e) for e in experts]
         key = template, num_experts
         if key not in self._names:
             head, of_each, tail = template.partition("{e}")
@@ -96,26 +98,44 @@ class ExpertLayer:
             self._names[key] = [f"{self.prefix}{head}{e}{tail}" for e in expert_ids]
         return self._names[key]
 
-    def names(self, pattern: NamePattern, sizes: tuple[int, int, int]) -> tuple[str, ...]:
-        """List the tensors that the layer must have, biases included if there are some."""
-        wanted = self.wanted(pattern, sizes)
-        return tuple(name for template, _, _ in wanted for name in self.names_of(template, sizes[0]))
+    def names(
+        self, pattern: NamePattern, sizes: tuple[int, int, int], experts: Sequence[int] | None = None
+    ) -> tuple[str, ...]:
+        """List the tensors that the layer, or these experts of it, must have; biases if there are some."""
+        wanted = self.wanted(pattern, sizes, experts)
+        return tuple(name for template, _, _ in wanted for name in self.names_of(template, sizes[0], experts))
 
     def problem(
-        self, pattern: NamePattern, sizes: tuple[int, int, int], origin: str = ""
+        self,
+        pattern: NamePattern,
+        sizes: tuple[int, int, int],
+        origin: str = "",
+        experts: Sequence[int] | None = None,
     ) -> ValueError | None:
-        """The error of the layer's tensors as `pattern` wants them; None if nothing is wrong."""
+        """The error of the layer's tensors as `pattern` wants them; None if nothing is wrong.
+
+        Where `experts` are given, other experts' tensors have to be there, and their files stay closed.
+        """
         num_experts = sizes[0]
         for template in pattern.tensors.values():
             problem = self.too_many(template, num_experts)
             if problem is not None:
                 return problem
-        for template, shape, dtypes in self.wanted(pattern, sizes):
-            for name in self.names_of(template, num_experts):
+        for template, shape, dtypes in self.wanted(pattern, sizes, experts):
+            for name in self.names_to_look_at(template, num_experts, experts):
                 problem = self.checkpoint.problem(name, dtypes, (shape,), origin)
                 if problem is not None:
                     return problem
         return None
+
+    def names_to_look_at(
+        self, template: str, num_experts: int, experts: Sequence[int] | None
+    ) -> Iterator[str]:
+        """Names of `names_of` of all experts: those that are missing, and those of `experts`."""
+        chosen = set(self.names_of(template, num_experts, experts))
+        for name in self.names_of(template, num_experts):
+            if name in chosen or name not in self.checkpoint:
+                yield name
 
     def too_many(self, template: str, num_experts: int) -> ValueError | None:
         """The error of a tensor of an expert beyond the last; None if there is none."""
@@ -139,7 +159,7 @@ class ExpertLayer:
             )
 
     def wanted(
-        self, pattern: NamePattern, sizes: tuple[int, int, int]
+        self, pattern: NamePattern, sizes: tuple[int, int, int], experts: Sequence[int] | None = None
     ) -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
         """Template, shape and dtypes of each of the pattern's weights, and of its biases if there are any."""
         num_experts, inter, hidden = sizes
@@ -148,24 +168,28 @@ class ExpertLayer:
         for role, template in pattern.tensors.items():
             matrix = (rows[role], inter if role == "down" else hidden)
             shape = (*lead, *(matrix[::-1] if pattern.transposed else matrix))
-            yield template, shape, self._weight_dtypes(template)
+            yield template, shape, self._weight_dtypes(template, experts[0] if experts else 0)
         if self.has_biases(pattern):
             for role, template in pattern.biases.items():
                 yield template, (*lead, rows[role]), BIAS_DTYPES
 
-    def _weight_dtypes(self, template: str) -> tuple[str, ...]:
-        """The dtypes that weights may have: that of the first expert's, if it is one of numbers."""
-        first = self.info(self.name(template, 0))
+    def _weight_dtypes(self, template: str, e: int) -> tuple[str, ...]:
+        """The dtypes that weights may have: that of expert e's, the first, if it is one of numbers."""
+        first = self.info(self.name(template, e))
         return WEIGHT_DTYPES if first is None or first.dtype not in WEIGHT_DTYPES else (first.dtype,)
 
     def has_biases(self, pattern: NamePattern) -> bool:
         """Whether any of the pattern's biases is there; then all must be."""
         return any(template in self.expert_ids for template in pattern.biases.values())
 
-    def tensors(self, pattern: NamePattern, template: str, num_experts: int) -> list[AnyArray]:
-        """One array for each expert."""
-        tensors = [aligned(self.checkpoint.tensor(name)) for name in self.names_of(template, num_experts)]
-        return tensors if pattern.per_expert else list(tensors[0])
+    def tensors(
+        self, pattern: NamePattern, template: str, num_experts: int, experts: Sequence[int] | None = None
+    ) -> list[AnyArray]:
+        """One array for each expert, or for each of these."""
+        arrays = [self.checkpoint.tensor(name) for name in self.names_of(template, num_experts, experts)]
+        if not pattern.per_expert:
+            arrays = [arrays[0][e] for e in (range(num_experts) if experts is None else experts)]
+        return [aligned(array) for array in arrays]
 
 
 def rows_of_roles(inter: int, hidden: int) -> dict[str, int]:

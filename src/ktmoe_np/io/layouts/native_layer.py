@@ -26,18 +26,23 @@ _PROBED = 3
 class _Wanted(NamedTuple):
     """Tensors that must be there, all alike."""
 
-    names: list[str]
+    template: str
     dtypes: tuple[str, ...]
     shapes: Shapes
 
 
 @dataclass(frozen=True)
 class NativeLayout:
-    """The layer's tensors seen as one pattern and one encoding."""
+    """The layer's tensors seen as one pattern and one encoding; of all experts or of some of them."""
 
     layer: ExpertLayer
     pattern: NamePattern
     encoding: Encoding
+    experts: tuple[int, ...] | None = None
+
+    def chosen(self, config: MoEConfig) -> Sequence[int]:
+        """The experts that are read."""
+        return range(config.num_experts) if self.experts is None else self.experts
 
     @property
     def method(self) -> str:
@@ -71,8 +76,9 @@ class NativeLayout:
         return self.layer.name(self.pattern.tensors[role] + spec.suffix, e)
 
     def names_of(self, role: str, spec: TensorSpec, config: MoEConfig) -> list[str]:
-        """The tensors of a projection, one for each expert or one for all of them."""
-        return self.layer.names_of(self.pattern.tensors[role] + spec.suffix, config.num_experts)
+        """The tensors of a projection, one for each expert that is read or one for all of them."""
+        template = self.pattern.tensors[role] + spec.suffix
+        return self.layer.names_of(template, config.num_experts, self.experts)
 
     def expert_ids(self, role: str, spec: TensorSpec) -> set[int]:
         """The experts that have such a tensor; of fused experts, one that stands for all."""
@@ -132,14 +138,16 @@ class NativeLayout:
             num_columns = config.moe_intermediate_size if role == "down" else config.hidden_size
             for spec in self.tensor_specs(role):
                 shapes = tuple((*lead, *shape) for shape in spec.shapes(num_rows, num_columns))
-                yield _Wanted(self.names_of(role, spec, config), spec.dtypes, shapes)
+                yield _Wanted(self.pattern.tensors[role] + spec.suffix, spec.dtypes, shapes)
         if self.layer.has_biases(self.pattern):
             for role, template in self.pattern.biases.items():
-                names = self.layer.names_of(template, config.num_experts)
-                yield _Wanted(names, BIAS_DTYPES, ((*lead, rows[role]),))
+                yield _Wanted(template, BIAS_DTYPES, ((*lead, rows[role]),))
 
     def check(self, config: MoEConfig) -> tuple[str, ...]:
-        """Raise ValueError when a tensor is not what `config` wants it to be; otherwise list them all."""
+        """Raise ValueError when a tensor is not what `config` wants it to be; otherwise list them all.
+
+        Of experts that are not read the tensors have to be there, and their files stay closed.
+        """
         checkpoint = self.layer.checkpoint
         self._check_config(config)
         for role in self.pattern.tensors:
@@ -157,11 +165,11 @@ class NativeLayout:
                     )
         names: list[str] = []
         for wanted in self.wanted(config):
-            for name in wanted.names:
+            for name in self.layer.names_to_look_at(wanted.template, config.num_experts, self.experts):
                 problem = checkpoint.problem(name, wanted.dtypes, wanted.shapes, config.origin())
                 if problem is not None:
                     raise problem
-            names += wanted.names
+            names += self.layer.names_of(wanted.template, config.num_experts, self.experts)
         return tuple(names)
 
     def _check_config(self, config: MoEConfig) -> None:
