@@ -22,8 +22,9 @@ SNIPPETS = DOCS / "snippets"
 PAGES = sorted(p for p in DOCS.rglob("*.md") if "generated" not in p.relative_to(DOCS).parts)
 
 _FRAMEWORKS = {"jax", "torch", "transformers", "peft"}
+_MPI = "mpi4py"
 _NEEDS = re.compile(r"^# needs: (.+)$", re.MULTILINE)
-_PASTED = re.compile(r"^```(?:python|py|bash|sh|console|shell)\n", re.MULTILINE)
+_PASTED = re.compile(r"^```(python|py|bash|sh|console|shell)\n", re.MULTILINE)
 _PATH = re.compile(r"`((?:tests|src|cpp|bench|tools|docs|cmake|\.ci)/[\w./-]*\w(?:\.\w+)?)`")
 
 
@@ -34,11 +35,34 @@ def _needs(path: Path) -> set[str]:
 
 
 def _scripts() -> list[Any]:
-    """All snippets in Python; those that need a framework are cross-checks."""
+    """All snippets in Python but programs of several ranks, which commands start.
+
+    Those that need a framework are cross-checks.
+    """
     return [
         pytest.param(path, id=path.stem, marks=[pytest.mark.crosscheck] if _FRAMEWORKS & _needs(path) else [])
         for path in sorted(SNIPPETS.glob("*.py"))
+        if _MPI not in _needs(path)
     ]
+
+
+def _commands() -> list[Any]:
+    """All snippets for a shell; some start ranks."""
+    return [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.mpi] if _MPI in _needs(path) else [])
+        for path in sorted(SNIPPETS.glob("*.sh"))
+    ]
+
+
+def _put_on_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `ktmoe` and `python` the tests' own."""
+    folder.mkdir()
+    for name, arguments in (("ktmoe", "-m ktmoe_np.cli"), ("python", "")):
+        command = folder / name
+        command.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(Path(ktmoe_np.__file__).parents[1]))
 
 
 @pytest.mark.parametrize("path", _scripts())
@@ -51,16 +75,17 @@ def test_a_snippet_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("path", sorted(SNIPPETS.glob("*.sh")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", _commands())
 def test_a_command_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in sorted(_needs(path)):
         pytest.importorskip(package)
-    command = tmp_path / "bin" / "ktmoe"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m ktmoe_np.cli "$@"\n')
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", str(command.parent), prepend=":")
-    monkeypatch.setenv("PYTHONPATH", str(Path(ktmoe_np.__file__).parents[1]))
+    if _MPI in _needs(path):
+        if shutil.which("mpiexec") is None:
+            pytest.skip("mpiexec: not installed")
+        for name in ("ALLOW_RUN_AS_ROOT", "ALLOW_RUN_AS_ROOT_CONFIRM", "MCA_rmaps_base_oversubscribe"):
+            monkeypatch.setenv(f"OMPI_{name}", "1")
+        shutil.copy(SNIPPETS / "hosts.py", tmp_path / "program.py")
+    _put_on_path(tmp_path / "bin", monkeypatch)
     monkeypatch.setenv("model", str(EMBEDDED_MODEL))
     bash = shutil.which("bash")
     assert bash is not None
@@ -78,9 +103,12 @@ def test_every_snippet_is_on_a_page() -> None:
 
 
 def test_pages_include_code() -> None:
-    """Code that is pasted into a page is not under test; one page has a test of its own, in tests/compat."""
-    pasted = [str(p.relative_to(ROOT)) for p in PAGES if _PASTED.search(p.read_text())]
-    assert pasted == ["docs/from-kt-kernel.md"]
+    """Code that is pasted into a page is not under test.
+
+    One page has a test of its own, in tests/compat; commands for several machines cannot run on one.
+    """
+    pasted = [(p.name, language) for p in PAGES for language in sorted(set(_PASTED.findall(p.read_text())))]
+    assert pasted == [("from-kt-kernel.md", "python"), ("several-hosts.md", "bash")]
 
 
 def test_every_path_on_a_page_is_there() -> None:
