@@ -87,8 +87,9 @@ def test_a_full_disk_names_the_output(arguments: list[str], name: str) -> None:
     assert done.stderr == f"{name}: standard output: no space left on device\n"
 
 
-def test_a_full_disk_behind_the_errors_is_quiet() -> None:
-    assert shell("2>/dev/full", "nothing").returncode == 2
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_the_errors_is_quiet(unbuffered: str) -> None:
+    assert shell("2>/dev/full", "nothing", PYTHONUNBUFFERED=unbuffered).returncode == 2
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--tokens=400"]])

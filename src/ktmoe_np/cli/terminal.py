@@ -13,7 +13,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 __all__ = [
     "OutputError",
@@ -123,14 +123,22 @@ def _naming_output() -> Iterator[None]:
 
 def drop_output() -> None:
     """Let what is buffered, which Python writes at its end, go nowhere."""
+    _drop(sys.stdout)
+
+
+def _drop(stream: TextIO) -> None:
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
 
 
 def complain(text: str) -> None:
-    """Write a line to standard error, where there is one."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    """Write a line to standard error, where there is one that takes it."""
+    if sys.stderr is None:
+        return
+    try:
         sys.stderr.write(f"{one_line(text)}\n")
         sys.stderr.flush()
+    except (OSError, ValueError):
+        _drop(sys.stderr)  # else Python tries again at its end, and changes the exit status
