@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class Run:
     method: str
     date: str
     times: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    current: list[str] = field(default_factory=list)  # the other libraries that no later run compares
 
     @property
     def tokens(self) -> list[int]:
@@ -53,6 +55,12 @@ class Run:
         return f"{self.method}, {self.shape}, {_KINDS[self.kind]}, {self.machine}"
 
 
+def _machine(name: str) -> str:
+    """The name of a machine as tables have it: records have had more than one for the same."""
+    processor = re.fullmatch(r".*: (Zen \d)\)(.*)", name)
+    return "".join(processor.groups()) if processor else name.removesuffix(", AMX")
+
+
 def read_runs() -> list[Run]:
     """Read all records of layers, by run."""
     runs: dict[tuple[str, ...], Run] = {}
@@ -62,7 +70,8 @@ def read_runs() -> list[Run]:
                 continue
             if record.get("status") != "ok" or "ms" not in record:
                 continue
-            key = tuple(record[name] for name in ("machine", "kind", "shape", "method", "date"))
+            case = (record[name] for name in ("kind", "shape", "method", "date"))
+            key = (_machine(record["machine"]), *case)
             times = runs.setdefault(key, Run(*key)).times.setdefault(record["family"], {})
             before = times.get(record["tokens"])
             if before is None or record["ms"] < before["ms"]:
@@ -71,30 +80,36 @@ def read_runs() -> list[Run]:
 
 
 def compared(runs: Iterable[Run], kind: str) -> list[Run]:
-    """The latest run of each case that had another library in it, with most batch sizes that day."""
-    return _latest(run for run in runs if run.kind == kind and run.ours and run.peers)
+    """The runs that are the latest to compare a case with some other library."""
+    latest: dict[tuple[str, ...], Run] = {}
+    for run in runs:
+        if run.kind == kind and run.ours:
+            for peer in run.peers:
+                key = (*_case(run), peer)
+                latest[key] = max(latest.get(key, run), run, key=_worth)
+    found: dict[int, Run] = {}
+    for key in sorted(latest):
+        run = found.setdefault(id(latest[key]), replace(latest[key], current=[]))
+        run.current.append(key[-1])
+    return list(found.values())
 
 
 def alone(runs: Sequence[Run]) -> list[Run]:
     """The latest run of each case that no run compares with another library."""
     cases = {_case(run) for run in runs if run.ours and run.peers}
-    return _latest(run for run in runs if run.ours and _case(run) not in cases)
+    latest: dict[tuple[str, ...], Run] = {}
+    for run in runs:
+        if run.ours and _case(run) not in cases:
+            latest[_case(run)] = max(latest.get(_case(run), run), run, key=_worth)
+    return [latest[case] for case in sorted(latest)]
 
 
 def _case(run: Run) -> tuple[str, ...]:
     return run.machine, run.kind, run.shape, run.method
 
 
-def _latest(runs: Iterable[Run]) -> list[Run]:
-    best: dict[tuple[str, ...], Run] = {}
-    for run in runs:
-        before = best.get(_case(run))
-        if before is None or _worth(run) > _worth(before):
-            best[_case(run)] = run
-    return [best[case] for case in sorted(best)]
-
-
 def _worth(run: Run) -> tuple[str, int, str]:
+    """The latest day first, and of it the run with most batch sizes."""
     return run.date[:10], len(run.tokens), run.date
 
 
@@ -133,8 +148,8 @@ def slower(runs: Sequence[Run]) -> str:
 def _slower(runs: Sequence[Run]) -> Iterator[tuple[str, ...]]:
     for run in runs:
         for tokens in run.tokens:
-            mine, theirs = run.fastest(run.ours, tokens), run.fastest(run.peers, tokens)
+            mine, theirs = run.fastest(run.ours, tokens), run.fastest(run.current, tokens)
             if mine is None or theirs is None or theirs >= mine:
                 continue
-            name = min(run.peers, key=lambda f: run.times[f].get(tokens, {"ms": float("inf")})["ms"])
+            name = min(run.current, key=lambda f: run.times[f].get(tokens, {"ms": float("inf")})["ms"])
             yield run.title, str(tokens), _milliseconds(mine), name, _milliseconds(theirs)

@@ -87,10 +87,3 @@ def test_every_class_of_a_method_is_there() -> None:
 def test_the_page_of_tables_is_up_to_date() -> None:
     tool = runpy.run_path(str(ROOT / "tools" / "write_tables.py"))
     assert tool["PAGE"].read_text() == tool["page"](), "run: python tools/write_tables.py"
-
-
-def test_the_readme_names_every_method_and_activation() -> None:
-    readme = (ROOT / "README.md").read_text()
-    names = {info.names[0] for info in ext.methods() if info.mode == "inference"} | {*activation_kinds()}
-    missing = [name for name in sorted(names) if not re.search(rf"\b{re.escape(name)}\b", readme)]
-    assert not missing
