@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
-from gguf_models import write_gguf_model
+from gguf_models import byte_tokens, write_gguf_model
 
 from ktmoe_np.cli import main
 from ktmoe_np.models import EMBEDDED_MODEL, EMBEDDED_TEXT
@@ -17,14 +17,6 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
 PROMPT = "And God said, Let there be light: and there was"
-
-
-def byte_tokens(writer: gguf.GGUFWriter) -> None:
-    """A token for each byte, and a template."""
-    vocab = json.loads((EMBEDDED_MODEL / "tokenizer.json").read_text())["model"]["vocab"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(vocab, key=vocab.__getitem__))
-    writer.add_chat_template("{{ messages[0].content }} and there was")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 
 from ktmoe_np.config import MoEConfig
 from ktmoe_np.io import SafetensorsCheckpoint, load_experts, load_hf_config
+from ktmoe_np.models import EMBEDDED_MODEL
 
-__all__ = ["ARCHITECTURES", "permuted", "write_gguf_model"]
+__all__ = ["ARCHITECTURES", "byte_tokens", "permuted", "write_gguf_model"]
 
 AnyArray = Any
 
@@ -31,6 +33,14 @@ _NAMES = {
     "mlp.gate": "ffn_gate_inp",
     "block_sparse_moe.gate": "ffn_gate_inp",
 }
+
+
+def byte_tokens(writer: gguf.GGUFWriter, template: str = "{{ messages[0].content }} and there was") -> None:
+    """A token for each byte, as the packaged model has, and a chat template."""
+    vocab = json.loads((EMBEDDED_MODEL / "tokenizer.json").read_text())["model"]["vocab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(vocab, key=vocab.__getitem__))
+    writer.add_chat_template(template)
 
 
 def permuted(matrix: AnyArray, heads: int) -> AnyArray:
