@@ -64,7 +64,8 @@ def test_code_for_ranks_runs(gguf_model: Path, tmp_path: Path) -> None:
     equal = "whole = moe.forward(x, ids, weights)\nassert (y == whole).all()\nprint('good')\n"
     script = _here(BLOCKS[0], gguf_model) + _here(block, gguf_model) + equal
     ended = run_ranks(2, script, folder=tmp_path)
-    assert (ended.returncode, ended.stdout) == (0, "good\n" * 2), ended.stderr
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("good") == 2
 
 
 def test_every_kind_of_use_has_code() -> None:
