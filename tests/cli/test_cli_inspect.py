@@ -214,7 +214,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_limits_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The least limit of the process's control group and of those around it counts, if there is less."""
     files = {"/proc/meminfo": "MemTotal: 1000 kB\nMemAvailable: 10 kB\n"}
-    monkeypatch.setattr(machine, "_read", lambda path: files.get(str(path), ""))
+    monkeypatch.setattr(machine, "read_system", lambda path: files.get(str(path), ""))
     for more, limit in [
         ({}, None),
         ({"/sys/fs/cgroup/memory.max": "2048000\n"}, None),

@@ -9,7 +9,19 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..distributed.volume import PLACEMENTS
 from ..models import EMBEDDED_MODEL, EMBEDDED_TEXT
-from . import convert, demo, evaluate, finetune, finetune_demo, generate, info, inspect, measure, verify
+from . import (
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    finetune,
+    finetune_demo,
+    generate,
+    info,
+    inspect,
+    measure,
+    verify,
+)
 from .arguments import (
     Count,
     activation_dtype,
@@ -25,6 +37,7 @@ from .arguments import (
     temperature,
     utf8,
 )
+from .completion import SHELLS, PrintCompletion
 from .terminal import complain, one_line, say_piece
 
 __all__ = ["parse"]
@@ -32,6 +45,10 @@ __all__ = ["parse"]
 _DESCRIPTION = "Mixture-of-experts layers on CPUs: run, check, time and fine-tune them."
 _EPILOG = "Start with: ktmoe demo"
 _INFO = "Add the output of 'ktmoe info --json' to every bug report."
+_DOCTOR = (
+    "Looks at kernels, processors, memory, huge pages, NUMA, the clock and optional packages, and tells what "
+    "to do about what is in the way. Measures nothing. The exit status is 1 when there is a problem."
+)
 _DEMO = (
     "Writes a small Qwen3-MoE checkpoint (100 MB) to a temporary folder, maps it, runs decode and prefill "
     "batches and compares the results with the NumPy reference. Takes 10 to 20 seconds; the exit status is "
@@ -113,6 +130,13 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(prog="ktmoe", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"ktmoe_np {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        metavar="SHELL",
+        help=f"print a script that completes commands and options: {', '.join(SHELLS)} (needs shtab)",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name: str, run: Callable[[argparse.Namespace], int], help: str, more: str) -> _Parser:
@@ -124,6 +148,9 @@ def _parser() -> _Parser:
 
     command = add("info", info.run, "show cores, instruction sets and measured limits of this machine", _INFO)
     _add_common(command, seconds=1.5, meaning="time for measuring the limits")
+
+    command = add("doctor", doctor.run, "say what is in the way on this machine, and what to do", _DOCTOR)
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     command = add("demo", demo.run, "run a small model on every instruction set; check and time it", _DEMO)
     _add_common(command, seconds=0.25, meaning="time for each batch")

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import kt_kernel_ext as ext
 
-__all__ = ["busy_note", "describe_machine", "memory_sizes", "number_ranges"]
+__all__ = ["busy_note", "describe_machine", "memory_sizes", "number_ranges", "read_system"]
 
 #: Runnable threads for each CPU from which times say little.
 _BUSY = 0.6
@@ -64,7 +64,7 @@ def busy_note() -> str | None:
     return f"The machine was busy before this began (load {load:.1f} on {cpus} CPUs): expect times too long."
 
 
-def _read(path: str | Path) -> str:
+def read_system(path: str | Path) -> str:
     """Content of a file of the system; empty when there is none."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")
@@ -75,7 +75,7 @@ def _read(path: str | Path) -> str:
 def _fields(path: str) -> dict[str, str]:
     """Read the first value of each "name : value" of a file."""
     fields: dict[str, str] = {}
-    for line in _read(path).splitlines():
+    for line in read_system(path).splitlines():
         name, colon, value = line.partition(":")
         if colon:
             fields.setdefault(name.strip(), value.strip())
@@ -92,7 +92,7 @@ def _caches(cpu: int) -> dict[str, int]:
     """Name of each data cache that a CPU sees, to its size in bytes."""
     caches: dict[str, int] = {}
     for index in sorted(Path(f"/sys/devices/system/cpu/cpu{cpu}/cache").glob("index*")):
-        kind, level, size = (_read(index / name).strip() for name in ("type", "level", "size"))
+        kind, level, size = (read_system(index / name).strip() for name in ("type", "level", "size"))
         if kind in ("Data", "Unified") and size[:-1].isdecimal():
             unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(size[-1], 1)
             caches[f"L{level}"] = int(size[:-1]) * unit
@@ -106,7 +106,9 @@ def memory_sizes() -> dict[str, int | None]:
         name: int(fields[key].split()[0]) * 1024 if fields.get(key) else None
         for name, key in (("total_bytes", "MemTotal"), ("available_bytes", "MemAvailable"))
     }
-    limits = [int(text) for text in (_read(path).strip() for path in _limit_files()) if text.isdecimal()]
+    limits = [
+        int(text) for text in (read_system(path).strip() for path in _limit_files()) if text.isdecimal()
+    ]
     total = sizes["total_bytes"]
     limit = min(limits, default=None)
     sizes["limit_bytes"] = limit if limit is not None and total is not None and limit < total else None
@@ -117,7 +119,7 @@ def _limit_files() -> list[Path]:
     """List the files with the limits of this process's control groups and of those that they are in."""
     # A container may see its own group as the root, or only that one: the root is always looked at.
     groups = {Path("/")}
-    for line in _read("/proc/self/cgroup").splitlines():
+    for line in read_system("/proc/self/cgroup").splitlines():
         controllers, _, path = line.partition(":")[2].partition(":")
         if path.startswith("/") and (not controllers or "memory" in controllers.split(",")):
             groups |= {Path(path), *Path(path).parents}
