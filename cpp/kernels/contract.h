@@ -86,7 +86,7 @@ struct Int8Rows {
 // C[m, n - n0] (+)= sum_k X[m, k] W[n, k] for n in [n0, n1), in fp32. C is a block of c_floats(M, n1 - n0)
 // floats, in a layout that only the kernels of the same table know. With channel scales s, W[n, k] = s[n]
 // V[n, k]:
-//   products of bf16      C[m, n] = s[n] sum_k X[m, k] V[n, k]
+//   bf16 products         C[m, n] = s[n] sum_k X[m, k] V[n, k]
 //   integer products      C[m, n] = s[n] (scale[m] sum_k codes[m, k] V[n, k]), the sum, which must fit, exact
 //   in int32
 // which do not accumulate.

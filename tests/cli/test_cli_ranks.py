@@ -47,7 +47,7 @@ def training(text: Path, out: Path, steps: int) -> list[str]:
 
 
 def test_finetune(text: Path, tmp_path: Path) -> None:
-    """Of 1 to 4 ranks, and of a run that other numbers of ranks have gone on with."""
+    """On 1 to 4 ranks, and of a run that was resumed with other numbers of ranks."""
     mpi_command(1)  # skips without it
     said = {1: alone(*training(text, tmp_path / "1", 4))}
     for num_ranks in (2, 4):

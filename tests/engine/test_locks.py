@@ -173,7 +173,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 done.set()
 thread.join()
 with free, of_engine:
-    pid = os.fork()  # the child goes on with what it holds
+    pid = os.fork()  # the child inherits what it holds
     if pid == 0:
         try:
             with free:

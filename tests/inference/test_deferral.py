@@ -228,7 +228,7 @@ def test_passes_of_many_sizes_in_turn() -> None:
 
 
 def test_passes_that_are_submitted_without_a_pause() -> None:
-    """Nobody waits for what is deferred but who needs it: the slots must not be overwritten before."""
+    """Deferred results are awaited only where they are used, and their slots are not overwritten before."""
     layers, batches = drawn(9, 4, 40)
     moes = wrappers(layers, [3] * 4)
     expected = None

@@ -1,4 +1,4 @@
-"""The experts that a layer leaves to others, by arrays of NumPy, torch and JAX on the CPU."""
+"""The experts that a layer leaves to a GPU, computed on the CPU with NumPy, torch and JAX arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch products of bf16 rows with quantized weights on the CPU, and matrices quantized for them."""
+"""PyTorch's bf16 products with quantized weights on the CPU, and matrices quantized for them."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@
 
 namespace ktmoe {
 
-// Activations that share a scale in each projection's products of int8 blocks (kernels/contract_int8.h); 0
+// Activations that share a scale in each projection's int8 block products (kernels/contract_int8.h); 0
 // for those of another kind.
 struct ActivationBlocks {
   uint32_t gate = 0, up = 0, down = 0;

@@ -95,7 +95,7 @@ class SharedLayer {
   size_t scaled_bytes() const;
   void place_scaled(std::byte* at);
 
-  // Before products of int8 activations: the inputs, and the intermediate, to int8.
+  // Before int8 products: the inputs, and the intermediate, to int8.
   void quantize_inputs();
   void quantize_intermediate();
   void invalidate_packed();

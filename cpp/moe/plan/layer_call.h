@@ -80,7 +80,7 @@ struct LayerCall {
   // For integer products instead, because a row can be quantized only when it is complete:
   bf16* h_rows = nullptr;    // the intermediate by rows of the plan, with row stride h_stride()
   kernels::Int8Rows x8, h8;  // the inputs, the intermediate by rows of the plan
-  // For products of int8 blocks: which projections have them, the inputs in blocks of 128 and of 256, and the
+  // For int8 block products: which projections have them, the inputs in blocks of 128 and of 256, and the
   // intermediate in those of the down projection.
   ActivationBlocks blocks;
   std::byte *x_blocks[2] = {}, *h_blocks = nullptr;

@@ -131,7 +131,7 @@ class GgufWeights(MoELayer):
         self._formats = {name: str(projections[name].format) for name in sizes}
 
     def _as_the_engine_takes(self, name: str, given: Projection) -> Projection:
-        """Rows as bytes or, of the format bf16, as numbers; and the format, which numbers say themselves."""
+        """Rows as bytes or, for bf16, as numbers; and their format."""
         found = given.format
 
         def taken(array: Array, lead: tuple[int, ...]) -> Array:

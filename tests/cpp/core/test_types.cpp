@@ -104,6 +104,6 @@ TEST_CASE("bf16: examples that can be read") {
   CHECK(to_bf16(0x1p-133f).bits == 0x0001);    // the smallest denormal
   CHECK(to_bf16(0x1p-134f).bits == 0x0000);
   CHECK(to_bf16(0x1.0002p-134f).bits == 0x0001);
-  CHECK(to_bf16(from_bits(0x7f800001)).bits == 0x7fc0);  // a signalling NaN does not turn into infinity
+  CHECK(to_bf16(from_bits(0x7f800001)).bits == 0x7fc0);  // a signaling NaN does not turn into infinity
   CHECK(to_bf16(from_bits(0xffc12345)).bits == 0xffc1);
 }

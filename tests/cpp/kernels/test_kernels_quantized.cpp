@@ -124,7 +124,7 @@ std::string text(const KernelTable& table, FormatId format, const Shape& s) {
 
 }  // namespace
 
-TEST_CASE("quantized: products of bf16 are exact where they can be, in every format") {
+TEST_CASE("quantized: bf16 products are exact where they can be, in every format") {
   for (const KernelTable* table : usable_tables()) {
     Random random(40);
     for (FormatId format : kQuantizedFormats) {
