@@ -35,9 +35,9 @@ def page() -> str:
     }
     notes = {
         "Methods": (
-            "Weights: `native` are used in the encoding of the checkpoint (`GPTQ_INT4` is converted once at "
-            "load), `quantized` are made from float weights at load or read from converted files, `gguf` are "
-            "blocks of a GGUF file, each projection with a tensor type of its own. Group sizes are listed "
+            "Weights: `native` are used in the encoding of the checkpoint (`GPTQ_INT4` and `INT4_ZP` are "
+            "converted once at load), `quantized` are made from float weights at load or read from "
+            "converted files, `gguf` are blocks of a GGUF file, each projection with a tensor type of its own. Group sizes are listed "
             "where there is a choice; that of `GPTQ_INT4` is the checkpoint's. Activations: the first dtype "
             "is the default, `activation_dtype` chooses another, for `LLAMAFILE` where tensor types have one."
         ),
