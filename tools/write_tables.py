@@ -37,9 +37,10 @@ def page() -> str:
         "Methods": (
             "Weights: `native` are used in the encoding of the checkpoint (`GPTQ_INT4` and `INT4_ZP` are "
             "converted once at load), `quantized` are made from float weights at load or read from "
-            "converted files, `gguf` are blocks of a GGUF file, each projection with a tensor type of its own. Group sizes are listed "
-            "where there is a choice; that of `GPTQ_INT4` is the checkpoint's. Activations: the first dtype "
-            "is the default, `activation_dtype` chooses another, for `LLAMAFILE` where tensor types have one."
+            "converted files, `gguf` are blocks of a GGUF file, each projection with a tensor type of its "
+            "own. Group sizes are listed where there is a choice; that of `GPTQ_INT4` is the checkpoint's. "
+            "Activations: the first dtype is the default, `activation_dtype` chooses another, for "
+            "`LLAMAFILE` where tensor types have one."
         ),
         "Arrays of encoded weights": (
             "[N, K] is [I, H] of gate and up, [H, I] of down; 8-bit dtypes separated by `or` hold the same "

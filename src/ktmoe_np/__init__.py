@@ -53,7 +53,7 @@ Modules
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 TYPE_CHECKING = False  # as in typing, which is not imported for it
 
