@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_runs import run_ktmoe
+from cli_runs import only_error, run_ktmoe
 
 from ktmoe_np.cli import main
 from ktmoe_np.models import EMBEDDED_MODEL, EMBEDDED_TEXT
@@ -124,6 +124,20 @@ def test_eval_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[1].split() == ["method", "activations", "bits", "per", "byte", "vs", "first"]
     assert [line.split()[:2] for line in lines[2:]] == [["BF16", "bfloat16"], ["MOE_INT4", "bfloat16"]]
     assert lines[2].split()[3] == "+0.0000"
+
+
+def test_eval_draws_the_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "bits.svg"
+    options = ("eval", "--bytes=600", "--methods=BF16,MOE_INT4", f"--plot={picture}")
+    assert main([*options]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"The differences are drawn in {picture}"
+    assert "<svg" in picture.read_text()
+    picture.unlink()
+    as_json(capsys, *options)
+    assert picture.exists()
+    assert main(["eval", "--plot=bits.txt"]) == 2
+    assert "--plot: got 'bits.txt', expected a file ending in .png" in only_error(capsys)
 
 
 def test_eval_measures_the_activation_dtypes_that_methods_have(capsys: pytest.CaptureFixture[str]) -> None:

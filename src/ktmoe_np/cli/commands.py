@@ -247,6 +247,7 @@ def _add_model_commands(add: Callable[..., _Parser]) -> None:
         "is the latter two; of several, each method is measured with those that it has. "
         f"auto (default): {_OF_MODELS}",
     )
+    command.add_argument("--plot", metavar="FILE.png", help="draw the differences (needs matplotlib)")
     _add_adapter(command)
     _add_threads_and_json(command)
 

@@ -12,8 +12,9 @@ import numpy as np
 from ..io.gguf.experts import is_gguf
 from ..models import MoEDecoder, bits_per_token, load_tokenizer
 from .arguments import Dtype
+from .plot import check_plot, draw_bits
 from .progress import Progress
-from .ranks import communicator
+from .ranks import communicator, is_first
 from .terminal import say, say_json
 
 __all__ = ["METHODS", "run"]
@@ -24,6 +25,8 @@ METHODS = ("BF16", "AMXINT8", "AMXINT4", "MOE_INT4")
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; always 0."""
+    if arguments.plot:
+        check_plot(arguments.plot)
     path, file = arguments.path, Path(arguments.text)
     text = _beginning(file, arguments.bytes)
     num_bytes = len(text.encode())
@@ -41,10 +44,15 @@ def run(arguments: argparse.Namespace) -> int:
                 model.set_activation_dtype(dtype)
                 rows.append(_measure(model, tokens, num_bytes))
     value = {"model": str(path), "text": str(file), "bytes": num_bytes, "methods": rows}
+    if arguments.plot and is_first():
+        bits = {f"{row['method']}, {row['activation_dtype']}": row["bits_per_byte"] for row in rows}
+        draw_bits(arguments.plot, bits, f"{num_bytes} bytes of {file.name}")
     if arguments.json:
         say_json(value)
     else:
         say(_table(value))
+        if arguments.plot:
+            say(f"The differences are drawn in {arguments.plot}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Pictures: the fraction of the machine's limits that each batch of a demo reaches, and curves of losses."""
+"""Pictures: fractions of the machine's limits, curves of losses, and bits per byte by method."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .progress import EXTRA_HINT
 from .table import Row, counted
 from .terminal import one_line
 
-__all__ = ["can_draw", "check_plot", "draw_course", "draw_loss", "draw_plot"]
+__all__ = ["can_draw", "check_plot", "draw_bits", "draw_course", "draw_loss", "draw_plot"]
 
 _LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 _SUFFIXES = (".png", ".svg", ".pdf")
@@ -127,6 +127,33 @@ def draw_course(path: str | Path, losses: Sequence[float], held_out: Mapping[int
             f"{bits:.2f}", (step, bits), (0, 7), textcoords="offset points", ha="center", fontsize=8
         )
     _save_curves(path, figure, axes, "bits per byte", title)
+
+
+def draw_bits(path: str, bits: Mapping[str, float], title: str) -> None:
+    """Draw how many bits per byte each method takes more or fewer than the first.
+
+    Parameters
+    ----------
+    path : str
+        The file; its ending says of which kind.
+    bits : mapping of str to float
+        Name of a method -> bits per byte.
+    title : str
+    """
+    first, reference = next(iter(bits.items()))
+    figure = _figure_module().Figure(figsize=(7.0, 1.2 + 0.4 * len(bits)), layout="constrained")
+    axes = figure.subplots()
+    excess = [value - reference for value in bits.values()]
+    colors = ["#e6550d" if value > 0 else "#4292c6" for value in excess]
+    bars = axes.barh(range(len(bits)), excess, color=colors)
+    axes.bar_label(bars, [f"{value:.4f}" for value in bits.values()], padding=4, fontsize=8, bbox=_LABEL_BOX)
+    axes.axvline(0.0, color="0.3", linewidth=1.0)
+    axes.margins(x=0.2)
+    axes.set_yticks(range(len(bits)), bits)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"bits per byte more than with {first}")
+    _set_title(axes, title)
+    _save(path, figure, axes)
 
 
 def _save_curves(path: str | Path, figure: Any, axes: Any, what: str, title: str) -> None:
