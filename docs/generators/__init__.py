@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import charts, commands, families, layouts, records
+from . import charts, commands, families, layouts, placements, records
 
 __all__ = ["write_all"]
 
@@ -22,6 +22,8 @@ def write_all(folder: Path) -> None:
         "layers.md": records.tables(records.compared(runs, "moe")),
         "training.md": records.tables(records.compared(runs, "sft")),
         "alone.md": records.tables(records.alone(runs)),
+        "beside-a-gpu.md": placements.beside_a_gpu(),
+        "on-ranks.md": placements.on_ranks(),
         "slower.md": records.slower(records.compared(runs, "moe") + records.compared(runs, "sft")),
     }
     for name, text in pages.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 from .markdown import table
 
-__all__ = ["Run", "alone", "compared", "read_runs", "slower", "tables"]
+__all__ = ["Run", "alone", "compared", "machine_name", "milliseconds", "read_runs", "slower", "tables"]
 
 _RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 _OPERATIONS = {"moe": "forward", "sft": "sft_step"}
@@ -55,8 +55,8 @@ class Run:
         return f"{self.method}, {self.shape}, {_KINDS[self.kind]}, {self.machine}"
 
 
-def _machine(name: str) -> str:
-    """The name of a machine as tables have it: records have had more than one for the same."""
+def machine_name(name: str) -> str:
+    """Write the name of a machine as tables have it: records have had more than one for the same."""
     processor = re.fullmatch(r".*: (Zen \d)\)(.*)", name)
     return "".join(processor.groups()) if processor else name.removesuffix(", AMX")
 
@@ -71,7 +71,7 @@ def read_runs() -> list[Run]:
             if record.get("status") != "ok" or "ms" not in record:
                 continue
             case = (record[name] for name in ("kind", "shape", "method", "date"))
-            key = (_machine(record["machine"]), *case)
+            key = (machine_name(record["machine"]), *case)
             times = runs.setdefault(key, Run(*key)).times.setdefault(record["family"], {})
             before = times.get(record["tokens"])
             if before is None or record["ms"] < before["ms"]:
@@ -126,7 +126,7 @@ def tables(runs: Sequence[Run]) -> str:
 
 def _table(run: Run) -> str:
     rows = [
-        (name, *(_milliseconds(times[t]["ms"]) if t in times else "" for t in run.tokens))
+        (name, *(milliseconds(times[t]["ms"]) if t in times else "" for t in run.tokens))
         for name, times in run.times.items()
     ]
     for name in run.ours:
@@ -136,7 +136,8 @@ def _table(run: Run) -> str:
     return table(("ms for tokens", *map(str, run.tokens)), rows)
 
 
-def _milliseconds(ms: float) -> str:
+def milliseconds(ms: float) -> str:
+    """Write a time in ms with three digits."""
     return f"{ms:.2f}" if ms < 1 else f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
 
 
@@ -152,4 +153,4 @@ def _slower(runs: Sequence[Run]) -> Iterator[tuple[str, ...]]:
             if mine is None or theirs is None or theirs >= mine:
                 continue
             name = min(run.current, key=lambda f: run.times[f].get(tokens, {"ms": float("inf")})["ms"])
-            yield run.title, str(tokens), _milliseconds(mine), name, _milliseconds(theirs)
+            yield run.title, str(tokens), milliseconds(mine), name, milliseconds(theirs)
