@@ -57,7 +57,7 @@ def test_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         ([], "ktmoe: the following arguments are required: COMMAND"),
-        (["verify"], "ktmoe verify: the following arguments are required: path"),
+        (["convert"], "ktmoe convert: the following arguments are required: SRC, DST"),
         (["verify", ".", "--tokens", "1,0"], "argument --tokens: got '0', expected an integer of 1 or more"),
         (["verify", ".", "--layer", "x"], "argument --layer: got 'x', expected an integer of 0 or more"),
         (["info", "--seconds", "nan"], "argument --seconds: got 'nan', expected a number above 0"),

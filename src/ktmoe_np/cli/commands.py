@@ -176,6 +176,7 @@ def _parser() -> _Parser:
     _add_model_commands(add)
     _add_finetune(add)
     _add_checkpoint_commands(add)
+    _add_verify(add)
     return parser
 
 
@@ -381,9 +382,20 @@ def _add_checkpoint_commands(add: Callable[..., _Parser]) -> None:
     )
     _add_threads_and_json(command)
 
+
+def _add_verify(add: Callable[..., _Parser]) -> None:
     command = add("verify", verify.run, "check and time a layer of your own checkpoint", _VERIFY)
     command.add_argument(
-        "path", help="directory of the checkpoint, with config.json and *.safetensors; or a GGUF model"
+        "path",
+        nargs="?",
+        help="directory of the checkpoint, with config.json and *.safetensors; or a GGUF model. "
+        "May be left out with --digest: the model that comes with the package",
+    )
+    command.add_argument(
+        "--digest",
+        action="store_true",
+        help="print digests of results and gradients instead, to compare with another machine; those of the "
+        "packaged model are compared with what this version has recorded",
     )
     command.add_argument(
         "--layer",

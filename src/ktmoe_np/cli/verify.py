@@ -11,7 +11,7 @@ from ..experts import KTMoEWrapper
 from ..inference import BaseMoEWrapper
 from ..io.converted.manifest import manifest_path
 from ..io.gguf.experts import is_gguf
-from . import verify_quantized
+from . import digest, verify_quantized
 from .expert_source import open_layer
 from .machine import busy_note
 from .measure import measure
@@ -25,6 +25,10 @@ __all__ = ["run"]
 
 def run(arguments: argparse.Namespace) -> int:
     """Check a layer, or what was converted; 0 when all is right, else 1."""
+    if arguments.digest:
+        return digest.run(arguments)
+    if arguments.path is None:
+        raise ValueError("path: got none, expected a checkpoint; with --digest it may be left out")
     path = Path(arguments.path)
     if not is_gguf(path) and manifest_path(path).exists():
         return verify_quantized.run(arguments)
