@@ -13,6 +13,7 @@ from cli_runs import only_error, run_ktmoe
 from ktmoe_np import kt_kernel_ext as ext
 from ktmoe_np.cli import digest, main
 from ktmoe_np.cli.digest import RECORDED, _numbers
+from ktmoe_np.io.converted.manifest import manifest_path
 from ktmoe_np.models import EMBEDDED_MODEL
 
 #: What the packaged model has digests of.
@@ -84,6 +85,7 @@ def test_a_checkpoint_of_the_user(capsys: pytest.CaptureFixture[str]) -> None:
     assert third["digests"]["AMXINT4"][0] in text
     assert first["digests"] != third["digests"]
     assert (first["recorded"], first["not_as_recorded"]) == (0, [])
+    assert as_json(capsys, "--method", "AMXINT4", "--layer", "2") == (0, third)  # nothing is recorded for it
     _, own = as_json(capsys, path)
     assert list(own["digests"]) == ["as the checkpoint is"]
 
@@ -96,8 +98,11 @@ def test_numbers_are_the_same_everywhere() -> None:
     assert 1.99 < drawn.max() < 2
 
 
-def test_errors(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["verify"]) == 2
     assert "path: got none, expected a checkpoint; with --digest it may be left out" in only_error(capsys)
     assert main(["verify", "--digest", "/nowhere"]) == 2
     assert "/nowhere" in only_error(capsys)
+    manifest_path(tmp_path).touch()
+    assert main(["verify", "--digest", str(tmp_path)]) == 2
+    assert "written by 'ktmoe convert', expected a checkpoint" in only_error(capsys)

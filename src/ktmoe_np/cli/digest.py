@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from .. import __version__
 from .. import kt_kernel_ext as ext
 from ..experts import KTMoEWrapper
+from ..io.converted.manifest import manifest_path
+from ..io.gguf.experts import is_gguf
 from ..models import EMBEDDED_MODEL
 from .arguments import Dtype
 from .expert_source import open_layer
@@ -62,6 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
     isa = ext.isa_info()["active"]
     own = arguments.path is None
     path = EMBEDDED_MODEL if own else Path(arguments.path)
+    if not is_gguf(path) and manifest_path(path).exists():
+        raise ValueError(
+            f"--digest: got {path}, written by 'ktmoe convert', expected a checkpoint; verify without it "
+            "checks the files"
+        )
     given = Case(arguments.method, arguments.activation_dtype)
     cases = _CASES if own and given == Case(None) else (given,)
     found: dict[str, list[str]] = {}
@@ -69,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         for case in cases:
             progress.step(str(case))
             found[str(case)] = list(_digests(arguments, path, case))
-    recorded = _recorded(isa) if own else {}
+    recorded = _recorded(isa) if own and not arguments.layer else {}
     wrong = [name for name, digests in found.items() if recorded.get(name, digests) != digests]
     if arguments.json:
         value = {"ktmoe_np": __version__, "isa": isa, "model": str(path), "digests": found}
